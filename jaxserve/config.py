@@ -1,0 +1,200 @@
+"""Frozen settings, checked where they are built, handed down in parts.
+
+A component receives its own part (`SchedulerConfig`), never the whole. Nothing here reads files, the
+environment or a device; `jaxserve.arguments` turns flags into these.
+"""
+
+from typing import Literal
+
+import msgspec
+
+from jaxserve.errors import LaunchError
+
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+SchedulePolicy = Literal["fcfs", "lpm", "priority"]
+
+
+class _Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Base of every config: frozen, keyword-only, serialisable to the engine process."""
+
+
+class RopeConfig(_Config):
+    """Rotary position embedding.
+
+    Attributes:
+        theta: base of the frequencies.
+        scaling: how frequencies are stretched: `default`, `linear`, `llama3` or `yarn`.
+        factor: context stretch of every scaling.
+        original_max_position: context the model was first trained with, in tokens.
+        low_freq_factor, high_freq_factor: llama3's two wavelength limits.
+        beta_fast, beta_slow: yarn's two rotation limits.
+        attention_factor: yarn's multiplier of cos and sin; None derives 0.1 ln(factor) + 1 (arXiv:2309.00071).
+        truncate: yarn rounds its correction range to whole dimensions.
+    """
+
+    theta: float = 10_000.0
+    scaling: Literal["default", "linear", "llama3", "yarn"] = "default"
+    factor: float = 1.0
+    original_max_position: int = 0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    attention_factor: float | None = None
+    truncate: bool = True
+
+
+class ModelConfig(_Config):
+    """A decoder-only transformer's shape, from the checkpoint's `config.json`.
+
+    Attributes:
+        architecture: Hugging Face class name; a key of `jaxserve.models.registry`.
+        max_position: context the weights are good for, in tokens.
+        sliding_window: keys a query can see counting itself, or None for all.
+        dtype: dtype the checkpoint declares.
+        eos_token_ids: the model's own end tokens.
+    """
+
+    architecture: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_q_heads: int
+    num_kv_heads: int
+    head_dim: int
+    max_position: int
+    rms_norm_eps: float = 1e-6
+    rope: RopeConfig = RopeConfig()
+    tie_word_embeddings: bool = False
+    attention_bias: bool = False
+    attention_out_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    sliding_window: int | None = None
+    dtype: Dtype = "float32"
+    bos_token_id: int | None = None
+    eos_token_ids: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in (
+            "vocab_size",
+            "hidden_size",
+            "intermediate_size",
+            "num_layers",
+            "num_q_heads",
+            "num_kv_heads",
+            "head_dim",
+            "max_position",
+        ):
+            value = getattr(self, name)
+            if not 0 < value < 2**31:
+                raise LaunchError(f"config.json: {name} must be a positive 32-bit number, got {value}")
+        if self.num_q_heads % self.num_kv_heads:
+            raise LaunchError(
+                f"config.json: {self.num_q_heads} query heads do not divide into {self.num_kv_heads} key heads"
+            )
+        if self.head_dim % 2:
+            raise LaunchError(f"config.json: head_dim must be even for rotary embedding, got {self.head_dim}")
+
+    @property
+    def num_params(self) -> int:
+        """Weights in the model, biases and norms left out."""
+        attention = self.hidden_size * self.head_dim * 2 * (self.num_q_heads + self.num_kv_heads)
+        mlp = 3 * self.hidden_size * self.intermediate_size
+        embeddings = self.vocab_size * self.hidden_size * (1 if self.tie_word_embeddings else 2)
+        return self.num_layers * (attention + mlp) + embeddings
+
+
+class CacheConfig(_Config):
+    """The paged key/value pool.
+
+    Attributes:
+        page_size: tokens per page.
+        num_pages: pages in the pool.
+        prefix_caching: keep computed pages of ended requests for prompts that start alike.
+    """
+
+    page_size: int
+    num_pages: int
+    prefix_caching: bool = True
+
+    def __post_init__(self) -> None:
+        if self.page_size < 1 or self.page_size & (self.page_size - 1):
+            raise LaunchError(f"--page-size must be a power of two, got {self.page_size}")
+        if self.num_pages < 1:
+            raise LaunchError(f"the key/value pool has no room for a single page of {self.page_size} tokens")
+
+
+class SchedulerConfig(_Config):
+    """Limits of one step and of the queue.
+
+    Attributes:
+        max_rows: sequences that run at once.
+        max_step_tokens: tokens of all rows in one step; prompts are cut into chunks of this.
+        max_queued: requests that may wait; None for no limit.
+        context_length: tokens of prompt and output together, at most.
+        policy: order of the waiting queue.
+    """
+
+    max_rows: int
+    max_step_tokens: int
+    context_length: int
+    max_queued: int | None = None
+    policy: SchedulePolicy = "fcfs"
+
+    def __post_init__(self) -> None:
+        if self.max_rows < 1:
+            raise LaunchError(f"--max-running-requests must be at least 1, got {self.max_rows}")
+        if self.max_step_tokens < self.max_rows:
+            raise LaunchError(
+                f"--chunked-prefill-size ({self.max_step_tokens}) must be at least "
+                f"--max-running-requests ({self.max_rows})"
+            )
+
+
+class EngineConfig(_Config):
+    """What the engine process is told at its start.
+
+    `None` means that the engine decides once it has seen the device.
+    """
+
+    model_path: str
+    revision: str | None = None
+    download_dir: str | None = None
+    dtype: Dtype = "auto"
+    context_length: int | None = None
+    tp_size: int = 1
+    dp_size: int = 1
+    page_size: int | None = None
+    mem_fraction_static: float | None = None
+    max_total_tokens: int | None = None
+    max_running_requests: int | None = None
+    max_queued_requests: int | None = None
+    chunked_prefill_size: int | None = None
+    schedule_policy: SchedulePolicy = "fcfs"
+    prefix_caching: bool = True
+    deterministic: bool = False
+    compilation_cache_dir: str | None = None
+    log_level: str = "info"
+    show_progress: bool = True
+
+    def __post_init__(self) -> None:
+        for name, flag in (
+            ("context_length", "--context-length"),
+            ("tp_size", "--tp-size"),
+            ("dp_size", "--dp-size"),
+            ("page_size", "--page-size"),
+            ("max_total_tokens", "--max-total-tokens"),
+            ("max_running_requests", "--max-running-requests"),
+            ("chunked_prefill_size", "--chunked-prefill-size"),
+        ):
+            value = getattr(self, name)
+            if value is not None and not 1 <= value < 2**31:
+                raise LaunchError(f"{flag} must be at least 1, got {value}")
+        if self.max_queued_requests is not None and self.max_queued_requests < 0:
+            raise LaunchError(f"--max-queued-requests must not be negative, got {self.max_queued_requests}")
+        if self.mem_fraction_static is not None and not 0 < self.mem_fraction_static < 1:
+            raise LaunchError(
+                f"--mem-fraction-static must be between 0 and 1 (exclusive), got {self.mem_fraction_static}"
+            )

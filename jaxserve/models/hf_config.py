@@ -1,0 +1,123 @@
+"""Reading Hugging Face's `config.json` for dense decoders. Host data only: knows no jax."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from jaxserve.config import Dtype, ModelConfig, RopeConfig
+from jaxserve.errors import LaunchError
+
+_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+_DTYPES: dict[str, Dtype] = {"float32": "float32", "bfloat16": "bfloat16", "float16": "float16"}
+_REFUSED_KEYS = ("auto_map", "trust_remote_code", "_attn_implementation_internal")
+
+
+def _rope_from_hf(config: Mapping[str, Any], max_position: int) -> RopeConfig:
+    # transformers 5 writes `rope_parameters`; older files have `rope_theta` beside `rope_scaling`.
+    scaling: dict[str, Any] = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    if kind not in _ROPE_TYPES:
+        raise LaunchError(f"config.json: rope scaling {kind!r} is not supported; supported: {', '.join(_ROPE_TYPES)}")
+    if partial := scaling.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0)) != 1.0:
+        raise LaunchError(f"config.json: partial_rotary_factor {partial} is not supported by this architecture")
+    attention_factor = scaling.get("attention_factor")
+    if attention_factor is None and (scaling.get("mscale") or scaling.get("mscale_all_dim")):
+        factor = float(scaling.get("factor", 1.0))
+        attention_factor = _mscale(factor, float(scaling.get("mscale", 1.0))) / _mscale(
+            factor, float(scaling.get("mscale_all_dim", 0.0))
+        )
+    return RopeConfig(
+        theta=float(scaling.get("rope_theta", config.get("rope_theta", 10_000.0))),
+        scaling=kind,
+        factor=float(scaling.get("factor") or 1.0),
+        original_max_position=int(
+            scaling.get("original_max_position_embeddings")
+            or config.get("original_max_position_embeddings")
+            or max_position
+        ),
+        low_freq_factor=float(scaling.get("low_freq_factor") or 1.0),
+        high_freq_factor=float(scaling.get("high_freq_factor") or 4.0),
+        beta_fast=float(scaling.get("beta_fast") or 32.0),
+        beta_slow=float(scaling.get("beta_slow") or 1.0),
+        attention_factor=None if attention_factor is None else float(attention_factor),
+        truncate=bool(scaling.get("truncate", True)),
+    )
+
+
+def _mscale(factor: float, mscale: float) -> float:
+    return 1.0 if factor <= 1 or not mscale else 0.1 * mscale * math.log(factor) + 1.0
+
+
+def _sliding_window(config: Mapping[str, Any], num_layers: int) -> int | None:
+    window = config.get("sliding_window")
+    if not window or config.get("use_sliding_window") is False:
+        return None
+    kinds = set(config.get("layer_types") or ["sliding_attention"])
+    if "layer_types" not in config and config.get("max_window_layers", 0) not in (0, None):
+        kinds = {"full_attention"} if config["max_window_layers"] >= num_layers else {"full", "sliding"}
+    if kinds == {"full_attention"}:
+        return None
+    if len(kinds) > 1:
+        raise LaunchError("config.json: layers that mix window and full attention are not supported yet")
+    return int(window)
+
+
+def read_dense_config(
+    config: Mapping[str, Any], *, attention_bias: bool | None = None, attention_out_bias: bool | None = None, qk_norm: bool = False
+) -> ModelConfig:
+    """Read a Hugging Face `config.json`.
+
+    Args:
+        config: the parsed file.
+        attention_bias: whether q, k and v have a bias; None reads `attention_bias`.
+        attention_out_bias: the same for the output projection.
+        qk_norm: whether q and k are normalised per head.
+
+    Raises:
+        LaunchError: a field is missing, out of range, or asks for what the dense decoder does not do.
+    """
+    for key in _REFUSED_KEYS:
+        if config.get(key):
+            raise LaunchError(f"config.json: {key} would run code from the checkpoint; it is refused")
+    architectures = config.get("architectures") or []
+    if len(architectures) != 1:
+        raise LaunchError(f"config.json: expected one entry in 'architectures', got {architectures!r}")
+    architecture = str(architectures[0])
+    activation = config.get("hidden_act", config.get("hidden_activation", "silu"))
+    if activation not in ("silu", "swish"):
+        raise LaunchError(f"config.json: activation {activation!r} is not supported; supported: silu")
+    if config.get("quantization_config"):
+        method = config["quantization_config"].get("quant_method", "unknown")
+        raise LaunchError(f"config.json: quantised checkpoints ({method}) are not supported yet")
+    try:
+        num_q_heads = int(config["num_attention_heads"])
+        max_position = int(config["max_position_embeddings"])
+        num_layers = int(config["num_hidden_layers"])
+        eos = config.get("eos_token_id")
+        declared_bias = bool(config.get("attention_bias", False))
+        return ModelConfig(
+            architecture=architecture,
+            vocab_size=int(config["vocab_size"]),
+            hidden_size=int(config["hidden_size"]),
+            intermediate_size=int(config["intermediate_size"]),
+            num_layers=num_layers,
+            num_q_heads=num_q_heads,
+            num_kv_heads=int(config.get("num_key_value_heads") or num_q_heads),
+            head_dim=int(config.get("head_dim") or int(config["hidden_size"]) // num_q_heads),
+            max_position=max_position,
+            rms_norm_eps=float(config.get("rms_norm_eps", 1e-6)),
+            rope=_rope_from_hf(config, max_position),
+            tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
+            attention_bias=declared_bias if attention_bias is None else attention_bias,
+            attention_out_bias=declared_bias if attention_out_bias is None else attention_out_bias,
+            mlp_bias=bool(config.get("mlp_bias", False)),
+            qk_norm=qk_norm,
+            sliding_window=_sliding_window(config, num_layers),
+            dtype=_DTYPES.get(str(config.get("dtype") or config.get("torch_dtype") or "float32"), "float32"),
+            bos_token_id=config.get("bos_token_id"),
+            eos_token_ids=tuple(eos) if isinstance(eos, list) else () if eos is None else (int(eos),),
+        )
+    except KeyError as error:
+        raise LaunchError(f"config.json: {error.args[0]} is missing") from None
+    except (TypeError, ValueError) as error:
+        raise LaunchError(f"config.json: {error}") from None

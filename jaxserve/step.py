@@ -1,0 +1,96 @@
+"""What a step is asked and what it answers: all that scheduling and the runner share.
+
+Host integers only. A `SchedulerOutput` serialises, so it is also what a multi-host run broadcasts.
+"""
+
+import msgspec
+import numpy as np
+
+from jaxserve.request import SamplingParams
+
+
+class NewRow(msgspec.Struct, frozen=True, kw_only=True):
+    """A sequence that takes a row in this step, with all the runner must know of it until it leaves.
+
+    Attributes:
+        row: fixed index into the runner's per-row state for as long as the sequence runs.
+        sampling: how its tokens are drawn.
+        seed: key of the draw, the choice index already folded in; u64.
+        eos_token_ids: forbidden until `min_tokens` are out, stop tokens included.
+        output_token_ids: tokens drawn before a preemption; penalties count them.
+    """
+
+    row: int
+    sampling: SamplingParams
+    seed: int
+    eos_token_ids: tuple[int, ...] = ()
+    output_token_ids: tuple[int, ...] = ()
+
+
+class ScheduledRow(msgspec.Struct, frozen=True, kw_only=True):
+    """One sequence's share of a step.
+
+    Attributes:
+        row: the sequence's row.
+        token_ids: the tokens to run; a trailing -1 stands for the token that the step before draws for this row.
+        num_computed_tokens: tokens whose keys and values are in the cache already; position of the first to run.
+        page_ids: the pages of the whole sequence so far, in order.
+        samples: whether a token is drawn after the last one (else the row is a prefill chunk).
+        num_output_tokens: output tokens before this draw.
+        prompt_targets: when prompt log-probabilities are wanted, the token that follows each token run.
+    """
+
+    row: int
+    token_ids: tuple[int, ...]
+    num_computed_tokens: int
+    page_ids: tuple[int, ...]
+    samples: bool
+    num_output_tokens: int = 0
+    prompt_targets: tuple[int, ...] = ()
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens run in this step."""
+        return len(self.token_ids)
+
+
+class SchedulerOutput(msgspec.Struct, frozen=True, kw_only=True):
+    """One step: rows that run one token first, then the longer ones.
+
+    Attributes:
+        step: counts up from 0.
+        new_rows: rows whose owner changes with this step.
+        rows: what runs.
+    """
+
+    step: int
+    new_rows: tuple[NewRow, ...]
+    rows: tuple[ScheduledRow, ...]
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens run in this step over all rows."""
+        return sum(row.num_tokens for row in self.rows)
+
+
+class StepOutput(msgspec.Struct, frozen=True, kw_only=True):
+    """What a step drew, as numpy on the host. B = rows of the plan, in its order; C = prompt positions asked for.
+
+    Attributes:
+        token_ids_B: i32, the drawn token; meaningless where the row does not sample.
+        finite_B: bool, False where the row's logits held NaN or nothing could be drawn.
+        logprobs_B: f32 log-probability of the drawn token.
+        top_ids_BJ: i32 likeliest tokens, in order.
+        top_logprobs_BJ: f32 their log-probabilities.
+        prompt_logprobs_C, prompt_top_ids_CJ, prompt_top_logprobs_CJ: the same for each `prompt_targets`
+            entry, rows concatenated in the plan's order.
+    """
+
+    token_ids_B: np.ndarray
+    finite_B: np.ndarray
+    logprobs_B: np.ndarray
+    top_ids_BJ: np.ndarray
+    top_logprobs_BJ: np.ndarray
+    prompt_logprobs_C: np.ndarray
+    prompt_top_ids_CJ: np.ndarray
+    prompt_top_logprobs_CJ: np.ndarray

@@ -1,0 +1,115 @@
+"""The one interface that every attention backend implements.
+
+A backend owns its cache: an opaque pytree whose arrays have pages as the leading axis and hold all layers, so
+that a layer is an offset and the layers can be scanned. Callers build `AttentionMeta` once per step, let the
+backend `plan` it once, and call `attend` once per layer.
+
+Dimension key: T packed tokens, B rows, M pages per row, N query heads, K key/value heads, H head dim,
+S page size, L layers, P pages of one layer.
+"""
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import jax
+from jax.sharding import PartitionSpec
+
+type Cache = dict[str, jax.Array]
+type Plan = Any
+
+
+class AttentionMeta(NamedTuple):
+    """Where each token of a step belongs. Rows that run a single token come first.
+
+    Attributes:
+        kv_lens_B: i32, keys a row has once this step's are written; 0 for padding rows.
+        page_table_BM: i32, the row's pages in order; entries past its length hold 0.
+        cu_q_lens_B1: i32[B + 1], first token of each row; padding rows repeat the end.
+        distribution_2: i32[2], (rows that run one token, rows that run at all).
+        slot_mapping_T: i32, `page_id * page_size + offset` of each token; padding tokens point past the pool.
+        positions_T: i32, position of each token in its sequence.
+    """
+
+    kv_lens_B: jax.Array
+    page_table_BM: jax.Array
+    cu_q_lens_B1: jax.Array
+    distribution_2: jax.Array
+    slot_mapping_T: jax.Array
+    positions_T: jax.Array
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionConfig:
+    """What is fixed for the life of a model.
+
+    Attributes:
+        num_layers, num_q_heads, num_kv_heads, head_dim: of the whole model, not of a shard.
+        page_size: tokens per page.
+        num_pages: pages of one layer.
+        dtype: of the cached keys and values.
+        scale: multiplies the scores.
+        window: keys a query sees counting itself, or None for all before it.
+        soft_cap: scores become `soft_cap * tanh(scores / soft_cap)`, or None.
+        batch_invariant: compute every row in shapes that do not depend on the other rows.
+    """
+
+    num_layers: int
+    num_q_heads: int
+    num_kv_heads: int
+    head_dim: int
+    page_size: int
+    num_pages: int
+    dtype: Any
+    scale: float
+    window: int | None = None
+    soft_cap: float | None = None
+    batch_invariant: bool = False
+
+
+class CacheSpec(NamedTuple):
+    """Shape, dtype and partitioning of one cache array."""
+
+    shape: tuple[int, ...]
+    dtype: Any
+    partition: PartitionSpec
+
+
+class AttentionBackend(Protocol):
+    """Paged attention of one platform."""
+
+    config: AttentionConfig
+
+    def cache_spec(self) -> dict[str, CacheSpec]:
+        """Arrays of the cache; pages are the leading axis of each."""
+        ...
+
+    def plan(self, meta: AttentionMeta) -> Plan:
+        """What `attend` needs of `meta`, computed once per step and shared by all layers."""
+        ...
+
+    def attend(
+        self,
+        q_TNH: jax.Array,
+        k_TKH: jax.Array,
+        v_TKH: jax.Array,
+        cache: Cache,
+        layer: jax.Array,
+        plan: Plan,
+        sinks_N: jax.Array | None = None,
+    ) -> tuple[jax.Array, Cache]:
+        """Write this step's keys and values, then attend. Donates nothing by itself; returns the new cache.
+
+        Equals, per token t of row b: `softmax(scale * q_t K_b^T + mask) V_b` over the row's keys up to
+        position t, with scores and sums in float32.
+
+        Args:
+            q_TNH, k_TKH, v_TKH: rotated queries and keys, values; padding tokens hold anything.
+            cache: as `cache_spec` says.
+            layer: i32 scalar, may be traced.
+            plan: from `plan`.
+            sinks_N: f32 extra score per query head that takes probability mass and no value, or None.
+
+        Returns:
+            o_TNH in q's dtype (padding tokens hold anything finite) and the cache.
+        """
+        ...
