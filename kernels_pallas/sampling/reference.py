@@ -1,0 +1,78 @@
+"""Sampling in plain numpy, one row at a time: the meaning that every implementation is tested against."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+_ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowParams:
+    """One row's parameters, as `SamplingInputs` and `SamplingState` spell them."""
+
+    seed: int = 0
+    position: int = 0
+    temperature: float = 1.0
+    top_k: int = -1
+    top_p: float = 1.0
+    min_p: float = 0.0
+    frequency: float = 0.0
+    presence: float = 0.0
+    repetition: float = 1.0
+    counts: dict[int, int] | None = None
+    bias: dict[int, float] | None = None
+    forbidden: tuple[int, ...] = ()
+
+
+def threefry2x32_reference(key: tuple[int, int], counter: tuple[int, int]) -> tuple[int, int]:
+    """Threefry-2x32-20 on Python integers."""
+    mask = 0xFFFFFFFF
+    keys = (key[0], key[1], key[0] ^ key[1] ^ 0x1BD11BDA)
+    x0, x1 = (counter[0] + keys[0]) & mask, (counter[1] + keys[1]) & mask
+    for block in range(5):
+        for rotation in _ROTATIONS[block % 2]:
+            x0 = (x0 + x1) & mask
+            x1 = (((x1 << rotation) | (x1 >> (32 - rotation))) & mask) ^ x0
+        x0 = (x0 + keys[(block + 1) % 3]) & mask
+        x1 = (x1 + keys[(block + 2) % 3] + block + 1) & mask
+    return x0, x1
+
+
+def adjusted_logits(logits_V: np.ndarray, params: RowParams) -> np.ndarray:
+    """Logits after penalties, bias, forbidden tokens and temperature, float64."""
+    out_V = logits_V.astype(np.float64)
+    for token, count in (params.counts or {}).items():
+        value = out_V[token]
+        value = value * params.repetition if value < 0 else value / params.repetition
+        out_V[token] = value - params.frequency * count - params.presence
+    for token, bias in (params.bias or {}).items():
+        out_V[token] += bias
+    out_V[list(params.forbidden)] = -np.inf
+    return out_V / (params.temperature or 1.0)
+
+
+def kept_tokens(logits_V: np.ndarray, params: RowParams) -> np.ndarray:
+    """Ids that survive top-k, top-p and min-p, likeliest first."""
+    order = np.argsort(-logits_V, kind="stable")
+    mass = np.exp(logits_V[order] - np.logaddexp.reduce(logits_V))
+    before = np.cumsum(mass) - mass
+    kept = (before <= params.top_p) & (mass >= params.min_p * mass[0])
+    if params.top_k > 0:
+        kept &= np.arange(len(order)) < params.top_k
+    return order[kept]
+
+
+def sample_reference(logits_V: np.ndarray, params: RowParams) -> tuple[int, float]:
+    """Draw one token; returns it and its log-probability."""
+    adjusted_V = adjusted_logits(logits_V, params)
+    logprobs_V = adjusted_V - np.logaddexp.reduce(adjusted_V)
+    if params.temperature == 0:
+        token = int(np.argmax(adjusted_V))
+        return token, float(logprobs_V[token])
+    kept = kept_tokens(adjusted_V, params)
+    seed = params.seed % 2**64
+    bits = [threefry2x32_reference((seed & 0xFFFFFFFF, seed >> 32), (params.position, int(i)))[0] for i in kept]
+    uniform = ((np.array(bits) >> 9) + 0.5) * 2.0**-23
+    token = int(kept[np.argmax(adjusted_V[kept] - np.log(-np.log(uniform)))])
+    return token, float(logprobs_V[token])
