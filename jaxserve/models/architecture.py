@@ -1,0 +1,36 @@
+"""What an architecture's file provides; the engine knows models only through this."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+
+from jaxserve.config import ModelConfig
+from jaxserve.models.decoder import Decoder, Path
+
+
+class BuildModel(NamedTuple):
+    """Arguments of `Architecture.build`."""
+
+    config: ModelConfig
+    dtype: jnp.dtype
+    batch_invariant: bool = False
+
+
+class Architecture(NamedTuple):
+    """One entry of the registry.
+
+    Attributes:
+        read_config: parsed `config.json` -> `ModelConfig`.
+        tensor_names: path in the tree -> Hugging Face tensor name, `{layer}` for the layer's number.
+        build: the model.
+    """
+
+    read_config: Callable[[Mapping[str, Any]], ModelConfig]
+    tensor_names: Callable[[ModelConfig], dict[Path, str]]
+    build: Callable[[BuildModel], Decoder]
+
+
+def build_decoder(args: BuildModel) -> Decoder:
+    """Build the dense decoder."""
+    return Decoder(args.config, args.dtype, batch_invariant=args.batch_invariant)

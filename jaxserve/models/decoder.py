@@ -1,0 +1,200 @@
+"""The dense decoder-only transformer: RMSNorm, rotary grouped-query attention, SwiGLU.
+
+The NNX modules build and name one layer; the weights of all layers are stacked along a leading axis and the
+layers are scanned, so a step's program holds the layer once. Nothing of NNX passes through the hot `jit`: the
+step sees a plain dict of arrays and merges modules only while it is traced.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+
+from jaxserve.config import ModelConfig
+from jaxserve.models.layers import Axes, Embedding, Linear, RMSNorm, SwiGLU
+from jaxserve.models.rope import apply_rope, rope_attention_factor, rope_cos_sin, rope_frequencies
+from kernels_pallas.paged_attention.api import AttentionBackend, Cache, Plan
+
+type Weights = dict[str, Any]
+type Path = tuple[str, ...]
+type Tokenwise = Callable[..., Any]
+
+_ROW_TILE = 16
+
+
+@dataclass(frozen=True)
+class ParamSpec:
+    """Shape, dtype and logical axes of one weight; `stacked` weights have all layers along axis 0."""
+
+    shape: tuple[int, ...]
+    dtype: jnp.dtype
+    axes: Axes
+    stacked: bool
+
+
+class Attention(nnx.Module):
+    """Projections around the attention backend."""
+
+    def __init__(self, config: ModelConfig, dtype: jnp.dtype) -> None:
+        c = config
+        q_size, kv_size = c.num_q_heads * c.head_dim, c.num_kv_heads * c.head_dim
+        self.q_proj = Linear(c.hidden_size, q_size, axes=("heads", "hidden"), bias=c.attention_bias, dtype=dtype)
+        self.k_proj = Linear(c.hidden_size, kv_size, axes=("kv_heads", "hidden"), bias=c.attention_bias, dtype=dtype)
+        self.v_proj = Linear(c.hidden_size, kv_size, axes=("kv_heads", "hidden"), bias=c.attention_bias, dtype=dtype)
+        self.o_proj = Linear(q_size, c.hidden_size, axes=("hidden", "heads"), bias=c.attention_out_bias, dtype=dtype)
+        self.q_norm = RMSNorm(c.head_dim, eps=c.rms_norm_eps, dtype=dtype) if c.qk_norm else None
+        self.k_norm = RMSNorm(c.head_dim, eps=c.rms_norm_eps, dtype=dtype) if c.qk_norm else None
+        self._head_dim = c.head_dim
+
+    def project(self, x_TD: jax.Array, cos_TC: jax.Array, sin_TC: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Rotated queries and keys, and values: [T, N, H], [T, K, H], [T, K, H]."""
+        heads = (x_TD.shape[0], -1, self._head_dim)
+        q_TNH, k_TKH = self.q_proj(x_TD).reshape(heads), self.k_proj(x_TD).reshape(heads)
+        v_TKH = self.v_proj(x_TD).reshape(heads)
+        if self.q_norm is not None and self.k_norm is not None:
+            q_TNH, k_TKH = self.q_norm(q_TNH), self.k_norm(k_TKH)
+        return apply_rope(q_TNH, cos_TC, sin_TC), apply_rope(k_TKH, cos_TC, sin_TC), v_TKH
+
+
+class DecoderLayer(nnx.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x)); cut where the attention backend comes in."""
+
+    def __init__(self, config: ModelConfig, dtype: jnp.dtype) -> None:
+        c = config
+        self.input_norm = RMSNorm(c.hidden_size, eps=c.rms_norm_eps, dtype=dtype)
+        self.attention = Attention(c, dtype)
+        self.post_attention_norm = RMSNorm(c.hidden_size, eps=c.rms_norm_eps, dtype=dtype)
+        self.mlp = SwiGLU(c.hidden_size, c.intermediate_size, bias=c.mlp_bias, dtype=dtype)
+
+    def before_attention(
+        self, x_TD: jax.Array, cos_TC: jax.Array, sin_TC: jax.Array
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Queries, keys and values of normalised activations."""
+        return self.attention.project(self.input_norm(x_TD), cos_TC, sin_TC)
+
+    def after_attention(self, x_TD: jax.Array, o_TNH: jax.Array) -> jax.Array:
+        """Output projection and MLP with their residuals."""
+        x_TD = x_TD + self.attention.o_proj(o_TNH.reshape(o_TNH.shape[0], -1))
+        return x_TD + self.mlp(self.post_attention_norm(x_TD))
+
+
+class _Modules(nnx.Module):
+    def __init__(self, config: ModelConfig, dtype: jnp.dtype) -> None:
+        self.embed = Embedding(config.vocab_size, config.hidden_size, dtype=dtype)
+        self.layers = DecoderLayer(config, dtype)
+        self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps, dtype=dtype)
+        if not config.tie_word_embeddings:
+            self.lm_head = Embedding(config.vocab_size, config.hidden_size, dtype=dtype)
+
+
+class Decoder:
+    """One model's tree and its forward pass.
+
+    Args:
+        config: shape of the model.
+        dtype: of weights and activations.
+        batch_invariant: run token-wise maths in fixed tiles, so that a token's result does not depend on how
+            many others share its step.
+    """
+
+    def __init__(self, config: ModelConfig, dtype: jnp.dtype, *, batch_invariant: bool = False) -> None:
+        self.config = config
+        self._tokenwise = _in_tiles if batch_invariant else _at_once
+        self._frequencies = rope_frequencies(config.rope, config.head_dim)
+        self._rope_factor = rope_attention_factor(config.rope)
+        abstract = nnx.eval_shape(lambda: _Modules(config, dtype))
+        self._graph, self._state = nnx.split(abstract)
+
+    @cached_property
+    def param_specs(self) -> dict[Path, ParamSpec]:
+        """Every weight of the tree by its path."""
+        specs: dict[Path, ParamSpec] = {}
+        for path, variable in nnx.to_flat_state(self._state):
+            stacked = path[0] == "layers"
+            lead = (self.config.num_layers,) if stacked else ()
+            axes: Axes = (*("layers",) * stacked, *variable.get_metadata()["logical_axes"])
+            value = variable.get_value()
+            specs[tuple(str(part) for part in path)] = ParamSpec((*lead, *value.shape), value.dtype, axes, stacked)
+        return specs
+
+    def forward(
+        self,
+        weights: Weights,
+        cache: Cache,
+        token_ids_T: jax.Array,
+        positions_T: jax.Array,
+        plan: Plan,
+        attention: AttentionBackend,
+    ) -> tuple[jax.Array, Cache]:
+        """Run the layers over packed tokens. Returns normalised activations [T, D] and the cache."""
+        modules = self._merge(weights)
+        layer_graph, _ = nnx.split(modules.layers)
+        x_TD = modules.embed(token_ids_T)
+        cos_TC, sin_TC = rope_cos_sin(positions_T, self._frequencies, self._rope_factor)
+
+        def body(carry: tuple[jax.Array, Cache, jax.Array], layer_weights: Weights) -> tuple[Any, None]:
+            x_TD, cache, layer = carry
+            module = nnx.merge(layer_graph, layer_weights)
+            q_TNH, k_TKH, v_TKH = self._tokenwise(module.before_attention, x_TD, cos_TC, sin_TC)
+            o_TNH, cache = attention.attend(q_TNH, k_TKH, v_TKH, cache, layer, plan)
+            x_TD = self._tokenwise(module.after_attention, x_TD, o_TNH)
+            return (x_TD, cache, layer + 1), None
+
+        (x_TD, cache, _), _ = lax.scan(body, (x_TD, cache, jnp.int32(0)), weights["layers"])
+        return x_TD, cache
+
+    def logits(self, weights: Weights, x_BD: jax.Array) -> jax.Array:
+        """Scores over the vocabulary of the given activations, f32[B, V]."""
+        modules = self._merge(weights)
+        head = modules.embed if self.config.tie_word_embeddings else modules.lm_head
+        return self._tokenwise(lambda x_BD: head.logits(modules.norm(x_BD)), x_BD)
+
+    def _merge(self, weights: Weights) -> _Modules:
+        return nnx.merge(self._graph, weights)
+
+
+def _at_once(function: Tokenwise, *arrays: jax.Array) -> Any:
+    return function(*arrays)
+
+
+def _in_tiles(function: Tokenwise, *arrays: jax.Array) -> Any:
+    """Apply `function` to tiles of `_ROW_TILE` tokens, one after the other, all of one shape."""
+    num_tokens = arrays[0].shape[0]
+    padding = -num_tokens % _ROW_TILE
+
+    def tiles(array: jax.Array) -> jax.Array:
+        array = jnp.pad(array, ((0, padding), *((0, 0),) * (array.ndim - 1)))
+        return array.reshape(-1, _ROW_TILE, *array.shape[1:])
+
+    out = lax.map(lambda tile: function(*tile), tuple(tiles(array) for array in arrays))
+    return jax.tree.map(lambda array: array.reshape(-1, *array.shape[2:])[:num_tokens], out)
+
+
+def dense_tensor_names(config: ModelConfig) -> dict[Path, str]:
+    """Path in the tree -> Hugging Face tensor name; `{layer}` stands for the layer's number."""
+    names: dict[Path, str] = {
+        ("embed", "weight"): "model.embed_tokens.weight",
+        ("norm", "weight"): "model.norm.weight",
+        ("layers", "input_norm", "weight"): "model.layers.{layer}.input_layernorm.weight",
+        ("layers", "post_attention_norm", "weight"): "model.layers.{layer}.post_attention_layernorm.weight",
+    }
+    if not config.tie_word_embeddings:
+        names["lm_head", "weight"] = "lm_head.weight"
+    for name in ("q_norm", "k_norm") if config.qk_norm else ():
+        names["layers", "attention", name, "weight"] = f"model.layers.{{layer}}.self_attn.{name}.weight"
+    biased: Mapping[str, bool] = {
+        **dict.fromkeys(("q_proj", "k_proj", "v_proj"), config.attention_bias),
+        "o_proj": config.attention_out_bias,
+    }
+    for name, bias in biased.items():
+        for kind in ("weight", "bias") if bias else ("weight",):
+            names["layers", "attention", name, kind] = f"model.layers.{{layer}}.self_attn.{name}.{kind}"
+    for name in ("gate_proj", "up_proj", "down_proj"):
+        for kind in ("weight", "bias") if config.mlp_bias else ("weight",):
+            names["layers", "mlp", name, kind] = f"model.layers.{{layer}}.mlp.{name}.{kind}"
+    return names

@@ -1,0 +1,74 @@
+"""Flax NNX building blocks. They name the parameter tree and its logical axes and hold the plain maths.
+
+Weights keep Hugging Face's orientation, [out, in]: nothing is transposed while loading, and it is the faster one
+for XLA on CPU. Products accumulate in f32 and return the activations' dtype; norms run in f32.
+
+Logical axes: `vocab`, `hidden`, `heads` (query heads x head dim), `kv_heads`, `mlp`, `layers`; None is replicated.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+
+type Axes = tuple[str | None, ...]
+
+
+def param(shape: tuple[int, ...], dtype: jnp.dtype, axes: Axes) -> nnx.Param[jax.Array]:
+    """A named weight; only its shape matters, since models are built abstractly."""
+    return nnx.Param(jnp.zeros(shape, dtype), logical_axes=axes)
+
+
+class Linear(nnx.Module):
+    """y = x W^T + b."""
+
+    def __init__(self, in_size: int, out_size: int, *, axes: Axes, bias: bool, dtype: jnp.dtype) -> None:
+        self.weight = param((out_size, in_size), dtype, axes)
+        self.bias = param((out_size,), dtype, axes[:1]) if bias else None
+
+    def __call__(self, x_TI: jax.Array) -> jax.Array:
+        """[T, in] -> [T, out]."""
+        y_TO = jnp.einsum("ti,oi->to", x_TI, self.weight[...])
+        return y_TO if self.bias is None else y_TO + self.bias[...]
+
+
+class RMSNorm(nnx.Module):
+    """x / rms(x) * weight over the last axis (arXiv:1910.07467), in f32."""
+
+    def __init__(self, size: int, *, eps: float, dtype: jnp.dtype) -> None:
+        self.weight = param((size,), dtype, (None,))
+        self._eps = eps
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Any leading axes; returns x's dtype."""
+        x32 = x.astype(jnp.float32)
+        x32 = x32 * lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self._eps)
+        return (x32 * self.weight[...].astype(jnp.float32)).astype(x.dtype)
+
+
+class Embedding(nnx.Module):
+    """Token table; also the output head when tied."""
+
+    def __init__(self, vocab_size: int, hidden_size: int, *, dtype: jnp.dtype) -> None:
+        self.weight = param((vocab_size, hidden_size), dtype, ("vocab", "hidden"))
+
+    def __call__(self, token_ids_T: jax.Array) -> jax.Array:
+        """Ids must lie inside the vocabulary: a gather would clamp them silently."""
+        return self.weight[...][token_ids_T]
+
+    def logits(self, x_BD: jax.Array) -> jax.Array:
+        """Scores over the vocabulary, f32."""
+        return jnp.einsum("bd,vd->bv", x_BD, self.weight[...], preferred_element_type=jnp.float32)
+
+
+class SwiGLU(nnx.Module):
+    """down(silu(gate(x)) * up(x)) (arXiv:2002.05202)."""
+
+    def __init__(self, hidden_size: int, intermediate_size: int, *, bias: bool, dtype: jnp.dtype) -> None:
+        self.gate_proj = Linear(hidden_size, intermediate_size, axes=("mlp", "hidden"), bias=bias, dtype=dtype)
+        self.up_proj = Linear(hidden_size, intermediate_size, axes=("mlp", "hidden"), bias=bias, dtype=dtype)
+        self.down_proj = Linear(intermediate_size, hidden_size, axes=("hidden", "mlp"), bias=bias, dtype=dtype)
+
+    def __call__(self, x_TD: jax.Array) -> jax.Array:
+        """[T, D] -> [T, D]."""
+        return self.down_proj(jax.nn.silu(self.gate_proj(x_TD)) * self.up_proj(x_TD))

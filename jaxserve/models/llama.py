@@ -1,0 +1,7 @@
+"""Llama 1 to 3, and all that share its layers: SmolLM2, the DeepSeek-R1 Llama distillations."""
+
+from jaxserve.models.architecture import Architecture, build_decoder
+from jaxserve.models.decoder import dense_tensor_names
+from jaxserve.models.hf_config import read_dense_config
+
+LLAMA = Architecture(read_config=read_dense_config, tensor_names=dense_tensor_names, build=build_decoder)

@@ -1,0 +1,13 @@
+"""Qwen2 and Qwen2.5: biases on q, k and v only."""
+
+from functools import partial
+
+from jaxserve.models.architecture import Architecture, build_decoder
+from jaxserve.models.decoder import dense_tensor_names
+from jaxserve.models.hf_config import read_dense_config
+
+QWEN2 = Architecture(
+    read_config=partial(read_dense_config, attention_bias=True, attention_out_bias=False),
+    tensor_names=dense_tensor_names,
+    build=build_decoder,
+)

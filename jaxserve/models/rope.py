@@ -1,0 +1,68 @@
+"""Rotary position embedding (arXiv:2104.09864) with the context-stretching variants of Llama 3 and YaRN."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxserve.config import RopeConfig
+
+
+def rope_frequencies(rope: RopeConfig, head_dim: int) -> np.ndarray:
+    """Radians per position of each of the head's `head_dim / 2` planes, f32."""
+    exponent = np.arange(0, head_dim, 2, dtype=np.float64) / head_dim
+    frequency = 1.0 / rope.theta**exponent
+    match rope.scaling:
+        case "default":
+            return frequency.astype(np.float32)
+        case "linear":
+            return (frequency / rope.factor).astype(np.float32)
+        case "llama3":
+            return _llama3(rope, frequency).astype(np.float32)
+        case "yarn":
+            return _yarn(rope, frequency, head_dim).astype(np.float32)
+
+
+def rope_attention_factor(rope: RopeConfig) -> float:
+    """Multiplier of cos and sin; 1 except for YaRN."""
+    if rope.scaling != "yarn":
+        return 1.0
+    if rope.attention_factor is not None:
+        return rope.attention_factor
+    return 0.1 * math.log(rope.factor) + 1.0 if rope.factor > 1 else 1.0
+
+
+def _llama3(rope: RopeConfig, frequency: np.ndarray) -> np.ndarray:
+    """Stretch long waves by `factor`, keep short ones, blend between."""
+    turns = rope.original_max_position * frequency / (2 * math.pi)
+    blend = (turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
+    blend = np.clip(blend, 0.0, 1.0)
+    return (1 - blend) * frequency / rope.factor + blend * frequency
+
+
+def _yarn(rope: RopeConfig, frequency: np.ndarray, head_dim: int) -> np.ndarray:
+    """Interpolate slow planes, keep fast ones, ramp between (arXiv:2309.00071, section 3.2)."""
+
+    def plane_of(turns: float) -> float:
+        return head_dim * math.log(rope.original_max_position / (turns * 2 * math.pi)) / (2 * math.log(rope.theta))
+
+    low, high = plane_of(rope.beta_fast), plane_of(rope.beta_slow)
+    if rope.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, head_dim - 1)
+    ramp = np.clip((np.arange(head_dim // 2) - low) / max(high - low, 0.001), 0.0, 1.0)
+    return frequency / rope.factor * ramp + frequency * (1 - ramp)
+
+
+def rope_cos_sin(positions_T: jax.Array, frequencies: np.ndarray, factor: float) -> tuple[jax.Array, jax.Array]:
+    """cos and sin of each token's angles, f32[T, H/2]."""
+    angles = positions_T.astype(jnp.float32)[:, None] * jnp.asarray(frequencies)
+    return jnp.cos(angles) * factor, jnp.sin(angles) * factor
+
+
+def apply_rope(x_TNH: jax.Array, cos_TC: jax.Array, sin_TC: jax.Array) -> jax.Array:
+    """Rotate the two halves of each head against each other, in f32; returns x's dtype."""
+    first, second = jnp.split(x_TNH.astype(jnp.float32), 2, axis=-1)
+    cos, sin = cos_TC[:, None], sin_TC[:, None]
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x_TNH.dtype)
