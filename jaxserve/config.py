@@ -30,6 +30,7 @@ class RopeConfig(_Config):
         beta_fast, beta_slow: yarn's two rotation limits.
         attention_factor: yarn's multiplier of cos and sin; None derives 0.1 ln(factor) + 1 (arXiv:2309.00071).
         truncate: yarn rounds its correction range to whole dimensions.
+        frequency_divisors: a finished divisor per frequency (GGUF files carry Llama 3's scaling so).
     """
 
     theta: float = 10_000.0
@@ -42,6 +43,7 @@ class RopeConfig(_Config):
     beta_slow: float = 1.0
     attention_factor: float | None = None
     truncate: bool = True
+    frequency_divisors: tuple[float, ...] | None = None
 
 
 class ModelConfig(_Config):

@@ -37,7 +37,8 @@ class ScheduledRow(msgspec.Struct, frozen=True, kw_only=True):
         page_ids: the pages of the whole sequence so far, in order.
         samples: whether a token is drawn after the last one (else the row is a prefill chunk).
         num_output_tokens: output tokens before this draw.
-        prompt_targets: when prompt log-probabilities are wanted, the token that follows each token run.
+        prompt_targets: when prompt log-probabilities are wanted, the prompt token that follows each token run.
+        wants_logprobs: the draw's likeliest alternatives are wanted.
     """
 
     row: int
@@ -47,11 +48,17 @@ class ScheduledRow(msgspec.Struct, frozen=True, kw_only=True):
     samples: bool
     num_output_tokens: int = 0
     prompt_targets: tuple[int, ...] = ()
+    wants_logprobs: bool = False
 
     @property
     def num_tokens(self) -> int:
         """Tokens run in this step."""
         return len(self.token_ids)
+
+    @property
+    def num_draws(self) -> int:
+        """Rows of logits that the step computes for this sequence."""
+        return self.num_tokens if self.prompt_targets else 1
 
 
 class SchedulerOutput(msgspec.Struct, frozen=True, kw_only=True):
@@ -73,24 +80,28 @@ class SchedulerOutput(msgspec.Struct, frozen=True, kw_only=True):
         return sum(row.num_tokens for row in self.rows)
 
 
+class PromptLogprobs(msgspec.Struct, frozen=True):
+    """Log-probabilities of the C tokens in a row's `prompt_targets`, with J alternatives each, in order."""
+
+    logprobs_C: np.ndarray
+    top_ids_CJ: np.ndarray
+    top_logprobs_CJ: np.ndarray
+
+
 class StepOutput(msgspec.Struct, frozen=True, kw_only=True):
-    """What a step drew, as numpy on the host. B = rows of the plan, in its order; C = prompt positions asked for.
+    """What a step drew, as numpy on the host. B = rows of the plan, in its order.
 
     Attributes:
         token_ids_B: i32, the drawn token; meaningless where the row does not sample.
         finite_B: bool, False where the row's logits held NaN or nothing could be drawn.
-        logprobs_B: f32 log-probability of the drawn token.
-        top_ids_BJ: i32 likeliest tokens, in order.
-        top_logprobs_BJ: f32 their log-probabilities.
-        prompt_logprobs_C, prompt_top_ids_CJ, prompt_top_logprobs_CJ: the same for each `prompt_targets`
-            entry, rows concatenated in the plan's order.
+        logprobs_B: f32 log-probability of the drawn token; 0 unless some row wanted it.
+        top_ids_BJ, top_logprobs_BJ: likeliest tokens in order and their log-probabilities; None unless wanted.
+        prompt: by index of the row in the plan, for rows with `prompt_targets`.
     """
 
     token_ids_B: np.ndarray
     finite_B: np.ndarray
     logprobs_B: np.ndarray
-    top_ids_BJ: np.ndarray
-    top_logprobs_BJ: np.ndarray
-    prompt_logprobs_C: np.ndarray
-    prompt_top_ids_CJ: np.ndarray
-    prompt_top_logprobs_CJ: np.ndarray
+    top_ids_BJ: np.ndarray | None = None
+    top_logprobs_BJ: np.ndarray | None = None
+    prompt: dict[int, PromptLogprobs] = {}

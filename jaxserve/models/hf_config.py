@@ -41,6 +41,7 @@ def _rope_from_hf(config: Mapping[str, Any], max_position: int) -> RopeConfig:
         beta_slow=float(scaling.get("beta_slow") or 1.0),
         attention_factor=None if attention_factor is None else float(attention_factor),
         truncate=bool(scaling.get("truncate", True)),
+        frequency_divisors=tuple(scaling["frequency_divisors"]) if "frequency_divisors" in scaling else None,
     )
 
 

@@ -4,4 +4,4 @@ from jaxserve.models.architecture import Architecture, build_decoder
 from jaxserve.models.decoder import dense_tensor_names
 from jaxserve.models.hf_config import read_dense_config
 
-LLAMA = Architecture(read_config=read_dense_config, tensor_names=dense_tensor_names, build=build_decoder)
+ARCHITECTURE = Architecture(read_config=read_dense_config, tensor_names=dense_tensor_names, build=build_decoder)

@@ -6,7 +6,7 @@ from jaxserve.models.architecture import Architecture, build_decoder
 from jaxserve.models.decoder import dense_tensor_names
 from jaxserve.models.hf_config import read_dense_config
 
-QWEN2 = Architecture(
+ARCHITECTURE = Architecture(
     read_config=partial(read_dense_config, attention_bias=True, attention_out_bias=False),
     tensor_names=dense_tensor_names,
     build=build_decoder,

@@ -6,7 +6,7 @@ from jaxserve.models.architecture import Architecture, build_decoder
 from jaxserve.models.decoder import dense_tensor_names
 from jaxserve.models.hf_config import read_dense_config
 
-QWEN3 = Architecture(
+ARCHITECTURE = Architecture(
     read_config=partial(read_dense_config, qk_norm=True),
     tensor_names=dense_tensor_names,
     build=build_decoder,

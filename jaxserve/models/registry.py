@@ -1,31 +1,37 @@
-"""Architectures by their Hugging Face class name. A new model is a new file and one line here."""
+"""Architectures by their Hugging Face class name. A new model is a new file and one line here.
 
+Modules are imported on demand, so the launcher can refuse an unknown architecture without importing jax.
+"""
+
+import importlib
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jaxserve.errors import LaunchError
-from jaxserve.models.architecture import Architecture
-from jaxserve.models.llama import LLAMA
-from jaxserve.models.mistral import MISTRAL
-from jaxserve.models.qwen2 import QWEN2
-from jaxserve.models.qwen3 import QWEN3
 
-ARCHITECTURES: Mapping[str, Architecture] = {
-    "LlamaForCausalLM": LLAMA,
-    "MistralForCausalLM": MISTRAL,
-    "Qwen2ForCausalLM": QWEN2,
-    "Qwen3ForCausalLM": QWEN3,
+if TYPE_CHECKING:
+    from jaxserve.models.architecture import Architecture
+
+_MODULES: Mapping[str, str] = {
+    "LlamaForCausalLM": "jaxserve.models.llama",
+    "MistralForCausalLM": "jaxserve.models.mistral",
+    "Qwen2ForCausalLM": "jaxserve.models.qwen2",
+    "Qwen3ForCausalLM": "jaxserve.models.qwen3",
 }
 
 
-def find_architecture(hf_config: Mapping[str, Any]) -> Architecture:
-    """Look up the architecture a `config.json` names.
+def architecture_name(hf_config: Mapping[str, Any]) -> str:
+    """The supported architecture that a `config.json` names.
 
     Raises:
-        LaunchError: it is not supported; the message lists what is.
+        LaunchError: it names none; the message lists the supported ones.
     """
-    names = hf_config.get("architectures") or []
-    for name in names:
-        if name in ARCHITECTURES:
-            return ARCHITECTURES[name]
-    raise LaunchError(f"architecture {names!r} is not supported; supported: {', '.join(sorted(ARCHITECTURES))}")
+    names = hf_config.get("architectures")
+    if isinstance(names, list) and len(names) == 1 and names[0] in _MODULES:
+        return names[0]
+    raise LaunchError(f"architecture {names!r} is not supported; supported: {', '.join(sorted(_MODULES))}")
+
+
+def find_architecture(hf_config: Mapping[str, Any]) -> "Architecture":
+    """Import the architecture a `config.json` names; raises as `architecture_name` does."""
+    return importlib.import_module(_MODULES[architecture_name(hf_config)]).ARCHITECTURE

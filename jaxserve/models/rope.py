@@ -13,6 +13,8 @@ def rope_frequencies(rope: RopeConfig, head_dim: int) -> np.ndarray:
     """Radians per position of each of the head's `head_dim / 2` planes, f32."""
     exponent = np.arange(0, head_dim, 2, dtype=np.float64) / head_dim
     frequency = 1.0 / rope.theta**exponent
+    if rope.frequency_divisors is not None:
+        frequency = frequency / np.asarray(rope.frequency_divisors, np.float64)
     match rope.scaling:
         case "default":
             return frequency.astype(np.float32)

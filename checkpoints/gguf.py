@@ -1,0 +1,172 @@
+"""A `.gguf` file under Hugging Face's names: tensors dequantised to f32, metadata as a `config.json`.
+
+Format and quantisations are read by the `gguf` package (llama.cpp's own).
+"""
+
+import mmap
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from gguf import GGUFReader, GGUFValueType, ReaderTensor
+from gguf.quants import dequantize
+
+from checkpoints.source import CheckpointError, Index
+
+# llama.cpp's architecture -> Hugging Face's class. Mistral files say `llama`.
+_ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+_NAMES = {
+    "token_embd.weight": "model.embed_tokens.weight",
+    "output_norm.weight": "model.norm.weight",
+    "output.weight": "lm_head.weight",
+}
+_LAYER_NAMES = {
+    "attn_norm": "input_layernorm",
+    "ffn_norm": "post_attention_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+_IGNORED_TENSORS = ("rope_freqs.weight",)
+
+
+class GGUFCheckpoint:
+    """One open `.gguf` file.
+
+    Raises:
+        CheckpointError: not a GGUF file, an unknown architecture, or a tensor without a Hugging Face name.
+    """
+
+    def __init__(self, path: Path) -> None:
+        try:
+            self._reader = GGUFReader(path)
+        except (ValueError, OSError, IndexError, KeyError) as error:
+            raise CheckpointError(f"{path}: not a readable GGUF file: {error}") from None
+        self._path = path
+        self._arch = str(self.metadata.get("general.architecture"))
+        if self._arch not in _ARCHITECTURES:
+            raise CheckpointError(
+                f"{path}: architecture {self._arch!r} is not supported; supported: {', '.join(_ARCHITECTURES)}"
+            )
+        self._tensors: dict[str, ReaderTensor] = {}
+        for tensor in self._reader.tensors:
+            if tensor.name not in _IGNORED_TENSORS:
+                self._tensors[_huggingface_name(path, tensor.name)] = tensor
+
+    @cached_property
+    def metadata(self) -> Mapping[str, Any]:
+        """Key-values of the file, without the tokenizer's long lists (see `metadata_list`)."""
+        return {
+            name: field.contents()
+            for name, field in self._reader.fields.items()
+            if not (field.types and field.types[0] == GGUFValueType.ARRAY and len(field.data) > 1024)
+        }
+
+    def metadata_list(self, name: str) -> list[Any] | None:
+        """A list-valued key such as `tokenizer.ggml.tokens`, or None."""
+        field = self._reader.get_field(name)
+        return None if field is None else list(field.contents())
+
+    @cached_property
+    def config(self) -> Mapping[str, Any]:
+        """The `config.json` that the metadata amounts to."""
+        try:
+            return self._config()
+        except KeyError as error:
+            raise CheckpointError(f"{self._path}: metadata {error.args[0]} is missing") from None
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """Every tensor's shape in Hugging Face's orientation; GGUF lists dimensions innermost first."""
+        return {name: tuple(int(size) for size in reversed(tensor.shape)) for name, tensor in self._tensors.items()}
+
+    def read(self, name: str, index: Index) -> np.ndarray:
+        """Dequantise a tensor and take part of it, f32."""
+        tensor = self._tensors[name]
+        try:
+            values = dequantize(tensor.data, tensor.tensor_type)
+        except NotImplementedError:
+            raise CheckpointError(
+                f"{self._path}: tensor {tensor.name} has type {tensor.tensor_type.name}, which is not supported"
+            ) from None
+        values = values.reshape(self.shapes[name])
+        if self._arch == "llama" and name.endswith(("q_proj.weight", "k_proj.weight")):
+            heads = self._heads("attention.head_count" if "q_proj" in name else "attention.head_count_kv")
+            values = _unpermute(values, heads)
+        # The file is mapped; what was read need not stay resident.
+        self._reader.data._mmap.madvise(mmap.MADV_DONTNEED)  # noqa: SLF001
+        return values[index]
+
+    def close(self) -> None:
+        """Nothing to release early: the mapping goes with the object."""
+
+    def _heads(self, key: str) -> int:
+        return int(self.metadata.get(f"{self._arch}.{key}") or self.metadata[f"{self._arch}.attention.head_count"])
+
+    def _config(self) -> dict[str, Any]:
+        arch, meta = self._arch, self.metadata
+        vocab_size, hidden_size = self.shapes["model.embed_tokens.weight"]
+        num_heads = self._heads("attention.head_count")
+        eos = meta.get("tokenizer.ggml.eos_token_id")
+        return {
+            "architectures": [_ARCHITECTURES[arch]],
+            "vocab_size": vocab_size,
+            "hidden_size": hidden_size,
+            "intermediate_size": int(meta[f"{arch}.feed_forward_length"]),
+            "num_hidden_layers": int(meta[f"{arch}.block_count"]),
+            "num_attention_heads": num_heads,
+            "num_key_value_heads": self._heads("attention.head_count_kv"),
+            "head_dim": int(meta.get(f"{arch}.attention.key_length") or hidden_size // num_heads),
+            "max_position_embeddings": int(meta[f"{arch}.context_length"]),
+            # Metadata is f32; 1e-05 was meant where 9.99999974e-06 stands.
+            "rms_norm_eps": float(f"{meta[f'{arch}.attention.layer_norm_rms_epsilon']:.6g}"),
+            "tie_word_embeddings": "lm_head.weight" not in self.shapes,
+            "attention_bias": "model.layers.0.self_attn.q_proj.bias" in self.shapes,
+            "mlp_bias": "model.layers.0.mlp.down_proj.bias" in self.shapes,
+            "sliding_window": meta.get(f"{arch}.attention.sliding_window"),
+            "rope_parameters": self._rope(),
+            "bos_token_id": meta.get("tokenizer.ggml.bos_token_id"),
+            "eos_token_id": None if eos is None else int(eos),
+            "dtype": "bfloat16",
+        }
+
+    def _rope(self) -> dict[str, Any]:
+        arch, meta = self._arch, self.metadata
+        rope: dict[str, Any] = {"rope_theta": float(meta.get(f"{arch}.rope.freq_base", 10_000.0)), "rope_type": "default"}
+        kind = meta.get(f"{arch}.rope.scaling.type", "none")
+        if kind != "none":
+            rope |= {
+                "rope_type": kind,
+                "factor": float(meta[f"{arch}.rope.scaling.factor"]),
+                "original_max_position_embeddings": meta.get(f"{arch}.rope.scaling.original_context_length"),
+            }
+        for tensor in self._reader.tensors:
+            if tensor.name == "rope_freqs.weight":
+                # Llama 3's scaling comes as the finished divisor of each frequency.
+                rope["frequency_divisors"] = [float(value) for value in np.asarray(tensor.data).reshape(-1)]
+        return rope
+
+
+def _huggingface_name(path: Path, name: str) -> str:
+    if name in _NAMES:
+        return _NAMES[name]
+    block, _, rest = name.removeprefix("blk.").partition(".")
+    stem, _, kind = rest.rpartition(".")
+    if name.startswith("blk.") and stem in _LAYER_NAMES and kind in ("weight", "bias"):
+        return f"model.layers.{block}.{_LAYER_NAMES[stem]}.{kind}"
+    raise CheckpointError(f"{path}: tensor {name!r} has no place in this architecture")
+
+
+def _unpermute(values: np.ndarray, num_heads: int) -> np.ndarray:
+    """Undo llama.cpp's pairing of rotary dimensions: (i, i + H/2) were stored as neighbours."""
+    rows, *rest = values.shape
+    paired = values.reshape(num_heads, rows // num_heads // 2, 2, *rest)
+    return paired.swapaxes(1, 2).reshape(values.shape)

@@ -1,0 +1,34 @@
+"""A checkpoint as named tensors. Readers know file formats; they know no model."""
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import numpy as np
+
+type Index = tuple[slice, ...]
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be read; the message names the file and what is wrong with it."""
+
+
+class TensorSource(Protocol):
+    """Open checkpoint. Names and orientation are Hugging Face's, whatever the file's own are."""
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        """What `config.json` holds, or its equivalent."""
+        ...
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """Every tensor's shape."""
+        ...
+
+    def read(self, name: str, index: Index) -> np.ndarray:
+        """Read part of a tensor into new memory, in the file's dtype (f32 where it is quantised)."""
+        ...
+
+    def close(self) -> None:
+        """Release the files."""
+        ...

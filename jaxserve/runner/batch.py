@@ -1,0 +1,184 @@
+"""From a `SchedulerOutput` to the arrays of one step.
+
+`RowTable` keeps each running request's sampling parameters on the host, in numpy, row by row; building a batch
+gathers from it. Everything a step reads arrives in five arrays, because every transfer has a fixed price.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxserve.runner.buckets import Bucket
+from jaxserve.step import NewRow, ScheduledRow, SchedulerOutput
+from kernels_pallas.paged_attention.api import AttentionMeta
+from kernels_pallas.sampling.api import SamplingInputs
+
+
+class ForwardBatch(NamedTuple):
+    """One step's input, padded to its bucket. T tokens, B rows (and as many draws), M pages per row.
+
+    Attributes:
+        tokens_3T: i32: token id, or `-1 - row` for the token that the step before drew for a row; position; slot.
+        rows_4B: i32: kv length; end of the row's tokens; the two counts of `distribution` at [2:4, 0].
+        draws_8B: i32: token index, state row, written row, target, position, top-k, flags, spare.
+        floats_6B: f32: temperature, top-p, min-p, frequency, presence, repetition.
+        seeds_B2: u32.
+        page_table_BM: i32.
+    """
+
+    tokens_3T: jax.Array | np.ndarray
+    rows_4B: jax.Array | np.ndarray
+    draws_8B: jax.Array | np.ndarray
+    floats_6B: jax.Array | np.ndarray
+    seeds_B2: jax.Array | np.ndarray
+    page_table_BM: jax.Array | np.ndarray
+
+    def attention_meta(self) -> AttentionMeta:
+        """The attention backend's view."""
+        return AttentionMeta(
+            kv_lens_B=self.rows_4B[0],
+            page_table_BM=self.page_table_BM,
+            cu_q_lens_B1=jnp.concatenate([jnp.zeros(1, jnp.int32), self.rows_4B[1]]),
+            distribution_2=self.rows_4B[2:4, 0],
+            slot_mapping_T=self.tokens_3T[2],
+            positions_T=self.tokens_3T[1],
+        )
+
+    def sampling_inputs(self) -> SamplingInputs:
+        """The sampler's view."""
+        _, row, _, target, position, top_k, flags, _ = self.draws_8B
+        temperature, top_p, min_p, frequency, presence, repetition = self.floats_6B
+        return SamplingInputs(
+            row_B=row,
+            target_B=target,
+            position_B=position,
+            seed_B2=self.seeds_B2,
+            temperature_B=temperature,
+            top_k_B=top_k,
+            top_p_B=top_p,
+            min_p_B=min_p,
+            frequency_B=frequency,
+            presence_B=presence,
+            repetition_B=repetition,
+            biased_B=(flags & _BIASED) != 0,
+            forbid_stops_B=(flags & _FORBID_STOPS) != 0,
+            logprobs_B=(flags & _LOGPROBS) != 0,
+        )
+
+
+_BIASED, _FORBID_STOPS, _LOGPROBS = 1, 2, 4
+
+
+class BatchLayout(NamedTuple):
+    """Numbers that a batch's padding is made of.
+
+    Attributes:
+        max_rows: rows of per-request state; index `max_rows` is the spare, neutral one.
+        page_size, num_pages: of the pool; slots past it are dropped.
+        pages_per_row: M.
+        vocab_size: top-k of a draw without top-k.
+    """
+
+    max_rows: int
+    page_size: int
+    num_pages: int
+    pages_per_row: int
+    vocab_size: int
+
+
+class RowTable:
+    """Sampling parameters of the running requests, by row, and the batches made from them."""
+
+    def __init__(self, layout: BatchLayout) -> None:
+        self._layout = layout
+        num_rows = layout.max_rows + 1
+        self._floats_6R = np.zeros((6, num_rows), np.float32)
+        self._seeds_R2 = np.zeros((num_rows, 2), np.uint32)
+        self._top_k_R = np.zeros(num_rows, np.int32)
+        self._min_tokens_R = np.zeros(num_rows, np.int32)
+        self._flags_R = np.zeros(num_rows, np.int32)
+        self._reset(layout.max_rows)
+
+    def admit(self, new: NewRow) -> None:
+        """Take over a row for a new owner."""
+        sampling = new.sampling
+        self._floats_6R[:, new.row] = (
+            0.0 if sampling.greedy else sampling.temperature,
+            sampling.top_p,
+            sampling.min_p,
+            sampling.frequency_penalty,
+            sampling.presence_penalty,
+            sampling.repetition_penalty,
+        )
+        seed = new.seed % 2**64
+        self._seeds_R2[new.row] = seed & 0xFFFFFFFF, seed >> 32
+        self._top_k_R[new.row] = sampling.top_k if sampling.top_k > 0 else self._layout.vocab_size
+        self._min_tokens_R[new.row] = sampling.min_tokens
+        self._flags_R[new.row] = (_BIASED if sampling.logit_bias else 0) | (
+            _LOGPROBS if sampling.num_logprobs is not None else 0
+        )
+
+    def build(self, plan: SchedulerOutput, bucket: Bucket) -> ForwardBatch:
+        """Pad a plan to a bucket."""
+        layout = self._layout
+        num_tokens, num_rows = bucket
+        tokens_3T = np.zeros((3, num_tokens), np.int32)
+        tokens_3T[2] = layout.num_pages * layout.page_size
+        rows_4B = np.zeros((4, num_rows), np.int32)
+        draws_8B = np.zeros((8, num_rows), np.int32)
+        draws_8B[1:3] = layout.max_rows
+        draws_8B[2] += 1  # past the state: the write is dropped
+        draws_8B[3] = -1
+        page_table_BM = np.zeros((num_rows, layout.pages_per_row), np.int32)
+
+        token, draw = 0, 0
+        for index, row in enumerate(plan.rows):
+            end = token + row.num_tokens
+            ids = tokens_3T[0, token:end]
+            ids[:] = row.token_ids
+            if ids[-1] < 0:
+                ids[-1] = -1 - row.row
+            pages = page_table_BM[index, : len(row.page_ids)]
+            pages[:] = row.page_ids
+            tokens_3T[1, token:end] = np.arange(row.num_computed_tokens, row.num_computed_tokens + row.num_tokens)
+            positions = tokens_3T[1, token:end]
+            tokens_3T[2, token:end] = pages[positions // layout.page_size] * layout.page_size + (
+                positions % layout.page_size
+            )
+            rows_4B[:2, index] = row.num_computed_tokens + row.num_tokens, end
+            draw = self._add_draws(draws_8B, draw, row, token)
+            token = end
+        rows_4B[1, len(plan.rows) :] = token
+        rows_4B[2:4, 0] = sum(row.num_tokens == 1 for row in plan.rows), len(plan.rows)
+
+        state_rows = draws_8B[1]
+        draws_8B[5] = self._top_k_R[state_rows]
+        draws_8B[6] |= self._flags_R[state_rows]
+        return ForwardBatch(
+            tokens_3T, rows_4B, draws_8B, self._floats_6R[:, state_rows], self._seeds_R2[state_rows], page_table_BM
+        )
+
+    def _add_draws(self, draws_8B: np.ndarray, draw: int, row: ScheduledRow, token: int) -> int:
+        """A draw after the row's last token; for prompt log-probabilities one after every token."""
+        for offset, target in enumerate(row.prompt_targets):
+            draws_8B[0, draw] = token + offset
+            draws_8B[3, draw] = target
+            draws_8B[6, draw] = _LOGPROBS
+            draw += 1
+        if len(row.prompt_targets) < row.num_tokens:
+            draws_8B[0, draw] = token + row.num_tokens - 1
+            draws_8B[1, draw] = row.row
+            if row.samples:
+                draws_8B[2, draw] = row.row
+            draws_8B[4, draw] = row.num_computed_tokens + row.num_tokens
+            if row.num_output_tokens < self._min_tokens_R[row.row]:
+                draws_8B[6, draw] = _FORBID_STOPS
+            draw += 1
+        return draw
+
+    def _reset(self, row: int) -> None:
+        self._floats_6R[:, row] = 0.0, 1.0, 0.0, 0.0, 0.0, 1.0
+        self._top_k_R[row] = self._layout.vocab_size
+

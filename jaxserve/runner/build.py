@@ -1,0 +1,188 @@
+"""From an `EngineConfig` to a runner: checkpoint, mesh, sizes, weights."""
+
+import logging
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import msgspec
+
+from checkpoints.gguf import GGUFCheckpoint
+from checkpoints.huggingface import HuggingFaceCheckpoint
+from checkpoints.source import CheckpointError, TensorSource
+from jaxserve.config import CacheConfig, EngineConfig, ModelConfig, SchedulerConfig
+from jaxserve.errors import LaunchError
+from jaxserve.mesh import kv_head_copies, make_mesh
+from jaxserve.models.architecture import BuildModel
+from jaxserve.models.registry import find_architecture
+from jaxserve.runner.batch import BatchLayout
+from jaxserve.runner.buckets import make_buckets
+from jaxserve.runner.runner import ModelRunner, RunnerParts
+from jaxserve.runner.weights import load_weights
+from kernels_pallas.paged_attention.api import AttentionConfig
+from kernels_pallas.paged_attention.xla import XlaAttention
+
+logger = logging.getLogger(__name__)
+
+type ProgressBar = Callable[[Iterable[Any], str, int], Iterable[Any]]
+
+_CPU_POOL_BYTES = 512 << 20
+_DEVICE_MEM_FRACTION = 0.88
+
+
+class BuiltRunner(NamedTuple):
+    """A runner that has yet to warm up, and the sizes the scheduler must keep to."""
+
+    runner: ModelRunner
+    model: ModelConfig
+    cache: CacheConfig
+    scheduler: SchedulerConfig
+
+
+class Phase:
+    """Logs one line with its seconds when a start-up phase ends."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self.detail = ""
+
+    def __enter__(self) -> "Phase":
+        self._start = time.perf_counter()
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        if kind is None:
+            logger.info("%s: %.1f s%s", self._name, time.perf_counter() - self._start, self.detail)
+
+
+def open_checkpoint(path: Path) -> TensorSource:
+    """Open a model folder or a `.gguf` file.
+
+    Raises:
+        LaunchError: it cannot be read.
+    """
+    try:
+        return GGUFCheckpoint(path) if path.suffix == ".gguf" else HuggingFaceCheckpoint(path)
+    except CheckpointError as error:
+        raise LaunchError(str(error)) from None
+
+
+def build_runner(config: EngineConfig, bar: ProgressBar) -> BuiltRunner:
+    """Load the model and lay out its memory.
+
+    Raises:
+        LaunchError: flags, checkpoint and devices do not fit together.
+    """
+    source = open_checkpoint(Path(config.model_path))
+    try:
+        architecture = find_architecture(source.config)
+        checkpoint = architecture.read_config(source.config)
+        mesh = make_mesh(config.tp_size)
+        platform = mesh.devices.flat[0].platform
+        copies = kv_head_copies(checkpoint, config.tp_size)
+        model = msgspec.structs.replace(checkpoint, num_kv_heads=checkpoint.num_kv_heads * copies)
+        dtype = _dtype(config, checkpoint)
+        decoder = architecture.build(BuildModel(model, dtype, batch_invariant=config.deterministic))
+        with Phase("weights") as phase:
+            weights = load_weights(
+                source,
+                decoder,
+                architecture.tensor_names(checkpoint),
+                checkpoint,
+                mesh,
+                lambda paths: bar(paths, "loading weights", len(decoder.param_specs)),
+            )
+            size = sum(leaf.nbytes for leaf in jax.tree.leaves(weights))
+            phase.detail = f", {size / 1e6:.0f} MB of {dtype} on {mesh.size} {platform} device(s)"
+    except CheckpointError as error:
+        raise LaunchError(str(error)) from None
+    finally:
+        source.close()
+
+    scheduler = _scheduler_config(config, checkpoint, platform)
+    cache = _cache_config(config, model, scheduler, dtype, platform)
+    attention = XlaAttention(
+        AttentionConfig(
+            num_layers=model.num_layers,
+            num_q_heads=model.num_q_heads,
+            num_kv_heads=model.num_kv_heads,
+            head_dim=model.head_dim,
+            page_size=cache.page_size,
+            num_pages=cache.num_pages,
+            dtype=dtype,
+            scale=model.head_dim**-0.5,
+            window=model.sliding_window,
+            batch_invariant=config.deterministic,
+        ),
+        mesh,
+    )
+    logger.info("attention backend: xla, the portable one (no kernel is built for %s yet)", platform)
+    layout = BatchLayout(
+        max_rows=scheduler.max_rows,
+        page_size=cache.page_size,
+        num_pages=cache.num_pages,
+        pages_per_row=-(-scheduler.context_length // cache.page_size),
+        vocab_size=model.vocab_size,
+    )
+    parts = RunnerParts(decoder, weights, attention, mesh, layout, make_buckets(scheduler))
+    return BuiltRunner(ModelRunner(parts), checkpoint, cache, scheduler)
+
+
+def _dtype(config: EngineConfig, model: ModelConfig) -> jnp.dtype:
+    # float16 has too small a range for bfloat16 models and no fast path on TPU or CPU; `auto` avoids it.
+    name = config.dtype if config.dtype != "auto" else model.dtype
+    if config.dtype == "auto" and name == "float16":
+        name = "bfloat16"
+    return jnp.dtype(name)
+
+
+def _scheduler_config(config: EngineConfig, model: ModelConfig, platform: str) -> SchedulerConfig:
+    context_length = config.context_length or model.max_position
+    if context_length > model.max_position:
+        raise LaunchError(
+            f"--context-length {context_length} is more than the {model.max_position} tokens the model is made for"
+        )
+    max_rows = config.max_running_requests or (32 if platform == "cpu" else 256)
+    max_step_tokens = config.chunked_prefill_size or (512 if platform == "cpu" else 2048)
+    return SchedulerConfig(
+        max_rows=max_rows,
+        max_step_tokens=max(max_step_tokens, max_rows) if config.chunked_prefill_size is None else max_step_tokens,
+        context_length=context_length,
+        max_queued=config.max_queued_requests,
+        policy=config.schedule_policy,
+    )
+
+
+def _cache_config(
+    config: EngineConfig, model: ModelConfig, scheduler: SchedulerConfig, dtype: jnp.dtype, platform: str
+) -> CacheConfig:
+    page_size = config.page_size or (64 if platform == "cpu" else 128)
+    token_bytes = 2 * model.num_layers * model.num_kv_heads * model.head_dim * dtype.itemsize
+    if config.max_total_tokens is not None:
+        num_pages = config.max_total_tokens // page_size
+    else:
+        num_pages = _pool_bytes(config, platform) * config.tp_size // (page_size * token_bytes)
+        # More than every row at full length is of use to the prefix cache only.
+        num_pages = min(num_pages, 4 * scheduler.max_rows * -(-scheduler.context_length // page_size))
+    cache = CacheConfig(page_size=page_size, num_pages=num_pages, prefix_caching=config.prefix_caching)
+    logger.info(
+        "key/value pool: %d pages of %d tokens, %.0f MB", num_pages, page_size, num_pages * page_size * token_bytes / 1e6
+    )
+    return cache
+
+
+def _pool_bytes(config: EngineConfig, platform: str) -> int:
+    """Bytes for the pool on one device."""
+    stats = jax.devices()[0].memory_stats() if platform != "cpu" else None
+    if stats is None:
+        return _CPU_POOL_BYTES if config.mem_fraction_static is None else _host_pool_bytes(config.mem_fraction_static)
+    free = stats["bytes_limit"] - stats["bytes_in_use"]
+    return int(free * (config.mem_fraction_static or _DEVICE_MEM_FRACTION))
+
+
+def _host_pool_bytes(fraction: float) -> int:
+    meminfo = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+    return int(int(meminfo["MemAvailable"].split()[0]) * 1024 * fraction)

@@ -1,0 +1,54 @@
+"""The compiled programs of a step, by bucket.
+
+The widest bucket of each kind is compiled first; the rest may follow in threads while requests are padded up to
+what is there. Tracing holds the interpreter lock, the compiler does not.
+"""
+
+import logging
+import threading
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from typing import Any
+
+import jax
+
+from jaxserve.runner.buckets import Bucket, pick_bucket
+
+logger = logging.getLogger(__name__)
+
+type Lower = Callable[[Bucket], jax.stages.Lowered]
+type Progress = Callable[[Iterable[Bucket]], Iterable[Bucket]]
+
+_COMPILE_THREADS = 2
+
+
+class CompiledSteps:
+    """Programs that are ready to run. Thread-safe: a dict grows while another thread picks from it."""
+
+    def __init__(self, buckets: tuple[Bucket, ...], lower: Lower) -> None:
+        self._buckets = buckets
+        self._lower = lower
+        self._lower_lock = threading.Lock()
+        self._programs: dict[Bucket, jax.stages.Compiled] = {}
+
+    @property
+    def complete(self) -> bool:
+        """Whether every bucket is compiled; after that nothing is compiled any more."""
+        return len(self._programs) == len(self._buckets)
+
+    def compile_all(self, progress: Progress) -> None:
+        """Compile every bucket, two at a time."""
+        with ThreadPoolExecutor(_COMPILE_THREADS, thread_name_prefix="compile") as pool:
+            futures = [pool.submit(self._compile, bucket) for bucket in self._buckets]
+            for future in progress(as_completed(futures)):  # type: ignore[arg-type]
+                future.result()
+
+    def pick(self, num_tokens: int, num_rows: int) -> tuple[Bucket, Callable[..., Any]]:
+        """The smallest compiled program that holds a step."""
+        bucket = pick_bucket(tuple(self._programs), num_tokens, num_rows)
+        return bucket, self._programs[bucket]
+
+    def _compile(self, bucket: Bucket) -> None:
+        with self._lower_lock:
+            lowered = self._lower(bucket)
+        self._programs[bucket] = lowered.compile()

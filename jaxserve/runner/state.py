@@ -1,0 +1,94 @@
+"""What the device keeps between steps besides the cache: last tokens and sampling state, by row."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jaxserve.request import MAX_LOGIT_BIAS, MAX_STOP_TOKEN_IDS
+from jaxserve.step import NewRow
+from kernels_pallas.sampling.api import SampleOutput, SamplingState
+
+# End-of-sequence ids of the model come on top of the request's own.
+_MAX_STOPS = MAX_STOP_TOKEN_IDS + 16
+
+
+class DeviceState(NamedTuple):
+    """Row-indexed state; the last row is spare and stays neutral.
+
+    Attributes:
+        last_token_R: i32, the token drawn last; feeds the next step without a trip to the host.
+        sampling: see `SamplingState`.
+    """
+
+    last_token_R: jax.Array
+    sampling: SamplingState
+
+    def record(self, write_row_B: jax.Array, out: SampleOutput) -> "DeviceState":
+        """Remember this step's draws; rows past the end are dropped."""
+        return DeviceState(
+            self.last_token_R.at[write_row_B].set(out.token_B, mode="drop"),
+            self.sampling._replace(
+                counts_RV=self.sampling.counts_RV.at[write_row_B, out.token_B].add(1, mode="drop")
+            ),
+        )
+
+
+class RowState(NamedTuple):
+    """One row's new contents, as `DeviceState` spells them."""
+
+    counts_V: np.ndarray
+    bias_ids_J: np.ndarray
+    bias_values_J: np.ndarray
+    stop_ids_J: np.ndarray
+
+
+def empty_state(max_rows: int, vocab_size: int, mesh: Mesh) -> DeviceState:
+    """Neutral state of `max_rows` rows and the spare one."""
+    replicated = NamedSharding(mesh, PartitionSpec())
+    rows = max_rows + 1
+    return DeviceState(
+        jnp.zeros(rows, jnp.int32, device=replicated),
+        SamplingState(
+            counts_RV=jnp.zeros((rows, vocab_size), jnp.int32, device=replicated),
+            bias_ids_RJ=jnp.full((rows, MAX_LOGIT_BIAS), vocab_size, jnp.int32, device=replicated),
+            bias_values_RJ=jnp.zeros((rows, MAX_LOGIT_BIAS), jnp.float32, device=replicated),
+            stop_ids_RJ=jnp.full((rows, _MAX_STOPS), vocab_size, jnp.int32, device=replicated),
+        ),
+    )
+
+
+def needs_row_state(new: NewRow) -> bool:
+    """Whether a request reads the row's device state at all."""
+    s = new.sampling
+    penalised = s.frequency_penalty != 0 or s.presence_penalty != 0 or s.repetition_penalty != 1
+    return penalised or bool(s.logit_bias) or s.min_tokens > 0
+
+
+def row_state(new: NewRow, vocab_size: int) -> RowState:
+    """Contents of a row for its new owner; output tokens from before a preemption are counted again."""
+    bias_ids_J = np.full(MAX_LOGIT_BIAS, vocab_size, np.int32)
+    bias_values_J = np.zeros(MAX_LOGIT_BIAS, np.float32)
+    for index, (token_id, bias) in enumerate(new.sampling.logit_bias.items()):
+        bias_ids_J[index] = token_id
+        bias_values_J[index] = -np.inf if bias == -100 else bias
+    stop_ids_J = np.full(_MAX_STOPS, vocab_size, np.int32)
+    stops = sorted({*new.sampling.stop_token_ids, *new.eos_token_ids})
+    stop_ids_J[: len(stops)] = stops
+    counts_V = np.bincount(np.asarray(new.output_token_ids, np.int64), minlength=vocab_size)
+    return RowState(counts_V.astype(np.int32), bias_ids_J, bias_values_J, stop_ids_J)
+
+
+def write_row(state: DeviceState, row: jax.Array, new: RowState) -> DeviceState:
+    """Replace one row of the sampling state."""
+    s = state.sampling
+    return state._replace(
+        sampling=SamplingState(
+            counts_RV=s.counts_RV.at[row].set(new.counts_V),
+            bias_ids_RJ=s.bias_ids_RJ.at[row].set(new.bias_ids_J),
+            bias_values_RJ=s.bias_values_RJ.at[row].set(new.bias_values_J),
+            stop_ids_RJ=s.stop_ids_RJ.at[row].set(new.stop_ids_J),
+        )
+    )

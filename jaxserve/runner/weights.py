@@ -1,0 +1,122 @@
+"""Weights from a checkpoint straight into their dtype and sharding.
+
+One stacked parameter is assembled at a time, shard by shard, so the host never holds the model twice.
+"""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from checkpoints.source import Index, TensorSource
+from jaxserve.config import ModelConfig
+from jaxserve.errors import LaunchError
+from jaxserve.mesh import named_sharding
+from jaxserve.models.decoder import Decoder, ParamSpec, Path, Weights
+
+type Progress = Callable[[Iterable[Path]], Iterable[Path]]
+
+_KV_PROJECTIONS = ("k_proj", "v_proj")
+# Buffers that some exporters save and no model reads.
+_IGNORED_SUFFIXES = ("rotary_emb.inv_freq", "attention.bias", "attention.masked_bias")
+_MAX_LISTED = 20
+
+
+def load_weights(
+    source: TensorSource,
+    decoder: Decoder,
+    names: dict[Path, str],
+    checkpoint_config: ModelConfig,
+    mesh: Mesh,
+    progress: Progress,
+) -> Weights:
+    """Read every parameter of `decoder`.
+
+    Args:
+        source: the open checkpoint.
+        decoder: the model; its key/value heads may be a multiple of the checkpoint's.
+        names: path in the tree -> tensor name, `{layer}` for the layer's number.
+        checkpoint_config: the model as the checkpoint has it.
+        mesh: where the weights go.
+        progress: wraps the list of paths, to draw a bar.
+
+    Raises:
+        LaunchError: tensors are missing, unknown or of another shape; all are listed.
+    """
+    copies = decoder.config.num_kv_heads // checkpoint_config.num_kv_heads
+    _check_tensors(source, decoder, names, copies)
+    weights: Weights = {}
+    for path in progress(list(decoder.param_specs)):
+        spec = decoder.param_specs[path]
+        reader = _ParamReader(source, spec, names[path], _kv_head_rows(path, checkpoint_config, copies))
+        sharding = named_sharding(spec.axes, spec.shape, mesh)
+        array = jax.make_array_from_callback(spec.shape, sharding, reader.read)
+        _put(weights, path, array)
+    return jax.block_until_ready(weights)
+
+
+def _kv_head_rows(path: Path, config: ModelConfig, copies: int) -> tuple[int, int]:
+    """(rows of one head, copies of each head) for key/value projections, else (0, 1)."""
+    return (config.head_dim, copies) if copies > 1 and path[-2] in _KV_PROJECTIONS else (0, 1)
+
+
+class _ParamReader:
+    """Reads any shard of one parameter."""
+
+    def __init__(self, source: TensorSource, spec: ParamSpec, name: str, heads: tuple[int, int]) -> None:
+        self._source = source
+        self._spec = spec
+        self._name = name
+        self._head_rows, self._copies = heads
+
+    def read(self, index: Index) -> np.ndarray:
+        """The part of the (stacked) parameter that `index` names, in the parameter's dtype."""
+        if not self._spec.stacked:
+            return self._read_one(self._name, index)
+        layers = range(*index[0].indices(self._spec.shape[0]))
+        shape = tuple(len(range(*part.indices(size))) for part, size in zip(index, self._spec.shape, strict=True))
+        out = np.empty(shape, self._spec.dtype)
+        for position, layer in enumerate(layers):
+            out[position] = self._read_one(self._name.format(layer=layer), index[1:])
+        return out
+
+    def _read_one(self, name: str, index: Index) -> np.ndarray:
+        if self._copies == 1:
+            return self._source.read(name, index).astype(self._spec.dtype, copy=False)
+        whole = self._source.read(name, (slice(None),))
+        heads = whole.reshape(-1, self._head_rows, *whole.shape[1:])
+        repeated = np.repeat(heads, self._copies, axis=0).reshape(-1, *whole.shape[1:])
+        return repeated[index].astype(self._spec.dtype)
+
+
+def _put(weights: Weights, path: Path, array: jax.Array) -> None:
+    node: dict[str, Any] = weights
+    for part in path[:-1]:
+        node = node.setdefault(part, {})
+    node[path[-1]] = array
+
+
+def _check_tensors(source: TensorSource, decoder: Decoder, names: dict[Path, str], copies: int) -> None:
+    wanted: dict[str, tuple[int, ...]] = {}
+    for path, spec in decoder.param_specs.items():
+        shape = list(spec.shape[1:] if spec.stacked else spec.shape)
+        if path[-2] in _KV_PROJECTIONS:
+            shape[0] //= copies
+        for layer in range(decoder.config.num_layers if spec.stacked else 1):
+            wanted[names[path].format(layer=layer)] = tuple(shape)
+    found = dict(source.shapes)
+    if decoder.config.tie_word_embeddings:
+        found.pop("lm_head.weight", None)
+    problems = [f"missing: {name}" for name in wanted if name not in found]
+    problems += [f"unknown: {name}" for name in found if name not in wanted and not name.endswith(_IGNORED_SUFFIXES)]
+    problems += [
+        f"wrong shape: {name} is {found[name]}, the config asks for {shape}"
+        for name, shape in wanted.items()
+        if name in found and found[name] != shape
+    ]
+    if problems:
+        more = f"\n  and {len(problems) - _MAX_LISTED} more" if len(problems) > _MAX_LISTED else ""
+        listed = "".join(f"\n  {problem}" for problem in problems[:_MAX_LISTED])
+        raise LaunchError(f"the checkpoint's tensors do not fit its config ({len(problems)} problems):{listed}{more}")
