@@ -34,7 +34,7 @@ class ScheduledRow(msgspec.Struct, frozen=True, kw_only=True):
         row: the sequence's row.
         token_ids: the tokens to run; a trailing -1 stands for the token that the step before draws for this row.
         num_computed_tokens: tokens whose keys and values are in the cache already; position of the first to run.
-        page_ids: the pages of the whole sequence so far, in order.
+        new_page_ids: pages that the row gained since its last step, in order; all of them after a `NewRow`.
         samples: whether a token is drawn after the last one (else the row is a prefill chunk).
         num_output_tokens: output tokens before this draw.
         prompt_targets: when prompt log-probabilities are wanted, the prompt token that follows each token run.
@@ -44,7 +44,7 @@ class ScheduledRow(msgspec.Struct, frozen=True, kw_only=True):
     row: int
     token_ids: tuple[int, ...]
     num_computed_tokens: int
-    page_ids: tuple[int, ...]
+    new_page_ids: tuple[int, ...]
     samples: bool
     num_output_tokens: int = 0
     prompt_targets: tuple[int, ...] = ()

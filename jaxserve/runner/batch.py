@@ -4,6 +4,7 @@
 gathers from it. Everything a step reads arrives in five arrays, because every transfer has a fixed price.
 """
 
+from itertools import chain
 from typing import NamedTuple
 
 import jax
@@ -11,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxserve.runner.buckets import Bucket
-from jaxserve.step import NewRow, ScheduledRow, SchedulerOutput
+from jaxserve.step import NewRow, SchedulerOutput
 from kernels_pallas.paged_attention.api import AttentionMeta
 from kernels_pallas.sampling.api import SamplingInputs
 
@@ -99,11 +100,16 @@ class RowTable:
         self._top_k_R = np.zeros(num_rows, np.int32)
         self._min_tokens_R = np.zeros(num_rows, np.int32)
         self._flags_R = np.zeros(num_rows, np.int32)
-        self._reset(layout.max_rows)
+        self._pages_RM = np.zeros((num_rows, layout.pages_per_row), np.int32)
+        self._num_pages_R = np.zeros(num_rows, np.int32)
+        # The spare row is neutral.
+        self._floats_6R[:, layout.max_rows] = 0.0, 1.0, 0.0, 0.0, 0.0, 1.0
+        self._top_k_R[layout.max_rows] = layout.vocab_size
 
     def admit(self, new: NewRow) -> None:
         """Take over a row for a new owner."""
         sampling = new.sampling
+        self._num_pages_R[new.row] = 0
         self._floats_6R[:, new.row] = (
             0.0 if sampling.greedy else sampling.temperature,
             sampling.top_p,
@@ -123,62 +129,67 @@ class RowTable:
     def build(self, plan: SchedulerOutput, bucket: Bucket) -> ForwardBatch:
         """Pad a plan to a bucket."""
         layout = self._layout
-        num_tokens, num_rows = bucket
-        tokens_3T = np.zeros((3, num_tokens), np.int32)
-        tokens_3T[2] = layout.num_pages * layout.page_size
-        rows_4B = np.zeros((4, num_rows), np.int32)
-        draws_8B = np.zeros((8, num_rows), np.int32)
-        draws_8B[1:3] = layout.max_rows
-        draws_8B[2] += 1  # past the state: the write is dropped
-        draws_8B[3] = -1
-        page_table_BM = np.zeros((num_rows, layout.pages_per_row), np.int32)
+        count = len(plan.rows)
+        row_b = np.fromiter((row.row for row in plan.rows), np.int32, count)
+        length_b = np.fromiter((row.num_tokens for row in plan.rows), np.int32, count)
+        start_b = np.fromiter((row.num_computed_tokens for row in plan.rows), np.int32, count)
+        end_b = np.cumsum(length_b)
+        total = int(end_b[-1]) if count else 0
+        self._add_pages(plan)
 
-        token, draw = 0, 0
-        for index, row in enumerate(plan.rows):
-            end = token + row.num_tokens
-            ids = tokens_3T[0, token:end]
-            ids[:] = row.token_ids
-            if ids[-1] < 0:
-                ids[-1] = -1 - row.row
-            pages = page_table_BM[index, : len(row.page_ids)]
-            pages[:] = row.page_ids
-            tokens_3T[1, token:end] = np.arange(row.num_computed_tokens, row.num_computed_tokens + row.num_tokens)
-            positions = tokens_3T[1, token:end]
-            tokens_3T[2, token:end] = pages[positions // layout.page_size] * layout.page_size + (
-                positions % layout.page_size
-            )
-            rows_4B[:2, index] = row.num_computed_tokens + row.num_tokens, end
-            draw = self._add_draws(draws_8B, draw, row, token)
-            token = end
-        rows_4B[1, len(plan.rows) :] = token
-        rows_4B[2:4, 0] = sum(row.num_tokens == 1 for row in plan.rows), len(plan.rows)
+        tokens_3T = np.zeros((3, bucket.num_tokens), np.int32)
+        ids_t, position_t, slot_t = tokens_3T[:, :total]
+        ids_t[:] = np.fromiter(chain.from_iterable(row.token_ids for row in plan.rows), np.int32, total)
+        last_b = ids_t[end_b - 1]
+        ids_t[end_b - 1] = np.where(last_b < 0, -1 - row_b, last_b)
+        position_t[:] = np.arange(total) + np.repeat(start_b - end_b + length_b, length_b)
+        page_t = self._pages_RM[np.repeat(row_b, length_b), position_t // layout.page_size]
+        slot_t[:] = page_t * layout.page_size + position_t % layout.page_size
+        tokens_3T[2, total:] = layout.num_pages * layout.page_size
 
-        state_rows = draws_8B[1]
-        draws_8B[5] = self._top_k_R[state_rows]
-        draws_8B[6] |= self._flags_R[state_rows]
+        rows_4B = np.zeros((4, bucket.num_rows), np.int32)
+        rows_4B[0, :count] = start_b + length_b
+        rows_4B[1, :count] = end_b
+        rows_4B[1, count:] = total
+        rows_4B[2:, 0] = np.count_nonzero(length_b == 1), count
+        page_table_BM = np.zeros((bucket.num_rows, layout.pages_per_row), np.int32)
+        page_table_BM[:count] = self._pages_RM[row_b]
+
+        draws_8B = self._draws(plan, end_b - length_b, bucket.num_rows)
+        state_row_B = draws_8B[1]
         return ForwardBatch(
-            tokens_3T, rows_4B, draws_8B, self._floats_6R[:, state_rows], self._seeds_R2[state_rows], page_table_BM
+            tokens_3T, rows_4B, draws_8B, self._floats_6R[:, state_row_B], self._seeds_R2[state_row_B], page_table_BM
         )
 
-    def _add_draws(self, draws_8B: np.ndarray, draw: int, row: ScheduledRow, token: int) -> int:
-        """A draw after the row's last token; for prompt log-probabilities one after every token."""
-        for offset, target in enumerate(row.prompt_targets):
-            draws_8B[0, draw] = token + offset
-            draws_8B[3, draw] = target
-            draws_8B[6, draw] = _LOGPROBS
-            draw += 1
-        if len(row.prompt_targets) < row.num_tokens:
-            draws_8B[0, draw] = token + row.num_tokens - 1
-            draws_8B[1, draw] = row.row
-            if row.samples:
-                draws_8B[2, draw] = row.row
-            draws_8B[4, draw] = row.num_computed_tokens + row.num_tokens
-            if row.num_output_tokens < self._min_tokens_R[row.row]:
-                draws_8B[6, draw] = _FORBID_STOPS
-            draw += 1
-        return draw
+    def _add_pages(self, plan: SchedulerOutput) -> None:
+        for row in plan.rows:
+            if row.new_page_ids:
+                first = self._num_pages_R[row.row]
+                end = first + len(row.new_page_ids)
+                self._pages_RM[row.row, first:end] = row.new_page_ids
+                self._num_pages_R[row.row] = end
 
-    def _reset(self, row: int) -> None:
-        self._floats_6R[:, row] = 0.0, 1.0, 0.0, 0.0, 0.0, 1.0
-        self._top_k_R[row] = self._layout.vocab_size
-
+    def _draws(self, plan: SchedulerOutput, first_token_b: np.ndarray, num_rows: int) -> np.ndarray:
+        """One draw after each row's last token; for prompt log-probabilities one after every token."""
+        spare = self._layout.max_rows
+        draws_8B = np.zeros((8, num_rows), np.int32)
+        draws_8B[1] = spare
+        draws_8B[2] = spare + 1  # past the state: the write is dropped
+        draws_8B[3] = -1
+        draw = 0
+        for row, first in zip(plan.rows, first_token_b.tolist(), strict=True):
+            if row.prompt_targets:
+                count = len(row.prompt_targets)
+                draws_8B[0, draw : draw + count] = np.arange(first, first + count)
+                draws_8B[3, draw : draw + count] = row.prompt_targets
+                draws_8B[6, draw : draw + count] = _LOGPROBS
+                draw += count
+            if len(row.prompt_targets) < row.num_tokens:
+                end = row.num_computed_tokens + row.num_tokens
+                forbid = _FORBID_STOPS if row.num_output_tokens < self._min_tokens_R[row.row] else 0
+                written = row.row if row.samples else spare + 1
+                draws_8B[:7, draw] = first + row.num_tokens - 1, row.row, written, -1, end, 0, forbid
+                draw += 1
+        draws_8B[5] = self._top_k_R[draws_8B[1]]
+        draws_8B[6] |= self._flags_R[draws_8B[1]]
+        return draws_8B

@@ -1,0 +1,143 @@
+"""The prefix cache: a radix tree over full pages of tokens (RadixAttention, arXiv:2312.07104).
+
+A node is one page; its edge is that page's tokens, compared in full, so two prompts never share a page by a hash
+collision. The tree holds each of its pages; a page that nothing else holds can be evicted, least recently used
+leaf first. Trees of different namespaces (adapter, cache salt) share nothing.
+"""
+
+import heapq
+from collections.abc import Sequence as Tokens
+from itertools import count
+
+from jaxserve.scheduling.pages import PagePool
+
+type Namespace = tuple[str, ...]
+
+
+class _Node:
+    __slots__ = ("children", "edge", "page", "parent", "used")
+
+    def __init__(self, parent: "_Node | None", edge: tuple[int, ...], page: int) -> None:
+        self.parent = parent
+        self.edge = edge
+        self.page = page
+        self.children: dict[tuple[int, ...], _Node] = {}
+        self.used = 0
+
+
+class PrefixCache:
+    """Pages by the tokens that lead to them, over a `PagePool`.
+
+    Args:
+        pool: where the pages live.
+        page_size: tokens per page.
+        enabled: when False nothing is remembered and nothing matches.
+    """
+
+    def __init__(self, pool: PagePool, page_size: int, *, enabled: bool = True) -> None:
+        self._pool = pool
+        self._page_size = page_size
+        self.enabled = enabled
+        self._roots: dict[Namespace, _Node] = {}
+        self._nodes: dict[int, _Node] = {}
+        # Idle nodes by last use; entries go stale and are checked when popped.
+        self._idle: list[tuple[int, int, _Node]] = []
+        self._clock = count(1)
+
+    @property
+    def num_pages(self) -> int:
+        """Pages the tree holds."""
+        return len(self._nodes)
+
+    def match(self, namespace: Namespace, tokens: Tokens[int]) -> list[int]:
+        """Pages of the longest cached prefix; each gets the caller as a holder."""
+        pages = [node.page for node in self._path(namespace, tokens)]
+        for page in pages:
+            self._pool.hold(page)
+        return pages
+
+    def match_length(self, namespace: Namespace, tokens: Tokens[int]) -> int:
+        """Pages that `match` would return; holds nothing."""
+        return len(self._path(namespace, tokens))
+
+    def insert(self, namespace: Namespace, tokens: Tokens[int], pages: Tokens[int], first: int = 0) -> None:
+        """Remember full pages; a prefix that is there already keeps its own page.
+
+        Args:
+            namespace: who may share them.
+            tokens: the whole prefix, page_size tokens per page.
+            pages: the pages that hold them.
+            first: pages before this one are known to be in the tree.
+        """
+        if not self.enabled or first >= len(pages):
+            return
+        node = self._roots.setdefault(namespace, _Node(None, (), -1))
+        for index, page in enumerate(pages):
+            edge = tuple(tokens[index * self._page_size : (index + 1) * self._page_size])
+            child = node.children.get(edge)
+            if child is None:
+                if page in self._nodes:
+                    # The page hangs elsewhere: its prefix was evicted and is being computed anew.
+                    return
+                child = _Node(node, edge, page)
+                node.children[edge] = child
+                self._nodes[page] = child
+                self._pool.hold(page)
+            self._touch(child)
+            node = child
+
+    def release(self, pages: Tokens[int]) -> None:
+        """Let go of a sequence's pages; what only the tree holds becomes evictable."""
+        for page in reversed(pages):
+            if self._pool.release(page) == 1 and page in self._nodes:
+                self._push_idle(self._nodes[page])
+
+    def make_room(self, num_pages: int) -> bool:
+        """Evict until that many pages are free; False if that cannot be, with what could go gone."""
+        while self._pool.num_free < num_pages and self._idle:
+            used, _, node = heapq.heappop(self._idle)
+            if self._evictable(node) and node.used == used:
+                self._evict(node)
+        return self._pool.num_free >= num_pages
+
+    def flush(self) -> None:
+        """Forget everything; pages that sequences hold stay theirs."""
+        for page in self._nodes:
+            self._pool.release(page)
+        self._roots.clear()
+        self._nodes.clear()
+        self._idle.clear()
+
+    def _path(self, namespace: Namespace, tokens: Tokens[int]) -> list[_Node]:
+        node = self._roots.get(namespace)
+        path: list[_Node] = []
+        for start in range(0, len(tokens) - self._page_size + 1, self._page_size):
+            node = node.children.get(tuple(tokens[start : start + self._page_size])) if node else None
+            if node is None:
+                break
+            self._touch(node)
+            path.append(node)
+        return path
+
+    def _touch(self, node: _Node) -> None:
+        node.used = next(self._clock)
+        if self._evictable(node):
+            self._push_idle(node)
+
+    def _evictable(self, node: _Node) -> bool:
+        return self._nodes.get(node.page) is node and not node.children and self._pool.num_holders(node.page) == 1
+
+    def _push_idle(self, node: _Node) -> None:
+        heapq.heappush(self._idle, (node.used, next(self._clock), node))
+        if len(self._idle) > 4 * len(self._nodes) + 64:
+            self._idle = [entry for entry in self._idle if self._evictable(entry[2]) and entry[2].used == entry[0]]
+            heapq.heapify(self._idle)
+
+    def _evict(self, node: _Node) -> None:
+        parent = node.parent
+        assert parent is not None
+        del parent.children[node.edge]
+        del self._nodes[node.page]
+        self._pool.release(node.page)
+        if self._evictable(parent):
+            self._push_idle(parent)

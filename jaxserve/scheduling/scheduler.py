@@ -1,0 +1,437 @@
+"""Decides what each step runs. Pure Python: no clock, no thread, no device.
+
+There is no prefill phase and no decode phase: every sequence has computed tokens that catch up with its tokens,
+and a step hands out a budget of tokens. Steps may be scheduled before the results of earlier ones are known; a
+token still in flight is a placeholder that the runner fills on the device.
+
+Results must come back (`update`) in the order in which the steps were scheduled.
+"""
+
+from collections import deque
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from jaxserve.config import CacheConfig, SchedulerConfig
+from jaxserve.request import FinishReason, Request, TokenDelta, TokenLogprobs
+from jaxserve.scheduling.pages import PagePool
+from jaxserve.scheduling.prefix_cache import PrefixCache
+from jaxserve.scheduling.sequence import Sequence
+from jaxserve.step import NewRow, PromptLogprobs, ScheduledRow, SchedulerOutput, StepOutput
+
+# Longest-prefix-first looks at this many waiting requests; a longer queue is served in order of arrival.
+_LPM_WINDOW = 128
+
+
+class SchedulerStats(NamedTuple):
+    """Gauges and counters for the metrics, as of now."""
+
+    num_running: int
+    num_waiting: int
+    num_pages: int
+    num_used_pages: int
+    num_preemptions: int
+    num_prompt_tokens: int
+    num_cached_tokens: int
+
+
+class _InFlight(NamedTuple):
+    plan: SchedulerOutput
+    sequences: tuple[Sequence, ...]
+    num_preemptions: tuple[int, ...]
+
+
+class Scheduler:
+    """The waiting queue, the running sequences and their pages."""
+
+    def __init__(self, config: SchedulerConfig, cache: CacheConfig) -> None:
+        self._config = config
+        self._page_size = cache.page_size
+        self._pool = PagePool(cache.num_pages)
+        self._prefixes = PrefixCache(self._pool, cache.page_size, enabled=cache.prefix_caching)
+        self._waiting: deque[Sequence] = deque()
+        self._running: list[Sequence] = []
+        self._in_flight: deque[_InFlight] = deque()
+        self._free_rows = list(range(config.max_rows - 1, -1, -1))
+        self._live: dict[str, list[Sequence]] = {}
+        self._outbox: list[TokenDelta] = []
+        self._step = 0
+        self._num_preemptions = 0
+        self._num_prompt_tokens = 0
+        self._num_cached_tokens = 0
+
+    @property
+    def idle(self) -> bool:
+        """Whether there is nothing to run and nothing to wait for."""
+        return not (self._waiting or self._running or self._in_flight or self._outbox)
+
+    @property
+    def stats(self) -> SchedulerStats:
+        """Current gauges and counters."""
+        return SchedulerStats(
+            num_running=len(self._running),
+            num_waiting=len(self._waiting),
+            num_pages=self._pool.num_pages,
+            num_used_pages=self._pool.num_pages - self._pool.num_free - self._num_idle_pages(),
+            num_preemptions=self._num_preemptions,
+            num_prompt_tokens=self._num_prompt_tokens,
+            num_cached_tokens=self._num_cached_tokens,
+        )
+
+    def add(self, request: Request) -> None:
+        """Queue a request. It must fit the context length and the pool; the caller has checked."""
+        leader: Sequence | None = None
+        sequences: list[Sequence] = []
+        for choice in range(request.num_choices):
+            sequence = Sequence(request, choice, leader)
+            leader = leader or sequence
+            sequences.append(sequence)
+        self._live[request.id] = sequences
+        if self._config.policy == "priority":
+            self._insert_by_priority(sequences)
+        else:
+            self._waiting.extend(sequences)
+
+    def abort(self, request_id: str) -> None:
+        """End a request; its rows and pages are free for the next step. Unknown ids are ignored: it may be over."""
+        for sequence in list(self._live.get(request_id, ())):
+            self._finish(sequence, FinishReason.ABORT)
+
+    def schedule(self) -> SchedulerOutput | None:
+        """Plan the next step, or None when no sequence can run."""
+        step = _StepBuilder(self._config)
+        # Sequences that run one token go first: a step always has room for all of them.
+        for sequence in [s for s in self._running if not s.prefilling] + [s for s in self._running if s.prefilling]:
+            if sequence.row is None:
+                continue  # preempted by one before it
+            self._schedule_running(sequence, step)
+        self._admit(step)
+        if not step.rows:
+            return None
+        plan = step.finish(self._step)
+        self._step += 1
+        self._in_flight.append(
+            _InFlight(plan, tuple(step.sequences), tuple(sequence.num_preemptions for sequence in step.sequences))
+        )
+        return plan
+
+    def update(self, output: StepOutput) -> None:
+        """Take in the results of the oldest step in flight."""
+        plan, sequences, num_preemptions = self._in_flight.popleft()
+        for index, (row, sequence) in enumerate(zip(plan.rows, sequences, strict=True)):
+            sequence.num_in_flight -= row.samples
+            if sequence.finished:
+                continue
+            if not output.finite_B[index]:
+                # Its pages may hold NaN: they never enter the prefix cache.
+                self._finish(sequence, FinishReason.ERROR, error="numerical_error: the model's output is not finite")
+                continue
+            end = row.num_computed_tokens + row.num_tokens
+            if sequence.num_preemptions == num_preemptions[index]:
+                self._take_prompt_logprobs(sequence, output.prompt.get(index))
+                self._index_pages(sequence, end)
+            if row.samples:
+                self._take_token(sequence, index, output)
+            elif end == sequence.num_prompt_tokens and not sequence.request.sampling.max_tokens:
+                self._finish(sequence, FinishReason.LENGTH)
+
+    def take_deltas(self) -> list[TokenDelta]:
+        """What clients are to be told since the last call."""
+        deltas, self._outbox = self._outbox, []
+        return deltas
+
+    def fail_all(self, error: str) -> None:
+        """End everything with an error."""
+        for request_id in list(self._live):
+            for sequence in list(self._live[request_id]):
+                self._finish(sequence, FinishReason.ERROR, error=error)
+        self._in_flight.clear()
+
+    def restart_running(self) -> None:
+        """Queue every running sequence anew after the cache was lost. Steps in flight are forgotten."""
+        self._in_flight.clear()
+        for sequence in [sequence for sequences in self._live.values() for sequence in sequences]:
+            sequence.num_in_flight = 0
+        for sequence in reversed(self._running.copy()):
+            self._preempt(sequence)
+        self._prefixes.flush()
+
+    def flush_cache(self) -> bool:
+        """Forget cached prefixes; refused (False) while anything runs or waits."""
+        if not self.idle:
+            return False
+        self._prefixes.flush()
+        return True
+
+    def _num_idle_pages(self) -> int:
+        held = {page for sequence in self._running for page in sequence.pages}
+        return self._pool.num_pages - self._pool.num_free - len(held)
+
+    def _insert_by_priority(self, sequences: list[Sequence]) -> None:
+        priority = sequences[0].request.priority
+        index = len(self._waiting)
+        while index and self._waiting[index - 1].request.priority > priority:
+            index -= 1
+        for offset, sequence in enumerate(sequences):
+            self._waiting.insert(index + offset, sequence)
+
+    def _schedule_running(self, sequence: Sequence, step: "_StepBuilder") -> None:
+        if sequence.drained:
+            return
+        count = step.allowance(sequence)
+        if count == 0:
+            return
+        while not self._grow(sequence, sequence.num_computed_tokens + count):
+            victim = self._running[-1]
+            self._preempt(victim)
+            step.drop(victim)
+            if victim is sequence:
+                return
+        step.add(sequence, count)
+
+    def _admit(self, step: "_StepBuilder") -> None:
+        for sequence in self._candidates():
+            if not self._free_rows or not step.num_tokens_left or not step.num_draws_left:
+                return
+            if sequence.num_in_flight or self._waits_for_prefix(sequence):
+                continue
+            matched = self._match(sequence)
+            sequence.num_computed_tokens = len(matched) * self._page_size
+            sequence.pages = matched
+            count = step.allowance(sequence)
+            # Room for the whole prompt, not only for its first chunk: a half-computed prompt only blocks others.
+            if not self._grow(sequence, sequence.num_tokens):
+                self._prefixes.release(sequence.pages)
+                sequence.pages = []
+                sequence.num_computed_tokens = 0
+                return
+            self._waiting.remove(sequence)
+            self._running.append(sequence)
+            sequence.row = self._free_rows.pop()
+            sequence.num_indexed_pages = len(matched)
+            if sequence.num_cached_tokens is None:
+                sequence.num_cached_tokens = sequence.num_computed_tokens
+                self._num_prompt_tokens += sequence.num_prompt_tokens
+                self._num_cached_tokens += sequence.num_cached_tokens
+            step.admit(sequence)
+            step.add(sequence, count)
+
+    def _candidates(self) -> Iterator[Sequence]:
+        waiting = list(self._waiting)
+        if self._config.policy == "lpm" and len(waiting) <= _LPM_WINDOW:
+            waiting.sort(key=lambda s: -self._prefixes.match_length(s.namespace, s.token_ids))
+        yield from waiting
+
+    def _waits_for_prefix(self, sequence: Sequence) -> bool:
+        """Whether a running sequence is about to compute a page that this one could take from it."""
+        leader = sequence.leader
+        if leader is not None and not leader.finished and leader.num_computed_tokens < leader.num_prompt_tokens:
+            return True
+        if not self._prefixes.enabled or sequence.collects_prompt_logprobs:
+            return False
+        pages = self._prefixes.match_length(sequence.namespace, sequence.token_ids[:-1])
+        end = (pages + 1) * self._page_size
+        if end >= sequence.num_tokens:
+            return False
+        return any(
+            other.num_indexed_pages <= pages
+            and end <= other.num_prompt_tokens
+            and other.namespace == sequence.namespace
+            and other.token_ids[:end] == sequence.token_ids[:end]
+            for other in self._running
+        )
+
+    def _match(self, sequence: Sequence) -> list[int]:
+        """Pages of a cached prefix, now held; the last token is always computed, for its logits."""
+        if sequence.collects_prompt_logprobs:
+            return []
+        return self._prefixes.match(sequence.namespace, sequence.token_ids[:-1])
+
+    def _grow(self, sequence: Sequence, num_tokens: int) -> bool:
+        """Take pages for that many tokens; False, with none taken, when they cannot be had."""
+        missing = -(-num_tokens // self._page_size) - len(sequence.pages)
+        if missing <= 0:
+            return True
+        if not self._prefixes.make_room(missing):
+            return False
+        sequence.pages.extend(self._pool.take(missing))
+        return True
+
+    def _preempt(self, sequence: Sequence) -> None:
+        """Back to the head of the queue; its tokens are kept and computed anew."""
+        self._leave_row(sequence)
+        sequence.num_computed_tokens = 0
+        sequence.num_indexed_pages = 0
+        sequence.num_preemptions += 1
+        if sequence.collects_prompt_logprobs:
+            sequence.prompt_logprobs.clear()
+        self._num_preemptions += 1
+        self._waiting.appendleft(sequence)
+
+    def _leave_row(self, sequence: Sequence) -> None:
+        self._running.remove(sequence)
+        assert sequence.row is not None
+        self._free_rows.append(sequence.row)
+        sequence.row = None
+        self._prefixes.release(sequence.pages)
+        sequence.pages = []
+        sequence.num_sent_pages = 0
+
+    def _take_prompt_logprobs(self, sequence: Sequence, prompt: PromptLogprobs | None) -> None:
+        if prompt is None:
+            return
+        count = sequence.request.sampling.num_logprobs or 0
+        sequence.prompt_logprobs.extend(
+            TokenLogprobs(float(logprob), tuple(ids[:count].tolist()), tuple(values[:count].tolist()))
+            for logprob, ids, values in zip(
+                prompt.logprobs_C, prompt.top_ids_CJ, prompt.top_logprobs_CJ, strict=True
+            )
+        )
+
+    def _take_token(self, sequence: Sequence, index: int, output: StepOutput) -> None:
+        token_id = int(output.token_ids_B[index])
+        sequence.token_ids.append(token_id)
+        sampling = sequence.request.sampling
+        num_output = len(sequence.token_ids) - sequence.num_prompt_tokens
+        stops = not sampling.ignore_eos and (
+            token_id in sequence.request.eos_token_ids or token_id in sampling.stop_token_ids
+        )
+        reason: FinishReason | None = None
+        if stops and num_output >= sampling.min_tokens:
+            reason = FinishReason.STOP
+        elif num_output >= sampling.max_tokens:
+            reason = FinishReason.LENGTH
+        logprobs: tuple[TokenLogprobs, ...] = ()
+        if sampling.num_logprobs is not None and output.top_ids_BJ is not None and output.top_logprobs_BJ is not None:
+            count = sampling.num_logprobs
+            logprobs = (
+                TokenLogprobs(
+                    float(output.logprobs_B[index]),
+                    tuple(output.top_ids_BJ[index, :count].tolist()),
+                    tuple(output.top_logprobs_BJ[index, :count].tolist()),
+                ),
+            )
+        self._send(sequence, (token_id,), logprobs, reason, token_id if reason is FinishReason.STOP else None)
+        if reason is not None:
+            self._close(sequence)
+
+    def _send(
+        self,
+        sequence: Sequence,
+        token_ids: tuple[int, ...],
+        logprobs: tuple[TokenLogprobs, ...],
+        reason: FinishReason | None,
+        matched_stop: int | None = None,
+        error: str | None = None,
+    ) -> None:
+        first = len(sequence.output_token_ids) == len(token_ids)
+        self._outbox.append(
+            TokenDelta(
+                request_id=sequence.request.id,
+                choice=sequence.choice,
+                token_ids=token_ids,
+                logprobs=logprobs,
+                prompt_logprobs=tuple(sequence.prompt_logprobs) if first else (),
+                finish_reason=reason,
+                matched_stop=matched_stop,
+                num_cached_tokens=sequence.num_cached_tokens or 0,
+                error=error,
+            )
+        )
+
+    def _finish(self, sequence: Sequence, reason: FinishReason, error: str | None = None) -> None:
+        self._send(sequence, (), (), reason, error=error)
+        self._close(sequence)
+
+    def _close(self, sequence: Sequence) -> None:
+        sequence.finished = True
+        if sequence.row is not None:
+            self._leave_row(sequence)
+        else:
+            self._waiting.remove(sequence)
+        siblings = self._live[sequence.request.id]
+        siblings.remove(sequence)
+        if not siblings:
+            del self._live[sequence.request.id]
+
+    def _index_pages(self, sequence: Sequence, num_computed: int) -> None:
+        """Give pages that are full of known tokens to the prefix cache."""
+        full = min(num_computed, len(sequence.token_ids)) // self._page_size
+        if sequence.row is None or full <= sequence.num_indexed_pages:
+            return
+        self._prefixes.insert(sequence.namespace, sequence.token_ids, sequence.pages[:full], sequence.num_indexed_pages)
+        sequence.num_indexed_pages = full
+
+
+class _StepBuilder:
+    """The step being planned: what is left of its budgets, and its rows."""
+
+    def __init__(self, config: SchedulerConfig) -> None:
+        self.num_tokens_left = config.max_step_tokens
+        self.num_draws_left = config.max_rows
+        self.rows: list[ScheduledRow] = []
+        self.sequences: list[Sequence] = []
+        self._new_rows: list[NewRow] = []
+
+    def allowance(self, sequence: Sequence) -> int:
+        """Tokens that the sequence may run in this step."""
+        count = min(sequence.num_uncomputed_tokens, self.num_tokens_left)
+        return min(count, self.num_draws_left) if sequence.collects_prompt_logprobs else count
+
+    def admit(self, sequence: Sequence) -> None:
+        """A sequence takes a row with this step."""
+        assert sequence.row is not None
+        self._new_rows.append(
+            NewRow(
+                row=sequence.row,
+                sampling=sequence.request.sampling,
+                seed=sequence.seed,
+                eos_token_ids=sequence.request.eos_token_ids,
+                output_token_ids=tuple(sequence.output_token_ids),
+            )
+        )
+
+    def add(self, sequence: Sequence, count: int) -> None:
+        """Run the sequence's next `count` tokens."""
+        assert sequence.row is not None
+        start = sequence.num_computed_tokens
+        end = start + count
+        known = sequence.token_ids[start:end]
+        samples = end == sequence.num_tokens and sequence.num_output_tokens < sequence.request.sampling.max_tokens
+        targets: tuple[int, ...] = ()
+        if sequence.collects_prompt_logprobs:
+            targets = sequence.request.prompt_token_ids[start + 1 : end + 1]
+        row = ScheduledRow(
+            row=sequence.row,
+            token_ids=tuple(known) if len(known) == count else (*known, -1),
+            num_computed_tokens=start,
+            new_page_ids=tuple(sequence.pages[sequence.num_sent_pages :]),
+            samples=samples,
+            num_output_tokens=sequence.num_output_tokens,
+            prompt_targets=targets,
+            wants_logprobs=sequence.request.sampling.num_logprobs is not None,
+        )
+        self.rows.append(row)
+        self.sequences.append(sequence)
+        sequence.num_computed_tokens = end
+        sequence.num_sent_pages = len(sequence.pages)
+        sequence.num_in_flight += samples
+        self.num_tokens_left -= count
+        self.num_draws_left -= row.num_draws
+
+    def drop(self, sequence: Sequence) -> None:
+        """Take a sequence that was preempted after all out of the step."""
+        if sequence not in self.sequences:
+            return
+        index = self.sequences.index(sequence)
+        row = self.rows.pop(index)
+        self.sequences.pop(index)
+        sequence.num_in_flight -= row.samples
+        self.num_tokens_left += row.num_tokens
+        self.num_draws_left += row.num_draws
+
+    def finish(self, step: int) -> SchedulerOutput:
+        """Order the rows: single tokens first."""
+        order = sorted(range(len(self.rows)), key=lambda index: self.rows[index].num_tokens > 1)
+        self.rows = [self.rows[index] for index in order]
+        self.sequences = [self.sequences[index] for index in order]
+        return SchedulerOutput(step=step, new_rows=tuple(self._new_rows), rows=tuple(self.rows))
