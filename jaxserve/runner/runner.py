@@ -102,6 +102,11 @@ class ModelRunner:
         """Whether every program is compiled; nothing compiles after that."""
         return self._programs.complete
 
+    @property
+    def num_programs(self) -> int:
+        """Programs a step is compiled to."""
+        return len(self._parts.buckets)
+
     def warm_up(self, progress: Progress) -> None:
         """Compile every program, and run each once on padding: the real path with nothing in it."""
         self._programs.compile_all(progress)

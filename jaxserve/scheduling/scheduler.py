@@ -91,10 +91,14 @@ class Scheduler:
         else:
             self._waiting.extend(sequences)
 
-    def abort(self, request_id: str) -> None:
-        """End a request; its rows and pages are free for the next step. Unknown ids are ignored: it may be over."""
+    def abort(self, request_id: str, choice: int | None = None) -> None:
+        """End a request or one choice of it; its rows and pages are free for the next step.
+
+        Unknown ids are ignored: the request may be over.
+        """
         for sequence in list(self._live.get(request_id, ())):
-            self._finish(sequence, FinishReason.ABORT)
+            if choice is None or sequence.choice == choice:
+                self._finish(sequence, FinishReason.ABORT)
 
     def schedule(self) -> SchedulerOutput | None:
         """Plan the next step, or None when no sequence can run."""

@@ -1,4 +1,4 @@
-"""From an `EngineConfig` to a runner: checkpoint, mesh, sizes, weights."""
+"""From an `EngineConfig` to a running engine: checkpoint, mesh, sizes, weights, programs."""
 
 import logging
 import time
@@ -14,14 +14,18 @@ from checkpoints.gguf import GGUFCheckpoint
 from checkpoints.huggingface import HuggingFaceCheckpoint
 from checkpoints.source import CheckpointError, TensorSource
 from jaxserve.config import CacheConfig, EngineConfig, ModelConfig, SchedulerConfig
+from jaxserve.engine import Engine
 from jaxserve.errors import LaunchError
+from jaxserve.messages import EngineInfo
 from jaxserve.mesh import kv_head_copies, make_mesh
 from jaxserve.models.architecture import BuildModel
 from jaxserve.models.registry import find_architecture
 from jaxserve.runner.batch import BatchLayout
 from jaxserve.runner.buckets import make_buckets
 from jaxserve.runner.runner import ModelRunner, RunnerParts
+from jaxserve.runner.compile_counter import CompileCounter
 from jaxserve.runner.weights import load_weights
+from jaxserve.scheduling.scheduler import Scheduler
 from kernels_pallas.paged_attention.api import AttentionConfig
 from kernels_pallas.paged_attention.xla import XlaAttention
 
@@ -40,6 +44,15 @@ class BuiltRunner(NamedTuple):
     model: ModelConfig
     cache: CacheConfig
     scheduler: SchedulerConfig
+    dtype: jnp.dtype
+
+
+class BuiltEngine(NamedTuple):
+    """An engine that is ready for requests."""
+
+    engine: Engine
+    info: EngineInfo
+    compiles: CompileCounter
 
 
 class Phase:
@@ -68,6 +81,43 @@ def open_checkpoint(path: Path) -> TensorSource:
         return GGUFCheckpoint(path) if path.suffix == ".gguf" else HuggingFaceCheckpoint(path)
     except CheckpointError as error:
         raise LaunchError(str(error)) from None
+
+
+def build_engine(config: EngineConfig, bar: ProgressBar) -> BuiltEngine:
+    """Load the model and compile its steps; when this returns, nothing is left to compile.
+
+    Raises:
+        LaunchError: flags, checkpoint and devices do not fit together.
+    """
+    _configure_jax(config)
+    compiles = CompileCounter()
+    built = build_runner(config, bar)
+    with Phase("compilation") as phase:
+        built.runner.warm_up(lambda buckets: bar(buckets, "compiling steps", built.runner.num_programs))
+        phase.detail = f", {built.runner.num_programs} programs"
+    compiles.mark_ready()
+    device = jax.devices()[0]
+    info = EngineInfo(
+        architecture=built.model.architecture,
+        vocab_size=built.model.vocab_size,
+        context_length=built.scheduler.context_length,
+        max_rows=built.scheduler.max_rows,
+        page_size=built.cache.page_size,
+        num_pages=built.cache.num_pages,
+        dtype=str(built.dtype),
+        device=f"{config.tp_size} x {device.platform} {device.device_kind}",
+        eos_token_ids=built.model.eos_token_ids,
+        bos_token_id=built.model.bos_token_id,
+    )
+    return BuiltEngine(Engine(built.runner, Scheduler(built.scheduler, built.cache)), info, compiles)
+
+
+def _configure_jax(config: EngineConfig) -> None:
+    jax.config.update("jax_numpy_dtype_promotion", "strict")
+    if config.compilation_cache_dir:
+        jax.config.update("jax_compilation_cache_dir", config.compilation_cache_dir)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+        jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
 def build_runner(config: EngineConfig, bar: ProgressBar) -> BuiltRunner:
@@ -104,6 +154,7 @@ def build_runner(config: EngineConfig, bar: ProgressBar) -> BuiltRunner:
 
     scheduler = _scheduler_config(config, checkpoint, platform)
     cache = _cache_config(config, model, scheduler, dtype, platform)
+    scheduler = _fit_context(scheduler, cache)
     attention = XlaAttention(
         AttentionConfig(
             num_layers=model.num_layers,
@@ -128,7 +179,7 @@ def build_runner(config: EngineConfig, bar: ProgressBar) -> BuiltRunner:
         vocab_size=model.vocab_size,
     )
     parts = RunnerParts(decoder, weights, attention, mesh, layout, make_buckets(scheduler))
-    return BuiltRunner(ModelRunner(parts), checkpoint, cache, scheduler)
+    return BuiltRunner(ModelRunner(parts), checkpoint, cache, scheduler, dtype)
 
 
 def _dtype(config: EngineConfig, model: ModelConfig) -> jnp.dtype:
@@ -172,6 +223,15 @@ def _cache_config(
         "key/value pool: %d pages of %d tokens, %.0f MB", num_pages, page_size, num_pages * page_size * token_bytes / 1e6
     )
     return cache
+
+
+def _fit_context(scheduler: SchedulerConfig, cache: CacheConfig) -> SchedulerConfig:
+    """A single request must fit the pool, or it could never finish."""
+    pool_tokens = cache.page_size * cache.num_pages
+    if scheduler.context_length <= pool_tokens:
+        return scheduler
+    logger.warning("context length cut from %d to the pool's %d tokens", scheduler.context_length, pool_tokens)
+    return msgspec.structs.replace(scheduler, context_length=pool_tokens)
 
 
 def _pool_bytes(config: EngineConfig, platform: str) -> int:

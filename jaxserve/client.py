@@ -1,0 +1,297 @@
+"""How the API reaches an engine: one protocol, in this process or in another."""
+
+import asyncio
+import contextlib
+import logging
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import AsyncGenerator
+from typing import Protocol
+
+import msgspec
+import zmq
+import zmq.asyncio
+
+from jaxserve.config import EngineConfig
+from jaxserve.errors import ExitCode, LaunchError, OverloadedError, UnavailableError
+from jaxserve.messages import (
+    Abort,
+    CacheFlushed,
+    Deltas,
+    EngineInfo,
+    EngineStats,
+    FlushCache,
+    Ready,
+    Shutdown,
+    StartFailed,
+    Submit,
+    ToEngine,
+    decode_from_engine,
+    encode,
+)
+from jaxserve.request import FinishReason, Request, TokenDelta
+
+logger = logging.getLogger(__name__)
+
+_SHUTDOWN_S = 10.0
+
+
+class EngineClient(Protocol):
+    """A running engine."""
+
+    @property
+    def info(self) -> EngineInfo:
+        """What was loaded; raises UnavailableError until the engine is ready."""
+        ...
+
+    @property
+    def stats(self) -> EngineStats:
+        """The engine's last word on itself."""
+        ...
+
+    @property
+    def num_live(self) -> int:
+        """Choices submitted and not yet finished."""
+        ...
+
+    def check_ready(self) -> None:
+        """Raise UnavailableError when the engine loads or is lost."""
+        ...
+
+    def submit(self, request: Request) -> AsyncGenerator[TokenDelta]:
+        """Queue a request at once and iterate over its deltas; closing the iterator early aborts it.
+
+        Raises:
+            OverloadedError: the queue is full.
+            UnavailableError: the engine is not there.
+        """
+        ...
+
+    def abort(self, request_id: str, choice: int | None = None) -> None:
+        """End a request, or one choice of it; never waits."""
+        ...
+
+    async def flush_cache(self) -> bool:
+        """Forget cached prefixes; False while requests run."""
+        ...
+
+
+class Streams:
+    """The open requests of a client and the queues their deltas arrive in."""
+
+    def __init__(self) -> None:
+        self._queues: dict[str, asyncio.Queue[TokenDelta]] = {}
+        self._open_choices: dict[str, int] = {}
+        self.num_live = 0
+
+    def open(self, request: Request) -> "asyncio.Queue[TokenDelta]":
+        """Register a request."""
+        queue: asyncio.Queue[TokenDelta] = asyncio.Queue()
+        self._queues[request.id] = queue
+        self._open_choices[request.id] = request.num_choices
+        self.num_live += request.num_choices
+        return queue
+
+    def deliver(self, delta: TokenDelta) -> None:
+        """Hand a delta to its request; late ones for requests that are gone are dropped."""
+        queue = self._queues.get(delta.request_id)
+        if delta.finish_reason is not None and delta.request_id in self._open_choices:
+            self.num_live -= 1
+            self._open_choices[delta.request_id] -= 1
+            if not self._open_choices[delta.request_id]:
+                del self._open_choices[delta.request_id]
+        if queue is not None:
+            queue.put_nowait(delta)
+
+    def close(self, request_id: str) -> bool:
+        """Nobody listens any more; True if the engine still works on it."""
+        self._queues.pop(request_id, None)
+        return request_id in self._open_choices
+
+    def fail_all(self, error: str) -> None:
+        """End every open request."""
+        for request_id, queue in self._queues.items():
+            queue.put_nowait(TokenDelta(request_id=request_id, choice=-1, finish_reason=FinishReason.ERROR, error=error))
+        self._open_choices.clear()
+        self.num_live = 0
+
+
+class ProcessEngineClient:
+    """An engine in a process of its own.
+
+    Args:
+        config: what to load.
+        max_live: choices that may run and wait together, or None; more are refused with OverloadedError.
+    """
+
+    def __init__(self, config: EngineConfig, max_queued: int | None) -> None:
+        self._config = config
+        self._max_queued = max_queued
+        self._streams = Streams()
+        self._info: EngineInfo | None = None
+        self._stats = EngineStats()
+        self._lost: str | None = None
+        self._flushes: list[asyncio.Future[bool]] = []
+        self._folder = tempfile.mkdtemp(prefix="jaxserve-")
+        self._context = zmq.asyncio.Context()
+        self._socket: zmq.asyncio.Socket = self._context.socket(zmq.PAIR)
+        self._socket.set_hwm(0)
+        self._process: subprocess.Popen[bytes] | None = None
+        self._tasks: list[asyncio.Task[None]] = []
+        self.exited: asyncio.Event = asyncio.Event()
+
+    @property
+    def info(self) -> EngineInfo:
+        """See `EngineClient`."""
+        self.check_ready()
+        assert self._info is not None
+        return self._info
+
+    @property
+    def stats(self) -> EngineStats:
+        """See `EngineClient`."""
+        return self._stats
+
+    @property
+    def num_live(self) -> int:
+        """See `EngineClient`."""
+        return self._streams.num_live
+
+    @property
+    def exit_code(self) -> int | None:
+        """How the engine process ended, if it did."""
+        return None if self._process is None else self._process.poll()
+
+    async def start(self) -> EngineInfo:
+        """Start the process and wait until it is ready.
+
+        Raises:
+            LaunchError: it cannot start.
+        """
+        endpoint = f"ipc://{self._folder}/engine"
+        self._socket.bind(endpoint)
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "jaxserve.worker", endpoint],
+            stdin=subprocess.PIPE,
+            # A process group of its own: Ctrl-C in a terminal goes to the launcher, which drains first.
+            start_new_session=True,
+        )
+        assert self._process.stdin is not None
+        self._process.stdin.write(msgspec.json.encode(self._config) + b"\n")
+        self._process.stdin.flush()
+        loop = asyncio.get_running_loop()
+        ready: asyncio.Future[EngineInfo] = loop.create_future()
+        self._tasks = [loop.create_task(self._receive(ready)), loop.create_task(self._watch(ready))]
+        self._info = await ready
+        return self._info
+
+    def check_ready(self) -> None:
+        """See `EngineClient`."""
+        if self._lost is not None:
+            raise UnavailableError(self._lost)
+        if self._info is None:
+            raise UnavailableError("the model is still loading")
+
+    async def submit(self, request: Request) -> AsyncGenerator[TokenDelta]:
+        """See `EngineClient`; what raises does so on the first step of the iterator."""
+        self._reserve(request)
+        queue = self._streams.open(request)
+        self._send(Submit(request=request))
+        open_choices = request.num_choices
+        try:
+            while open_choices:
+                delta = await queue.get()
+                open_choices -= delta.finish_reason is not None
+                yield delta
+                if delta.choice < 0:
+                    return
+        finally:
+            if self._streams.close(request.id):
+                self._send(Abort(request_id=request.id))
+
+    def abort(self, request_id: str, choice: int | None = None) -> None:
+        """See `EngineClient`."""
+        self._send(Abort(request_id=request_id, choice=choice))
+
+    async def flush_cache(self) -> bool:
+        """See `EngineClient`."""
+        self.check_ready()
+        future: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
+        self._flushes.append(future)
+        self._send(FlushCache())
+        return await future
+
+    async def stop(self) -> None:
+        """End the process, by force if it does not end by itself."""
+        process = self._process
+        if process is not None and process.poll() is None:
+            self._send(Shutdown())
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(self.exited.wait(), _SHUTDOWN_S)
+            if process.poll() is None:
+                process.kill()
+                await self.exited.wait()
+        for task in self._tasks:
+            task.cancel()
+        self._socket.close(linger=0)
+        self._context.term()
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def kill(self) -> None:
+        """End the process now; for a launcher that is told twice to stop."""
+        if self._process is not None and self._process.poll() is None:
+            self._process.kill()
+
+    def _reserve(self, request: Request) -> None:
+        self.check_ready()
+        if self._max_queued is None:
+            return
+        limit = self.info.max_rows + self._max_queued
+        if self._streams.num_live + request.num_choices > limit:
+            raise OverloadedError(
+                f"{self._streams.num_live} choices run or wait, the limit is {limit}; try again in a second"
+            )
+
+    def _send(self, message: ToEngine) -> None:
+        # A synchronous, non-blocking send: it must also work while a task is being cancelled.
+        if self._lost is None:
+            zmq.Socket.send(self._socket, encode(message), flags=zmq.NOBLOCK)
+
+    async def _receive(self, ready: "asyncio.Future[EngineInfo]") -> None:
+        while True:
+            match decode_from_engine(await self._socket.recv()):
+                case Deltas(deltas=deltas, stats=stats):
+                    self._stats = stats
+                    for delta in deltas:
+                        self._streams.deliver(delta)
+                case Ready(info=info):
+                    ready.set_result(info)
+                case StartFailed(error=error):
+                    ready.set_exception(LaunchError(error))
+                case CacheFlushed(flushed=flushed):
+                    self._flushes.pop(0).set_result(flushed)
+
+    async def _watch(self, ready: "asyncio.Future[EngineInfo]") -> None:
+        """Notice the end of the process within a moment, without a thread."""
+        assert self._process is not None
+        loop = asyncio.get_running_loop()
+        pidfd = os.pidfd_open(self._process.pid)
+        gone: asyncio.Future[None] = loop.create_future()
+        loop.add_reader(pidfd, lambda: gone.done() or gone.set_result(None))
+        try:
+            await gone
+        finally:
+            loop.remove_reader(pidfd)
+            os.close(pidfd)
+        code = self._process.wait()
+        self._lost = f"the engine process ended with code {code}"
+        await asyncio.sleep(0.05)  # a StartFailed may still be on its way
+        if not ready.done():
+            ready.set_exception(LaunchError(self._lost, exit_code=ExitCode.ENGINE_LOST))
+        self._streams.fail_all(self._lost)
+        for future in self._flushes:
+            future.cancel()
+        self.exited.set()

@@ -1,0 +1,112 @@
+"""What the API process and the engine process say to each other: msgspec structs as MessagePack over a socket."""
+
+from typing import Any
+
+import msgspec
+
+from jaxserve.request import Request, TokenDelta
+
+
+class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """What the API process must know of the loaded model.
+
+    Attributes:
+        context_length: prompt and output tokens of one request, at most; never more than the page pool holds.
+        eos_token_ids: the model's own end tokens.
+        max_rows: choices that run at once.
+        device: platform and number of devices, for people.
+    """
+
+    architecture: str
+    vocab_size: int
+    context_length: int
+    max_rows: int
+    page_size: int
+    num_pages: int
+    dtype: str
+    device: str
+    eos_token_ids: tuple[int, ...]
+    bos_token_id: int | None
+
+
+class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
+    """Gauges and counters of the engine, sent with the deltas."""
+
+    num_running: int = 0
+    num_waiting: int = 0
+    num_pages: int = 0
+    num_used_pages: int = 0
+    num_preemptions: int = 0
+    num_prompt_tokens: int = 0
+    num_cached_tokens: int = 0
+    num_compiles: int = 0
+    num_compiles_after_ready: int = 0
+
+
+class Submit(msgspec.Struct, frozen=True, tag=True):
+    """Run a request."""
+
+    request: Request
+
+
+class Abort(msgspec.Struct, frozen=True, tag=True):
+    """End a request, or one choice of it; ignored when it is over already."""
+
+    request_id: str
+    choice: int | None = None
+
+
+class FlushCache(msgspec.Struct, frozen=True, tag=True):
+    """Forget cached prefixes; answered by `CacheFlushed`."""
+
+
+class Shutdown(msgspec.Struct, frozen=True, tag=True):
+    """Leave the loop and exit 0."""
+
+
+class Ready(msgspec.Struct, frozen=True, tag=True):
+    """The engine takes requests from now on."""
+
+    info: EngineInfo
+
+
+class StartFailed(msgspec.Struct, frozen=True, tag=True):
+    """The engine cannot start; the message is for the user."""
+
+    error: str
+
+
+class Deltas(msgspec.Struct, frozen=True, tag=True):
+    """What a step produced."""
+
+    deltas: list[TokenDelta]
+    stats: EngineStats
+
+
+class CacheFlushed(msgspec.Struct, frozen=True, tag=True):
+    """Answer to `FlushCache`: False while requests run."""
+
+    flushed: bool
+
+
+type ToEngine = Submit | Abort | FlushCache | Shutdown
+type FromEngine = Ready | StartFailed | Deltas | CacheFlushed
+
+_encoder = msgspec.msgpack.Encoder()
+_to_engine: msgspec.msgpack.Decoder[Any] = msgspec.msgpack.Decoder(Submit | Abort | FlushCache | Shutdown)
+_from_engine: msgspec.msgpack.Decoder[Any] = msgspec.msgpack.Decoder(Ready | StartFailed | Deltas | CacheFlushed)
+
+
+def encode(message: "ToEngine | FromEngine") -> bytes:
+    """Message -> bytes."""
+    return _encoder.encode(message)
+
+
+def decode_to_engine(data: bytes) -> "ToEngine":
+    """Bytes -> message for the engine."""
+    return _to_engine.decode(data)
+
+
+def decode_from_engine(data: bytes) -> "FromEngine":
+    """Bytes -> message from the engine."""
+    return _from_engine.decode(data)

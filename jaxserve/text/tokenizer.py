@@ -1,0 +1,140 @@
+"""The tokenizer as the API needs it: text to ids, ids to text as they come, and the chat template."""
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from tokenizers import decoders
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from checkpoints.gguf import GGUFCheckpoint
+from checkpoints.source import CheckpointError
+from jaxserve.errors import LaunchError, RequestError
+from jaxserve.text.chat_template import ChatTemplate
+from jaxserve.text.detokenizer import ByteLevelDetokenizer, ByteLevelVocabulary, Detokenizer, WindowDetokenizer
+from jaxserve.text.gguf_tokenizer import tokenizer_from_gguf
+
+logger = logging.getLogger(__name__)
+
+_CHARACTERS_PER_TOKEN = 64
+
+
+class TokenText(NamedTuple):
+    """One token for people: its text alone and its bytes."""
+
+    text: str
+    bytes: bytes
+
+
+class Tokenizer:
+    """A fast (Rust) Hugging Face tokenizer.
+
+    Args:
+        tokenizer: the loaded tokenizer.
+        chat_template: overrides the tokenizer's own.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, chat_template: str | None = None) -> None:
+        self._tokenizer = tokenizer
+        self._rust = tokenizer.backend_tokenizer
+        self.special_ids = frozenset(int(token_id) for token_id in tokenizer.all_special_ids) | frozenset(
+            token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special
+        )
+        self._vocabulary = (
+            ByteLevelVocabulary(self._rust, self.special_ids) if _is_byte_level(self._rust.decoder) else None
+        )
+        template = chat_template or tokenizer.chat_template
+        self.chat_template = ChatTemplate(tokenizer, template if isinstance(template, str) else None)
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """The tokenizer's end token."""
+        return () if self._tokenizer.eos_token_id is None else (int(self._tokenizer.eos_token_id),)
+
+    @property
+    def vocab_size(self) -> int:
+        """Ids the tokenizer knows."""
+        return len(self._tokenizer)
+
+    def encode(self, text: str, *, add_special_tokens: bool, max_tokens: int) -> list[int]:
+        """Text to ids.
+
+        Raises:
+            RequestError: so long that it cannot fit `max_tokens`, told before the work of tokenising it.
+        """
+        if len(text) > max_tokens * _CHARACTERS_PER_TOKEN:
+            raise RequestError(
+                f"a prompt of {len(text)} characters is longer than the model's context length of {max_tokens} tokens",
+                param="prompt",
+                code="context_length_exceeded",
+            )
+        return self._rust.encode(text, add_special_tokens=add_special_tokens).ids
+
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
+        """Ids to text at once."""
+        return self._rust.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
+
+    def detokenizer(self, *, skip_special_tokens: bool) -> Detokenizer:
+        """A new incremental decoder."""
+        if self._vocabulary is not None:
+            return ByteLevelDetokenizer(self._vocabulary, skip_special_tokens=skip_special_tokens)
+        return WindowDetokenizer(self._rust, skip_special_tokens=skip_special_tokens)
+
+    def token_text(self, token_id: int) -> TokenText:
+        """One token by itself, as log-probabilities show it."""
+        if self._vocabulary is not None:
+            data = self._vocabulary.bytes_of.get(token_id, b"")
+            return TokenText(data.decode(errors="replace"), data)
+        text = self._rust.id_to_token(token_id) or ""
+        if len(text) == 6 and text.startswith("<0x"):
+            data = bytes([int(text[3:5], 16)])
+            return TokenText(data.decode(errors="replace"), data)
+        text = text.replace("\u2581", " ")
+        return TokenText(text, text.encode())
+
+
+def load_tokenizer(path: Path, chat_template: str | None = None) -> Tokenizer:
+    """Load from a model folder or a `.gguf` file.
+
+    Raises:
+        LaunchError: there is none, or it is not a fast tokenizer.
+    """
+    try:
+        tokenizer = _load_gguf(path) if path.suffix == ".gguf" else _load_folder(path)
+    except (CheckpointError, OSError, ValueError) as error:
+        raise LaunchError(f"{path}: no usable tokenizer: {error}") from None
+    return Tokenizer(tokenizer, chat_template)
+
+
+def _load_folder(path: Path) -> PreTrainedTokenizerFast:
+    tokenizer: Any = AutoTokenizer.from_pretrained(path, trust_remote_code=False, local_files_only=True)
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        raise LaunchError(f"{path}: needs a fast tokenizer (tokenizer.json), found {type(tokenizer).__name__}")
+    return tokenizer
+
+
+def _load_gguf(path: Path) -> PreTrainedTokenizerFast:
+    file = GGUFCheckpoint(path)
+    names = ("tokens", "merges", "scores", "token_type")
+    lists = {name: file.metadata_list(f"tokenizer.ggml.{name}") for name in names}
+    rust = tokenizer_from_gguf(file.metadata, lists)
+    tokens = lists["tokens"] or []
+
+    def token(key: str) -> str | None:
+        index = file.metadata.get(f"tokenizer.ggml.{key}_token_id")
+        return None if index is None else tokens[int(index)]
+
+    return PreTrainedTokenizerFast(
+        tokenizer_object=rust,
+        bos_token=token("bos"),
+        eos_token=token("eos"),
+        unk_token=token("unknown"),
+        pad_token=token("padding"),
+        chat_template=file.metadata.get("tokenizer.chat_template"),
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def _is_byte_level(decoder: object) -> bool:
+    return isinstance(decoder, decoders.ByteLevel)

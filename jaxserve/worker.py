@@ -1,0 +1,132 @@
+"""The engine process: builds the engine, then turns messages into steps and steps into messages.
+
+Started by `jaxserve.client.ProcessEngineClient` as `python -m jaxserve.worker ENDPOINT` with the `EngineConfig` as
+one line of JSON on standard input, which stays open: when it closes, the parent is gone and so are we.
+"""
+
+import logging
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterable
+from typing import Any
+
+import msgspec
+import zmq
+
+from jaxserve.config import EngineConfig
+from jaxserve.errors import ExitCode, LaunchError
+from jaxserve.messages import (
+    Abort,
+    CacheFlushed,
+    Deltas,
+    EngineStats,
+    FlushCache,
+    FromEngine,
+    Ready,
+    Shutdown,
+    StartFailed,
+    Submit,
+    decode_to_engine,
+    encode,
+)
+
+logger = logging.getLogger("jaxserve.engine")
+
+_IDLE_POLL_MS = 1000
+
+
+def main() -> int:
+    """Run until told to shut down."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
+    config = msgspec.json.decode(_read_line(), type=EngineConfig)
+    threading.Thread(target=_exit_with_parent, name="parent-watch", daemon=True).start()
+    logging.basicConfig(
+        level=config.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr
+    )
+    context = zmq.Context()
+    socket: zmq.Socket[bytes] = context.socket(zmq.PAIR)
+    socket.set_hwm(0)
+    socket.connect(sys.argv[1])
+    try:
+        worker = _Worker(socket, config)
+    except LaunchError as error:
+        socket.send(encode(StartFailed(error=str(error))))
+        socket.close(linger=2000)
+        context.term()
+        return int(error.exit_code)
+    worker.run()
+    socket.close(linger=2000)
+    context.term()
+    return int(ExitCode.OK)
+
+
+class _Worker:
+    """The engine and its socket."""
+
+    def __init__(self, socket: "zmq.Socket[bytes]", config: EngineConfig) -> None:
+        # Imported here: jax takes the signal handlers and the environment as they are now.
+        from jaxserve.build import build_engine
+
+        self._socket = socket
+        self._built = build_engine(config, lambda items, name, total: _bar(items, name, total, config.show_progress))
+        self._engine = self._built.engine
+        self._send(Ready(info=self._built.info))
+
+    def run(self) -> None:
+        """Step while there is work; sleep on the socket while there is none."""
+        while True:
+            while self._socket.poll(0 if not self._engine.idle else _IDLE_POLL_MS):
+                if not self._handle(self._socket.recv()):
+                    return
+            if not self._engine.idle:
+                deltas = self._engine.step()
+                if deltas:
+                    self._send(Deltas(deltas=deltas, stats=self._stats()))
+
+    def _handle(self, data: bytes) -> bool:
+        match decode_to_engine(data):
+            case Submit(request=request):
+                self._engine.add(request)
+            case Abort(request_id=request_id, choice=choice):
+                self._engine.abort(request_id, choice)
+            case FlushCache():
+                self._send(CacheFlushed(flushed=self._engine.flush_cache()))
+            case Shutdown():
+                return False
+        return True
+
+    def _stats(self) -> EngineStats:
+        return EngineStats(**self._engine.stats._asdict(), **self._built.compiles.counts())
+
+    def _send(self, message: FromEngine) -> None:
+        self._socket.send(encode(message))
+
+
+def _read_line() -> bytes:
+    line = b""
+    while not line.endswith(b"\n"):
+        part = os.read(0, 4096)
+        if not part:
+            sys.exit(int(ExitCode.ENGINE_LOST))
+        line += part
+    return line
+
+
+def _exit_with_parent() -> None:
+    # The raw descriptor: a buffered read would hold a lock that interpreter shutdown wants.
+    while os.read(0, 4096):
+        pass
+    os._exit(int(ExitCode.ENGINE_LOST))
+
+
+def _bar(items: Iterable[Any], name: str, total: int, show: bool) -> Iterable[Any]:
+    from tqdm import tqdm
+
+    return tqdm(items, desc=name, total=total, disable=None if show else True, leave=False)
+
+
+
+if __name__ == "__main__":
+    sys.exit(main())
