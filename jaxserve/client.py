@@ -8,15 +8,15 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import AsyncGenerator
-from typing import Protocol
+from collections.abc import Callable
+from typing import Protocol, Self
 
 import msgspec
 import zmq
 import zmq.asyncio
 
 from jaxserve.config import EngineConfig
-from jaxserve.errors import ExitCode, LaunchError, OverloadedError, UnavailableError
+from jaxserve.errors import ExitCode, LaunchError, OverloadedError, RequestError, UnavailableError
 from jaxserve.messages import (
     Abort,
     CacheFlushed,
@@ -61,8 +61,8 @@ class EngineClient(Protocol):
         """Raise UnavailableError when the engine loads or is lost."""
         ...
 
-    def submit(self, request: Request) -> AsyncGenerator[TokenDelta]:
-        """Queue a request at once and iterate over its deltas; closing the iterator early aborts it.
+    def submit(self, request: Request) -> "TokenStream":
+        """Queue a request at once; closing its stream early aborts it.
 
         Raises:
             OverloadedError: the queue is full.
@@ -79,44 +79,82 @@ class EngineClient(Protocol):
         ...
 
 
+class TokenStream:
+    """The deltas of one request, in order. Iterate, and `close` in any case."""
+
+    def __init__(self, request: Request, on_close: Callable[[str], None]) -> None:
+        self._request = request
+        self._on_close = on_close
+        self._queue: asyncio.Queue[TokenDelta] = asyncio.Queue()
+        self._unread_choices = request.num_choices
+        self.num_open_choices = request.num_choices
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> TokenDelta:
+        if self._unread_choices == 0:
+            raise StopAsyncIteration
+        delta = await self._queue.get()
+        if delta.finish_reason is not None:
+            self._unread_choices -= 1
+        return delta
+
+    def deliver(self, delta: TokenDelta) -> None:
+        """Add a delta."""
+        if delta.finish_reason is not None:
+            self.num_open_choices -= 1
+        self._queue.put_nowait(delta)
+
+    def fail(self, error: str) -> None:
+        """End every choice that is still open."""
+        for choice in range(self._request.num_choices):
+            # A choice that has ended already ignores a second end.
+            self._queue.put_nowait(
+                TokenDelta(
+                    request_id=self._request.id, choice=choice, finish_reason=FinishReason.ERROR, error=error
+                )
+            )
+        self.num_open_choices = 0
+
+    def close(self) -> None:
+        """Nobody reads any more: the engine is told if it still works on it. Synchronous, so it works anywhere."""
+        self._on_close(self._request.id)
+
+
 class Streams:
-    """The open requests of a client and the queues their deltas arrive in."""
+    """The open requests of a client."""
 
     def __init__(self) -> None:
-        self._queues: dict[str, asyncio.Queue[TokenDelta]] = {}
-        self._open_choices: dict[str, int] = {}
-        self.num_live = 0
+        self._streams: dict[str, TokenStream] = {}
 
-    def open(self, request: Request) -> "asyncio.Queue[TokenDelta]":
-        """Register a request."""
-        queue: asyncio.Queue[TokenDelta] = asyncio.Queue()
-        self._queues[request.id] = queue
-        self._open_choices[request.id] = request.num_choices
-        self.num_live += request.num_choices
-        return queue
+    @property
+    def num_live(self) -> int:
+        """Choices that have not ended."""
+        return sum(stream.num_open_choices for stream in self._streams.values())
+
+    def add(self, request: Request, on_close: Callable[[str], None]) -> TokenStream:
+        """Register a request; its id must be new."""
+        if request.id in self._streams:
+            raise RequestError(f"request id {request.id!r} is in use", param="rid")
+        stream = TokenStream(request, on_close)
+        self._streams[request.id] = stream
+        return stream
 
     def deliver(self, delta: TokenDelta) -> None:
         """Hand a delta to its request; late ones for requests that are gone are dropped."""
-        queue = self._queues.get(delta.request_id)
-        if delta.finish_reason is not None and delta.request_id in self._open_choices:
-            self.num_live -= 1
-            self._open_choices[delta.request_id] -= 1
-            if not self._open_choices[delta.request_id]:
-                del self._open_choices[delta.request_id]
-        if queue is not None:
-            queue.put_nowait(delta)
+        if (stream := self._streams.get(delta.request_id)) is not None:
+            stream.deliver(delta)
 
-    def close(self, request_id: str) -> bool:
-        """Nobody listens any more; True if the engine still works on it."""
-        self._queues.pop(request_id, None)
-        return request_id in self._open_choices
+    def remove(self, request_id: str) -> bool:
+        """Forget a request; True if the engine still works on it."""
+        stream = self._streams.pop(request_id, None)
+        return stream is not None and stream.num_open_choices > 0
 
     def fail_all(self, error: str) -> None:
         """End every open request."""
-        for request_id, queue in self._queues.items():
-            queue.put_nowait(TokenDelta(request_id=request_id, choice=-1, finish_reason=FinishReason.ERROR, error=error))
-        self._open_choices.clear()
-        self.num_live = 0
+        for stream in self._streams.values():
+            stream.fail(error)
 
 
 class ProcessEngineClient:
@@ -124,7 +162,7 @@ class ProcessEngineClient:
 
     Args:
         config: what to load.
-        max_live: choices that may run and wait together, or None; more are refused with OverloadedError.
+        max_queued: choices that may wait beside those that run; None for no limit.
     """
 
     def __init__(self, config: EngineConfig, max_queued: int | None) -> None:
@@ -195,22 +233,12 @@ class ProcessEngineClient:
         if self._info is None:
             raise UnavailableError("the model is still loading")
 
-    async def submit(self, request: Request) -> AsyncGenerator[TokenDelta]:
-        """See `EngineClient`; what raises does so on the first step of the iterator."""
+    def submit(self, request: Request) -> TokenStream:
+        """See `EngineClient`."""
         self._reserve(request)
-        queue = self._streams.open(request)
+        stream = self._streams.add(request, self._close)
         self._send(Submit(request=request))
-        open_choices = request.num_choices
-        try:
-            while open_choices:
-                delta = await queue.get()
-                open_choices -= delta.finish_reason is not None
-                yield delta
-                if delta.choice < 0:
-                    return
-        finally:
-            if self._streams.close(request.id):
-                self._send(Abort(request_id=request.id))
+        return stream
 
     def abort(self, request_id: str, choice: int | None = None) -> None:
         """See `EngineClient`."""
@@ -244,6 +272,10 @@ class ProcessEngineClient:
         """End the process now; for a launcher that is told twice to stop."""
         if self._process is not None and self._process.poll() is None:
             self._process.kill()
+
+    def _close(self, request_id: str) -> None:
+        if self._streams.remove(request_id):
+            self._send(Abort(request_id=request_id))
 
     def _reserve(self, request: Request) -> None:
         self.check_ready()

@@ -111,44 +111,46 @@ class _Choice:
 
 
 class Generation:
-    """One running request.
-
-    Iterate over `deltas()`; closing that iterator early aborts the request.
+    """One running request: queued when this is built; iterate over `deltas`, and `close` in any case.
 
     Attributes:
         usage: kept up to date while iterating.
         prompt_logprobs: of prompt tokens [1, len), once the first delta has come, if they were asked for.
+
+    Raises:
+        OverloadedError, UnavailableError: as `EngineClient.submit` does.
     """
 
     def __init__(self, client: EngineClient, tokenizer: Tokenizer, request: Request, options: TextOptions) -> None:
+        self.request = request
         self._client = client
-        self._request = request
         self._choices = [_Choice(tokenizer, options) for _ in range(request.num_choices)]
+        self._stream = client.submit(request)
         self.usage = Usage(prompt_tokens=len(request.prompt_token_ids))
         self.prompt_logprobs: tuple[TokenLogprobs, ...] = ()
 
     async def deltas(self) -> AsyncGenerator[ChoiceDelta]:
         """Deltas of all choices as they come; ends when every choice has ended."""
-        stream = self._client.submit(self._request)
-        try:
-            async for delta in stream:
-                if delta.choice < 0:
-                    for index, choice in enumerate(self._choices):
-                        if not choice.finished:
-                            yield ChoiceDelta(index, finish_reason=FinishReason.ERROR, error=delta.error)
-                    return
-                choice = self._choices[delta.choice]
-                if choice.finished:
-                    continue
-                self.prompt_logprobs = self.prompt_logprobs or delta.prompt_logprobs
-                self.usage.cached_tokens = max(self.usage.cached_tokens, delta.num_cached_tokens)
-                before = choice.num_tokens
-                out = choice.take(delta)
-                self.usage.completion_tokens += choice.num_tokens - before
-                if choice.finished and delta.finish_reason is None:
-                    self._client.abort(self._request.id, delta.choice)
-                yield out
-                if all(choice.finished for choice in self._choices):
-                    return
-        finally:
-            await stream.aclose()
+        async for delta in self._stream:
+            choice = self._choices[delta.choice]
+            if choice.finished:
+                continue
+            self.prompt_logprobs = self.prompt_logprobs or delta.prompt_logprobs
+            self.usage.cached_tokens = max(self.usage.cached_tokens, delta.num_cached_tokens)
+            before = choice.num_tokens
+            out = choice.take(delta)
+            self.usage.completion_tokens += choice.num_tokens - before
+            if choice.finished and delta.finish_reason is None:
+                self._client.abort(self.request.id, delta.choice)
+            yield out
+            if all(choice.finished for choice in self._choices):
+                return
+
+    def interrupt(self, error: str) -> None:
+        """End every open choice with an error, as seen by whoever iterates."""
+        self._stream.fail(error)
+        self._client.abort(self.request.id)
+
+    def close(self) -> None:
+        """Let go; what is not finished is aborted. Never waits."""
+        self._stream.close()

@@ -115,5 +115,6 @@ class Sequence:
 
     @property
     def collects_prompt_logprobs(self) -> bool:
-        """Whether log-probabilities of prompt tokens are still to be computed."""
-        return self.request.sampling.prompt_logprobs and len(self.prompt_logprobs) < self.num_prompt_tokens - 1
+        """Whether log-probabilities of prompt tokens are still to be computed; the first choice does it for all."""
+        wanted = self.request.sampling.prompt_logprobs and self.choice == 0
+        return wanted and len(self.prompt_logprobs) < self.num_prompt_tokens - 1

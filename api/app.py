@@ -1,0 +1,94 @@
+"""The Litestar application: routes, guard, limits, and the table of errors."""
+
+from typing import Any
+
+from litestar import Litestar, Request, Response, Router
+from litestar.config.cors import CORSConfig
+from litestar.di import Provide
+from litestar.exceptions import HTTPException
+from litestar.openapi import OpenAPIConfig
+from litestar.openapi.plugins import JsonRenderPlugin
+
+from api import chat, completions, service
+from api.auth import KeyGuard
+from api.errors import error_response, handle
+from api.params import RequestBuilder, SeedSource
+from api.running import GenerationError
+from api.server import Server
+from api.streaming import ClientGone
+
+_MAX_BODY_BYTES = 8 << 20
+
+ROUTES = (
+    chat.chat_completions,
+    completions.completions,
+    service.list_models,
+    service.get_model,
+    service.live,
+    service.health,
+    service.health_generate,
+    service.metrics,
+    service.tokenize,
+    service.detokenize,
+    service.model_info,
+    service.server_info,
+    service.flush_cache,
+    service.abort_request,
+)
+
+
+class _Builders:
+    """The request builder, made once the engine has told its limits."""
+
+    def __init__(self, server: Server, seed: int | None) -> None:
+        self._server = server
+        self._seeds = SeedSource(seed)
+        self._builder: RequestBuilder | None = None
+
+    def get(self) -> RequestBuilder:
+        """Raises UnavailableError until the engine is ready."""
+        self._server.check_accepting()
+        if self._builder is None:
+            settings = self._server.settings
+            self._builder = RequestBuilder(
+                self._server.tokenizer, self._server.client.info, self._seeds, settings.generation_defaults
+            )
+        return self._builder
+
+
+def create_app(server: Server, *, random_seed: int | None = None) -> Litestar:
+    """Build the application over a server's state."""
+    guard = KeyGuard(server.settings.api_key)
+    builders = _Builders(server, random_seed)
+    return Litestar(
+        route_handlers=ROUTES,
+        dependencies={
+            "server": Provide(lambda: server, sync_to_thread=False),
+            "builder": Provide(builders.get, sync_to_thread=False),
+        },
+        guards=[guard],
+        before_request=_check_content_type,
+        request_max_body_size=_MAX_BODY_BYTES,
+        exception_handlers={
+            HTTPException: handle,
+            ClientGone: lambda *_: Response(None, status_code=499),
+            GenerationError: lambda _, error: error_response(500, str(error), code="generation_failed"),
+            Exception: handle,
+        },
+        openapi_config=OpenAPIConfig(
+            title="jaxserve",
+            version="1",
+            path="/schema",
+            render_plugins=[JsonRenderPlugin()],
+            openapi_router=Router("/schema", route_handlers=[], guards=[guard]),
+        ),
+        cors_config=CORSConfig(allow_origins=[]),
+        debug=False,
+    )
+
+
+async def _check_content_type(request: Request[Any, Any, Any]) -> Response[Any] | None:
+    # A browser page may post text/plain to a loopback server without asking; JSON it may not.
+    if request.method == "POST" and request.content_type[0] != "application/json":
+        return error_response(415, f"the body must be application/json, got {request.content_type[0] or 'nothing'!r}")
+    return None

@@ -1,0 +1,115 @@
+"""The generations behind one HTTP request: one per prompt, their choices numbered through, prompt-major."""
+
+import logging
+from collections.abc import AsyncGenerator, Iterable, Sequence
+
+from api.metrics import RequestTimer
+from api.params import Prepared
+from api.schemas import PromptTokensDetails, UsageInfo
+from api.server import Server
+from api.streaming import merge
+from jaxserve.errors import UnavailableError
+from jaxserve.generation import ChoiceDelta, Generation
+from jaxserve.request import FinishReason
+
+logger = logging.getLogger(__name__)
+
+
+class GenerationError(Exception):
+    """A choice ended with an error of ours."""
+
+
+class RunningRequest:
+    """Starts the generations at once; `close` must be called however the request ends.
+
+    Raises:
+        OverloadedError, UnavailableError: not all of them could be queued; none is left behind.
+    """
+
+    def __init__(self, server: Server, endpoint: str, prepared: Sequence[Prepared]) -> None:
+        server.check_accepting()
+        self._server = server
+        self._timer = RequestTimer(server.metrics)
+        self._ended = False
+        self._endpoint = endpoint
+        self.generations: list[Generation] = []
+        try:
+            for request, options in prepared:
+                generation = Generation(server.client, server.tokenizer, request, options)
+                self.generations.append(generation)
+                server.generations[request.id] = generation
+        except BaseException:
+            self.close()
+            raise
+        server.metrics.requests.labels(endpoint).inc()
+        server.metrics.prompt_tokens.inc(sum(generation.usage.prompt_tokens for generation in self.generations))
+
+    @property
+    def id(self) -> str:
+        """Id of the (first) engine request."""
+        return self.generations[0].request.id
+
+    @property
+    def choices_per_prompt(self) -> int:
+        """Choices of each prompt."""
+        return self.generations[0].request.num_choices
+
+    @property
+    def num_choices(self) -> int:
+        """Choices over all prompts."""
+        return sum(generation.request.num_choices for generation in self.generations)
+
+    async def deltas(self) -> AsyncGenerator[tuple[int, ChoiceDelta]]:
+        """Deltas with the number of their choice over all prompts."""
+        async for prompt, delta in merge([generation.deltas() for generation in self.generations]):
+            index = prompt * self.choices_per_prompt + delta.choice
+            if delta.text or delta.tokens:
+                self._timer.token(index)
+            yield index, delta
+        self._ended = True
+
+    def raise_errors(self, ends: Iterable[ChoiceDelta]) -> None:
+        """Raise if a choice ended with an error.
+
+        Raises:
+            UnavailableError: the engine is lost.
+            GenerationError: the choice failed.
+        """
+        for end in ends:
+            if end.finish_reason is FinishReason.ERROR:
+                self._server.client.check_ready()
+                if self._server.draining:
+                    raise UnavailableError(end.error or "the server is shutting down")
+                raise GenerationError(end.error or "generation failed")
+
+    def close(self) -> None:
+        """Let go of everything; what still runs is aborted. Never waits."""
+        for generation in self.generations:
+            generation.close()
+            self._server.generations.pop(generation.request.id, None)
+        if not self.generations:
+            return
+        metrics = self._server.metrics
+        metrics.output_tokens.inc(sum(generation.usage.completion_tokens for generation in self.generations))
+        if not self._ended:
+            metrics.aborts.inc()
+        self._timer.end()
+        if self._server.settings.log_requests:
+            usage = usage_info(self)
+            logger.info(
+                "%s %s: %d prompt tokens (%d cached), %d output tokens%s",
+                self._endpoint,
+                self.id,
+                usage.prompt_tokens,
+                usage.prompt_tokens_details.cached_tokens,
+                usage.completion_tokens,
+                "" if self._ended else ", aborted",
+            )
+
+
+def usage_info(running: RunningRequest) -> UsageInfo:
+    """Usage over all prompts, so far."""
+    usages = [generation.usage for generation in running.generations]
+    prompt, completion = sum(u.prompt_tokens for u in usages), sum(u.completion_tokens for u in usages)
+    cached = sum(u.cached_tokens for u in usages)
+    return UsageInfo(prompt, completion, prompt + completion, PromptTokensDetails(cached))

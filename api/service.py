@@ -1,0 +1,162 @@
+"""Routes beside generation: models, health, metrics, tokenizer, information, control."""
+
+import uuid
+from typing import Any
+
+from litestar import MediaType, Response, get, post
+
+from api.auth import OPEN
+from api.params import RequestBuilder
+from api.schemas import (
+    AbortBody,
+    DetokenizeRequest,
+    DetokenizeResponse,
+    FlushResponse,
+    ModelCard,
+    ModelList,
+    TokenizeRequest,
+    TokenizeResponse,
+)
+from api.server import Server
+from jaxserve.errors import NotFoundError, RequestError, UnavailableError
+from jaxserve.generation import Generation, TextOptions
+from jaxserve.request import FinishReason, Request, SamplingParams
+
+
+def _card(server: Server) -> ModelCard:
+    return ModelCard(
+        id=server.settings.served_model_name,
+        created=server.created,
+        max_model_len=server.client.info.context_length,
+        root=server.settings.model_path,
+    )
+
+
+@get("/v1/models", summary="Served models")
+async def list_models(server: Server) -> ModelList:
+    """Cards of what is served."""
+    return ModelList([_card(server)])
+
+
+@get("/v1/models/{model_id:path}", summary="One model")
+async def get_model(model_id: str, server: Server) -> ModelCard:
+    """One card; 404 for what is not served."""
+    name = model_id.removeprefix("/")
+    if name != server.settings.served_model_name:
+        raise NotFoundError(f"the model {name!r} does not exist", param="model", code="model_not_found")
+    return _card(server)
+
+
+@get("/live", opt=OPEN, summary="The process runs")
+async def live() -> Response[None]:
+    """200 as long as the API process answers."""
+    return Response(None, status_code=200)
+
+
+@get(["/health", "/ready"], opt=OPEN, summary="The server takes requests")
+async def health(server: Server) -> Response[None]:
+    """200 when requests are served; 503 while loading, draining or without an engine."""
+    server.check_accepting()
+    return Response(None, status_code=200)
+
+
+@get("/health_generate", opt=OPEN, summary="The engine generates")
+async def health_generate(server: Server) -> Response[None]:
+    """Generate one token."""
+    server.check_accepting()
+    request = Request(
+        id=f"health-{uuid.uuid4().hex}", prompt_token_ids=(0,), sampling=SamplingParams(temperature=0, max_tokens=1)
+    )
+    generation = Generation(server.client, server.tokenizer, request, TextOptions())
+    try:
+        async for delta in generation.deltas():
+            if delta.finish_reason is FinishReason.ERROR:
+                raise UnavailableError(delta.error or "the engine failed")
+    finally:
+        generation.close()
+    return Response(None, status_code=200)
+
+
+@get("/metrics", opt=OPEN, media_type=MediaType.TEXT, summary="Prometheus metrics")
+async def metrics(server: Server) -> Response[bytes]:
+    """The text format."""
+    if not server.settings.enable_metrics:
+        raise NotFoundError("metrics are switched off (--no-enable-metrics)")
+    return Response(server.metrics.render(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+
+@post(["/tokenize", "/v1/tokenize"], status_code=200, summary="Text to token ids")
+async def tokenize(data: TokenizeRequest, server: Server, builder: RequestBuilder) -> TokenizeResponse:
+    """Tokenize a prompt, or messages through the chat template."""
+    server.check_model(data.model)
+    if (data.prompt is None) == (data.messages is None):
+        raise RequestError("give prompt or messages, and not both", param="prompt")
+    limit = server.client.info.context_length
+    if data.messages is not None:
+        text = builder.render(data.messages, data.chat_template_kwargs)
+        tokens = server.tokenizer.encode(text, add_special_tokens=False, max_tokens=limit)
+    else:
+        tokens = server.tokenizer.encode(data.prompt or "", add_special_tokens=data.add_special_tokens, max_tokens=limit)
+    return TokenizeResponse(tokens, len(tokens), limit)
+
+
+@post(["/detokenize", "/v1/detokenize"], status_code=200, summary="Token ids to text")
+async def detokenize(data: DetokenizeRequest, server: Server) -> DetokenizeResponse:
+    """Decode token ids."""
+    server.check_model(data.model)
+    vocab_size = server.client.info.vocab_size
+    for token_id in data.tokens:
+        if not 0 <= token_id < vocab_size:
+            raise RequestError(f"tokens: id {token_id} is outside the vocabulary of {vocab_size}", param="tokens")
+    return DetokenizeResponse(server.tokenizer.decode(data.tokens, skip_special_tokens=data.skip_special_tokens))
+
+
+@get(["/get_model_info", "/model_info"], summary="What is served")
+async def model_info(server: Server) -> dict[str, Any]:
+    """SGLang's model information."""
+    info = server.client.info
+    return {
+        "model_path": server.settings.model_path,
+        "served_model_name": server.settings.served_model_name,
+        "is_generation": True,
+        "architectures": [info.architecture],
+        "context_length": info.context_length,
+        "vocab_size": info.vocab_size,
+        "dtype": info.dtype,
+    }
+
+
+@get(["/get_server_info", "/server_info"], summary="How it is served")
+async def server_info(server: Server) -> dict[str, Any]:
+    """Launch flags and the engine's sizes."""
+    info, stats = server.client.info, server.client.stats
+    return {
+        **server.settings.server_args,
+        "device": info.device,
+        "max_running_requests": info.max_rows,
+        "page_size": info.page_size,
+        "max_total_num_tokens": info.page_size * info.num_pages,
+        "num_running_requests": stats.num_running,
+        "num_queued_requests": stats.num_waiting,
+        "num_compiles_after_ready": stats.num_compiles_after_ready,
+    }
+
+
+@post("/flush_cache", status_code=200, summary="Forget cached prefixes")
+async def flush_cache(server: Server) -> FlushResponse:
+    """Empty the prefix cache; 400 while requests run."""
+    if not await server.client.flush_cache():
+        raise RequestError("the cache cannot be flushed while requests run")
+    return FlushResponse(flushed=True)
+
+
+@post("/abort_request", status_code=200, summary="End running requests")
+async def abort_request(data: AbortBody, server: Server) -> dict[str, int]:
+    """Abort by id (with or without `chatcmpl-`/`cmpl-`), by the start of ids, or all."""
+    if not data.rid and not data.abort_all:
+        raise RequestError("give rid or abort_all", param="rid")
+    rid = data.rid.removeprefix("chatcmpl-").removeprefix("cmpl-")
+    ids = [name for name in server.generations if data.abort_all or name.startswith(rid)]
+    for name in ids:
+        server.client.abort(name)
+    return {"aborted": len(ids)}

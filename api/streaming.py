@@ -1,0 +1,122 @@
+"""Server-sent events, and what to do when the client is gone."""
+
+import asyncio
+from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
+from typing import Any
+
+import msgspec
+from litestar.types import Receive, Scope, Send
+
+from api.errors import stream_error
+
+type Closer = Callable[[], None]
+
+_encoder = msgspec.json.Encoder()
+
+DONE = b"data: [DONE]\n\n"
+
+
+def event(payload: msgspec.Struct) -> bytes:
+    """One event: JSON has no line breaks, so one data line holds it."""
+    return b"data: " + _encoder.encode(payload) + b"\n\n"
+
+
+class ClientGone(Exception):
+    """The client closed its connection before it was answered."""
+
+
+class EventStream:
+    """An ASGI response that sends events and calls `close` however it ends, even if it never starts.
+
+    Args:
+        events: encoded events; an exception becomes an error event and ends the stream.
+        close: synchronous, because a cancelled task cannot wait.
+    """
+
+    def __init__(self, events: AsyncGenerator[bytes], close: Closer) -> None:
+        self._events = events
+        self._close = close
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve the stream."""
+        pump = asyncio.create_task(self._pump(send))
+        gone = asyncio.create_task(_disconnect(receive))
+        try:
+            await asyncio.wait((pump, gone), return_when=asyncio.FIRST_COMPLETED)
+            if pump.done():
+                pump.result()
+        finally:
+            pump.cancel()
+            gone.cancel()
+            self._close()
+
+    async def _pump(self, send: Send) -> None:
+        headers = [
+            (b"content-type", b"text/event-stream; charset=utf-8"),
+            (b"cache-control", b"no-cache"),
+            (b"x-accel-buffering", b"no"),
+        ]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})  # type: ignore[typeddict-item]
+        try:
+            async for data in self._events:
+                await send({"type": "http.response.body", "body": data, "more_body": True})
+        except Exception as error:
+            data = event(stream_error(error))
+            await send({"type": "http.response.body", "body": data, "more_body": True})
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+async def unless_gone[T](receive: Receive, work: Coroutine[Any, Any, T], close: Closer) -> T:
+    """Await `work`; if the client disconnects first, cancel it. Calls `close` in any case.
+
+    Raises:
+        ClientGone: there is nobody to answer.
+    """
+    task = asyncio.create_task(work)
+    gone = asyncio.create_task(_disconnect(receive))
+    try:
+        await asyncio.wait((task, gone), return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise ClientGone
+        return task.result()
+    finally:
+        task.cancel()
+        gone.cancel()
+        close()
+
+
+async def _disconnect(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def merge[T](streams: Sequence[AsyncGenerator[T]]) -> AsyncGenerator[tuple[int, T]]:
+    """Items of several streams as they come, each with its stream's index."""
+    if len(streams) == 1:
+        async for item in streams[0]:
+            yield 0, item
+        return
+    queue: asyncio.Queue[tuple[int, T] | BaseException | None] = asyncio.Queue()
+
+    async def pump(index: int, stream: AsyncGenerator[T]) -> None:
+        try:
+            async for item in stream:
+                queue.put_nowait((index, item))
+            queue.put_nowait(None)
+        except Exception as error:
+            queue.put_nowait(error)
+
+    tasks = [asyncio.create_task(pump(index, stream)) for index, stream in enumerate(streams)]
+    try:
+        left = len(tasks)
+        while left:
+            match await queue.get():
+                case None:
+                    left -= 1
+                case BaseException() as error:
+                    raise error
+                case item:
+                    yield item
+    finally:
+        for task in tasks:
+            task.cancel()
