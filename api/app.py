@@ -83,6 +83,8 @@ def create_app(server: Server, *, random_seed: int | None = None) -> Litestar:
             openapi_router=Router("/schema", route_handlers=[], guards=[guard]),
         ),
         cors_config=CORSConfig(allow_origins=[]),
+        # The launcher has set logging up.
+        logging_config=None,
         debug=False,
     )
 

@@ -111,7 +111,7 @@ class RequestBuilder:
         turns = [_template_message(message, index) for index, message in enumerate(messages)]
         return self._tokenizer.chat_template.render(turns, kwargs or {}, continue_final_message=continue_final)
 
-    def completion_prompts(self, prompt: str | list[str] | list[int] | list[list[int]]) -> list[list[int]]:
+    def completion_prompts(self, prompt: str | list[str | int | list[int]]) -> list[list[int]]:
         """Token ids of each prompt."""
         if isinstance(prompt, str):
             prompts: list[Any] = [prompt]

@@ -70,7 +70,7 @@ class ChatCompletionRequest(CommonRequest, kw_only=True):
 class CompletionRequest(CommonRequest, kw_only=True):
     """Body of `POST /v1/completions`."""
 
-    prompt: str | list[str] | list[int] | list[list[int]]
+    prompt: str | list[str | int | list[int]]
     best_of: int | None = None
     echo: bool | None = None
     logprobs: int | None = None

