@@ -1,0 +1,1 @@
+"""The HTTP side: OpenAI's wire format over Litestar. Never imports jax."""

@@ -60,10 +60,14 @@ class _Completion:
         self._created = int(time.time())
         self._id = f"cmpl-{running.id}"
         texts: list[Any] = [body.prompt] if isinstance(body.prompt, str) else body.prompt
-        self._echoes = [
-            _Echo(server, generation.request.prompt_token_ids, texts[i] if isinstance(texts[i], str) else None)
-            for i, generation in enumerate(running.generations)
-        ] if body.echo else []
+        self._echoes = (
+            [
+                _Echo(server, generation.request.prompt_token_ids, texts[i] if isinstance(texts[i], str) else None)
+                for i, generation in enumerate(running.generations)
+            ]
+            if body.echo
+            else []
+        )
 
     async def collect(self) -> Completion:
         """The whole answer."""

@@ -84,4 +84,3 @@ def _internal(error: Exception) -> Response[ErrorBody]:
 
 def _first_line(error: Exception) -> str:
     return str(error).splitlines()[0][:200] if str(error) else type(error).__name__
-

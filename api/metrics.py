@@ -28,7 +28,10 @@ class Metrics:
             "jaxserve_time_to_first_token_seconds", "Arrival to first token.", buckets=_TTFT_S, registry=self._registry
         )
         self.inter_token = Histogram(
-            "jaxserve_inter_token_latency_seconds", "Between tokens of a choice.", buckets=_TOKEN_S, registry=self._registry
+            "jaxserve_inter_token_latency_seconds",
+            "Between tokens of a choice.",
+            buckets=_TOKEN_S,
+            registry=self._registry,
         )
         self.request = Histogram(
             "jaxserve_e2e_request_latency_seconds", "Arrival to end.", buckets=_REQUEST_S, registry=self._registry

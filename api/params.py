@@ -51,15 +51,11 @@ class RequestBuilder:
         defaults: sampling defaults of the chat endpoint (`generation_config.json`).
     """
 
-    def __init__(
-        self, tokenizer: Tokenizer, info: EngineInfo, seeds: SeedSource, defaults: Mapping[str, Any]
-    ) -> None:
+    def __init__(self, tokenizer: Tokenizer, info: EngineInfo, seeds: SeedSource, defaults: Mapping[str, Any]) -> None:
         self._tokenizer = tokenizer
         self._info = info
         self._seeds = seeds
-        self._defaults = {
-            name: defaults[name] for name in _GENERATION_CONFIG_FIELDS if defaults.get(name) is not None
-        }
+        self._defaults = {name: defaults[name] for name in _GENERATION_CONFIG_FIELDS if defaults.get(name) is not None}
         self._eos_token_ids = tuple(sorted({*info.eos_token_ids, *tokenizer.eos_token_ids, *_eos(defaults)}))
 
     def chat(self, body: ChatCompletionRequest) -> Prepared:
@@ -91,7 +87,12 @@ class RequestBuilder:
         prepared: list[Prepared] = []
         for prompt in self.completion_prompts(body.prompt):
             sampling = self._sampling(
-                body, len(prompt), max_tokens, num_logprobs, {}, echo_logprobs=bool(body.echo) and body.logprobs is not None
+                body,
+                len(prompt),
+                max_tokens,
+                num_logprobs,
+                {},
+                echo_logprobs=bool(body.echo) and body.logprobs is not None,
             )
             prepared.append(Prepared(self._request(body, prompt, sampling, best_of), _text_options(body)))
         return prepared
@@ -132,7 +133,8 @@ class RequestBuilder:
             for token_id in ids:
                 if not isinstance(token_id, int) or not 0 <= token_id < self._info.vocab_size:
                     raise RequestError(
-                        f"prompt: token id {token_id!r} is outside the vocabulary of {self._info.vocab_size}", param="prompt"
+                        f"prompt: token id {token_id!r} is outside the vocabulary of {self._info.vocab_size}",
+                        param="prompt",
                     )
         else:
             raise RequestError("prompt must be text or token ids, and not both in one list", param="prompt")
@@ -140,9 +142,7 @@ class RequestBuilder:
             raise RequestError("prompt must not be empty", param="prompt")
         return ids
 
-    def _request(
-        self, body: CommonRequest, ids: list[int], sampling: SamplingParams, num_choices: int
-    ) -> Request:
+    def _request(self, body: CommonRequest, ids: list[int], sampling: SamplingParams, num_choices: int) -> Request:
         return Request(
             id=uuid.uuid4().hex,
             prompt_token_ids=tuple(ids),
@@ -165,7 +165,13 @@ class RequestBuilder:
     ) -> SamplingParams:
         given = {
             name: value
-            for name in (*_GENERATION_CONFIG_FIELDS, "frequency_penalty", "presence_penalty", "min_tokens", "ignore_eos")
+            for name in (
+                *_GENERATION_CONFIG_FIELDS,
+                "frequency_penalty",
+                "presence_penalty",
+                "min_tokens",
+                "ignore_eos",
+            )
             if (value := getattr(body, name)) is not None
         }
         sampling = SamplingParams(
@@ -228,7 +234,9 @@ def _logit_bias(bias: Mapping[str, float]) -> dict[int, float]:
         if not (key.isascii() and key.isdecimal() and len(key) <= 10):
             raise RequestError(f"logit_bias keys are token ids, got {key!r}", param="logit_bias")
         if not math.isfinite(value):
-            raise RequestError(f"logit_bias of token {key} must be between -100 and 100, got {value}", param="logit_bias")
+            raise RequestError(
+                f"logit_bias of token {key} must be between -100 and 100, got {value}", param="logit_bias"
+            )
         result[int(key)] = value
     return result
 

@@ -79,4 +79,6 @@ class Server:
         served = self.settings.served_model_name
         if name in (None, "", "default", served, self.settings.model_path):
             return name or served
-        raise NotFoundError(f"the model {name!r} does not exist; served: {served}", param="model", code="model_not_found")
+        raise NotFoundError(
+            f"the model {name!r} does not exist; served: {served}", param="model", code="model_not_found"
+        )

@@ -96,7 +96,9 @@ async def tokenize(data: TokenizeRequest, server: Server, builder: RequestBuilde
         text = builder.render(data.messages, data.chat_template_kwargs)
         tokens = server.tokenizer.encode(text, add_special_tokens=False, max_tokens=limit)
     else:
-        tokens = server.tokenizer.encode(data.prompt or "", add_special_tokens=data.add_special_tokens, max_tokens=limit)
+        tokens = server.tokenizer.encode(
+            data.prompt or "", add_special_tokens=data.add_special_tokens, max_tokens=limit
+        )
     return TokenizeResponse(tokens, len(tokens), limit)
 
 

@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
-from typing import Any
+from typing import Any, TypeAlias, TypeVar
 
 import msgspec
 from litestar import Response
@@ -10,7 +10,9 @@ from litestar.types import ASGIApp, Receive, Scope, Send
 
 from api.errors import stream_error
 
-type Closer = Callable[[], None]
+Closer: TypeAlias = Callable[[], None]
+
+T = TypeVar("T")
 
 _encoder = msgspec.json.Encoder()
 
@@ -39,7 +41,7 @@ class EventStream(Response[None]):
         self._events = events
         self._close = close
 
-    def to_asgi_response(self, *_: Any, **__: Any) -> ASGIApp:
+    def to_asgi_response(self, *_: Any, **__: Any) -> ASGIApp:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Litestar's hook: this object serves itself."""
         return self._serve
 
@@ -71,7 +73,7 @@ class EventStream(Response[None]):
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
-async def unless_gone[T](receive: Receive, work: Coroutine[Any, Any, T], close: Closer) -> T:
+async def unless_gone(receive: Receive, work: Coroutine[Any, Any, T], close: Closer) -> T:
     """Await `work`; if the client disconnects first, cancel it. Calls `close` in any case.
 
     Raises:
@@ -95,7 +97,7 @@ async def _disconnect(receive: Receive) -> None:
         pass
 
 
-async def merge[T](streams: Sequence[AsyncGenerator[T]]) -> AsyncGenerator[tuple[int, T]]:
+async def merge(streams: Sequence[AsyncGenerator[T]]) -> AsyncGenerator[tuple[int, T]]:
     """Items of several streams as they come, each with its stream's index."""
     if len(streams) == 1:
         async for item in streams[0]:

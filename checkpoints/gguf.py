@@ -75,11 +75,11 @@ class GGUFCheckpoint:
         field = self._reader.get_field(name)
         return None if field is None else list(field.contents())
 
-    @cached_property
+    @property
     def config(self) -> Mapping[str, Any]:
         """The `config.json` that the metadata amounts to."""
         try:
-            return self._config()
+            return self._read_config()
         except KeyError as error:
             raise CheckpointError(f"{self._path}: metadata {error.args[0]} is missing") from None
 
@@ -102,7 +102,8 @@ class GGUFCheckpoint:
             heads = self._heads("attention.head_count" if "q_proj" in name else "attention.head_count_kv")
             values = _unpermute(values, heads)
         # The file is mapped; what was read need not stay resident.
-        self._reader.data._mmap.madvise(mmap.MADV_DONTNEED)  # noqa: SLF001
+        mapping: mmap.mmap = self._reader.data._mmap  # type: ignore[attr-defined]  # noqa: SLF001
+        mapping.madvise(mmap.MADV_DONTNEED)
         return values[index]
 
     def close(self) -> None:
@@ -111,7 +112,7 @@ class GGUFCheckpoint:
     def _heads(self, key: str) -> int:
         return int(self.metadata.get(f"{self._arch}.{key}") or self.metadata[f"{self._arch}.attention.head_count"])
 
-    def _config(self) -> dict[str, Any]:
+    def _read_config(self) -> dict[str, Any]:
         arch, meta = self._arch, self.metadata
         vocab_size, hidden_size = self.shapes["model.embed_tokens.weight"]
         num_heads = self._heads("attention.head_count")
@@ -140,7 +141,10 @@ class GGUFCheckpoint:
 
     def _rope(self) -> dict[str, Any]:
         arch, meta = self._arch, self.metadata
-        rope: dict[str, Any] = {"rope_theta": float(meta.get(f"{arch}.rope.freq_base", 10_000.0)), "rope_type": "default"}
+        rope: dict[str, Any] = {
+            "rope_theta": float(meta.get(f"{arch}.rope.freq_base", 10_000.0)),
+            "rope_type": "default",
+        }
         kind = meta.get(f"{arch}.rope.scaling.type", "none")
         if kind != "none":
             rope |= {

@@ -112,7 +112,9 @@ class SafetensorsFile:
                 raise CheckpointError(f"{self._path}: tensor {name} has unknown dtype {entry.dtype}")
             dtype = _DTYPES[entry.dtype]
             if any(size < 0 for size in entry.shape) or math.prod(entry.shape) * dtype.itemsize != end - begin:
-                raise CheckpointError(f"{self._path}: tensor {name}: shape {entry.shape} does not fill {end - begin} bytes")
+                raise CheckpointError(
+                    f"{self._path}: tensor {name}: shape {entry.shape} does not fill {end - begin} bytes"
+                )
             if begin < end_of_last or data_start + end > size:
                 raise CheckpointError(f"{self._path}: tensor {name}: bytes {begin}..{end} overlap or leave the file")
             end_of_last = end

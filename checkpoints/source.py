@@ -1,11 +1,11 @@
 """A checkpoint as named tensors. Readers know file formats; they know no model."""
 
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 
-type Index = tuple[slice, ...]
+Index: TypeAlias = tuple[slice, ...]
 
 
 class CheckpointError(ValueError):

@@ -1,0 +1,1 @@
+"""jaxserve: an OpenAI-compatible inference server for open models, in JAX."""

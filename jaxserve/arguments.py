@@ -50,9 +50,18 @@ def _model_flags(group: argparse._ArgumentGroup) -> None:  # pyright: ignore[rep
         "--model-path", "--model", dest="model_path", help="Hugging Face id, model folder, .gguf file, or 'demo'"
     )
     group.add_argument("--tokenizer-path", help="folder or .gguf file of the tokenizer; the model's own if unset")
-    group.add_argument("--chat-template", help="a Jinja file, a template as text, or 'chatml'; the model's own if unset")
-    group.add_argument("--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto", help="of weights and activations; auto is the checkpoint's, with bfloat16 for float16")
-    group.add_argument("--context-length", type=int, help="tokens of prompt and output together; the model's own if unset")
+    group.add_argument(
+        "--chat-template", help="a Jinja file, a template as text, or 'chatml'; the model's own if unset"
+    )
+    group.add_argument(
+        "--dtype",
+        choices=["auto", "float32", "bfloat16", "float16"],
+        default="auto",
+        help="of weights and activations; auto is the checkpoint's, with bfloat16 for float16",
+    )
+    group.add_argument(
+        "--context-length", type=int, help="tokens of prompt and output together; the model's own if unset"
+    )
     group.add_argument("--revision", help="branch, tag or commit of a Hugging Face id")
     group.add_argument("--download-dir", help="cache folder for Hugging Face downloads")
     group.add_argument("--random-seed", type=int, help="makes the seeds of requests that bring none reproducible")
@@ -64,32 +73,67 @@ def _server_flags(group: argparse._ArgumentGroup) -> None:  # pyright: ignore[re
     group.add_argument("--port", type=int, default=30000, help="port to bind")
     group.add_argument("--served-model-name", help="name in the API; --model-path if unset")
     group.add_argument("--api-key", help="clients must send it; JAXSERVE_API_KEY in the environment if unset")
-    group.add_argument("--skip-server-warmup", action="store_true", help="do not generate a token before reporting ready")
-    group.add_argument("--drain-timeout", type=float, default=30.0, help="seconds that running requests get after SIGTERM")
+    group.add_argument(
+        "--skip-server-warmup", action="store_true", help="do not generate a token before reporting ready"
+    )
+    group.add_argument(
+        "--drain-timeout", type=float, default=30.0, help="seconds that running requests get after SIGTERM"
+    )
 
 
 def _memory_flags(group: argparse._ArgumentGroup) -> None:  # pyright: ignore[reportPrivateUsage]
-    group.add_argument("--mem-fraction-static", type=float, help="share of the memory left after the weights that the key/value pool takes; 0.88 if unset, and 512 MiB on CPU")
+    group.add_argument(
+        "--mem-fraction-static",
+        type=float,
+        help="share of the memory left after the weights for the key/value pool; 0.88 if unset, 512 MiB on CPU",
+    )
     group.add_argument("--max-total-tokens", type=int, help="size of the key/value pool in tokens; overrides the above")
-    group.add_argument("--page-size", type=int, help="tokens per page, a power of two; 64 on CPU and 128 elsewhere if unset")
-    group.add_argument("--max-running-requests", type=int, help="choices that run at once; 32 on CPU and 256 elsewhere if unset")
-    group.add_argument("--max-queued-requests", type=int, help="choices that may wait; more are refused with 429. No limit if unset")
-    group.add_argument("--chunked-prefill-size", type=int, help="tokens of one step; 512 on CPU and 2048 elsewhere if unset")
-    group.add_argument("--schedule-policy", choices=["fcfs", "lpm", "priority"], default="fcfs", help="order of the queue: arrival, longest cached prefix, or the request's priority")
+    group.add_argument(
+        "--page-size", type=int, help="tokens per page, a power of two; 64 on CPU and 128 elsewhere if unset"
+    )
+    group.add_argument(
+        "--max-running-requests", type=int, help="choices that run at once; 32 on CPU and 256 elsewhere if unset"
+    )
+    group.add_argument(
+        "--max-queued-requests", type=int, help="choices that may wait; more are refused with 429. No limit if unset"
+    )
+    group.add_argument(
+        "--chunked-prefill-size", type=int, help="tokens of one step; 512 on CPU and 2048 elsewhere if unset"
+    )
+    group.add_argument(
+        "--schedule-policy",
+        choices=["fcfs", "lpm", "priority"],
+        default="fcfs",
+        help="order of the queue: arrival, longest cached prefix, or the request's priority",
+    )
     group.add_argument("--disable-radix-cache", action="store_true", help="do not reuse computed prefixes")
 
 
 def _device_flags(group: argparse._ArgumentGroup) -> None:  # pyright: ignore[reportPrivateUsage]
     group.add_argument("--tp-size", "--tp", type=int, default=1, help="devices that a model is split over")
     group.add_argument("--dp-size", "--dp", type=int, default=1, help="copies of the model")
-    group.add_argument("--enable-deterministic-inference", action="store_true", help="make logits independent of other requests; slower")
-    group.add_argument("--compilation-cache-dir", help="where compiled programs are kept; 'none' keeps none. Below the cache folder if unset")
+    group.add_argument(
+        "--enable-deterministic-inference",
+        action="store_true",
+        help="make logits independent of other requests; slower",
+    )
+    group.add_argument(
+        "--compilation-cache-dir",
+        help="where compiled programs are kept; 'none' keeps none. Below the cache folder if unset",
+    )
 
 
 def _log_flags(group: argparse._ArgumentGroup) -> None:  # pyright: ignore[reportPrivateUsage]
-    group.add_argument("--log-level", choices=["debug", "info", "warning", "error"], default="info", help="of all processes")
+    group.add_argument(
+        "--log-level", choices=["debug", "info", "warning", "error"], default="info", help="of all processes"
+    )
     group.add_argument("--log-requests", action="store_true", help="one line per request, without its text")
-    group.add_argument("--enable-metrics", action=argparse.BooleanOptionalAction, default=True, help="serve Prometheus metrics at /metrics")
+    group.add_argument(
+        "--enable-metrics",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="serve Prometheus metrics at /metrics",
+    )
 
 
 def parse_arguments(argv: Sequence[str]) -> LaunchConfig:

@@ -4,7 +4,7 @@ import logging
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -16,14 +16,14 @@ from checkpoints.source import CheckpointError, TensorSource
 from jaxserve.config import CacheConfig, EngineConfig, ModelConfig, SchedulerConfig
 from jaxserve.engine import Engine
 from jaxserve.errors import LaunchError
-from jaxserve.messages import EngineInfo
 from jaxserve.mesh import kv_head_copies, make_mesh
+from jaxserve.messages import EngineInfo
 from jaxserve.models.architecture import BuildModel
 from jaxserve.models.registry import find_architecture
 from jaxserve.runner.batch import BatchLayout
 from jaxserve.runner.buckets import make_buckets
-from jaxserve.runner.runner import ModelRunner, RunnerParts
 from jaxserve.runner.compile_counter import CompileCounter
+from jaxserve.runner.runner import ModelRunner, RunnerParts
 from jaxserve.runner.weights import load_weights
 from jaxserve.scheduling.scheduler import Scheduler
 from kernels_pallas.paged_attention.api import AttentionConfig
@@ -31,7 +31,7 @@ from kernels_pallas.paged_attention.xla import XlaAttention
 
 logger = logging.getLogger(__name__)
 
-type ProgressBar = Callable[[Iterable[Any], str, int], Iterable[Any]]
+ProgressBar: TypeAlias = Callable[[Iterable[Any], str, int], Iterable[Any]]
 
 _CPU_POOL_BYTES = 512 << 20
 _DEVICE_MEM_FRACTION = 0.88
@@ -220,7 +220,10 @@ def _cache_config(
         num_pages = min(num_pages, 4 * scheduler.max_rows * -(-scheduler.context_length // page_size))
     cache = CacheConfig(page_size=page_size, num_pages=num_pages, prefix_caching=config.prefix_caching)
     logger.info(
-        "key/value pool: %d pages of %d tokens, %.0f MB", num_pages, page_size, num_pages * page_size * token_bytes / 1e6
+        "key/value pool: %d pages of %d tokens, %.0f MB",
+        num_pages,
+        page_size,
+        num_pages * page_size * token_bytes / 1e6,
     )
     return cache
 

@@ -111,9 +111,7 @@ class TokenStream:
         for choice in range(self._request.num_choices):
             # A choice that has ended already ignores a second end.
             self._queue.put_nowait(
-                TokenDelta(
-                    request_id=self._request.id, choice=choice, finish_reason=FinishReason.ERROR, error=error
-                )
+                TokenDelta(request_id=self._request.id, choice=choice, finish_reason=FinishReason.ERROR, error=error)
             )
         self.num_open_choices = 0
 

@@ -18,7 +18,7 @@ class _Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     """Base of every config: frozen, keyword-only, serialisable to the engine process."""
 
 
-class RopeConfig(_Config):
+class RopeConfig(_Config, frozen=True):
     """Rotary position embedding.
 
     Attributes:
@@ -46,7 +46,7 @@ class RopeConfig(_Config):
     frequency_divisors: tuple[float, ...] | None = None
 
 
-class ModelConfig(_Config):
+class ModelConfig(_Config, frozen=True):
     """A decoder-only transformer's shape, from the checkpoint's `config.json`.
 
     Attributes:
@@ -108,7 +108,7 @@ class ModelConfig(_Config):
         return self.num_layers * (attention + mlp) + embeddings
 
 
-class CacheConfig(_Config):
+class CacheConfig(_Config, frozen=True):
     """The paged key/value pool.
 
     Attributes:
@@ -128,7 +128,7 @@ class CacheConfig(_Config):
             raise LaunchError(f"the key/value pool has no room for a single page of {self.page_size} tokens")
 
 
-class SchedulerConfig(_Config):
+class SchedulerConfig(_Config, frozen=True):
     """Limits of one step and of the queue.
 
     Attributes:
@@ -155,7 +155,7 @@ class SchedulerConfig(_Config):
             )
 
 
-class EngineConfig(_Config):
+class EngineConfig(_Config, frozen=True):
     """What the engine process is told at its start.
 
     `None` means that the engine decides once it has seen the device.

@@ -105,9 +105,7 @@ class _Choice:
             if matched is not None:
                 return ChoiceDelta(delta.choice, text, tuple(tokens), FinishReason.STOP, matched)
             text += self._stops.flush()
-        return ChoiceDelta(
-            delta.choice, text, tuple(tokens), delta.finish_reason, delta.matched_stop, delta.error
-        )
+        return ChoiceDelta(delta.choice, text, tuple(tokens), delta.finish_reason, delta.matched_stop, delta.error)
 
 
 class Generation:

@@ -21,6 +21,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import msgspec
 import uvicorn
+import uvloop
 
 from api.app import create_app
 from api.server import ApiSettings, Server
@@ -42,7 +43,9 @@ def main() -> int:
     try:
         config = parse_arguments(sys.argv[1:])
         logging.basicConfig(
-            level=config.args.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr
+            level=config.args.log_level.upper(),
+            format="%(asctime)s %(levelname)s %(name)s: %(message)s",
+            stream=sys.stderr,
         )
         for noisy in ("httpx", "huggingface_hub", "filelock"):
             logging.getLogger(noisy).setLevel(logging.WARNING)
@@ -50,16 +53,10 @@ def main() -> int:
         template = _chat_template(config.args.chat_template)
         path = find_model(config.args.model_path, config.args.revision, config.args.download_dir)
         launcher = _Launcher(config, path, template)
-        return int(asyncio.run(launcher.run(listener), loop_factory=_loop_factory()))
+        return int(asyncio.run(launcher.run(listener), loop_factory=uvloop.new_event_loop))
     except LaunchError as error:
         print(f"error: {error}", file=sys.stderr)
         return int(error.exit_code)
-
-
-def _loop_factory() -> Any:
-    import uvloop
-
-    return uvloop.new_event_loop
 
 
 def _bind(host: str, port: int) -> socket.socket:
@@ -149,7 +146,9 @@ class _Launcher:
             if loading.done():
                 loading.result()
                 url = _url(listener)
-                logger.info("ready after %.1f s: %s/v1 serves %s", time.perf_counter() - started, url, self._args.model_path)
+                logger.info(
+                    "ready after %.1f s: %s/v1 serves %s", time.perf_counter() - started, url, self._args.model_path
+                )
                 await asyncio.wait((stopping, lost, serving), return_when=asyncio.FIRST_COMPLETED)
             if lost.done():
                 logger.error("the engine process is gone (exit code %s): shutting down", self._client.exit_code)
@@ -198,7 +197,11 @@ class _Launcher:
 
     async def _drain(self) -> None:
         """Let running requests finish; what is left at the limit is ended with an error."""
-        logger.info("draining: no new requests, up to %.0f s for %d running", self._args.drain_timeout, len(self._server.generations))
+        logger.info(
+            "draining: no new requests, up to %.0f s for %d running",
+            self._args.drain_timeout,
+            len(self._server.generations),
+        )
         deadline = time.monotonic() + self._args.drain_timeout
         while self._server.generations and time.monotonic() < deadline and not self._client.exited.is_set():
             await asyncio.sleep(0.05)

@@ -1,6 +1,6 @@
 """What the API process and the engine process say to each other: msgspec structs as MessagePack over a socket."""
 
-from typing import Any
+from typing import Any, TypeAlias
 
 import msgspec
 
@@ -89,8 +89,8 @@ class CacheFlushed(msgspec.Struct, frozen=True, tag=True):
     flushed: bool
 
 
-type ToEngine = Submit | Abort | FlushCache | Shutdown
-type FromEngine = Ready | StartFailed | Deltas | CacheFlushed
+ToEngine: TypeAlias = Submit | Abort | FlushCache | Shutdown
+FromEngine: TypeAlias = Ready | StartFailed | Deltas | CacheFlushed
 
 _encoder = msgspec.msgpack.Encoder()
 _to_engine: msgspec.msgpack.Decoder[Any] = msgspec.msgpack.Decoder(Submit | Abort | FlushCache | Shutdown)

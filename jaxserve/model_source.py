@@ -66,9 +66,7 @@ def _check_architecture(folder: Path) -> None:
 
 def _download(name: str, revision: str | None, download_dir: str | None) -> Path:
     def fetch(patterns: tuple[str, ...]) -> Path:
-        return Path(
-            snapshot_download(name, revision=revision, cache_dir=download_dir, allow_patterns=list(patterns))
-        )
+        return Path(snapshot_download(name, revision=revision, cache_dir=download_dir, allow_patterns=list(patterns)))
 
     cache = download_dir or constants.HF_HUB_CACHE
     try:

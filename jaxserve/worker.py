@@ -128,6 +128,5 @@ def _bar(items: Iterable[Any], name: str, total: int, show: bool) -> Iterable[An
     return tqdm(items, desc=name, total=total, disable=None if show else True, leave=False)
 
 
-
 if __name__ == "__main__":
     sys.exit(main())

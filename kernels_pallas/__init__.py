@@ -1,0 +1,1 @@
+"""Array functions. Imports jax and nothing of ours but itself."""

@@ -1,0 +1,1 @@
+"""Architectures: configuration, tensor names, forward pass."""

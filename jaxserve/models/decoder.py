@@ -8,7 +8,7 @@ step sees a plain dict of arrays and merges modules only while it is traced.
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -20,9 +20,9 @@ from jaxserve.models.layers import Axes, Embedding, Linear, RMSNorm, SwiGLU
 from jaxserve.models.rope import apply_rope, rope_attention_factor, rope_cos_sin, rope_frequencies
 from kernels_pallas.paged_attention.api import AttentionBackend, Cache, Plan
 
-type Weights = dict[str, Any]
-type Path = tuple[str, ...]
-type Tokenwise = Callable[..., Any]
+Weights: TypeAlias = dict[str, Any]
+Path: TypeAlias = tuple[str, ...]
+Tokenwise: TypeAlias = Callable[..., Any]
 
 _ROW_TILE = 16
 

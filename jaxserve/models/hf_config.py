@@ -64,7 +64,11 @@ def _sliding_window(config: Mapping[str, Any], num_layers: int) -> int | None:
 
 
 def read_dense_config(
-    config: Mapping[str, Any], *, attention_bias: bool | None = None, attention_out_bias: bool | None = None, qk_norm: bool = False
+    config: Mapping[str, Any],
+    *,
+    attention_bias: bool | None = None,
+    attention_out_bias: bool | None = None,
+    qk_norm: bool = False,
 ) -> ModelConfig:
     """Read a Hugging Face `config.json`.
 

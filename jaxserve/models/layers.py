@@ -6,12 +6,14 @@ for XLA on CPU. Products accumulate in f32 and return the activations' dtype; no
 Logical axes: `vocab`, `hidden`, `heads` (query heads x head dim), `kv_heads`, `mlp`, `layers`; None is replicated.
 """
 
+from typing import TypeAlias
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
-type Axes = tuple[str | None, ...]
+Axes: TypeAlias = tuple[str | None, ...]
 
 
 def param(shape: tuple[int, ...], dtype: jnp.dtype, axes: Axes) -> nnx.Param[jax.Array]:

@@ -58,7 +58,7 @@ def _yarn(rope: RopeConfig, frequency: np.ndarray, head_dim: int) -> np.ndarray:
 
 
 def rope_cos_sin(positions_T: jax.Array, frequencies: np.ndarray, factor: float) -> tuple[jax.Array, jax.Array]:
-    """cos and sin of each token's angles, f32[T, H/2]."""
+    """Cos and sin of each token's angles, f32[T, H/2]."""
     angles = positions_T.astype(jnp.float32)[:, None] * jnp.asarray(frequencies)
     return jnp.cos(angles) * factor, jnp.sin(angles) * factor
 

@@ -1,0 +1,1 @@
+"""Compiled steps on the devices; the only caller of jit."""

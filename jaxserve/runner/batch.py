@@ -5,9 +5,8 @@ gathers from it. Everything a step reads arrives in five arrays, because every t
 """
 
 from itertools import chain
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -15,6 +14,10 @@ from jaxserve.runner.buckets import Bucket
 from jaxserve.step import NewRow, SchedulerOutput
 from kernels_pallas.paged_attention.api import AttentionMeta
 from kernels_pallas.sampling.api import SamplingInputs
+
+
+# numpy on the host, jax inside the step.
+Array: TypeAlias = Any
 
 
 class ForwardBatch(NamedTuple):
@@ -29,12 +32,12 @@ class ForwardBatch(NamedTuple):
         page_table_BM: i32.
     """
 
-    tokens_3T: jax.Array | np.ndarray
-    rows_4B: jax.Array | np.ndarray
-    draws_8B: jax.Array | np.ndarray
-    floats_6B: jax.Array | np.ndarray
-    seeds_B2: jax.Array | np.ndarray
-    page_table_BM: jax.Array | np.ndarray
+    tokens_3T: Array
+    rows_4B: Array
+    draws_8B: Array
+    floats_6B: Array
+    seeds_B2: Array
+    page_table_BM: Array
 
     def attention_meta(self) -> AttentionMeta:
         """The attention backend's view."""

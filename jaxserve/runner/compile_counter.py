@@ -22,6 +22,6 @@ class CompileCounter:
         after = 0 if self._at_ready is None else self._total - self._at_ready
         return {"num_compiles": self._total, "num_compiles_after_ready": after}
 
-    def _on_event(self, event: str, duration_s: float, **_: object) -> None:
+    def _on_event(self, event: str, duration_secs: float, **_: str | int) -> None:
         if event == _COMPILE_EVENT:
             self._total += 1

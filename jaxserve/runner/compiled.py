@@ -8,7 +8,7 @@ import logging
 import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 
@@ -16,8 +16,8 @@ from jaxserve.runner.buckets import Bucket, pick_bucket
 
 logger = logging.getLogger(__name__)
 
-type Lower = Callable[[Bucket], jax.stages.Lowered]
-type Progress = Callable[[Iterable[Bucket]], Iterable[Bucket]]
+Lower: TypeAlias = Callable[[Bucket], jax.stages.Lowered]
+Progress: TypeAlias = Callable[[Iterable[Bucket]], Iterable[Bucket]]
 
 _COMPILE_THREADS = 2
 
@@ -40,15 +40,16 @@ class CompiledSteps:
         """Compile every bucket, two at a time."""
         with ThreadPoolExecutor(_COMPILE_THREADS, thread_name_prefix="compile") as pool:
             futures = [pool.submit(self._compile, bucket) for bucket in self._buckets]
-            for future in progress(as_completed(futures)):  # type: ignore[arg-type]
-                future.result()
+            for bucket in progress(future.result() for future in as_completed(futures)):
+                logger.debug("compiled %s", bucket)
 
     def pick(self, num_tokens: int, num_rows: int) -> tuple[Bucket, Callable[..., Any]]:
         """The smallest compiled program that holds a step."""
         bucket = pick_bucket(tuple(self._programs), num_tokens, num_rows)
         return bucket, self._programs[bucket]
 
-    def _compile(self, bucket: Bucket) -> None:
+    def _compile(self, bucket: Bucket) -> Bucket:
         with self._lower_lock:
             lowered = self._lower(bucket)
         self._programs[bucket] = lowered.compile()
+        return bucket

@@ -13,10 +13,10 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxserve.models.decoder import Decoder, Weights
+from jaxserve.request import SamplingParams
 from jaxserve.runner.batch import BatchLayout, ForwardBatch, RowTable
 from jaxserve.runner.buckets import Bucket
 from jaxserve.runner.compiled import CompiledSteps, Progress
-from jaxserve.request import SamplingParams
 from jaxserve.runner.state import DeviceState, empty_state, needs_row_state, row_state, write_row
 from jaxserve.step import NewRow, PromptLogprobs, SchedulerOutput, StepOutput
 from kernels_pallas.paged_attention.api import AttentionBackend, Cache

@@ -30,9 +30,7 @@ class DeviceState(NamedTuple):
         """Remember this step's draws; rows past the end are dropped."""
         return DeviceState(
             self.last_token_R.at[write_row_B].set(out.token_B, mode="drop"),
-            self.sampling._replace(
-                counts_RV=self.sampling.counts_RV.at[write_row_B, out.token_B].add(1, mode="drop")
-            ),
+            self.sampling._replace(counts_RV=self.sampling.counts_RV.at[write_row_B, out.token_B].add(1, mode="drop")),
         )
 
 

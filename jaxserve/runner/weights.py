@@ -4,7 +4,7 @@ One stacked parameter is assembled at a time, shard by shard, so the host never 
 """
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import numpy as np
@@ -16,7 +16,7 @@ from jaxserve.errors import LaunchError
 from jaxserve.mesh import named_sharding
 from jaxserve.models.decoder import Decoder, ParamSpec, Path, Weights
 
-type Progress = Callable[[Iterable[Path]], Iterable[Path]]
+Progress: TypeAlias = Callable[[Iterable[Path]], Iterable[Path]]
 
 _KV_PROJECTIONS = ("k_proj", "v_proj")
 # Buffers that some exporters save and no model reads.
@@ -71,8 +71,9 @@ class _ParamReader:
         self._name = name
         self._head_rows, self._copies = heads
 
-    def read(self, index: Index) -> np.ndarray:
+    def read(self, index: Index | None) -> np.ndarray:
         """The part of the (stacked) parameter that `index` names, in the parameter's dtype."""
+        assert index is not None
         if not self._spec.stacked:
             return self._read_one(self._name, index)
         layers = range(*index[0].indices(self._spec.shape[0]))

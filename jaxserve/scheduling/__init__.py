@@ -1,0 +1,1 @@
+"""What each step runs. Pure Python."""

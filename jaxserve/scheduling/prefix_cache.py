@@ -8,10 +8,11 @@ leaf first. Trees of different namespaces (adapter, cache salt) share nothing.
 import heapq
 from collections.abc import Sequence as Tokens
 from itertools import count
+from typing import TypeAlias
 
 from jaxserve.scheduling.pages import PagePool
 
-type Namespace = tuple[str, ...]
+Namespace: TypeAlias = tuple[str, ...]
 
 
 class _Node:

@@ -286,9 +286,7 @@ class Scheduler:
         count = sequence.request.sampling.num_logprobs or 0
         sequence.prompt_logprobs.extend(
             TokenLogprobs(float(logprob), tuple(ids[:count].tolist()), tuple(values[:count].tolist()))
-            for logprob, ids, values in zip(
-                prompt.logprobs_C, prompt.top_ids_CJ, prompt.top_logprobs_CJ, strict=True
-            )
+            for logprob, ids, values in zip(prompt.logprobs_C, prompt.top_ids_CJ, prompt.top_logprobs_CJ, strict=True)
         )
 
     def _take_token(self, sequence: Sequence, index: int, output: StepOutput) -> None:

@@ -50,7 +50,8 @@ class Tokenizer:
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
         """The tokenizer's end token."""
-        return () if self._tokenizer.eos_token_id is None else (int(self._tokenizer.eos_token_id),)
+        token_id: Any = self._tokenizer.eos_token_id
+        return () if token_id is None else (int(token_id),)
 
     @property
     def vocab_size(self) -> int:

@@ -9,13 +9,13 @@ S page size, L layers, P pages of one layer.
 """
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import jax
 from jax.sharding import PartitionSpec
 
-type Cache = dict[str, jax.Array]
-type Plan = Any
+Cache: TypeAlias = dict[str, jax.Array]
+Plan: TypeAlias = Any
 
 
 class AttentionMeta(NamedTuple):
@@ -103,7 +103,9 @@ class AttentionBackend(Protocol):
         position t, with scores and sums in float32.
 
         Args:
-            q_TNH, k_TKH, v_TKH: rotated queries and keys, values; padding tokens hold anything.
+            q_TNH: rotated queries; padding tokens hold anything.
+            k_TKH: rotated keys.
+            v_TKH: values.
             cache: as `cache_spec` says.
             layer: i32 scalar, may be traced.
             plan: from `plan`.

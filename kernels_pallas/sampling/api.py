@@ -1,8 +1,8 @@
 """Drawing the next token: the types that every implementation shares.
 
 Order of operations on a row of logits: repetition, frequency and presence penalty -> bias -> forbidden tokens ->
-temperature -> top-k and top-p on the same sorted softmax -> min-p -> draw. The draw is Gumbel-max with noise that is a pure function of
-(seed, position, token id), so a row's token depends on no neighbour, batch size or sharding.
+temperature -> top-k and top-p on the same sorted softmax -> min-p -> draw. The draw is Gumbel-max with noise that is
+a pure function of (seed, position, token id), so a row's token depends on no neighbour, batch size or sharding.
 
 Dimension key: B draws of a step, R rows of per-request state, V vocabulary, J entries of a padded sparse list.
 """

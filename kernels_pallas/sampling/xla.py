@@ -34,13 +34,9 @@ def sample(logits_BV: jax.Array, inputs: SamplingInputs, state: SamplingState) -
     def draw(logits_BV: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
         scaled_BV = logits_BV / temperature_B[:, None]
         log_sum_B = jax.nn.logsumexp(scaled_BV, axis=-1)
-        drawn_B = lax.cond(
-            jnp.all(greedy_B), lambda *_: token_B, _draw, scaled_BV, log_sum_B, inputs, ~greedy_B
-        )
+        drawn_B = lax.cond(jnp.all(greedy_B), lambda *_: token_B, _draw, scaled_BV, log_sum_B, inputs, ~greedy_B)
         chosen_B = jnp.where(inputs.target_B >= 0, inputs.target_B, jnp.where(greedy_B, token_B, drawn_B))
-        top_BJ, ids_BJ = lax.cond(
-            jnp.any(inputs.logprobs_B), _top_logits, _no_top_logits, scaled_BV
-        )
+        top_BJ, ids_BJ = lax.cond(jnp.any(inputs.logprobs_B), _top_logits, _no_top_logits, scaled_BV)
         logprob_B = jnp.take_along_axis(scaled_BV, chosen_B[:, None], axis=-1)[:, 0] - log_sum_B
         return chosen_B, logprob_B, ids_BJ, top_BJ - log_sum_B[:, None]
 
@@ -51,7 +47,9 @@ def sample(logits_BV: jax.Array, inputs: SamplingInputs, state: SamplingState) -
     plain = jnp.all((greedy_B & ~inputs.logprobs_B) & (inputs.target_B < 0))
     token_B, logprob_B, top_ids_BJ, top_logprobs_BJ = lax.cond(plain, argmax_only, draw, logits_BV)
     # max passes NaN on, so one comparison finds NaN, +inf and a row with nothing left.
-    return SampleOutput(jnp.minimum(token_B, vocab_size - 1), jnp.isfinite(top_B), logprob_B, top_ids_BJ, top_logprobs_BJ)
+    return SampleOutput(
+        jnp.minimum(token_B, vocab_size - 1), jnp.isfinite(top_B), logprob_B, top_ids_BJ, top_logprobs_BJ
+    )
 
 
 def _penalise(logits_BV: jax.Array, inputs: SamplingInputs, state: SamplingState) -> jax.Array:
