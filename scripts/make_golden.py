@@ -1,0 +1,79 @@
+"""Writes the tiny checkpoints of tests/golden and the logits that transformers computes for them.
+
+Run by a maintainer where torch and transformers are installed; the results are committed. Nothing here runs in
+the tests. Usage: python scripts/make_golden.py [NAME ...]
+"""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+GOLDEN = Path(__file__).parent.parent / "tests" / "golden"
+SIZES = {
+    "vocab_size": 256,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "initializer_range": 0.25,
+}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 500.0,
+    "factor": 4.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+YARN = {"rope_type": "yarn", "rope_theta": 1000.0, "factor": 4.0, "original_max_position_embeddings": 32}
+MODELS = {
+    "llama": {"model_type": "llama", "tie_word_embeddings": True},
+    "llama_wide_heads": {
+        "model_type": "llama",
+        "head_dim": 16,
+        "attention_bias": True,
+        "mlp_bias": True,
+        "rope_parameters": LLAMA3,
+    },
+    "llama_linear": {
+        "model_type": "llama",
+        "rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0},
+    },
+    "llama_yarn": {"model_type": "llama", "rope_parameters": YARN},
+    "qwen2": {"model_type": "qwen2", "tie_word_embeddings": True},
+    "qwen3": {"model_type": "qwen3", "head_dim": 16},
+    "mistral": {"model_type": "mistral", "head_dim": 8, "sliding_window": 12},
+}
+# One of them in several files, with an index.
+SHARDED = "qwen3"
+
+
+def make(name: str) -> None:
+    """Build one checkpoint with random weights and run it."""
+    torch.manual_seed(sum(name.encode()))
+    settings = dict(MODELS[name])
+    config = AutoConfig.for_model(settings.pop("model_type"), **SIZES, **settings)
+    config._attn_implementation = "eager"  # noqa: SLF001
+    model = AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:  # norms and biases start as ones and zeros, which would hide mistakes
+                parameter.add_(torch.randn_like(parameter) * 0.2)
+    folder = GOLDEN / name
+    folder.mkdir(parents=True, exist_ok=True)
+    model.save_pretrained(folder, max_shard_size="40KB" if name == SHARDED else "5GB")
+    ids = torch.randint(0, config.vocab_size, (2, 60))
+    with torch.no_grad():
+        logits = model(ids).logits
+    np.savez_compressed(folder / "golden.npz", token_ids=ids.numpy().astype(np.int32), logits=logits.numpy())
+    print(f"{name}: logits of std {logits.std():.2f}")
+
+
+if __name__ == "__main__":
+    for wanted in sys.argv[1:] or MODELS:
+        make(wanted)

@@ -1,0 +1,114 @@
+"""Logits equal transformers' for every architecture and rope variant: whole, chunked, decoded, batched, sharded."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxserve.build import build_runner
+from jaxserve.config import EngineConfig
+from jaxserve.runner.batch import ForwardBatch
+from jaxserve.runner.buckets import Bucket
+from jaxserve.runner.runner import ModelRunner
+from jaxserve.step import ScheduledRow, SchedulerOutput
+
+GOLDEN = Path(__file__).parent.parent / "golden"
+NAMES = sorted(path.name for path in GOLDEN.iterdir())
+# 60 tokens through two layers of width 32 in f32; logits of magnitude ~10.
+TOLERANCE = 1e-4
+
+
+class Model(NamedTuple):
+    """A runner with its forward pass opened up, to see logits of every token."""
+
+    runner: ModelRunner
+    token_ids: np.ndarray
+    logits: np.ndarray
+
+
+def load(name: str, **changes: object) -> Model:
+    config = EngineConfig(
+        model_path=str(GOLDEN / name),
+        page_size=8,
+        max_total_tokens=512,
+        max_running_requests=4,
+        chunked_prefill_size=128,
+        show_progress=False,
+        **changes,  # type: ignore[arg-type]
+    )
+    golden = np.load(GOLDEN / name / "golden.npz")
+    return Model(build_runner(config, lambda items, *_: items).runner, golden["token_ids"], golden["logits"])
+
+
+def run(runner: ModelRunner, rows: list[ScheduledRow]) -> np.ndarray:
+    """Logits of every token of a step."""
+    parts = runner._parts
+    plan = SchedulerOutput(step=0, new_rows=(), rows=tuple(rows))
+    batch = runner._rows.build(plan, Bucket(128, 4))
+
+    def forward(weights: object, cache: object, batch: ForwardBatch) -> tuple[jax.Array, object]:
+        plan = parts.attention.plan(batch.attention_meta())
+        x_TD, cache = parts.decoder.forward(weights, cache, *batch.tokens_3T[:2], plan, parts.attention)
+        return parts.decoder.logits(weights, x_TD), cache
+
+    logits, runner._cache = jax.jit(forward)(parts.weights, runner._cache, jax.tree.map(jnp.asarray, batch))
+    return np.asarray(logits[: plan.num_tokens])
+
+
+def row(index: int, token_ids: np.ndarray, start: int, end: int, pages: int = 8) -> ScheduledRow:
+    return ScheduledRow(
+        row=index,
+        token_ids=tuple(token_ids[start:end].tolist()),
+        num_computed_tokens=start,
+        new_page_ids=tuple(range(index * pages, (index + 1) * pages)) if start == 0 else (),
+        samples=False,
+    )
+
+
+def close(got: np.ndarray, want: np.ndarray) -> None:
+    error = np.abs(got - want)
+    assert error.max() <= TOLERANCE, f"max error {error.max():.2e} at {np.unravel_index(error.argmax(), error.shape)}"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_whole_prompts_in_one_batch(name: str) -> None:
+    model = load(name)
+    logits = run(model.runner, [row(i, ids, 0, 60) for i, ids in enumerate(model.token_ids)])
+    close(logits.reshape(model.logits.shape), model.logits)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_chunks_then_single_tokens(name: str) -> None:
+    model = load(name)
+    ids, want = model.token_ids[0], model.logits[0]
+    got = [run(model.runner, [row(0, ids, start, end)]) for start, end in ((0, 7), (7, 33), (33, 50))]
+    got += [run(model.runner, [row(0, ids, position, position + 1)]) for position in range(50, 60)]
+    close(np.concatenate(got), want)
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "qwen3"])
+def test_decode_beside_prefill(name: str) -> None:
+    model = load(name)
+    run(model.runner, [row(0, model.token_ids[0], 0, 59)])
+    logits = run(model.runner, [row(0, model.token_ids[0], 59, 60), row(1, model.token_ids[1], 0, 60)])
+    close(logits[0], model.logits[0, 59])
+    close(logits[1:], model.logits[1])
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("tp_size", [2, 4])
+def test_sharded(name: str, tp_size: int) -> None:
+    """Four devices on two key heads: heads are repeated."""
+    model = load(name, tp_size=tp_size)
+    logits = run(model.runner, [row(i, ids, 0, 60) for i, ids in enumerate(model.token_ids)])
+    close(logits.reshape(model.logits.shape), model.logits)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3"])
+def test_deterministic_mode_gives_the_same_numbers(name: str) -> None:
+    model = load(name, deterministic=True)
+    logits = run(model.runner, [row(i, ids, 0, 60) for i, ids in enumerate(model.token_ids)])
+    close(logits.reshape(model.logits.shape), model.logits)

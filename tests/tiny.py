@@ -1,0 +1,99 @@
+"""Tiny checkpoints and tokenizers, made on the spot."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import save_file
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+from jaxserve.text.detokenizer import byte_alphabet
+
+VOCAB_SIZE = 260
+BOS, EOS, START, END = 256, 257, 258, 259
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}<start>{{ message['role'] }}\n{{ message['content'] }}<end>\n"
+    "{% endfor %}{% if add_generation_prompt %}<start>assistant\n{% endif %}"
+)
+CONFIG: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 512,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": False,
+    "bos_token_id": BOS,
+    "eos_token_id": EOS,
+    "torch_dtype": "float32",
+}
+
+
+def byte_tokenizer() -> Tokenizer:
+    """A byte-level tokenizer without merges: one token per byte, and four special tokens."""
+    vocabulary = {character: byte for character, byte in byte_alphabet().items()}
+    tokenizer = Tokenizer(models.BPE(vocabulary, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_tokens([AddedToken(name, special=True) for name in ("<s>", "</s>", "<start>", "<end>")])
+    return tokenizer
+
+
+def write_tokenizer(folder: Path) -> None:
+    """`tokenizer.json` and `tokenizer_config.json`."""
+    byte_tokenizer().save(str(folder / "tokenizer.json"))
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+        "chat_template": CHAT_TEMPLATE,
+        "clean_up_tokenization_spaces": False,
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+
+
+def tensors(config: dict[str, Any], seed: int = 0) -> dict[str, np.ndarray]:
+    """Random weights under Hugging Face's names; large enough for decided argmaxes."""
+    rng = np.random.default_rng(seed)
+    hidden, mlp = config["hidden_size"], config["intermediate_size"]
+    head = config.get("head_dim") or hidden // config["num_attention_heads"]
+    q_size, kv_size = config["num_attention_heads"] * head, config["num_key_value_heads"] * head
+
+    def normal(*shape: int) -> np.ndarray:
+        return (rng.standard_normal(shape) / np.sqrt(shape[-1])).astype(np.float32)
+
+    out = {
+        "model.embed_tokens.weight": normal(config["vocab_size"], hidden) * 8,
+        "model.norm.weight": np.ones(hidden, np.float32),
+        "lm_head.weight": normal(config["vocab_size"], hidden) * 4,
+    }
+    for layer in range(config["num_hidden_layers"]):
+        prefix = f"model.layers.{layer}."
+        out |= {
+            prefix + "input_layernorm.weight": np.ones(hidden, np.float32),
+            prefix + "post_attention_layernorm.weight": np.ones(hidden, np.float32),
+            prefix + "self_attn.q_proj.weight": normal(q_size, hidden),
+            prefix + "self_attn.k_proj.weight": normal(kv_size, hidden),
+            prefix + "self_attn.v_proj.weight": normal(kv_size, hidden),
+            prefix + "self_attn.o_proj.weight": normal(hidden, q_size),
+            prefix + "mlp.gate_proj.weight": normal(mlp, hidden),
+            prefix + "mlp.up_proj.weight": normal(mlp, hidden),
+            prefix + "mlp.down_proj.weight": normal(hidden, mlp),
+        }
+    return out
+
+
+def write_checkpoint(folder: Path, **changes: Any) -> Path:
+    """A whole model folder; `changes` go into its config."""
+    config = {**CONFIG, **changes}
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    save_file(tensors(config), folder / "model.safetensors")
+    write_tokenizer(folder)
+    return folder
