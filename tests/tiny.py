@@ -37,7 +37,7 @@ CONFIG: dict[str, Any] = {
 
 def byte_tokenizer() -> Tokenizer:
     """A byte-level tokenizer without merges: one token per byte, and four special tokens."""
-    vocabulary = {character: byte for character, byte in byte_alphabet().items()}
+    vocabulary = byte_alphabet()
     tokenizer = Tokenizer(models.BPE(vocabulary, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()

@@ -15,7 +15,6 @@ from jaxserve.step import NewRow, SchedulerOutput
 from kernels_pallas.paged_attention.api import AttentionMeta
 from kernels_pallas.sampling.api import SamplingInputs
 
-
 # numpy on the host, jax inside the step.
 Array: TypeAlias = Any
 

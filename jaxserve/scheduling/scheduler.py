@@ -130,7 +130,10 @@ class Scheduler:
                 self._finish(sequence, FinishReason.ERROR, error="numerical_error: the model's output is not finite")
                 continue
             end = row.num_computed_tokens + row.num_tokens
-            if sequence.num_preemptions == num_preemptions[index]:
+            preempted_since = sequence.num_preemptions != num_preemptions[index]
+            if preempted_since and sequence.collects_prompt_logprobs:
+                continue  # the whole prompt is computed again, and its draw with it
+            if not preempted_since:
                 self._take_prompt_logprobs(sequence, output.prompt.get(index))
                 self._index_pages(sequence, end)
             if row.samples:

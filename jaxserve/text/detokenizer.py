@@ -1,24 +1,18 @@
 """Token ids to text, as they come. No replacement character ever leaves because a character was cut in two.
 
-For any cutting of the ids, the pieces joined equal the decoding of the whole.
+Every tokenizer served here maps each token to bytes, and text is their concatenation read as UTF-8: byte-level BPE
+(GPT-2's printable alphabet) and SentencePiece-like BPE with byte fallback. So detokenizing is a table and an
+incremental UTF-8 decoder, exact for any cutting of the stream.
 """
 
 import codecs
-from typing import Protocol
+import json
+from collections.abc import Iterator
+from typing import Any
 
 from tokenizers import Tokenizer as RustTokenizer
 
-
-class Detokenizer(Protocol):
-    """Incremental decoder of one output."""
-
-    def push(self, token_id: int) -> str:
-        """Text that is certain once this token is there; may be empty."""
-        ...
-
-    def flush(self) -> str:
-        """The rest, with U+FFFD for bytes that never became a character."""
-        ...
+_SPACE = "\u2581"
 
 
 def byte_alphabet() -> dict[str, int]:
@@ -29,68 +23,71 @@ def byte_alphabet() -> dict[str, int]:
     return table
 
 
-class ByteLevelVocabulary:
-    """Bytes of every token of a byte-level tokenizer; shared by all its detokenizers."""
+class TokenBytes:
+    """Bytes of every token of one tokenizer; shared by all its detokenizers.
+
+    Attributes:
+        special_ids: control tokens, left out of the text unless asked for.
+        of: token id -> bytes.
+        strips_space: whether one leading space of a text is an artefact of the tokenizer.
+
+    Raises:
+        ValueError: the tokenizer decodes in a way that is not a table of bytes.
+    """
 
     def __init__(self, tokenizer: RustTokenizer, special_ids: frozenset[int]) -> None:
-        alphabet = byte_alphabet()
         self.special_ids = special_ids
-        self.bytes_of: dict[int, bytes] = {}
+        decoder: dict[str, Any] = json.loads(tokenizer.to_str())["decoder"] or {}
+        kinds = {step["type"]: step for step in _steps(decoder)}
+        self.of: dict[int, bytes] = {}
         added = tokenizer.get_added_tokens_decoder()
-        for token, token_id in tokenizer.get_vocab(with_added_tokens=True).items():
-            if token_id in added or any(character not in alphabet for character in token):
-                self.bytes_of[token_id] = token.encode()
-            else:
-                self.bytes_of[token_id] = bytes(alphabet[character] for character in token)
+        if "ByteLevel" in kinds:
+            self.strips_space = False
+            alphabet = byte_alphabet()
+            for token, token_id in tokenizer.get_vocab(with_added_tokens=True).items():
+                plain = token_id not in added and all(character in alphabet for character in token)
+                self.of[token_id] = bytes(alphabet[character] for character in token) if plain else token.encode()
+        elif "Metaspace" in kinds or "ByteFallback" in kinds:
+            self.strips_space = "Strip" in kinds or kinds.get("Metaspace", {}).get("prepend_scheme", "never") != "never"
+            for token, token_id in tokenizer.get_vocab(with_added_tokens=True).items():
+                self.of[token_id] = token.encode() if token_id in added else _piece_bytes(token)
+        else:
+            raise ValueError(f"the tokenizer's decoder ({', '.join(kinds) or 'none'}) is not supported")
 
 
-class ByteLevelDetokenizer:
-    """For byte-level BPE: tokens are byte strings, and text is their concatenation read as UTF-8."""
+def _steps(decoder: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    if decoder.get("type") == "Sequence":
+        for step in decoder["decoders"]:
+            yield from _steps(step)
+    elif decoder:
+        yield decoder
 
-    def __init__(self, vocabulary: ByteLevelVocabulary, *, skip_special_tokens: bool) -> None:
-        self._bytes_of = vocabulary.bytes_of
-        self._skipped = vocabulary.special_ids if skip_special_tokens else frozenset[int]()
+
+def _piece_bytes(piece: str) -> bytes:
+    if len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">"):
+        return bytes([int(piece[3:5], 16)])
+    return piece.replace(_SPACE, " ").encode()
+
+
+class Detokenizer:
+    """Incremental decoder of one output."""
+
+    def __init__(self, token_bytes: TokenBytes, *, skip_special_tokens: bool) -> None:
+        self._bytes_of = token_bytes.of
+        self._skipped = token_bytes.special_ids if skip_special_tokens else frozenset[int]()
+        self._strip = token_bytes.strips_space
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def push(self, token_id: int) -> str:
-        """See `Detokenizer`."""
+        """Text that is certain once this token is there; may be empty. Unknown ids are nothing."""
         if token_id in self._skipped:
             return ""
-        return self._decoder.decode(self._bytes_of.get(token_id, b""))
+        text = self._decoder.decode(self._bytes_of.get(token_id, b""))
+        if self._strip and text:
+            self._strip = False
+            return text.removeprefix(" ")
+        return text
 
     def flush(self) -> str:
-        """See `Detokenizer`."""
+        """The rest: U+FFFD for bytes that never became a character."""
         return self._decoder.decode(b"", final=True)
-
-
-class WindowDetokenizer:
-    """For any other tokenizer: decodes a short window before and after the new token and shows the difference.
-
-    The window starts at a place where text was complete, because decoders treat the first token of a text
-    differently (SentencePiece drops its leading space).
-    """
-
-    def __init__(self, tokenizer: RustTokenizer, *, skip_special_tokens: bool) -> None:
-        self._tokenizer = tokenizer
-        self._skip = skip_special_tokens
-        self._ids: list[int] = []
-        self._window = 0
-        self._shown = 0
-
-    def push(self, token_id: int) -> str:
-        """See `Detokenizer`."""
-        self._ids.append(token_id)
-        before, after = self._decode(self._ids[self._window : self._shown]), self._decode(self._ids[self._window :])
-        if len(after) <= len(before) or after.endswith("\ufffd"):
-            return ""
-        self._window, self._shown = self._shown, len(self._ids)
-        return after[len(before) :]
-
-    def flush(self) -> str:
-        """See `Detokenizer`."""
-        before, after = self._decode(self._ids[self._window : self._shown]), self._decode(self._ids[self._window :])
-        self._window = self._shown = len(self._ids)
-        return after[len(before) :]
-
-    def _decode(self, ids: list[int]) -> str:
-        return self._tokenizer.decode(ids, skip_special_tokens=self._skip)

@@ -5,14 +5,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tokenizers import decoders
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from checkpoints.gguf import GGUFCheckpoint
 from checkpoints.source import CheckpointError
 from jaxserve.errors import LaunchError, RequestError
 from jaxserve.text.chat_template import ChatTemplate
-from jaxserve.text.detokenizer import ByteLevelDetokenizer, ByteLevelVocabulary, Detokenizer, WindowDetokenizer
+from jaxserve.text.detokenizer import Detokenizer, TokenBytes
 from jaxserve.text.gguf_tokenizer import tokenizer_from_gguf
 
 logger = logging.getLogger(__name__)
@@ -41,9 +40,7 @@ class Tokenizer:
         self.special_ids = frozenset(int(token_id) for token_id in tokenizer.all_special_ids) | frozenset(
             token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special
         )
-        self._vocabulary = (
-            ByteLevelVocabulary(self._rust, self.special_ids) if _is_byte_level(self._rust.decoder) else None
-        )
+        self._bytes = TokenBytes(self._rust, self.special_ids)
         template = chat_template or tokenizer.chat_template
         self.chat_template = ChatTemplate(tokenizer, template if isinstance(template, str) else None)
 
@@ -74,25 +71,17 @@ class Tokenizer:
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
         """Ids to text at once."""
-        return self._rust.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
+        detokenizer = self.detokenizer(skip_special_tokens=skip_special_tokens)
+        return "".join([detokenizer.push(token_id) for token_id in token_ids]) + detokenizer.flush()
 
     def detokenizer(self, *, skip_special_tokens: bool) -> Detokenizer:
         """A new incremental decoder."""
-        if self._vocabulary is not None:
-            return ByteLevelDetokenizer(self._vocabulary, skip_special_tokens=skip_special_tokens)
-        return WindowDetokenizer(self._rust, skip_special_tokens=skip_special_tokens)
+        return Detokenizer(self._bytes, skip_special_tokens=skip_special_tokens)
 
     def token_text(self, token_id: int) -> TokenText:
         """One token by itself, as log-probabilities show it."""
-        if self._vocabulary is not None:
-            data = self._vocabulary.bytes_of.get(token_id, b"")
-            return TokenText(data.decode(errors="replace"), data)
-        text = self._rust.id_to_token(token_id) or ""
-        if len(text) == 6 and text.startswith("<0x"):
-            data = bytes([int(text[3:5], 16)])
-            return TokenText(data.decode(errors="replace"), data)
-        text = text.replace("\u2581", " ")
-        return TokenText(text, text.encode())
+        data = self._bytes.of.get(token_id, b"")
+        return TokenText(data.decode(errors="replace"), data)
 
 
 def load_tokenizer(path: Path, chat_template: str | None = None) -> Tokenizer:
@@ -103,9 +92,9 @@ def load_tokenizer(path: Path, chat_template: str | None = None) -> Tokenizer:
     """
     try:
         tokenizer = _load_gguf(path) if path.suffix == ".gguf" else _load_folder(path)
+        return Tokenizer(tokenizer, chat_template)
     except (CheckpointError, OSError, ValueError) as error:
         raise LaunchError(f"{path}: no usable tokenizer: {error}") from None
-    return Tokenizer(tokenizer, chat_template)
 
 
 def _load_folder(path: Path) -> PreTrainedTokenizerFast:
@@ -135,7 +124,3 @@ def _load_gguf(path: Path) -> PreTrainedTokenizerFast:
         chat_template=file.metadata.get("tokenizer.chat_template"),
         clean_up_tokenization_spaces=False,
     )
-
-
-def _is_byte_level(decoder: object) -> bool:
-    return isinstance(decoder, decoders.ByteLevel)

@@ -1,0 +1,166 @@
+"""Stand-ins that can be worked by hand: a runner without a device, and an engine client without a process."""
+
+import asyncio
+
+import numpy as np
+
+from jaxserve.client import Streams, TokenStream
+from jaxserve.config import CacheConfig, SchedulerConfig
+from jaxserve.engine import Engine
+from jaxserve.errors import OverloadedError, UnavailableError
+from jaxserve.messages import EngineInfo, EngineStats
+from jaxserve.request import Request
+from jaxserve.scheduling.scheduler import Scheduler
+from jaxserve.step import PromptLogprobs, SchedulerOutput, StepOutput
+
+NUM_TOP = 20
+
+
+class FakePending:
+    """A step whose result is known at once."""
+
+    def __init__(self, output: StepOutput) -> None:
+        self._output = output
+
+    def result(self) -> StepOutput:
+        return self._output
+
+
+class FakeRunner:
+    """Draws `last token + 1` modulo the vocabulary, so every output can be told in advance.
+
+    Attributes:
+        fail_next: dispatches that raise.
+        not_finite: rows of state whose logits are NaN.
+    """
+
+    def __init__(self, vocab_size: int = 256) -> None:
+        self._vocab_size = vocab_size
+        self._last: dict[int, int] = {}
+        self.plans: list[SchedulerOutput] = []
+        self.fail_next = 0
+        self.num_resets = 0
+        self.not_finite: set[int] = set()
+
+    def dispatch(self, plan: SchedulerOutput) -> FakePending:
+        self.plans.append(plan)
+        if self.fail_next:
+            self.fail_next -= 1
+            raise RuntimeError("the device is on fire")
+        tokens: list[int] = []
+        prompt: dict[int, PromptLogprobs] = {}
+        for index, row in enumerate(plan.rows):
+            last = row.token_ids[-1] if row.token_ids[-1] >= 0 else self._last[row.row]
+            tokens.append((last + 1) % self._vocab_size)
+            if row.samples:
+                self._last[row.row] = tokens[-1]
+            if row.prompt_targets:
+                count = len(row.prompt_targets)
+                prompt[index] = PromptLogprobs(
+                    np.full(count, -1.0), np.tile(np.arange(NUM_TOP), (count, 1)), np.full((count, NUM_TOP), -2.0)
+                )
+        count = len(plan.rows)
+        return FakePending(
+            StepOutput(
+                token_ids_B=np.array(tokens),
+                finite_B=np.array([row.row not in self.not_finite for row in plan.rows], bool),
+                logprobs_B=np.full(count, -0.5),
+                top_ids_BJ=np.tile(np.arange(NUM_TOP), (count, 1)),
+                top_logprobs_BJ=np.full((count, NUM_TOP), -0.5),
+                prompt=prompt,
+            )
+        )
+
+    def reset(self) -> None:
+        self.num_resets += 1
+
+
+def make_engine(
+    *, max_rows: int = 4, max_step_tokens: int = 16, page_size: int = 4, num_pages: int = 64, context_length: int = 128
+) -> tuple[Engine, FakeRunner]:
+    """An engine over a `FakeRunner`."""
+    runner = FakeRunner()
+    scheduler = Scheduler(
+        SchedulerConfig(max_rows=max_rows, max_step_tokens=max_step_tokens, context_length=context_length),
+        CacheConfig(page_size=page_size, num_pages=num_pages),
+    )
+    return Engine(runner, scheduler), runner
+
+
+class FakeEngineClient:
+    """`EngineClient` in this process: a task steps the engine while it has work.
+
+    Attributes:
+        lost: set to make the engine look dead.
+        step_s: pause after each step, to hold requests open.
+    """
+
+    def __init__(self, vocab_size: int, context_length: int = 512, max_live: int | None = None) -> None:
+        self._engine, self.runner = make_engine(
+            max_rows=8, max_step_tokens=64, page_size=16, num_pages=256, context_length=context_length
+        )
+        self._streams = Streams()
+        self._max_live = max_live
+        self._task: asyncio.Task[None] | None = None
+        self.lost: str | None = None
+        self.step_s = 0.0
+        self._info = EngineInfo(
+            architecture="LlamaForCausalLM",
+            vocab_size=vocab_size,
+            context_length=context_length,
+            max_rows=8,
+            page_size=16,
+            num_pages=256,
+            dtype="float32",
+            device="fake",
+            eos_token_ids=(vocab_size - 1,),
+            bos_token_id=None,
+        )
+
+    @property
+    def info(self) -> EngineInfo:
+        self.check_ready()
+        return self._info
+
+    @property
+    def stats(self) -> EngineStats:
+        return EngineStats(**self._engine.stats._asdict())
+
+    @property
+    def num_live(self) -> int:
+        return self._streams.num_live
+
+    def check_ready(self) -> None:
+        if self.lost is not None:
+            raise UnavailableError(self.lost)
+
+    def submit(self, request: Request) -> TokenStream:
+        self.check_ready()
+        if self._max_live is not None and self.num_live + request.num_choices > self._max_live:
+            raise OverloadedError("full")
+        stream = self._streams.add(request, self._close)
+        self._engine.add(request)
+        if self._task is None or self._task.done():
+            self._task = asyncio.get_running_loop().create_task(self._run())
+        return stream
+
+    def abort(self, request_id: str, choice: int | None = None) -> None:
+        self._engine.abort(request_id, choice)
+
+    async def flush_cache(self) -> bool:
+        return self._engine.flush_cache()
+
+    def lose(self, reason: str) -> None:
+        """The engine process is gone."""
+        self.lost = reason
+        self._streams.fail_all(reason)
+
+    def _close(self, request_id: str) -> None:
+        if self._streams.remove(request_id):
+            self._engine.abort(request_id)
+
+    async def _run(self) -> None:
+        while not self._engine.idle and self.lost is None:
+            for delta in self._engine.step():
+                self._streams.deliver(delta)
+            await asyncio.sleep(self.step_s)

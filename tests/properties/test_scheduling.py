@@ -1,0 +1,194 @@
+"""Any order of requests, aborts, failures and late results: nothing is lost, leaked or told twice."""
+
+from collections import deque
+
+import numpy as np
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from jaxserve.config import CacheConfig, SchedulerConfig
+from jaxserve.request import FinishReason, Request, SamplingParams
+from jaxserve.scheduling.scheduler import Scheduler
+from jaxserve.step import PromptLogprobs, SchedulerOutput, StepOutput
+
+EOS = 5
+
+
+class SchedulerMachine(RuleBasedStateMachine):
+    """A scheduler between a client that does as it likes and a device that answers late."""
+
+    @initialize(
+        page_size=st.sampled_from([1, 2, 4]),
+        num_pages=st.integers(6, 24),
+        max_rows=st.integers(1, 5),
+        spare_tokens=st.integers(0, 12),
+        policy=st.sampled_from(["fcfs", "lpm", "priority"]),
+        caching=st.booleans(),
+    )
+    def start(
+        self, page_size: int, num_pages: int, max_rows: int, spare_tokens: int, policy: str, caching: bool
+    ) -> None:
+        self.context = page_size * num_pages
+        self.config = SchedulerConfig(
+            max_rows=max_rows,
+            max_step_tokens=max_rows + spare_tokens,
+            context_length=self.context,
+            policy=policy,  # type: ignore[arg-type]
+        )
+        self.page_size = page_size
+        self.num_pages = num_pages
+        self.scheduler = Scheduler(
+            self.config, CacheConfig(page_size=page_size, num_pages=num_pages, prefix_caching=caching)
+        )
+        self.in_flight: deque[SchedulerOutput] = deque()
+        self.requests: dict[str, Request] = {}
+        self.ends: dict[tuple[str, int], list[FinishReason]] = {}
+        self.outputs: dict[tuple[str, int], list[int]] = {}
+        self.prompt_logprobs: dict[str, int] = {}
+        self.aborted: set[str] = set()
+
+    @rule(
+        prompt=st.lists(st.integers(0, 2), min_size=1, max_size=30),
+        max_tokens=st.integers(0, 12),
+        num_choices=st.sampled_from([1, 1, 1, 3]),
+        echo=st.booleans(),
+        ignore_eos=st.booleans(),
+        priority=st.integers(0, 2),
+    )
+    def add(
+        self, prompt: list[int], max_tokens: int, num_choices: int, echo: bool, ignore_eos: bool, priority: int
+    ) -> None:
+        prompt = prompt[: self.context - 1]
+        request = Request(
+            id=f"r{len(self.requests)}",
+            prompt_token_ids=tuple(prompt),
+            sampling=SamplingParams(
+                max_tokens=min(max_tokens, self.context - len(prompt)),
+                prompt_logprobs=echo,
+                num_logprobs=1 if echo else None,
+                ignore_eos=ignore_eos,
+            ),
+            eos_token_ids=(EOS,),
+            num_choices=num_choices,
+            priority=priority,
+        )
+        self.requests[request.id] = request
+        for choice in range(num_choices):
+            self.ends[request.id, choice] = []
+            self.outputs[request.id, choice] = []
+        self.scheduler.add(request)
+
+    @precondition(lambda self: self.requests)
+    @rule(data=st.data())
+    def abort(self, data: st.DataObject) -> None:
+        name = data.draw(st.sampled_from(sorted(self.requests)))
+        self.aborted.add(name)
+        self.scheduler.abort(name)
+
+    @rule()
+    def schedule(self) -> None:
+        plan = self.scheduler.schedule()
+        if plan is None:
+            return
+        self.in_flight.append(plan)
+        assert plan.num_tokens <= self.config.max_step_tokens
+        assert sum(row.num_draws for row in plan.rows) <= self.config.max_rows
+        assert len({row.row for row in plan.rows}) == len(plan.rows)
+        singles = [row.num_tokens == 1 for row in plan.rows]
+        assert singles == sorted(singles, reverse=True), "rows of one token come first"
+
+    @precondition(lambda self: self.in_flight)
+    @rule(data=st.data())
+    def answer(self, data: st.DataObject) -> None:
+        plan = self.in_flight.popleft()
+        count = len(plan.rows)
+        tokens = data.draw(st.lists(st.integers(0, EOS), min_size=count, max_size=count))
+        broken = data.draw(st.sampled_from([-1] * 9 + [0]))
+        self.scheduler.update(self._output(plan, tokens, [index != broken for index in range(count)]))
+
+    @precondition(lambda self: self.in_flight)
+    @rule()
+    def lose_the_cache(self) -> None:
+        self.in_flight.clear()
+        self.scheduler.restart_running()
+
+    @invariant()
+    def told_once(self) -> None:
+        if not hasattr(self, "scheduler"):
+            return
+        for delta in self.scheduler.take_deltas():
+            key = delta.request_id, delta.choice
+            assert not self.ends[key], "a delta after the last one"
+            self.outputs[key].extend(delta.token_ids)
+            self.prompt_logprobs[delta.request_id] = self.prompt_logprobs.get(delta.request_id, 0) + len(
+                delta.prompt_logprobs
+            )
+            if delta.finish_reason is not None:
+                self.ends[key].append(delta.finish_reason)
+
+    @invariant()
+    def pages_add_up(self) -> None:
+        if not hasattr(self, "scheduler"):
+            return
+        pool, tree = self.scheduler._pool, self.scheduler._prefixes
+        holders = [0] * self.num_pages
+        for sequence in self.scheduler._running:
+            assert len(set(sequence.pages)) == len(sequence.pages)
+            for page in sequence.pages:
+                holders[page] += 1
+        for page in tree._nodes:
+            holders[page] += 1
+        assert holders == pool._holders
+        assert holders.count(0) == pool.num_free
+
+    def teardown(self) -> None:
+        if not hasattr(self, "scheduler"):
+            return
+        for _ in range(2000):
+            if self.scheduler.idle:
+                break
+            self.schedule()
+            if self.in_flight:
+                plan = self.in_flight.popleft()
+                self.scheduler.update(self._output(plan, [0] * len(plan.rows), [True] * len(plan.rows)))
+            self.told_once()
+            self.pages_add_up()
+        assert self.scheduler.idle, "every request ends"
+        for (name, choice), reasons in self.ends.items():
+            assert len(reasons) == 1
+            sampling = self.requests[name].sampling
+            output = self.outputs[name, choice]
+            assert len(output) <= sampling.max_tokens
+            match reasons[0]:
+                case FinishReason.LENGTH:
+                    assert len(output) == sampling.max_tokens
+                case FinishReason.STOP:
+                    assert output[-1] == EOS
+                    assert not sampling.ignore_eos
+                case FinishReason.ABORT:
+                    assert name in self.aborted
+            if sampling.prompt_logprobs and choice == 0 and reasons[0] in (FinishReason.LENGTH, FinishReason.STOP):
+                assert self.prompt_logprobs[name] == len(self.requests[name].prompt_token_ids) - 1
+        assert self.scheduler.flush_cache()
+        assert self.scheduler._pool.num_free == self.num_pages
+
+    @staticmethod
+    def _output(plan: SchedulerOutput, tokens: list[int], finite: list[bool]) -> StepOutput:
+        top = np.zeros((len(plan.rows), 20))
+        return StepOutput(
+            token_ids_B=np.array(tokens, np.int32),
+            finite_B=np.array(finite, bool),
+            logprobs_B=top[:, 0],
+            top_ids_BJ=top.astype(np.int32),
+            top_logprobs_BJ=top,
+            prompt={
+                index: PromptLogprobs(np.zeros(size), np.zeros((size, 20), np.int32), np.zeros((size, 20)))
+                for index, row in enumerate(plan.rows)
+                if (size := len(row.prompt_targets))
+            },
+        )
+
+
+TestScheduler = SchedulerMachine.TestCase
+TestScheduler.settings = settings(max_examples=300, stateful_step_count=60, deadline=None)
