@@ -11,10 +11,6 @@ from jaxserve.text.detokenizer import Detokenizer, TokenBytes
 from jaxserve.text.stop import StopStrings
 from tests.tiny import VOCAB_SIZE, byte_tokenizer
 
-BYTES = byte_tokenizer()
-SPECIAL = frozenset({256, 257, 258, 259})
-VOCABULARY = ByteLevelVocabulary(BYTES, SPECIAL)
-
 
 def sentencepiece_like() -> Tokenizer:
     """Characters, byte tokens for the rest, and a leading space that decoding drops."""
