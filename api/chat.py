@@ -6,6 +6,8 @@ from typing import Any
 
 from litestar import Request as HttpRequest
 from litestar import post
+from litestar.di import NamedDependency
+from litestar.params import JSONBody
 
 from api.logprobs import chat_logprobs
 from api.params import RequestBuilder
@@ -26,7 +28,10 @@ from jaxserve.generation import ChoiceDelta
 
 @post("/v1/chat/completions", status_code=200, summary="Chat completion")
 async def chat_completions(
-    data: ChatCompletionRequest, server: Server, builder: RequestBuilder, request: HttpRequest[Any, Any, Any]
+    data: JSONBody[ChatCompletionRequest],
+    server: NamedDependency[Server],
+    builder: NamedDependency[RequestBuilder],
+    request: HttpRequest[Any, Any, Any],
 ) -> ChatCompletion:
     """Continue a conversation; with `stream` the answer is server-sent events."""
     model = server.check_model(data.model)

@@ -6,6 +6,8 @@ from typing import Any
 
 from litestar import Request as HttpRequest
 from litestar import post
+from litestar.di import NamedDependency
+from litestar.params import JSONBody
 
 from api.logprobs import completion_logprobs
 from api.params import RequestBuilder
@@ -19,7 +21,10 @@ from jaxserve.request import TokenLogprobs
 
 @post("/v1/completions", status_code=200, summary="Text completion")
 async def completions(
-    data: CompletionRequest, server: Server, builder: RequestBuilder, request: HttpRequest[Any, Any, Any]
+    data: JSONBody[CompletionRequest],
+    server: NamedDependency[Server],
+    builder: NamedDependency[RequestBuilder],
+    request: HttpRequest[Any, Any, Any],
 ) -> Completion:
     """Continue one or several prompts; with `stream` the answer is server-sent events."""
     model = server.check_model(data.model)

@@ -4,6 +4,8 @@ import uuid
 from typing import Any
 
 from litestar import MediaType, Response, get, post
+from litestar.di import NamedDependency
+from litestar.params import FromPath, JSONBody
 
 from api.auth import OPEN
 from api.params import RequestBuilder
@@ -33,13 +35,13 @@ def _card(server: Server) -> ModelCard:
 
 
 @get("/v1/models", summary="Served models")
-async def list_models(server: Server) -> ModelList:
+async def list_models(server: NamedDependency[Server]) -> ModelList:
     """Cards of what is served."""
     return ModelList([_card(server)])
 
 
 @get("/v1/models/{model_id:path}", summary="One model")
-async def get_model(model_id: str, server: Server) -> ModelCard:
+async def get_model(model_id: FromPath[str], server: NamedDependency[Server]) -> ModelCard:
     """One card; 404 for what is not served."""
     name = model_id.removeprefix("/")
     if name != server.settings.served_model_name:
@@ -54,14 +56,14 @@ async def live() -> Response[None]:
 
 
 @get(["/health", "/ready"], opt=OPEN, summary="The server takes requests")
-async def health(server: Server) -> Response[None]:
+async def health(server: NamedDependency[Server]) -> Response[None]:
     """200 when requests are served; 503 while loading, draining or without an engine."""
     server.check_accepting()
     return Response(None, status_code=200)
 
 
 @get("/health_generate", opt=OPEN, summary="The engine generates")
-async def health_generate(server: Server) -> Response[None]:
+async def health_generate(server: NamedDependency[Server]) -> Response[None]:
     """Generate one token."""
     server.check_accepting()
     request = Request(
@@ -78,7 +80,7 @@ async def health_generate(server: Server) -> Response[None]:
 
 
 @get("/metrics", opt=OPEN, media_type=MediaType.TEXT, summary="Prometheus metrics")
-async def metrics(server: Server) -> Response[bytes]:
+async def metrics(server: NamedDependency[Server]) -> Response[bytes]:
     """The text format."""
     if not server.settings.enable_metrics:
         raise NotFoundError("metrics are switched off (--no-enable-metrics)")
@@ -86,7 +88,9 @@ async def metrics(server: Server) -> Response[bytes]:
 
 
 @post(["/tokenize", "/v1/tokenize"], status_code=200, summary="Text to token ids")
-async def tokenize(data: TokenizeRequest, server: Server, builder: RequestBuilder) -> TokenizeResponse:
+async def tokenize(
+    data: JSONBody[TokenizeRequest], server: NamedDependency[Server], builder: NamedDependency[RequestBuilder]
+) -> TokenizeResponse:
     """Tokenize a prompt, or messages through the chat template."""
     server.check_model(data.model)
     if (data.prompt is None) == (data.messages is None):
@@ -103,7 +107,7 @@ async def tokenize(data: TokenizeRequest, server: Server, builder: RequestBuilde
 
 
 @post(["/detokenize", "/v1/detokenize"], status_code=200, summary="Token ids to text")
-async def detokenize(data: DetokenizeRequest, server: Server) -> DetokenizeResponse:
+async def detokenize(data: JSONBody[DetokenizeRequest], server: NamedDependency[Server]) -> DetokenizeResponse:
     """Decode token ids."""
     server.check_model(data.model)
     vocab_size = server.client.info.vocab_size
@@ -114,7 +118,7 @@ async def detokenize(data: DetokenizeRequest, server: Server) -> DetokenizeRespo
 
 
 @get(["/get_model_info", "/model_info"], summary="What is served")
-async def model_info(server: Server) -> dict[str, Any]:
+async def model_info(server: NamedDependency[Server]) -> dict[str, Any]:
     """SGLang's model information."""
     info = server.client.info
     return {
@@ -129,7 +133,7 @@ async def model_info(server: Server) -> dict[str, Any]:
 
 
 @get(["/get_server_info", "/server_info"], summary="How it is served")
-async def server_info(server: Server) -> dict[str, Any]:
+async def server_info(server: NamedDependency[Server]) -> dict[str, Any]:
     """Launch flags and the engine's sizes."""
     info, stats = server.client.info, server.client.stats
     return {
@@ -145,7 +149,7 @@ async def server_info(server: Server) -> dict[str, Any]:
 
 
 @post("/flush_cache", status_code=200, summary="Forget cached prefixes")
-async def flush_cache(server: Server) -> FlushResponse:
+async def flush_cache(server: NamedDependency[Server]) -> FlushResponse:
     """Empty the prefix cache; 400 while requests run."""
     if not await server.client.flush_cache():
         raise RequestError("the cache cannot be flushed while requests run")
@@ -153,7 +157,7 @@ async def flush_cache(server: Server) -> FlushResponse:
 
 
 @post("/abort_request", status_code=200, summary="End running requests")
-async def abort_request(data: AbortBody, server: Server) -> dict[str, int]:
+async def abort_request(data: JSONBody[AbortBody], server: NamedDependency[Server]) -> dict[str, int]:
     """Abort by id (with or without `chatcmpl-`/`cmpl-`), by the start of ids, or all."""
     if not data.rid and not data.abort_all:
         raise RequestError("give rid or abort_all", param="rid")

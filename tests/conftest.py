@@ -22,3 +22,9 @@ settings.load_profile("default")
 def compilation_cache(tmp_path_factory: pytest.TempPathFactory) -> str:
     """One folder of compiled programs, shared by the workers of a run."""
     return str(tmp_path_factory.getbasetemp().parent / "compiled")
+
+
+@pytest.fixture(scope="session")
+def anyio_backend() -> str:
+    """Async tests run on asyncio, as the server does."""
+    return "asyncio"

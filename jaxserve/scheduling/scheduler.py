@@ -201,20 +201,19 @@ class Scheduler:
                 return
             if sequence.num_in_flight or self._waits_for_prefix(sequence):
                 continue
-            matched = self._match(sequence)
-            sequence.num_computed_tokens = len(matched) * self._page_size
-            sequence.pages = matched
+            sequence.pages = self._match(sequence)
+            sequence.num_indexed_pages = len(sequence.pages)
+            sequence.num_computed_tokens = len(sequence.pages) * self._page_size
             count = step.allowance(sequence)
             # Room for the whole prompt, not only for its first chunk: a half-computed prompt only blocks others.
             if not self._grow(sequence, sequence.num_tokens):
                 self._prefixes.release(sequence.pages)
                 sequence.pages = []
-                sequence.num_computed_tokens = 0
+                sequence.num_indexed_pages = sequence.num_computed_tokens = 0
                 return
             self._waiting.remove(sequence)
             self._running.append(sequence)
             sequence.row = self._free_rows.pop()
-            sequence.num_indexed_pages = len(matched)
             if sequence.num_cached_tokens is None:
                 sequence.num_cached_tokens = sequence.num_computed_tokens
                 self._num_prompt_tokens += sequence.num_prompt_tokens

@@ -1,0 +1,44 @@
+"""The application over a fake engine and a byte tokenizer: outputs can be told in advance."""
+
+from collections.abc import AsyncIterator
+
+import pytest
+from litestar import Litestar
+from litestar.testing import AsyncTestClient
+from transformers import PreTrainedTokenizerFast
+
+from api.app import create_app
+from api.server import ApiSettings, Server
+from jaxserve.text.tokenizer import Tokenizer
+from tests.fakes import FakeEngineClient
+from tests.tiny import CHAT_TEMPLATE, VOCAB_SIZE, byte_tokenizer
+
+
+def make_server(client: FakeEngineClient, **settings: object) -> Server:
+    """State of an API process that serves the model `tiny`."""
+    server = Server(
+        ApiSettings(model_path="/models/tiny", served_model_name="tiny", **settings),  # type: ignore[arg-type]
+        client,
+    )
+    server.tokenizer = Tokenizer(
+        PreTrainedTokenizerFast(
+            tokenizer_object=byte_tokenizer(), bos_token="<s>", eos_token="</s>", chat_template=CHAT_TEMPLATE
+        )
+    )
+    return server
+
+
+@pytest.fixture
+def engine() -> FakeEngineClient:
+    return FakeEngineClient(VOCAB_SIZE)
+
+
+@pytest.fixture
+def server(engine: FakeEngineClient) -> Server:
+    return make_server(engine)
+
+
+@pytest.fixture
+async def http(server: Server) -> AsyncIterator[AsyncTestClient[Litestar]]:
+    async with AsyncTestClient(create_app(server)) as client:
+        yield client
