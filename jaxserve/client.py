@@ -286,9 +286,11 @@ class ProcessEngineClient:
             )
 
     def _send(self, message: ToEngine) -> None:
-        # A synchronous, non-blocking send: it must also work while a task is being cancelled.
+        # Not awaited: with no high-water mark the send is done when the call returns, so this works while a task is
+        # being cancelled. It must go through the asyncio socket: ZeroMQ's descriptor is edge-triggered, and a send
+        # behind its back can swallow the wake-up for a message that arrives meanwhile.
         if self._lost is None:
-            zmq.Socket.send(self._socket, encode(message), flags=zmq.NOBLOCK)
+            self._socket.send(encode(message))
 
     async def _receive(self, ready: "asyncio.Future[EngineInfo]") -> None:
         while True:

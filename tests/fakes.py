@@ -92,7 +92,7 @@ class FakeEngineClient:
 
     Attributes:
         lost: set to make the engine look dead.
-        step_s: pause after each step, to hold requests open.
+        lose_after: steps after which the engine is lost, or None.
     """
 
     def __init__(self, vocab_size: int, context_length: int = 512, max_live: int | None = None) -> None:
@@ -103,7 +103,7 @@ class FakeEngineClient:
         self._max_live = max_live
         self._task: asyncio.Task[None] | None = None
         self.lost: str | None = None
-        self.step_s = 0.0
+        self.lose_after: int | None = None
         self._info = EngineInfo(
             architecture="LlamaForCausalLM",
             vocab_size=vocab_size,
@@ -163,4 +163,8 @@ class FakeEngineClient:
         while not self._engine.idle and self.lost is None:
             for delta in self._engine.step():
                 self._streams.deliver(delta)
-            await asyncio.sleep(self.step_s)
+            if self.lose_after is not None:
+                self.lose_after -= 1
+                if self.lose_after == 0:
+                    self.lose("the engine process ended with code -9")
+            await asyncio.sleep(0)

@@ -1,6 +1,5 @@
 """Chat and completions over a fake engine that counts upwards: `abc` is continued by `def`."""
 
-import asyncio
 import json
 from typing import Any
 
@@ -196,16 +195,8 @@ async def test_a_failed_step_is_computed_again(http: Http, engine: FakeEngineCli
 
 async def test_an_engine_that_is_lost_ends_what_runs(http: Http, server: Server, engine: FakeEngineClient) -> None:
     """How streams are told is seen in tests/e2e, over a socket."""
-    engine.step_s = 0.01
-
-    async def lose() -> None:
-        while not server.generations:
-            await asyncio.sleep(0.001)
-        engine.lose("the engine process ended with code -9")
-
-    losing = asyncio.create_task(lose())
+    engine.lose_after = 5
     response = await http.post("/v1/completions", json={"prompt": "abc", "max_tokens": 100})
-    await losing
     assert response.status_code == 503
     assert response.json()["error"]["type"] == "service_unavailable_error"
     assert (await http.get("/health")).status_code == 503

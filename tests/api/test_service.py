@@ -51,9 +51,15 @@ async def test_flush_and_abort(http: Http) -> None:
 async def test_metrics_count_tokens(http: Http) -> None:
     await http.post("/v1/completions", json={"prompt": "abc", "max_tokens": 5})
     text = (await http.get("/metrics")).text
-    for line in ("jaxserve_prompt_tokens_total 3.0", "jaxserve_output_tokens_total 5.0", "jaxserve_pages 256.0",
-                 'jaxserve_requests_total{endpoint="completions"} 1.0', "jaxserve_compiles_after_ready_total 0.0",
-                 "jaxserve_time_to_first_token_seconds_count 1.0", "jaxserve_inter_token_latency_seconds_count 4.0"):  # fmt: skip
+    for line in (
+        "jaxserve_prompt_tokens_total 3.0",
+        "jaxserve_output_tokens_total 5.0",
+        "jaxserve_pages 256.0",
+        'jaxserve_requests_total{endpoint="completions"} 1.0',
+        "jaxserve_compiles_after_ready_total 0.0",
+        "jaxserve_time_to_first_token_seconds_count 1.0",
+        "jaxserve_inter_token_latency_seconds_count 4.0",
+    ):
         assert line in text, line
 
 

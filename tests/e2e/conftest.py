@@ -1,0 +1,92 @@
+"""The real server in a process of its own, on a tiny checkpoint."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests.tiny import write_checkpoint
+
+START_S = 120
+
+
+class ServerProcess:
+    """`python -m jaxserve.launch` on a free port."""
+
+    def __init__(self, *arguments: str, log: Path, devices: int = 1) -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = probe.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.log = log
+        environment = {
+            **os.environ,
+            "JAX_PLATFORMS": "cpu",
+            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        }
+        with log.open("w") as file:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "jaxserve.launch", "--port", str(self.port), *arguments],
+                stdout=file,
+                stderr=file,
+                env=environment,
+            )
+
+    def wait_ready(self) -> "ServerProcess":
+        """Wait for 200 from /health; `/live` must answer long before."""
+        deadline = time.monotonic() + START_S
+        while time.monotonic() < deadline:
+            assert self.process.poll() is None, self.log.read_text()
+            try:
+                if httpx.get(f"{self.url}/health", timeout=5).status_code == 200:
+                    return self
+            except httpx.TransportError:
+                pass
+            time.sleep(0.1)
+        raise AssertionError(f"not ready after {START_S} s:\n{self.log.read_text()}")
+
+    def engine_pid(self) -> int:
+        """Process id of the engine."""
+        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
+        return int(children[0])
+
+    def stop(self) -> int:
+        """SIGTERM and wait."""
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGTERM)
+        try:
+            return self.process.wait(60)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            raise
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_checkpoint(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def flags(checkpoint: Path, compilation_cache: str) -> list[str]:
+    """Flags that keep the tiny server small and its start short."""
+    return [
+        "--model-path", str(checkpoint), "--served-model-name", "tiny", "--max-running-requests", "8",
+        "--chunked-prefill-size", "64", "--max-total-tokens", "8192", "--page-size", "16",
+        "--compilation-cache-dir", compilation_cache,
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def server(flags: list[str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+    process = ServerProcess(*flags, "--max-queued-requests", "64", log=tmp_path_factory.mktemp("logs") / "server.log")
+    try:
+        yield process.wait_ready()
+    finally:
+        assert process.stop() == 0, process.log.read_text()

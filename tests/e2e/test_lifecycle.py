@@ -1,0 +1,154 @@
+"""Start, refusal to start, drain, and the loss of the engine."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.e2e.conftest import ServerProcess
+
+
+def stream_lines(url: str, body: dict[str, Any], out: list[str], started: threading.Event) -> None:
+    with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=60) as response:
+        for line in response.iter_lines():
+            if line:
+                out.append(line.removeprefix("data: "))
+                started.set()
+
+
+def start_stream(server: ServerProcess, max_tokens: int) -> tuple[threading.Thread, list[str]]:
+    """A stream in a thread; returns once its first event is there."""
+    out: list[str] = []
+    started = threading.Event()
+    body = {"prompt": "abc", "max_tokens": max_tokens, "ignore_eos": True, "stream": True}
+    thread = threading.Thread(target=stream_lines, args=(server.url, body, out, started))
+    thread.start()
+    assert started.wait(30)
+    return thread, out
+
+
+def children(pid: int) -> list[str]:
+    return Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+
+
+def test_sigterm_lets_running_requests_finish(flags: list[str], tmp_path: Path) -> None:
+    server = ServerProcess(*flags, log=tmp_path / "log").wait_ready()
+    [engine] = children(server.process.pid)
+    thread, lines = start_stream(server, 300)
+    server.process.send_signal(signal.SIGTERM)
+    time.sleep(0.1)
+    refused = httpx.post(f"{server.url}/v1/completions", json={"prompt": "x"})
+    assert refused.status_code == 503
+    assert "retry-after" in refused.headers
+    thread.join(60)
+    assert lines[-1] == "[DONE]"
+    assert json.loads(lines[-2])["choices"][0]["finish_reason"] == "length"
+    assert server.process.wait(20) == 0
+    assert not Path(f"/proc/{engine}").exists()
+
+
+def test_the_drain_has_a_limit(flags: list[str], tmp_path: Path) -> None:
+    server = ServerProcess(*flags, "--drain-timeout", "0.2", log=tmp_path / "log").wait_ready()
+    os.kill(server.engine_pid(), signal.SIGSTOP)  # a request that would take for ever
+    thread = threading.Thread(target=lambda: httpx.post(f"{server.url}/v1/completions", json={"prompt": "x"}))
+    out: list[str] = []
+    body = {"messages": [{"role": "user", "content": "x"}], "stream": True}
+
+    def chat() -> None:
+        with httpx.stream("POST", f"{server.url}/v1/chat/completions", json=body, timeout=60) as response:
+            out.extend(line for line in response.iter_lines() if line)
+
+    thread = threading.Thread(target=chat)
+    thread.start()
+    time.sleep(0.5)
+    server.process.send_signal(signal.SIGTERM)
+    thread.join(10)
+    assert "shutting down" in json.loads(out[-1].removeprefix("data: "))["error"]["message"]
+    server.process.send_signal(signal.SIGTERM)  # told twice: the stopped engine is not waited for
+    assert server.process.wait(15) == 0
+
+
+def test_the_engine_is_lost(flags: list[str], tmp_path: Path) -> None:
+    server = ServerProcess(*flags, log=tmp_path / "log").wait_ready()
+    thread, lines = start_stream(server, 400)
+    os.kill(server.engine_pid(), signal.SIGKILL)
+    killed = time.monotonic()
+    thread.join(10)
+    assert time.monotonic() - killed < 2
+    assert json.loads(lines[-1])["error"]["type"] == "service_unavailable_error"
+    assert server.process.wait(10) == 70
+
+
+def test_the_engine_goes_with_its_parent(flags: list[str], tmp_path: Path) -> None:
+    server = ServerProcess(*flags, log=tmp_path / "log").wait_ready()
+    engine = server.engine_pid()
+    server.process.kill()
+    server.process.wait(10)
+    deadline = time.monotonic() + 5
+    while Path(f"/proc/{engine}/cmdline").exists() and Path(f"/proc/{engine}/cmdline").read_bytes():
+        assert time.monotonic() < deadline, "the engine outlives its parent"
+        time.sleep(0.05)
+
+
+def launch(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "jaxserve.launch", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+
+
+def test_a_busy_port_is_told_before_the_model_is_touched(server: ServerProcess) -> None:
+    result = launch("--model-path", "/does/not/exist", "--port", str(server.port))
+    assert result.returncode == 3
+    assert "Address already in use" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model-path", "/does/not/exist"], "neither a model folder nor a .gguf file"),
+        (["--model-path", "some-org/some-model"], "some-org/some-model"),
+        (["--model-path", "demo", "--no-such-flag"], "unrecognized arguments: --no-such-flag"),
+        (["--model-path", "demo", "--tp-size", "0"], "--tp-size must be at least 1, got 0"),
+        (["--model-path", "demo", "--mem-fraction-static", "1.5"], "--mem-fraction-static"),
+        (["--model-path", "demo", "--chat-template", "no-such-file"], "--chat-template no-such-file"),
+        ([], "--model-path is required"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+def test_what_cannot_start_says_why(arguments: list[str], message: str) -> None:
+    result = launch(*arguments, "--port", "0")
+    assert result.returncode == 2
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_an_unknown_architecture_is_refused_before_its_weights(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"architectures": ["MambaForCausalLM"]}))
+    result = launch("--model-path", str(tmp_path), "--port", "0")
+    assert result.returncode == 2
+    assert "MambaForCausalLM" in result.stderr
+    assert "LlamaForCausalLM" in result.stderr
+
+
+def test_eight_devices_give_the_tokens_of_one(flags: list[str], server: ServerProcess, tmp_path: Path) -> None:
+    body = {
+        "prompt": ["sharded or not", "the tokens are the same"],
+        "max_tokens": 48,
+        "temperature": 0.8,
+        "seed": 3,
+        "n": 2,
+    }
+    split = ServerProcess(*flags, "--tp", "8", log=tmp_path / "log", devices=8).wait_ready()
+    try:
+        answers = [httpx.post(f"{s.url}/v1/completions", json=body, timeout=60).json() for s in (server, split)]
+        assert answers[0]["choices"] == answers[1]["choices"]
+        assert httpx.get(f"{split.url}/get_server_info").json()["device"].startswith("8 x cpu")
+    finally:
+        assert split.stop() == 0

@@ -1,0 +1,107 @@
+"""Reading config.json, and flags."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jaxserve.arguments import build_parser, parse_arguments
+from jaxserve.errors import LaunchError
+from jaxserve.models.registry import architecture_name, find_architecture
+from tests.tiny import CONFIG
+
+
+def read(**changes: Any) -> Any:
+    config = {**CONFIG, **changes}
+    return find_architecture(config).read_config(config)
+
+
+def test_reads_a_plain_config() -> None:
+    model = read()
+    assert (model.num_q_heads, model.num_kv_heads, model.head_dim, model.eos_token_ids) == (8, 4, 8, (257,))
+    assert model.rope.theta == 10000.0
+
+
+def test_architectures_differ_where_they_should() -> None:
+    qwen2 = read(architectures=["Qwen2ForCausalLM"])
+    assert (qwen2.attention_bias, qwen2.attention_out_bias, qwen2.qk_norm) == (True, False, False)
+    assert read(architectures=["Qwen3ForCausalLM"]).qk_norm
+    assert read(architectures=["MistralForCausalLM"], sliding_window=64).sliding_window == 64
+
+
+@pytest.mark.parametrize(
+    ("changes", "window"),
+    [
+        ({"sliding_window": 64, "use_sliding_window": False}, None),
+        ({"sliding_window": 64, "use_sliding_window": True, "max_window_layers": 2}, None),
+        ({"sliding_window": 64, "layer_types": ["full_attention"] * 2}, None),
+        ({"sliding_window": 64, "layer_types": ["sliding_attention"] * 2}, 64),
+    ],
+)
+def test_sliding_window(changes: dict[str, Any], window: int | None) -> None:
+    assert read(architectures=["Qwen2ForCausalLM"], **changes).sliding_window == window
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"auto_map": {"AutoModel": "evil.Model"}}, "auto_map"),
+        ({"trust_remote_code": True}, "trust_remote_code"),
+        ({"hidden_size": -1}, "hidden_size"),
+        ({"vocab_size": 2**31}, "vocab_size"),
+        ({"num_hidden_layers": "many"}, "many"),
+        ({"num_key_value_heads": 3}, "8 query heads"),
+        ({"hidden_act": "gelu"}, "gelu"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "dynamic"),
+        ({"quantization_config": {"quant_method": "awq"}}, "awq"),
+        ({"sliding_window": 8, "layer_types": ["full_attention", "sliding_attention"]}, "mix"),
+    ],
+    ids=lambda value: str(value)[:50],
+)
+def test_refuses_by_name(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(LaunchError, match=message):
+        read(**changes)
+
+
+@pytest.mark.parametrize("names", [None, [], ["Nothing"], ["LlamaForCausalLM", "Other"], "LlamaForCausalLM", [5]])
+def test_unknown_architectures_list_the_known(names: Any) -> None:
+    with pytest.raises(LaunchError, match="supported: LlamaForCausalLM, MistralForCausalLM"):
+        architecture_name({"architectures": names})
+
+
+def test_config_file_gives_defaults_and_flags_win(tmp_path: Path) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text("model-path: demo\nport: 1234\ntp_size: 2\ndisable-radix-cache: true\nenable-metrics: false\n")
+    args = parse_arguments(["--config", str(file), "--port", "5678"]).args
+    assert (args.model_path, args.port, args.tp_size) == ("demo", 5678, 2)
+    assert args.disable_radix_cache
+    assert not args.enable_metrics
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("no-such: 1", "unknown flag 'no-such'"),
+        ("port: high", "port has a bad value 'high'"),
+        ("disable-radix-cache: 3", "must be true or false"),
+        ("dtype: int3", "dtype must be one of"),
+        ("- a list", "expected a mapping"),
+        ("a: [", "config"),
+    ],
+)
+def test_bad_config_files(tmp_path: Path, text: str, message: str) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text(text)
+    with pytest.raises(LaunchError, match=message):
+        parse_arguments(["--config", str(file)])
+
+
+def test_key_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("JAXSERVE_API_KEY", "secret")
+    assert parse_arguments(["--model", "demo"]).args.api_key == "secret"
+
+
+def test_help_gives_each_default() -> None:
+    text = build_parser().format_help()
+    assert "(default: 127.0.0.1)" in text
+    assert "memory and batching:" in text

@@ -1,0 +1,118 @@
+"""The step loop over a runner that can be worked by hand."""
+
+import pytest
+
+from jaxserve.request import FinishReason, Request, SamplingParams, TokenDelta
+from tests.fakes import make_engine
+
+
+def request(name: str, prompt: tuple[int, ...] = (1, 2, 3), max_tokens: int = 4, **options: object) -> Request:
+    return Request(
+        id=name,
+        prompt_token_ids=prompt,
+        sampling=SamplingParams(max_tokens=max_tokens, **options),  # type: ignore[arg-type]
+    )
+
+
+def finish(engine: object, limit: int = 1000) -> list[TokenDelta]:
+    deltas: list[TokenDelta] = []
+    for _ in range(limit):
+        if engine.idle:  # type: ignore[attr-defined]
+            return deltas
+        deltas += engine.step()  # type: ignore[attr-defined]
+    raise AssertionError("the engine does not come to rest")
+
+
+def tokens(deltas: list[TokenDelta], name: str) -> list[int]:
+    return [token for delta in deltas if delta.request_id == name for token in delta.token_ids]
+
+
+def test_continues_and_ends() -> None:
+    engine, _ = make_engine()
+    engine.add(request("a"))
+    deltas = finish(engine)
+    assert tokens(deltas, "a") == [4, 5, 6, 7]
+    assert [delta.finish_reason for delta in deltas][-1] is FinishReason.LENGTH
+
+
+def test_the_next_step_is_sent_before_a_token_is_known() -> None:
+    engine, runner = make_engine()
+    engine.add(request("a"))
+    assert engine.step() == []
+    engine.step()
+    assert runner.plans[1].rows[0].token_ids == (-1,)
+
+
+def test_prompts_are_cut_to_the_budget_and_mixed_with_decode() -> None:
+    engine, runner = make_engine(max_step_tokens=16)
+    engine.add(request("a", max_tokens=20))
+    engine.step()
+    engine.add(request("b", prompt=tuple(range(40))))
+    deltas = finish(engine)
+    assert max(plan.num_tokens for plan in runner.plans) == 16
+    assert any(len(plan.rows) == 2 and plan.rows[1].num_tokens == 15 for plan in runner.plans)
+    assert tokens(deltas, "b") == [40, 41, 42, 43]
+
+
+def test_preemption_changes_no_token() -> None:
+    """Room for one and a half: the later request is sent back and finishes all the same."""
+    engine, _ = make_engine(num_pages=12, page_size=4, context_length=48)
+    for name in ("a", "b", "c"):
+        engine.add(request(name, prompt=(ord(name),) * 8, max_tokens=24))
+    deltas = finish(engine)
+    assert engine.stats.num_preemptions > 0
+    for name in ("a", "b", "c"):
+        assert tokens(deltas, name) == [ord(name) + 1 + i for i in range(24)]
+
+
+def test_choices_compute_their_prompt_once() -> None:
+    engine, runner = make_engine(max_step_tokens=64)
+    engine.add(Request(id="a", prompt_token_ids=(7,) * 33, sampling=SamplingParams(max_tokens=2), num_choices=3))
+    finish(engine)
+    assert sum(plan.num_tokens for plan in runner.plans) == 33 + 2 * 1 + 3 * 1
+
+
+def test_waits_for_a_prefix_that_is_being_computed() -> None:
+    engine, runner = make_engine(max_step_tokens=16)
+    engine.add(request("a", prompt=(7,) * 41))
+    engine.step()
+    engine.add(request("b", prompt=(7,) * 41))
+    deltas = finish(engine)
+    prefill = sum(row.num_tokens for plan in runner.plans for row in plan.rows if row.num_tokens > 1 or row.samples)
+    assert prefill < 41 + 41
+    assert next(delta for delta in deltas if delta.request_id == "b").num_cached_tokens == 40
+
+
+def test_a_failing_step_is_tried_again_and_then_given_up() -> None:
+    engine, runner = make_engine()
+    engine.add(request("a"))
+    runner.fail_next = 2
+    assert tokens(finish(engine), "a") == [4, 5, 6, 7]
+    assert runner.num_resets == 2
+    engine.add(request("b"))
+    runner.fail_next = 3
+    with pytest.raises(RuntimeError, match="on fire"):
+        finish(engine)
+
+
+def test_a_row_that_is_not_finite_leaves_nothing_in_the_cache() -> None:
+    engine, runner = make_engine()
+    runner.not_finite = {0}
+    engine.add(request("a", prompt=(1,) * 10))
+    [delta] = finish(engine)
+    assert delta.finish_reason is FinishReason.ERROR
+    assert "numerical_error" in (delta.error or "")
+    runner.not_finite = set()
+    engine.add(request("b", prompt=(1,) * 10))
+    assert finish(engine)[0].num_cached_tokens == 0
+
+
+def test_abort_of_one_choice() -> None:
+    engine, _ = make_engine()
+    engine.add(Request(id="a", prompt_token_ids=(1,), sampling=SamplingParams(max_tokens=9), num_choices=2))
+    engine.step()
+    engine.abort("a", 1)
+    ends = {delta.choice: delta.finish_reason for delta in finish(engine) if delta.finish_reason}
+    assert ends == {0: FinishReason.LENGTH, 1: FinishReason.ABORT}
+    engine.abort("a")
+    assert engine.idle
