@@ -1,1 +1,23 @@
-"""jaxserve: an OpenAI-compatible inference server for open models, in JAX."""
+"""jaxserve: an OpenAI-compatible inference server for open models, in JAX.
+
+`LLM` and `SamplingParams` are the offline interface; they are imported on first use, because `LLM` brings jax in.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from jaxserve.generation import TextOptions
+    from jaxserve.llm import LLM
+    from jaxserve.request import SamplingParams
+
+__all__ = ["LLM", "SamplingParams", "TextOptions"]
+
+
+_HOMES = {"LLM": "jaxserve.llm", "SamplingParams": "jaxserve.request", "TextOptions": "jaxserve.generation"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'jaxserve' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)

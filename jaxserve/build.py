@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import msgspec
 
 from checkpoints.gguf import GGUFCheckpoint
-from checkpoints.huggingface import HuggingFaceCheckpoint
+from checkpoints.huggingface import HuggingFaceCheckpoint, read_json
+from checkpoints.orbax_io import is_orbax
 from checkpoints.source import CheckpointError, TensorSource
 from jaxserve.config import CacheConfig, EngineConfig, ModelConfig, SchedulerConfig
 from jaxserve.engine import Engine
@@ -24,7 +25,7 @@ from jaxserve.runner.batch import BatchLayout
 from jaxserve.runner.buckets import make_buckets
 from jaxserve.runner.compile_counter import CompileCounter
 from jaxserve.runner.runner import ModelRunner, RunnerParts
-from jaxserve.runner.weights import load_weights
+from jaxserve.runner.weights import load_weights, restore_weights
 from jaxserve.scheduling.scheduler import Scheduler
 from kernels_pallas.paged_attention.api import AttentionConfig
 from kernels_pallas.paged_attention.xla import XlaAttention
@@ -71,14 +72,28 @@ class Phase:
             logger.info("%s: %.1f s%s", self._name, time.perf_counter() - self._start, self.detail)
 
 
-def open_checkpoint(path: Path) -> TensorSource:
-    """Open a model folder or a `.gguf` file.
+class OrbaxCheckpoint(NamedTuple):
+    """A folder that `scripts/convert_checkpoint.py` wrote; its weights are restored as a tree, not by name."""
+
+    folder: Path
+    config: Mapping[str, Any]
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+
+def open_checkpoint(path: Path) -> TensorSource | OrbaxCheckpoint:
+    """Open a model folder, an Orbax folder or a `.gguf` file.
 
     Raises:
         LaunchError: it cannot be read.
     """
     try:
-        return GGUFCheckpoint(path) if path.suffix == ".gguf" else HuggingFaceCheckpoint(path)
+        if path.suffix == ".gguf":
+            return GGUFCheckpoint(path)
+        if is_orbax(path):
+            return OrbaxCheckpoint(path, read_json(path / "config.json"))
+        return HuggingFaceCheckpoint(path)
     except CheckpointError as error:
         raise LaunchError(str(error)) from None
 
@@ -134,17 +149,21 @@ def build_runner(config: EngineConfig, bar: ProgressBar) -> BuiltRunner:
         platform = mesh.devices.flat[0].platform
         copies = kv_head_copies(checkpoint, config.tp_size)
         model = msgspec.structs.replace(checkpoint, num_kv_heads=checkpoint.num_kv_heads * copies)
-        dtype = _dtype(config, checkpoint)
+        dtype = pick_dtype(config, checkpoint)
         decoder = architecture.build(BuildModel(model, dtype, batch_invariant=config.deterministic))
         with Phase("weights") as phase:
-            weights = load_weights(
-                source,
-                decoder,
-                architecture.tensor_names(checkpoint),
-                checkpoint,
-                mesh,
-                lambda paths: bar(paths, "loading weights", len(decoder.param_specs)),
-            )
+            if isinstance(source, OrbaxCheckpoint):
+                weights = restore_weights(source.folder, decoder, checkpoint, mesh)
+            else:
+                names = architecture.tensor_names(checkpoint)
+                weights = load_weights(
+                    source,
+                    decoder,
+                    names,
+                    checkpoint,
+                    mesh,
+                    lambda paths: bar(paths, "loading weights", len(names)),
+                )
             size = sum(leaf.nbytes for leaf in jax.tree.leaves(weights))
             phase.detail = f", {size / 1e6:.0f} MB of {dtype} on {mesh.size} {platform} device(s)"
     except CheckpointError as error:
@@ -182,7 +201,8 @@ def build_runner(config: EngineConfig, bar: ProgressBar) -> BuiltRunner:
     return BuiltRunner(ModelRunner(parts), checkpoint, cache, scheduler, dtype)
 
 
-def _dtype(config: EngineConfig, model: ModelConfig) -> jnp.dtype:
+def pick_dtype(config: EngineConfig, model: ModelConfig) -> jnp.dtype:
+    """Dtype of weights and activations."""
     # float16 has too small a range for bfloat16 models and no fast path on TPU or CPU; `auto` avoids it.
     name = config.dtype if config.dtype != "auto" else model.dtype
     if config.dtype == "auto" and name == "float16":

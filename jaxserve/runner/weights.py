@@ -3,6 +3,9 @@
 One stacked parameter is assembled at a time, shard by shard, so the host never holds the model twice.
 """
 
+import functools
+import operator
+import pathlib
 from collections.abc import Callable, Iterable
 from typing import Any, TypeAlias
 
@@ -10,6 +13,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from checkpoints import orbax_io
 from checkpoints.source import Index, TensorSource
 from jaxserve.config import ModelConfig
 from jaxserve.errors import LaunchError
@@ -57,6 +61,36 @@ def load_weights(
     return jax.block_until_ready(weights)
 
 
+def restore_weights(folder: pathlib.Path, decoder: Decoder, checkpoint_config: ModelConfig, mesh: Mesh) -> Weights:
+    """Restore an Orbax folder straight into shards.
+
+    Raises:
+        CheckpointError: the folder does not hold this model.
+    """
+    copies = decoder.config.num_kv_heads // checkpoint_config.num_kv_heads
+    abstract: Weights = {}
+    for path, spec in decoder.param_specs.items():
+        rows, copied = _kv_head_rows(path, checkpoint_config, copies)
+        shape = (spec.shape[0], spec.shape[1] // copied, *spec.shape[2:]) if rows else spec.shape
+        # Heads that are to be repeated arrive whole.
+        axes = (None,) * len(shape) if rows else spec.axes
+        _put(abstract, path, jax.ShapeDtypeStruct(shape, spec.dtype, sharding=named_sharding(axes, shape, mesh)))
+    weights: Weights = orbax_io.restore(folder, abstract)
+    for path, spec in decoder.param_specs.items():
+        rows, copied = _kv_head_rows(path, checkpoint_config, copies)
+        if rows:
+            node = functools.reduce(operator.getitem, path[:-1], weights)
+            repeated = _repeat_heads(np.asarray(node[path[-1]]), 1, rows, copied)
+            node[path[-1]] = jax.device_put(repeated, named_sharding(spec.axes, spec.shape, mesh))
+    return weights
+
+
+def _repeat_heads(array: np.ndarray, axis: int, rows: int, copies: int) -> np.ndarray:
+    """Repeat each head (`rows` consecutive entries of an axis) `copies` times."""
+    heads = array.reshape(*array.shape[:axis], -1, rows, *array.shape[axis + 1 :])
+    return np.repeat(heads, copies, axis=axis).reshape(*array.shape[:axis], -1, *array.shape[axis + 1 :])
+
+
 def _kv_head_rows(path: Path, config: ModelConfig, copies: int) -> tuple[int, int]:
     """(rows of one head, copies of each head) for key/value projections, else (0, 1)."""
     return (config.head_dim, copies) if copies > 1 and path[-2] in _KV_PROJECTIONS else (0, 1)
@@ -87,12 +121,10 @@ class _ParamReader:
         if self._copies == 1:
             return self._source.read(name, index).astype(self._spec.dtype, copy=False)
         whole = self._source.read(name, (slice(None),))
-        heads = whole.reshape(-1, self._head_rows, *whole.shape[1:])
-        repeated = np.repeat(heads, self._copies, axis=0).reshape(-1, *whole.shape[1:])
-        return repeated[index].astype(self._spec.dtype)
+        return _repeat_heads(whole, 0, self._head_rows, self._copies)[index].astype(self._spec.dtype)
 
 
-def _put(weights: Weights, path: Path, array: jax.Array) -> None:
+def _put(weights: Weights, path: Path, array: jax.Array | jax.ShapeDtypeStruct) -> None:
     node: dict[str, Any] = weights
     for part in path[:-1]:
         node = node.setdefault(part, {})

@@ -44,6 +44,10 @@ class Tokenizer:
         template = chat_template or tokenizer.chat_template
         self.chat_template = ChatTemplate(tokenizer, template if isinstance(template, str) else None)
 
+    def save(self, folder: Path) -> None:
+        """Write `tokenizer.json` and `tokenizer_config.json`."""
+        self._tokenizer.save_pretrained(folder)
+
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
         """The tokenizer's end token."""

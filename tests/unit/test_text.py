@@ -40,7 +40,7 @@ def test_pre_tokenizers_split_as_their_models_do(pre: str, want: list[str]) -> N
 
 
 def test_special_tokens_and_bos() -> None:
-    tokenizer = gpt2("llama-bpe", **{"tokenizer.ggml.bos_token_id": 100})
+    tokenizer = gpt2("llama-bpe", **{"tokenizer.ggml.bos_token_id": 5})
     end = tokenizer.get_vocab_size() - 1
     assert tokenizer.encode("he<|end|>").ids[-1] == end
     with_bos = gpt2("gpt-2", **{"tokenizer.ggml.bos_token_id": end, "tokenizer.ggml.add_bos_token": True})

@@ -1,0 +1,225 @@
+"""Offline use of the engine: `LLM("demo").generate(["Hello"], SamplingParams(max_tokens=8))`."""
+
+import asyncio
+import threading
+import uuid
+from collections.abc import Coroutine, Mapping, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+import msgspec
+
+from jaxserve.build import build_engine
+from jaxserve.config import EngineConfig
+from jaxserve.errors import RequestError
+from jaxserve.generation import Generation, TextOptions, Usage
+from jaxserve.in_process import InProcessEngineClient
+from jaxserve.model_source import find_model
+from jaxserve.request import FinishReason, Request, SamplingParams
+from jaxserve.text.tokenizer import load_tokenizer
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class ChoiceOutput:
+    """One finished choice.
+
+    Attributes:
+        text: the output, cut at its stop.
+        token_ids: output tokens that were asked to be reported (with `num_logprobs`), else empty.
+        logprobs: their log-probabilities.
+        finish_reason: why it ended.
+        matched_stop: the token id or string that ended it.
+    """
+
+    text: str
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    finish_reason: FinishReason
+    matched_stop: int | str | None
+
+
+@dataclass(frozen=True)
+class GenerationOutput:
+    """One finished prompt."""
+
+    prompt_token_ids: tuple[int, ...]
+    choices: tuple[ChoiceOutput, ...]
+    usage: Usage
+
+    @property
+    def text(self) -> str:
+        """Text of the first choice."""
+        return self.choices[0].text
+
+
+class LLM:
+    """A model in this process. Also a context manager.
+
+    Args:
+        model: `demo`, a folder, a `.gguf` file or a Hugging Face id.
+        chat_template: a Jinja template instead of the model's own.
+        options: fields of `EngineConfig`, such as `dtype`, `tp_size`, `context_length`.
+
+    Raises:
+        LaunchError: the model cannot be loaded.
+    """
+
+    def __init__(self, model: str, *, chat_template: str | None = None, **options: Any) -> None:
+        config = EngineConfig(model_path=model, show_progress=False, **options)
+        path = find_model(model, config.revision, config.download_dir)
+        self._tokenizer = load_tokenizer(path, chat_template)
+        built = build_engine(msgspec.structs.replace(config, model_path=str(path)), lambda items, *_: items)
+        self.info = built.info
+        self._eos_token_ids = tuple(sorted({*built.info.eos_token_ids, *self._tokenizer.eos_token_ids}))
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="llm", daemon=True)
+        self._thread.start()
+
+        async def connect() -> InProcessEngineClient:
+            return InProcessEngineClient(built.engine, built.info)
+
+        self._client = self._wait(connect())
+
+    def generate(
+        self,
+        prompts: str | Sequence[str | Sequence[int]],
+        sampling: SamplingParams | None = None,
+        *,
+        num_choices: int = 1,
+        options: TextOptions | None = None,
+    ) -> list[GenerationOutput]:
+        """Continue prompts, all in one batch; outputs are in the order of the prompts.
+
+        Args:
+            prompts: one text, or several texts or lists of token ids.
+            sampling: how to draw, the same for all.
+            num_choices: continuations of each prompt.
+            options: stop strings and how tokens become text.
+
+        Raises:
+            RequestError: a prompt or parameter is not valid.
+        """
+        return self._wait(self._generate(prompts, sampling, num_choices, options))
+
+    async def agenerate(
+        self,
+        prompts: str | Sequence[str | Sequence[int]],
+        sampling: SamplingParams | None = None,
+        *,
+        num_choices: int = 1,
+        options: TextOptions | None = None,
+    ) -> list[GenerationOutput]:
+        """`generate` for async callers, on any event loop."""
+        work = self._generate(prompts, sampling, num_choices, options)
+        return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(work, self._loop))
+
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        sampling: SamplingParams | None = None,
+        *,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        num_choices: int = 1,
+        options: TextOptions | None = None,
+    ) -> GenerationOutput:
+        """Answer a conversation through the model's chat template."""
+        ids = self._render(messages, chat_template_kwargs)
+        return self.generate([ids], sampling, num_choices=num_choices, options=options)[0]
+
+    async def achat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        sampling: SamplingParams | None = None,
+        *,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        num_choices: int = 1,
+        options: TextOptions | None = None,
+    ) -> GenerationOutput:
+        """`chat` for async callers."""
+        ids = self._render(messages, chat_template_kwargs)
+        return (await self.agenerate([ids], sampling, num_choices=num_choices, options=options))[0]
+
+    def close(self) -> None:
+        """Stop the engine; running calls are dropped."""
+        self._client.stop()
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _wait(self, work: Coroutine[Any, Any, T]) -> T:
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result()
+
+    def _render(self, messages: Sequence[Mapping[str, Any]], kwargs: Mapping[str, Any] | None) -> list[int]:
+        prompt = self._tokenizer.chat_template.render(messages, kwargs or {})
+        return self._tokenizer.encode(prompt, add_special_tokens=False, max_tokens=self.info.context_length)
+
+    async def _generate(
+        self,
+        prompts: str | Sequence[str | Sequence[int]],
+        sampling: SamplingParams | None,
+        num_choices: int,
+        options: TextOptions | None,
+    ) -> list[GenerationOutput]:
+        sampling = sampling or SamplingParams()
+        sampling.check_token_ids(self.info.vocab_size)
+        requests = [
+            self._request(prompt, sampling, num_choices)
+            for prompt in ([prompts] if isinstance(prompts, str) else prompts)
+        ]
+        generations = [
+            Generation(self._client, self._tokenizer, request, options or TextOptions()) for request in requests
+        ]
+        try:
+            return list(await asyncio.gather(*(_collect(generation) for generation in generations)))
+        finally:
+            for generation in generations:
+                generation.close()
+
+    def _request(self, prompt: str | Sequence[int], sampling: SamplingParams, num_choices: int) -> Request:
+        limit = self.info.context_length
+        if isinstance(prompt, str):
+            prompt = self._tokenizer.encode(prompt, add_special_tokens=True, max_tokens=limit)
+        if not prompt or len(prompt) + sampling.max_tokens > limit:
+            raise RequestError(
+                f"a prompt has 1 to {limit} tokens less max_tokens ({sampling.max_tokens}), got {len(prompt)}",
+                param="prompts",
+            )
+        if not all(0 <= token_id < self.info.vocab_size for token_id in prompt):
+            raise RequestError(f"token ids lie in [0, {self.info.vocab_size})", param="prompts")
+        return Request(
+            id=uuid.uuid4().hex,
+            prompt_token_ids=tuple(prompt),
+            sampling=sampling,
+            eos_token_ids=self._eos_token_ids,
+            num_choices=num_choices,
+        )
+
+
+async def _collect(generation: Generation) -> GenerationOutput:
+    num_choices = generation.request.num_choices
+    texts = [""] * num_choices
+    ids: list[list[int]] = [[] for _ in texts]
+    logprobs: list[list[float]] = [[] for _ in texts]
+    ends: dict[int, tuple[FinishReason, int | str | None]] = {}
+    async for delta in generation.deltas():
+        texts[delta.choice] += delta.text
+        for token in delta.tokens:
+            ids[delta.choice].append(token.token_id)
+            logprobs[delta.choice].append(token.logprobs.logprob)
+        if delta.finish_reason is FinishReason.ERROR:
+            raise RuntimeError(delta.error)
+        if delta.finish_reason is not None:
+            ends[delta.choice] = delta.finish_reason, delta.matched_stop
+    choices = tuple(ChoiceOutput(texts[i], tuple(ids[i]), tuple(logprobs[i]), *ends[i]) for i in range(num_choices))
+    return GenerationOutput(generation.request.prompt_token_ids, choices, generation.usage)

@@ -1,0 +1,80 @@
+"""Writes an Orbax folder from any checkpoint jaxserve can open.
+
+Usage: python scripts/convert_checkpoint.py SOURCE DESTINATION [--dtype auto|float32|bfloat16|float16]
+
+The result is served like any other model: `python -m jaxserve.launch --model-path DESTINATION`. It restores
+straight into the shards of whatever mesh it is served on.
+"""
+
+import argparse
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import jax
+
+from checkpoints import orbax_io
+from checkpoints.source import CheckpointError
+from jaxserve.build import OrbaxCheckpoint, open_checkpoint, pick_dtype
+from jaxserve.config import EngineConfig
+from jaxserve.errors import LaunchError
+from jaxserve.mesh import make_mesh
+from jaxserve.model_source import find_model
+from jaxserve.models.architecture import BuildModel
+from jaxserve.models.registry import find_architecture
+from jaxserve.runner.weights import load_weights
+from jaxserve.text.tokenizer import load_tokenizer
+
+_SMALL_FILES = ("generation_config.json", "chat_template.jinja")
+
+
+def convert(name: str, destination: Path, dtype_name: str) -> None:
+    """Convert one checkpoint.
+
+    Raises:
+        LaunchError: the source cannot be read, or the destination is not empty.
+    """
+    if destination.exists() and any(destination.iterdir()):
+        raise LaunchError(f"{destination} is not empty")
+    path = find_model(name, None, None)
+    source = open_checkpoint(path)
+    if isinstance(source, OrbaxCheckpoint):
+        raise LaunchError(f"{path} is an Orbax folder already")
+    architecture = find_architecture(source.config)
+    model = architecture.read_config(source.config)
+    dtype = pick_dtype(EngineConfig(model_path=name, dtype=dtype_name), model)  # type: ignore[arg-type]
+    decoder = architecture.build(BuildModel(model, dtype))
+    names = architecture.tensor_names(model)
+    weights = load_weights(source, decoder, names, model, make_mesh(1), lambda paths: paths)
+    source.close()
+
+    destination.mkdir(parents=True, exist_ok=True)
+    (destination / "config.json").write_text(json.dumps({**source.config, "dtype": str(dtype)}, indent=2))
+    load_tokenizer(path).save(destination)
+    for file in _SMALL_FILES:
+        if path.is_dir() and (path / file).exists():
+            shutil.copy(path / file, destination / file)
+    manifest = orbax_io.Manifest(architecture=model.architecture, dtype=str(dtype), source=name)
+    orbax_io.save(destination, weights, manifest)
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(weights))
+    print(f"wrote {size / 1e6:.0f} MB of {dtype} to {destination}")
+
+
+def main() -> int:
+    """Parse arguments and convert."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("source", help="Hugging Face id, model folder, .gguf file, or 'demo'")
+    parser.add_argument("destination", type=Path, help="folder to write; must be empty or absent")
+    parser.add_argument("--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto")
+    args = parser.parse_args()
+    try:
+        convert(args.source, args.destination, args.dtype)
+    except (LaunchError, CheckpointError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
