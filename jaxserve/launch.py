@@ -53,7 +53,8 @@ def main() -> int:
         template = _chat_template(config.args.chat_template)
         path = find_model(config.args.model_path, config.args.revision, config.args.download_dir)
         launcher = _Launcher(config, path, template)
-        return int(asyncio.run(launcher.run(listener), loop_factory=uvloop.new_event_loop))
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            return int(runner.run(launcher.run(listener)))
     except LaunchError as error:
         print(f"error: {error}", file=sys.stderr)
         return int(error.exit_code)

@@ -1,10 +1,11 @@
 """Sampling in portable XLA.
 
 Work that no row of the step asks for is skipped by `lax.cond`: a greedy step is an argmax. Top-k, top-p and min-p
-look at the `_NUM_CANDIDATES` likeliest tokens; a row whose filter reaches further is drawn from a full sort
-instead, so the result is exact either way and depends on the row alone.
+look at the likeliest tokens of a tier; a row whose filter reaches further is drawn from the next tier, and last
+from a full sort, so the result is exact either way and depends on the row alone.
 """
 
+import math
 from typing import NamedTuple
 
 import jax
@@ -14,42 +15,65 @@ from jax import lax
 from kernels_pallas.sampling.api import NUM_TOP_LOGPROBS, SampleOutput, SamplingInputs, SamplingState
 from kernels_pallas.sampling.random import gumbel_noise
 
-_NUM_CANDIDATES = 128
+# A nucleus rarely holds more than the first; the second still costs a tenth of a sort.
+_CANDIDATE_TIERS = (128, 1024)
+_ARGMAX_BLOCK = 512
 
 
 def sample(logits_BV: jax.Array, inputs: SamplingInputs, state: SamplingState) -> SampleOutput:
     """Draw one token per row of f32 logits."""
-    vocab_size = logits_BV.shape[1]
-    penalised = jnp.any((inputs.frequency_B != 0) | (inputs.presence_B != 0) | (inputs.repetition_B != 1))
-    logits_BV = lax.cond(penalised, _penalise, lambda logits, *_: logits, logits_BV, inputs, state)
-    logits_BV = lax.cond(jnp.any(inputs.biased_B), _add_bias, lambda logits, *_: logits, logits_BV, inputs, state)
-    logits_BV = lax.cond(
-        jnp.any(inputs.forbid_stops_B), _forbid_stops, lambda logits, *_: logits, logits_BV, inputs, state
-    )
-    token_B = jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
-    top_B = jnp.max(logits_BV, axis=-1)
-    greedy_B = (inputs.temperature_B == 0) | (inputs.top_k_B == 1) | (inputs.target_B >= 0)
-    temperature_B = jnp.where(inputs.temperature_B == 0, 1.0, inputs.temperature_B)
+    adjusted = _penalised(inputs) | inputs.biased_B | inputs.forbid_stops_B | inputs.logprobs_B | (inputs.target_B >= 0)
+    plain = jnp.all(_greedy(inputs) & ~adjusted)
+    # Logits pass into one branch only: whatever a branch returns unchanged would be copied.
+    return lax.cond(plain, _argmax_only, _sample, logits_BV, inputs, state)
 
-    def draw(logits_BV: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-        scaled_BV = logits_BV / temperature_B[:, None]
-        log_sum_B = jax.nn.logsumexp(scaled_BV, axis=-1)
-        drawn_B = lax.cond(jnp.all(greedy_B), lambda *_: token_B, _draw, scaled_BV, log_sum_B, inputs, ~greedy_B)
-        chosen_B = jnp.where(inputs.target_B >= 0, inputs.target_B, jnp.where(greedy_B, token_B, drawn_B))
-        top_BJ, ids_BJ = lax.cond(jnp.any(inputs.logprobs_B), _top_logits, _no_top_logits, scaled_BV)
-        logprob_B = jnp.take_along_axis(scaled_BV, chosen_B[:, None], axis=-1)[:, 0] - log_sum_B
-        return chosen_B, logprob_B, ids_BJ, top_BJ - log_sum_B[:, None]
 
-    def argmax_only(logits_BV: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-        top_BJ, ids_BJ = _no_top_logits(logits_BV)
-        return token_B, jnp.zeros_like(top_B), ids_BJ, top_BJ
+def _penalised(inputs: SamplingInputs) -> jax.Array:
+    return (inputs.frequency_B != 0) | (inputs.presence_B != 0) | (inputs.repetition_B != 1)
 
-    plain = jnp.all((greedy_B & ~inputs.logprobs_B) & (inputs.target_B < 0))
-    token_B, logprob_B, top_ids_BJ, top_logprobs_BJ = lax.cond(plain, argmax_only, draw, logits_BV)
-    # max passes NaN on, so one comparison finds NaN, +inf and a row with nothing left.
-    return SampleOutput(
-        jnp.minimum(token_B, vocab_size - 1), jnp.isfinite(top_B), logprob_B, top_ids_BJ, top_logprobs_BJ
-    )
+
+def _greedy(inputs: SamplingInputs) -> jax.Array:
+    return (inputs.temperature_B == 0) | (inputs.top_k_B == 1) | (inputs.target_B >= 0)
+
+
+def _argmax(x_BV: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """First index of the largest entry, and the entry. A row with NaN gives NaN.
+
+    The best block first, then the best entry in it: XLA's argmax on CPU is a scalar loop, its maximum is not.
+    """
+    num_rows, vocab_size = x_BV.shape
+    size = math.gcd(vocab_size, _ARGMAX_BLOCK)
+    x_BCS = x_BV.reshape(num_rows, -1, size)
+    block_B = jnp.argmax(jnp.max(x_BCS, axis=-1), axis=-1)
+    x_BS = jnp.take_along_axis(x_BCS, block_B[:, None, None], axis=1)[:, 0]
+    entry_B1 = jnp.argmax(x_BS, axis=-1)[:, None]
+    top_B = jnp.take_along_axis(x_BS, entry_B1, axis=-1)[:, 0]
+    return (block_B * size + entry_B1[:, 0]).astype(jnp.int32), top_B
+
+
+def _argmax_only(logits_BV: jax.Array, inputs: SamplingInputs, state: SamplingState) -> SampleOutput:
+    token_B, top_B = _argmax(logits_BV)
+    top_BJ, ids_BJ = _no_top_logits(logits_BV)
+    return SampleOutput(token_B, jnp.isfinite(top_B), jnp.zeros_like(top_B), ids_BJ, top_BJ)
+
+
+def _sample(logits_BV: jax.Array, inputs: SamplingInputs, state: SamplingState) -> SampleOutput:
+    def unchanged(logits_BV: jax.Array, *_: object) -> jax.Array:
+        return logits_BV
+
+    logits_BV = lax.cond(jnp.any(_penalised(inputs)), _penalise, unchanged, logits_BV, inputs, state)
+    logits_BV = lax.cond(jnp.any(inputs.biased_B), _add_bias, unchanged, logits_BV, inputs, state)
+    logits_BV = lax.cond(jnp.any(inputs.forbid_stops_B), _forbid_stops, unchanged, logits_BV, inputs, state)
+    greedy_B = _greedy(inputs)
+    scaled_BV = logits_BV / jnp.where(inputs.temperature_B == 0, 1.0, inputs.temperature_B)[:, None]
+    token_B, top_B = _argmax(scaled_BV)
+    log_sum_B = top_B + jnp.log(jnp.sum(jnp.exp(scaled_BV - top_B[:, None]), axis=-1))
+    drawn_B = lax.cond(jnp.all(greedy_B), lambda *_: token_B, _draw, scaled_BV, log_sum_B, inputs, ~greedy_B)
+    chosen_B = jnp.where(inputs.target_B >= 0, inputs.target_B, jnp.where(greedy_B, token_B, drawn_B))
+    top_BJ, ids_BJ = lax.cond(jnp.any(inputs.logprobs_B), _top_logits, _no_top_logits, scaled_BV)
+    logprob_B = jnp.take_along_axis(scaled_BV, chosen_B[:, None], axis=-1)[:, 0] - log_sum_B
+    # The maximum passes NaN on, so one comparison finds NaN, +inf and a row with nothing left.
+    return SampleOutput(chosen_B, jnp.isfinite(top_B), logprob_B, ids_BJ, top_BJ - log_sum_B[:, None])
 
 
 def _penalise(logits_BV: jax.Array, inputs: SamplingInputs, state: SamplingState) -> jax.Array:
@@ -93,27 +117,34 @@ def _draw(scaled_BV: jax.Array, log_sum_B: jax.Array, inputs: SamplingInputs, wa
     def from_all(scaled_BV: jax.Array) -> jax.Array:
         token_1V = jnp.arange(vocab_size)[None, :]
         noise_BV = gumbel_noise(inputs.seed_B2, inputs.position_B, token_1V)
-        return jnp.argmax(scaled_BV + noise_BV, axis=-1).astype(jnp.int32)
+        return _argmax(scaled_BV + noise_BV)[0]
 
     def none(scaled_BV: jax.Array) -> jax.Array:
         return jnp.zeros(scaled_BV.shape[0], jnp.int32)
 
     def from_filtered(scaled_BV: jax.Array) -> jax.Array:
-        count = min(_NUM_CANDIDATES, vocab_size)
-        top = _draw_from_sorted(_Candidates(*lax.top_k(scaled_BV, count)), log_sum_B, inputs)
-        if count == vocab_size:
-            return top.token_B
-        beyond_B = top.last_kept_B & filtered_B & wanted_B
-
-        def from_sorted(scaled_BV: jax.Array) -> jax.Array:
-            every = _draw_from_sorted(_sort(scaled_BV), log_sum_B, inputs)
-            return jnp.where(beyond_B, every.token_B, top.token_B)
-
-        return lax.cond(jnp.any(beyond_B), from_sorted, lambda _: top.token_B, scaled_BV)
+        return _draw_filtered(scaled_BV, log_sum_B, inputs, filtered_B & wanted_B, _CANDIDATE_TIERS)
 
     all_B = lax.cond(jnp.any(wanted_B & ~filtered_B), from_all, none, scaled_BV)
     filtered_token_B = lax.cond(jnp.any(wanted_B & filtered_B), from_filtered, none, scaled_BV)
     return jnp.where(filtered_B, filtered_token_B, all_B)
+
+
+def _draw_filtered(
+    scaled_BV: jax.Array, log_sum_B: jax.Array, inputs: SamplingInputs, wanted_B: jax.Array, tiers: tuple[int, ...]
+) -> jax.Array:
+    """Draw from the likeliest tokens; where a filter reaches past them, from the next tier, and last from all."""
+    vocab_size = scaled_BV.shape[1]
+    if not tiers or tiers[0] >= vocab_size:
+        return _draw_from_sorted(_sort(scaled_BV), log_sum_B, inputs).token_B
+    top = _draw_from_sorted(_Candidates(*lax.top_k(scaled_BV, tiers[0])), log_sum_B, inputs)
+    beyond_B = top.last_kept_B & wanted_B
+
+    def from_next(scaled_BV: jax.Array) -> jax.Array:
+        token_B = _draw_filtered(scaled_BV, log_sum_B, inputs, beyond_B, tiers[1:])
+        return jnp.where(beyond_B, token_B, top.token_B)
+
+    return lax.cond(jnp.any(beyond_B), from_next, lambda _: top.token_B, scaled_BV)
 
 
 class _Candidates(NamedTuple):
