@@ -181,7 +181,7 @@ class XlaAttention:
             live_ES = live_E[:, None] & (position_ES < plan.meta.kv_lens_B[row_E][:, None])
             if c.window is not None:
                 live_ES &= position_ES >= (plan.meta.kv_lens_B[row_E] - c.window)[:, None]
-            k_EKSH = cache["k"][first_page + page_E]
+            k_EKSH = _take_pages(cache["k"], first_page + page_E)
             # Unused slots may hold NaN, and 0 * NaN is NaN.
             v_EKSH = jnp.where(live_ES[:, None, :, None], cache["v"][first_page + page_E], 0)
             scores_EKGS = self._scores("ekgh,eksh->ekgs", q_BKGH[row_E], k_EKSH)
@@ -260,6 +260,15 @@ def _expand(counts_B: jax.Array, length: int) -> tuple[jax.Array, jax.Array, jax
     row_I = jnp.minimum(jnp.searchsorted(ends_B, item_I, side="right").astype(jnp.int32), counts_B.shape[0] - 1)
     index_I = jnp.where(item_I < ends_B[-1], item_I - (ends_B - counts_B)[row_I], 0)
     return row_I, index_I, ends_B[-1]
+
+
+def _take_pages(pages_PKSH: jax.Array, page_E: jax.Array) -> jax.Array:
+    """Gather whole pages as flat rows: XLA on CPU copies those three times faster than pages of four axes.
+
+    The barrier keeps it from undoing the reshape.
+    """
+    flat_EF = pages_PKSH.reshape(pages_PKSH.shape[0], -1).at[page_E].get(mode="promise_in_bounds")
+    return lax.optimization_barrier(flat_EF).reshape(-1, *pages_PKSH.shape[1:])
 
 
 def _rows_of_pages(pages_WKSH: jax.Array) -> jax.Array:

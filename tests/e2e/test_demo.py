@@ -1,0 +1,53 @@
+"""The README's first promise: one command, a real model, sensible words."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+from openai import OpenAI
+
+from tests.e2e.conftest import ServerProcess
+
+pytestmark = pytest.mark.demo
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+    server = ServerProcess(
+        "--model-path", "demo", "--max-running-requests", "8", log=tmp_path_factory.mktemp("demo") / "log"
+    )
+    try:
+        yield server.wait_ready()
+    finally:
+        assert server.stop() == 0
+
+
+def test_the_demo_knows_a_capital(demo: ServerProcess) -> None:
+    client = OpenAI(base_url=f"{demo.url}/v1", api_key="none")
+    answer = client.chat.completions.create(
+        model="demo", messages=[{"role": "user", "content": "What is the capital of France?"}], temperature=0
+    )
+    assert answer.choices[0].message.content == "The capital of France is Paris."
+    assert answer.choices[0].finish_reason == "stop"
+    assert answer.usage is not None
+    assert answer.usage.prompt_tokens == 37
+
+
+def test_a_long_prefix_is_computed_once_and_changes_nothing(demo: ServerProcess) -> None:
+    prompt = "The quick brown fox jumps over the lazy dog. " * 100
+    body = {"prompt": prompt, "max_tokens": 8, "temperature": 0}
+    first, second = (httpx.post(f"{demo.url}/v1/completions", json=body, timeout=120).json() for _ in range(2))
+    assert second["choices"] == first["choices"]
+    assert first["usage"]["prompt_tokens_details"]["cached_tokens"] == 0
+    assert second["usage"]["prompt_tokens_details"]["cached_tokens"] >= 960
+
+
+def test_memory_stays_modest(demo: ServerProcess) -> None:
+    def resident_mb(pid: int) -> float:
+        for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
+            if line.startswith("Pss:"):
+                return int(line.split()[1]) / 1024
+        raise AssertionError("no Pss line")
+
+    assert resident_mb(demo.process.pid) + resident_mb(demo.engine_pid()) < 2000
