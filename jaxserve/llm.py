@@ -15,6 +15,7 @@ from jaxserve.config import EngineConfig
 from jaxserve.errors import RequestError
 from jaxserve.generation import Generation, TextOptions, Usage
 from jaxserve.in_process import InProcessEngineClient
+from jaxserve.messages import EngineStats
 from jaxserve.model_source import find_model
 from jaxserve.request import FinishReason, Request, SamplingParams
 from jaxserve.text.tokenizer import load_tokenizer
@@ -82,6 +83,11 @@ class LLM:
             return InProcessEngineClient(built.engine, built.info)
 
         self._client = self._wait(connect())
+
+    @property
+    def stats(self) -> EngineStats:
+        """The engine's gauges and counters."""
+        return self._client.stats
 
     def generate(
         self,

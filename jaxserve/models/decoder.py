@@ -5,7 +5,7 @@ layers are scanned, so a step's program holds the layer once. Nothing of NNX pas
 step sees a plain dict of arrays and merges modules only while it is traced.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, TypeAlias
@@ -18,13 +18,11 @@ from jax import lax
 from jaxserve.config import ModelConfig
 from jaxserve.models.layers import Axes, Embedding, Linear, RMSNorm, SwiGLU
 from jaxserve.models.rope import apply_rope, rope_attention_factor, rope_cos_sin, rope_frequencies
+from jaxserve.models.tokenwise import at_once, in_tiles
 from kernels_pallas.paged_attention.api import AttentionBackend, Cache, Plan
 
 Weights: TypeAlias = dict[str, Any]
 Path: TypeAlias = tuple[str, ...]
-Tokenwise: TypeAlias = Callable[..., Any]
-
-_ROW_TILE = 16
 
 
 @dataclass(frozen=True)
@@ -104,7 +102,7 @@ class Decoder:
 
     def __init__(self, config: ModelConfig, dtype: jnp.dtype, *, batch_invariant: bool = False) -> None:
         self.config = config
-        self._tokenwise = _in_tiles if batch_invariant else _at_once
+        self.tokenwise = in_tiles if batch_invariant else at_once
         self._frequencies = rope_frequencies(config.rope, config.head_dim)
         self._rope_factor = rope_attention_factor(config.rope)
         abstract = nnx.eval_shape(lambda: _Modules(config, dtype))
@@ -140,9 +138,9 @@ class Decoder:
         def body(carry: tuple[jax.Array, Cache, jax.Array], layer_weights: Weights) -> tuple[Any, None]:
             x_TD, cache, layer = carry
             module = nnx.merge(layer_graph, layer_weights)
-            q_TNH, k_TKH, v_TKH = self._tokenwise(module.before_attention, x_TD, cos_TC, sin_TC)
+            q_TNH, k_TKH, v_TKH = self.tokenwise(module.before_attention, x_TD, cos_TC, sin_TC)
             o_TNH, cache = attention.attend(q_TNH, k_TKH, v_TKH, cache, layer, plan)
-            x_TD = self._tokenwise(module.after_attention, x_TD, o_TNH)
+            x_TD = self.tokenwise(module.after_attention, x_TD, o_TNH)
             return (x_TD, cache, layer + 1), None
 
         (x_TD, cache, _), _ = lax.scan(body, (x_TD, cache, jnp.int32(0)), weights["layers"])
@@ -152,27 +150,10 @@ class Decoder:
         """Scores over the vocabulary of the given activations, f32[B, V]."""
         modules = self._merge(weights)
         head = modules.embed if self.config.tie_word_embeddings else modules.lm_head
-        return self._tokenwise(lambda x_BD: head.logits(modules.norm(x_BD)), x_BD)
+        return self.tokenwise(lambda x_BD: head.logits(modules.norm(x_BD)), x_BD)
 
     def _merge(self, weights: Weights) -> _Modules:
         return nnx.merge(self._graph, weights)
-
-
-def _at_once(function: Tokenwise, *arrays: jax.Array) -> Any:
-    return function(*arrays)
-
-
-def _in_tiles(function: Tokenwise, *arrays: jax.Array) -> Any:
-    """Apply `function` to tiles of `_ROW_TILE` tokens, one after the other, all of one shape."""
-    num_tokens = arrays[0].shape[0]
-    padding = -num_tokens % _ROW_TILE
-
-    def tiles(array: jax.Array) -> jax.Array:
-        array = jnp.pad(array, ((0, padding), *((0, 0),) * (array.ndim - 1)))
-        return array.reshape(-1, _ROW_TILE, *array.shape[1:])
-
-    out = lax.map(lambda tile: function(*tile), tuple(tiles(array) for array in arrays))
-    return jax.tree.map(lambda array: array.reshape(-1, *array.shape[2:])[:num_tokens], out)
 
 
 def dense_tensor_names(config: ModelConfig) -> dict[Path, str]:

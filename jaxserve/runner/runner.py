@@ -20,7 +20,7 @@ from jaxserve.runner.compiled import CompiledSteps, Progress
 from jaxserve.runner.state import DeviceState, empty_state, needs_row_state, row_state, write_row
 from jaxserve.step import NewRow, PromptLogprobs, SchedulerOutput, StepOutput
 from kernels_pallas.paged_attention.api import AttentionBackend, Cache
-from kernels_pallas.sampling.api import SampleOutput
+from kernels_pallas.sampling.api import SampleOutput, SamplingInputs
 from kernels_pallas.sampling.xla import sample
 
 
@@ -176,5 +176,9 @@ def _step(
     plan = attention.plan(batch.attention_meta())
     x_TD, cache = decoder.forward(weights, cache, token_ids_T, positions_T, plan, attention)
     logits_BV = decoder.logits(weights, x_TD[batch.draws_8B[0]])
-    out = sample(logits_BV, batch.sampling_inputs(), state.sampling)
+    out: SampleOutput = decoder.tokenwise(
+        lambda logits, *fields: sample(logits, SamplingInputs(*fields), state.sampling),
+        logits_BV,
+        *batch.sampling_inputs(),
+    )
     return cache, state.record(batch.draws_8B[2], out), out
