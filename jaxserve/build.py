@@ -1,5 +1,7 @@
 """From an `EngineConfig` to a running engine: checkpoint, mesh, sizes, weights, programs."""
 
+import contextlib
+import ctypes
 import logging
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -110,6 +112,7 @@ def build_engine(config: EngineConfig, bar: ProgressBar) -> BuiltEngine:
     with Phase("compilation") as phase:
         built.runner.warm_up(lambda buckets: bar(buckets, "compiling steps", built.runner.num_programs))
         phase.detail = f", {built.runner.num_programs} programs"
+    _trim_heap()
     compiles.mark_ready()
     device = jax.devices()[0]
     info = EngineInfo(
@@ -125,6 +128,12 @@ def build_engine(config: EngineConfig, bar: ProgressBar) -> BuiltEngine:
         bos_token_id=built.model.bos_token_id,
     )
     return BuiltEngine(Engine(built.runner, Scheduler(built.scheduler, built.cache)), info, compiles)
+
+
+def _trim_heap() -> None:
+    """Give what loading and compiling freed back to the system; glibc keeps it otherwise."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 def _configure_jax(config: EngineConfig) -> None:
