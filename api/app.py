@@ -13,7 +13,6 @@ from api import chat, completions, service
 from api.auth import KeyGuard
 from api.errors import error_response, handle
 from api.params import RequestBuilder, SeedSource
-from api.running import GenerationError
 from api.server import Server
 from api.streaming import ClientGone
 
@@ -72,7 +71,6 @@ def create_app(server: Server, *, random_seed: int | None = None) -> Litestar:
         exception_handlers={
             HTTPException: handle,
             ClientGone: lambda *_: Response(None, status_code=499),
-            GenerationError: lambda _, error: error_response(500, str(error), code="generation_failed"),
             Exception: handle,
         },
         openapi_config=OpenAPIConfig(

@@ -10,7 +10,7 @@ from litestar.di import NamedDependency
 from litestar.params import JSONBody
 
 from api.logprobs import chat_logprobs
-from api.params import RequestBuilder
+from api.params import RequestBuilder, check_fields
 from api.running import RunningRequest, usage_info
 from api.schemas import (
     AssistantMessage,
@@ -34,6 +34,7 @@ async def chat_completions(
     request: HttpRequest[Any, Any, Any],
 ) -> ChatCompletion:
     """Continue a conversation; with `stream` the answer is server-sent events."""
+    check_fields(await request.json(), ChatCompletionRequest)
     model = server.check_model(data.model)
     running = RunningRequest(server, "chat", [builder.chat(data)])
     chat = _Chat(server, data, model, running)

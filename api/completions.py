@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import AsyncGenerator
+from itertools import zip_longest
 from typing import Any
 
 from litestar import Request as HttpRequest
@@ -10,7 +11,7 @@ from litestar.di import NamedDependency
 from litestar.params import JSONBody
 
 from api.logprobs import completion_logprobs
-from api.params import RequestBuilder
+from api.params import RequestBuilder, check_fields
 from api.running import RunningRequest, usage_info
 from api.schemas import Completion, CompletionChoice, CompletionLogprobs, CompletionRequest
 from api.server import Server
@@ -27,6 +28,7 @@ async def completions(
     request: HttpRequest[Any, Any, Any],
 ) -> Completion:
     """Continue one or several prompts; with `stream` the answer is server-sent events."""
+    check_fields(await request.json(), CompletionRequest)
     model = server.check_model(data.model)
     running = RunningRequest(server, "completions", builder.completions(data))
     answer = _Completion(server, data, model, running)
@@ -48,7 +50,7 @@ class _Echo:
         detokenizer = self._tokenizer.detokenizer(skip_special_tokens=False)
         offset = 0
         out: list[tuple[int, TokenLogprobs | None, int]] = []
-        for token_id, logprob in zip(self._ids, (None, *logprobs), strict=True):
+        for token_id, logprob in zip_longest(self._ids, (None, *logprobs)):
             out.append((token_id, logprob, min(offset, len(self.text))))
             offset += len(detokenizer.push(token_id))
         return out

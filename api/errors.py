@@ -27,6 +27,10 @@ _TYPES = {
 }
 
 
+class GenerationError(Exception):
+    """A choice ended with an error of ours."""
+
+
 def error_response(
     status: int, message: str, *, param: str | None = None, code: str | None = None, retry_after_s: int | None = None
 ) -> Response[ErrorBody]:
@@ -47,6 +51,8 @@ def to_response(error: Exception) -> Response[ErrorBody]:
             return error_response(429, str(error), code="queue_full", retry_after_s=error.retry_after_s)
         case UnavailableError():
             return error_response(503, str(error), code="unavailable", retry_after_s=error.retry_after_s)
+        case GenerationError():
+            return error_response(500, str(error), code="generation_failed")
         case ValidationException():
             return _validation(error)
         case SerializationException() | msgspec.DecodeError() | UnicodeDecodeError() | RecursionError():

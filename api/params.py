@@ -7,6 +7,8 @@ import uuid
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+import msgspec
+
 from api.schemas import ChatCompletionRequest, ChatMessage, CommonRequest, CompletionRequest
 from jaxserve.errors import RequestError
 from jaxserve.generation import TextOptions
@@ -17,6 +19,7 @@ from jaxserve.text.tokenizer import Tokenizer
 _MAX_STOPS = 16
 _MAX_STOP_CHARACTERS = 256
 _MAX_PROMPTS = 128
+_MAX_SALT_CHARACTERS = 256
 _MAX_MESSAGES = 2048
 _ROLES = ("system", "user", "assistant", "tool", "developer", "function")
 _COMPLETION_MAX_TOKENS = 16
@@ -28,6 +31,28 @@ class Prepared(NamedTuple):
 
     request: Request
     options: TextOptions
+
+
+# Accepted and not used: they change nothing that this server does.
+IGNORED_FIELDS = frozenset(
+    {"metadata", "parallel_tool_calls", "prompt_cache_key", "safety_identifier", "service_tier", "store", "user"}
+)
+
+
+def check_fields(raw: Any, schema: type[msgspec.Struct]) -> None:
+    """Refuse fields that are neither honoured nor documented as ignored; null is as good as absent.
+
+    Args:
+        raw: the decoded body.
+        schema: what it was read as.
+
+    Raises:
+        RequestError: names the first such field.
+    """
+    known = IGNORED_FIELDS.union(schema.__struct_fields__)
+    for name, value in raw.items() if isinstance(raw, dict) else ():
+        if name not in known and value is not None:
+            raise RequestError(f"{str(name)[:64]!r} is not supported by this server", param=str(name)[:64])
 
 
 class SeedSource:
@@ -221,6 +246,11 @@ def _check_range(param: str, value: int | None, low: int, high: int) -> None:
 
 def _check_common(body: CommonRequest) -> None:
     _check_range("n", body.n, 1, MAX_CHOICES)
+    _check_range("priority", body.priority, -(2**31), 2**31 - 1)
+    if body.cache_salt is not None and len(body.cache_salt) > _MAX_SALT_CHARACTERS:
+        raise RequestError(
+            f"cache_salt has {len(body.cache_salt)} characters, the limit is {_MAX_SALT_CHARACTERS}", param="cache_salt"
+        )
     if body.stream_options is not None and not body.stream:
         raise RequestError("stream_options needs stream to be true", param="stream_options")
     if body.user is not None and len(body.user) > 512:
@@ -259,9 +289,11 @@ def _text_options(body: CommonRequest) -> TextOptions:
 
 def _template_message(message: ChatMessage, index: int) -> dict[str, Any]:
     where = f"messages.{index}"
-    role = message.role if message.role == "user" else message.role.lower()
+    role = message.role.lower()
     if role not in _ROLES:
         raise RequestError(f"{where}: role must be one of {', '.join(_ROLES)}, got {message.role!r}", param="messages")
+    if message.tool_calls:
+        raise RequestError(f"{where}: tool_calls are not supported by this server", param="messages")
     content = message.content
     if isinstance(content, list):
         for part in content:

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import AsyncGenerator, Iterable, Sequence
 
+from api.errors import GenerationError
 from api.metrics import RequestTimer
 from api.params import Prepared
 from api.schemas import PromptTokensDetails, UsageInfo
@@ -13,10 +14,6 @@ from jaxserve.generation import ChoiceDelta, Generation
 from jaxserve.request import FinishReason
 
 logger = logging.getLogger(__name__)
-
-
-class GenerationError(Exception):
-    """A choice ended with an error of ours."""
 
 
 class RunningRequest:

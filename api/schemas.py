@@ -26,6 +26,7 @@ class ChatMessage(msgspec.Struct):
     content: str | list[TextPart] | None = None
     name: str | None = None
     reasoning_content: str | None = None
+    tool_calls: list[Any] | None = None
 
 
 class CommonRequest(msgspec.Struct, kw_only=True):

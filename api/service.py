@@ -44,7 +44,7 @@ async def list_models(server: NamedDependency[Server]) -> ModelList:
 async def get_model(model_id: FromPath[str], server: NamedDependency[Server]) -> ModelCard:
     """One card; 404 for what is not served."""
     name = model_id.removeprefix("/")
-    if name != server.settings.served_model_name:
+    if name != server.settings.served_model_name.removeprefix("/"):
         raise NotFoundError(f"the model {name!r} does not exist", param="model", code="model_not_found")
     return _card(server)
 
@@ -159,9 +159,9 @@ async def flush_cache(server: NamedDependency[Server]) -> FlushResponse:
 @post("/abort_request", status_code=200, summary="End running requests")
 async def abort_request(data: JSONBody[AbortBody], server: NamedDependency[Server]) -> dict[str, int]:
     """Abort by id (with or without `chatcmpl-`/`cmpl-`), by the start of ids, or all."""
-    if not data.rid and not data.abort_all:
-        raise RequestError("give rid or abort_all", param="rid")
     rid = data.rid.removeprefix("chatcmpl-").removeprefix("cmpl-")
+    if not rid and not data.abort_all:
+        raise RequestError("give rid or abort_all", param="rid")
     ids = [name for name in server.generations if data.abort_all or name.startswith(rid)]
     for name in ids:
         server.client.abort(name)

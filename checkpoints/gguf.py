@@ -98,7 +98,7 @@ class GGUFCheckpoint:
                 f"{self._path}: tensor {tensor.name} has type {tensor.tensor_type.name}, which is not supported"
             ) from None
         values = values.reshape(self.shapes[name])
-        if self._arch == "llama" and name.endswith(("q_proj.weight", "k_proj.weight")):
+        if self._arch == "llama" and name.endswith(("q_proj.weight", "k_proj.weight", "q_proj.bias", "k_proj.bias")):
             heads = self._heads("attention.head_count" if "q_proj" in name else "attention.head_count_kv")
             values = _unpermute(values, heads)
         # The file is mapped; what was read need not stay resident.
@@ -116,7 +116,7 @@ class GGUFCheckpoint:
         arch, meta = self._arch, self.metadata
         vocab_size, hidden_size = self.shapes["model.embed_tokens.weight"]
         num_heads = self._heads("attention.head_count")
-        eos = meta.get("tokenizer.ggml.eos_token_id")
+        ends = {meta.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")}
         return {
             "architectures": [_ARCHITECTURES[arch]],
             "vocab_size": vocab_size,
@@ -135,7 +135,7 @@ class GGUFCheckpoint:
             "sliding_window": meta.get(f"{arch}.attention.sliding_window"),
             "rope_parameters": self._rope(),
             "bos_token_id": meta.get("tokenizer.ggml.bos_token_id"),
-            "eos_token_id": None if eos is None else int(eos),
+            "eos_token_id": sorted(int(end) for end in ends if end is not None),
             "dtype": "bfloat16",
         }
 

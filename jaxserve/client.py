@@ -87,7 +87,7 @@ class TokenStream:
         self._on_close = on_close
         self._queue: asyncio.Queue[TokenDelta] = asyncio.Queue()
         self._unread_choices = request.num_choices
-        self.num_open_choices = request.num_choices
+        self._open = set(range(request.num_choices))
 
     def __aiter__(self) -> Self:
         return self
@@ -100,20 +100,25 @@ class TokenStream:
             self._unread_choices -= 1
         return delta
 
+    @property
+    def num_open_choices(self) -> int:
+        """Choices whose last delta has not come."""
+        return len(self._open)
+
     def deliver(self, delta: TokenDelta) -> None:
-        """Add a delta."""
+        """Add a delta; what comes after a choice's last one is dropped."""
+        if delta.choice not in self._open:
+            return
         if delta.finish_reason is not None:
-            self.num_open_choices -= 1
+            self._open.remove(delta.choice)
         self._queue.put_nowait(delta)
 
     def fail(self, error: str) -> None:
         """End every choice that is still open."""
-        for choice in range(self._request.num_choices):
-            # A choice that has ended already ignores a second end.
-            self._queue.put_nowait(
+        for choice in sorted(self._open):
+            self.deliver(
                 TokenDelta(request_id=self._request.id, choice=choice, finish_reason=FinishReason.ERROR, error=error)
             )
-        self.num_open_choices = 0
 
     def close(self) -> None:
         """Nobody reads any more: the engine is told if it still works on it. Synchronous, so it works anywhere."""
@@ -325,5 +330,6 @@ class ProcessEngineClient:
             ready.set_exception(LaunchError(self._lost, exit_code=ExitCode.ENGINE_LOST))
         self._streams.fail_all(self._lost)
         for future in self._flushes:
-            future.cancel()
+            if not future.done():
+                future.set_exception(UnavailableError(self._lost))
         self.exited.set()

@@ -134,7 +134,8 @@ class Generation:
             if choice.finished:
                 continue
             self.prompt_logprobs = self.prompt_logprobs or delta.prompt_logprobs
-            self.usage.cached_tokens = max(self.usage.cached_tokens, delta.num_cached_tokens)
+            if delta.choice == 0:  # the others take the prompt from this one
+                self.usage.cached_tokens = delta.num_cached_tokens
             before = choice.num_tokens
             out = choice.take(delta)
             self.usage.completion_tokens += choice.num_tokens - before

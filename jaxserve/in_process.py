@@ -68,9 +68,11 @@ class InProcessEngineClient:
         return await self._loop.run_in_executor(None, self._flushed.get)
 
     def stop(self) -> None:
-        """End the thread; what still runs is dropped."""
+        """End the thread; what still runs ends with an error."""
         self._inbox.put(Shutdown())
         self._thread.join()
+        self._lost = self._lost or "the engine was stopped"
+        self._loop.call_soon_threadsafe(self._streams.fail_all, self._lost)
 
     def _close(self, request_id: str) -> None:
         if self._streams.remove(request_id):

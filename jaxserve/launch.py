@@ -151,7 +151,7 @@ class _Launcher:
                     "ready after %.1f s: %s/v1 serves %s", time.perf_counter() - started, url, self._args.model_path
                 )
                 await asyncio.wait((stopping, lost, serving), return_when=asyncio.FIRST_COMPLETED)
-            if lost.done():
+            if lost.done() and not stopping.done():
                 logger.error("the engine process is gone (exit code %s): shutting down", self._client.exit_code)
                 await asyncio.sleep(0.5)  # open requests are told first
                 return ExitCode.ENGINE_LOST
@@ -168,9 +168,10 @@ class _Launcher:
         loop = asyncio.get_running_loop()
         tokenizer = loop.run_in_executor(None, self._load_tokenizer)
         await self._client.start()
-        self._server.tokenizer = await tokenizer
+        loaded = await tokenizer
         if not self._args.skip_server_warmup:
-            await self._warm_up()
+            await self._warm_up(loaded)
+        self._server.tokenizer = loaded  # from here on /health is 200
 
     def _load_tokenizer(self) -> Tokenizer:
         start = time.perf_counter()
@@ -179,12 +180,14 @@ class _Launcher:
         logger.info("tokenizer: %.1f s, %d tokens", time.perf_counter() - start, tokenizer.vocab_size)
         return tokenizer
 
-    async def _warm_up(self) -> None:
+    async def _warm_up(self, tokenizer: Tokenizer) -> None:
+        """Generate two tokens; a model that cannot is not ready."""
         request = Request(id="warm-up", prompt_token_ids=(0,), sampling=SamplingParams(temperature=0, max_tokens=2))
-        generation = Generation(self._client, self._server.tokenizer, request, TextOptions())
+        generation = Generation(self._client, tokenizer, request, TextOptions())
         try:
-            async for _ in generation.deltas():
-                pass
+            async for delta in generation.deltas():
+                if delta.error is not None:
+                    raise LaunchError(f"the model cannot generate: {delta.error}")
         finally:
             generation.close()
 

@@ -39,7 +39,9 @@ _IDLE_POLL_MS = 1000
 
 def main() -> int:
     """Run until told to shut down."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
+    # Ctrl-C reaches the whole group, and a service manager signals every process: the parent drains, then decides.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     config = msgspec.json.decode(_read_line(), type=EngineConfig)
     threading.Thread(target=_exit_with_parent, name="parent-watch", daemon=True).start()
     logging.basicConfig(

@@ -132,6 +132,8 @@ class ModelRunner:
 
     def reset(self) -> None:
         """Make the cache and state anew, after a step that raised has left the donated ones deleted."""
+        # The old ones may be alive, if the failure came before they were donated; two do not fit.
+        del self._cache, self._state
         self._cache = self._empty_cache()
         self._state = empty_state(self._parts.layout.max_rows, self._parts.layout.vocab_size, self._parts.mesh)
 

@@ -71,7 +71,7 @@ class Scheduler:
             num_running=len(self._running),
             num_waiting=len(self._waiting),
             num_pages=self._pool.num_pages,
-            num_used_pages=self._pool.num_pages - self._pool.num_free - self._num_idle_pages(),
+            num_used_pages=len({page for sequence in self._running for page in sequence.pages}),
             num_preemptions=self._num_preemptions,
             num_prompt_tokens=self._num_prompt_tokens,
             num_cached_tokens=self._num_cached_tokens,
@@ -146,13 +146,6 @@ class Scheduler:
         deltas, self._outbox = self._outbox, []
         return deltas
 
-    def fail_all(self, error: str) -> None:
-        """End everything with an error."""
-        for request_id in list(self._live):
-            for sequence in list(self._live[request_id]):
-                self._finish(sequence, FinishReason.ERROR, error=error)
-        self._in_flight.clear()
-
     def restart_running(self) -> None:
         """Queue every running sequence anew after the cache was lost. Steps in flight are forgotten."""
         self._in_flight.clear()
@@ -168,10 +161,6 @@ class Scheduler:
             return False
         self._prefixes.flush()
         return True
-
-    def _num_idle_pages(self) -> int:
-        held = {page for sequence in self._running for page in sequence.pages}
-        return self._pool.num_pages - self._pool.num_free - len(held)
 
     def _insert_by_priority(self, sequences: list[Sequence]) -> None:
         priority = sequences[0].request.priority
@@ -216,8 +205,9 @@ class Scheduler:
             sequence.row = self._free_rows.pop()
             if sequence.num_cached_tokens is None:
                 sequence.num_cached_tokens = sequence.num_computed_tokens
-                self._num_prompt_tokens += sequence.num_prompt_tokens
-                self._num_cached_tokens += sequence.num_cached_tokens
+                if sequence.choice == 0:
+                    self._num_prompt_tokens += sequence.num_prompt_tokens
+                    self._num_cached_tokens += sequence.num_cached_tokens
             step.admit(sequence)
             step.add(sequence, count)
 
@@ -378,6 +368,8 @@ class _StepBuilder:
 
     def allowance(self, sequence: Sequence) -> int:
         """Tokens that the sequence may run in this step."""
+        if not self.num_draws_left:
+            return 0
         count = min(sequence.num_uncomputed_tokens, self.num_tokens_left)
         return min(count, self.num_draws_left) if sequence.collects_prompt_logprobs else count
 

@@ -72,10 +72,11 @@ def _piece_bytes(piece: str) -> bytes:
 class Detokenizer:
     """Incremental decoder of one output."""
 
-    def __init__(self, token_bytes: TokenBytes, *, skip_special_tokens: bool) -> None:
+    def __init__(self, token_bytes: TokenBytes, *, skip_special_tokens: bool, whole_text: bool = False) -> None:
         self._bytes_of = token_bytes.of
         self._skipped = token_bytes.special_ids if skip_special_tokens else frozenset[int]()
-        self._strip = token_bytes.strips_space
+        # Only a whole text starts with the artefact; an output that goes on from a prompt keeps its space.
+        self._strip = whole_text and token_bytes.strips_space
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def push(self, token_id: int) -> str:

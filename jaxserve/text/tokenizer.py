@@ -75,7 +75,7 @@ class Tokenizer:
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
         """Ids to text at once."""
-        detokenizer = self.detokenizer(skip_special_tokens=skip_special_tokens)
+        detokenizer = Detokenizer(self._bytes, skip_special_tokens=skip_special_tokens, whole_text=True)
         return "".join([detokenizer.push(token_id) for token_id in token_ids]) + detokenizer.flush()
 
     def detokenizer(self, *, skip_special_tokens: bool) -> Detokenizer:

@@ -147,3 +147,15 @@ async def test_internal_errors_tell_nothing(http: Http, server: Server, monkeypa
     error = check_error(await http.post("/v1/completions", json={"prompt": "x"}), 500)
     assert "secret" not in error["message"]
     assert "ZeroDivision" not in error["message"]
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("tools", []), ("response_format", {"type": "json_object"}), ("suffix", "x"), ("lora_path", "a"), ("nonsense", 1)],
+)
+async def test_fields_that_are_not_honoured_are_refused(http: Http, field: str, value: Any) -> None:
+    for path in ("/v1/chat/completions", "/v1/completions"):
+        body = {"messages": MESSAGES} if "chat" in path else {"prompt": "x"}
+        error = check_error(await http.post(path, json={**body, field: value}), 400)
+        assert error["param"] == field
+        assert (await http.post(path, json={**body, field: None, "metadata": {"a": "b"}})).status_code == 200

@@ -32,7 +32,7 @@ PIECES = TokenBytes(SENTENCEPIECE, frozenset())
 
 
 def detokenize(token_bytes: TokenBytes, ids: list[int], *, skip: bool) -> list[str]:
-    detokenizer = Detokenizer(token_bytes, skip_special_tokens=skip)
+    detokenizer = Detokenizer(token_bytes, skip_special_tokens=skip, whole_text=True)
     return [detokenizer.push(token_id) for token_id in ids] + [detokenizer.flush()]
 
 

@@ -170,8 +170,9 @@ def test_gguf_config_equals_the_original(tmp_path: Path) -> None:
     write_gguf(tmp_path / "x.gguf")
     config = GGUFCheckpoint(tmp_path / "x.gguf").config
     for key in ("architectures", "vocab_size", "hidden_size", "num_hidden_layers", "num_key_value_heads",
-                "rms_norm_eps", "tie_word_embeddings", "bos_token_id", "eos_token_id"):  # fmt: skip
+                "rms_norm_eps", "tie_word_embeddings", "bos_token_id"):  # fmt: skip
         assert config[key] == CONFIG[key], key
+    assert config["eos_token_id"] == [CONFIG["eos_token_id"]]
     assert config["rope_parameters"]["rope_theta"] == CONFIG["rope_theta"]
 
 
