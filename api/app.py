@@ -89,6 +89,7 @@ def create_app(server: Server, *, random_seed: int | None = None) -> Litestar:
 
 async def _check_content_type(request: Request[Any, Any, Any]) -> Response[Any] | None:
     # A browser page may post text/plain to a loopback server without asking; JSON it may not.
-    if request.method == "POST" and request.content_type[0] != "application/json":
+    has_body = request.headers.get("content-length", "0") != "0" or "transfer-encoding" in request.headers
+    if request.method == "POST" and has_body and request.content_type[0] != "application/json":
         return error_response(415, f"the body must be application/json, got {request.content_type[0] or 'nothing'!r}")
     return None

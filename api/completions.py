@@ -49,10 +49,14 @@ class _Echo:
         """Prompt tokens with log-probabilities (the first has none) and offsets."""
         detokenizer = self._tokenizer.detokenizer(skip_special_tokens=False)
         offset = 0
+        first = self._tokenizer.token_text(self._ids[0]).text
+        added = self._ids[0] in self._tokenizer.special_ids and not self.text.startswith(first)
         out: list[tuple[int, TokenLogprobs | None, int]] = []
         for token_id, logprob in zip_longest(self._ids, (None, *logprobs)):
             out.append((token_id, logprob, min(offset, len(self.text))))
-            offset += len(detokenizer.push(token_id))
+            piece = detokenizer.push(token_id)
+            # A beginning-of-sequence token that tokenising added is not in the text.
+            offset += 0 if added and len(out) == 1 else len(piece)
         return out
 
 

@@ -80,7 +80,7 @@ class RequestBuilder:
         self._tokenizer = tokenizer
         self._info = info
         self._seeds = seeds
-        self._defaults = {name: defaults[name] for name in _GENERATION_CONFIG_FIELDS if defaults.get(name) is not None}
+        self._defaults = sampling_defaults(defaults)
         self._eos_token_ids = tuple(sorted({*info.eos_token_ids, *tokenizer.eos_token_ids, *_eos(defaults)}))
 
     def chat(self, body: ChatCompletionRequest) -> Prepared:
@@ -232,6 +232,20 @@ class RequestBuilder:
                 code="context_length_exceeded",
             )
         return max_tokens
+
+
+def sampling_defaults(generation_config: Mapping[str, Any]) -> dict[str, Any]:
+    """Sampling parameters that a `generation_config.json` sets; its `top_k` of 0 means all."""
+    found = {
+        name: generation_config[name] for name in _GENERATION_CONFIG_FIELDS if generation_config.get(name) is not None
+    }
+    return {**found, "top_k": -1} if found.get("top_k") == 0 else found
+
+
+def check_defaults(generation_config: Mapping[str, Any]) -> None:
+    """Raise RequestError or TypeError when the defaults are not valid."""
+    SamplingParams(**sampling_defaults(generation_config))
+    _eos(generation_config)
 
 
 def _eos(generation_config: Mapping[str, Any]) -> tuple[int, ...]:

@@ -208,12 +208,13 @@ def _apply_config_file(parser: argparse.ArgumentParser, path: Path) -> None:
         if action.choices is not None and value not in action.choices:
             raise LaunchError(f"--config {path}: {key} must be one of {', '.join(action.choices)}, got {value!r}")
         if isinstance(action.default, bool) or action.nargs == 0:
-            converted: Any = value
+            converted: Any = value != str(key).startswith("no")
             if not isinstance(value, bool):
                 raise LaunchError(f"--config {path}: {key} must be true or false, got {value!r}")
         else:
             try:
-                converted = value if value is None or action.type is None else action.type(value)  # type: ignore[operator]
+                convert: Any = action.type or str
+                converted = None if value is None else convert(value)
             except (TypeError, ValueError):
                 raise LaunchError(f"--config {path}: {key} has a bad value {value!r}") from None
         parser.set_defaults(**{action.dest: converted})

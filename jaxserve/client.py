@@ -258,6 +258,8 @@ class ProcessEngineClient:
     async def stop(self) -> None:
         """End the process, by force if it does not end by itself."""
         process = self._process
+        if process is not None and process.poll() is None and self._info is None:
+            process.kill()  # it reads no messages while it loads
         if process is not None and process.poll() is None:
             self._send(Shutdown())
             with contextlib.suppress(asyncio.TimeoutError):

@@ -24,11 +24,12 @@ import uvicorn
 import uvloop
 
 from api.app import create_app
+from api.params import check_defaults
 from api.server import ApiSettings, Server
 from checkpoints.huggingface import read_json
 from jaxserve.arguments import LaunchConfig, parse_arguments
 from jaxserve.client import ProcessEngineClient
-from jaxserve.errors import ExitCode, LaunchError
+from jaxserve.errors import ExitCode, LaunchError, RequestError
 from jaxserve.generation import Generation, TextOptions
 from jaxserve.model_source import find_model
 from jaxserve.request import Request, SamplingParams
@@ -89,7 +90,14 @@ def _chat_template(value: str | None) -> str | None:
 
 def _generation_defaults(path: Path) -> dict[str, Any]:
     file = path / "generation_config.json"
-    return read_json(file) if path.is_dir() and file.exists() else {}
+    if not (path.is_dir() and file.exists()):
+        return {}
+    try:
+        defaults = read_json(file)
+        check_defaults(defaults)
+    except (RequestError, TypeError, ValueError) as error:
+        raise LaunchError(f"{file}: {error}") from None
+    return defaults
 
 
 class _HttpServer(uvicorn.Server):
@@ -166,9 +174,8 @@ class _Launcher:
 
     async def _load(self) -> None:
         loop = asyncio.get_running_loop()
-        tokenizer = loop.run_in_executor(None, self._load_tokenizer)
-        await self._client.start()
-        loaded = await tokenizer
+        # Together, so that what fails first is told first.
+        _, loaded = await asyncio.gather(self._client.start(), loop.run_in_executor(None, self._load_tokenizer))
         if not self._args.skip_server_warmup:
             await self._warm_up(loaded)
         self._server.tokenizer = loaded  # from here on /health is 200

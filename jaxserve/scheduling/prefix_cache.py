@@ -142,3 +142,6 @@ class PrefixCache:
         self._pool.release(node.page)
         if self._evictable(parent):
             self._push_idle(parent)
+        elif parent.parent is None and not parent.children:
+            # The last page of a namespace: salts are the clients' to choose, so they must not pile up.
+            self._roots = {namespace: root for namespace, root in self._roots.items() if root is not parent}

@@ -105,3 +105,26 @@ def test_help_gives_each_default() -> None:
     text = build_parser().format_help()
     assert "(default: 127.0.0.1)" in text
     assert "memory and batching:" in text
+
+
+def test_config_file_negations_and_strings(tmp_path: Path) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text("model: demo\nno-enable-metrics: true\napi-key: 12345\n")
+    args = parse_arguments(["--config", str(file)]).args
+    assert not args.enable_metrics
+    assert args.api_key == "12345"
+
+
+@pytest.mark.parametrize("text", ['{"temperature": -1}', '{"top_p": "x"}', "{", '{"eos_token_id": "x"}'])
+def test_bad_generation_defaults_are_told_at_launch(tmp_path: Path, text: str) -> None:
+    from jaxserve.launch import _generation_defaults
+
+    (tmp_path / "generation_config.json").write_text(text)
+    with pytest.raises(LaunchError, match=r"generation_config\.json"):
+        _generation_defaults(tmp_path)
+
+
+def test_generation_defaults_of_hugging_face(tmp_path: Path) -> None:
+    from api.params import sampling_defaults
+
+    assert sampling_defaults({"top_k": 0, "temperature": 0.6, "do_sample": True}) == {"top_k": -1, "temperature": 0.6}
