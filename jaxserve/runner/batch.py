@@ -1,7 +1,7 @@
 """From a `SchedulerOutput` to the arrays of one step.
 
 `RowTable` keeps each running request's sampling parameters on the host, in numpy, row by row; building a batch
-gathers from it. Everything a step reads arrives in five arrays, because every transfer has a fixed price.
+gathers from it. Everything a step reads arrives in six arrays, because every transfer has a fixed price.
 """
 
 from itertools import chain

@@ -1,7 +1,7 @@
 """The compiled programs of a step, by bucket.
 
-The widest bucket of each kind is compiled first; the rest may follow in threads while requests are padded up to
-what is there. Tracing holds the interpreter lock, the compiler does not.
+All are compiled before the engine is ready, two at a time: tracing holds the interpreter lock, the compiler does
+not.
 """
 
 import logging
@@ -23,7 +23,7 @@ _COMPILE_THREADS = 2
 
 
 class CompiledSteps:
-    """Programs that are ready to run. Thread-safe: a dict grows while another thread picks from it."""
+    """Programs that are ready to run."""
 
     def __init__(self, buckets: tuple[Bucket, ...], lower: Lower) -> None:
         self._buckets = buckets
