@@ -56,24 +56,16 @@ class _Chat:
 
     async def collect(self) -> ChatCompletion:
         """The whole answer."""
-        texts = [""] * self._running.num_choices
-        tokens: list[list[Any]] = [[] for _ in texts]
-        ends: dict[int, ChoiceDelta] = {}
-        async for index, delta in self._running.deltas():
-            texts[index] += delta.text
-            tokens[index].extend(delta.tokens)
-            if delta.finish_reason is not None:
-                ends[index] = delta
-        self._running.raise_errors(ends.values())
+        outputs = await self._running.collect()
         choices = [
             ChatChoice(
                 index=index,
-                message=AssistantMessage(content=text),
-                finish_reason=str(ends[index].finish_reason),
-                logprobs=chat_logprobs(self._server.tokenizer, tokens[index]) if self._body.logprobs else None,
-                matched_stop=ends[index].matched_stop,
+                message=AssistantMessage(content=output.text),
+                finish_reason=str(output.end.finish_reason),
+                logprobs=chat_logprobs(self._server.tokenizer, output.tokens) if self._body.logprobs else None,
+                matched_stop=output.end.matched_stop,
             )
-            for index, text in enumerate(texts)
+            for index, output in enumerate(outputs)
         ]
         return ChatCompletion(self._id, self._created, self._model, choices, usage_info(self._running))
 

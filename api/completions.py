@@ -16,7 +16,7 @@ from api.running import RunningRequest, usage_info
 from api.schemas import Completion, CompletionChoice, CompletionLogprobs, CompletionRequest
 from api.server import Server
 from api.streaming import DONE, EventStream, event, unless_gone
-from jaxserve.generation import ChoiceDelta, ChoiceToken
+from jaxserve.generation import ChoiceToken
 from jaxserve.request import TokenLogprobs
 
 
@@ -82,24 +82,16 @@ class _Completion:
 
     async def collect(self) -> Completion:
         """The whole answer."""
-        texts = [""] * self._running.num_choices
-        tokens: list[list[ChoiceToken]] = [[] for _ in texts]
-        ends: dict[int, ChoiceDelta] = {}
-        async for index, delta in self._running.deltas():
-            texts[index] += delta.text
-            tokens[index].extend(delta.tokens)
-            if delta.finish_reason is not None:
-                ends[index] = delta
-        self._running.raise_errors(ends.values())
+        outputs = await self._running.collect()
         choices = [
             CompletionChoice(
                 index=position,
-                text=self._echo_text(source) + texts[source],
-                finish_reason=str(ends[source].finish_reason),
-                logprobs=self._logprobs(source, tokens[source], first=True),
-                matched_stop=ends[source].matched_stop,
+                text=self._echo_text(source) + outputs[source].text,
+                finish_reason=str(outputs[source].end.finish_reason),
+                logprobs=self._logprobs(source, outputs[source].tokens, first=True),
+                matched_stop=outputs[source].end.matched_stop,
             )
-            for position, source in enumerate(self._best(tokens))
+            for position, source in enumerate(self._best([output.tokens for output in outputs]))
         ]
         return Completion(self._id, self._created, self._model, choices, usage_info(self._running))
 

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import AsyncGenerator, Iterable, Sequence
+from typing import NamedTuple
 
 from api.errors import GenerationError
 from api.metrics import RequestTimer
@@ -10,10 +11,18 @@ from api.schemas import PromptTokensDetails, UsageInfo
 from api.server import Server
 from api.streaming import merge
 from jaxserve.errors import UnavailableError
-from jaxserve.generation import ChoiceDelta, Generation
+from jaxserve.generation import ChoiceDelta, ChoiceToken, Generation
 from jaxserve.request import FinishReason
 
 logger = logging.getLogger(__name__)
+
+
+class CollectedChoice(NamedTuple):
+    """A finished choice: its text, its tokens where log-probabilities were asked for, and its last delta."""
+
+    text: str
+    tokens: list[ChoiceToken]
+    end: ChoiceDelta
 
 
 class RunningRequest:
@@ -64,6 +73,19 @@ class RunningRequest:
                 self._timer.token(index)
             yield index, delta
         self._ended = True
+
+    async def collect(self) -> list[CollectedChoice]:
+        """Every choice, whole; raises as `raise_errors` does."""
+        texts = [""] * self.num_choices
+        tokens: list[list[ChoiceToken]] = [[] for _ in texts]
+        ends: dict[int, ChoiceDelta] = {}
+        async for index, delta in self.deltas():
+            texts[index] += delta.text
+            tokens[index].extend(delta.tokens)
+            if delta.finish_reason is not None:
+                ends[index] = delta
+        self.raise_errors(ends.values())
+        return [CollectedChoice(text, tokens[index], ends[index]) for index, text in enumerate(texts)]
 
     def raise_errors(self, ends: Iterable[ChoiceDelta]) -> None:
         """Raise if a choice ended with an error.

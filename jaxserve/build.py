@@ -125,7 +125,6 @@ def build_engine(config: EngineConfig, bar: ProgressBar) -> BuiltEngine:
         dtype=str(built.dtype),
         device=f"{config.tp_size} x {device.platform} {device.device_kind}",
         eos_token_ids=built.model.eos_token_ids,
-        bos_token_id=built.model.bos_token_id,
     )
     return BuiltEngine(Engine(built.runner, Scheduler(built.scheduler, built.cache)), info, compiles)
 
@@ -231,7 +230,6 @@ def _scheduler_config(config: EngineConfig, model: ModelConfig, platform: str) -
         max_rows=max_rows,
         max_step_tokens=max(max_step_tokens, max_rows) if config.chunked_prefill_size is None else max_step_tokens,
         context_length=context_length,
-        max_queued=config.max_queued_requests,
         policy=config.schedule_policy,
     )
 

@@ -75,7 +75,6 @@ class ModelConfig(_Config, frozen=True):
     qk_norm: bool = False
     sliding_window: int | None = None
     dtype: Dtype = "float32"
-    bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
@@ -129,12 +128,11 @@ class CacheConfig(_Config, frozen=True):
 
 
 class SchedulerConfig(_Config, frozen=True):
-    """Limits of one step and of the queue.
+    """Limits of one step, and the order of the queue.
 
     Attributes:
         max_rows: sequences that run at once.
         max_step_tokens: tokens of all rows in one step; prompts are cut into chunks of this.
-        max_queued: requests that may wait; None for no limit.
         context_length: tokens of prompt and output together, at most.
         policy: order of the waiting queue.
     """
@@ -142,7 +140,6 @@ class SchedulerConfig(_Config, frozen=True):
     max_rows: int
     max_step_tokens: int
     context_length: int
-    max_queued: int | None = None
     policy: SchedulePolicy = "fcfs"
 
     def __post_init__(self) -> None:

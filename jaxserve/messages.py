@@ -26,7 +26,6 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     dtype: str
     device: str
     eos_token_ids: tuple[int, ...]
-    bos_token_id: int | None
 
 
 class EngineStats(msgspec.Struct, frozen=True, kw_only=True):

@@ -139,7 +139,6 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
         num_choices: OpenAI's `n`; the prompt is computed once.
         cache_salt: requests share cached prefixes only with the same salt.
         priority: lower runs earlier under the `priority` policy.
-        arrival_s: monotonic seconds in the API process.
     """
 
     id: str
@@ -149,7 +148,6 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     num_choices: int = 1
     cache_salt: str = ""
     priority: int = 0
-    arrival_s: float = 0.0
 
 
 class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):

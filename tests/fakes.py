@@ -114,7 +114,6 @@ class FakeEngineClient:
             dtype="float32",
             device="fake",
             eos_token_ids=(vocab_size - 1,),
-            bos_token_id=None,
         )
 
     @property

@@ -119,7 +119,6 @@ def read_dense_config(
             qk_norm=qk_norm,
             sliding_window=_sliding_window(config, num_layers),
             dtype=_DTYPES.get(str(config.get("dtype") or config.get("torch_dtype") or "float32"), "float32"),
-            bos_token_id=config.get("bos_token_id"),
             eos_token_ids=tuple(eos) if isinstance(eos, list) else () if eos is None else (int(eos),),
         )
     except KeyError as error:

@@ -31,11 +31,6 @@ class CompiledSteps:
         self._lower_lock = threading.Lock()
         self._programs: dict[Bucket, jax.stages.Compiled] = {}
 
-    @property
-    def complete(self) -> bool:
-        """Whether every bucket is compiled; after that nothing is compiled any more."""
-        return len(self._programs) == len(self._buckets)
-
     def compile_all(self, progress: Progress) -> None:
         """Compile every bucket, two at a time."""
         with ThreadPoolExecutor(_COMPILE_THREADS, thread_name_prefix="compile") as pool:

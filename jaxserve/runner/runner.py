@@ -98,11 +98,6 @@ class ModelRunner:
         self._write_row: Any = None
 
     @property
-    def complete(self) -> bool:
-        """Whether every program is compiled; nothing compiles after that."""
-        return self._programs.complete
-
-    @property
     def num_programs(self) -> int:
         """Programs a step is compiled to."""
         return len(self._parts.buckets)
