@@ -28,6 +28,7 @@ from jaxserve.runner.buckets import make_buckets
 from jaxserve.runner.compile_counter import CompileCounter
 from jaxserve.runner.runner import ModelRunner, RunnerParts
 from jaxserve.runner.weights import load_weights, restore_weights
+from jaxserve.scheduling.data_parallel import DataParallelScheduler
 from jaxserve.scheduling.scheduler import Scheduler
 from kernels_pallas.paged_attention.api import AttentionConfig
 from kernels_pallas.paged_attention.xla import XlaAttention
@@ -119,14 +120,15 @@ def build_engine(config: EngineConfig, bar: ProgressBar) -> BuiltEngine:
         architecture=built.model.architecture,
         vocab_size=built.model.vocab_size,
         context_length=built.scheduler.context_length,
-        max_rows=built.scheduler.max_rows,
+        max_rows=built.scheduler.max_rows * config.dp_size,
         page_size=built.cache.page_size,
-        num_pages=built.cache.num_pages,
+        num_pages=built.cache.num_pages * config.dp_size,
         dtype=str(built.dtype),
-        device=f"{config.tp_size} x {device.platform} {device.device_kind}",
+        device=f"{config.dp_size * config.tp_size} x {device.platform} {device.device_kind}",
         eos_token_ids=built.model.eos_token_ids,
     )
-    return BuiltEngine(Engine(built.runner, Scheduler(built.scheduler, built.cache)), info, compiles)
+    schedulers = [Scheduler(built.scheduler, built.cache) for _ in range(config.dp_size)]
+    return BuiltEngine(Engine(built.runner, DataParallelScheduler(schedulers)), info, compiles)
 
 
 def _trim_heap() -> None:
@@ -153,7 +155,7 @@ def build_runner(config: EngineConfig, bar: ProgressBar) -> BuiltRunner:
     try:
         architecture = find_architecture(source.config)
         checkpoint = architecture.read_config(source.config)
-        mesh = make_mesh(config.tp_size)
+        mesh = make_mesh(config.tp_size, config.dp_size)
         platform = mesh.devices.flat[0].platform
         copies = kv_head_copies(checkpoint, config.tp_size)
         model = msgspec.structs.replace(checkpoint, num_kv_heads=checkpoint.num_kv_heads * copies)
@@ -205,7 +207,7 @@ def build_runner(config: EngineConfig, bar: ProgressBar) -> BuiltRunner:
         pages_per_row=-(-scheduler.context_length // cache.page_size),
         vocab_size=model.vocab_size,
     )
-    parts = RunnerParts(decoder, weights, attention, mesh, layout, make_buckets(scheduler))
+    parts = RunnerParts(decoder, weights, attention, mesh, layout, make_buckets(scheduler, 2 if platform == "cpu" else 4))
     return BuiltRunner(ModelRunner(parts), checkpoint, cache, scheduler, dtype)
 
 

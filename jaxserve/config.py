@@ -193,8 +193,6 @@ class EngineConfig(_Config, frozen=True):
                 raise LaunchError(f"{flag} must be at least 1, got {value}")
         if self.max_queued_requests is not None and self.max_queued_requests < 0:
             raise LaunchError(f"--max-queued-requests must not be negative, got {self.max_queued_requests}")
-        if self.dp_size != 1:
-            raise LaunchError(f"--dp-size {self.dp_size} is not supported yet; run one server per copy of the model")
         if self.mem_fraction_static is not None and not 0 < self.mem_fraction_static < 1:
             raise LaunchError(
                 f"--mem-fraction-static must be between 0 and 1 (exclusive), got {self.mem_fraction_static}"

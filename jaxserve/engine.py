@@ -9,29 +9,31 @@ from collections import deque
 from typing import Protocol
 
 from jaxserve.request import Request, TokenDelta
-from jaxserve.scheduling.scheduler import Scheduler, SchedulerStats
-from jaxserve.step import SchedulerOutput, StepOutput
+from jaxserve.scheduling.data_parallel import DataParallelScheduler
+from jaxserve.scheduling.scheduler import SchedulerStats
+from jaxserve.step import Plans, StepOutput
 
 logger = logging.getLogger(__name__)
 
-# A step that raised is tried again with the cache rebuilt; so many in a row and the engine gives up.
-_MAX_FAILURES = 3
+# After a step that raised, its sequences are computed anew; the scheduler ends those that make steps raise. So many
+# failures in a row are the machine's fault, and the engine gives up.
+_MAX_FAILURES = 5
 _MAX_PENDING = 1
 
 
 class Pending(Protocol):
     """A step on its way."""
 
-    def result(self) -> StepOutput:
-        """Wait for it."""
+    def result(self) -> tuple[StepOutput | None, ...]:
+        """Wait for it; one output per plan."""
         ...
 
 
 class Runner(Protocol):
     """What the engine needs of a model runner."""
 
-    def dispatch(self, plan: SchedulerOutput) -> Pending:
-        """Send a step to the devices."""
+    def dispatch(self, plans: Plans) -> Pending:
+        """Send a step to the devices; at least one of the plans is not None."""
         ...
 
     def reset(self) -> None:
@@ -42,7 +44,7 @@ class Runner(Protocol):
 class Engine:
     """Requests in, token deltas out."""
 
-    def __init__(self, runner: Runner, scheduler: Scheduler) -> None:
+    def __init__(self, runner: Runner, scheduler: DataParallelScheduler) -> None:
         self._runner = runner
         self._scheduler = scheduler
         self._pending: deque[Pending] = deque()
@@ -77,10 +79,10 @@ class Engine:
             Exception: what the step raised, after `_MAX_FAILURES` failures in a row.
         """
         try:
-            plan = self._scheduler.schedule()
-            if plan is not None:
-                self._pending.append(self._runner.dispatch(plan))
-            if self._pending and (plan is None or len(self._pending) > _MAX_PENDING):
+            plans = self._scheduler.schedule()
+            if plans is not None:
+                self._pending.append(self._runner.dispatch(plans))
+            if self._pending and (plans is None or len(self._pending) > _MAX_PENDING):
                 self._scheduler.update(self._pending.popleft().result())
                 self._num_failures = 0
         except Exception as error:

@@ -11,7 +11,8 @@ from jaxserve.errors import LaunchError
 
 logger = logging.getLogger(__name__)
 
-# Tensor parallelism splits heads, MLP and vocabulary over `model`; everything else is replicated.
+# Tensor parallelism splits heads, MLP and vocabulary over `model`; everything else is replicated. Weights are
+# never split over `data`: each copy of the model there has its own requests.
 SHARDING_RULES: dict[str, str | None] = {
     "vocab": "model",
     "heads": "model",
@@ -22,16 +23,20 @@ SHARDING_RULES: dict[str, str | None] = {
 }
 
 
-def make_mesh(tp_size: int) -> Mesh:
-    """A (data, model) mesh over the first `tp_size` devices.
+def make_mesh(tp_size: int, dp_size: int = 1) -> Mesh:
+    """A (data, model) mesh over the first `dp_size * tp_size` devices.
 
     Raises:
         LaunchError: there are not that many devices.
     """
     devices = jax.devices()
-    if tp_size > len(devices):
-        raise LaunchError(f"--tp-size {tp_size} needs {tp_size} devices, {len(devices)} {devices[0].platform} found")
-    grid = np.array(devices[:tp_size]).reshape(1, tp_size)
+    count = dp_size * tp_size
+    if count > len(devices):
+        raise LaunchError(
+            f"--tp-size {tp_size} and --dp-size {dp_size} need {count} devices, "
+            f"{len(devices)} {devices[0].platform} found"
+        )
+    grid = np.array(devices[:count]).reshape(dp_size, tp_size)
     return Mesh(grid, ("data", "model"), axis_types=(AxisType.Auto, AxisType.Auto))
 
 

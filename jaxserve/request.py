@@ -138,7 +138,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
         eos_token_ids: the model's own end tokens for this request.
         num_choices: OpenAI's `n`; the prompt is computed once.
         cache_salt: requests share cached prefixes only with the same salt.
-        priority: lower runs earlier under the `priority` policy.
+        priority: higher runs earlier, and is preempted later, under the `priority` policy.
     """
 
     id: str

@@ -3,6 +3,8 @@
 Host integers only. A `SchedulerOutput` serialises, so it is also what a multi-host run broadcasts.
 """
 
+from typing import TypeAlias
+
 import msgspec
 import numpy as np
 
@@ -78,6 +80,15 @@ class SchedulerOutput(msgspec.Struct, frozen=True, kw_only=True):
     def num_tokens(self) -> int:
         """Tokens run in this step over all rows."""
         return sum(row.num_tokens for row in self.rows)
+
+    @property
+    def num_draws(self) -> int:
+        """Rows of logits computed in this step."""
+        return sum(row.num_draws for row in self.rows)
+
+
+# One step of every copy of the model; None for a copy that has nothing to run.
+Plans: TypeAlias = tuple[SchedulerOutput | None, ...]
 
 
 class PromptLogprobs(msgspec.Struct, frozen=True):

@@ -5,13 +5,14 @@ import asyncio
 import numpy as np
 
 from jaxserve.client import Streams, TokenStream
-from jaxserve.config import CacheConfig, SchedulerConfig
+from jaxserve.config import CacheConfig, SchedulePolicy, SchedulerConfig
 from jaxserve.engine import Engine
 from jaxserve.errors import OverloadedError, UnavailableError
 from jaxserve.messages import EngineInfo, EngineStats
 from jaxserve.request import Request
+from jaxserve.scheduling.data_parallel import DataParallelScheduler
 from jaxserve.scheduling.scheduler import Scheduler
-from jaxserve.step import PromptLogprobs, SchedulerOutput, StepOutput
+from jaxserve.step import Plans, PromptLogprobs, SchedulerOutput, StepOutput
 
 NUM_TOP = 20
 
@@ -19,56 +20,63 @@ NUM_TOP = 20
 class FakePending:
     """A step whose result is known at once."""
 
-    def __init__(self, output: StepOutput) -> None:
-        self._output = output
+    def __init__(self, outputs: tuple[StepOutput | None, ...]) -> None:
+        self._outputs = outputs
 
-    def result(self) -> StepOutput:
-        return self._output
+    def result(self) -> tuple[StepOutput | None, ...]:
+        return self._outputs
 
 
 class FakeRunner:
     """Draws `last token + 1` modulo the vocabulary, so every output can be told in advance.
 
     Attributes:
+        plans: what was dispatched, copy after copy.
         fail_next: dispatches that raise.
+        poison: a token id that makes every step it is in raise.
         not_finite: rows of state whose logits are NaN.
     """
 
     def __init__(self, vocab_size: int = 256) -> None:
         self._vocab_size = vocab_size
-        self._last: dict[int, int] = {}
+        self._last: dict[tuple[int, int], int] = {}
         self.plans: list[SchedulerOutput] = []
         self.fail_next = 0
+        self.poison: int | None = None
         self.num_resets = 0
         self.not_finite: set[int] = set()
 
-    def dispatch(self, plan: SchedulerOutput) -> FakePending:
-        self.plans.append(plan)
+    def dispatch(self, plans: Plans) -> FakePending:
+        assert any(plan is not None for plan in plans)
+        self.plans += [plan for plan in plans if plan is not None]
         if self.fail_next:
             self.fail_next -= 1
             raise RuntimeError("the device is on fire")
+        return FakePending(tuple(plan and self._draw(copy, plan) for copy, plan in enumerate(plans)))
+
+    def _draw(self, copy: int, plan: SchedulerOutput) -> StepOutput:
         tokens: list[int] = []
         prompt: dict[int, PromptLogprobs] = {}
         for index, row in enumerate(plan.rows):
-            last = row.token_ids[-1] if row.token_ids[-1] >= 0 else self._last[row.row]
+            if self.poison in row.token_ids:
+                raise RuntimeError("a poisoned token")
+            last = row.token_ids[-1] if row.token_ids[-1] >= 0 else self._last[copy, row.row]
             tokens.append((last + 1) % self._vocab_size)
             if row.samples:
-                self._last[row.row] = tokens[-1]
+                self._last[copy, row.row] = tokens[-1]
             if row.prompt_targets:
                 count = len(row.prompt_targets)
                 prompt[index] = PromptLogprobs(
                     np.full(count, -1.0), np.tile(np.arange(NUM_TOP), (count, 1)), np.full((count, NUM_TOP), -2.0)
                 )
         count = len(plan.rows)
-        return FakePending(
-            StepOutput(
-                token_ids_B=np.array(tokens),
-                finite_B=np.array([row.row not in self.not_finite for row in plan.rows], bool),
-                logprobs_B=np.full(count, -0.5),
-                top_ids_BJ=np.tile(np.arange(NUM_TOP), (count, 1)),
-                top_logprobs_BJ=np.full((count, NUM_TOP), -0.5),
-                prompt=prompt,
-            )
+        return StepOutput(
+            token_ids_B=np.array(tokens),
+            finite_B=np.array([row.row not in self.not_finite for row in plan.rows], bool),
+            logprobs_B=np.full(count, -0.5),
+            top_ids_BJ=np.tile(np.arange(NUM_TOP), (count, 1)),
+            top_logprobs_BJ=np.full((count, NUM_TOP), -0.5),
+            prompt=prompt,
         )
 
     def reset(self) -> None:
@@ -76,15 +84,23 @@ class FakeRunner:
 
 
 def make_engine(
-    *, max_rows: int = 4, max_step_tokens: int = 16, page_size: int = 4, num_pages: int = 64, context_length: int = 128
+    *,
+    max_rows: int = 4,
+    max_step_tokens: int = 16,
+    page_size: int = 4,
+    num_pages: int = 64,
+    context_length: int = 128,
+    dp_size: int = 1,
+    policy: SchedulePolicy = "fcfs",
 ) -> tuple[Engine, FakeRunner]:
     """An engine over a `FakeRunner`."""
     runner = FakeRunner()
-    scheduler = Scheduler(
-        SchedulerConfig(max_rows=max_rows, max_step_tokens=max_step_tokens, context_length=context_length),
-        CacheConfig(page_size=page_size, num_pages=num_pages),
+    limits = SchedulerConfig(
+        max_rows=max_rows, max_step_tokens=max_step_tokens, context_length=context_length, policy=policy
     )
-    return Engine(runner, scheduler), runner
+    cache = CacheConfig(page_size=page_size, num_pages=num_pages)
+    schedulers = [Scheduler(limits, cache) for _ in range(dp_size)]
+    return Engine(runner, DataParallelScheduler(schedulers)), runner
 
 
 class FakeEngineClient:

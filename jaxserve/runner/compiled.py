@@ -38,10 +38,13 @@ class CompiledSteps:
             for bucket in progress(future.result() for future in as_completed(futures)):
                 logger.debug("compiled %s", bucket)
 
-    def pick(self, num_tokens: int, num_rows: int) -> tuple[Bucket, Callable[..., Any]]:
-        """The smallest compiled program that holds a step."""
-        bucket = pick_bucket(tuple(self._programs), num_tokens, num_rows)
-        return bucket, self._programs[bucket]
+    def pick(self, num_tokens: int, num_rows: int, *, single_tokens: bool) -> Bucket:
+        """The smallest compiled shape that holds a step."""
+        return pick_bucket(self._programs, num_tokens, num_rows, single_tokens=single_tokens)
+
+    def __getitem__(self, bucket: Bucket) -> Callable[..., Any]:
+        """The compiled step."""
+        return self._programs[bucket]
 
     def _compile(self, bucket: Bucket) -> Bucket:
         with self._lower_lock:

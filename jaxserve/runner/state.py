@@ -5,7 +5,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding
 
 from jaxserve.request import MAX_LOGIT_BIAS, MAX_STOP_TOKEN_IDS
 from jaxserve.step import NewRow
@@ -16,7 +16,7 @@ _MAX_STOPS = MAX_STOP_TOKEN_IDS + 16
 
 
 class DeviceState(NamedTuple):
-    """Row-indexed state; the last row is spare and stays neutral.
+    """Row-indexed state; each copy's last row is spare and stays neutral.
 
     Attributes:
         last_token_R: i32, the token drawn last; feeds the next step without a trip to the host.
@@ -43,17 +43,15 @@ class RowState(NamedTuple):
     stop_ids_J: np.ndarray
 
 
-def empty_state(max_rows: int, vocab_size: int, mesh: Mesh) -> DeviceState:
-    """Neutral state of `max_rows` rows and the spare one."""
-    replicated = NamedSharding(mesh, PartitionSpec())
-    rows = max_rows + 1
+def empty_state(rows: int, vocab_size: int, sharding: NamedSharding) -> DeviceState:
+    """Neutral state of `rows` rows, the spare ones included."""
     return DeviceState(
-        jnp.zeros(rows, jnp.int32, device=replicated),
+        jnp.zeros(rows, jnp.int32, device=sharding),
         SamplingState(
-            counts_RV=jnp.zeros((rows, vocab_size), jnp.int32, device=replicated),
-            bias_ids_RJ=jnp.full((rows, MAX_LOGIT_BIAS), vocab_size, jnp.int32, device=replicated),
-            bias_values_RJ=jnp.zeros((rows, MAX_LOGIT_BIAS), jnp.float32, device=replicated),
-            stop_ids_RJ=jnp.full((rows, _MAX_STOPS), vocab_size, jnp.int32, device=replicated),
+            counts_RV=jnp.zeros((rows, vocab_size), jnp.int32, device=sharding),
+            bias_ids_RJ=jnp.full((rows, MAX_LOGIT_BIAS), vocab_size, jnp.int32, device=sharding),
+            bias_values_RJ=jnp.zeros((rows, MAX_LOGIT_BIAS), jnp.float32, device=sharding),
+            stop_ids_RJ=jnp.full((rows, _MAX_STOPS), vocab_size, jnp.int32, device=sharding),
         ),
     )
 

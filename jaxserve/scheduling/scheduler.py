@@ -20,6 +20,8 @@ from jaxserve.step import NewRow, PromptLogprobs, ScheduledRow, SchedulerOutput,
 
 # Longest-prefix-first looks at this many waiting requests; a longer queue is served in order of arrival.
 _LPM_WINDOW = 128
+# A sequence whose steps raise this often is ended, so that the others can go on.
+_MAX_FAILED_STEPS = 3
 
 
 class SchedulerStats(NamedTuple):
@@ -65,6 +67,11 @@ class Scheduler:
         return not (self._waiting or self._running or self._in_flight or self._outbox)
 
     @property
+    def num_live(self) -> int:
+        """Choices that have not ended."""
+        return sum(map(len, self._live.values()))
+
+    @property
     def stats(self) -> SchedulerStats:
         """Current gauges and counters."""
         return SchedulerStats(
@@ -76,6 +83,10 @@ class Scheduler:
             num_prompt_tokens=self._num_prompt_tokens,
             num_cached_tokens=self._num_cached_tokens,
         )
+
+    def num_cached_pages(self, request: Request) -> int:
+        """Pages of the request's prompt that the prefix cache holds now."""
+        return self._prefixes.match_length((request.cache_salt,), request.prompt_token_ids)
 
     def add(self, request: Request) -> None:
         """Queue a request. It must fit the context length and the pool; the caller has checked."""
@@ -148,12 +159,17 @@ class Scheduler:
 
     def restart_running(self) -> None:
         """Queue every running sequence anew after the cache was lost. Steps in flight are forgotten."""
+        suspects = dict.fromkeys(sequence for step in self._in_flight for sequence in step.sequences)
         self._in_flight.clear()
         for sequence in [sequence for sequences in self._live.values() for sequence in sequences]:
             sequence.num_in_flight = 0
         for sequence in reversed(self._running.copy()):
             self._preempt(sequence)
         self._prefixes.flush()
+        for sequence in suspects:
+            sequence.num_failed_steps += 1
+            if sequence.num_failed_steps == _MAX_FAILED_STEPS and not sequence.finished:
+                self._finish(sequence, FinishReason.ERROR, error="internal_error: its steps fail")
 
     def flush_cache(self) -> bool:
         """Forget cached prefixes; refused (False) while anything runs or waits."""
@@ -163,12 +179,21 @@ class Scheduler:
         return True
 
     def _insert_by_priority(self, sequences: list[Sequence]) -> None:
+        """After those that wait with the same priority."""
         priority = sequences[0].request.priority
         index = len(self._waiting)
-        while index and self._waiting[index - 1].request.priority > priority:
+        while index and self._waiting[index - 1].request.priority < priority:
             index -= 1
         for offset, sequence in enumerate(sequences):
             self._waiting.insert(index + offset, sequence)
+
+    def _put_back(self, sequence: Sequence) -> None:
+        """To the head of the queue; under `priority`, of those that wait with the same priority."""
+        index = 0
+        if self._config.policy == "priority":
+            while index < len(self._waiting) and self._waiting[index].request.priority > sequence.request.priority:
+                index += 1
+        self._waiting.insert(index, sequence)
 
     def _schedule_running(self, sequence: Sequence, step: "_StepBuilder") -> None:
         if sequence.drained:
@@ -177,18 +202,24 @@ class Scheduler:
         if count == 0:
             return
         while not self._grow(sequence, sequence.num_computed_tokens + count):
-            victim = self._running[-1]
+            victim = self._victim()
             self._preempt(victim)
             step.drop(victim)
             if victim is sequence:
                 return
         step.add(sequence, count)
 
+    def _victim(self) -> Sequence:
+        """Who gives up its pages: the newest, of those with the lowest priority where priorities count."""
+        if self._config.policy == "priority":
+            return min(reversed(self._running), key=lambda sequence: sequence.request.priority)
+        return self._running[-1]
+
     def _admit(self, step: "_StepBuilder") -> None:
         for sequence in self._candidates():
             if not self._free_rows or not step.num_tokens_left or not step.num_draws_left:
                 return
-            if sequence.num_in_flight or self._waits_for_prefix(sequence):
+            if sequence.num_in_flight or self._waits_for_prefix(sequence) or self._in_doubt(sequence):
                 continue
             sequence.pages = self._match(sequence)
             sequence.num_indexed_pages = len(sequence.pages)
@@ -236,6 +267,10 @@ class Scheduler:
             for other in self._running
         )
 
+    def _in_doubt(self, sequence: Sequence) -> bool:
+        """Whether a step of this one raised before and another such one runs: together they cannot be told apart."""
+        return sequence.num_failed_steps > 0 and any(other.num_failed_steps for other in self._running)
+
     def _match(self, sequence: Sequence) -> list[int]:
         """Pages of a cached prefix, now held; the last token is always computed, for its logits."""
         if sequence.collects_prompt_logprobs:
@@ -261,7 +296,7 @@ class Scheduler:
         if sequence.collects_prompt_logprobs:
             sequence.prompt_logprobs.clear()
         self._num_preemptions += 1
-        self._waiting.appendleft(sequence)
+        self._put_back(sequence)
 
     def _leave_row(self, sequence: Sequence) -> None:
         self._running.remove(sequence)

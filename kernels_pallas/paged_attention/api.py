@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 Cache: TypeAlias = dict[str, jax.Array]
@@ -20,6 +21,8 @@ Plan: TypeAlias = Any
 
 class AttentionMeta(NamedTuple):
     """Where each token of a step belongs. Rows that run a single token come first.
+
+    Shapes tell something too: with T = B, every row runs a single token.
 
     Attributes:
         kv_lens_B: i32, keys a row has once this step's are written; 0 for padding rows.
@@ -64,6 +67,11 @@ class AttentionConfig:
     window: int | None = None
     soft_cap: float | None = None
     batch_invariant: bool = False
+
+    def scores(self, equation: str, q: jax.Array, k: jax.Array) -> jax.Array:
+        """Scaled and capped scores in f32; `equation` is the einsum of queries and keys."""
+        scores = jnp.einsum(equation, q, k, preferred_element_type=jnp.float32) * self.scale
+        return scores if self.soft_cap is None else self.soft_cap * jnp.tanh(scores / self.soft_cap)
 
 
 class CacheSpec(NamedTuple):

@@ -47,7 +47,7 @@ def run(runner: ModelRunner, rows: list[ScheduledRow]) -> np.ndarray:
     """Logits of every token of a step."""
     parts = runner._parts
     plan = SchedulerOutput(step=0, new_rows=(), rows=tuple(rows))
-    batch = runner._rows.build(plan, Bucket(128, 4))
+    batch = runner._rows[0].build(plan, Bucket(128, 4))
 
     def forward(weights: object, cache: object, batch: ForwardBatch) -> tuple[jax.Array, object]:
         plan = parts.attention.plan(batch.attention_meta())

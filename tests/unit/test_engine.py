@@ -6,11 +6,14 @@ from jaxserve.request import FinishReason, Request, SamplingParams, TokenDelta
 from tests.fakes import make_engine
 
 
-def request(name: str, prompt: tuple[int, ...] = (1, 2, 3), max_tokens: int = 4, **options: object) -> Request:
+def request(
+    name: str, prompt: tuple[int, ...] = (1, 2, 3), max_tokens: int = 4, priority: int = 0, **options: object
+) -> Request:
     return Request(
         id=name,
         prompt_token_ids=prompt,
         sampling=SamplingParams(max_tokens=max_tokens, **options),  # type: ignore[arg-type]
+        priority=priority,
     )
 
 
@@ -83,16 +86,60 @@ def test_waits_for_a_prefix_that_is_being_computed() -> None:
     assert next(delta for delta in deltas if delta.request_id == "b").num_cached_tokens == 40
 
 
-def test_a_failing_step_is_tried_again_and_then_given_up() -> None:
+def test_a_failing_step_is_tried_again() -> None:
     engine, runner = make_engine()
     engine.add(request("a"))
     runner.fail_next = 2
     assert tokens(finish(engine), "a") == [4, 5, 6, 7]
     assert runner.num_resets == 2
-    engine.add(request("b"))
-    runner.fail_next = 3
+
+
+def test_a_request_that_makes_every_step_raise_ends_alone() -> None:
+    engine, runner = make_engine(max_step_tokens=64)
+    runner.poison = 13
+    for name, prompt in (("a", (1, 2)), ("b", (12, 13)), ("c", (1, 2))):
+        engine.add(request(name, prompt=prompt))
+    deltas = finish(engine)
+    ends = {delta.request_id: delta.finish_reason for delta in deltas if delta.finish_reason}
+    assert ends == {"a": FinishReason.LENGTH, "b": FinishReason.ERROR, "c": FinishReason.LENGTH}
+    assert tokens(deltas, "a") == tokens(deltas, "c") == [3, 4, 5, 6]
+
+
+def test_a_device_that_fails_every_step_is_given_up() -> None:
+    engine, runner = make_engine()
+    for index in range(4):
+        engine.add(request(str(index)))
+    runner.fail_next = 100
     with pytest.raises(RuntimeError, match="on fire"):
         finish(engine)
+    assert runner.num_resets == 4
+
+
+def test_copies_of_the_model_share_the_requests_and_keep_a_prefix() -> None:
+    engine, runner = make_engine(dp_size=2, max_step_tokens=64)
+    prompts = {"a": (1,) * 9, "b": (2,) * 9}
+    for name, prompt in prompts.items():
+        engine.add(request(name, prompt=prompt))
+    engine.step()
+    assert [len(plan.rows) for plan in runner.plans] == [1, 1]
+    deltas = finish(engine)
+    assert tokens(deltas, "a") == [2, 3, 4, 5]
+    assert tokens(deltas, "b") == [3, 4, 5, 6]
+    engine.add(request("c", prompt=prompts["b"]))
+    assert finish(engine)[0].num_cached_tokens == 8
+    assert engine.stats.num_pages == 128
+    assert engine.flush_cache()
+
+
+def test_priority_decides_who_runs_and_who_gives_way() -> None:
+    engine, runner = make_engine(num_pages=12, page_size=4, context_length=48, policy="priority")
+    for name, priority in (("low", 0), ("high", 5), ("middle", 3)):
+        engine.add(request(name, prompt=(ord(name[0]),) * 8, max_tokens=24, priority=priority))
+    deltas = finish(engine)
+    ends = [delta.request_id for delta in deltas if delta.finish_reason]
+    assert ends == ["high", "middle", "low"]
+    assert engine.stats.num_preemptions > 0
+    assert runner.plans[0].rows[0].token_ids[0] == ord("h")
 
 
 def test_a_row_that_is_not_finite_leaves_nothing_in_the_cache() -> None:

@@ -1,0 +1,62 @@
+"""One scheduler per copy of the model. Copies take their steps together and share nothing else."""
+
+from collections.abc import Sequence
+
+from jaxserve.request import Request, TokenDelta
+from jaxserve.scheduling.scheduler import Scheduler, SchedulerStats
+from jaxserve.step import Plans, StepOutput
+
+
+class DataParallelScheduler:
+    """What `Scheduler` does, over `--dp-size` of them; a request stays with the copy it was given to.
+
+    Args:
+        schedulers: one per copy, in the order of the mesh's `data` axis.
+    """
+
+    def __init__(self, schedulers: Sequence[Scheduler]) -> None:
+        self._schedulers = tuple(schedulers)
+
+    @property
+    def idle(self) -> bool:
+        """Whether no copy has anything to do."""
+        return all(scheduler.idle for scheduler in self._schedulers)
+
+    @property
+    def stats(self) -> SchedulerStats:
+        """Sums over the copies."""
+        return SchedulerStats(*map(sum, zip(*(scheduler.stats for scheduler in self._schedulers), strict=True)))
+
+    def add(self, request: Request) -> None:
+        """Queue a request with the copy that has the fewest choices; of those, where most of its prompt is cached."""
+        best = min(self._schedulers, key=lambda s: (s.num_live, -s.num_cached_pages(request)))
+        best.add(request)
+
+    def abort(self, request_id: str, choice: int | None = None) -> None:
+        """End a request or one choice of it; unknown ids are ignored."""
+        for scheduler in self._schedulers:
+            scheduler.abort(request_id, choice)
+
+    def schedule(self) -> Plans | None:
+        """Plan the next step of every copy, or None when none can run."""
+        plans = tuple(scheduler.schedule() for scheduler in self._schedulers)
+        return plans if any(plan is not None for plan in plans) else None
+
+    def update(self, outputs: Sequence[StepOutput | None]) -> None:
+        """Take in the results of the oldest step in flight, in the order of its plans."""
+        for scheduler, output in zip(self._schedulers, outputs, strict=True):
+            if output is not None:
+                scheduler.update(output)
+
+    def take_deltas(self) -> list[TokenDelta]:
+        """What clients are to be told since the last call."""
+        return [delta for scheduler in self._schedulers for delta in scheduler.take_deltas()]
+
+    def restart_running(self) -> None:
+        """Queue every running sequence anew after the cache was lost. Steps in flight are forgotten."""
+        for scheduler in self._schedulers:
+            scheduler.restart_running()
+
+    def flush_cache(self) -> bool:
+        """Forget cached prefixes; refused (False) while anything runs or waits."""
+        return self.idle and all([scheduler.flush_cache() for scheduler in self._schedulers])

@@ -1,0 +1,76 @@
+"""Softmax over keys that come in parts, merged as FlashAttention does (arXiv:2205.14135)."""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+# Finite, so that differences of masked maxima are 0 and not NaN.
+MASKED = -1e30
+# Above any masked score and below any real one: a part without live keys weighs exp(MASKED - this) = 0.
+_LOWEST = MASKED / 10
+
+
+class PartialSoftmax(NamedTuple):
+    """A softmax in progress: running maximum, sum of weights, weighted values (one axis more); all f32."""
+
+    top: jax.Array
+    total: jax.Array
+    out: jax.Array
+
+    def values(self) -> jax.Array:
+        """The finished weighted mean."""
+        return self.out / self.total[..., None]
+
+
+def from_sinks(sinks: jax.Array, shape: Sequence[int]) -> PartialSoftmax:
+    """The state before any key: a sink per head takes mass and has no value.
+
+    Args:
+        sinks: f32 scores, `MASKED` for none; broadcast to all axes of `shape` but the last.
+        shape: of the weighted values.
+    """
+    top = jnp.broadcast_to(sinks, shape[:-1])
+    return PartialSoftmax(top, jnp.ones(shape[:-1], jnp.float32), jnp.zeros(shape, jnp.float32))
+
+
+def attend_part(
+    scores: jax.Array, live: jax.Array, values: jax.Array, equation: str, live_values: jax.Array
+) -> PartialSoftmax:
+    """Softmax of one part's scores and the values they weigh.
+
+    Args:
+        scores: f32, keys along the last axis.
+        live: bool, broadcast against `scores`.
+        values: the part's values; slots that are not live may hold anything, NaN included.
+        equation: einsum of (weights, values).
+        live_values: bool, broadcast against `values`.
+    """
+    scores = jnp.where(live, scores, MASKED)
+    top = jnp.max(scores, axis=-1)
+    weights = jnp.exp(scores - jnp.maximum(top, _LOWEST)[..., None])
+    weigh = partial(jnp.einsum, equation, weights.astype(values.dtype), preferred_element_type=jnp.float32)
+    out = weigh(values)
+    # 0 * NaN is NaN. Masking the values always would cost as much as the product, so only where it happened.
+    out = lax.cond(
+        jnp.isnan(jnp.sum(out)),
+        lambda values, _: weigh(jnp.where(live_values, values, 0)),
+        lambda _, out: out,
+        values,
+        out,
+    )
+    return PartialSoftmax(top, jnp.sum(weights, axis=-1), out)
+
+
+def merge(state: PartialSoftmax, part: PartialSoftmax) -> PartialSoftmax:
+    """The softmax over the keys of both."""
+    top = jnp.maximum(state.top, part.top)
+    old, new = jnp.exp(state.top - top), jnp.exp(part.top - top)
+    return PartialSoftmax(
+        top,
+        state.total * old + part.total * new,
+        state.out * old[..., None] + part.out * new[..., None],
+    )

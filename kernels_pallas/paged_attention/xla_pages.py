@@ -1,0 +1,38 @@
+"""Reading and writing pages in portable XLA. Pages are head-major, [pages of all layers, K, S, H]."""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+
+def write_tokens(pages_PKSH: jax.Array, page_T: jax.Array, slot_T: jax.Array, new_TKH: jax.Array) -> jax.Array:
+    """Put each token's keys or values into its slot of its page; pages past the end are dropped."""
+    return pages_PKSH.at[page_T, :, slot_T].set(new_TKH.astype(pages_PKSH.dtype), mode="drop")
+
+
+def take_pages(pages_PKSH: jax.Array, page_EW: jax.Array) -> jax.Array:
+    """Keys or values of E lists of W pages, head-major: [E, K, W * S, H]. Every page must exist.
+
+    Gathered as flat rows, one per page and head: XLA on CPU copies those three times faster than pages of four
+    axes, and they come out in the order that the products want. The barrier keeps it from undoing the reshape.
+    """
+    _, num_heads, page_size, head_dim = pages_PKSH.shape
+    row_EKW = page_EW[:, None, :] * num_heads + jnp.arange(num_heads)[:, None]
+    rows_RF = pages_PKSH.reshape(-1, page_size * head_dim)
+    flat_RF = lax.optimization_barrier(rows_RF.at[row_EKW.reshape(-1)].get(mode="promise_in_bounds"))
+    return flat_RF.reshape(page_EW.shape[0], num_heads, -1, head_dim)
+
+
+def expand(counts_B: jax.Array, length: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """List (row, index within the row) for `counts_B` entries of each row, padded to `length`; and their number."""
+    ends_B = jnp.cumsum(counts_B, dtype=jnp.int32)
+    item_I = jnp.arange(length, dtype=jnp.int32)
+    row_I = jnp.minimum(jnp.searchsorted(ends_B, item_I, side="right").astype(jnp.int32), counts_B.shape[0] - 1)
+    index_I = jnp.where(item_I < ends_B[-1], item_I - (ends_B - counts_B)[row_I], 0)
+    return row_I, index_I, ends_B[-1]
+
+
+def group_pages(page_table_BM: jax.Array, count: int) -> jax.Array:
+    """The page table in groups of `count` pages, [B, groups, count]; the last group is filled up with page 0."""
+    padded_BM = jnp.pad(page_table_BM, ((0, 0), (0, -page_table_BM.shape[1] % count)))
+    return padded_BM.reshape(page_table_BM.shape[0], -1, count)
