@@ -24,7 +24,7 @@ from jaxserve.messages import EngineInfo
 from jaxserve.models.architecture import BuildModel
 from jaxserve.models.registry import find_architecture
 from jaxserve.runner.batch import BatchLayout
-from jaxserve.runner.buckets import make_buckets
+from jaxserve.runner.buckets import ACCELERATOR_STEPS, CPU_STEPS, make_buckets
 from jaxserve.runner.compile_counter import CompileCounter
 from jaxserve.runner.runner import ModelRunner, RunnerParts
 from jaxserve.runner.weights import load_weights, restore_weights
@@ -207,7 +207,8 @@ def build_runner(config: EngineConfig, bar: ProgressBar) -> BuiltRunner:
         pages_per_row=-(-scheduler.context_length // cache.page_size),
         vocab_size=model.vocab_size,
     )
-    parts = RunnerParts(decoder, weights, attention, mesh, layout, make_buckets(scheduler, 2 if platform == "cpu" else 4))
+    buckets = make_buckets(scheduler, CPU_STEPS if platform == "cpu" else ACCELERATOR_STEPS)
+    parts = RunnerParts(decoder, weights, attention, mesh, layout, buckets)
     return BuiltRunner(ModelRunner(parts), checkpoint, cache, scheduler, dtype)
 
 

@@ -5,6 +5,8 @@ from typing import NamedTuple
 
 from jaxserve.config import SchedulerConfig
 
+_FIRST_TOKENS = 32
+
 
 class Bucket(NamedTuple):
     """Shape of one program: packed tokens and rows. With as many rows as tokens, every row runs a single token."""
@@ -13,22 +15,34 @@ class Bucket(NamedTuple):
     num_rows: int
 
 
-def make_buckets(config: SchedulerConfig, token_factor: int) -> tuple[Bucket, ...]:
+class BucketSteps(NamedTuple):
+    """How finely shapes are graded: padding costs time, programs cost start-up.
+
+    Attributes:
+        first_rows: fewest rows of a decode step.
+        token_factor: from one size of a mixed step to the next.
+    """
+
+    first_rows: int
+    token_factor: int
+
+
+# A CPU pays for every padded token, and XLA's bfloat16 products there are far slower with one row than with two.
+CPU_STEPS = BucketSteps(first_rows=2, token_factor=2)
+ACCELERATOR_STEPS = BucketSteps(first_rows=8, token_factor=4)
+
+
+def make_buckets(config: SchedulerConfig, steps: BucketSteps) -> tuple[Bucket, ...]:
     """Programs that cover every step within the limits, widest first.
 
-    Rows come in steps of four times; a decode step has as many tokens as rows. Steps with prompt tokens in them
-    come with few rows or with all.
-
-    Args:
-        config: the limits.
-        token_factor: between one size of a mixed step and the next; small where padding costs time, large where
-            programs cost more.
+    Decode steps have as many tokens as rows, in steps of four times. Steps with prompt tokens in them come with the
+    most rows that are fewer than their tokens.
     """
-    rows = _powers(8, 4, config.max_rows)
-    tokens = _powers(4 * rows[0], token_factor, max(config.max_step_tokens, rows[-1] + 1))
-    decode = {Bucket(num_rows, num_rows) for num_rows in rows}
-    mixed = {Bucket(num_tokens, r) for num_tokens in tokens for r in (rows[0], rows[-1]) if num_tokens > r}
-    return tuple(sorted(decode | mixed, reverse=True))
+    rows = _powers(steps.first_rows, 4, config.max_rows)
+    tokens = _powers(_FIRST_TOKENS, steps.token_factor, max(config.max_step_tokens, rows[-1] + 1))
+    decode = [Bucket(num_rows, num_rows) for num_rows in rows]
+    mixed = [Bucket(num_tokens, max(r for r in rows if r < num_tokens)) for num_tokens in tokens]
+    return tuple(sorted(decode + mixed, reverse=True))
 
 
 def pick_bucket(buckets: Iterable[Bucket], num_tokens: int, num_rows: int, *, single_tokens: bool) -> Bucket:

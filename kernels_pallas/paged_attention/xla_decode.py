@@ -62,7 +62,7 @@ def attend_decode(
 ) -> jax.Array:
     """Token b belongs to row b. Returns f32 [T, K, G, H], zeros where no row decodes."""
     num_rows, num_items = items.kv_len_B.shape[0], items.row_I.shape[0]
-    chunk = min(max(num_rows, 8), _MAX_ITEMS, num_items)
+    chunk = min(num_rows, _MAX_ITEMS, num_items)
     key_s = jnp.arange(items.pages_IW.shape[1] * config.page_size)
     q_BKGH = q_TKGH[:num_rows]
 
