@@ -50,7 +50,7 @@ class _Builders:
         if self._builder is None:
             settings = self._server.settings
             self._builder = RequestBuilder(
-                self._server.tokenizer, self._server.client.info, self._seeds, settings.generation_defaults
+                self._server.tokenizer, self._server.client.info, self._seeds, settings.generation
             )
         return self._builder
 

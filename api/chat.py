@@ -10,7 +10,7 @@ from litestar.di import NamedDependency
 from litestar.params import JSONBody
 
 from api.logprobs import chat_logprobs
-from api.params import RequestBuilder, check_fields
+from api.params import RequestBuilder, build, check_fields, request_id
 from api.running import RunningRequest, usage_info
 from api.schemas import (
     AssistantMessage,
@@ -36,7 +36,9 @@ async def chat_completions(
     """Continue a conversation; with `stream` the answer is server-sent events."""
     check_fields(await request.json(), ChatCompletionRequest)
     model = server.check_model(data.model)
-    running = RunningRequest(server, "chat", [builder.chat(data)])
+    name = request_id(data.rid)
+    prepared = await build(len(await request.body()), builder.chat, data, name)
+    running = RunningRequest(server, "chat", name, [prepared])
     chat = _Chat(server, data, model, running)
     if data.stream:
         return EventStream(chat.events(), running.close)  # type: ignore[return-value]
@@ -52,7 +54,7 @@ class _Chat:
         self._model = model
         self._running = running
         self._created = int(time.time())
-        self._id = f"chatcmpl-{running.id}"
+        self._id = body.rid or f"chatcmpl-{running.id}"
 
     async def collect(self) -> ChatCompletion:
         """The whole answer."""

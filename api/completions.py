@@ -11,7 +11,7 @@ from litestar.di import NamedDependency
 from litestar.params import JSONBody
 
 from api.logprobs import completion_logprobs
-from api.params import RequestBuilder, check_fields
+from api.params import RequestBuilder, build, check_fields, request_id
 from api.running import RunningRequest, usage_info
 from api.schemas import Completion, CompletionChoice, CompletionLogprobs, CompletionRequest
 from api.server import Server
@@ -30,7 +30,9 @@ async def completions(
     """Continue one or several prompts; with `stream` the answer is server-sent events."""
     check_fields(await request.json(), CompletionRequest)
     model = server.check_model(data.model)
-    running = RunningRequest(server, "completions", builder.completions(data))
+    name = request_id(data.rid)
+    prepared = await build(len(await request.body()), builder.completions, data, name)
+    running = RunningRequest(server, "completions", name, prepared)
     answer = _Completion(server, data, model, running)
     if data.stream:
         return EventStream(answer.events(), running.close)  # type: ignore[return-value]
@@ -69,7 +71,7 @@ class _Completion:
         self._model = model
         self._running = running
         self._created = int(time.time())
-        self._id = f"cmpl-{running.id}"
+        self._id = body.rid or f"cmpl-{running.id}"
         texts: list[Any] = [body.prompt] if isinstance(body.prompt, str) else body.prompt
         self._echoes = (
             [

@@ -1,20 +1,25 @@
 """From wire requests to valid engine requests. All checks that can be made before a token is drawn are made here."""
 
+import asyncio
 import math
 import random
 import secrets
 import uuid
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import msgspec
 
 from api.schemas import ChatCompletionRequest, ChatMessage, CommonRequest, CompletionRequest
 from jaxserve.errors import RequestError
 from jaxserve.generation import TextOptions
+from jaxserve.generation_config import GenerationConfig
 from jaxserve.messages import EngineInfo
 from jaxserve.request import MAX_CHOICES, MAX_LOGPROBS, Request, SamplingParams
 from jaxserve.text.tokenizer import Tokenizer
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 _MAX_STOPS = 16
 _MAX_STOP_CHARACTERS = 256
@@ -23,7 +28,20 @@ _MAX_SALT_CHARACTERS = 256
 _MAX_MESSAGES = 2048
 _ROLES = ("system", "user", "assistant", "tool", "developer", "function")
 _COMPLETION_MAX_TOKENS = 16
-_GENERATION_CONFIG_FIELDS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+_SAMPLING_FIELDS = (
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "repetition_penalty",
+    "frequency_penalty",
+    "presence_penalty",
+    "min_tokens",
+    "ignore_eos",
+)
+_MAX_REQUEST_ID_CHARACTERS = 256
+# Larger bodies are rendered and tokenised in a thread: the streams of others must go on meanwhile.
+_LARGE_BODY_BYTES = 16 << 10
 
 
 class Prepared(NamedTuple):
@@ -73,32 +91,34 @@ class RequestBuilder:
         tokenizer: of the served model.
         info: limits of the engine.
         seeds: where unset seeds come from.
-        defaults: sampling defaults of the chat endpoint (`generation_config.json`).
+        generation: the model's own sampling defaults, for chats, and end tokens.
     """
 
-    def __init__(self, tokenizer: Tokenizer, info: EngineInfo, seeds: SeedSource, defaults: Mapping[str, Any]) -> None:
+    def __init__(self, tokenizer: Tokenizer, info: EngineInfo, seeds: SeedSource, generation: GenerationConfig) -> None:
         self._tokenizer = tokenizer
         self._info = info
         self._seeds = seeds
-        self._defaults = sampling_defaults(defaults)
-        self._eos_token_ids = tuple(sorted({*info.eos_token_ids, *tokenizer.eos_token_ids, *_eos(defaults)}))
+        self._defaults = generation.sampling
+        self._eos_token_ids = tuple(sorted({*info.eos_token_ids, *tokenizer.eos_token_ids, *generation.eos_token_ids}))
 
-    def chat(self, body: ChatCompletionRequest) -> Prepared:
+    def chat(self, body: ChatCompletionRequest, request_id: str) -> Prepared:
         """One conversation."""
         _check_common(body)
         prompt = self.render(body.messages, body.chat_template_kwargs, continue_final=bool(body.continue_final_message))
         # The template has written the special tokens already.
-        ids = self._tokenizer.encode(prompt, add_special_tokens=False, max_tokens=self._info.context_length)
+        limit = self._info.context_length
+        ids = self._tokenizer.encode(prompt, add_special_tokens=False, max_tokens=limit, param="messages")
         if body.top_logprobs is not None and not body.logprobs:
             raise RequestError("top_logprobs needs logprobs to be true", param="top_logprobs")
         _check_range("top_logprobs", body.top_logprobs, 0, MAX_LOGPROBS)
         max_tokens = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
         num_logprobs = (body.top_logprobs or 0) if body.logprobs else None
-        sampling = self._sampling(body, len(ids), max_tokens, num_logprobs, self._defaults)
-        return Prepared(self._request(body, ids, sampling, body.n or 1), _text_options(body))
+        max_tokens = self._max_tokens(len(ids), max_tokens, "messages")
+        sampling = self._sampling(body, max_tokens, num_logprobs, self._defaults)
+        return Prepared(self._request(body, request_id, ids, sampling, body.n or 1), _text_options(body))
 
-    def completions(self, body: CompletionRequest) -> list[Prepared]:
-        """One request per prompt."""
+    def completions(self, body: CompletionRequest, request_id: str) -> list[Prepared]:
+        """One request per prompt; their ids start with `request_id`."""
         _check_common(body)
         num_choices = body.n or 1
         best_of = num_choices if body.best_of is None else body.best_of
@@ -110,16 +130,12 @@ class RequestBuilder:
         num_logprobs = 0 if body.logprobs is None and best_of > num_choices else body.logprobs
         max_tokens = _COMPLETION_MAX_TOKENS if body.max_tokens is None else body.max_tokens
         prepared: list[Prepared] = []
-        for prompt in self.completion_prompts(body.prompt):
-            sampling = self._sampling(
-                body,
-                len(prompt),
-                max_tokens,
-                num_logprobs,
-                {},
-                echo_logprobs=bool(body.echo) and body.logprobs is not None,
-            )
-            prepared.append(Prepared(self._request(body, prompt, sampling, best_of), _text_options(body)))
+        echo_logprobs = bool(body.echo) and body.logprobs is not None
+        for index, ids in enumerate(self.completion_prompts(body.prompt)):
+            limit = self._max_tokens(len(ids), max_tokens, "prompt")
+            sampling = self._sampling(body, limit, num_logprobs, {}, echo_logprobs=echo_logprobs)
+            request = self._request(body, f"{request_id}-{index}", ids, sampling, best_of)
+            prepared.append(Prepared(request, _text_options(body)))
         return prepared
 
     def render(
@@ -167,9 +183,11 @@ class RequestBuilder:
             raise RequestError("prompt must not be empty", param="prompt")
         return ids
 
-    def _request(self, body: CommonRequest, ids: list[int], sampling: SamplingParams, num_choices: int) -> Request:
+    def _request(
+        self, body: CommonRequest, request_id: str, ids: list[int], sampling: SamplingParams, num_choices: int
+    ) -> Request:
         return Request(
-            id=uuid.uuid4().hex,
+            id=request_id,
             prompt_token_ids=tuple(ids),
             sampling=sampling,
             eos_token_ids=self._eos_token_ids,
@@ -181,43 +199,32 @@ class RequestBuilder:
     def _sampling(
         self,
         body: CommonRequest,
-        num_prompt_tokens: int,
-        max_tokens: int | None,
+        max_tokens: int,
         num_logprobs: int | None,
         defaults: Mapping[str, Any],
         *,
         echo_logprobs: bool = False,
     ) -> SamplingParams:
-        given = {
-            name: value
-            for name in (
-                *_GENERATION_CONFIG_FIELDS,
-                "frequency_penalty",
-                "presence_penalty",
-                "min_tokens",
-                "ignore_eos",
-            )
-            if (value := getattr(body, name)) is not None
-        }
+        given = {name: value for name in _SAMPLING_FIELDS if (value := getattr(body, name)) is not None}
         sampling = SamplingParams(
             **{**defaults, **given},
             seed=self._seeds.draw() if body.seed is None else body.seed,
             logit_bias=_logit_bias(body.logit_bias or {}),
             stop_token_ids=tuple(body.stop_token_ids or ()),
-            max_tokens=self._max_tokens(num_prompt_tokens, max_tokens),
+            max_tokens=max_tokens,
             num_logprobs=num_logprobs,
             prompt_logprobs=echo_logprobs,
         )
         sampling.check_token_ids(self._info.vocab_size)
         return sampling
 
-    def _max_tokens(self, num_prompt_tokens: int, max_tokens: int | None) -> int:
+    def _max_tokens(self, num_prompt_tokens: int, max_tokens: int | None, prompt_param: str) -> int:
         limit = self._info.context_length
         if num_prompt_tokens >= limit:
             raise RequestError(
                 f"the prompt of {num_prompt_tokens} tokens is longer than the model's context length of {limit} tokens "
                 "leaves room for",
-                param="messages",
+                param=prompt_param,
                 code="context_length_exceeded",
             )
         if max_tokens is None:
@@ -234,23 +241,20 @@ class RequestBuilder:
         return max_tokens
 
 
-def sampling_defaults(generation_config: Mapping[str, Any]) -> dict[str, Any]:
-    """Sampling parameters that a `generation_config.json` sets; its `top_k` of 0 means all."""
-    found = {
-        name: generation_config[name] for name in _GENERATION_CONFIG_FIELDS if generation_config.get(name) is not None
-    }
-    return {**found, "top_k": -1} if found.get("top_k") == 0 else found
+def request_id(rid: str | None) -> str:
+    """Id of a new request: the client's own `rid`, or a fresh one."""
+    if rid is None:
+        return uuid.uuid4().hex
+    if not (1 <= len(rid) <= _MAX_REQUEST_ID_CHARACTERS and rid.isprintable()):
+        raise RequestError(f"rid must have 1 to {_MAX_REQUEST_ID_CHARACTERS} printable characters", param="rid")
+    return rid
 
 
-def check_defaults(generation_config: Mapping[str, Any]) -> None:
-    """Raise RequestError or TypeError when the defaults are not valid."""
-    SamplingParams(**sampling_defaults(generation_config))
-    _eos(generation_config)
-
-
-def _eos(generation_config: Mapping[str, Any]) -> tuple[int, ...]:
-    eos = generation_config.get("eos_token_id")
-    return tuple(eos) if isinstance(eos, list) else () if eos is None else (int(eos),)
+async def build(size: int, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    """Call a method of the builder for a body of `size` bytes: small ones at once, large ones in a thread."""
+    if size < _LARGE_BODY_BYTES:
+        return function(*args, **kwargs)
+    return await asyncio.to_thread(function, *args, **kwargs)
 
 
 def _check_range(param: str, value: int | None, low: int, high: int) -> None:

@@ -2,7 +2,6 @@
 
 import logging
 from collections.abc import AsyncGenerator, Iterable, Sequence
-from typing import NamedTuple
 
 from api.errors import GenerationError
 from api.metrics import RequestTimer
@@ -11,33 +10,32 @@ from api.schemas import PromptTokensDetails, UsageInfo
 from api.server import Server
 from api.streaming import merge
 from jaxserve.errors import UnavailableError
-from jaxserve.generation import ChoiceDelta, ChoiceToken, Generation
+from jaxserve.generation import ChoiceDelta, CollectedChoice, Generation, collect_choices
 from jaxserve.request import FinishReason
 
 logger = logging.getLogger(__name__)
 
 
-class CollectedChoice(NamedTuple):
-    """A finished choice: its text, its tokens where log-probabilities were asked for, and its last delta."""
-
-    text: str
-    tokens: list[ChoiceToken]
-    end: ChoiceDelta
-
-
 class RunningRequest:
     """Starts the generations at once; `close` must be called however the request ends.
+
+    Args:
+        server: shared state.
+        endpoint: name in logs and metrics.
+        request_id: that clients see and may abort; ids of the engine's requests start with it.
+        prepared: one entry per prompt.
 
     Raises:
         OverloadedError, UnavailableError: not all of them could be queued; none is left behind.
     """
 
-    def __init__(self, server: Server, endpoint: str, prepared: Sequence[Prepared]) -> None:
+    def __init__(self, server: Server, endpoint: str, request_id: str, prepared: Sequence[Prepared]) -> None:
         server.check_accepting()
         self._server = server
         self._timer = RequestTimer(server.metrics)
         self._ended = False
         self._endpoint = endpoint
+        self.id = request_id
         self.generations: list[Generation] = []
         try:
             for request, options in prepared:
@@ -49,11 +47,6 @@ class RunningRequest:
             raise
         server.metrics.requests.labels(endpoint).inc()
         server.metrics.prompt_tokens.inc(sum(generation.usage.prompt_tokens for generation in self.generations))
-
-    @property
-    def id(self) -> str:
-        """Id of the (first) engine request."""
-        return self.generations[0].request.id
 
     @property
     def choices_per_prompt(self) -> int:
@@ -76,16 +69,9 @@ class RunningRequest:
 
     async def collect(self) -> list[CollectedChoice]:
         """Every choice, whole; raises as `raise_errors` does."""
-        texts = [""] * self.num_choices
-        tokens: list[list[ChoiceToken]] = [[] for _ in texts]
-        ends: dict[int, ChoiceDelta] = {}
-        async for index, delta in self.deltas():
-            texts[index] += delta.text
-            tokens[index].extend(delta.tokens)
-            if delta.finish_reason is not None:
-                ends[index] = delta
-        self.raise_errors(ends.values())
-        return [CollectedChoice(text, tokens[index], ends[index]) for index, text in enumerate(texts)]
+        choices = await collect_choices(self.deltas(), self.num_choices)
+        self.raise_errors(choice.end for choice in choices)
+        return choices
 
     def raise_errors(self, ends: Iterable[ChoiceDelta]) -> None:
         """Raise if a choice ended with an error.

@@ -55,6 +55,7 @@ class CommonRequest(msgspec.Struct, kw_only=True):
     user: str | None = None
     cache_salt: str | None = None
     priority: int | None = None
+    rid: str | None = None
 
 
 class ChatCompletionRequest(CommonRequest, kw_only=True):

@@ -9,6 +9,7 @@ from api.metrics import Metrics
 from jaxserve.client import EngineClient
 from jaxserve.errors import NotFoundError, UnavailableError
 from jaxserve.generation import Generation
+from jaxserve.generation_config import GenerationConfig
 from jaxserve.text.tokenizer import Tokenizer
 
 
@@ -20,7 +21,7 @@ class ApiSettings:
         model_path: as the user gave it.
         served_model_name: what clients call the model.
         api_key: None leaves everything open.
-        generation_defaults: sampling defaults of the chat endpoint, from `generation_config.json`.
+        generation: sampling defaults of the chat endpoint, and end tokens.
         server_args: the launch flags, secrets left out, for `/get_server_info`.
         log_requests: one log line per request.
         enable_metrics: serve `/metrics`.
@@ -29,7 +30,7 @@ class ApiSettings:
     model_path: str
     served_model_name: str
     api_key: str | None = None
-    generation_defaults: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    generation: GenerationConfig = field(default_factory=GenerationConfig)
     server_args: Mapping[str, Any] = field(default_factory=dict[str, Any])
     log_requests: bool = False
     enable_metrics: bool = True

@@ -1,5 +1,6 @@
 """Routes beside generation: models, health, metrics, tokenizer, information, control."""
 
+import asyncio
 import uuid
 from typing import Any
 
@@ -23,6 +24,8 @@ from api.server import Server
 from jaxserve.errors import NotFoundError, RequestError, UnavailableError
 from jaxserve.generation import Generation, TextOptions
 from jaxserve.request import FinishReason, Request, SamplingParams
+
+_HEALTH_LIMIT_S = 20.0
 
 
 def _card(server: Server) -> ModelCard:
@@ -64,16 +67,19 @@ async def health(server: NamedDependency[Server]) -> Response[None]:
 
 @get("/health_generate", opt=OPEN, summary="The engine generates")
 async def health_generate(server: NamedDependency[Server]) -> Response[None]:
-    """Generate one token."""
+    """Generate one token; 503 when that takes longer than 20 s."""
     server.check_accepting()
     request = Request(
         id=f"health-{uuid.uuid4().hex}", prompt_token_ids=(0,), sampling=SamplingParams(temperature=0, max_tokens=1)
     )
     generation = Generation(server.client, server.tokenizer, request, TextOptions())
     try:
-        async for delta in generation.deltas():
-            if delta.finish_reason is FinishReason.ERROR:
-                raise UnavailableError(delta.error or "the engine failed")
+        async with asyncio.timeout(_HEALTH_LIMIT_S):
+            async for delta in generation.deltas():
+                if delta.finish_reason is FinishReason.ERROR:
+                    raise UnavailableError(delta.error or "the engine failed")
+    except TimeoutError:
+        raise UnavailableError(f"no token within {_HEALTH_LIMIT_S:.0f} s") from None
     finally:
         generation.close()
     return Response(None, status_code=200)

@@ -85,7 +85,7 @@ def _memory_flags(group: argparse._ArgumentGroup) -> None:  # pyright: ignore[re
     group.add_argument(
         "--mem-fraction-static",
         type=float,
-        help="share of the memory left after the weights for the key/value pool; 0.88 if unset, 512 MiB on CPU",
+        help="share of the memory for weights and key/value pool together; 0.88 if unset, a pool of 512 MiB on CPU",
     )
     group.add_argument("--max-total-tokens", type=int, help="size of the key/value pool in tokens; overrides the above")
     group.add_argument(
@@ -104,14 +104,16 @@ def _memory_flags(group: argparse._ArgumentGroup) -> None:  # pyright: ignore[re
         "--schedule-policy",
         choices=["fcfs", "lpm", "priority"],
         default="fcfs",
-        help="order of the queue: arrival, longest cached prefix, or the request's priority",
+        help="order of the queue: arrival, longest cached prefix, or the request's priority, higher first",
     )
     group.add_argument("--disable-radix-cache", action="store_true", help="do not reuse computed prefixes")
 
 
 def _device_flags(group: argparse._ArgumentGroup) -> None:  # pyright: ignore[reportPrivateUsage]
     group.add_argument("--tp-size", "--tp", type=int, default=1, help="devices that a model is split over")
-    group.add_argument("--dp-size", "--dp", type=int, default=1, help="copies of the model")
+    group.add_argument(
+        "--dp-size", "--dp", type=int, default=1, help="copies of the model, each with its own rows and pool"
+    )
     group.add_argument(
         "--enable-deterministic-inference",
         action="store_true",

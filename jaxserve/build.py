@@ -272,10 +272,22 @@ def _pool_bytes(config: EngineConfig, platform: str) -> int:
     stats = jax.devices()[0].memory_stats() if platform != "cpu" else None
     if stats is None:
         return _CPU_POOL_BYTES if config.mem_fraction_static is None else _host_pool_bytes(config.mem_fraction_static)
-    free = stats["bytes_limit"] - stats["bytes_in_use"]
-    return int(free * (config.mem_fraction_static or _DEVICE_MEM_FRACTION))
+    fraction = config.mem_fraction_static or _DEVICE_MEM_FRACTION
+    return _pool_share(fraction, stats["bytes_limit"], stats["bytes_in_use"])
 
 
 def _host_pool_bytes(fraction: float) -> int:
     meminfo = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
-    return int(int(meminfo["MemAvailable"].split()[0]) * 1024 * fraction)
+    total, available = (int(meminfo[name].split()[0]) * 1024 for name in ("MemTotal", "MemAvailable"))
+    return _pool_share(fraction, total, total - available)
+
+
+def _pool_share(fraction: float, total: int, used: int) -> int:
+    """What is left for the pool when weights and pool together may take a share of the memory."""
+    pool = int(total * fraction) - used
+    if pool <= 0:
+        raise LaunchError(
+            f"--mem-fraction-static {fraction} of {total / 1e9:.1f} GB leaves nothing for the key/value pool: "
+            f"{used / 1e9:.1f} GB are in use already"
+        )
+    return pool

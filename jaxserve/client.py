@@ -287,6 +287,8 @@ class ProcessEngineClient:
         if self._max_queued is None:
             return
         limit = self.info.max_rows + self._max_queued
+        if request.num_choices > limit:
+            raise RequestError(f"{request.num_choices} choices can never run or wait; the limit is {limit}", param="n")
         if self._streams.num_live + request.num_choices > limit:
             raise OverloadedError(
                 f"{self._streams.num_live} choices run or wait, the limit is {limit}; try again in a second"
@@ -300,6 +302,13 @@ class ProcessEngineClient:
             self._socket.send(encode(message))
 
     async def _receive(self, ready: "asyncio.Future[EngineInfo]") -> None:
+        try:
+            await self._take_messages(ready)
+        except Exception:
+            logger.exception("the engine sent what cannot be understood: it is ended")
+            self.kill()  # `_watch` tells the rest
+
+    async def _take_messages(self, ready: "asyncio.Future[EngineInfo]") -> None:
         while True:
             match decode_from_engine(await self._socket.recv()):
                 case Deltas(deltas=deltas, stats=stats):

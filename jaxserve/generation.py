@@ -3,7 +3,7 @@
 Used by the HTTP API and by the offline `LLM` alike.
 """
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, AsyncIterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -54,6 +54,27 @@ class ChoiceDelta(NamedTuple):
     finish_reason: FinishReason | None = None
     matched_stop: int | str | None = None
     error: str | None = None
+
+
+class CollectedChoice(NamedTuple):
+    """A finished choice: its text, its tokens where log-probabilities were asked for, and its last delta."""
+
+    text: str
+    tokens: list[ChoiceToken]
+    end: ChoiceDelta
+
+
+async def collect_choices(deltas: AsyncIterable[tuple[int, ChoiceDelta]], num_choices: int) -> list[CollectedChoice]:
+    """Every choice, whole, by its number."""
+    texts = [""] * num_choices
+    tokens: list[list[ChoiceToken]] = [[] for _ in texts]
+    ends: dict[int, ChoiceDelta] = {}
+    async for index, delta in deltas:
+        texts[index] += delta.text
+        tokens[index].extend(delta.tokens)
+        if delta.finish_reason is not None:
+            ends[index] = delta
+    return [CollectedChoice(text, tokens[index], ends[index]) for index, text in enumerate(texts)]
 
 
 @dataclass

@@ -6,6 +6,7 @@ loads.
 
 import asyncio
 import contextlib
+import errno
 import logging
 import os
 import signal
@@ -24,13 +25,13 @@ import uvicorn
 import uvloop
 
 from api.app import create_app
-from api.params import check_defaults
+from api.http_protocol import BoundedHttpProtocol
 from api.server import ApiSettings, Server
-from checkpoints.huggingface import read_json
 from jaxserve.arguments import LaunchConfig, parse_arguments
 from jaxserve.client import ProcessEngineClient
-from jaxserve.errors import ExitCode, LaunchError, RequestError
+from jaxserve.errors import ExitCode, LaunchError
 from jaxserve.generation import Generation, TextOptions
+from jaxserve.generation_config import read_generation_config
 from jaxserve.model_source import find_model
 from jaxserve.request import Request, SamplingParams
 from jaxserve.text.chat_template import BUILT_IN_TEMPLATES
@@ -70,7 +71,9 @@ def _bind(host: str, port: int) -> socket.socket:
         listener.bind((host, port))
         listener.listen(2048)
     except OSError as error:
-        raise LaunchError(f"cannot listen on {host}:{port}: {error.strerror}", exit_code=ExitCode.PORT_IN_USE) from None
+        busy = error.errno == errno.EADDRINUSE
+        code = ExitCode.PORT_IN_USE if busy else ExitCode.BAD_CONFIG
+        raise LaunchError(f"cannot listen on {host}:{port}: {error.strerror}", exit_code=code) from None
     return listener
 
 
@@ -86,18 +89,6 @@ def _chat_template(value: str | None) -> str | None:
     except OSError as error:
         names = ", ".join(BUILT_IN_TEMPLATES)
         raise LaunchError(f"--chat-template {value}: neither a readable file nor one of {names}: {error}") from None
-
-
-def _generation_defaults(path: Path) -> dict[str, Any]:
-    file = path / "generation_config.json"
-    if not (path.is_dir() and file.exists()):
-        return {}
-    try:
-        defaults = read_json(file)
-        check_defaults(defaults)
-    except (RequestError, TypeError, ValueError) as error:
-        raise LaunchError(f"{file}: {error}") from None
-    return defaults
 
 
 class _HttpServer(uvicorn.Server):
@@ -122,7 +113,7 @@ class _Launcher:
             model_path=args.model_path,
             served_model_name=args.served_model_name or args.model_path,
             api_key=args.api_key,
-            generation_defaults=_generation_defaults(path),
+            generation=read_generation_config(path),
             server_args={name: value for name, value in vars(args).items() if name != "api_key"},
             log_requests=args.log_requests,
             enable_metrics=args.enable_metrics,
@@ -131,6 +122,7 @@ class _Launcher:
         self._http = _HttpServer(
             uvicorn.Config(
                 create_app(self._server, random_seed=args.random_seed),
+                http=BoundedHttpProtocol,
                 log_level="warning",
                 access_log=False,
                 server_header=False,

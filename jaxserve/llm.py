@@ -13,7 +13,8 @@ import msgspec
 from jaxserve.build import build_engine
 from jaxserve.config import EngineConfig
 from jaxserve.errors import RequestError
-from jaxserve.generation import Generation, TextOptions, Usage
+from jaxserve.generation import CollectedChoice, Generation, TextOptions, Usage, collect_choices
+from jaxserve.generation_config import read_generation_config
 from jaxserve.in_process import InProcessEngineClient
 from jaxserve.messages import EngineStats
 from jaxserve.model_source import find_model
@@ -74,7 +75,8 @@ class LLM:
         self._tokenizer = load_tokenizer(path, chat_template)
         built = build_engine(msgspec.structs.replace(config, model_path=str(path)), lambda items, *_: items)
         self.info = built.info
-        self._eos_token_ids = tuple(sorted({*built.info.eos_token_ids, *self._tokenizer.eos_token_ids}))
+        own_ends = read_generation_config(path).eos_token_ids
+        self._eos_token_ids = tuple(sorted({*built.info.eos_token_ids, *self._tokenizer.eos_token_ids, *own_ends}))
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="llm", daemon=True)
         self._thread.start()
@@ -168,7 +170,9 @@ class LLM:
 
     def _render(self, messages: Sequence[Mapping[str, Any]], kwargs: Mapping[str, Any] | None) -> list[int]:
         prompt = self._tokenizer.chat_template.render(messages, kwargs or {})
-        return self._tokenizer.encode(prompt, add_special_tokens=False, max_tokens=self.info.context_length)
+        return self._tokenizer.encode(
+            prompt, add_special_tokens=False, max_tokens=self.info.context_length, param="messages"
+        )
 
     async def _generate(
         self,
@@ -195,7 +199,7 @@ class LLM:
     def _request(self, prompt: str | Sequence[int], sampling: SamplingParams, num_choices: int) -> Request:
         limit = self.info.context_length
         if isinstance(prompt, str):
-            prompt = self._tokenizer.encode(prompt, add_special_tokens=True, max_tokens=limit)
+            prompt = self._tokenizer.encode(prompt, add_special_tokens=True, max_tokens=limit, param="prompts")
         if not prompt or len(prompt) + sampling.max_tokens > limit:
             raise RequestError(
                 f"a prompt has 1 to {limit} tokens less max_tokens ({sampling.max_tokens}), got {len(prompt)}",
@@ -213,19 +217,24 @@ class LLM:
 
 
 async def _collect(generation: Generation) -> GenerationOutput:
-    num_choices = generation.request.num_choices
-    texts = [""] * num_choices
-    ids: list[list[int]] = [[] for _ in texts]
-    logprobs: list[list[float]] = [[] for _ in texts]
-    ends: dict[int, tuple[FinishReason, int | str | None]] = {}
-    async for delta in generation.deltas():
-        texts[delta.choice] += delta.text
-        for token in delta.tokens:
-            ids[delta.choice].append(token.token_id)
-            logprobs[delta.choice].append(token.logprobs.logprob)
-        if delta.finish_reason is FinishReason.ERROR:
-            raise RuntimeError(delta.error)
-        if delta.finish_reason is not None:
-            ends[delta.choice] = delta.finish_reason, delta.matched_stop
-    choices = tuple(ChoiceOutput(texts[i], tuple(ids[i]), tuple(logprobs[i]), *ends[i]) for i in range(num_choices))
-    return GenerationOutput(generation.request.prompt_token_ids, choices, generation.usage)
+    deltas = ((delta.choice, delta) async for delta in generation.deltas())
+    choices = await collect_choices(deltas, generation.request.num_choices)
+    for choice in choices:
+        if choice.end.finish_reason is FinishReason.ERROR:
+            raise RuntimeError(choice.end.error)
+    return GenerationOutput(
+        generation.request.prompt_token_ids,
+        tuple(_choice_output(choice) for choice in choices),
+        generation.usage,
+    )
+
+
+def _choice_output(choice: CollectedChoice) -> ChoiceOutput:
+    assert choice.end.finish_reason is not None
+    return ChoiceOutput(
+        text=choice.text,
+        token_ids=tuple(token.token_id for token in choice.tokens),
+        logprobs=tuple(token.logprobs.logprob for token in choice.tokens),
+        finish_reason=choice.end.finish_reason,
+        matched_stop=choice.end.matched_stop,
+    )

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import msgspec
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -26,7 +27,6 @@ from jaxserve.step import NewRow, Plans, PromptLogprobs, SchedulerOutput, StepOu
 from kernels_pallas.paged_attention.api import AttentionBackend, Cache
 from kernels_pallas.sampling.api import SampleOutput, SamplingInputs
 from kernels_pallas.sampling.xla import sample
-
 
 _NOTHING = SchedulerOutput(step=-1, new_rows=(), rows=())
 
@@ -84,16 +84,18 @@ def _step_output(
     counts = np.array([row.num_draws for row in plan.rows])
     ends = np.cumsum(counts)
     last = ends - 1
-    drawn = {"token_ids_B": token_B[last], "finite_B": finite_B[last], "logprobs_B": logprob_B[last]}
+    drawn = StepOutput(token_ids_B=token_B[last], finite_B=finite_B[last], logprobs_B=logprob_B[last])
     if top_ids_BJ is None or top_logprobs_BJ is None:
-        return StepOutput(**drawn)
+        return drawn
     prompt = {
         index: PromptLogprobs(logprob_B[draws], top_ids_BJ[draws], top_logprobs_BJ[draws])
         for index, row in enumerate(plan.rows)
         if row.prompt_targets
         for draws in [slice(ends[index] - counts[index], ends[index] - counts[index] + len(row.prompt_targets))]
     }
-    return StepOutput(**drawn, top_ids_BJ=top_ids_BJ[last], top_logprobs_BJ=top_logprobs_BJ[last], prompt=prompt)
+    return msgspec.structs.replace(
+        drawn, top_ids_BJ=top_ids_BJ[last], top_logprobs_BJ=top_logprobs_BJ[last], prompt=prompt
+    )
 
 
 class ModelRunner:

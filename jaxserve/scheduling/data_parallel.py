@@ -59,4 +59,4 @@ class DataParallelScheduler:
 
     def flush_cache(self) -> bool:
         """Forget cached prefixes; refused (False) while anything runs or waits."""
-        return self.idle and all([scheduler.flush_cache() for scheduler in self._schedulers])
+        return self.idle and all(scheduler.flush_cache() for scheduler in self._schedulers)

@@ -52,13 +52,14 @@ class PrefixCache:
 
     def match(self, namespace: Namespace, tokens: Tokens[int]) -> list[int]:
         """Pages of the longest cached prefix; each gets the caller as a holder."""
-        pages = [node.page for node in self._path(namespace, tokens)]
-        for page in pages:
-            self._pool.hold(page)
-        return pages
+        path = self._path(namespace, tokens)
+        for node in path:
+            self._touch(node)
+            self._pool.hold(node.page)
+        return [node.page for node in path]
 
     def match_length(self, namespace: Namespace, tokens: Tokens[int]) -> int:
-        """Pages that `match` would return; holds nothing."""
+        """Pages that `match` would return; holds nothing and counts as no use."""
         return len(self._path(namespace, tokens))
 
     def insert(self, namespace: Namespace, tokens: Tokens[int], pages: Tokens[int], first: int = 0) -> None:
@@ -116,7 +117,6 @@ class PrefixCache:
             node = node.children.get(tuple(tokens[start : start + self._page_size])) if node else None
             if node is None:
                 break
-            self._touch(node)
             path.append(node)
         return path
 

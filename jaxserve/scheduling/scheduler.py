@@ -9,6 +9,7 @@ Results must come back (`update`) in the order in which the steps were scheduled
 
 from collections import deque
 from collections.abc import Iterator
+from itertools import islice
 from typing import NamedTuple
 
 from jaxserve.config import CacheConfig, SchedulerConfig
@@ -20,6 +21,8 @@ from jaxserve.step import NewRow, PromptLogprobs, ScheduledRow, SchedulerOutput,
 
 # Longest-prefix-first looks at this many waiting requests; a longer queue is served in order of arrival.
 _LPM_WINDOW = 128
+# Waiting requests that a step considers; those behind wait for a later one.
+_ADMISSION_WINDOW = 256
 # A sequence whose steps raise this often is ended, so that the others can go on.
 _MAX_FAILED_STEPS = 3
 
@@ -243,7 +246,7 @@ class Scheduler:
             step.add(sequence, count)
 
     def _candidates(self) -> Iterator[Sequence]:
-        waiting = list(self._waiting)
+        waiting = list(islice(self._waiting, _ADMISSION_WINDOW))
         if self._config.policy == "lpm" and len(waiting) <= _LPM_WINDOW:
             waiting.sort(key=lambda s: -self._prefixes.match_length(s.namespace, s.token_ids))
         yield from waiting

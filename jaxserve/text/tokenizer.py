@@ -59,8 +59,14 @@ class Tokenizer:
         """Ids the tokenizer knows."""
         return len(self._tokenizer)
 
-    def encode(self, text: str, *, add_special_tokens: bool, max_tokens: int) -> list[int]:
+    def encode(self, text: str, *, add_special_tokens: bool, max_tokens: int, param: str = "prompt") -> list[int]:
         """Text to ids.
+
+        Args:
+            text: what to encode.
+            add_special_tokens: as the tokenizer adds them, such as a beginning of sequence.
+            max_tokens: context length.
+            param: name of the text in errors.
 
         Raises:
             RequestError: so long that it cannot fit `max_tokens`, told before the work of tokenising it.
@@ -68,7 +74,7 @@ class Tokenizer:
         if len(text) > max_tokens * _CHARACTERS_PER_TOKEN:
             raise RequestError(
                 f"a prompt of {len(text)} characters is longer than the model's context length of {max_tokens} tokens",
-                param="prompt",
+                param=param,
                 code="context_length_exceeded",
             )
         return self._rust.encode(text, add_special_tokens=add_special_tokens).ids

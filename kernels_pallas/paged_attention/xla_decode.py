@@ -22,14 +22,14 @@ class DecodeItems(NamedTuple):
     """Work of one step. I items of W pages each.
 
     Attributes:
-        count: i32, live items.
+        num_live: i32, live items.
         row_I: i32, ascending.
         pages_IW: i32, page ids within a layer; past the row's end any page.
         start_I: i32, position of the first key.
         kv_len_B: i32, keys of each row.
     """
 
-    count: jax.Array
+    num_live: jax.Array
     row_I: jax.Array
     pages_IW: jax.Array
     start_I: jax.Array
@@ -74,7 +74,7 @@ def attend_decode(
         item_E = start + jnp.arange(chunk)
         position_Es = take(items.start_I)[:, None] + key_s
         kv_len_E1 = items.kv_len_B[row_E][:, None]
-        live_Es = ((item_E >= index * chunk) & (item_E < items.count))[:, None] & (position_Es < kv_len_E1)
+        live_Es = ((item_E >= index * chunk) & (item_E < items.num_live))[:, None] & (position_Es < kv_len_E1)
         if config.window is not None:
             live_Es &= position_Es >= kv_len_E1 - config.window
         scores_EKGs = config.scores("ekgh,eksh->ekgs", q_BKGH[row_E], take_pages(cache["k"], pages_EW))
@@ -89,7 +89,7 @@ def attend_decode(
 
     # Room after the rows for a chunk that starts at the last one.
     state = from_sinks(sinks_KG, (num_rows + chunk, *q_TKGH.shape[1:]))
-    state = lax.fori_loop(0, -(-items.count // chunk), body, state)
+    state = lax.fori_loop(0, -(-items.num_live // chunk), body, state)
     o_BKGH = state.values()[:num_rows]
     return jnp.pad(o_BKGH, ((0, q_TKGH.shape[0] - num_rows), (0, 0), (0, 0), (0, 0)))
 

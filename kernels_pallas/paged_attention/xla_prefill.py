@@ -20,12 +20,12 @@ class QueryTiles(NamedTuple):
     """Tiles of one size. Q tiles.
 
     Attributes:
-        count: i32, live tiles.
+        num_live: i32, live tiles.
         row_Q: i32, ascending.
         token_Q: i32, first token of the tile.
     """
 
-    count: jax.Array
+    num_live: jax.Array
     row_Q: jax.Array
     token_Q: jax.Array
 
@@ -107,4 +107,4 @@ def attend_tiles(
         state = lax.fori_loop(first, -(-kv_len // chunk), body, state)
         return lax.dynamic_update_slice_in_dim(o_TKGH, jnp.moveaxis(state.values(), 0, 1), token, 0)
 
-    return lax.fori_loop(0, tiles.count, attend_tile, jnp.pad(o_TKGH, padding))[:num_tokens]
+    return lax.fori_loop(0, tiles.num_live, attend_tile, jnp.pad(o_TKGH, padding))[:num_tokens]

@@ -10,10 +10,11 @@ import time
 import numpy as np
 
 from api.chat import _Chat
-from api.params import RequestBuilder, SeedSource
+from api.params import RequestBuilder, SeedSource, request_id
 from api.running import RunningRequest
 from api.schemas import ChatCompletionRequest, ChatMessage
 from jaxserve.config import CacheConfig, SchedulerConfig
+from jaxserve.generation_config import GenerationConfig
 from jaxserve.request import Request, SamplingParams
 from jaxserve.runner.batch import BatchLayout, RowTable
 from jaxserve.runner.buckets import Bucket
@@ -64,13 +65,14 @@ async def serialised_per_second(num_requests: int = 32, num_tokens: int = 400) -
     """Chat chunks encoded a second, from token deltas to event bytes, on one core."""
     engine = FakeEngineClient(VOCAB_SIZE)
     server = make_server(engine)
-    builder = RequestBuilder(server.tokenizer, engine.info, SeedSource(0), {})
+    builder = RequestBuilder(server.tokenizer, engine.info, SeedSource(0), GenerationConfig())
     body = ChatCompletionRequest(
         messages=[ChatMessage(role="user", content="x")], max_tokens=num_tokens, stream=True, ignore_eos=True
     )
 
     async def one() -> int:
-        running = RunningRequest(server, "chat", [builder.chat(body)])
+        name = request_id(None)
+        running = RunningRequest(server, "chat", name, [builder.chat(body, name)])
         count = 0
         async for _ in _Chat(server, body, "tiny", running).events():
             count += 1

@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import msgspec
 import numpy as np
 import pytest
 
@@ -105,6 +106,34 @@ def test_sharded(name: str, tp_size: int) -> None:
     model = load(name, tp_size=tp_size)
     logits = run(model.runner, [row(i, ids, 0, 60) for i, ids in enumerate(model.token_ids)])
     close(logits.reshape(model.logits.shape), model.logits)
+
+
+@pytest.mark.parametrize(("tp_size", "dp_size"), [(1, 2), (2, 2)])
+def test_copies_side_by_side(tp_size: int, dp_size: int) -> None:
+    """Two copies of the model run different steps in one program; their tokens are those of one copy."""
+    prompts = load("qwen3").token_ids
+    runner = load("qwen3", tp_size=tp_size, dp_size=dp_size).runner
+    alone = load("qwen3").runner
+    for each in (runner, alone):
+        each.warm_up(lambda buckets: buckets)
+
+    def sampled(*rows: ScheduledRow) -> SchedulerOutput:
+        drawn = tuple(msgspec.structs.replace(row, samples=True) for row in rows)
+        return SchedulerOutput(step=0, new_rows=(), rows=drawn)
+
+    left = sampled(row(0, prompts[0], 0, 60))
+    right = sampled(row(0, prompts[1], 0, 20), row(1, prompts[1], 0, 21))
+    both = runner.dispatch((left, right)).result()
+    for got, plan_ in zip(both, (left, right), strict=True):
+        [want] = alone.dispatch((plan_,)).result()
+        assert got is not None
+        assert want is not None
+        np.testing.assert_array_equal(got.token_ids_B, want.token_ids_B)
+        alone.reset()
+    idle, other = runner.dispatch((None, right)).result()
+    assert idle is None
+    assert other is not None
+    np.testing.assert_array_equal(other.token_ids_B, both[1].token_ids_B)
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen3"])
