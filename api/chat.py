@@ -10,6 +10,7 @@ from litestar.di import NamedDependency
 from litestar.params import JSONBody
 
 from api.logprobs import chat_logprobs
+from api.openapi import StreamedOperation, errors
 from api.params import RequestBuilder, build, check_fields, request_id
 from api.running import RunningRequest, usage_info
 from api.schemas import (
@@ -26,7 +27,13 @@ from api.streaming import DONE, EventStream, event, unless_gone
 from jaxserve.generation import ChoiceDelta
 
 
-@post("/v1/chat/completions", status_code=200, summary="Chat completion")
+@post(
+    "/v1/chat/completions",
+    status_code=200,
+    summary="Chat completion",
+    responses=errors(404, 429, body=True),
+    operation_class=StreamedOperation,
+)
 async def chat_completions(
     data: JSONBody[ChatCompletionRequest],
     server: NamedDependency[Server],

@@ -11,6 +11,7 @@ from litestar.di import NamedDependency
 from litestar.params import JSONBody
 
 from api.logprobs import completion_logprobs
+from api.openapi import StreamedOperation, errors
 from api.params import RequestBuilder, build, check_fields, request_id
 from api.running import RunningRequest, usage_info
 from api.schemas import Completion, CompletionChoice, CompletionLogprobs, CompletionRequest
@@ -20,7 +21,13 @@ from jaxserve.generation import ChoiceToken
 from jaxserve.request import TokenLogprobs
 
 
-@post("/v1/completions", status_code=200, summary="Text completion")
+@post(
+    "/v1/completions",
+    status_code=200,
+    summary="Text completion",
+    responses=errors(404, 429, body=True),
+    operation_class=StreamedOperation,
+)
 async def completions(
     data: JSONBody[CompletionRequest],
     server: NamedDependency[Server],

@@ -9,6 +9,7 @@ from litestar.di import NamedDependency
 from litestar.params import FromPath, JSONBody
 
 from api.auth import OPEN
+from api.openapi import errors
 from api.params import RequestBuilder
 from api.schemas import (
     AbortBody,
@@ -37,13 +38,13 @@ def _card(server: Server) -> ModelCard:
     )
 
 
-@get("/v1/models", summary="Served models")
+@get("/v1/models", summary="Served models", responses=errors())
 async def list_models(server: NamedDependency[Server]) -> ModelList:
     """Cards of what is served."""
     return ModelList([_card(server)])
 
 
-@get("/v1/models/{model_id:path}", summary="One model")
+@get("/v1/models/{model_id:path}", summary="One model", responses=errors(404))
 async def get_model(model_id: FromPath[str], server: NamedDependency[Server]) -> ModelCard:
     """One card; 404 for what is not served."""
     name = model_id.removeprefix("/")
@@ -58,14 +59,14 @@ async def live() -> Response[None]:
     return Response(None, status_code=200)
 
 
-@get(["/health", "/ready"], opt=OPEN, summary="The server takes requests")
+@get(["/health", "/ready"], opt=OPEN, summary="The server takes requests", responses=errors())
 async def health(server: NamedDependency[Server]) -> Response[None]:
     """200 when requests are served; 503 while loading, draining or without an engine."""
     server.check_accepting()
     return Response(None, status_code=200)
 
 
-@get("/health_generate", opt=OPEN, summary="The engine generates")
+@get("/health_generate", opt=OPEN, summary="The engine generates", responses=errors())
 async def health_generate(server: NamedDependency[Server]) -> Response[None]:
     """Generate one token; 503 when that takes longer than 20 s."""
     server.check_accepting()
@@ -85,7 +86,7 @@ async def health_generate(server: NamedDependency[Server]) -> Response[None]:
     return Response(None, status_code=200)
 
 
-@get("/metrics", opt=OPEN, media_type=MediaType.TEXT, summary="Prometheus metrics")
+@get("/metrics", opt=OPEN, media_type=MediaType.TEXT, summary="Prometheus metrics", responses=errors(404))
 async def metrics(server: NamedDependency[Server]) -> Response[bytes]:
     """The text format."""
     if not server.settings.enable_metrics:
@@ -93,7 +94,7 @@ async def metrics(server: NamedDependency[Server]) -> Response[bytes]:
     return Response(server.metrics.render(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
 
-@post(["/tokenize", "/v1/tokenize"], status_code=200, summary="Text to token ids")
+@post(["/tokenize", "/v1/tokenize"], status_code=200, summary="Text to token ids", responses=errors(404, body=True))
 async def tokenize(
     data: JSONBody[TokenizeRequest], server: NamedDependency[Server], builder: NamedDependency[RequestBuilder]
 ) -> TokenizeResponse:
@@ -112,7 +113,7 @@ async def tokenize(
     return TokenizeResponse(tokens, len(tokens), limit)
 
 
-@post(["/detokenize", "/v1/detokenize"], status_code=200, summary="Token ids to text")
+@post(["/detokenize", "/v1/detokenize"], status_code=200, summary="Token ids to text", responses=errors(404, body=True))
 async def detokenize(data: JSONBody[DetokenizeRequest], server: NamedDependency[Server]) -> DetokenizeResponse:
     """Decode token ids."""
     server.check_model(data.model)
@@ -123,7 +124,7 @@ async def detokenize(data: JSONBody[DetokenizeRequest], server: NamedDependency[
     return DetokenizeResponse(server.tokenizer.decode(data.tokens, skip_special_tokens=data.skip_special_tokens))
 
 
-@get(["/get_model_info", "/model_info"], summary="What is served")
+@get(["/get_model_info", "/model_info"], summary="What is served", responses=errors())
 async def model_info(server: NamedDependency[Server]) -> dict[str, Any]:
     """SGLang's model information."""
     info = server.client.info
@@ -138,7 +139,7 @@ async def model_info(server: NamedDependency[Server]) -> dict[str, Any]:
     }
 
 
-@get(["/get_server_info", "/server_info"], summary="How it is served")
+@get(["/get_server_info", "/server_info"], summary="How it is served", responses=errors())
 async def server_info(server: NamedDependency[Server]) -> dict[str, Any]:
     """Launch flags and the engine's sizes."""
     info, stats = server.client.info, server.client.stats
@@ -154,7 +155,7 @@ async def server_info(server: NamedDependency[Server]) -> dict[str, Any]:
     }
 
 
-@post("/flush_cache", status_code=200, summary="Forget cached prefixes")
+@post("/flush_cache", status_code=200, summary="Forget cached prefixes", responses=errors(body=True))
 async def flush_cache(server: NamedDependency[Server]) -> FlushResponse:
     """Empty the prefix cache; 400 while requests run."""
     if not await server.client.flush_cache():
@@ -162,7 +163,7 @@ async def flush_cache(server: NamedDependency[Server]) -> FlushResponse:
     return FlushResponse(flushed=True)
 
 
-@post("/abort_request", status_code=200, summary="End running requests")
+@post("/abort_request", status_code=200, summary="End running requests", responses=errors(body=True))
 async def abort_request(data: JSONBody[AbortBody], server: NamedDependency[Server]) -> dict[str, int]:
     """Abort by id (with or without `chatcmpl-`/`cmpl-`), by the start of ids, or all."""
     rid = data.rid.removeprefix("chatcmpl-").removeprefix("cmpl-")

@@ -209,3 +209,26 @@ async def test_nothing_stays_behind(http: Http, server: Server, engine: FakeEngi
         await http.post(path, json={**body, "stream": stream})
     assert server.generations == {}
     assert engine.num_live == 0
+
+
+async def test_the_clients_own_id_comes_back(http: Http) -> None:
+    for path, body in (
+        ("/v1/completions", {"prompt": ["a", "b"], "max_tokens": 2}),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "x"}], "max_tokens": 2}),
+    ):
+        assert (await http.post(path, json={**body, "rid": "mine"})).json()["id"] == "mine"
+        for bad in ("", "x" * 257, "a\nb"):
+            response = await http.post(path, json={**body, "rid": bad})
+            assert response.json()["error"]["param"] == "rid"
+
+
+async def test_a_long_prompt_is_prepared_off_the_loop(http: Http) -> None:
+    """The same answer, from a thread."""
+    messages = [{"role": "system", "content": "x" * 400}, {"role": "user", "content": "y"}]
+    body = {"messages": messages, "max_tokens": 3}
+    small = (await http.post("/v1/chat/completions", json=body)).json()
+    large = (await http.post("/v1/chat/completions", json={**body, "metadata": {"filler": "z" * 20_000}})).json()
+    assert small["choices"] == large["choices"]
+    refused = await http.post("/v1/completions", json={"prompt": "x" * 20_000})
+    assert refused.status_code == 400
+    assert refused.json()["error"]["param"] == "prompt"

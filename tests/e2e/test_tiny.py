@@ -127,3 +127,39 @@ def test_a_prefix_is_computed_once(client: OpenAI) -> None:
     assert answer.usage is not None
     assert answer.usage.prompt_tokens_details is not None
     assert answer.usage.prompt_tokens_details.cached_tokens == len(prompt) // 16 * 16
+
+
+def test_abort_by_the_clients_own_id(server: ServerProcess, client: OpenAI) -> None:
+    """One id, two prompts, both end; the stream is told, and the rows are free."""
+    stream = client.completions.create(
+        model="tiny", prompt=["one", "two"], max_tokens=400, stream=True, extra_body={"rid": "mine", "ignore_eos": True}
+    )
+    reasons: dict[int, str] = {}
+    aborted = None
+    for chunk in stream:
+        assert chunk.id == "mine"
+        if aborted is None:
+            aborted = httpx.post(f"{server.url}/abort_request", json={"rid": "mine"}).json()
+        if chunk.choices[0].finish_reason is not None:
+            reasons[chunk.choices[0].index] = chunk.choices[0].finish_reason
+    assert aborted == {"aborted": 2}
+    assert reasons == {0: "abort", 1: "abort"}
+    assert metric(server, "jaxserve_running_requests") == 0
+
+
+def test_a_client_that_does_not_read_holds_up_nobody(server: ServerProcess, client: OpenAI) -> None:
+    """Its answer waits for it, in full, while others are served."""
+    body = {"prompt": "x", "max_tokens": 500, "n": 8, "ignore_eos": True, "stream": True, "logprobs": 20}
+    with httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=60) as slow:
+        for _ in range(3):
+            client.completions.create(model="tiny", prompt="quick", max_tokens=5)
+        wait_for(server, "jaxserve_running_requests", 0, 30)
+        lines = [line for line in slow.iter_lines() if line]
+    assert lines[-1] == "data: [DONE]"
+    assert sum('"finish_reason":"length"' in line for line in lines) == 8
+
+
+def test_a_head_too_large_is_refused(server: ServerProcess) -> None:
+    response = httpx.get(f"{server.url}/v1/models", headers={"x-large": "x" * 70_000})
+    assert response.status_code == 431
+    assert response.json()["error"]["type"] == "invalid_request_error"
