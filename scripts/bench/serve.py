@@ -103,7 +103,7 @@ async def stream(url: str, model: str, load: Load, rng: random.Random, run: Run)
             if not line.startswith(b"data: {"):
                 continue
             now = time.perf_counter()
-            if b'"choices":[]' in line.replace(b" ", b""):
+            if b'"usage":{' in line.replace(b" ", b""):  # by itself, or in the last event, which has no text
                 num_tokens = json.loads(line[6:])["usage"]["completion_tokens"]
                 continue
             (run.ttft if first else run.gaps).append(now - (start if first else last))
