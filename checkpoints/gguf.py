@@ -38,6 +38,9 @@ _LAYER_NAMES = {
 _IGNORED_TENSORS = ("rope_freqs.weight",)
 
 
+_PERMUTED = ("q_proj.weight", "k_proj.weight", "q_proj.bias", "k_proj.bias")
+
+
 class GGUFCheckpoint:
     """One open `.gguf` file.
 
@@ -60,6 +63,9 @@ class GGUFCheckpoint:
         for tensor in self._reader.tensors:
             if tensor.name not in _IGNORED_TENSORS:
                 self._tensors[_huggingface_name(path, tensor.name)] = tensor
+        self._shapes = {
+            name: tuple(int(size) for size in reversed(tensor.shape)) for name, tensor in self._tensors.items()
+        }
 
     @cached_property
     def metadata(self) -> Mapping[str, Any]:
@@ -86,28 +92,33 @@ class GGUFCheckpoint:
     @property
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
         """Every tensor's shape in Hugging Face's orientation; GGUF lists dimensions innermost first."""
-        return {name: tuple(int(size) for size in reversed(tensor.shape)) for name, tensor in self._tensors.items()}
+        return self._shapes
 
     def read(self, name: str, index: Index) -> np.ndarray:
-        """Dequantise a tensor and take part of it, f32."""
+        """Dequantise `tensor[index]`, f32; leading rows outside the index are not touched."""
         tensor = self._tensors[name]
+        shape = self.shapes[name]
+        permuted = self._arch == "llama" and name.endswith(_PERMUTED)
+        # Rotary dimensions are put back in order head by head, so those tensors are read whole.
+        first, last, _ = (slice(None) if permuted else index[0]).indices(shape[0])
         try:
-            values = dequantize(tensor.data, tensor.tensor_type)
+            values = dequantize(tensor.data[first:last], tensor.tensor_type).reshape(last - first, *shape[1:])
         except NotImplementedError:
             raise CheckpointError(
                 f"{self._path}: tensor {tensor.name} has type {tensor.tensor_type.name}, which is not supported"
             ) from None
-        values = values.reshape(self.shapes[name])
-        if self._arch == "llama" and name.endswith(("q_proj.weight", "k_proj.weight", "q_proj.bias", "k_proj.bias")):
+        if permuted:
             heads = self._heads("attention.head_count" if "q_proj" in name else "attention.head_count_kv")
-            values = _unpermute(values, heads)
+            values = _unpermute(values, heads)[index[:1]]
         # The file is mapped; what was read need not stay resident.
         mapping: mmap.mmap = self._reader.data._mmap  # type: ignore[attr-defined]  # noqa: SLF001
         mapping.madvise(mmap.MADV_DONTNEED)
-        return values[index]
+        return values[(slice(None), *index[1:])]
 
     def close(self) -> None:
-        """Nothing to release early: the mapping goes with the object."""
+        """Let go of the mapping and of the parsed metadata, which for a large vocabulary takes 100 MB."""
+        self._tensors.clear()
+        del self._reader
 
     def _heads(self, key: str) -> int:
         return int(self.metadata.get(f"{self._arch}.{key}") or self.metadata[f"{self._arch}.attention.head_count"])

@@ -55,6 +55,7 @@ class HuggingFaceCheckpoint:
         except BaseException:
             self.close()
             raise
+        self._shapes = {name: shape for file in self._files for name, shape in file.shapes.items()}
 
     @property
     def config(self) -> Mapping[str, Any]:
@@ -64,7 +65,7 @@ class HuggingFaceCheckpoint:
     @property
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
         """Every tensor's shape."""
-        return {name: file.shapes[name] for name, file in self._owner.items()}
+        return self._shapes
 
     def read(self, name: str, index: Index) -> np.ndarray:
         """Read part of a tensor."""

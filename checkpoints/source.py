@@ -26,7 +26,10 @@ class TensorSource(Protocol):
         ...
 
     def read(self, name: str, index: Index) -> np.ndarray:
-        """Read part of a tensor into new memory, in the file's dtype (f32 where it is quantised)."""
+        """Read part of a tensor into new memory, in the file's dtype (f32 where it is quantised).
+
+        Leading rows outside the index cost nothing, so a large tensor can be read in pieces.
+        """
         ...
 
     def close(self) -> None:

@@ -4,6 +4,7 @@ One stacked parameter is assembled at a time, shard by shard, so the host never 
 """
 
 import functools
+import math
 import operator
 import pathlib
 from collections.abc import Callable, Iterable
@@ -26,6 +27,8 @@ _KV_PROJECTIONS = ("k_proj", "v_proj")
 # Buffers that some exporters save and no model reads.
 _IGNORED_SUFFIXES = ("rotary_emb.inv_freq", "attention.bias", "attention.masked_bias")
 _MAX_LISTED = 20
+_PIECE_BYTES = 16 << 20
+_ALIGNMENT = 64
 
 
 def load_weights(
@@ -108,20 +111,35 @@ class _ParamReader:
     def read(self, index: Index | None) -> np.ndarray:
         """The part of the (stacked) parameter that `index` names, in the parameter's dtype."""
         assert index is not None
-        if not self._spec.stacked:
-            return self._read_one(self._name, index)
-        layers = range(*index[0].indices(self._spec.shape[0]))
         shape = tuple(len(range(*part.indices(size))) for part, size in zip(index, self._spec.shape, strict=True))
-        out = np.empty(shape, self._spec.dtype)
-        for position, layer in enumerate(layers):
-            out[position] = self._read_one(self._name.format(layer=layer), index[1:])
+        out = _aligned_empty(shape, self._spec.dtype)
+        if not self._spec.stacked:
+            self._read_into(out, self._name, index)
+            return out
+        for position, layer in enumerate(range(*index[0].indices(self._spec.shape[0]))):
+            self._read_into(out[position], self._name.format(layer=layer), index[1:])
         return out
 
-    def _read_one(self, name: str, index: Index) -> np.ndarray:
-        if self._copies == 1:
-            return self._source.read(name, index).astype(self._spec.dtype, copy=False)
-        whole = self._source.read(name, (slice(None),))
-        return _repeat_heads(whole, 0, self._head_rows, self._copies)[index].astype(self._spec.dtype)
+    def _read_into(self, out: np.ndarray, name: str, index: Index) -> None:
+        """Read one tensor's part, a few rows at a time: it is seldom in the right dtype already."""
+        if self._copies > 1:
+            whole = self._source.read(name, (slice(None),))
+            out[...] = _repeat_heads(whole, 0, self._head_rows, self._copies)[index]
+            return
+        rows = index[0].indices(self._source.shapes[name][0])
+        step = max(1, _PIECE_BYTES * len(out) // max(1, out.nbytes))
+        for start in range(0, len(out), step):
+            first = rows[0] + start
+            part = slice(first, min(first + step, rows[1]))
+            out[start : start + step] = self._source.read(name, (part, *index[1:]))
+
+
+def _aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """Memory that a CPU device takes over as it is; what is less aligned it would copy."""
+    size = math.prod(shape) * dtype.itemsize
+    memory = np.empty(size + _ALIGNMENT, np.uint8)
+    start = -memory.ctypes.data % _ALIGNMENT
+    return memory[start : start + size].view(dtype).reshape(shape)
 
 
 def _put(weights: Weights, path: Path, array: jax.Array | jax.ShapeDtypeStruct) -> None:
