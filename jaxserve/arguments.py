@@ -85,7 +85,7 @@ def _memory_flags(group: argparse._ArgumentGroup) -> None:  # pyright: ignore[re
     group.add_argument(
         "--mem-fraction-static",
         type=float,
-        help="share of the memory for weights and key/value pool together; 0.88 if unset, a pool of 512 MiB on CPU",
+        help="share of the memory left after the weights for the key/value pool; 0.88 if unset, 512 MiB on CPU",
     )
     group.add_argument("--max-total-tokens", type=int, help="size of the key/value pool in tokens; overrides the above")
     group.add_argument(

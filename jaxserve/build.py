@@ -160,6 +160,7 @@ def build_runner(config: EngineConfig, bar: ProgressBar) -> BuiltRunner:
         copies = kv_head_copies(checkpoint, config.tp_size)
         model = msgspec.structs.replace(checkpoint, num_kv_heads=checkpoint.num_kv_heads * copies)
         dtype = pick_dtype(config, checkpoint)
+        scheduler = _scheduler_config(config, checkpoint, platform)
         decoder = architecture.build(BuildModel(model, dtype, batch_invariant=config.deterministic))
         with Phase("weights") as phase:
             if isinstance(source, OrbaxCheckpoint):
@@ -181,7 +182,6 @@ def build_runner(config: EngineConfig, bar: ProgressBar) -> BuiltRunner:
     finally:
         source.close()
 
-    scheduler = _scheduler_config(config, checkpoint, platform)
     cache = _cache_config(config, model, scheduler, dtype, platform)
     scheduler = _fit_context(scheduler, cache)
     attention = XlaAttention(
@@ -272,22 +272,10 @@ def _pool_bytes(config: EngineConfig, platform: str) -> int:
     stats = jax.devices()[0].memory_stats() if platform != "cpu" else None
     if stats is None:
         return _CPU_POOL_BYTES if config.mem_fraction_static is None else _host_pool_bytes(config.mem_fraction_static)
-    fraction = config.mem_fraction_static or _DEVICE_MEM_FRACTION
-    return _pool_share(fraction, stats["bytes_limit"], stats["bytes_in_use"])
+    free = stats["bytes_limit"] - stats["bytes_in_use"]
+    return int(free * (config.mem_fraction_static or _DEVICE_MEM_FRACTION))
 
 
 def _host_pool_bytes(fraction: float) -> int:
     meminfo = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
-    total, available = (int(meminfo[name].split()[0]) * 1024 for name in ("MemTotal", "MemAvailable"))
-    return _pool_share(fraction, total, total - available)
-
-
-def _pool_share(fraction: float, total: int, used: int) -> int:
-    """What is left for the pool when weights and pool together may take a share of the memory."""
-    pool = int(total * fraction) - used
-    if pool <= 0:
-        raise LaunchError(
-            f"--mem-fraction-static {fraction} of {total / 1e9:.1f} GB leaves nothing for the key/value pool: "
-            f"{used / 1e9:.1f} GB are in use already"
-        )
-    return pool
+    return int(int(meminfo["MemAvailable"].split()[0]) * 1024 * fraction)

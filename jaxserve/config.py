@@ -121,8 +121,7 @@ class CacheConfig(_Config, frozen=True):
     prefix_caching: bool = True
 
     def __post_init__(self) -> None:
-        if self.page_size < 1 or self.page_size & (self.page_size - 1):
-            raise LaunchError(f"--page-size must be a power of two, got {self.page_size}")
+        _check_page_size(self.page_size)
         if self.num_pages < 1:
             raise LaunchError(f"the key/value pool has no room for a single page of {self.page_size} tokens")
 
@@ -193,7 +192,14 @@ class EngineConfig(_Config, frozen=True):
                 raise LaunchError(f"{flag} must be at least 1, got {value}")
         if self.max_queued_requests is not None and self.max_queued_requests < 0:
             raise LaunchError(f"--max-queued-requests must not be negative, got {self.max_queued_requests}")
+        if self.page_size is not None:
+            _check_page_size(self.page_size)
         if self.mem_fraction_static is not None and not 0 < self.mem_fraction_static < 1:
             raise LaunchError(
                 f"--mem-fraction-static must be between 0 and 1 (exclusive), got {self.mem_fraction_static}"
             )
+
+
+def _check_page_size(page_size: int) -> None:
+    if page_size < 1 or page_size & (page_size - 1):
+        raise LaunchError(f"--page-size must be a power of two, got {page_size}")

@@ -116,6 +116,7 @@ def test_a_busy_port_is_told_before_the_model_is_touched(server: ServerProcess) 
         (["--model-path", "some-org/some-model"], "some-org/some-model"),
         (["--model-path", "demo", "--no-such-flag"], "unrecognized arguments: --no-such-flag"),
         (["--model-path", "demo", "--tp-size", "0"], "--tp-size must be at least 1, got 0"),
+        (["--model-path", "demo", "--page-size", "48"], "--page-size must be a power of two, got 48"),
         (["--model-path", "demo", "--mem-fraction-static", "1.5"], "--mem-fraction-static"),
         (["--model-path", "demo", "--chat-template", "no-such-file"], "--chat-template no-such-file"),
         ([], "--model-path is required"),
@@ -127,6 +128,25 @@ def test_what_cannot_start_says_why(arguments: list[str], message: str) -> None:
     assert result.returncode == 2
     assert message in result.stderr
     assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--max-running-requests", "32", "--chunked-prefill-size", "16"], "(16) must be at least"),
+        (["--context-length", "1024"], "--context-length 1024 is more than the 512 tokens"),
+        (["--tp", "3"], "needs 3 devices"),
+        (["--dp", "2"], "need 2 devices"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+def test_contradictions_are_told_before_weights_are_read(
+    checkpoint: Path, arguments: list[str], message: str
+) -> None:
+    result = launch("--model-path", str(checkpoint), "--port", "0", *arguments)
+    assert result.returncode == 2
+    assert message in result.stderr, result.stderr
+    assert "weights:" not in result.stderr
 
 
 def test_an_unknown_architecture_is_refused_before_its_weights(tmp_path: Path) -> None:
