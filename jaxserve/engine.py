@@ -15,9 +15,8 @@ from jaxserve.step import Plans, StepOutput
 
 logger = logging.getLogger(__name__)
 
-# After a step that raised, its sequences are computed anew; the scheduler ends those that make steps raise. So many
-# failures in a row are the machine's fault, and the engine gives up.
-_MAX_FAILURES = 5
+# Times that an empty step is tried after one raised, before the engine gives the devices up.
+_MAX_RESETS = 3
 _MAX_PENDING = 1
 
 
@@ -37,7 +36,7 @@ class Runner(Protocol):
         ...
 
     def reset(self) -> None:
-        """Make the cache anew after a step raised."""
+        """Make the cache anew after a step raised, and run an empty step; raises what that raises."""
         ...
 
 
@@ -48,7 +47,6 @@ class Engine:
         self._runner = runner
         self._scheduler = scheduler
         self._pending: deque[Pending] = deque()
-        self._num_failures = 0
 
     @property
     def idle(self) -> bool:
@@ -76,7 +74,7 @@ class Engine:
         """Send one step and take in the one before.
 
         Raises:
-            Exception: what the step raised, after `_MAX_FAILURES` failures in a row.
+            Exception: what the step raised, when the devices cannot even run an empty one any more.
         """
         try:
             plans = self._scheduler.schedule()
@@ -84,17 +82,20 @@ class Engine:
                 self._pending.append(self._runner.dispatch(plans))
             if self._pending and (plans is None or len(self._pending) > _MAX_PENDING):
                 self._scheduler.update(self._pending.popleft().result())
-                self._num_failures = 0
         except Exception as error:
             self._recover(error)
         return self._scheduler.take_deltas()
 
     def _recover(self, error: Exception) -> None:
         """The donated cache is gone with the step: rebuild it and compute the running sequences again."""
-        self._num_failures += 1
-        logger.exception("step failed (%d in a row)", self._num_failures)
-        if self._num_failures >= _MAX_FAILURES:
-            raise error
+        logger.error("a step raised", exc_info=error)
         self._pending.clear()
-        self._runner.reset()
         self._scheduler.restart_running()
+        for _ in range(_MAX_RESETS):
+            try:
+                self._runner.reset()
+            except Exception:
+                logger.exception("the devices fail an empty step")
+            else:
+                return
+        raise error

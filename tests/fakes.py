@@ -34,6 +34,7 @@ class FakeRunner:
         plans: what was dispatched, copy after copy.
         fail_next: dispatches that raise.
         poison: a token id that makes every step it is in raise.
+        poison_draws: also where the token was drawn by the step before.
         not_finite: rows of state whose logits are NaN.
     """
 
@@ -43,6 +44,7 @@ class FakeRunner:
         self.plans: list[SchedulerOutput] = []
         self.fail_next = 0
         self.poison: int | None = None
+        self.poison_draws = False
         self.num_resets = 0
         self.not_finite: set[int] = set()
 
@@ -61,6 +63,8 @@ class FakeRunner:
             if self.poison in row.token_ids:
                 raise RuntimeError("a poisoned token")
             last = row.token_ids[-1] if row.token_ids[-1] >= 0 else self._last[copy, row.row]
+            if self.poison_draws and last == self.poison:
+                raise RuntimeError("a poisoned draw")
             tokens.append((last + 1) % self._vocab_size)
             if row.samples:
                 self._last[copy, row.row] = tokens[-1]
@@ -81,6 +85,9 @@ class FakeRunner:
 
     def reset(self) -> None:
         self.num_resets += 1
+        if self.fail_next:
+            self.fail_next -= 1
+            raise RuntimeError("the device is on fire")
 
 
 def make_engine(

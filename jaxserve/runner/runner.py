@@ -154,11 +154,15 @@ class ModelRunner:
         return PendingStep(plans, self._run(bucket, plans))
 
     def reset(self) -> None:
-        """Make the cache and state anew, after a step that raised has left the donated ones deleted."""
+        """Make the cache and state anew, after a step that raised has left the donated ones deleted.
+
+        Runs an empty step, to see whether the devices still can; raises what that raises.
+        """
         # The old ones may be alive, if the failure came before they were donated; two do not fit.
-        del self._cache, self._state
+        self._cache, self._state = {}, None  # type: ignore[assignment]
         self._cache = self._empty_cache()
         self._state = self._empty_state()
+        jax.block_until_ready(self._run(self._parts.buckets[-1], (None,) * self._copies))
 
     def _admit(self, copy: int, new: NewRow) -> None:
         """A row of a copy has a new owner."""

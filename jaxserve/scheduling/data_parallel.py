@@ -39,7 +39,11 @@ class DataParallelScheduler:
 
     def schedule(self) -> Plans | None:
         """Plan the next step of every copy, or None when none can run."""
-        plans = tuple(scheduler.schedule() for scheduler in self._schedulers)
+        doubtful = next((scheduler for scheduler in self._schedulers if scheduler.in_doubt), None)
+        plans = tuple(
+            scheduler.schedule() if doubtful is None or scheduler is doubtful else None
+            for scheduler in self._schedulers
+        )
         return plans if any(plan is not None for plan in plans) else None
 
     def update(self, outputs: Sequence[StepOutput | None]) -> None:
@@ -53,9 +57,10 @@ class DataParallelScheduler:
         return [delta for scheduler in self._schedulers for delta in scheduler.take_deltas()]
 
     def restart_running(self) -> None:
-        """Queue every running sequence anew after the cache was lost. Steps in flight are forgotten."""
+        """See `Scheduler.restart_running`: the copies' steps raise together."""
+        alone = sum(scheduler.num_in_flight for scheduler in self._schedulers) == 1
         for scheduler in self._schedulers:
-            scheduler.restart_running()
+            scheduler.restart_running(alone=alone)
 
     def flush_cache(self) -> bool:
         """Forget cached prefixes; refused (False) while anything runs or waits."""

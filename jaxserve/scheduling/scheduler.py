@@ -23,8 +23,8 @@ from jaxserve.step import NewRow, PromptLogprobs, ScheduledRow, SchedulerOutput,
 _LPM_WINDOW = 128
 # Waiting requests that a step considers; those behind wait for a later one.
 _ADMISSION_WINDOW = 256
-# A sequence whose steps raise this often is ended, so that the others can go on.
-_MAX_FAILED_STEPS = 3
+# A sequence that was alone in so many steps that raised is ended, so that the others can go on.
+_MAX_FAILED_STEPS = 2
 
 
 class SchedulerStats(NamedTuple):
@@ -58,6 +58,8 @@ class Scheduler:
         self._in_flight: deque[_InFlight] = deque()
         self._free_rows = list(range(config.max_rows - 1, -1, -1))
         self._live: dict[str, list[Sequence]] = {}
+        # In the order in which they are to be tried; see `restart_running`.
+        self._suspects: dict[Sequence, None] = {}
         self._outbox: list[TokenDelta] = []
         self._step = 0
         self._num_preemptions = 0
@@ -117,12 +119,15 @@ class Scheduler:
     def schedule(self) -> SchedulerOutput | None:
         """Plan the next step, or None when no sequence can run."""
         step = _StepBuilder(self._config)
-        # Sequences that run one token go first: a step always has room for all of them.
-        for sequence in [s for s in self._running if not s.prefilling] + [s for s in self._running if s.prefilling]:
-            if sequence.row is None:
-                continue  # preempted by one before it
-            self._schedule_running(sequence, step)
-        self._admit(step)
+        if self._suspects:
+            self._schedule_alone(next(iter(self._suspects)), step)
+        else:
+            # Sequences that run one token go first: a step always has room for all of them.
+            for sequence in [s for s in self._running if not s.prefilling] + [s for s in self._running if s.prefilling]:
+                if sequence.row is None:
+                    continue  # preempted by one before it
+                self._schedule_running(sequence, step)
+            self._admit(step)
         if not step.rows:
             return None
         plan = step.finish(self._step)
@@ -144,6 +149,8 @@ class Scheduler:
                 self._finish(sequence, FinishReason.ERROR, error="numerical_error: the model's output is not finite")
                 continue
             end = row.num_computed_tokens + row.num_tokens
+            if end >= sequence.num_doubtful_tokens:
+                self._suspects.pop(sequence, None)
             preempted_since = sequence.num_preemptions != num_preemptions[index]
             if preempted_since and sequence.collects_prompt_logprobs:
                 continue  # the whole prompt is computed again, and its draw with it
@@ -160,16 +167,38 @@ class Scheduler:
         deltas, self._outbox = self._outbox, []
         return deltas
 
-    def restart_running(self) -> None:
-        """Queue every running sequence anew after the cache was lost. Steps in flight are forgotten."""
-        suspects = dict.fromkeys(sequence for step in self._in_flight for sequence in step.sequences)
+    @property
+    def num_in_flight(self) -> int:
+        """Sequences that are in steps whose results are not known."""
+        return len({sequence for step in self._in_flight for sequence in step.sequences})
+
+    @property
+    def in_doubt(self) -> bool:
+        """Whether a sequence has to be run alone, to see whether it is the one whose steps raise."""
+        return bool(self._suspects)
+
+    def restart_running(self, *, alone: bool) -> None:
+        """Queue every running sequence anew after a step raised and the cache was lost.
+
+        Steps in flight are forgotten. A sequence that was alone in them is ended at its second such failure; several
+        are tried one at a time, until each has got past the point that it had reached.
+
+        Args:
+            alone: no sequence of another copy of the model was in these steps.
+        """
+        in_flight = dict.fromkeys(sequence for step in self._in_flight for sequence in step.sequences)
         self._in_flight.clear()
+        for sequence in in_flight:
+            if not sequence.finished:
+                sequence.num_doubtful_tokens = max(sequence.num_doubtful_tokens, sequence.num_computed_tokens)
+                self._suspects[sequence] = None
         for sequence in [sequence for sequences in self._live.values() for sequence in sequences]:
             sequence.num_in_flight = 0
         for sequence in reversed(self._running.copy()):
             self._preempt(sequence)
         self._prefixes.flush()
-        for sequence in suspects:
+        if alone and len(in_flight) == 1:
+            [sequence] = in_flight
             sequence.num_failed_steps += 1
             if sequence.num_failed_steps == _MAX_FAILED_STEPS and not sequence.finished:
                 self._finish(sequence, FinishReason.ERROR, error="internal_error: its steps fail")
@@ -222,28 +251,44 @@ class Scheduler:
         for sequence in self._candidates():
             if not self._free_rows or not step.num_tokens_left or not step.num_draws_left:
                 return
-            if sequence.num_in_flight or self._waits_for_prefix(sequence) or self._in_doubt(sequence):
+            if sequence.num_in_flight or self._waits_for_prefix(sequence):
                 continue
-            sequence.pages = self._match(sequence)
-            sequence.num_indexed_pages = len(sequence.pages)
-            sequence.num_computed_tokens = len(sequence.pages) * self._page_size
-            count = step.allowance(sequence)
-            # Room for the whole prompt, not only for its first chunk: a half-computed prompt only blocks others.
-            if not self._grow(sequence, sequence.num_tokens):
-                self._prefixes.release(sequence.pages)
-                sequence.pages = []
-                sequence.num_indexed_pages = sequence.num_computed_tokens = 0
+            if not self._start(sequence, step):
                 return
-            self._waiting.remove(sequence)
-            self._running.append(sequence)
-            sequence.row = self._free_rows.pop()
-            if sequence.num_cached_tokens is None:
-                sequence.num_cached_tokens = sequence.num_computed_tokens
-                if sequence.choice == 0:
-                    self._num_prompt_tokens += sequence.num_prompt_tokens
-                    self._num_cached_tokens += sequence.num_cached_tokens
-            step.admit(sequence)
-            step.add(sequence, count)
+
+    def _start(self, sequence: Sequence, step: "_StepBuilder") -> bool:
+        """Give a waiting sequence a row and pages, and run it in this step; False when there are none."""
+        if not self._free_rows:
+            return False
+        sequence.pages = self._match(sequence)
+        sequence.num_indexed_pages = len(sequence.pages)
+        sequence.num_computed_tokens = len(sequence.pages) * self._page_size
+        count = step.allowance(sequence)
+        # Room for the whole prompt, not only for its first chunk: a half-computed prompt only blocks others.
+        if not self._grow(sequence, sequence.num_tokens):
+            self._prefixes.release(sequence.pages)
+            sequence.pages = []
+            sequence.num_indexed_pages = sequence.num_computed_tokens = 0
+            return False
+        self._waiting.remove(sequence)
+        self._running.append(sequence)
+        sequence.row = self._free_rows.pop()
+        if sequence.num_cached_tokens is None:
+            sequence.num_cached_tokens = sequence.num_computed_tokens
+            if sequence.choice == 0:
+                self._num_prompt_tokens += sequence.num_prompt_tokens
+                self._num_cached_tokens += sequence.num_cached_tokens
+        step.admit(sequence)
+        step.add(sequence, count)
+        return True
+
+    def _schedule_alone(self, sequence: Sequence, step: "_StepBuilder") -> None:
+        """A step of one sequence. The others do not run now, so what it lacks is taken from them."""
+        if sequence.row is not None:
+            self._schedule_running(sequence, step)
+            return
+        while not self._start(sequence, step) and self._running:
+            self._preempt(self._running[-1])
 
     def _candidates(self) -> Iterator[Sequence]:
         waiting = list(islice(self._waiting, _ADMISSION_WINDOW))
@@ -269,10 +314,6 @@ class Scheduler:
             and other.token_ids[:end] == sequence.token_ids[:end]
             for other in self._running
         )
-
-    def _in_doubt(self, sequence: Sequence) -> bool:
-        """Whether a step of this one raised before and another such one runs: together they cannot be told apart."""
-        return sequence.num_failed_steps > 0 and any(other.num_failed_steps for other in self._running)
 
     def _match(self, sequence: Sequence) -> list[int]:
         """Pages of a cached prefix, now held; the last token is always computed, for its logits."""
@@ -380,6 +421,7 @@ class Scheduler:
             self._leave_row(sequence)
         else:
             self._waiting.remove(sequence)
+        self._suspects.pop(sequence, None)
         siblings = self._live[sequence.request.id]
         siblings.remove(sequence)
         if not siblings:

@@ -28,7 +28,8 @@ class Sequence:
         num_computed_tokens: tokens whose keys and values are, or will be once sent steps ran, in the pages.
         num_indexed_pages: full pages given to the prefix cache.
         num_cached_tokens: prompt tokens taken from the prefix cache on first admission; None before it.
-        num_failed_steps: steps that raised while it was in them.
+        num_failed_steps: steps that raised while it was alone in them.
+        num_doubtful_tokens: computed tokens when it was last in a step that raised.
         num_preemptions: how often it lost its row; results of steps from before are not about its pages.
         pages: held pages, in order.
         num_sent_pages: pages the runner knows of.
@@ -43,6 +44,7 @@ class Sequence:
         "leader",
         "num_cached_tokens",
         "num_computed_tokens",
+        "num_doubtful_tokens",
         "num_failed_steps",
         "num_in_flight",
         "num_indexed_pages",
@@ -67,6 +69,7 @@ class Sequence:
         self.num_indexed_pages = 0
         self.num_cached_tokens: int | None = None
         self.num_failed_steps = 0
+        self.num_doubtful_tokens = 0
         self.num_preemptions = 0
         self.pages: list[int] = []
         self.num_sent_pages = 0

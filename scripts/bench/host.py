@@ -1,6 +1,6 @@
 """Host time per step without a device: schedule + batch + update; and token deltas that the API side serialises.
 
-    PYTHONPATH=. python scripts/bench/host.py
+PYTHONPATH=. python scripts/bench/host.py
 """
 
 import asyncio

@@ -140,9 +140,7 @@ def test_what_cannot_start_says_why(arguments: list[str], message: str) -> None:
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )
-def test_contradictions_are_told_before_weights_are_read(
-    checkpoint: Path, arguments: list[str], message: str
-) -> None:
+def test_contradictions_are_told_before_weights_are_read(checkpoint: Path, arguments: list[str], message: str) -> None:
     result = launch("--model-path", str(checkpoint), "--port", "0", *arguments)
     assert result.returncode == 2
     assert message in result.stderr, result.stderr

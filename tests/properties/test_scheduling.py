@@ -108,10 +108,10 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.scheduler.update(self._output(plan, tokens, [index != broken for index in range(count)]))
 
     @precondition(lambda self: self.in_flight)
-    @rule()
-    def lose_the_cache(self) -> None:
+    @rule(alone=st.booleans())
+    def lose_the_cache(self, alone: bool) -> None:
         self.in_flight.clear()
-        self.scheduler.restart_running()
+        self.scheduler.restart_running(alone=alone)
 
     @invariant()
     def told_once(self) -> None:

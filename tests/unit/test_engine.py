@@ -94,25 +94,59 @@ def test_a_failing_step_is_tried_again() -> None:
     assert runner.num_resets == 2
 
 
-def test_a_request_that_makes_every_step_raise_ends_alone() -> None:
-    engine, runner = make_engine(max_step_tokens=64)
+@pytest.mark.parametrize("dp_size", [1, 2])
+def test_requests_that_make_every_step_raise_end_alone(dp_size: int) -> None:
+    """Two culprits, one with two choices, beside and between others that come early and late."""
+    engine, runner = make_engine(max_step_tokens=64, dp_size=dp_size)
     runner.poison = 13
-    for name, prompt in (("a", (1, 2)), ("b", (12, 13)), ("c", (1, 2))):
+    engine.add(request("long", prompt=(100, 101), max_tokens=30))
+    deltas = [delta for _ in range(5) for delta in engine.step()]
+    engine.add(Request(id="bad", prompt_token_ids=(12, 13), sampling=SamplingParams(max_tokens=4), num_choices=2))
+    for name, prompt in (("a", (1, 2)), ("worse", (13,)), ("b", (1, 2))):
         engine.add(request(name, prompt=prompt))
+    deltas += finish(engine)
+    engine.add(request("late", prompt=(13, 13)))
+    deltas += finish(engine)
+    ends = {(delta.request_id, delta.choice): delta.finish_reason for delta in deltas if delta.finish_reason}
+    assert len(ends) == sum(delta.finish_reason is not None for delta in deltas)
+    bad = {("bad", 0), ("bad", 1), ("worse", 0), ("late", 0)}
+    assert {key for key, reason in ends.items() if reason is FinishReason.ERROR} == bad
+    assert tokens(deltas, "a") == tokens(deltas, "b") == [3, 4, 5, 6]
+    assert tokens(deltas, "long") == list(range(102, 132))
+
+
+def test_a_request_that_fails_late_is_found_as_well() -> None:
+    """Prefill passes; the step that runs the poisoned draw does not."""
+    engine, runner = make_engine(max_step_tokens=64)
+    runner.poison = 20
+    engine.add(request("a", prompt=(16, 17), max_tokens=30))
+    engine.add(request("b", prompt=(50, 51), max_tokens=10))
+    runner.poison_draws = True
     deltas = finish(engine)
     ends = {delta.request_id: delta.finish_reason for delta in deltas if delta.finish_reason}
-    assert ends == {"a": FinishReason.LENGTH, "b": FinishReason.ERROR, "c": FinishReason.LENGTH}
-    assert tokens(deltas, "a") == tokens(deltas, "c") == [3, 4, 5, 6]
+    assert ends == {"a": FinishReason.ERROR, "b": FinishReason.LENGTH}
+    assert tokens(deltas, "b") == list(range(52, 62))
+
+
+def test_all_run_together_again_after_one_failure() -> None:
+    engine, runner = make_engine(max_step_tokens=64)
+    for name in ("a", "b", "c", "d"):
+        engine.add(request(name, max_tokens=40))
+    for _ in range(10):
+        engine.step()
+    runner.fail_next = 1
+    deltas = finish(engine)
+    assert all(tokens(deltas, name)[-1] == 43 for name in ("a", "b", "c", "d"))
+    assert len(runner.plans) < 60
 
 
 def test_a_device_that_fails_every_step_is_given_up() -> None:
     engine, runner = make_engine()
-    for index in range(4):
-        engine.add(request(str(index)))
+    engine.add(request("a"))
     runner.fail_next = 100
     with pytest.raises(RuntimeError, match="on fire"):
         finish(engine)
-    assert runner.num_resets == 4
+    assert runner.num_resets == 3
 
 
 def test_copies_of_the_model_share_the_requests_and_keep_a_prefix() -> None:
