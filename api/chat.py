@@ -11,7 +11,7 @@ from litestar.params import JSONBody
 
 from api.logprobs import chat_logprobs
 from api.openapi import StreamedOperation, errors
-from api.params import RequestBuilder, build, check_fields, request_id
+from api.params import RequestBuilder, answer_id, build, check_fields
 from api.running import RunningRequest, usage_info
 from api.schemas import (
     AssistantMessage,
@@ -43,8 +43,8 @@ async def chat_completions(
     """Continue a conversation; with `stream` the answer is server-sent events."""
     check_fields(await request.json(), ChatCompletionRequest)
     model = server.check_model(data.model)
-    name = request_id(data.rid)
-    prepared = await build(len(await request.body()), builder.chat, data, name)
+    name = answer_id("chatcmpl", data.rid)
+    prepared = await build(len(await request.body()), builder.chat, data)
     running = RunningRequest(server, "chat", name, [prepared])
     chat = _Chat(server, data, model, running)
     if data.stream:
@@ -61,7 +61,7 @@ class _Chat:
         self._model = model
         self._running = running
         self._created = int(time.time())
-        self._id = body.rid or f"chatcmpl-{running.id}"
+        self._id = running.id
 
     async def collect(self) -> ChatCompletion:
         """The whole answer."""

@@ -12,7 +12,7 @@ from litestar.params import JSONBody
 
 from api.logprobs import completion_logprobs
 from api.openapi import StreamedOperation, errors
-from api.params import RequestBuilder, build, check_fields, request_id
+from api.params import RequestBuilder, answer_id, build, check_fields
 from api.running import RunningRequest, usage_info
 from api.schemas import Completion, CompletionChoice, CompletionLogprobs, CompletionRequest
 from api.server import Server
@@ -37,8 +37,8 @@ async def completions(
     """Continue one or several prompts; with `stream` the answer is server-sent events."""
     check_fields(await request.json(), CompletionRequest)
     model = server.check_model(data.model)
-    name = request_id(data.rid)
-    prepared = await build(len(await request.body()), builder.completions, data, name)
+    name = answer_id("cmpl", data.rid)
+    prepared = await build(len(await request.body()), builder.completions, data)
     running = RunningRequest(server, "completions", name, prepared)
     answer = _Completion(server, data, model, running)
     if data.stream:
@@ -78,7 +78,7 @@ class _Completion:
         self._model = model
         self._running = running
         self._created = int(time.time())
-        self._id = body.rid or f"cmpl-{running.id}"
+        self._id = running.id
         texts: list[Any] = [body.prompt] if isinstance(body.prompt, str) else body.prompt
         self._echoes = (
             [

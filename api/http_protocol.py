@@ -21,9 +21,11 @@ class _HeadTooLarge(Exception):
 class BoundedHttpProtocol(HttpToolsProtocol):
     """One connection. Attributes are uvicorn's, and a few of ours with an underscore."""
 
-    _status = HTTPStatus.BAD_REQUEST
-    _head_bytes = 0
+    _refusal = HTTPStatus.BAD_REQUEST
     _in_head = True
+    _receiving = False
+    _unparsed_bytes = 0
+    _fields_bytes = 0
     _deadline: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -37,49 +39,87 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        """A head that is not complete yet counts in full; the parser only reports whole headers."""
+        """The parser keeps a header to itself until it is whole: what it holds back counts as well."""
+        holding = self._receiving and self._in_head
         super().data_received(data)
-        if self._in_head and not self.transport.is_closing():
-            self._head_bytes += len(data)
-            if self._head_bytes > MAX_HEAD_BYTES:
+        if self.transport.is_closing():
+            return
+        if holding and self._in_head:
+            self._unparsed_bytes += len(data)
+            if self._unparsed_bytes > MAX_HEAD_BYTES:
                 self._refuse(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE)
-
-    def on_message_begin(self) -> None:
-        """A request starts; on a kept connection that starts a clock of its own."""
-        super().on_message_begin()
-        self._in_head = True
-        self._head_bytes = 0
-        if self._deadline is None:
+        elif not self._responding:
+            # Line breaks between requests stop uvicorn's clock and start no request.
             self._start_deadline()
 
+    def on_message_begin(self) -> None:
+        """A request starts, and its clock: at once, or when the one before it is answered."""
+        super().on_message_begin()
+        self._in_head = self._receiving = True
+        self._unparsed_bytes = self._fields_bytes = 0
+        if not self._responding:
+            self._start_deadline()
+
+    def on_url(self, url: bytes) -> None:
+        """See uvicorn."""
+        self._count(len(url))
+        super().on_url(url)
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """A header, or a trailer of a chunked body."""
+        self._count(len(name) + len(value))
+        if len(self.headers) >= MAX_HEADERS:
+            self._count(MAX_HEAD_BYTES)
+        super().on_header(name, value)
+
     def on_headers_complete(self) -> None:
-        """The head is there: check it before anything runs."""
+        """The head is there."""
         self._in_head = False
-        size = len(self.url) + sum(len(name) + len(value) for name, value in self.headers)
-        if len(self.headers) > MAX_HEADERS or size > MAX_HEAD_BYTES:
-            self._status = HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE
-            raise _HeadTooLarge
         super().on_headers_complete()
 
     def on_message_complete(self) -> None:
         """The request is there in full."""
+        self._receiving = False
         self._stop_deadline()
         super().on_message_complete()
 
+    def on_response_complete(self) -> None:
+        """What has begun to arrive meanwhile gets its time from here."""
+        super().on_response_complete()
+        if self._receiving and not self.transport.is_closing():
+            self._start_deadline()
+
     def send_400_response(self, msg: str) -> None:
-        """What uvicorn calls on a parser error, with OpenAI's error object."""
-        self._refuse(self._status)
+        """What uvicorn calls on a parser error."""
+        self._refuse(self._refusal)
+
+    @property
+    def _responding(self) -> bool:
+        cycle: Any = self.cycle
+        return cycle is not None and not cycle.response_complete
+
+    def _count(self, num_bytes: int) -> None:
+        self._fields_bytes += num_bytes
+        if self._fields_bytes > MAX_HEAD_BYTES:
+            self._refusal = HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE
+            raise _HeadTooLarge
 
     def _refuse(self, status: HTTPStatus) -> None:
-        body = b'{"error":{"message":"%b","type":"invalid_request_error","param":null,"code":null}}' % (
-            status.phrase.encode()
-        )
-        head = f"HTTP/1.1 {status.value} {status.phrase}\r\ncontent-type: application/json\r\nconnection: close\r\n"
-        self.transport.write(head.encode() + b"content-length: %d\r\n\r\n%b" % (len(body), body))
+        """Answer with OpenAI's error object and close; only close where another answer is under way or given."""
+        cycle: Any = self.cycle
+        refused_early = self._receiving and not self._in_head and cycle.response_started
+        answered = refused_early or (self._responding and (self._in_head or cycle.response_started))
+        if not (answered or self.pipeline):
+            body = b'{"error":{"message":"%b","type":"invalid_request_error","param":null,"code":null}}' % (
+                status.phrase.encode()
+            )
+            head = f"HTTP/1.1 {status.value} {status.phrase}\r\ncontent-type: application/json\r\nconnection: close\r\n"
+            self.transport.write(head.encode() + b"content-length: %d\r\n\r\n%b" % (len(body), body))
         self.transport.close()
 
     def _start_deadline(self) -> None:
-        self._deadline = self.loop.call_later(RECEIPT_DEADLINE_S, self._on_deadline)
+        if self._deadline is None:
+            self._deadline = self.loop.call_later(RECEIPT_DEADLINE_S, self._on_deadline)
 
     def _stop_deadline(self) -> None:
         if self._deadline is not None:
@@ -88,8 +128,4 @@ class BoundedHttpProtocol(HttpToolsProtocol):
 
     def _on_deadline(self) -> None:
         self._deadline = None
-        cycle: Any = self.cycle
-        if cycle is not None and cycle.response_started and not cycle.response_complete:
-            self.transport.close()  # it is being answered without its body; no second answer
-        else:
-            self._refuse(HTTPStatus.REQUEST_TIMEOUT)
+        self._refuse(HTTPStatus.REQUEST_TIMEOUT)

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import msgspec
 
-from api.schemas import ChatCompletionRequest, ChatMessage, CommonRequest, CompletionRequest
+from api.schemas import ChatCompletionRequest, ChatMessage, CommonRequest, CompletionRequest, TokenizeRequest
 from jaxserve.errors import RequestError
 from jaxserve.generation import TextOptions
 from jaxserve.generation_config import GenerationConfig
@@ -101,7 +101,7 @@ class RequestBuilder:
         self._defaults = generation.sampling
         self._eos_token_ids = tuple(sorted({*info.eos_token_ids, *tokenizer.eos_token_ids, *generation.eos_token_ids}))
 
-    def chat(self, body: ChatCompletionRequest, request_id: str) -> Prepared:
+    def chat(self, body: ChatCompletionRequest) -> Prepared:
         """One conversation."""
         _check_common(body)
         prompt = self.render(body.messages, body.chat_template_kwargs, continue_final=bool(body.continue_final_message))
@@ -115,10 +115,10 @@ class RequestBuilder:
         num_logprobs = (body.top_logprobs or 0) if body.logprobs else None
         max_tokens = self._max_tokens(len(ids), max_tokens, "messages")
         sampling = self._sampling(body, max_tokens, num_logprobs, self._defaults)
-        return Prepared(self._request(body, request_id, ids, sampling, body.n or 1), _text_options(body))
+        return Prepared(self._request(body, ids, sampling, body.n or 1), _text_options(body))
 
-    def completions(self, body: CompletionRequest, request_id: str) -> list[Prepared]:
-        """One request per prompt; their ids start with `request_id`."""
+    def completions(self, body: CompletionRequest) -> list[Prepared]:
+        """One request per prompt."""
         _check_common(body)
         num_choices = body.n or 1
         best_of = num_choices if body.best_of is None else body.best_of
@@ -131,11 +131,10 @@ class RequestBuilder:
         max_tokens = _COMPLETION_MAX_TOKENS if body.max_tokens is None else body.max_tokens
         prepared: list[Prepared] = []
         echo_logprobs = bool(body.echo) and body.logprobs is not None
-        for index, ids in enumerate(self.completion_prompts(body.prompt)):
+        for ids in self.completion_prompts(body.prompt):
             limit = self._max_tokens(len(ids), max_tokens, "prompt")
             sampling = self._sampling(body, limit, num_logprobs, {}, echo_logprobs=echo_logprobs)
-            request = self._request(body, f"{request_id}-{index}", ids, sampling, best_of)
-            prepared.append(Prepared(request, _text_options(body)))
+            prepared.append(Prepared(self._request(body, ids, sampling, best_of), _text_options(body)))
         return prepared
 
     def render(
@@ -165,6 +164,16 @@ class RequestBuilder:
             raise RequestError(f"between 1 and {_MAX_PROMPTS} prompts, got {len(prompts)}", param="prompt")
         return [self._prompt_ids(item) for item in prompts]
 
+    def tokens(self, body: TokenizeRequest) -> list[int]:
+        """Token ids of a prompt, or of messages through the chat template."""
+        limit = self._info.context_length
+        if body.messages is not None and body.prompt is None:
+            text = self.render(body.messages, body.chat_template_kwargs)
+            return self._tokenizer.encode(text, add_special_tokens=False, max_tokens=limit, param="messages")
+        if body.prompt is None or body.messages is not None:
+            raise RequestError("give prompt or messages, and not both", param="prompt")
+        return self._tokenizer.encode(body.prompt, add_special_tokens=body.add_special_tokens, max_tokens=limit)
+
     def _prompt_ids(self, prompt: Any) -> list[int]:
         limit = self._info.context_length
         if isinstance(prompt, str):
@@ -183,11 +192,10 @@ class RequestBuilder:
             raise RequestError("prompt must not be empty", param="prompt")
         return ids
 
-    def _request(
-        self, body: CommonRequest, request_id: str, ids: list[int], sampling: SamplingParams, num_choices: int
-    ) -> Request:
+    def _request(self, body: CommonRequest, ids: list[int], sampling: SamplingParams, num_choices: int) -> Request:
         return Request(
-            id=request_id,
+            # Never the client's `rid`: what is still on its way for an ended request must not meet a new one.
+            id=uuid.uuid4().hex,
             prompt_token_ids=tuple(ids),
             sampling=sampling,
             eos_token_ids=self._eos_token_ids,
@@ -241,10 +249,10 @@ class RequestBuilder:
         return max_tokens
 
 
-def request_id(rid: str | None) -> str:
-    """Id of a new request: the client's own `rid`, or a fresh one."""
+def answer_id(kind: str, rid: str | None) -> str:
+    """Id of a new answer: the client's own `rid`, or a fresh one that starts with `kind`."""
     if rid is None:
-        return uuid.uuid4().hex
+        return f"{kind}-{uuid.uuid4().hex}"
     if not (1 <= len(rid) <= _MAX_REQUEST_ID_CHARACTERS and rid.isprintable()):
         raise RequestError(f"rid must have 1 to {_MAX_REQUEST_ID_CHARACTERS} printable characters", param="rid")
     return rid

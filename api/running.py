@@ -9,7 +9,7 @@ from api.params import Prepared
 from api.schemas import PromptTokensDetails, UsageInfo
 from api.server import Server
 from api.streaming import merge
-from jaxserve.errors import UnavailableError
+from jaxserve.errors import RequestError, UnavailableError
 from jaxserve.generation import ChoiceDelta, CollectedChoice, Generation, collect_choices
 from jaxserve.request import FinishReason
 
@@ -22,26 +22,30 @@ class RunningRequest:
     Args:
         server: shared state.
         endpoint: name in logs and metrics.
-        request_id: that clients see and may abort; ids of the engine's requests start with it.
+        answer_id: that clients see and may abort.
         prepared: one entry per prompt.
 
     Raises:
+        RequestError: the id is in use, or there are more choices than could ever run or wait.
         OverloadedError, UnavailableError: not all of them could be queued; none is left behind.
     """
 
-    def __init__(self, server: Server, endpoint: str, request_id: str, prepared: Sequence[Prepared]) -> None:
+    def __init__(self, server: Server, endpoint: str, answer_id: str, prepared: Sequence[Prepared]) -> None:
         server.check_accepting()
+        if answer_id in server.running:
+            raise RequestError(f"request id {answer_id!r} is in use", param="rid")
+        server.client.check_room(sum(request.num_choices for request, _ in prepared))
         self._server = server
         self._timer = RequestTimer(server.metrics)
         self._ended = False
         self._endpoint = endpoint
-        self.id = request_id
+        self.id = answer_id
         self.generations: list[Generation] = []
+        server.running[answer_id] = self.generations
         try:
             for request, options in prepared:
                 generation = Generation(server.client, server.tokenizer, request, options)
                 self.generations.append(generation)
-                server.generations[request.id] = generation
         except BaseException:
             self.close()
             raise
@@ -91,7 +95,7 @@ class RunningRequest:
         """Let go of everything; what still runs is aborted. Never waits."""
         for generation in self.generations:
             generation.close()
-            self._server.generations.pop(generation.request.id, None)
+        self._server.running.pop(self.id, None)
         if not self.generations:
             return
         metrics = self._server.metrics

@@ -41,7 +41,7 @@ class Server:
 
     Attributes:
         draining: set on the way down: no new requests.
-        generations: running requests by id, for `/abort_request`.
+        running: generations of what is being answered, by the id of the answer.
     """
 
     def __init__(self, settings: ApiSettings, client: EngineClient) -> None:
@@ -50,7 +50,7 @@ class Server:
         self.metrics = Metrics(client)
         self.draining = False
         self.created = int(time.time())
-        self.generations: dict[str, Generation] = {}
+        self.running: dict[str, list[Generation]] = {}
         self._tokenizer: Tokenizer | None = None
 
     @property

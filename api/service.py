@@ -5,12 +5,13 @@ import uuid
 from typing import Any
 
 from litestar import MediaType, Response, get, post
+from litestar import Request as HttpRequest
 from litestar.di import NamedDependency
 from litestar.params import FromPath, JSONBody
 
 from api.auth import OPEN
 from api.openapi import errors
-from api.params import RequestBuilder
+from api.params import RequestBuilder, build
 from api.schemas import (
     AbortBody,
     DetokenizeRequest,
@@ -96,28 +97,24 @@ async def metrics(server: NamedDependency[Server]) -> Response[bytes]:
 
 @post(["/tokenize", "/v1/tokenize"], status_code=200, summary="Text to token ids", responses=errors(404, body=True))
 async def tokenize(
-    data: JSONBody[TokenizeRequest], server: NamedDependency[Server], builder: NamedDependency[RequestBuilder]
+    data: JSONBody[TokenizeRequest],
+    server: NamedDependency[Server],
+    builder: NamedDependency[RequestBuilder],
+    request: HttpRequest[Any, Any, Any],
 ) -> TokenizeResponse:
     """Tokenize a prompt, or messages through the chat template."""
     server.check_model(data.model)
-    if (data.prompt is None) == (data.messages is None):
-        raise RequestError("give prompt or messages, and not both", param="prompt")
-    limit = server.client.info.context_length
-    if data.messages is not None:
-        text = builder.render(data.messages, data.chat_template_kwargs)
-        tokens = server.tokenizer.encode(text, add_special_tokens=False, max_tokens=limit)
-    else:
-        tokens = server.tokenizer.encode(
-            data.prompt or "", add_special_tokens=data.add_special_tokens, max_tokens=limit
-        )
-    return TokenizeResponse(tokens, len(tokens), limit)
+    tokens = await build(len(await request.body()), builder.tokens, data)
+    return TokenizeResponse(tokens, len(tokens), server.client.info.context_length)
 
 
 @post(["/detokenize", "/v1/detokenize"], status_code=200, summary="Token ids to text", responses=errors(404, body=True))
 async def detokenize(data: JSONBody[DetokenizeRequest], server: NamedDependency[Server]) -> DetokenizeResponse:
     """Decode token ids."""
     server.check_model(data.model)
-    vocab_size = server.client.info.vocab_size
+    vocab_size, limit = server.client.info.vocab_size, server.client.info.context_length
+    if len(data.tokens) > limit:
+        raise RequestError(f"tokens: {len(data.tokens)} ids, the limit is {limit}", param="tokens")
     for token_id in data.tokens:
         if not 0 <= token_id < vocab_size:
             raise RequestError(f"tokens: id {token_id} is outside the vocabulary of {vocab_size}", param="tokens")
@@ -165,11 +162,11 @@ async def flush_cache(server: NamedDependency[Server]) -> FlushResponse:
 
 @post("/abort_request", status_code=200, summary="End running requests", responses=errors(body=True))
 async def abort_request(data: JSONBody[AbortBody], server: NamedDependency[Server]) -> dict[str, int]:
-    """Abort by id (with or without `chatcmpl-`/`cmpl-`), by the start of ids, or all."""
-    rid = data.rid.removeprefix("chatcmpl-").removeprefix("cmpl-")
-    if not rid and not data.abort_all:
+    """Abort by the id of an answer, by the start of such ids, or all."""
+    if not data.rid and not data.abort_all:
         raise RequestError("give rid or abort_all", param="rid")
-    ids = [name for name in server.generations if data.abort_all or name.startswith(rid)]
-    for name in ids:
-        server.client.abort(name)
-    return {"aborted": len(ids)}
+    names = [name for name in server.running if data.abort_all or name.startswith(data.rid)]
+    for name in names:
+        for generation in server.running[name]:
+            server.client.abort(generation.request.id)
+    return {"aborted": len(names)}

@@ -54,6 +54,7 @@ class GGUFCheckpoint:
         except (ValueError, OSError, IndexError, KeyError) as error:
             raise CheckpointError(f"{path}: not a readable GGUF file: {error}") from None
         self._path = path
+        self._config: dict[str, Any] | None = None
         self._arch = str(self.metadata.get("general.architecture"))
         if self._arch not in _ARCHITECTURES:
             raise CheckpointError(
@@ -84,10 +85,12 @@ class GGUFCheckpoint:
     @property
     def config(self) -> Mapping[str, Any]:
         """The `config.json` that the metadata amounts to."""
-        try:
-            return self._read_config()
-        except KeyError as error:
-            raise CheckpointError(f"{self._path}: metadata {error.args[0]} is missing") from None
+        if self._config is None:
+            try:
+                self._config = self._read_config()
+            except KeyError as error:
+                raise CheckpointError(f"{self._path}: metadata {error.args[0]} is missing") from None
+        return self._config
 
     @property
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
@@ -98,27 +101,39 @@ class GGUFCheckpoint:
         """Dequantise `tensor[index]`, f32; leading rows outside the index are not touched."""
         tensor = self._tensors[name]
         shape = self.shapes[name]
-        permuted = self._arch == "llama" and name.endswith(_PERMUTED)
-        # Rotary dimensions are put back in order head by head, so those tensors are read whole.
-        first, last, _ = (slice(None) if permuted else index[0]).indices(shape[0])
+        num_rows = shape[0]
+        start, end, _ = index[0].indices(num_rows)
+        # Rotary dimensions are put back in order head by head. A vector's data may be bytes: it is read whole.
+        block = self._head_rows(name) if len(shape) > 1 else num_rows
+        first, last = start // block * block, -(-end // block) * block
         try:
-            values = dequantize(tensor.data[first:last], tensor.tensor_type).reshape(last - first, *shape[1:])
+            values = dequantize(tensor.data[first:last] if len(shape) > 1 else tensor.data, tensor.tensor_type)
         except NotImplementedError:
             raise CheckpointError(
                 f"{self._path}: tensor {tensor.name} has type {tensor.tensor_type.name}, which is not supported"
             ) from None
-        if permuted:
-            heads = self._heads("attention.head_count" if "q_proj" in name else "attention.head_count_kv")
-            values = _unpermute(values, heads)[index[:1]]
+        values = values.reshape(last - first, *shape[1:])
+        if self._is_permuted(name):
+            values = _unpermute(values, (last - first) // self._head_rows(name))
         # The file is mapped; what was read need not stay resident.
         mapping: mmap.mmap = self._reader.data._mmap  # type: ignore[attr-defined]  # noqa: SLF001
         mapping.madvise(mmap.MADV_DONTNEED)
-        return values[(slice(None), *index[1:])]
+        return values[(slice(start - first, end - first), *index[1:])]
 
     def close(self) -> None:
         """Let go of the mapping and of the parsed metadata, which for a large vocabulary takes 100 MB."""
         self._tensors.clear()
-        del self._reader
+        vars(self).pop("_reader", None)
+
+    def _is_permuted(self, name: str) -> bool:
+        return self._arch == "llama" and name.endswith(_PERMUTED)
+
+    def _head_rows(self, name: str) -> int:
+        """Rows that belong together."""
+        if not self._is_permuted(name):
+            return 1
+        key = "attention.head_count" if "q_proj" in name else "attention.head_count_kv"
+        return self.shapes[name][0] // self._heads(key)
 
     def _heads(self, key: str) -> int:
         return int(self.metadata.get(f"{self._arch}.{key}") or self.metadata[f"{self._arch}.attention.head_count"])

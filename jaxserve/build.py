@@ -271,11 +271,15 @@ def _pool_bytes(config: EngineConfig, platform: str) -> int:
     """Bytes for the pool on one device."""
     stats = jax.devices()[0].memory_stats() if platform != "cpu" else None
     if stats is None:
-        return _CPU_POOL_BYTES if config.mem_fraction_static is None else _host_pool_bytes(config.mem_fraction_static)
+        return _CPU_POOL_BYTES if config.mem_fraction_static is None else _host_pool_bytes(config)
     free = stats["bytes_limit"] - stats["bytes_in_use"]
     return int(free * (config.mem_fraction_static or _DEVICE_MEM_FRACTION))
 
 
-def _host_pool_bytes(fraction: float) -> int:
+def _host_pool_bytes(config: EngineConfig) -> int:
+    """A CPU "device" has its part of the one memory."""
+    assert config.mem_fraction_static is not None
     meminfo = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
-    return int(int(meminfo["MemAvailable"].split()[0]) * 1024 * fraction)
+    return int(
+        int(meminfo["MemAvailable"].split()[0]) * 1024 * config.mem_fraction_static / (config.tp_size * config.dp_size)
+    )

@@ -61,6 +61,16 @@ class EngineClient(Protocol):
         """Raise UnavailableError when the engine loads or is lost."""
         ...
 
+    def check_room(self, num_choices: int) -> None:
+        """Raise unless so many more choices may run or wait.
+
+        Raises:
+            RequestError: so many never may.
+            OverloadedError: the queue is full.
+            UnavailableError: the engine is not there.
+        """
+        ...
+
     def submit(self, request: Request) -> "TokenStream":
         """Queue a request at once; closing its stream early aborts it.
 
@@ -139,7 +149,7 @@ class Streams:
     def add(self, request: Request, on_close: Callable[[str], None]) -> TokenStream:
         """Register a request; its id must be new."""
         if request.id in self._streams:
-            raise RequestError(f"request id {request.id!r} is in use", param="rid")
+            raise ValueError(f"request id {request.id!r} is in use")
         stream = TokenStream(request, on_close)
         self._streams[request.id] = stream
         return stream
@@ -236,9 +246,22 @@ class ProcessEngineClient:
         if self._info is None:
             raise UnavailableError("the model is still loading")
 
+    def check_room(self, num_choices: int) -> None:
+        """See `EngineClient`."""
+        self.check_ready()
+        if self._max_queued is None:
+            return
+        limit = self.info.max_rows + self._max_queued
+        if num_choices > limit:
+            raise RequestError(f"{num_choices} choices can never run or wait; the limit is {limit}", param="n")
+        if self._streams.num_live + num_choices > limit:
+            raise OverloadedError(
+                f"{self._streams.num_live} choices run or wait, the limit is {limit}; try again in a second"
+            )
+
     def submit(self, request: Request) -> TokenStream:
         """See `EngineClient`."""
-        self._reserve(request)
+        self.check_room(request.num_choices)
         stream = self._streams.add(request, self._close)
         self._send(Submit(request=request))
         return stream
@@ -281,18 +304,6 @@ class ProcessEngineClient:
     def _close(self, request_id: str) -> None:
         if self._streams.remove(request_id):
             self._send(Abort(request_id=request_id))
-
-    def _reserve(self, request: Request) -> None:
-        self.check_ready()
-        if self._max_queued is None:
-            return
-        limit = self.info.max_rows + self._max_queued
-        if request.num_choices > limit:
-            raise RequestError(f"{request.num_choices} choices can never run or wait; the limit is {limit}", param="n")
-        if self._streams.num_live + request.num_choices > limit:
-            raise OverloadedError(
-                f"{self._streams.num_live} choices run or wait, the limit is {limit}; try again in a second"
-            )
 
     def _send(self, message: ToEngine) -> None:
         # Not awaited: with no high-water mark the send is done when the call returns, so this works while a task is

@@ -51,6 +51,10 @@ class InProcessEngineClient:
         if self._lost is not None:
             raise UnavailableError(self._lost)
 
+    def check_room(self, num_choices: int) -> None:
+        """See `EngineClient`. The queue has no limit here."""
+        self.check_ready()
+
     def submit(self, request: Request) -> TokenStream:
         """See `EngineClient`."""
         self.check_ready()

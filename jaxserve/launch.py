@@ -203,15 +203,15 @@ class _Launcher:
         logger.info(
             "draining: no new requests, up to %.0f s for %d running",
             self._args.drain_timeout,
-            len(self._server.generations),
+            len(self._server.running),
         )
         deadline = time.monotonic() + self._args.drain_timeout
-        while self._server.generations and time.monotonic() < deadline and not self._client.exited.is_set():
+        while self._server.running and time.monotonic() < deadline and not self._client.exited.is_set():
             await asyncio.sleep(0.05)
-        for generation in list(self._server.generations.values()):
+        for generation in [one for several in self._server.running.values() for one in several]:
             generation.interrupt("the server is shutting down")
         limit = time.monotonic() + 1
-        while self._server.generations and time.monotonic() < limit:
+        while self._server.running and time.monotonic() < limit:
             await asyncio.sleep(0.01)
 
 

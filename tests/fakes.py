@@ -156,10 +156,13 @@ class FakeEngineClient:
         if self.lost is not None:
             raise UnavailableError(self.lost)
 
-    def submit(self, request: Request) -> TokenStream:
+    def check_room(self, num_choices: int) -> None:
         self.check_ready()
-        if self._max_live is not None and self.num_live + request.num_choices > self._max_live:
+        if self._max_live is not None and self.num_live + num_choices > self._max_live:
             raise OverloadedError("full")
+
+    def submit(self, request: Request) -> TokenStream:
+        self.check_room(request.num_choices)
         stream = self._streams.add(request, self._close)
         self._engine.add(request)
         if self._task is None or self._task.done():

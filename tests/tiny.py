@@ -4,7 +4,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+import gguf
 import numpy as np
+from gguf import GGMLQuantizationType
 from safetensors.numpy import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
@@ -97,3 +99,58 @@ def write_checkpoint(folder: Path, **changes: Any) -> Path:
     save_file(tensors(config), folder / "model.safetensors")
     write_tokenizer(folder)
     return folder
+
+
+_GGUF_NAMES = {
+    "model.embed_tokens": "token_embd",
+    "model.norm": "output_norm",
+    "lm_head": "output",
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+    "model.layers.": "blk.",
+}
+
+
+def write_gguf(path: Path, quant: str = "F32") -> dict[str, np.ndarray]:
+    """The tiny model as llama.cpp would write it; returns its tensors under Hugging Face's names."""
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_block_count(2)
+    writer.add_context_length(512)
+    writer.add_embedding_length(64)
+    writer.add_feed_forward_length(128)
+    writer.add_head_count(8)
+    writer.add_head_count_kv(4)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_rope_freq_base(10000.0)
+    vocabulary = sorted(byte_tokenizer().get_vocab().items(), key=lambda item: item[1])
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list([token for token, _ in vocabulary])
+    writer.add_token_types([1] * 256 + [3] * 4)
+    writer.add_bos_token_id(256)
+    writer.add_eos_token_id(257)
+    arrays = tensors(CONFIG)
+    for name, array in arrays.items():
+        short = name
+        for long, replacement in _GGUF_NAMES.items():
+            short = short.replace(long, replacement)
+        if "attn_q" in short or "attn_k" in short:
+            heads = 8 if "attn_q" in short else 4
+            array = array.reshape(heads, 2, -1, 64).swapaxes(1, 2).reshape(array.shape)  # noqa: PLW2901
+        kind = GGMLQuantizationType[quant]
+        if array.ndim == 1 or quant == "F32":
+            writer.add_tensor(short, array)
+        else:
+            writer.add_tensor(short, gguf.quants.quantize(array, kind), raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return arrays

@@ -107,10 +107,20 @@ class _ParamReader:
         self._spec = spec
         self._name = name
         self._head_rows, self._copies = heads
+        self._parts: dict[str, np.ndarray] = {}
 
     def read(self, index: Index | None) -> np.ndarray:
-        """The part of the (stacked) parameter that `index` names, in the parameter's dtype."""
+        """The part of the (stacked) parameter that `index` names, in the parameter's dtype.
+
+        Read once, however many devices hold a copy of it.
+        """
         assert index is not None
+        key = str(index)  # slices cannot be hashed before Python 3.12
+        if key not in self._parts:
+            self._parts[key] = self._read_part(index)
+        return self._parts[key]
+
+    def _read_part(self, index: Index) -> np.ndarray:
         shape = tuple(len(range(*part.indices(size))) for part, size in zip(index, self._spec.shape, strict=True))
         out = _aligned_empty(shape, self._spec.dtype)
         if not self._spec.stacked:

@@ -10,7 +10,7 @@ import time
 import numpy as np
 
 from api.chat import _Chat
-from api.params import RequestBuilder, SeedSource, request_id
+from api.params import RequestBuilder, SeedSource, answer_id
 from api.running import RunningRequest
 from api.schemas import ChatCompletionRequest, ChatMessage
 from jaxserve.config import CacheConfig, SchedulerConfig
@@ -71,8 +71,7 @@ async def serialised_per_second(num_requests: int = 32, num_tokens: int = 400) -
     )
 
     async def one() -> int:
-        name = request_id(None)
-        running = RunningRequest(server, "chat", name, [builder.chat(body, name)])
+        running = RunningRequest(server, "chat", answer_id("chatcmpl", None), [builder.chat(body)])
         count = 0
         async for _ in _Chat(server, body, "tiny", running).events():
             count += 1

@@ -207,7 +207,7 @@ async def test_nothing_stays_behind(http: Http, server: Server, engine: FakeEngi
     body = {**CHAT, "prompt": "abc"}
     for stream in (False, True):
         await http.post(path, json={**body, "stream": stream})
-    assert server.generations == {}
+    assert server.running == {}
     assert engine.num_live == 0
 
 
@@ -232,3 +232,27 @@ async def test_a_long_prompt_is_prepared_off_the_loop(http: Http) -> None:
     refused = await http.post("/v1/completions", json={"prompt": "x" * 20_000})
     assert refused.status_code == 400
     assert refused.json()["error"]["param"] == "prompt"
+
+
+async def test_an_id_in_use_is_refused_and_free_again_at_the_end(http: Http, server: Server) -> None:
+    body = {"prompt": "a", "max_tokens": 2, "stop": "c", "rid": "chatcmpl-1"}
+    for _ in range(3):
+        answer = (await http.post("/v1/completions", json=body)).json()
+        assert answer["choices"][0]["text"] == "b"
+        assert answer["choices"][0]["finish_reason"] == "stop"
+    server.running["chatcmpl-1"] = []
+    refused = await http.post("/v1/completions", json=body)
+    assert refused.json()["error"]["param"] == "rid"
+    assert (await http.post("/abort_request", json={"rid": "chatcmpl-1"})).json() == {"aborted": 1}
+    assert (await http.post("/abort_request", json={"rid": "cmpl-1"})).json() == {"aborted": 0}
+
+
+async def test_no_prompt_of_a_batch_runs_when_not_all_fit(http: Http, engine: FakeEngineClient) -> None:
+    engine._max_live = 3
+    response = await http.post("/v1/completions", json={"prompt": ["a"] * 4, "max_tokens": 1})
+    assert response.status_code == 429
+    assert engine.runner.plans == []
+
+
+async def test_too_many_ids_to_detokenize(http: Http) -> None:
+    assert (await http.post("/detokenize", json={"tokens": [1] * 513})).status_code == 400

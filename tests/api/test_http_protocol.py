@@ -27,6 +27,8 @@ async def _echo_length(scope: Any, receive: Any, send: Any) -> None:
         size += len(message["body"])
         if not message["more_body"]:
             break
+    if (b"x-slow", b"1") in scope["headers"]:
+        await asyncio.sleep(0.3)
     await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"9")]})
     await send({"type": "http.response.body", "body": b"%9d" % size})
 
@@ -50,7 +52,13 @@ async def answer(port: int, *parts: bytes) -> bytes:
         for part in parts:
             writer.write(part)
             await asyncio.sleep(0.02)
-        return await asyncio.wait_for(reader.read(4096), 5)
+        said = b""
+        while not said or (b"connection: close" not in said and len(parts) > 1 and parts[-1] == b"\r\n"):
+            part = await asyncio.wait_for(reader.read(4096), 5)
+            said += part
+            if not part:
+                break
+        return said
     except ConnectionError:
         return b"reset"
     finally:
@@ -82,13 +90,42 @@ async def test_a_second_request_on_the_connection_passes(port: int) -> None:
         post(b"", b"x-large: " + b"x" * (MAX_HEAD_BYTES + 1)),
         post(b"", *(b"x-%d: 1" % index for index in range(MAX_HEADERS))),
         b"GET /" + b"x" * (MAX_HEAD_BYTES + 1) + b" HTTP/1.1\r\nhost: x\r\n\r\n",
-        b"GET / HTTP/1.1\r\nx-endless: " + b"x" * MAX_HEAD_BYTES,
     ],
-    ids=["large header", "many headers", "long path", "a header that never ends"],
+    ids=["large header", "many headers", "long path"],
 )
 async def test_a_head_that_is_too_large_is_refused(port: int, request_bytes: bytes) -> None:
     assert b"431" in await answer(port, request_bytes)
     assert b"200" in await answer(port, post(b""))
+
+
+async def test_a_header_that_never_ends_is_refused(port: int) -> None:
+    assert b"431" in await answer(port, b"GET / HTTP/1.1\r\nx-endless: ", b"x" * (MAX_HEAD_BYTES + 1))
+
+
+async def test_trailers_count_as_well(port: int) -> None:
+    head = b"POST / HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n3\r\nabc\r\n0\r\n"
+    assert b"        3" in await answer(port, head + b"x-trailer: 1\r\n\r\n")
+    refused = await answer(port, head + b"".join(b"x-%d: %b\r\n" % (i, b"y" * 1000) for i in range(80)) + b"\r\n")
+    assert b"431" in refused or refused in (b"", b"reset")
+
+
+async def test_requests_in_a_pipeline_are_answered_in_order(port: int) -> None:
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    writer.write(post(b"x" * 5, b"x-slow: 1") + post(b"x" * 70_000, b"x-slow: 1") + post(b"xyz")[:-1])
+    await reader.readuntil(b"        5")
+    await reader.readuntil(b"    70000")
+    writer.write(b"z")
+    await reader.readuntil(b"        3")
+    writer.close()
+
+
+async def test_the_clock_of_a_second_request_does_not_cut_the_first(port: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http_protocol, "RECEIPT_DEADLINE_S", 0.1)
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    writer.write(post(b"abc", b"x-slow: 1") + post(b"x" * 9)[:-1])
+    assert b"408" not in await reader.readuntil(b"        3"), "the first takes three times its deadline"
+    assert b"HTTP/1.1 408" in await asyncio.wait_for(reader.read(4096), 5)
+    writer.close()
 
 
 async def test_what_is_no_http_is_a_400(port: int) -> None:
@@ -96,7 +133,9 @@ async def test_what_is_no_http_is_a_400(port: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "parts", [[], [b"GET / HT"], [post(b"x" * 100)[:-1]]], ids=["nothing", "half a head", "half a body"]
+    "parts",
+    [[], [b"GET / HT"], [post(b"x" * 100)[:-1]], [post(b"abc"), b"\r\n"]],
+    ids=["nothing", "half a head", "half a body", "line breaks after a request"],
 )
 async def test_a_request_must_arrive_in_time(port: int, parts: list[bytes], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(http_protocol, "RECEIPT_DEADLINE_S", 0.2)

@@ -13,7 +13,7 @@ from jaxserve import LLM, SamplingParams, TextOptions
 from jaxserve.build import build_runner
 from jaxserve.config import EngineConfig
 from jaxserve.errors import LaunchError, RequestError
-from tests.tiny import write_checkpoint
+from tests.tiny import write_checkpoint, write_gguf
 
 SMALL = {"max_running_requests": 4, "chunked_prefill_size": 32, "max_total_tokens": 2048, "page_size": 16}
 
@@ -48,6 +48,30 @@ def test_restored_weights_are_the_loaded_ones(folders: tuple[Path, Path], tp_siz
     ):
         assert left[1].sharding == right.sharding, left[0]
         np.testing.assert_array_equal(left[1], right)
+
+
+def test_a_gguf_file_is_converted(tmp_path: Path) -> None:
+    write_gguf(tmp_path / "tiny.gguf")
+    script("convert_checkpoint").convert(str(tmp_path / "tiny.gguf"), tmp_path / "converted", "float32")
+    outputs = []
+    for path in (tmp_path / "tiny.gguf", tmp_path / "converted"):
+        with LLM(str(path), dtype="float32", **SMALL) as llm:
+            outputs.append(llm.generate(["one"], SamplingParams(temperature=0, max_tokens=8))[0])
+    assert outputs[0] == outputs[1]
+
+
+def test_copies_of_the_model_draw_what_one_draws(folders: tuple[Path, Path]) -> None:
+    """With everything that lives in a row's device state: penalties, biases, forbidden stops."""
+    prompts = [[1, 2, 3], [4, 5], [6] * 20, [7, 8, 9, 10], [11], [12, 13]]
+    sampling = SamplingParams(
+        seed=5, max_tokens=12, min_tokens=6, frequency_penalty=1.0, repetition_penalty=1.3,
+        logit_bias={65: 5.0, 66: -100.0}, num_logprobs=0,
+    )  # fmt: skip
+    answers = []
+    for dp_size in (1, 2):
+        with LLM(str(folders[0]), dp_size=dp_size, **SMALL) as llm:
+            answers.append([output.choices[0].token_ids for output in llm.generate(prompts, sampling)])
+    assert answers[0] == answers[1]
 
 
 def test_a_folder_that_is_not_empty_is_left_alone(folders: tuple[Path, Path]) -> None:

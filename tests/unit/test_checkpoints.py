@@ -16,7 +16,7 @@ from checkpoints.gguf import GGUFCheckpoint
 from checkpoints.huggingface import HuggingFaceCheckpoint
 from checkpoints.safetensors_file import SafetensorsFile
 from checkpoints.source import CheckpointError
-from tests.tiny import CONFIG, byte_tokenizer, tensors, write_checkpoint
+from tests.tiny import CONFIG, tensors, write_checkpoint, write_gguf
 
 
 def test_reads_whole_and_part(tmp_path: Path) -> None:
@@ -88,59 +88,6 @@ def test_an_index_cannot_leave_its_folder(tmp_path: Path, name: str) -> None:
 
 
 QUANTS = ["F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"]
-_GGUF_NAMES = {
-    "model.embed_tokens": "token_embd",
-    "model.norm": "output_norm",
-    "lm_head": "output",
-    "input_layernorm": "attn_norm",
-    "post_attention_layernorm": "ffn_norm",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-    "model.layers.": "blk.",
-}
-
-
-def write_gguf(path: Path, quant: str = "F32") -> dict[str, np.ndarray]:
-    """The tiny model as llama.cpp would write it; returns its tensors under Hugging Face's names."""
-    writer = gguf.GGUFWriter(path, "llama")
-    writer.add_block_count(2)
-    writer.add_context_length(512)
-    writer.add_embedding_length(64)
-    writer.add_feed_forward_length(128)
-    writer.add_head_count(8)
-    writer.add_head_count_kv(4)
-    writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_rope_freq_base(10000.0)
-    vocabulary = sorted(byte_tokenizer().get_vocab().items(), key=lambda item: item[1])
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("gpt-2")
-    writer.add_token_list([token for token, _ in vocabulary])
-    writer.add_token_types([1] * 256 + [3] * 4)
-    writer.add_bos_token_id(256)
-    writer.add_eos_token_id(257)
-    arrays = tensors(CONFIG)
-    for name, array in arrays.items():
-        short = name
-        for long, replacement in _GGUF_NAMES.items():
-            short = short.replace(long, replacement)
-        if "attn_q" in short or "attn_k" in short:
-            heads = 8 if "attn_q" in short else 4
-            array = array.reshape(heads, 2, -1, 64).swapaxes(1, 2).reshape(array.shape)  # noqa: PLW2901
-        kind = GGMLQuantizationType[quant]
-        if array.ndim == 1 or quant == "F32":
-            writer.add_tensor(short, array)
-        else:
-            writer.add_tensor(short, gguf.quants.quantize(array, kind), raw_dtype=kind)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return arrays
 
 
 @pytest.mark.parametrize("quant", ["F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"])
@@ -152,6 +99,10 @@ def test_gguf_tensors_are_the_ones_that_were_written(tmp_path: Path, quant: str)
     for name, array in arrays.items():
         got = file.read(name, (slice(None),) * array.ndim)
         assert np.abs(got - array).max() <= np.abs(array).max() * 2.0**-bits, name
+    for name in ("model.layers.1.self_attn.q_proj.weight", "model.layers.0.self_attn.k_proj.weight"):
+        whole = file.read(name, (slice(None),))
+        for rows in (slice(3, 7), slice(8, 16), slice(11, 30)):
+            np.testing.assert_array_equal(file.read(name, (rows,)), whole[rows])
     part = file.read("lm_head.weight", (slice(3, 7), slice(10, 20)))
     np.testing.assert_array_equal(part, file.read("lm_head.weight", (slice(None), slice(None)))[3:7, 10:20])
 
