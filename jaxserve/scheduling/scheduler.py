@@ -17,7 +17,8 @@ from jaxserve.request import FinishReason, Request, TokenDelta, TokenLogprobs
 from jaxserve.scheduling.pages import PagePool
 from jaxserve.scheduling.prefix_cache import PrefixCache
 from jaxserve.scheduling.sequence import Sequence
-from jaxserve.step import NewRow, PromptLogprobs, ScheduledRow, SchedulerOutput, StepOutput
+from jaxserve.scheduling.step_builder import StepBuilder
+from jaxserve.step import PromptLogprobs, SchedulerOutput, StepOutput
 
 # Longest-prefix-first looks at this many waiting requests; a longer queue is served in order of arrival.
 _LPM_WINDOW = 128
@@ -118,7 +119,7 @@ class Scheduler:
 
     def schedule(self) -> SchedulerOutput | None:
         """Plan the next step, or None when no sequence can run."""
-        step = _StepBuilder(self._config)
+        step = StepBuilder(self._config)
         if self._suspects:
             self._schedule_alone(next(iter(self._suspects)), step)
         else:
@@ -227,7 +228,7 @@ class Scheduler:
                 index += 1
         self._waiting.insert(index, sequence)
 
-    def _schedule_running(self, sequence: Sequence, step: "_StepBuilder") -> None:
+    def _schedule_running(self, sequence: Sequence, step: StepBuilder) -> None:
         if sequence.drained:
             return
         count = step.allowance(sequence)
@@ -247,7 +248,7 @@ class Scheduler:
             return min(reversed(self._running), key=lambda sequence: sequence.request.priority)
         return self._running[-1]
 
-    def _admit(self, step: "_StepBuilder") -> None:
+    def _admit(self, step: StepBuilder) -> None:
         for sequence in self._candidates():
             if not self._free_rows or not step.num_tokens_left or not step.num_draws_left:
                 return
@@ -256,7 +257,7 @@ class Scheduler:
             if not self._start(sequence, step):
                 return
 
-    def _start(self, sequence: Sequence, step: "_StepBuilder") -> bool:
+    def _start(self, sequence: Sequence, step: StepBuilder) -> bool:
         """Give a waiting sequence a row and pages, and run it in this step; False when there are none."""
         if not self._free_rows:
             return False
@@ -282,7 +283,7 @@ class Scheduler:
         step.add(sequence, count)
         return True
 
-    def _schedule_alone(self, sequence: Sequence, step: "_StepBuilder") -> None:
+    def _schedule_alone(self, sequence: Sequence, step: StepBuilder) -> None:
         """A step of one sequence. The others do not run now, so what it lacks is taken from them."""
         if sequence.row is not None:
             self._schedule_running(sequence, step)
@@ -434,80 +435,3 @@ class Scheduler:
             return
         self._prefixes.insert(sequence.namespace, sequence.token_ids, sequence.pages[:full], sequence.num_indexed_pages)
         sequence.num_indexed_pages = full
-
-
-class _StepBuilder:
-    """The step being planned: what is left of its budgets, and its rows."""
-
-    def __init__(self, config: SchedulerConfig) -> None:
-        self.num_tokens_left = config.max_step_tokens
-        self.num_draws_left = config.max_rows
-        self.rows: list[ScheduledRow] = []
-        self.sequences: list[Sequence] = []
-        self._new_rows: list[NewRow] = []
-
-    def allowance(self, sequence: Sequence) -> int:
-        """Tokens that the sequence may run in this step."""
-        if not self.num_draws_left:
-            return 0
-        count = min(sequence.num_uncomputed_tokens, self.num_tokens_left)
-        return min(count, self.num_draws_left) if sequence.collects_prompt_logprobs else count
-
-    def admit(self, sequence: Sequence) -> None:
-        """A sequence takes a row with this step."""
-        assert sequence.row is not None
-        self._new_rows.append(
-            NewRow(
-                row=sequence.row,
-                sampling=sequence.request.sampling,
-                seed=sequence.seed,
-                eos_token_ids=sequence.request.eos_token_ids,
-                output_token_ids=tuple(sequence.output_token_ids),
-            )
-        )
-
-    def add(self, sequence: Sequence, count: int) -> None:
-        """Run the sequence's next `count` tokens."""
-        assert sequence.row is not None
-        start = sequence.num_computed_tokens
-        end = start + count
-        known = sequence.token_ids[start:end]
-        samples = end == sequence.num_tokens and sequence.num_output_tokens < sequence.request.sampling.max_tokens
-        targets: tuple[int, ...] = ()
-        if sequence.collects_prompt_logprobs:
-            targets = sequence.request.prompt_token_ids[start + 1 : end + 1]
-        row = ScheduledRow(
-            row=sequence.row,
-            token_ids=tuple(known) if len(known) == count else (*known, -1),
-            num_computed_tokens=start,
-            new_page_ids=tuple(sequence.pages[sequence.num_sent_pages :]),
-            samples=samples,
-            num_output_tokens=sequence.num_output_tokens,
-            prompt_targets=targets,
-            wants_logprobs=sequence.request.sampling.num_logprobs is not None,
-        )
-        self.rows.append(row)
-        self.sequences.append(sequence)
-        sequence.num_computed_tokens = end
-        sequence.num_sent_pages = len(sequence.pages)
-        sequence.num_in_flight += samples
-        self.num_tokens_left -= count
-        self.num_draws_left -= row.num_draws
-
-    def drop(self, sequence: Sequence) -> None:
-        """Take a sequence that was preempted after all out of the step."""
-        if sequence not in self.sequences:
-            return
-        index = self.sequences.index(sequence)
-        row = self.rows.pop(index)
-        self.sequences.pop(index)
-        sequence.num_in_flight -= row.samples
-        self.num_tokens_left += row.num_tokens
-        self.num_draws_left += row.num_draws
-
-    def finish(self, step: int) -> SchedulerOutput:
-        """Order the rows: single tokens first."""
-        order = sorted(range(len(self.rows)), key=lambda index: self.rows[index].num_tokens > 1)
-        self.rows = [self.rows[index] for index in order]
-        self.sequences = [self.sequences[index] for index in order]
-        return SchedulerOutput(step=step, new_rows=tuple(self._new_rows), rows=tuple(self.rows))

@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 from kernels_pallas.paged_attention.api import AttentionConfig, AttentionMeta, Cache, CacheSpec
 from kernels_pallas.paged_attention.partial_softmax import MASKED
 from kernels_pallas.paged_attention.xla_decode import DecodeItems, attend_decode, plan_decode
-from kernels_pallas.paged_attention.xla_pages import write_tokens
+from kernels_pallas.paged_attention.xla_pages import LayerInputs, write_tokens
 from kernels_pallas.paged_attention.xla_prefill import QueryTiles, attend_tiles, plan_tiles
 
 # Large ones waste less per query, small ones less on short rows.
@@ -111,14 +111,18 @@ class XlaAttention:
             "k": write_tokens(cache["k"], page_T, slot_T % c.page_size, k_TKH),
             "v": write_tokens(cache["v"], page_T, slot_T % c.page_size, v_TKH),
         }
-        num_kv_heads = k_TKH.shape[1]
-        q_TKGH = q_TNH.reshape(q_TNH.shape[0], num_kv_heads, -1, c.head_dim).astype(c.dtype)
-        sinks_KG = sinks_N.reshape(num_kv_heads, -1)
+        layer_inputs = LayerInputs(
+            q_TKGH=q_TNH.reshape(q_TNH.shape[0], k_TKH.shape[1], -1, c.head_dim).astype(c.dtype),
+            keys_PKSH=cache["k"],
+            values_PKSH=cache["v"],
+            first_page=first_page,
+            sinks_KG=sinks_N.reshape(k_TKH.shape[1], -1),
+        )
         if plan.items is None:
-            o_TKGH = jnp.zeros(q_TKGH.shape, jnp.float32)
+            o_TKGH = jnp.zeros(layer_inputs.q_TKGH.shape, jnp.float32)
         else:
-            o_TKGH = attend_decode(c, q_TKGH, cache, first_page, plan.items, sinks_KG)
+            o_TKGH = attend_decode(c, layer_inputs, plan.items)
         # Smallest first: the tail of a row's last tile reaches into the next rows, whose own tiles overwrite it.
         for size, tiles in reversed(list(zip(self._tile_sizes(plan.meta), plan.tiles, strict=True))):
-            o_TKGH = attend_tiles(c, q_TKGH, cache, first_page, plan.meta, tiles, size, sinks_KG, o_TKGH)
+            o_TKGH = attend_tiles(c, layer_inputs, plan.meta, tiles, size, o_TKGH)
         return o_TKGH.reshape(q_TNH.shape).astype(q_TNH.dtype), cache

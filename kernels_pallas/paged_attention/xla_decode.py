@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from kernels_pallas.paged_attention.api import AttentionConfig, AttentionMeta, Cache
+from kernels_pallas.paged_attention.api import AttentionConfig, AttentionMeta
 from kernels_pallas.paged_attention.partial_softmax import MASKED, PartialSoftmax, attend_part, from_sinks
-from kernels_pallas.paged_attention.xla_pages import expand, group_pages, take_pages
+from kernels_pallas.paged_attention.xla_pages import LayerInputs, expand, group_pages, take_pages
 
 # Keys of an item: enough that a product is worth its call, few enough that little is padding.
 _ITEM_TOKENS = 256
@@ -52,46 +52,39 @@ def plan_decode(config: AttentionConfig, meta: AttentionMeta) -> DecodeItems:
     return DecodeItems(count, row_I, table_BGW[row_I, index_I], index_I * item_tokens, meta.kv_lens_B)
 
 
-def attend_decode(
-    config: AttentionConfig,
-    q_TKGH: jax.Array,
-    cache: Cache,
-    first_page: jax.Array,
-    items: DecodeItems,
-    sinks_KG: jax.Array,
-) -> jax.Array:
+def attend_decode(config: AttentionConfig, layer: LayerInputs, items: DecodeItems) -> jax.Array:
     """Token b belongs to row b. Returns f32 [T, K, G, H], zeros where no row decodes."""
     num_rows, num_items = items.kv_len_B.shape[0], items.row_I.shape[0]
     chunk = min(num_rows, _MAX_ITEMS, num_items)
     key_s = jnp.arange(items.pages_IW.shape[1] * config.page_size)
-    q_BKGH = q_TKGH[:num_rows]
+    q_BKGH = layer.q_TKGH[:num_rows]
 
     def body(index: jax.Array, state: PartialSoftmax) -> PartialSoftmax:
         # The last chunk is moved back into the list; the items it repeats are masked out.
         start = jnp.minimum(index * chunk, num_items - chunk)
         take = partial(lax.dynamic_slice_in_dim, start_index=start, slice_size=chunk)
-        row_E, pages_EW = take(items.row_I), first_page + take(items.pages_IW)
+        row_E, pages_EW = take(items.row_I), layer.first_page + take(items.pages_IW)
         item_E = start + jnp.arange(chunk)
         position_Es = take(items.start_I)[:, None] + key_s
         kv_len_E1 = items.kv_len_B[row_E][:, None]
         live_Es = ((item_E >= index * chunk) & (item_E < items.num_live))[:, None] & (position_Es < kv_len_E1)
         if config.window is not None:
             live_Es &= position_Es >= kv_len_E1 - config.window
-        scores_EKGs = config.scores("ekgh,eksh->ekgs", q_BKGH[row_E], take_pages(cache["k"], pages_EW))
+        scores_EKGs = config.scores("ekgh,eksh->ekgs", q_BKGH[row_E], take_pages(layer.keys_PKSH, pages_EW))
         part = attend_part(
             scores_EKGs,
             live_Es[:, None, None, :],
-            take_pages(cache["v"], pages_EW),
+            take_pages(layer.values_PKSH, pages_EW),
             "ekgs,eksh->ekgh",
             live_Es[:, None, :, None],
         )
         return _merge_rows(state, part, row_E)
 
     # Room after the rows for a chunk that starts at the last one.
-    state = from_sinks(sinks_KG, (num_rows + chunk, *q_TKGH.shape[1:]))
+    state = from_sinks(layer.sinks_KG, (num_rows + chunk, *q_BKGH.shape[1:]))
     state = lax.fori_loop(0, -(-items.num_live // chunk), body, state)
     o_BKGH = state.values()[:num_rows]
-    return jnp.pad(o_BKGH, ((0, q_TKGH.shape[0] - num_rows), (0, 0), (0, 0), (0, 0)))
+    return jnp.pad(o_BKGH, ((0, layer.q_TKGH.shape[0] - num_rows), (0, 0), (0, 0), (0, 0)))
 
 
 def _merge_rows(state: PartialSoftmax, part: PartialSoftmax, row_E: jax.Array) -> PartialSoftmax:

@@ -1,8 +1,27 @@
 """Reading and writing pages in portable XLA. Pages are head-major, [pages of all layers, K, S, H]."""
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 from jax import lax
+
+
+class LayerInputs(NamedTuple):
+    """What one layer attends with, on one shard.
+
+    Attributes:
+        q_TKGH: queries, by key head.
+        keys_PKSH, values_PKSH: pages of all layers, this step's tokens written.
+        first_page: i32, first page of the layer.
+        sinks_KG: f32 scores of the sinks.
+    """
+
+    q_TKGH: jax.Array
+    keys_PKSH: jax.Array
+    values_PKSH: jax.Array
+    first_page: jax.Array
+    sinks_KG: jax.Array
 
 
 def write_tokens(pages_PKSH: jax.Array, page_T: jax.Array, slot_T: jax.Array, new_TKH: jax.Array) -> jax.Array:

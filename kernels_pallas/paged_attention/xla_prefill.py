@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from kernels_pallas.paged_attention.api import AttentionConfig, AttentionMeta, Cache
+from kernels_pallas.paged_attention.api import AttentionConfig, AttentionMeta
 from kernels_pallas.paged_attention.partial_softmax import PartialSoftmax, attend_part, from_sinks, merge
-from kernels_pallas.paged_attention.xla_pages import expand, group_pages, take_pages
+from kernels_pallas.paged_attention.xla_pages import LayerInputs, expand, group_pages, take_pages
 
 # Keys at a time. Large tiles start a prompt, where more would mostly be masked; small ones end it, often after a
 # long cached prefix, where fewer would not pay for a pass.
@@ -55,22 +55,19 @@ def plan_tiles(meta: AttentionMeta, first_row: jax.Array, sizes: tuple[int, ...]
 
 def attend_tiles(
     config: AttentionConfig,
-    q_TKGH: jax.Array,
-    cache: Cache,
-    first_page: jax.Array,
+    layer: LayerInputs,
     meta: AttentionMeta,
     tiles: QueryTiles,
     size: int,
-    sinks_KG: jax.Array,
     o_TKGH: jax.Array,
 ) -> jax.Array:
     """Attend the tiles of one size.
 
     Returns `o_TKGH` with their tokens' results in it; a row's last tile may spoil up to `size - 1` tokens after it.
     """
-    num_tokens = q_TKGH.shape[0]
+    num_tokens, num_heads, group, head_dim = layer.q_TKGH.shape
     padding = ((0, size), (0, 0), (0, 0), (0, 0))
-    q_TKGH = jnp.pad(q_TKGH, padding)
+    q_TKGH = jnp.pad(layer.q_TKGH, padding)
     pages_per_chunk = max(1, (_LARGE_TILE_KEYS if size >= _LARGE_TILE else _SMALL_TILE_KEYS) // config.page_size)
     chunk = pages_per_chunk * config.page_size
     table_BCW = group_pages(meta.page_table_BM, pages_per_chunk)
@@ -84,16 +81,16 @@ def attend_tiles(
         kv_len = meta.kv_lens_B[row] - end + jnp.minimum(token + size, end)
 
         def body(index: jax.Array, state: PartialSoftmax) -> PartialSoftmax:
-            pages_1W = first_page + table_BCW[row, index][None]
+            pages_1W = layer.first_page + table_BCW[row, index][None]
             position_s = index * chunk + jnp.arange(chunk)
             live_ts = (position_s <= position_t[:, None]) & (position_s < kv_len)
             if config.window is not None:
                 live_ts &= position_s > position_t[:, None] - config.window
-            scores_KtGs = config.scores("tkgh,ksh->ktgs", q_tKGH, take_pages(cache["k"], pages_1W)[0])
+            scores_KtGs = config.scores("tkgh,ksh->ktgs", q_tKGH, take_pages(layer.keys_PKSH, pages_1W)[0])
             part = attend_part(
                 scores_KtGs,
                 live_ts[None, :, None, :],
-                take_pages(cache["v"], pages_1W)[0],
+                take_pages(layer.values_PKSH, pages_1W)[0],
                 "ktgs,ksh->ktgh",
                 (position_s < kv_len)[:, None],
             )
@@ -102,8 +99,7 @@ def attend_tiles(
         first = 0
         if config.window is not None:
             first = jnp.maximum(position_t[0] + 1 - config.window, 0) // chunk
-        _, num_heads, group, head_dim = q_TKGH.shape
-        state = from_sinks(sinks_KG[:, None], (num_heads, size, group, head_dim))
+        state = from_sinks(layer.sinks_KG[:, None], (num_heads, size, group, head_dim))
         state = lax.fori_loop(first, -(-kv_len // chunk), body, state)
         return lax.dynamic_update_slice_in_dim(o_TKGH, jnp.moveaxis(state.values(), 0, 1), token, 0)
 
