@@ -135,8 +135,8 @@ def test_what_cannot_start_says_why(arguments: list[str], message: str) -> None:
     [
         (["--max-running-requests", "32", "--chunked-prefill-size", "16"], "(16) must be at least"),
         (["--context-length", "1024"], "--context-length 1024 is more than the 512 tokens"),
-        (["--tp", "3"], "needs 3 devices"),
-        (["--dp", "2"], "need 2 devices"),
+        (["--tp", "3"], "--tp-size 3 does not divide the model's 8 attention heads"),
+        (["--tp", "2", "--dp", "64"], "--tp-size 2 and --dp-size 64 need 128 devices"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )
