@@ -1,6 +1,8 @@
 """The server as users meet it: the openai client, many at once, clients that vanish."""
 
 import asyncio
+import os
+import signal
 import time
 from typing import Any
 
@@ -132,20 +134,22 @@ def test_a_prefix_is_computed_once(client: OpenAI) -> None:
 
 
 def test_abort_by_the_clients_own_id(server: ServerProcess, client: OpenAI) -> None:
-    """One id, two prompts: both end, the stream is told, and the rows are free."""
-    stream = client.completions.create(
-        model="tiny", prompt=["one", "two"], max_tokens=400, stream=True, extra_body={"rid": "mine", "ignore_eos": True}
-    )
+    """One id, two prompts: all their choices end, the stream is told, and the rows are free."""
+    options: Any = {"model": "tiny", "prompt": ["one", "two"], "n": 8, "max_tokens": 400, "stream": True}
+    stream = client.completions.create(**options, extra_body={"rid": "mine", "ignore_eos": True})
     reasons: dict[int, str] = {}
     aborted = None
     for chunk in stream:
         assert chunk.id == "mine"
         if aborted is None:
+            # The engine must not finish before the abort reaches it.
+            os.kill(server.engine_pid(), signal.SIGSTOP)
             aborted = httpx.post(f"{server.url}/abort_request", json={"rid": "mine"}).json()
+            os.kill(server.engine_pid(), signal.SIGCONT)
         if chunk.choices[0].finish_reason is not None:
             reasons[chunk.choices[0].index] = chunk.choices[0].finish_reason
     assert aborted == {"aborted": 1}
-    assert reasons == {0: "abort", 1: "abort"}
+    assert reasons == dict.fromkeys(range(16), "abort")
     assert metric(server, "jaxserve_running_requests") == 0
 
 
