@@ -29,8 +29,11 @@ class DataParallelScheduler:
 
     def add(self, request: Request) -> None:
         """Queue a request with the copy that has the fewest choices; of those, where most of its prompt is cached."""
-        best = min(self._schedulers, key=lambda s: (s.num_live, -s.num_cached_pages(request)))
-        best.add(request)
+        fewest = min(scheduler.num_live for scheduler in self._schedulers)
+        best = [scheduler for scheduler in self._schedulers if scheduler.num_live == fewest]
+        if len(best) > 1:  # walking the prompt through the prefix caches is only worth it for a choice
+            best.sort(key=lambda scheduler: -scheduler.num_cached_pages(request))
+        best[0].add(request)
 
     def abort(self, request_id: str, choice: int | None = None) -> None:
         """End a request or one choice of it; unknown ids are ignored."""

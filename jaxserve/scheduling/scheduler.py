@@ -16,7 +16,7 @@ from jaxserve.config import CacheConfig, SchedulerConfig
 from jaxserve.request import FinishReason, Request, TokenDelta, TokenLogprobs
 from jaxserve.scheduling.pages import PagePool
 from jaxserve.scheduling.prefix_cache import PrefixCache
-from jaxserve.scheduling.sequence import Sequence
+from jaxserve.scheduling.sequence import Sequence, namespace_of
 from jaxserve.scheduling.step_builder import StepBuilder
 from jaxserve.step import PromptLogprobs, SchedulerOutput, StepOutput
 
@@ -92,7 +92,7 @@ class Scheduler:
 
     def num_cached_pages(self, request: Request) -> int:
         """Pages of the request's prompt that the prefix cache holds now."""
-        return self._prefixes.match_length((request.cache_salt,), request.prompt_token_ids)
+        return self._prefixes.match_length(namespace_of(request), request.prompt_token_ids)
 
     def add(self, request: Request) -> None:
         """Queue a request. It must fit the context length and the pool; the caller has checked."""

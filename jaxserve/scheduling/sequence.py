@@ -16,6 +16,11 @@ def choice_seed(seed: int, choice: int) -> int:
     return mixed ^ (mixed >> 31)
 
 
+def namespace_of(request: Request) -> Namespace:
+    """Which requests may share its pages: those of the same namespace."""
+    return (request.cache_salt,)
+
+
 class Sequence:
     """Tokens, pages and progress of one choice.
 
@@ -117,7 +122,7 @@ class Sequence:
     @property
     def namespace(self) -> Namespace:
         """Who may share its pages."""
-        return (self.request.cache_salt,)
+        return namespace_of(self.request)
 
     @property
     def collects_prompt_logprobs(self) -> bool:
