@@ -98,14 +98,6 @@ class ModelConfig(_Config, frozen=True):
         if self.head_dim % 2:
             raise LaunchError(f"config.json: head_dim must be even for rotary embedding, got {self.head_dim}")
 
-    @property
-    def num_params(self) -> int:
-        """Weights in the model, biases and norms left out."""
-        attention = self.hidden_size * self.head_dim * 2 * (self.num_q_heads + self.num_kv_heads)
-        mlp = 3 * self.hidden_size * self.intermediate_size
-        embeddings = self.vocab_size * self.hidden_size * (1 if self.tie_word_embeddings else 2)
-        return self.num_layers * (attention + mlp) + embeddings
-
 
 class CacheConfig(_Config, frozen=True):
     """The paged key/value pool.
