@@ -128,7 +128,7 @@ def build_engine(config: EngineConfig, bar: ProgressBar) -> BuiltEngine:
         eos_token_ids=built.model.eos_token_ids,
     )
     schedulers = [Scheduler(built.scheduler, built.cache) for _ in range(config.dp_size)]
-    return BuiltEngine(Engine(built.runner, DataParallelScheduler(schedulers)), info, compiles)
+    return BuiltEngine(Engine(built.runner, DataParallelScheduler(schedulers), built.model.vocab_size), info, compiles)
 
 
 def _trim_heap() -> None:

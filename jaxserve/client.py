@@ -29,10 +29,11 @@ from jaxserve.messages import (
     StartFailed,
     Submit,
     ToEngine,
+    UseTokenizer,
     decode_from_engine,
     encode,
 )
-from jaxserve.request import FinishReason, Request, TokenDelta
+from jaxserve.request import FinishReason, GrammarTokenizer, Request, TokenDelta
 
 logger = logging.getLogger(__name__)
 
@@ -69,6 +70,10 @@ class EngineClient(Protocol):
             OverloadedError: the queue is full.
             UnavailableError: the engine is not there.
         """
+        ...
+
+    def use_tokenizer(self, tokenizer: GrammarTokenizer) -> None:
+        """Tell the engine the tokenizer; it takes constrained requests from then on."""
         ...
 
     def submit(self, request: Request) -> "TokenStream":
@@ -258,6 +263,10 @@ class ProcessEngineClient:
             raise OverloadedError(
                 f"{self._streams.num_live} choices run or wait, the limit is {limit}; try again in a second"
             )
+
+    def use_tokenizer(self, tokenizer: GrammarTokenizer) -> None:
+        """See `EngineClient`."""
+        self._send(UseTokenizer(tokenizer=tokenizer))
 
     def submit(self, request: Request) -> TokenStream:
         """See `EngineClient`."""

@@ -1,23 +1,30 @@
-"""The step loop: schedule, dispatch, take in the step before. Runs on one thread and knows no transport.
+"""The step loop: schedule, send the forward pass, take in the step before, send the draws.
 
-Step n + 1 is scheduled and sent before the tokens of step n reach the host, so the host works while the device
-does.
+Runs on one thread and knows no transport.
+
+The forward pass of step n + 1 is sent before the tokens of step n reach the host, so the host works while the device
+does; what the draws of step n + 1 may be is told once those tokens are known.
 """
 
 import logging
-from collections import deque
-from typing import Protocol
+from collections.abc import Sequence
+from concurrent.futures import Future, wait
+from typing import Any, NamedTuple, Protocol
 
-from jaxserve.request import Request, TokenDelta
+import numpy as np
+
+from jaxserve.request import FinishReason, GrammarTokenizer, Request, TokenDelta
 from jaxserve.scheduling.data_parallel import DataParallelScheduler
 from jaxserve.scheduling.scheduler import SchedulerStats
-from jaxserve.step import Plans, StepOutput
+from jaxserve.step import ConstrainedRows, Plans, StepOutput
+from jaxserve.structured.compiler import GrammarCompiler
+from jaxserve.structured.constraint import OutputConstraint
 
 logger = logging.getLogger(__name__)
 
 # Times that an empty step is tried after one raised, before the engine gives the devices up.
 _MAX_RESETS = 3
-_MAX_PENDING = 1
+_COMPILE_POLL_S = 0.005
 
 
 class Pending(Protocol):
@@ -28,11 +35,19 @@ class Pending(Protocol):
         ...
 
 
+class Forwarded(Protocol):
+    """A step whose tokens are yet to be drawn."""
+
+    def draw(self, constrained: Sequence[ConstrainedRows | None]) -> Pending:
+        """Send the draws; one entry per plan."""
+        ...
+
+
 class Runner(Protocol):
     """What the engine needs of a model runner."""
 
-    def dispatch(self, plans: Plans) -> Pending:
-        """Send a step to the devices; at least one of the plans is not None."""
+    def forward(self, plans: Plans) -> Forwarded:
+        """Send a step's forward pass to the devices; at least one of the plans is not None."""
         ...
 
     def reset(self) -> None:
@@ -40,35 +55,72 @@ class Runner(Protocol):
         ...
 
 
-class Engine:
-    """Requests in, token deltas out."""
+class _Compiling(NamedTuple):
+    request: Request
+    constraints: Future[list[OutputConstraint]]
 
-    def __init__(self, runner: Runner, scheduler: DataParallelScheduler) -> None:
+
+class Engine:
+    """Requests in, token deltas out.
+
+    Args:
+        runner: of the model.
+        scheduler: decides what it runs.
+        vocab_size: of the model.
+    """
+
+    def __init__(self, runner: Runner, scheduler: DataParallelScheduler, vocab_size: int) -> None:
         self._runner = runner
         self._scheduler = scheduler
-        self._pending: deque[Pending] = deque()
+        self._vocab_size = vocab_size
+        self._pending: Pending | None = None
+        self._grammars: GrammarCompiler | None = None
+        # Requests whose grammars are being compiled, by id.
+        self._compiling: dict[str, _Compiling] = {}
+        self._outbox: list[TokenDelta] = []
 
     @property
     def idle(self) -> bool:
         """Whether `step` would do nothing."""
-        return self._scheduler.idle
+        return self._scheduler.idle and not self._compiling and not self._outbox
 
     @property
     def stats(self) -> SchedulerStats:
         """Gauges and counters."""
-        return self._scheduler.stats
+        stats = self._scheduler.stats
+        waiting = sum(compiling.request.num_choices for compiling in self._compiling.values())
+        return stats._replace(num_waiting=stats.num_waiting + waiting)
+
+    def use_tokenizer(self, tokenizer: GrammarTokenizer) -> None:
+        """Take constrained requests from now on."""
+        self._grammars = GrammarCompiler(tokenizer, self._vocab_size)
 
     def add(self, request: Request) -> None:
-        """Queue a request."""
-        self._scheduler.add(request)
+        """Queue a request.
+
+        Raises:
+            RuntimeError: it is constrained, and `use_tokenizer` was not called.
+        """
+        if not request.constrained:
+            self._scheduler.add(request)
+            return
+        if self._grammars is None:
+            raise RuntimeError("a constrained request needs a tokenizer")
+        self._compiling[request.id] = _Compiling(request, self._grammars.start(request))
 
     def abort(self, request_id: str, choice: int | None = None) -> None:
         """End a request, or one choice of it."""
-        self._scheduler.abort(request_id, choice)
+        compiling = self._compiling.get(request_id)
+        if compiling is None:
+            self._scheduler.abort(request_id, choice)
+        elif choice is None:  # a choice cannot have been told anything yet
+            del self._compiling[request_id]
+            compiling.constraints.cancel()
+            self._end(compiling.request, FinishReason.ABORT)
 
     def flush_cache(self) -> bool:
         """Forget cached prefixes; False while requests run."""
-        return self._scheduler.flush_cache()
+        return not self._compiling and self._scheduler.flush_cache()
 
     def step(self) -> list[TokenDelta]:
         """Send one step and take in the one before.
@@ -76,20 +128,58 @@ class Engine:
         Raises:
             Exception: what the step raised, when the devices cannot even run an empty one any more.
         """
+        self._take_compiled()
         try:
             plans = self._scheduler.schedule()
-            if plans is not None:
-                self._pending.append(self._runner.dispatch(plans))
-            if self._pending and (plans is None or len(self._pending) > _MAX_PENDING):
-                self._scheduler.update(self._pending.popleft().result())
+            forwarded = None if plans is None else self._runner.forward(plans)
+            if self._pending is not None:
+                pending, self._pending = self._pending, None
+                self._scheduler.update(pending.result())
+            if plans is not None and forwarded is not None:
+                self._pending = forwarded.draw(self._constrained(plans))
         except Exception as error:
             self._recover(error)
-        return self._scheduler.take_deltas()
+        deltas, self._outbox = self._outbox, []
+        return deltas + self._scheduler.take_deltas()
+
+    def _take_compiled(self) -> None:
+        """Schedule requests whose grammars are ready; end those whose grammars are not."""
+        if not self._compiling:
+            return
+        if self._scheduler.idle:
+            # Nothing else to do meanwhile; short, because messages may come.
+            wait([compiling.constraints for compiling in self._compiling.values()], _COMPILE_POLL_S)
+        for request, constraints in list(self._compiling.values()):
+            if not constraints.done():
+                continue
+            del self._compiling[request.id]
+            error = constraints.exception()
+            if error is None:
+                self._scheduler.add(request, constraints.result())
+            else:
+                logger.warning("a grammar that was valid cannot be compiled: %s", error)
+                self._end(request, FinishReason.ERROR, error=f"grammar: {error}", refused=True)
+
+    def _end(self, request: Request, reason: FinishReason, **fields: Any) -> None:
+        self._outbox += [
+            TokenDelta(request_id=request.id, choice=choice, finish_reason=reason, **fields)
+            for choice in range(request.num_choices)
+        ]
+
+    def _constrained(self, plans: Plans) -> tuple[ConstrainedRows | None, ...]:
+        return tuple(
+            ConstrainedRows(tuple(rows), self._fill(list(rows.values()))) if rows else None
+            for rows in self._scheduler.constrained_rows(plans)
+        )
+
+    def _fill(self, constraints: list[Any]) -> np.ndarray:
+        assert self._grammars is not None
+        return self._grammars.fill(constraints)
 
     def _recover(self, error: Exception) -> None:
         """The donated cache is gone with the step: rebuild it and compute the running sequences again."""
         logger.error("a step raised", exc_info=error)
-        self._pending.clear()
+        self._pending = None
         self._scheduler.restart_running()
         for _ in range(_MAX_RESETS):
             try:

@@ -7,8 +7,8 @@ import threading
 from jaxserve.client import Streams, TokenStream
 from jaxserve.engine import Engine
 from jaxserve.errors import UnavailableError
-from jaxserve.messages import Abort, EngineInfo, EngineStats, FlushCache, Shutdown, Submit, ToEngine
-from jaxserve.request import Request, TokenDelta
+from jaxserve.messages import Abort, EngineInfo, EngineStats, FlushCache, Shutdown, Submit, ToEngine, UseTokenizer
+from jaxserve.request import GrammarTokenizer, Request, TokenDelta
 
 
 class InProcessEngineClient:
@@ -55,6 +55,10 @@ class InProcessEngineClient:
         """See `EngineClient`. The queue has no limit here."""
         self.check_ready()
 
+    def use_tokenizer(self, tokenizer: GrammarTokenizer) -> None:
+        """See `EngineClient`."""
+        self._inbox.put(UseTokenizer(tokenizer=tokenizer))
+
     def submit(self, request: Request) -> TokenStream:
         """See `EngineClient`."""
         self.check_ready()
@@ -96,6 +100,8 @@ class InProcessEngineClient:
         """Handle what waits, or wait for something to handle; False to end."""
         while self._engine.idle or not self._inbox.empty():
             match self._inbox.get():
+                case UseTokenizer(tokenizer=tokenizer):
+                    self._engine.use_tokenizer(tokenizer)
                 case Submit(request=request):
                     self._engine.add(request)
                 case Abort(request_id=request_id, choice=choice):

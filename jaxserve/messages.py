@@ -4,7 +4,7 @@ from typing import Any, TypeAlias
 
 import msgspec
 
-from jaxserve.request import Request, TokenDelta
+from jaxserve.request import GrammarTokenizer, Request, TokenDelta
 
 
 class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
@@ -48,6 +48,12 @@ class Submit(msgspec.Struct, frozen=True, tag=True):
     request: Request
 
 
+class UseTokenizer(msgspec.Struct, frozen=True, tag=True):
+    """Take constrained requests from now on."""
+
+    tokenizer: GrammarTokenizer
+
+
 class Abort(msgspec.Struct, frozen=True, tag=True):
     """End a request, or one choice of it; ignored when it is over already."""
 
@@ -88,11 +94,13 @@ class CacheFlushed(msgspec.Struct, frozen=True, tag=True):
     flushed: bool
 
 
-ToEngine: TypeAlias = Submit | Abort | FlushCache | Shutdown
+ToEngine: TypeAlias = UseTokenizer | Submit | Abort | FlushCache | Shutdown
 FromEngine: TypeAlias = Ready | StartFailed | Deltas | CacheFlushed
 
 _encoder = msgspec.msgpack.Encoder()
-_to_engine: msgspec.msgpack.Decoder[Any] = msgspec.msgpack.Decoder(Submit | Abort | FlushCache | Shutdown)
+_to_engine: msgspec.msgpack.Decoder[Any] = msgspec.msgpack.Decoder(
+    UseTokenizer | Submit | Abort | FlushCache | Shutdown
+)
 _from_engine: msgspec.msgpack.Decoder[Any] = msgspec.msgpack.Decoder(Ready | StartFailed | Deltas | CacheFlushed)
 
 

@@ -105,6 +105,11 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
         """Whether the draw is an argmax."""
         return self.temperature < GREEDY_TEMPERATURE or self.top_k == 1
 
+    @property
+    def penalised(self) -> bool:
+        """Whether earlier output tokens change the logits."""
+        return self.frequency_penalty != 0 or self.presence_penalty != 0 or self.repetition_penalty != 1
+
     def check_token_ids(self, vocab_size: int) -> None:
         """Refuse ids outside the vocabulary: a device gather would clamp or wrap them silently."""
         for param, ids in (("logit_bias", self.logit_bias), ("stop_token_ids", self.stop_token_ids)):
@@ -128,6 +133,38 @@ _RANGES: tuple[tuple[str, float, float], ...] = (
 )
 
 
+class GrammarTokenizer(msgspec.Struct, frozen=True, kw_only=True):
+    """The tokenizer, for grammars.
+
+    Attributes:
+        json: contents of its `tokenizer.json`.
+        vocab_size: the model's, which may be larger than the tokenizer's.
+        eos_token_ids: tokens that a finished grammar may end with.
+    """
+
+    json: str
+    vocab_size: int
+    eos_token_ids: tuple[int, ...]
+
+
+class Thinking(msgspec.Struct, frozen=True, kw_only=True):
+    """A limit on the tokens of an output's thinking.
+
+    Attributes:
+        start: marker that opens it in the output.
+        end: marker that closes it.
+        inside: the prompt has opened it already.
+        budget: tokens of thinking, at most.
+        end_token_ids: what is forced when they are used up; its text contains `end`.
+    """
+
+    start: str
+    end: str
+    inside: bool
+    budget: int
+    end_token_ids: tuple[int, ...]
+
+
 class Request(msgspec.Struct, frozen=True, kw_only=True):
     """One prompt to continue `num_choices` times.
 
@@ -139,6 +176,8 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
         num_choices: OpenAI's `n`; the prompt is computed once.
         cache_salt: requests share cached prefixes only with the same salt.
         priority: higher runs earlier, and is preempted later, under the `priority` policy.
+        grammar: what the output must be, in llguidance's form; empty for anything.
+        thinking: limit on the output's thinking, if any.
     """
 
     id: str
@@ -148,6 +187,13 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     num_choices: int = 1
     cache_salt: str = ""
     priority: int = 0
+    grammar: str = ""
+    thinking: Thinking | None = None
+
+    @property
+    def constrained(self) -> bool:
+        """Whether some draws depend on the output before them."""
+        return bool(self.grammar) or self.thinking is not None
 
 
 class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
@@ -173,6 +219,7 @@ class TokenDelta(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
         matched_stop: the token id that ended the output, if one did.
         num_cached_tokens: prompt tokens that came from the prefix cache.
         error: what went wrong when `finish_reason` is `error`.
+        refused: the error is the request's fault, not the server's.
     """
 
     request_id: str
@@ -184,3 +231,4 @@ class TokenDelta(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
     matched_stop: int | None = None
     num_cached_tokens: int = 0
     error: str | None = None
+    refused: bool = False

@@ -87,6 +87,18 @@ class SchedulerOutput(msgspec.Struct, frozen=True, kw_only=True):
         return sum(row.num_draws for row in self.rows)
 
 
+class ConstrainedRows(msgspec.Struct, frozen=True):
+    """Rows of a plan whose draws are constrained.
+
+    Attributes:
+        rows: their indices in the plan, C of them.
+        bits_CW: i32; bit v % 32 of word v // 32 is set where token v is allowed.
+    """
+
+    rows: tuple[int, ...]
+    bits_CW: np.ndarray
+
+
 # One step of every copy of the model; None for a copy that has nothing to run.
 Plans: TypeAlias = tuple[SchedulerOutput | None, ...]
 

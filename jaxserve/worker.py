@@ -28,6 +28,7 @@ from jaxserve.messages import (
     Shutdown,
     StartFailed,
     Submit,
+    UseTokenizer,
     decode_to_engine,
     encode,
 )
@@ -90,6 +91,8 @@ class _Worker:
 
     def _handle(self, data: bytes) -> bool:
         match decode_to_engine(data):
+            case UseTokenizer(tokenizer=tokenizer):
+                self._engine.use_tokenizer(tokenizer)
             case Submit(request=request):
                 self._engine.add(request)
             case Abort(request_id=request_id, choice=choice):

@@ -1,6 +1,7 @@
 """Stand-ins that can be worked by hand: a runner without a device, and an engine client without a process."""
 
 import asyncio
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -9,19 +10,28 @@ from jaxserve.config import CacheConfig, SchedulePolicy, SchedulerConfig
 from jaxserve.engine import Engine
 from jaxserve.errors import OverloadedError, UnavailableError
 from jaxserve.messages import EngineInfo, EngineStats
-from jaxserve.request import Request
+from jaxserve.request import GrammarTokenizer, Request
 from jaxserve.scheduling.data_parallel import DataParallelScheduler
 from jaxserve.scheduling.scheduler import Scheduler
-from jaxserve.step import Plans, PromptLogprobs, SchedulerOutput, StepOutput
+from jaxserve.step import ConstrainedRows, Plans, PromptLogprobs, SchedulerOutput, StepOutput
 
 NUM_TOP = 20
 
 
-class FakePending:
-    """A step whose result is known at once."""
+class FakeStep:
+    """A step whose result is known at once, before and after its draws."""
 
     def __init__(self, outputs: tuple[StepOutput | None, ...]) -> None:
         self._outputs = outputs
+
+    def draw(self, constrained: Sequence[ConstrainedRows | None]) -> "FakeStep":
+        """A constrained row draws the first allowed token from its own on."""
+        for output, rows in zip(self._outputs, constrained, strict=True):
+            for row, bits_W in zip(rows.rows, rows.bits_CW, strict=True) if output and rows else ():
+                allowed_V = np.unpackbits(bits_W.view(np.uint8), bitorder="little").nonzero()[0]
+                token = output.token_ids_B[row]
+                output.token_ids_B[row] = min(allowed_V, key=lambda id: (id < token, id))
+        return self
 
     def result(self) -> tuple[StepOutput | None, ...]:
         return self._outputs
@@ -31,15 +41,15 @@ class FakeRunner:
     """Draws `last token + 1` modulo the vocabulary, so every output can be told in advance.
 
     Attributes:
-        plans: what was dispatched, copy after copy.
-        fail_next: dispatches that raise.
+        plans: what was sent, copy after copy.
+        fail_next: forward passes that raise.
         poison: a token id that makes every step it is in raise.
         poison_draws: also where the token was drawn by the step before.
         not_finite: rows of state whose logits are NaN.
     """
 
     def __init__(self, vocab_size: int = 256) -> None:
-        self._vocab_size = vocab_size
+        self.vocab_size = vocab_size
         self._last: dict[tuple[int, int], int] = {}
         self.plans: list[SchedulerOutput] = []
         self.fail_next = 0
@@ -48,13 +58,13 @@ class FakeRunner:
         self.num_resets = 0
         self.not_finite: set[int] = set()
 
-    def dispatch(self, plans: Plans) -> FakePending:
+    def forward(self, plans: Plans) -> FakeStep:
         assert any(plan is not None for plan in plans)
         self.plans += [plan for plan in plans if plan is not None]
         if self.fail_next:
             self.fail_next -= 1
             raise RuntimeError("the device is on fire")
-        return FakePending(tuple(plan and self._draw(copy, plan) for copy, plan in enumerate(plans)))
+        return FakeStep(tuple(plan and self._draw(copy, plan) for copy, plan in enumerate(plans)))
 
     def _draw(self, copy: int, plan: SchedulerOutput) -> StepOutput:
         tokens: list[int] = []
@@ -65,7 +75,7 @@ class FakeRunner:
             last = row.token_ids[-1] if row.token_ids[-1] >= 0 else self._last[copy, row.row]
             if self.poison_draws and last == self.poison:
                 raise RuntimeError("a poisoned draw")
-            tokens.append((last + 1) % self._vocab_size)
+            tokens.append((last + 1) % self.vocab_size)
             if row.samples:
                 self._last[copy, row.row] = tokens[-1]
             if row.prompt_targets:
@@ -107,7 +117,7 @@ def make_engine(
     )
     cache = CacheConfig(page_size=page_size, num_pages=num_pages)
     schedulers = [Scheduler(limits, cache) for _ in range(dp_size)]
-    return Engine(runner, DataParallelScheduler(schedulers)), runner
+    return Engine(runner, DataParallelScheduler(schedulers), runner.vocab_size), runner
 
 
 class FakeEngineClient:
@@ -160,6 +170,9 @@ class FakeEngineClient:
         self.check_ready()
         if self._max_live is not None and self.num_live + num_choices > self._max_live:
             raise OverloadedError("full")
+
+    def use_tokenizer(self, tokenizer: GrammarTokenizer) -> None:
+        self._engine.use_tokenizer(tokenizer)
 
     def submit(self, request: Request) -> TokenStream:
         self.check_room(request.num_choices)

@@ -19,39 +19,34 @@ from kernels_pallas.sampling.api import SamplingInputs
 Array: TypeAlias = Any
 
 
-class ForwardBatch(NamedTuple):
-    """One step's input, padded to its bucket. T tokens, B rows (and as many draws), M pages per row.
+class DrawMasks(NamedTuple):
+    """What the draws of a step may be; see `SamplingInputs`.
 
     Attributes:
-        tokens_3T: i32: token id, or `-1 - row` for the token that the step before drew for a row; position; slot.
-        rows_4B: i32: kv length; end of the row's tokens; the two counts of `distribution` at [2:4, 0].
-        draws_8B: i32: token index, state row, written row, target, position, top-k, flags, spare.
-        floats_6B: f32: temperature, top-p, min-p, frequency, presence, repetition.
-        seeds_B2: u32.
-        page_table_BM: i32.
+        masked_B: bool.
+        mask_BW: i32.
     """
 
-    tokens_3T: Array
-    rows_4B: Array
-    draws_8B: Array
+    masked_B: Array
+    mask_BW: Array
+
+
+class DrawBatch(NamedTuple):
+    """How a step draws.
+
+    Attributes:
+        ints_8B: i32: token index, state row, written row, target, position, top-k, flags, spare.
+        floats_6B: f32: temperature, top-p, min-p, frequency, presence, repetition.
+        seeds_B2: u32.
+    """
+
+    ints_8B: Array
     floats_6B: Array
     seeds_B2: Array
-    page_table_BM: Array
 
-    def attention_meta(self) -> AttentionMeta:
-        """The attention backend's view."""
-        return AttentionMeta(
-            kv_lens_B=self.rows_4B[0],
-            page_table_BM=self.page_table_BM,
-            cu_q_lens_B1=jnp.concatenate([jnp.zeros(1, jnp.int32), self.rows_4B[1]]),
-            distribution_2=self.rows_4B[2:4, 0],
-            slot_mapping_T=self.tokens_3T[2],
-            positions_T=self.tokens_3T[1],
-        )
-
-    def sampling_inputs(self) -> SamplingInputs:
+    def sampling_inputs(self, masks: DrawMasks) -> SamplingInputs:
         """The sampler's view."""
-        _, row, _, target, position, top_k, flags, _ = self.draws_8B
+        _, row, _, target, position, top_k, flags, _ = self.ints_8B
         temperature, top_p, min_p, frequency, presence, repetition = self.floats_6B
         return SamplingInputs(
             row_B=row,
@@ -68,6 +63,35 @@ class ForwardBatch(NamedTuple):
             biased_B=(flags & _BIASED) != 0,
             forbid_stops_B=(flags & _FORBID_STOPS) != 0,
             logprobs_B=(flags & _LOGPROBS) != 0,
+            masked_B=masks.masked_B,
+            mask_BW=masks.mask_BW,
+        )
+
+
+class ForwardBatch(NamedTuple):
+    """One step's input, padded to its bucket. T tokens, B rows (and as many draws), M pages per row.
+
+    Attributes:
+        tokens_3T: i32: token id, or `-1 - row` for the token that the step before drew for a row; position; slot.
+        rows_4B: i32: kv length; end of the row's tokens; the two counts of `distribution` at [2:4, 0].
+        page_table_BM: i32.
+        draws: how it draws.
+    """
+
+    tokens_3T: Array
+    rows_4B: Array
+    page_table_BM: Array
+    draws: DrawBatch
+
+    def attention_meta(self) -> AttentionMeta:
+        """The attention backend's view."""
+        return AttentionMeta(
+            kv_lens_B=self.rows_4B[0],
+            page_table_BM=self.page_table_BM,
+            cu_q_lens_B1=jnp.concatenate([jnp.zeros(1, jnp.int32), self.rows_4B[1]]),
+            distribution_2=self.rows_4B[2:4, 0],
+            slot_mapping_T=self.tokens_3T[2],
+            positions_T=self.tokens_3T[1],
         )
 
 
@@ -157,11 +181,7 @@ class RowTable:
         page_table_BM = np.zeros((bucket.num_rows, layout.pages_per_row), np.int32)
         page_table_BM[:count] = self._pages_RM[row_b]
 
-        draws_8B = self._draws(plan, end_b - length_b, bucket.num_rows)
-        state_row_B = draws_8B[1]
-        return ForwardBatch(
-            tokens_3T, rows_4B, draws_8B, self._floats_6R[:, state_row_B], self._seeds_R2[state_row_B], page_table_BM
-        )
+        return ForwardBatch(tokens_3T, rows_4B, page_table_BM, self.draws(plan, end_b - length_b, bucket.num_rows))
 
     def _add_pages(self, plan: SchedulerOutput) -> None:
         for row in plan.rows:
@@ -171,27 +191,33 @@ class RowTable:
                 self._pages_RM[row.row, first:end] = row.new_page_ids
                 self._num_pages_R[row.row] = end
 
-    def _draws(self, plan: SchedulerOutput, first_token_b: np.ndarray, num_rows: int) -> np.ndarray:
-        """One draw after each row's last token; for prompt log-probabilities one after every token."""
+    def draws(self, plan: SchedulerOutput, first_token_b: np.ndarray, num_rows: int) -> DrawBatch:
+        """One draw after each row's last token; for prompt log-probabilities one after every token.
+
+        Args:
+            plan: the step.
+            first_token_b: index of each row's first token.
+            num_rows: of the bucket.
+        """
         spare = self._layout.max_rows
-        draws_8B = np.zeros((8, num_rows), np.int32)
-        draws_8B[1] = spare
-        draws_8B[2] = spare + 1  # past the state: the write is dropped
-        draws_8B[3] = -1
+        ints_8B = np.zeros((8, num_rows), np.int32)
+        ints_8B[1] = spare
+        ints_8B[2] = spare + 1  # past the state: the write is dropped
+        ints_8B[3] = -1
         draw = 0
         for row, first in zip(plan.rows, first_token_b.tolist(), strict=True):
             if row.prompt_targets:
                 count = len(row.prompt_targets)
-                draws_8B[0, draw : draw + count] = np.arange(first, first + count)
-                draws_8B[3, draw : draw + count] = row.prompt_targets
-                draws_8B[6, draw : draw + count] = _LOGPROBS
+                ints_8B[0, draw : draw + count] = np.arange(first, first + count)
+                ints_8B[3, draw : draw + count] = row.prompt_targets
+                ints_8B[6, draw : draw + count] = _LOGPROBS
                 draw += count
             if len(row.prompt_targets) < row.num_tokens:
                 end = row.num_computed_tokens + row.num_tokens
                 forbid = _FORBID_STOPS if row.num_output_tokens < self._min_tokens_R[row.row] else 0
                 written = row.row if row.samples else spare + 1
-                draws_8B[:7, draw] = first + row.num_tokens - 1, row.row, written, -1, end, 0, forbid
+                ints_8B[:7, draw] = first + row.num_tokens - 1, row.row, written, -1, end, 0, forbid
                 draw += 1
-        draws_8B[5] = self._top_k_R[draws_8B[1]]
-        draws_8B[6] |= self._flags_R[draws_8B[1]]
-        return draws_8B
+        ints_8B[5] = self._top_k_R[ints_8B[1]]
+        ints_8B[6] |= self._flags_R[ints_8B[1]]
+        return DrawBatch(ints_8B, self._floats_6R[:, ints_8B[1]], self._seeds_R2[ints_8B[1]])

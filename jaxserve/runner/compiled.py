@@ -1,4 +1,4 @@
-"""The compiled programs of a step, by bucket.
+"""The compiled programs of a step: forward passes by bucket, draws by number of rows.
 
 All are compiled before the engine is ready, two at a time: tracing holds the interpreter lock, the compiler does
 not.
@@ -16,38 +16,59 @@ from jaxserve.runner.buckets import Bucket, pick_bucket
 
 logger = logging.getLogger(__name__)
 
-Lower: TypeAlias = Callable[[Bucket], jax.stages.Lowered]
-Progress: TypeAlias = Callable[[Iterable[Bucket]], Iterable[Bucket]]
+Lower: TypeAlias = Callable[[Any], jax.stages.Lowered]
+Progress: TypeAlias = Callable[[Iterable[str]], Iterable[str]]
 
 _COMPILE_THREADS = 2
 
 
 class CompiledSteps:
-    """Programs that are ready to run."""
+    """Programs that are ready to run.
 
-    def __init__(self, buckets: tuple[Bucket, ...], lower: Lower) -> None:
+    Args:
+        buckets: shapes of the forward passes, widest first.
+        lower_forward: of a bucket.
+        lower_draw: of a number of rows.
+    """
+
+    def __init__(self, buckets: tuple[Bucket, ...], lower_forward: Lower, lower_draw: Lower) -> None:
         self._buckets = buckets
-        self._lower = lower
+        self._rows = sorted({bucket.num_rows for bucket in buckets}, reverse=True)
+        self._lower_forward = lower_forward
+        self._lower_draw = lower_draw
         self._lower_lock = threading.Lock()
-        self._programs: dict[Bucket, jax.stages.Compiled] = {}
+        self._forwards: dict[Bucket, jax.stages.Compiled] = {}
+        self._draws: dict[int, jax.stages.Compiled] = {}
+
+    @property
+    def num_programs(self) -> int:
+        """Programs to compile."""
+        return len(self._buckets) + len(self._rows)
 
     def compile_all(self, progress: Progress) -> None:
-        """Compile every bucket, two at a time."""
+        """Compile every program, two at a time."""
         with ThreadPoolExecutor(_COMPILE_THREADS, thread_name_prefix="compile") as pool:
-            futures = [pool.submit(self._compile, bucket) for bucket in self._buckets]
-            for bucket in progress(future.result() for future in as_completed(futures)):
-                logger.debug("compiled %s", bucket)
+            futures = [
+                pool.submit(self._compile, bucket, self._lower_forward, self._forwards) for bucket in self._buckets
+            ]
+            futures += [pool.submit(self._compile, rows, self._lower_draw, self._draws) for rows in self._rows]
+            for name in progress(future.result() for future in as_completed(futures)):
+                logger.debug("compiled %s", name)
 
     def pick(self, num_tokens: int, num_rows: int, *, single_tokens: bool) -> Bucket:
         """The smallest compiled shape that holds a step."""
-        return pick_bucket(self._programs, num_tokens, num_rows, single_tokens=single_tokens)
+        return pick_bucket(self._forwards, num_tokens, num_rows, single_tokens=single_tokens)
 
-    def __getitem__(self, bucket: Bucket) -> Callable[..., Any]:
-        """The compiled step."""
-        return self._programs[bucket]
+    def forward(self, bucket: Bucket) -> Callable[..., Any]:
+        """The compiled forward pass of a bucket."""
+        return self._forwards[bucket]
 
-    def _compile(self, bucket: Bucket) -> Bucket:
+    def draw(self, num_rows: int) -> Callable[..., Any]:
+        """The compiled draws of so many rows."""
+        return self._draws[num_rows]
+
+    def _compile(self, shape: Any, lower: Lower, programs: dict[Any, jax.stages.Compiled]) -> str:
         with self._lower_lock:
-            lowered = self._lower(bucket)
-        self._programs[bucket] = lowered.compile()
-        return bucket
+            lowered = lower(shape)
+        programs[shape] = lowered.compile()
+        return str(shape)

@@ -1,14 +1,18 @@
 """Runs steps on the devices: the only package that calls `jit`.
 
 The runner owns weights, cache and device state. It is told what to run (`SchedulerOutput`), never decides it, and
-never waits for the device inside `dispatch`: the answer is fetched by `PendingStep.result`.
+waits for the device in `PendingStep.result` only.
+
+A step is two programs: `forward` ends with logits, `draw` takes tokens from them. What a draw may be can depend on the
+token before it, so it is told while the device already runs the forward pass.
 
 Copies of the model (`--dp-size`) take their steps in one program, split over the mesh axis `data`: cache, state and
 batch of the copies lie side by side along the leading axis, and no copy reads another's.
 """
 
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -19,14 +23,16 @@ from jax.sharding import PartitionSpec as P
 
 from jaxserve.models.decoder import Decoder, Weights
 from jaxserve.request import SamplingParams
-from jaxserve.runner.batch import BatchLayout, ForwardBatch, RowTable
+from jaxserve.runner.batch import BatchLayout, DrawBatch, DrawMasks, ForwardBatch, RowTable
 from jaxserve.runner.buckets import Bucket
 from jaxserve.runner.compiled import CompiledSteps, Progress
 from jaxserve.runner.state import DeviceState, empty_state, needs_row_state, row_state, write_row
-from jaxserve.step import NewRow, Plans, PromptLogprobs, SchedulerOutput, StepOutput
+from jaxserve.step import ConstrainedRows, NewRow, Plans, PromptLogprobs, SchedulerOutput, StepOutput
 from kernels_pallas.paged_attention.api import AttentionBackend, Cache
-from kernels_pallas.sampling.api import SampleOutput, SamplingInputs
+from kernels_pallas.sampling.api import SampleOutput, SamplingInputs, mask_words
 from kernels_pallas.sampling.xla import sample
+
+T = TypeVar("T")
 
 _NOTHING = SchedulerOutput(step=-1, new_rows=(), rows=())
 
@@ -81,9 +87,7 @@ def _step_output(
     top_logprobs_BJ: np.ndarray | None = None,
 ) -> StepOutput:
     """The draws of one plan; the arrays of the likeliest tokens are there when a row wants them."""
-    counts = np.array([row.num_draws for row in plan.rows])
-    ends = np.cumsum(counts)
-    last = ends - 1
+    last = _last_draws(plan)
     drawn = StepOutput(token_ids_B=token_B[last], finite_B=finite_B[last], logprobs_B=logprob_B[last])
     if top_ids_BJ is None or top_logprobs_BJ is None:
         return drawn
@@ -91,11 +95,35 @@ def _step_output(
         index: PromptLogprobs(logprob_B[draws], top_ids_BJ[draws], top_logprobs_BJ[draws])
         for index, row in enumerate(plan.rows)
         if row.prompt_targets
-        for draws in [slice(ends[index] - counts[index], ends[index] - counts[index] + len(row.prompt_targets))]
+        for start in [last[index] + 1 - row.num_draws]
+        for draws in [slice(start, start + len(row.prompt_targets))]
     }
     return msgspec.structs.replace(
         drawn, top_ids_BJ=top_ids_BJ[last], top_logprobs_BJ=top_logprobs_BJ[last], prompt=prompt
     )
+
+
+def _last_draws(plan: SchedulerOutput) -> np.ndarray:
+    """Of each row, its last draw's index among the draws of the step."""
+    return np.cumsum([row.num_draws for row in plan.rows]) - 1
+
+
+class ForwardedStep:
+    """A step whose forward pass was sent; its tokens are yet to be drawn."""
+
+    def __init__(self, runner: "ModelRunner", plans: Plans, draws: DrawBatch, logits: jax.Array) -> None:
+        self._runner = runner
+        self._plans = plans
+        self._draws = draws
+        self._logits = logits
+
+    def draw(self, constrained: Sequence[ConstrainedRows | None]) -> PendingStep:
+        """Send the draws.
+
+        Args:
+            constrained: of each plan, the rows whose draws are.
+        """
+        return self._runner.draw(self._plans, self._draws, self._logits, constrained)
 
 
 class ModelRunner:
@@ -108,25 +136,24 @@ class ModelRunner:
         self._rows = [RowTable(parts.layout) for _ in range(self._copies)]
         self._cache = self._empty_cache()
         self._state = self._empty_state()
-        # Split by hand over `data`; over `model` the compiler splits what is in the step.
-        step = jax.shard_map(
-            partial(_step, parts.decoder, parts.attention),
-            mesh=parts.mesh,
-            axis_names={"data"},
-            in_specs=(P(), P("data"), P("data"), P("data")),
-            out_specs=P("data"),
-            check_vma=False,
+        self._forward = jax.jit(
+            self._per_copy(partial(_forward, parts.decoder, parts.attention), P(), P("data"), P("data"), P("data")),
+            donate_argnums=1,
+            out_shardings=(self._cache_shardings(), self._by_copy),
         )
-        self._step = jax.jit(
-            step, donate_argnums=(1, 2), out_shardings=(self._cache_shardings(), self._by_copy, self._by_copy)
+        self._draw = jax.jit(
+            self._per_copy(partial(_draw, parts.decoder), P("data"), P("data"), P("data"), P("data")),
+            donate_argnums=1,
+            out_shardings=(self._by_copy, self._by_copy),
         )
-        self._programs = CompiledSteps(parts.buckets, self._lower)
+        self._programs = CompiledSteps(parts.buckets, self._lower_forward, self._lower_draw)
         self._write_row: Any = None
+        self._no_masks: dict[int, DrawMasks] = {}
 
     @property
     def num_programs(self) -> int:
         """Programs a step is compiled to."""
-        return len(self._parts.buckets)
+        return self._programs.num_programs
 
     def warm_up(self, progress: Progress) -> None:
         """Compile every program, and run each once on padding: the real path with nothing in it."""
@@ -135,12 +162,17 @@ class ModelRunner:
         neutral = row_state(NewRow(row=0, sampling=SamplingParams(), seed=0), self._parts.layout.vocab_size)
         write = jax.jit(write_row, donate_argnums=0, out_shardings=self._by_copy)
         self._write_row = write.lower(self._state, spare, neutral).compile()
+        nothing = (None,) * self._copies
+        self._no_masks = {
+            bucket.num_rows: jax.device_put(self._masks(nothing, nothing, bucket.num_rows), self._by_copy)
+            for bucket in self._parts.buckets
+        }
         for bucket in self._parts.buckets:
-            self._run(bucket, (None,) * self._copies)
+            self._run_empty(bucket)
         jax.block_until_ready(self._state)
 
-    def dispatch(self, plans: Plans) -> PendingStep:
-        """Send a step of every copy to the devices and return at once."""
+    def forward(self, plans: Plans) -> ForwardedStep:
+        """Send the forward pass of a step of every copy to the devices and return at once."""
         for copy, plan in enumerate(plans):
             for new in plan.new_rows if plan is not None else ():
                 self._admit(copy, new)
@@ -151,7 +183,23 @@ class ModelRunner:
             max(plan.num_draws for plan in running),
             single_tokens=all(row.num_tokens == 1 for plan in running for row in plan.rows),
         )
-        return PendingStep(plans, self._run(bucket, plans))
+        return self._run_forward(bucket, plans)
+
+    def draw(
+        self,
+        plans: Plans,
+        draws: DrawBatch,
+        logits: jax.Array,
+        constrained: Sequence[ConstrainedRows | None],
+    ) -> PendingStep:
+        """Draw a forwarded step's tokens; see `ForwardedStep.draw`."""
+        num_rows = logits.shape[0] // self._copies
+        if any(rows is not None for rows in constrained):
+            masks = jax.device_put(self._masks(plans, constrained, num_rows), self._by_copy)
+        else:
+            masks = self._no_masks[num_rows]
+        self._state, out = self._programs.draw(num_rows)(logits, self._state, draws, masks)
+        return PendingStep(plans, out)
 
     def reset(self) -> None:
         """Make the cache and state anew, after a step that raised has left the donated ones deleted.
@@ -162,7 +210,7 @@ class ModelRunner:
         self._cache, self._state = {}, None  # type: ignore[assignment]
         self._cache = self._empty_cache()
         self._state = self._empty_state()
-        jax.block_until_ready(self._run(self._parts.buckets[-1], (None,) * self._copies))
+        self._run_empty(self._parts.buckets[-1]).result()
 
     def _admit(self, copy: int, new: NewRow) -> None:
         """A row of a copy has a new owner."""
@@ -171,22 +219,61 @@ class ModelRunner:
             row = copy * (self._parts.layout.max_rows + 1) + new.row
             self._state = self._write_row(self._state, np.int32(row), row_state(new, self._parts.layout.vocab_size))
 
-    def _run(self, bucket: Bucket, plans: Plans) -> SampleOutput:
+    def _run_forward(self, bucket: Bucket, plans: Plans) -> ForwardedStep:
         batch = jax.device_put(self._batch(bucket, plans), self._by_copy)
-        self._cache, self._state, out = self._programs[bucket](self._parts.weights, self._cache, self._state, batch)
-        return out
+        forward = self._programs.forward(bucket)
+        self._cache, logits = forward(self._parts.weights, self._cache, self._state.last_token_R, batch)
+        return ForwardedStep(self, plans, batch.draws, logits)
+
+    def _run_empty(self, bucket: Bucket) -> PendingStep:
+        nothing = (None,) * self._copies
+        return self._run_forward(bucket, nothing).draw(nothing)
 
     def _batch(self, bucket: Bucket, plans: Plans) -> ForwardBatch:
         """The copies' batches, stacked."""
         batches = [rows.build(plan or _NOTHING, bucket) for rows, plan in zip(self._rows, plans, strict=True)]
-        return ForwardBatch(*(np.stack(arrays) for arrays in zip(*batches, strict=True)))
+        return jax.tree.map(lambda *arrays: np.stack(arrays), *batches)
 
-    def _lower(self, bucket: Bucket) -> jax.stages.Lowered:
-        abstract = jax.tree.map(
-            lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=self._by_copy),
-            self._batch(bucket, (None,) * self._copies),
+    def _masks(self, plans: Plans, constrained: Sequence[ConstrainedRows | None], num_rows: int) -> DrawMasks:
+        """The copies' masks, stacked; a row is drawn from by the last of its draws."""
+        words = mask_words(self._parts.layout.vocab_size)
+        masks = DrawMasks(np.zeros((self._copies, num_rows), bool), np.zeros((self._copies, num_rows, words), np.int32))
+        for copy, (plan, rows) in enumerate(zip(plans, constrained, strict=True)):
+            if plan is not None and rows is not None:
+                draws = _last_draws(plan)[list(rows.rows)]
+                masks.masked_B[copy, draws] = True
+                masks.mask_BW[copy, draws] = rows.bits_CW
+        return masks
+
+    def _per_copy(self, function: Callable[..., Any], *in_specs: P) -> Callable[..., Any]:
+        """Split by hand over `data`; over `model` the compiler splits what is in the function."""
+        return jax.shard_map(
+            function,
+            mesh=self._parts.mesh,
+            axis_names={"data"},
+            in_specs=in_specs,
+            out_specs=P("data"),
+            check_vma=False,
         )
-        return self._step.lower(self._parts.weights, self._cache, self._state, abstract)
+
+    def _lower_forward(self, bucket: Bucket) -> jax.stages.Lowered:
+        batch = self._abstract(self._batch(bucket, (None,) * self._copies))
+        return self._forward.lower(self._parts.weights, self._cache, self._state.last_token_R, batch)
+
+    def _lower_draw(self, num_rows: int) -> jax.stages.Lowered:
+        nothing = (None,) * self._copies
+        draws = [rows.draws(_NOTHING, np.zeros(0, np.int32), num_rows) for rows in self._rows]
+        stacked = jax.tree.map(lambda *arrays: np.stack(arrays), *draws)
+        draws, masks = self._abstract((stacked, self._masks(nothing, nothing, num_rows)))
+        logits = jax.ShapeDtypeStruct(
+            (self._copies * num_rows, self._parts.layout.vocab_size), jnp.float32, sharding=self._by_copy
+        )
+        return self._draw.lower(logits, self._state, draws, masks)
+
+    def _abstract(self, arrays: T) -> T:
+        return jax.tree.map(
+            lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=self._by_copy), arrays
+        )
 
     def _cache_shardings(self) -> dict[str, NamedSharding]:
         specs = self._parts.attention.cache_spec()
@@ -204,26 +291,33 @@ class ModelRunner:
         return empty_state(self._copies * (layout.max_rows + 1), layout.vocab_size, self._by_copy)
 
 
-def _step(
+def _forward(
     decoder: Decoder,
     attention: AttentionBackend,
     weights: Weights,
     cache: Cache,
-    state: DeviceState,
+    last_token_R: jax.Array,
     batch: ForwardBatch,
-) -> tuple[Cache, DeviceState, SampleOutput]:
-    """One copy's step: embed, layers, logits of the drawn tokens only, sampling, state update."""
+) -> tuple[Cache, jax.Array]:
+    """One copy's forward pass: embed, layers, logits of the drawn tokens only."""
     batch = jax.tree.map(lambda array: array[0], batch)
     token_ids_T, positions_T, _ = batch.tokens_3T
     pending_T = token_ids_T < 0
-    last_T = state.last_token_R[jnp.where(pending_T, -1 - token_ids_T, 0)]
+    last_T = last_token_R[jnp.where(pending_T, -1 - token_ids_T, 0)]
     token_ids_T = jnp.where(pending_T, last_T, token_ids_T)
     plan = attention.plan(batch.attention_meta())
     x_TD, cache = decoder.forward(weights, cache, token_ids_T, positions_T, plan, attention)
-    logits_BV = decoder.logits(weights, x_TD[batch.draws_8B[0]])
+    return cache, decoder.logits(weights, x_TD[batch.draws.ints_8B[0]])
+
+
+def _draw(
+    decoder: Decoder, logits_BV: jax.Array, state: DeviceState, draws: DrawBatch, masks: DrawMasks
+) -> tuple[DeviceState, SampleOutput]:
+    """One copy's draws, and the state after them."""
+    draws, masks = jax.tree.map(lambda array: array[0], (draws, masks))
     out: SampleOutput = decoder.tokenwise(
         lambda logits, *fields: sample(logits, SamplingInputs(*fields), state.sampling),
         logits_BV,
-        *batch.sampling_inputs(),
+        *draws.sampling_inputs(masks),
     )
-    return cache, state.record(batch.draws_8B[2], out), out
+    return state.record(draws.ints_8B[2], out), out

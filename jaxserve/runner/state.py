@@ -58,9 +58,7 @@ def empty_state(rows: int, vocab_size: int, sharding: NamedSharding) -> DeviceSt
 
 def needs_row_state(new: NewRow) -> bool:
     """Whether a request reads the row's device state at all."""
-    s = new.sampling
-    penalised = s.frequency_penalty != 0 or s.presence_penalty != 0 or s.repetition_penalty != 1
-    return penalised or bool(s.logit_bias) or s.min_tokens > 0
+    return new.sampling.penalised or bool(new.sampling.logit_bias) or new.sampling.min_tokens > 0
 
 
 def row_state(new: NewRow, vocab_size: int) -> RowState:

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from jaxserve.request import Request, TokenDelta
+from jaxserve.scheduling.constraint import Constraint
 from jaxserve.scheduling.scheduler import Scheduler, SchedulerStats
 from jaxserve.step import Plans, StepOutput
 
@@ -27,13 +28,13 @@ class DataParallelScheduler:
         """Sums over the copies."""
         return SchedulerStats(*map(sum, zip(*(scheduler.stats for scheduler in self._schedulers), strict=True)))
 
-    def add(self, request: Request) -> None:
+    def add(self, request: Request, constraints: Sequence[Constraint] = ()) -> None:
         """Queue a request with the copy that has the fewest choices; of those, where most of its prompt is cached."""
         fewest = min(scheduler.num_live for scheduler in self._schedulers)
         best = [scheduler for scheduler in self._schedulers if scheduler.num_live == fewest]
         if len(best) > 1:  # walking the prompt through the prefix caches is only worth it for a choice
             best.sort(key=lambda scheduler: -scheduler.num_cached_pages(request))
-        best[0].add(request)
+        best[0].add(request, constraints)
 
     def abort(self, request_id: str, choice: int | None = None) -> None:
         """End a request or one choice of it; unknown ids are ignored."""
@@ -54,6 +55,13 @@ class DataParallelScheduler:
         for scheduler, output in zip(self._schedulers, outputs, strict=True):
             if output is not None:
                 scheduler.update(output)
+
+    def constrained_rows(self, plans: Plans) -> tuple[dict[int, Constraint], ...]:
+        """See `Scheduler.constrained_rows`; one for each of the newest plans."""
+        return tuple(
+            {} if plan is None else scheduler.constrained_rows()
+            for scheduler, plan in zip(self._schedulers, plans, strict=True)
+        )
 
     def take_deltas(self) -> list[TokenDelta]:
         """What clients are to be told since the last call."""

@@ -9,11 +9,13 @@ Results must come back (`update`) in the order in which the steps were scheduled
 
 from collections import deque
 from collections.abc import Iterator
+from collections.abc import Sequence as SequenceOf
 from itertools import islice
 from typing import NamedTuple
 
 from jaxserve.config import CacheConfig, SchedulerConfig
 from jaxserve.request import FinishReason, Request, TokenDelta, TokenLogprobs
+from jaxserve.scheduling.constraint import Constraint
 from jaxserve.scheduling.pages import PagePool
 from jaxserve.scheduling.prefix_cache import PrefixCache
 from jaxserve.scheduling.sequence import Sequence, namespace_of
@@ -24,6 +26,8 @@ from jaxserve.step import PromptLogprobs, SchedulerOutput, StepOutput
 _LPM_WINDOW = 128
 # Waiting requests that a step considers; those behind wait for a later one.
 _ADMISSION_WINDOW = 256
+# Known tokens are run at once when a step does so many for each row, else one by one: such a step is cheaper.
+_MIN_TOKENS_PER_ROW = 2
 # A sequence that was alone in so many steps that raised is ended, so that the others can go on.
 _MAX_FAILED_STEPS = 2
 
@@ -44,6 +48,30 @@ class _InFlight(NamedTuple):
     plan: SchedulerOutput
     sequences: tuple[Sequence, ...]
     num_preemptions: tuple[int, ...]
+
+
+class _NewToken(NamedTuple):
+    id: int
+    logprobs: TokenLogprobs | None
+
+
+def _drawn(sequence: Sequence, index: int, output: StepOutput) -> _NewToken:
+    """The token that a step drew for the row with this index."""
+    token_id = int(output.token_ids_B[index])
+    count = sequence.request.sampling.num_logprobs
+    if count is None or output.top_ids_BJ is None or output.top_logprobs_BJ is None:
+        return _NewToken(token_id, None)
+    top_ids = tuple(output.top_ids_BJ[index, :count].tolist())
+    top_logprobs = tuple(output.top_logprobs_BJ[index, :count].tolist())
+    return _NewToken(token_id, TokenLogprobs(float(output.logprobs_B[index]), top_ids, top_logprobs))
+
+
+def _forced(sequence: Sequence, token_id: int) -> _NewToken:
+    """A token without alternatives: its probability is 1."""
+    count = sequence.request.sampling.num_logprobs
+    if count is None:
+        return _NewToken(token_id, None)
+    return _NewToken(token_id, TokenLogprobs(0.0, (token_id,)[:count], (0.0,)[:count]))
 
 
 class Scheduler:
@@ -94,12 +122,17 @@ class Scheduler:
         """Pages of the request's prompt that the prefix cache holds now."""
         return self._prefixes.match_length(namespace_of(request), request.prompt_token_ids)
 
-    def add(self, request: Request) -> None:
-        """Queue a request. It must fit the context length and the pool; the caller has checked."""
+    def add(self, request: Request, constraints: SequenceOf[Constraint] = ()) -> None:
+        """Queue a request. It must fit the context length and the pool; the caller has checked.
+
+        Args:
+            request: what to run.
+            constraints: one for each choice, or none.
+        """
         leader: Sequence | None = None
         sequences: list[Sequence] = []
         for choice in range(request.num_choices):
-            sequence = Sequence(request, choice, leader)
+            sequence = Sequence(request, choice, leader, constraints[choice] if constraints else None)
             leader = leader or sequence
             sequences.append(sequence)
         self._live[request.id] = sequences
@@ -107,6 +140,8 @@ class Scheduler:
             self._insert_by_priority(sequences)
         else:
             self._waiting.extend(sequences)
+        for sequence in sequences:
+            self._advance(sequence, [])
 
     def abort(self, request_id: str, choice: int | None = None) -> None:
         """End a request or one choice of it; its rows and pages are free for the next step.
@@ -123,11 +158,7 @@ class Scheduler:
         if self._suspects:
             self._schedule_alone(next(iter(self._suspects)), step)
         else:
-            # Sequences that run one token go first: a step always has room for all of them.
-            for sequence in [s for s in self._running if not s.prefilling] + [s for s in self._running if s.prefilling]:
-                if sequence.row is None:
-                    continue  # preempted by one before it
-                self._schedule_running(sequence, step)
+            self._schedule_all_running(step)
             self._admit(step)
         if not step.rows:
             return None
@@ -142,12 +173,14 @@ class Scheduler:
         """Take in the results of the oldest step in flight."""
         plan, sequences, num_preemptions = self._in_flight.popleft()
         for index, (row, sequence) in enumerate(zip(plan.rows, sequences, strict=True)):
-            sequence.num_in_flight -= row.samples
             if sequence.finished:
                 continue
+            void = row.samples and row.num_output_tokens < sequence.num_known_output_tokens
+            if row.samples and not void:
+                sequence.num_in_flight -= 1
             if not output.finite_B[index]:
                 # Its pages may hold NaN: they never enter the prefix cache.
-                self._finish(sequence, FinishReason.ERROR, error="numerical_error: the model's output is not finite")
+                self._finish_undrawable(sequence)
                 continue
             end = row.num_computed_tokens + row.num_tokens
             if end >= sequence.num_doubtful_tokens:
@@ -158,10 +191,25 @@ class Scheduler:
             if not preempted_since:
                 self._take_prompt_logprobs(sequence, output.prompt.get(index))
                 self._index_pages(sequence, end)
-            if row.samples:
-                self._take_token(sequence, index, output)
+            if row.samples and not void:
+                self._advance(sequence, [_drawn(sequence, index, output)])
             elif end == sequence.num_prompt_tokens and not sequence.request.sampling.max_tokens:
                 self._finish(sequence, FinishReason.LENGTH)
+
+    def constrained_rows(self) -> dict[int, Constraint]:
+        """Rows of the newest plan, by index, whose draws are constrained. All earlier steps must have been taken in."""
+        assert len(self._in_flight) == 1
+        [(plan, sequences, num_preemptions)] = self._in_flight
+        return {
+            index: sequence.constraint
+            for index, (row, sequence) in enumerate(zip(plan.rows, sequences, strict=True))
+            if sequence.constraint is not None
+            and row.samples
+            and sequence.constraint.masked
+            and not sequence.finished
+            and row.num_output_tokens == sequence.num_known_output_tokens
+            and sequence.num_preemptions == num_preemptions[index]
+        }
 
     def take_deltas(self) -> list[TokenDelta]:
         """What clients are to be told since the last call."""
@@ -228,10 +276,28 @@ class Scheduler:
                 index += 1
         self._waiting.insert(index, sequence)
 
-    def _schedule_running(self, sequence: Sequence, step: StepBuilder) -> None:
+    def _schedule_all_running(self, step: StepBuilder) -> None:
+        if self._catches_up_slowly():
+            singles, others, limit = self._running.copy(), [], 1
+        else:
+            # Sequences that run one token go first: a step always has room for all of them.
+            singles = [sequence for sequence in self._running if not sequence.prefilling]
+            others = [sequence for sequence in self._running if sequence.prefilling]
+            limit = self._config.max_step_tokens
+        for sequence in singles + others:
+            if sequence.row is not None:  # else preempted by one before it
+                self._schedule_running(sequence, step, limit)
+
+    def _catches_up_slowly(self) -> bool:
+        """Whether what is known beyond one token of each row is too little for a step of more."""
+        counts = [sequence.num_uncomputed_tokens for sequence in self._running]
+        in_prompt = any(sequence.num_computed_tokens < sequence.num_prompt_tokens for sequence in self._running)
+        return not in_prompt and sum(counts) < _MIN_TOKENS_PER_ROW * len(counts)
+
+    def _schedule_running(self, sequence: Sequence, step: StepBuilder, limit: int) -> None:
         if sequence.drained:
             return
-        count = step.allowance(sequence)
+        count = min(step.allowance(sequence), limit)
         if count == 0:
             return
         while not self._grow(sequence, sequence.num_computed_tokens + count):
@@ -286,7 +352,7 @@ class Scheduler:
     def _schedule_alone(self, sequence: Sequence, step: StepBuilder) -> None:
         """A step of one sequence. The others do not run now, so what it lacks is taken from them."""
         if sequence.row is not None:
-            self._schedule_running(sequence, step)
+            self._schedule_running(sequence, step, self._config.max_step_tokens)
             return
         while not self._start(sequence, step) and self._running:
             self._preempt(self._running[-1])
@@ -361,60 +427,86 @@ class Scheduler:
             for logprob, ids, values in zip(prompt.logprobs_C, prompt.top_ids_CJ, prompt.top_logprobs_CJ, strict=True)
         )
 
-    def _take_token(self, sequence: Sequence, index: int, output: StepOutput) -> None:
-        token_id = int(output.token_ids_B[index])
+    def _advance(self, sequence: Sequence, drawn: list[_NewToken]) -> None:
+        """Append drawn tokens and those that must follow them, tell the client, and end the sequence where it ends."""
+        new: list[_NewToken] = []
+        reason = None
+        for token in drawn:
+            new.append(token)
+            reason = self._append(sequence, token.id)
+        constraint = sequence.constraint
+        if constraint is not None and reason is None and sequence.takes_forced_tokens:
+            for token_id in constraint.forced()[
+                : sequence.request.sampling.max_tokens - sequence.num_known_output_tokens
+            ]:
+                # What is in flight for these places is void, and so is what was computed from it.
+                sequence.num_in_flight = 0
+                sequence.num_computed_tokens = min(sequence.num_computed_tokens, len(sequence.token_ids))
+                new.append(_forced(sequence, token_id))
+                reason = self._append(sequence, token_id)
+                if reason is not None:
+                    break
+        if constraint is not None and constraint.error is not None:
+            self._finish(sequence, FinishReason.ERROR, error=f"grammar: {constraint.error}", refused=True)
+        elif new:
+            self._send(sequence, new, reason)
+            if reason is not None:
+                self._close(sequence)
+
+    def _append(self, sequence: Sequence, token_id: int) -> FinishReason | None:
+        """One more token; returns why it is the last, if it is."""
         sequence.token_ids.append(token_id)
         sampling = sequence.request.sampling
-        num_output = len(sequence.token_ids) - sequence.num_prompt_tokens
-        stops = not sampling.ignore_eos and (
-            token_id in sequence.request.eos_token_ids or token_id in sampling.stop_token_ids
-        )
-        reason: FinishReason | None = None
-        if stops and num_output >= sampling.min_tokens:
-            reason = FinishReason.STOP
-        elif num_output >= sampling.max_tokens:
-            reason = FinishReason.LENGTH
-        logprobs: tuple[TokenLogprobs, ...] = ()
-        if sampling.num_logprobs is not None and output.top_ids_BJ is not None and output.top_logprobs_BJ is not None:
-            count = sampling.num_logprobs
-            logprobs = (
-                TokenLogprobs(
-                    float(output.logprobs_B[index]),
-                    tuple(output.top_ids_BJ[index, :count].tolist()),
-                    tuple(output.top_logprobs_BJ[index, :count].tolist()),
-                ),
-            )
-        self._send(sequence, (token_id,), logprobs, reason, token_id if reason is FinishReason.STOP else None)
-        if reason is not None:
-            self._close(sequence)
+        if sequence.constraint is not None:
+            sequence.constraint.take(token_id)
+            if sequence.constraint.finished:
+                return FinishReason.STOP
+        stops = not sampling.ignore_eos and sequence.stops_at(token_id)
+        if stops and sequence.num_known_output_tokens >= sampling.min_tokens:
+            return FinishReason.STOP
+        if sequence.num_known_output_tokens >= sampling.max_tokens:
+            return FinishReason.LENGTH
+        return None
 
     def _send(
         self,
         sequence: Sequence,
-        token_ids: tuple[int, ...],
-        logprobs: tuple[TokenLogprobs, ...],
+        new: list[_NewToken],
         reason: FinishReason | None,
-        matched_stop: int | None = None,
+        *,
         error: str | None = None,
+        refused: bool = False,
     ) -> None:
-        first = len(sequence.output_token_ids) == len(token_ids)
+        last = new[-1].id if new else -1
         self._outbox.append(
             TokenDelta(
                 request_id=sequence.request.id,
                 choice=sequence.choice,
-                token_ids=token_ids,
-                logprobs=logprobs,
-                prompt_logprobs=tuple(sequence.prompt_logprobs) if first else (),
+                token_ids=tuple(token.id for token in new),
+                logprobs=tuple(token.logprobs for token in new if token.logprobs is not None),
+                prompt_logprobs=tuple(sequence.prompt_logprobs) if sequence.num_known_output_tokens == len(new) else (),
                 finish_reason=reason,
-                matched_stop=matched_stop,
+                matched_stop=last if reason is FinishReason.STOP and sequence.stops_at(last) else None,
                 num_cached_tokens=sequence.num_cached_tokens or 0,
                 error=error,
+                refused=refused,
             )
         )
 
-    def _finish(self, sequence: Sequence, reason: FinishReason, error: str | None = None) -> None:
-        self._send(sequence, (), (), reason, error=error)
+    def _finish(
+        self, sequence: Sequence, reason: FinishReason, *, error: str | None = None, refused: bool = False
+    ) -> None:
+        self._send(sequence, [], reason, error=error, refused=refused)
         self._close(sequence)
+
+    def _finish_undrawable(self, sequence: Sequence) -> None:
+        """No token could be drawn."""
+        sampling = sequence.request.sampling
+        if sequence.constraint is not None and (sampling.logit_bias or sampling.min_tokens):
+            error = "grammar, logit_bias and min_tokens together allow no token"
+            self._finish(sequence, FinishReason.ERROR, error=error, refused=True)
+        else:
+            self._finish(sequence, FinishReason.ERROR, error="numerical_error: the model's output is not finite")
 
     def _close(self, sequence: Sequence) -> None:
         sequence.finished = True

@@ -1,6 +1,7 @@
 """One choice of one request while it waits and runs. Belongs to the scheduler and crosses nothing."""
 
 from jaxserve.request import Request, TokenLogprobs
+from jaxserve.scheduling.constraint import Constraint
 from jaxserve.scheduling.prefix_cache import Namespace
 
 _MASK = 2**64 - 1
@@ -28,6 +29,7 @@ class Sequence:
         request: what it belongs to.
         choice: index in the request.
         leader: the choice that computes the prompt for this one, if there are several.
+        constraint: what its output may be, if that is limited.
         token_ids: prompt and known output.
         num_in_flight: draws sent to the device whose tokens are not known yet.
         num_computed_tokens: tokens whose keys and values are, or will be once sent steps ran, in the pages.
@@ -45,6 +47,7 @@ class Sequence:
 
     __slots__ = (
         "choice",
+        "constraint",
         "finished",
         "leader",
         "num_cached_tokens",
@@ -63,10 +66,13 @@ class Sequence:
         "token_ids",
     )
 
-    def __init__(self, request: Request, choice: int, leader: "Sequence | None") -> None:
+    def __init__(
+        self, request: Request, choice: int, leader: "Sequence | None", constraint: Constraint | None = None
+    ) -> None:
         self.request = request
         self.choice = choice
         self.leader = leader
+        self.constraint = constraint
         self.seed = choice_seed(request.sampling.seed, choice)
         self.token_ids = list(request.prompt_token_ids)
         self.num_in_flight = 0
@@ -103,9 +109,27 @@ class Sequence:
         return self.token_ids[self.num_prompt_tokens :]
 
     @property
+    def num_known_output_tokens(self) -> int:
+        """Output tokens, those in flight left out."""
+        return len(self.token_ids) - self.num_prompt_tokens
+
+    def stops_at(self, token_id: int) -> bool:
+        """Whether it is an end token of the model or the request."""
+        return token_id in self.request.eos_token_ids or token_id in self.request.sampling.stop_token_ids
+
+    @property
     def num_uncomputed_tokens(self) -> int:
         """Tokens that a step could run now."""
         return self.num_tokens - self.num_computed_tokens
+
+    @property
+    def takes_forced_tokens(self) -> bool:
+        """Whether tokens that its constraint forces are taken without a draw.
+
+        Penalties count draws on the device, and prompt log-probabilities come with the first draw.
+        """
+        sampling = self.request.sampling
+        return self.constraint is not None and not (sampling.penalised or sampling.prompt_logprobs)
 
     @property
     def prefilling(self) -> bool:

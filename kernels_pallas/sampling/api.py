@@ -1,10 +1,12 @@
 """Drawing the next token: the types that every implementation shares.
 
-Order of operations on a row of logits: repetition, frequency and presence penalty -> bias -> forbidden tokens ->
-temperature -> top-k and top-p on the same sorted softmax -> min-p -> draw. The draw is Gumbel-max with noise that is
-a pure function of (seed, position, token id), so a row's token depends on no neighbour, batch size or sharding.
+Order of operations on a row of logits: repetition, frequency and presence penalty -> mask -> bias -> forbidden
+tokens -> temperature -> top-k and top-p on the same sorted softmax -> min-p -> draw. The draw is Gumbel-max with
+noise that is a pure function of (seed, position, token id), so a row's token depends on no neighbour, batch size or
+sharding.
 
-Dimension key: B draws of a step, R rows of per-request state, V vocabulary, J entries of a padded sparse list.
+Dimension key: B draws of a step, R rows of per-request state, V vocabulary, J entries of a padded sparse list, W words
+of a mask.
 """
 
 from typing import NamedTuple
@@ -12,6 +14,12 @@ from typing import NamedTuple
 import jax
 
 NUM_TOP_LOGPROBS = 20
+MASK_BITS = 32
+
+
+def mask_words(vocab_size: int) -> int:
+    """W: 32-bit words that hold one bit per token."""
+    return -(-vocab_size // MASK_BITS)
 
 
 class SamplingInputs(NamedTuple):
@@ -29,6 +37,8 @@ class SamplingInputs(NamedTuple):
         biased_B: bool, the row of `bias` applies.
         forbid_stops_B: bool, the row of `stop_ids` is forbidden.
         logprobs_B: bool, log-probabilities are wanted.
+        masked_B: bool, the draw's row of the mask applies.
+        mask_BW: i32; bit v % 32 of word v // 32 is set where token v is allowed.
     """
 
     row_B: jax.Array
@@ -45,6 +55,8 @@ class SamplingInputs(NamedTuple):
     biased_B: jax.Array
     forbid_stops_B: jax.Array
     logprobs_B: jax.Array
+    masked_B: jax.Array
+    mask_BW: jax.Array
 
 
 class SamplingState(NamedTuple):
@@ -68,7 +80,7 @@ class SampleOutput(NamedTuple):
     Attributes:
         token_B: i32, the drawn token, or the target.
         finite_B: bool, False where a logit was NaN or +inf or no token was allowed: the token means nothing.
-        logprob_B: f32 log-probability of the token after penalties, bias and temperature, before top-k, top-p and
+        logprob_B: f32 log-probability of the token after penalties, mask, bias and temperature, before top-k, top-p and
             min-p; 0 unless a draw of the step wanted it.
         top_ids_BJ, top_logprobs_BJ: the `NUM_TOP_LOGPROBS` likeliest tokens, in order; zeros unless wanted.
     """

@@ -22,6 +22,7 @@ class RowParams:
     repetition: float = 1.0
     counts: dict[int, int] | None = None
     bias: dict[int, float] | None = None
+    allowed: tuple[int, ...] | None = None
     forbidden: tuple[int, ...] = ()
 
 
@@ -40,12 +41,14 @@ def threefry2x32_reference(key: tuple[int, int], counter: tuple[int, int]) -> tu
 
 
 def adjusted_logits(logits_V: np.ndarray, params: RowParams) -> np.ndarray:
-    """Logits after penalties, bias, forbidden tokens and temperature, float64."""
+    """Logits after penalties, mask, bias, forbidden tokens and temperature, float64."""
     out_V = logits_V.astype(np.float64)
     for token, count in (params.counts or {}).items():
         value = out_V[token]
         value = value * params.repetition if value < 0 else value / params.repetition
         out_V[token] = value - params.frequency * count - params.presence
+    if params.allowed is not None:
+        out_V[np.setdiff1d(np.arange(len(out_V)), params.allowed)] = -np.inf
     for token, bias in (params.bias or {}).items():
         out_V[token] += bias
     out_V[list(params.forbidden)] = -np.inf

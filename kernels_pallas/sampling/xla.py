@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from kernels_pallas.sampling.api import NUM_TOP_LOGPROBS, SampleOutput, SamplingInputs, SamplingState
+from kernels_pallas.sampling.api import MASK_BITS, NUM_TOP_LOGPROBS, SampleOutput, SamplingInputs, SamplingState
 from kernels_pallas.sampling.random import gumbel_noise
 
 # A nucleus rarely holds more than the first; the second still costs a tenth of a sort.
@@ -22,8 +22,8 @@ _ARGMAX_BLOCK = 512
 
 def sample(logits_BV: jax.Array, inputs: SamplingInputs, state: SamplingState) -> SampleOutput:
     """Draw one token per row of f32 logits."""
-    adjusted = _penalised(inputs) | inputs.biased_B | inputs.forbid_stops_B | inputs.logprobs_B | (inputs.target_B >= 0)
-    plain = jnp.all(_greedy(inputs) & ~adjusted)
+    adjusted_B = _penalised(inputs) | inputs.masked_B | inputs.biased_B | inputs.forbid_stops_B | inputs.logprobs_B
+    plain = jnp.all(_greedy(inputs) & ~adjusted_B & (inputs.target_B < 0))
     # Logits pass into one branch only: whatever a branch returns unchanged would be copied.
     return lax.cond(plain, _argmax_only, _sample, logits_BV, inputs, state)
 
@@ -62,6 +62,7 @@ def _sample(logits_BV: jax.Array, inputs: SamplingInputs, state: SamplingState) 
         return logits_BV
 
     logits_BV = lax.cond(jnp.any(_penalised(inputs)), _penalise, unchanged, logits_BV, inputs, state)
+    logits_BV = lax.cond(jnp.any(inputs.masked_B), _mask, unchanged, logits_BV, inputs, state)
     logits_BV = lax.cond(jnp.any(inputs.biased_B), _add_bias, unchanged, logits_BV, inputs, state)
     logits_BV = lax.cond(jnp.any(inputs.forbid_stops_B), _forbid_stops, unchanged, logits_BV, inputs, state)
     greedy_B = _greedy(inputs)
@@ -83,6 +84,12 @@ def _penalise(logits_BV: jax.Array, inputs: SamplingInputs, state: SamplingState
     logits_BV = jnp.where(counts_BV > 0, repeated_BV, logits_BV)
     presence_BV = jnp.where(counts_BV > 0, inputs.presence_B[:, None], 0.0)
     return logits_BV - inputs.frequency_B[:, None] * counts_BV - presence_BV
+
+
+def _mask(logits_BV: jax.Array, inputs: SamplingInputs, state: SamplingState) -> jax.Array:
+    bits_BWS = (inputs.mask_BW[:, :, None] >> jnp.arange(MASK_BITS)) & 1
+    allowed_BV = bits_BWS.reshape(logits_BV.shape[0], -1)[:, : logits_BV.shape[1]] != 0
+    return jnp.where(allowed_BV | ~inputs.masked_B[:, None], logits_BV, -jnp.inf)
 
 
 def _add_bias(logits_BV: jax.Array, inputs: SamplingInputs, state: SamplingState) -> jax.Array:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels_pallas.sampling.api import NUM_TOP_LOGPROBS, SamplingInputs, SamplingState
+from kernels_pallas.sampling.api import NUM_TOP_LOGPROBS, SamplingInputs, SamplingState, mask_words
 from kernels_pallas.sampling.random import gumbel_noise, threefry2x32
 from kernels_pallas.sampling.reference import (
     RowParams,
@@ -39,6 +39,11 @@ def arrays(params: list[RowParams], vocab_size: int, *, logprobs: bool = True) -
     def column(name: str, dtype: type) -> np.ndarray:
         return np.array([getattr(p, name) for p in params], dtype)
 
+    mask_BW = np.zeros((len(params), mask_words(vocab_size)), np.int32)
+    for row, p in enumerate(params):
+        for token in p.allowed or ():
+            mask_BW.view(np.uint32)[row, token // 32] |= np.uint32(1 << token % 32)
+
     inputs = SamplingInputs(
         row_B=np.arange(len(params), dtype=np.int32),
         target_B=np.full(len(params), -1, np.int32),
@@ -54,6 +59,8 @@ def arrays(params: list[RowParams], vocab_size: int, *, logprobs: bool = True) -
         biased_B=np.array([bool(p.bias) for p in params]),
         forbid_stops_B=np.array([bool(p.forbidden) for p in params]),
         logprobs_B=np.full(len(params), logprobs),
+        masked_B=np.array([p.allowed is not None for p in params]),
+        mask_BW=mask_BW,
     )
     return jax.tree.map(jnp.asarray, inputs), jax.tree.map(jnp.asarray, state)
 
@@ -67,6 +74,7 @@ GRID = [
         seed=seed * 0x9E3779B97F4A7C15 % 2**64, position=seed * 7, temperature=temperature, top_k=top_k, top_p=top_p,
         min_p=min_p, frequency=0.7 * (seed % 2), presence=0.3 * (seed % 3), repetition=1 + 0.2 * (seed % 4),
         counts={seed: 2, seed + 5: 1}, bias={3 * seed: 4.0, seed + 1: -100.0 if seed % 2 else 1.5}, forbidden=(seed,),
+        allowed=None if seed % 3 else tuple(range(seed % 2, 999, 7)),
     )
     for seed, (temperature, top_k, top_p, min_p) in enumerate(
         itertools.product((0.0, 0.5, 1.0, 1.7), (-1, 1, 20, 400), (1.0, 0.9, 0.2), (0.0, 0.1))

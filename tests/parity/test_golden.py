@@ -123,14 +123,14 @@ def test_copies_side_by_side(tp_size: int, dp_size: int) -> None:
 
     left = sampled(row(0, prompts[0], 0, 60))
     right = sampled(row(0, prompts[1], 0, 20), row(1, prompts[1], 0, 21))
-    both = runner.dispatch((left, right)).result()
+    both = runner.forward((left, right)).draw((None, None)).result()
     for got, plan_ in zip(both, (left, right), strict=True):
-        [want] = alone.dispatch((plan_,)).result()
+        [want] = alone.forward((plan_,)).draw((None,)).result()
         assert got is not None
         assert want is not None
         np.testing.assert_array_equal(got.token_ids_B, want.token_ids_B)
         alone.reset()
-    idle, other = runner.dispatch((None, right)).result()
+    idle, other = runner.forward((None, right)).draw((None, None)).result()
     assert idle is None
     assert other is not None
     np.testing.assert_array_equal(other.token_ids_B, both[1].token_ids_B)

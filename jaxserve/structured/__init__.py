@@ -1,0 +1,1 @@
+"""What constrains an output: grammars, and the length of thinking. Never imports jax."""
