@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from jaxserve.client import EngineClient
+from jaxserve.output_formats import MessageFormat
 from jaxserve.request import FinishReason, Request, TokenDelta, TokenLogprobs
+from jaxserve.text.pieces import Piece
 from jaxserve.text.stop import StopStrings
 from jaxserve.text.tokenizer import Tokenizer
 
@@ -21,11 +23,15 @@ class TextOptions:
         stop: stop strings.
         keep_stop: show the stop string or token that ended the output (`no_stop_trim`).
         skip_special_tokens: leave control tokens out of the text.
+        kept_ids: control tokens that are shown all the same.
+        message: how the text is read as a message; None where it is just text.
     """
 
     stop: tuple[str, ...] = ()
     keep_stop: bool = False
     skip_special_tokens: bool = True
+    kept_ids: frozenset[int] = frozenset()
+    message: MessageFormat | None = None
 
 
 class ChoiceToken(NamedTuple):
@@ -42,24 +48,29 @@ class ChoiceDelta(NamedTuple):
     Attributes:
         choice: index of the choice.
         text: new text; may be empty.
+        pieces: of a message, that the new text has made certain, if it is read as one.
         tokens: new tokens with log-probabilities, where they were asked for.
         finish_reason: None until the end.
         matched_stop: the token id or string that ended it.
         error: what went wrong, when `finish_reason` is `error`.
+        refused: the error is the request's fault.
     """
 
     choice: int
     text: str = ""
+    pieces: tuple[Piece, ...] = ()
     tokens: tuple[ChoiceToken, ...] = ()
     finish_reason: FinishReason | None = None
     matched_stop: int | str | None = None
     error: str | None = None
+    refused: bool = False
 
 
 class CollectedChoice(NamedTuple):
-    """A finished choice: its text, its tokens where log-probabilities were asked for, and its last delta."""
+    """A finished choice: its text or pieces, its tokens where log-probabilities were asked for, and its last delta."""
 
     text: str
+    pieces: list[Piece]
     tokens: list[ChoiceToken]
     end: ChoiceDelta
 
@@ -67,14 +78,16 @@ class CollectedChoice(NamedTuple):
 async def collect_choices(deltas: AsyncIterable[tuple[int, ChoiceDelta]], num_choices: int) -> list[CollectedChoice]:
     """Every choice, whole, by its number."""
     texts = [""] * num_choices
+    pieces: list[list[Piece]] = [[] for _ in texts]
     tokens: list[list[ChoiceToken]] = [[] for _ in texts]
     ends: dict[int, ChoiceDelta] = {}
     async for index, delta in deltas:
         texts[index] += delta.text
+        pieces[index].extend(delta.pieces)
         tokens[index].extend(delta.tokens)
         if delta.finish_reason is not None:
             ends[index] = delta
-    return [CollectedChoice(text, tokens[index], ends[index]) for index, text in enumerate(texts)]
+    return [CollectedChoice(text, pieces[index], tokens[index], ends[index]) for index, text in enumerate(texts)]
 
 
 @dataclass
@@ -84,11 +97,13 @@ class Usage:
     Attributes:
         prompt_tokens: counted once, whatever the number of choices.
         completion_tokens: over all choices, stop tokens included.
+        reasoning_tokens: output tokens of thinking, its tags included.
         cached_tokens: prompt tokens that came from the prefix cache.
     """
 
     prompt_tokens: int
     completion_tokens: int = 0
+    reasoning_tokens: int = 0
     cached_tokens: int = 0
 
 
@@ -96,37 +111,79 @@ class _Choice:
     """Text of one choice."""
 
     def __init__(self, tokenizer: Tokenizer, options: TextOptions) -> None:
-        self._detokenizer = tokenizer.detokenizer(skip_special_tokens=options.skip_special_tokens)
+        self._detokenizer = tokenizer.detokenizer(
+            skip_special_tokens=options.skip_special_tokens, kept_ids=options.kept_ids
+        )
         self._stops = StopStrings(options.stop, keep=options.keep_stop)
+        self._parser = None if options.message is None else options.message.parser()
         self._keep_stop = options.keep_stop
         self._length = 0
         self.num_tokens = 0
+        self.num_reasoning_tokens = 0
         self.finished = False
 
     def take(self, delta: TokenDelta) -> ChoiceDelta:
         """Turn a token delta into text; sets `finished`."""
-        text, tokens, matched = "", [], None
+        text: list[str] = []
+        pieces: list[Piece] = []
+        tokens: list[ChoiceToken] = []
+        reason, matched = delta.finish_reason, delta.matched_stop
         for index, token_id in enumerate(delta.token_ids):
             self.num_tokens += 1
             if token_id == delta.matched_stop and index == len(delta.token_ids) - 1 and not self._keep_stop:
+                self.num_reasoning_tokens += self._parser is not None and self._parser.thinking
                 break
             if delta.logprobs:
                 tokens.append(ChoiceToken(token_id, delta.logprobs[index], self._length))
-            piece = self._detokenizer.push(token_id)
-            self._length += len(piece)
-            shown, matched = self._stops.push(piece)
-            text += shown
-            if matched is not None:
-                self.finished = True
-                return ChoiceDelta(delta.choice, text, tuple(tokens), FinishReason.STOP, matched)
-        if delta.finish_reason is not None:
-            self.finished = True
-            rest, matched = self._stops.push(self._detokenizer.flush())
-            text += rest
-            if matched is not None:
-                return ChoiceDelta(delta.choice, text, tuple(tokens), FinishReason.STOP, matched)
-            text += self._stops.flush()
-        return ChoiceDelta(delta.choice, text, tuple(tokens), delta.finish_reason, delta.matched_stop, delta.error)
+            stop = self._show(self._detokenizer.push(token_id), text, pieces)
+            if self.finished:
+                return self._end(delta, text, pieces, tokens, FinishReason.STOP, stop)
+        if reason is not None:
+            stop = self._show(self._detokenizer.flush(), text, pieces)
+            if stop is not None:
+                reason, matched = FinishReason.STOP, stop
+            return self._end(delta, text, pieces, tokens, reason, matched)
+        return ChoiceDelta(delta.choice, "".join(text), tuple(pieces), tuple(tokens))
+
+    def _show(self, new: str, text: list[str], pieces: list[Piece]) -> str | None:
+        """Text of one token; `finished` is set where it completes the output, by the stop string that is returned."""
+        self._length += len(new)
+        shown, stop = self._stops.push(new)
+        text.append(shown)
+        if self._parser is not None:
+            before = self._parser.thinking
+            pieces += self._parser.push(shown)
+            self.num_reasoning_tokens += before or self._parser.thinking
+            self.finished = self._parser.finished
+        self.finished = self.finished or stop is not None
+        return stop
+
+    def _end(
+        self,
+        delta: TokenDelta,
+        text: list[str],
+        pieces: list[Piece],
+        tokens: list[ChoiceToken],
+        reason: FinishReason,
+        matched: int | str | None,
+    ) -> ChoiceDelta:
+        """The last delta, with what was still held back."""
+        self.finished = True
+        if not isinstance(matched, str):
+            rest = self._stops.flush()
+            text.append(rest)
+            pieces += self._parser.push(rest) if self._parser is not None else ()
+        pieces += self._parser.finish() if self._parser is not None else ()
+        return ChoiceDelta(
+            choice=delta.choice,
+            text="".join(text),
+            pieces=tuple(pieces),
+            tokens=tuple(tokens),
+            finish_reason=reason,
+            matched_stop=matched,
+            error=delta.error,
+            refused=delta.refused,
+        )
 
 
 class Generation:
@@ -157,9 +214,10 @@ class Generation:
             self.prompt_logprobs = self.prompt_logprobs or delta.prompt_logprobs
             if delta.choice == 0:  # the others take the prompt from this one
                 self.usage.cached_tokens = delta.num_cached_tokens
-            before = choice.num_tokens
+            before, reasoning_before = choice.num_tokens, choice.num_reasoning_tokens
             out = choice.take(delta)
             self.usage.completion_tokens += choice.num_tokens - before
+            self.usage.reasoning_tokens += choice.num_reasoning_tokens - reasoning_before
             if choice.finished and delta.finish_reason is None:
                 self._client.abort(self.request.id, delta.choice)
             yield out

@@ -34,7 +34,8 @@ def compile_grammar(tokenizer: LLTokenizer, grammar: str) -> LLMatcher:
         # A grammar that nothing satisfies shows at its first mask.
         matcher.compute_bitmask()
     if matcher.is_error():
-        raise GrammarError(matcher.get_error().split("\n<state>")[0][:500])
+        error = matcher.get_error().split("\n<state>")[0][:500]
+        raise GrammarError("nothing satisfies it" if error == "NoExtensionBias" else error)
     return matcher
 
 

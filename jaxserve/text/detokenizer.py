@@ -70,11 +70,25 @@ def _piece_bytes(piece: str) -> bytes:
 
 
 class Detokenizer:
-    """Incremental decoder of one output."""
+    """Incremental decoder of one output.
 
-    def __init__(self, token_bytes: TokenBytes, *, skip_special_tokens: bool, whole_text: bool = False) -> None:
+    Args:
+        token_bytes: of the tokenizer.
+        skip_special_tokens: leave control tokens out of the text, but for `kept_ids`.
+        kept_ids: control tokens that are shown all the same.
+        whole_text: the output begins a text, and does not go on from one.
+    """
+
+    def __init__(
+        self,
+        token_bytes: TokenBytes,
+        *,
+        skip_special_tokens: bool,
+        kept_ids: frozenset[int] = frozenset(),
+        whole_text: bool = False,
+    ) -> None:
         self._bytes_of = token_bytes.of
-        self._skipped = token_bytes.special_ids if skip_special_tokens else frozenset[int]()
+        self._skipped = token_bytes.special_ids - kept_ids if skip_special_tokens else frozenset[int]()
         # Only a whole text starts with the artefact; an output that goes on from a prompt keeps its space.
         self._strip = whole_text and token_bytes.strips_space
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")

@@ -1,7 +1,9 @@
 """The tokenizer as the API needs it: text to ids, ids to text as they come, and the chat template."""
 
 import logging
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
+from copy import copy
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,6 +12,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from checkpoints.gguf import GGUFCheckpoint
 from checkpoints.source import CheckpointError
 from jaxserve.errors import LaunchError, RequestError
+from jaxserve.request import GrammarTokenizer
 from jaxserve.text.chat_template import ChatTemplate
 from jaxserve.text.detokenizer import Detokenizer, TokenBytes
 from jaxserve.text.gguf_tokenizer import tokenizer_from_gguf
@@ -41,6 +44,9 @@ class Tokenizer:
             token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special
         )
         self._bytes = TokenBytes(self._rust, self.special_ids)
+        self._special_of = {self._bytes.of[token_id].decode(): token_id for token_id in self.special_ids}
+        longest_first = sorted(self._special_of, key=len, reverse=True)
+        self._special_pattern = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")")
         template = chat_template or tokenizer.chat_template
         self.chat_template = ChatTemplate(tokenizer, template if isinstance(template, str) else None)
 
@@ -84,9 +90,30 @@ class Tokenizer:
         detokenizer = Detokenizer(self._bytes, skip_special_tokens=skip_special_tokens, whole_text=True)
         return "".join([detokenizer.push(token_id) for token_id in token_ids]) + detokenizer.flush()
 
-    def detokenizer(self, *, skip_special_tokens: bool) -> Detokenizer:
-        """A new incremental decoder."""
-        return Detokenizer(self._bytes, skip_special_tokens=skip_special_tokens)
+    def detokenizer(self, *, skip_special_tokens: bool, kept_ids: frozenset[int] = frozenset()) -> Detokenizer:
+        """A new incremental decoder; `kept_ids` are special tokens that are not skipped."""
+        return Detokenizer(self._bytes, skip_special_tokens=skip_special_tokens, kept_ids=kept_ids)
+
+    def split_special(self, text: str) -> list[str | int]:
+        """A text cut at the special tokens in it: plain pieces and ids, in order."""
+        parts = self._special_pattern.split(text) if self._special_of else [text]
+        return [self._special_of.get(part, part) for part in parts if part]
+
+    def special_ids_in(self, texts: Iterable[str]) -> frozenset[int]:
+        """Special tokens that occur in any of the texts."""
+        return frozenset(part for text in texts for part in self.split_special(text) if isinstance(part, int))
+
+    def for_grammars(self, vocab_size: int, eos_token_ids: Iterable[int]) -> GrammarTokenizer:
+        """What the compiler of grammars needs.
+
+        Args:
+            vocab_size: the model's.
+            eos_token_ids: tokens that end an output.
+        """
+        rust = copy(self._rust)
+        rust.no_padding()
+        rust.no_truncation()
+        return GrammarTokenizer(json=rust.to_str(), vocab_size=vocab_size, eos_token_ids=tuple(eos_token_ids))
 
     def token_text(self, token_id: int) -> TokenText:
         """One token by itself, as log-probabilities show it."""

@@ -1,0 +1,91 @@
+"""Thinking between two tags, as most models write it."""
+
+from dataclasses import dataclass
+
+from jaxserve.structured.grammar import Before, GrammarWriter
+from jaxserve.text.stream_parser import StreamParser
+from jaxserve.text.stream_reader import Reads
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tags:
+    """How a family of models marks its thinking.
+
+    Attributes:
+        start, end: the tags.
+        interrupts: markers that end the thinking early and belong to what follows.
+        presumed: the output starts inside thinking when the prompt's end does not tell.
+    """
+
+    start: str = "<think>"
+    end: str = "</think>"
+    interrupts: tuple[str, ...] = ()
+    presumed: bool = False
+
+    @property
+    def markers(self) -> tuple[str, ...]:
+        """Text that the parser must see even where it is a special token."""
+        return (self.start, self.end, *self.interrupts)
+
+    @property
+    def closing(self) -> str:
+        """What is forced when thinking has to end."""
+        return self.end
+
+    def inside(self, prompt: str) -> bool | None:
+        """Whether an output after this prompt starts inside thinking; None where the prompt's end does not tell."""
+        tail = prompt.rstrip()
+        if tail.endswith(self.end):
+            return False
+        return True if tail.endswith(self.start) else None
+
+    def inside_continued(self, message: str) -> bool | None:
+        """The same for an output that continues a message of the assistant's."""
+        start, end = message.rfind(self.start), message.rfind(self.end)
+        return None if start == end == -1 else start > end
+
+    def parser(self, inside: bool | None, *, keeps_calls: bool) -> "TagsParser":
+        """See `ReasoningFormat`."""
+        return TagsParser(self, inside)
+
+    def grammar(self, writer: GrammarWriter, inside: bool | None, *, calls: bool) -> Before:
+        """See `ReasoningFormat`."""
+        if inside is False:
+            return Before()
+        rule = writer.rule_until("thinking", self.end)
+        if inside or self.presumed:
+            return Before("thinking", (rule,))
+        return Before(f"({writer.literal(self.start)} thinking)?", (rule,))
+
+
+class TagsParser(StreamParser):
+    """Splits one output at the tags."""
+
+    def __init__(self, tags: Tags, inside: bool | None) -> None:
+        super().__init__()
+        self._tags = tags
+        self._inside = inside
+        self.thinking = inside if inside is not None else tags.presumed
+
+    def _parse(self) -> Reads[None]:
+        reader, tags = self._reader, self._tags
+        inside = self._inside
+        if inside is None:
+            inside = tags.presumed or (yield from reader.until((tags.start,), self._content)) is not None
+        if inside:
+            self.thinking = True
+            yield from self._think()
+            self.thinking = False
+        yield from reader.rest(self._content)
+
+    def _think(self) -> Reads[None]:
+        reader, tags = self._reader, self._tags
+        # A model repeats the tag that the prompt or itself has written already.
+        while True:
+            space = yield from reader.space()
+            if (yield from reader.accept(tags.start)) is None:
+                break
+        self._reasoning(space)
+        marker = yield from reader.until((tags.end, *tags.interrupts), self._reasoning)
+        if marker is not None and marker != tags.end:
+            self._content(marker)
