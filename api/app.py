@@ -48,10 +48,7 @@ class _Builders:
         """Raises UnavailableError until the engine is ready."""
         self._server.check_accepting()
         if self._builder is None:
-            settings = self._server.settings
-            self._builder = RequestBuilder(
-                self._server.tokenizer, self._server.client.info, self._seeds, settings.generation
-            )
+            self._builder = RequestBuilder(self._server.model, self._seeds)
         return self._builder
 
 

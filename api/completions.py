@@ -10,9 +10,11 @@ from litestar import post
 from litestar.di import NamedDependency
 from litestar.params import JSONBody
 
+from api.completion_params import build_completions
+from api.fields import check_fields
 from api.logprobs import completion_logprobs
 from api.openapi import StreamedOperation, errors
-from api.params import RequestBuilder, answer_id, build, check_fields
+from api.params import RequestBuilder, answer_id, build
 from api.running import RunningRequest, usage_info
 from api.schemas import Completion, CompletionChoice, CompletionLogprobs, CompletionRequest
 from api.server import Server
@@ -35,10 +37,11 @@ async def completions(
     request: HttpRequest[Any, Any, Any],
 ) -> Completion:
     """Continue one or several prompts; with `stream` the answer is server-sent events."""
-    check_fields(await request.json(), CompletionRequest)
+    check_fields(await request.json(), CompletionRequest, strict=server.settings.strict_params)
     model = server.check_model(data.model)
     name = answer_id("cmpl", data.rid)
-    prepared = await build(len(await request.body()), builder.completions, data)
+    prepared = await build(len(await request.body()), build_completions, builder, data)
+    await server.check_grammar(prepared[0])
     running = RunningRequest(server, "completions", name, prepared)
     answer = _Completion(server, data, model, running)
     if data.stream:

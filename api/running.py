@@ -6,7 +6,7 @@ from collections.abc import AsyncGenerator, Iterable, Sequence
 from api.errors import GenerationError
 from api.metrics import RequestTimer
 from api.params import Prepared
-from api.schemas import PromptTokensDetails, UsageInfo
+from api.schemas import CompletionTokensDetails, PromptTokensDetails, UsageInfo
 from api.server import Server
 from api.streaming import merge
 from jaxserve.errors import RequestError, UnavailableError
@@ -34,7 +34,7 @@ class RunningRequest:
         server.check_accepting()
         if answer_id in server.running:
             raise RequestError(f"request id {answer_id!r} is in use", param="rid")
-        server.client.check_room(sum(request.num_choices for request, _ in prepared))
+        server.client.check_room(sum(request.num_choices for request, *_ in prepared))
         self._server = server
         self._timer = RequestTimer(server.metrics)
         self._ended = False
@@ -43,7 +43,7 @@ class RunningRequest:
         self.generations: list[Generation] = []
         server.running[answer_id] = self.generations
         try:
-            for request, options in prepared:
+            for request, options, _ in prepared:
                 generation = Generation(server.client, server.tokenizer, request, options)
                 self.generations.append(generation)
         except BaseException:
@@ -66,7 +66,7 @@ class RunningRequest:
         """Deltas with the number of their choice over all prompts."""
         async for prompt, delta in merge([generation.deltas() for generation in self.generations]):
             index = prompt * self.choices_per_prompt + delta.choice
-            if delta.text or delta.tokens:
+            if delta.text or delta.pieces or delta.tokens:
                 self._timer.token(index)
             yield index, delta
         self._ended = True
@@ -81,11 +81,14 @@ class RunningRequest:
         """Raise if a choice ended with an error.
 
         Raises:
+            RequestError: the choice failed by the request's fault.
             UnavailableError: the engine is lost.
             GenerationError: the choice failed.
         """
         for end in ends:
             if end.finish_reason is FinishReason.ERROR:
+                if end.refused:
+                    raise RequestError(end.error or "the request cannot be answered")
                 self._server.client.check_ready()
                 if self._server.draining:
                     raise UnavailableError(end.error or "the server is shutting down")
@@ -120,5 +123,7 @@ def usage_info(running: RunningRequest) -> UsageInfo:
     """Usage over all prompts, so far."""
     usages = [generation.usage for generation in running.generations]
     prompt, completion = sum(u.prompt_tokens for u in usages), sum(u.completion_tokens for u in usages)
-    cached = sum(u.cached_tokens for u in usages)
-    return UsageInfo(prompt, completion, prompt + completion, PromptTokensDetails(cached))
+    cached, reasoning = sum(u.cached_tokens for u in usages), sum(u.reasoning_tokens for u in usages)
+    return UsageInfo(
+        prompt, completion, prompt + completion, PromptTokensDetails(cached), CompletionTokensDetails(reasoning)
+    )

@@ -1,6 +1,6 @@
 """OpenAI's wire format as msgspec structs, with SGLang's extensions. Fields keep the protocol's names."""
 
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import msgspec
 
@@ -12,21 +12,106 @@ class StreamOptions(msgspec.Struct, forbid_unknown_fields=True):
     continuous_usage_stats: bool = False
 
 
-class TextPart(msgspec.Struct):
-    """One part of a message's content; only text is served."""
+class ContentPart(msgspec.Struct):
+    """One part of a message's content; text is served, and an assistant's `thinking` or `refusal`."""
 
     type: str
     text: str | None = None
+    thinking: str | None = None
+    refusal: str | None = None
+
+
+class CalledFunction(msgspec.Struct):
+    """What a tool call calls; its arguments are a JSON object as text."""
+
+    name: str
+    arguments: str = "{}"
+
+
+class ToolCall(msgspec.Struct):
+    """One call of an assistant's message."""
+
+    id: str
+    function: CalledFunction
+    type: Literal["function"] = "function"
+    index: int | None = None
 
 
 class ChatMessage(msgspec.Struct):
     """One turn of a conversation."""
 
     role: str
-    content: str | list[TextPart] | None = None
+    content: str | list[ContentPart] | None = None
     name: str | None = None
     reasoning_content: str | None = None
-    tool_calls: list[Any] | None = None
+    tool_calls: list[ToolCall] | None = None
+    tool_call_id: str | None = None
+
+
+class FunctionDefinition(msgspec.Struct):
+    """A function that the model may call; `parameters` is a JSON schema."""
+
+    name: str
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class ToolDefinition(msgspec.Struct):
+    """An entry of `tools`."""
+
+    function: FunctionDefinition
+    type: Literal["function"] = "function"
+
+
+class FunctionName(msgspec.Struct):
+    """Names a function."""
+
+    name: str
+
+
+class NamedToolChoice(msgspec.Struct):
+    """Makes the model call one tool."""
+
+    function: FunctionName
+    type: Literal["function"] = "function"
+
+
+ToolChoice: TypeAlias = Literal["none", "auto", "required"] | NamedToolChoice
+ReasoningEffort: TypeAlias = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
+
+
+class JsonSchemaFormat(msgspec.Struct):
+    """The schema of an answer. Not strict: keywords that cannot be enforced are left out."""
+
+    schema: dict[str, Any] | bool | None = None
+    name: str | None = None
+    description: str | None = None
+    strict: bool | None = None
+
+
+class TagStructure(msgspec.Struct):
+    """A tag whose inside follows a schema."""
+
+    begin: str
+    end: str
+    schema: dict[str, Any] | bool | None = None
+
+
+class ResponseFormat(msgspec.Struct):
+    """What an answer must be."""
+
+    type: Literal["text", "json_object", "json_schema", "structural_tag"]
+    json_schema: JsonSchemaFormat | None = None
+    structures: list[TagStructure] | None = None
+    triggers: list[str] | None = None
+
+
+class ReasoningOptions(msgspec.Struct):
+    """How much the model thinks."""
+
+    effort: ReasoningEffort | None = None
+    enabled: bool | None = None
 
 
 class CommonRequest(msgspec.Struct, kw_only=True):
@@ -50,6 +135,10 @@ class CommonRequest(msgspec.Struct, kw_only=True):
     top_k: int | None = None
     min_p: float | None = None
     ignore_eos: bool | None = None
+    regex: str | None = None
+    ebnf: str | None = None
+    json_schema: str | dict[str, Any] | None = None
+    response_format: ResponseFormat | None = None
     no_stop_trim: bool | None = None
     skip_special_tokens: bool | None = None
     user: str | None = None
@@ -67,6 +156,14 @@ class ChatCompletionRequest(CommonRequest, kw_only=True):
     max_completion_tokens: int | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     continue_final_message: bool | None = None
+    tools: list[ToolDefinition] | None = None
+    tool_choice: ToolChoice | None = None
+    parallel_tool_calls: bool | None = None
+    separate_reasoning: bool | None = None
+    stream_reasoning: bool | None = None
+    reasoning_effort: ReasoningEffort | None = None
+    reasoning: ReasoningOptions | None = None
+    thinking_budget: int | None = None
 
 
 class CompletionRequest(CommonRequest, kw_only=True):
@@ -75,6 +172,7 @@ class CompletionRequest(CommonRequest, kw_only=True):
     prompt: str | list[str | int | list[int]]
     best_of: int | None = None
     echo: bool | None = None
+    suffix: str | None = None
     logprobs: int | None = None
 
 
@@ -84,6 +182,12 @@ class PromptTokensDetails(msgspec.Struct):
     cached_tokens: int = 0
 
 
+class CompletionTokensDetails(msgspec.Struct):
+    """What output tokens were spent on."""
+
+    reasoning_tokens: int = 0
+
+
 class UsageInfo(msgspec.Struct):
     """Token counts of a request."""
 
@@ -91,6 +195,7 @@ class UsageInfo(msgspec.Struct):
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: PromptTokensDetails
+    completion_tokens_details: CompletionTokensDetails
 
 
 class TopLogprob(msgspec.Struct):
@@ -119,10 +224,10 @@ class ChatLogprobs(msgspec.Struct):
 class AssistantMessage(msgspec.Struct):
     """The model's turn."""
 
-    content: str
+    content: str | None
     role: Literal["assistant"] = "assistant"
     reasoning_content: str | None = None
-    tool_calls: list[dict[str, Any]] | None = None
+    tool_calls: list[ToolCall] | None = None
     refusal: str | None = None
 
 
@@ -147,11 +252,29 @@ class ChatCompletion(msgspec.Struct):
     object: Literal["chat.completion"] = "chat.completion"
 
 
+class FunctionDelta(msgspec.Struct, omit_defaults=True):
+    """More of a called function: its name comes first, then pieces of its arguments."""
+
+    name: str | None = None
+    arguments: str | None = None
+
+
+class ToolCallDelta(msgspec.Struct, omit_defaults=True):
+    """More of a tool call."""
+
+    index: int
+    id: str | None = None
+    type: Literal["function"] | None = None
+    function: FunctionDelta | None = None
+
+
 class ChatDelta(msgspec.Struct, omit_defaults=True):
     """What a chunk adds to a message."""
 
     role: str | None = None
     content: str | None = None
+    reasoning_content: str | None = None
+    tool_calls: list[ToolCallDelta] | None = None
 
 
 class ChatChunkChoice(msgspec.Struct):
@@ -244,6 +367,7 @@ class TokenizeRequest(msgspec.Struct, kw_only=True):
 
     prompt: str | None = None
     messages: list[ChatMessage] | None = None
+    tools: list[ToolDefinition] | None = None
     add_special_tokens: bool = True
     chat_template_kwargs: dict[str, Any] | None = None
     model: str | None = None

@@ -6,10 +6,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from api.metrics import Metrics
+from api.params import Prepared, ServedModel
 from jaxserve.client import EngineClient
-from jaxserve.errors import NotFoundError, UnavailableError
+from jaxserve.errors import NotFoundError, RequestError, UnavailableError
 from jaxserve.generation import Generation
 from jaxserve.generation_config import GenerationConfig
+from jaxserve.output_formats import choose_formats
+from jaxserve.structured.grammar import JsonStyle
+from jaxserve.structured.validator import GrammarValidator
+from jaxserve.text.completion_template import CompletionTemplate
 from jaxserve.text.tokenizer import Tokenizer
 
 
@@ -23,6 +28,11 @@ class ApiSettings:
         api_key: None leaves everything open.
         generation: sampling defaults of the chat endpoint, and end tokens.
         server_args: the launch flags, secrets left out, for `/get_server_info`.
+        reasoning_parser: name of the reasoning format, `auto`, or None for none.
+        tool_call_parser: name of the tool-call format, or `auto`.
+        json_style: how constrained JSON may be laid out; None refuses all grammars.
+        completion_template: for requests with a suffix; None refuses them.
+        strict_params: refuse fields that are not known.
         log_requests: one log line per request.
         enable_metrics: serve `/metrics`.
     """
@@ -32,6 +42,11 @@ class ApiSettings:
     api_key: str | None = None
     generation: GenerationConfig = field(default_factory=GenerationConfig)
     server_args: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    reasoning_parser: str | None = None
+    tool_call_parser: str = "auto"
+    json_style: JsonStyle | None = field(default_factory=JsonStyle)
+    completion_template: CompletionTemplate | None = None
+    strict_params: bool = False
     log_requests: bool = False
     enable_metrics: bool = True
 
@@ -51,25 +66,64 @@ class Server:
         self.draining = False
         self.created = int(time.time())
         self.running: dict[str, list[Generation]] = {}
-        self._tokenizer: Tokenizer | None = None
+        self._model: ServedModel | None = None
+        self._validator: GrammarValidator | None = None
+
+    @property
+    def model(self) -> ServedModel:
+        """What requests are built for; raises UnavailableError until it is loaded."""
+        if self._model is None:
+            raise UnavailableError("the model is still loading")
+        return self._model
 
     @property
     def tokenizer(self) -> Tokenizer:
         """The tokenizer; raises UnavailableError until it is loaded."""
-        if self._tokenizer is None:
-            raise UnavailableError("the model is still loading")
-        return self._tokenizer
+        return self.model.tokenizer
 
-    @tokenizer.setter
-    def tokenizer(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
+    def serve(self, tokenizer: Tokenizer) -> None:
+        """Take requests from now on; the engine is ready.
+
+        Raises:
+            LaunchError: the settings name a format that is not known.
+        """
+        settings, info = self.settings, self.client.info
+        self._model = ServedModel(
+            tokenizer=tokenizer,
+            info=info,
+            generation=settings.generation,
+            formats=choose_formats(settings.reasoning_parser, settings.tool_call_parser, tokenizer.chat_template),
+            json_style=settings.json_style or JsonStyle(),
+            completion_template=settings.completion_template,
+        )
+        for_grammars = tokenizer.for_grammars(info.vocab_size, self._model.eos_token_ids)
+        self.client.use_tokenizer(for_grammars)
+        self._validator = GrammarValidator(for_grammars)
+
+    async def prepare_grammars(self) -> None:
+        """Start what the first grammar would wait for."""
+        if self._validator is not None and self.settings.json_style is not None:
+            await self._validator.start()
+
+    async def check_grammar(self, prepared: Prepared) -> None:
+        """Raise RequestError unless the request's grammar, if it has one, can be used."""
+        if not prepared.request.grammar:
+            return
+        if self.settings.json_style is None or self._validator is None:
+            raise RequestError("grammars are switched off (--grammar-backend none)", param=prepared.grammar_param)
+        await self._validator.check(prepared.request.grammar, prepared.grammar_param)
+
+    def close(self) -> None:
+        """End the processes of this object."""
+        if self._validator is not None:
+            self._validator.close()
 
     def check_accepting(self) -> None:
         """Raise UnavailableError unless a new request can be taken."""
         if self.draining:
             raise UnavailableError("the server is shutting down")
         self.client.check_ready()
-        _ = self.tokenizer
+        _ = self.model
 
     def check_model(self, name: str | None) -> str:
         """Resolve the `model` field; unset and `default` mean the served one.

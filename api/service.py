@@ -10,6 +10,7 @@ from litestar.di import NamedDependency
 from litestar.params import FromPath, JSONBody
 
 from api.auth import OPEN
+from api.chat_params import tokenize as tokenize_prompt
 from api.openapi import errors
 from api.params import RequestBuilder, build
 from api.schemas import (
@@ -104,7 +105,7 @@ async def tokenize(
 ) -> TokenizeResponse:
     """Tokenize a prompt, or messages through the chat template."""
     server.check_model(data.model)
-    tokens = await build(len(await request.body()), builder.tokens, data)
+    tokens = await build(len(await request.body()), tokenize_prompt, builder, data)
     return TokenizeResponse(tokens, len(tokens), server.client.info.context_length)
 
 

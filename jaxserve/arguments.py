@@ -14,6 +14,9 @@ import yaml
 from jaxserve.config import EngineConfig
 from jaxserve.errors import LaunchError
 from jaxserve.model_source import cache_folder
+from jaxserve.reasoning.registry import REASONING_FORMATS
+from jaxserve.text.completion_template import COMPLETION_TEMPLATES
+from jaxserve.tool_calls.registry import TOOL_CALL_FORMATS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +42,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     _model_flags(parser.add_argument_group("model"))
     _server_flags(parser.add_argument_group("server"))
+    _output_flags(parser.add_argument_group("output"))
     _memory_flags(parser.add_argument_group("memory and batching"))
     _device_flags(parser.add_argument_group("devices"))
     _log_flags(parser.add_argument_group("logs and metrics"))
@@ -74,10 +78,47 @@ def _server_flags(group: argparse._ArgumentGroup) -> None:  # pyright: ignore[re
     group.add_argument("--served-model-name", help="name in the API; --model-path if unset")
     group.add_argument("--api-key", help="clients must send it; JAXSERVE_API_KEY in the environment if unset")
     group.add_argument(
+        "--strict-params",
+        action="store_true",
+        help="refuse requests with fields that are not known; else they are logged",
+    )
+    group.add_argument(
         "--skip-server-warmup", action="store_true", help="do not generate a token before reporting ready"
     )
     group.add_argument(
         "--drain-timeout", type=float, default=30.0, help="seconds that running requests get after SIGTERM"
+    )
+
+
+def _output_flags(group: argparse._ArgumentGroup) -> None:  # pyright: ignore[reportPrivateUsage]
+    group.add_argument(
+        "--reasoning-parser",
+        type=str.lower,
+        choices=["auto", *REASONING_FORMATS],
+        help="tells thinking from answers; auto goes by the chat template. Thinking stays in the content if unset",
+    )
+    group.add_argument(
+        "--tool-call-parser",
+        type=str.lower,
+        choices=["auto", *TOOL_CALL_FORMATS],
+        default="auto",
+        help="finds tool calls in answers to requests with tools; auto goes by the chat template",
+    )
+    group.add_argument(
+        "--completion-template",
+        help=f"of requests with a suffix: {', '.join(COMPLETION_TEMPLATES)}, or a text with {{prompt}} and {{suffix}}",
+    )
+    group.add_argument(
+        "--grammar-backend",
+        choices=["llguidance", "none"],
+        default="llguidance",
+        help="enforces schemas, patterns and rules; none refuses them",
+    )
+    group.add_argument(
+        "--constrained-json-disable-any-whitespace", action="store_true", help="no white space in constrained JSON"
+    )
+    group.add_argument(
+        "--constrained-json-whitespace-pattern", help="what may stand between the tokens of constrained JSON, a regex"
     )
 
 

@@ -4,6 +4,7 @@ The composition root; nothing imports it. The API answers `/live` at once and `/
 loads.
 """
 
+import argparse
 import asyncio
 import contextlib
 import errno
@@ -34,7 +35,9 @@ from jaxserve.generation import Generation, TextOptions
 from jaxserve.generation_config import read_generation_config
 from jaxserve.model_source import find_model
 from jaxserve.request import Request, SamplingParams
+from jaxserve.structured.grammar import JsonStyle
 from jaxserve.text.chat_template import BUILT_IN_TEMPLATES
+from jaxserve.text.completion_template import COMPLETION_TEMPLATES, CompletionTemplate
 from jaxserve.text.tokenizer import Tokenizer, load_tokenizer
 
 logger = logging.getLogger("jaxserve")
@@ -91,6 +94,19 @@ def _chat_template(value: str | None) -> str | None:
         raise LaunchError(f"--chat-template {value}: neither a readable file nor one of {names}: {error}") from None
 
 
+def _completion_template(value: str | None) -> CompletionTemplate | None:
+    return None if value is None else CompletionTemplate(COMPLETION_TEMPLATES.get(value, value))
+
+
+def _json_style(args: argparse.Namespace) -> JsonStyle | None:
+    if args.grammar_backend == "none":
+        return None
+    if args.constrained_json_disable_any_whitespace:
+        return JsonStyle(whitespace=None)
+    pattern = args.constrained_json_whitespace_pattern
+    return JsonStyle() if pattern is None else JsonStyle(whitespace=pattern)
+
+
 class _HttpServer(uvicorn.Server):
     """uvicorn without its signal handlers: the launcher drains first."""
 
@@ -114,6 +130,11 @@ class _Launcher:
             served_model_name=args.served_model_name or args.model_path,
             api_key=args.api_key,
             generation=read_generation_config(path),
+            reasoning_parser=args.reasoning_parser,
+            tool_call_parser=args.tool_call_parser,
+            json_style=_json_style(args),
+            completion_template=_completion_template(args.completion_template),
+            strict_params=args.strict_params,
             server_args={name: value for name, value in vars(args).items() if name != "api_key"},
             log_requests=args.log_requests,
             enable_metrics=args.enable_metrics,
@@ -162,6 +183,7 @@ class _Launcher:
             lost.cancel()
             self._http.should_exit = True
             await serving
+            self._server.close()
             await self._client.stop()
 
     async def _load(self) -> None:
@@ -170,7 +192,8 @@ class _Launcher:
         _, loaded = await asyncio.gather(self._client.start(), loop.run_in_executor(None, self._load_tokenizer))
         if not self._args.skip_server_warmup:
             await self._warm_up(loaded)
-        self._server.tokenizer = loaded  # from here on /health is 200
+        self._server.serve(loaded)  # from here on /health is 200
+        await self._server.prepare_grammars()
 
     def _load_tokenizer(self) -> Tokenizer:
         start = time.perf_counter()

@@ -4,7 +4,7 @@ Nothing here checks a grammar; `structured.validator` does, in a process that ca
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, NewType, Protocol
 
@@ -101,17 +101,20 @@ class GrammarWriter:
         return {**schema, "x-guidance": self._style.options(strict=strict)}
 
 
-def whole(part: GrammarPart, before: Before) -> str:
-    """The grammar of a whole output: `part` after `before`.
+def whole(alternatives: Sequence[tuple[Before, GrammarPart]]) -> str:
+    """The grammar of a whole output: one of the parts after what comes before it.
 
     Raises:
         RequestError: it is too long.
     """
-    if before.expression:
-        main = "\n".join((f"start: {before.expression} @part", *before.rules))
-        parts: list[Mapping[str, Any]] = [{"name": "main", "lark_grammar": main}, {"name": "part", **part}]
-    else:
-        parts = [part]
+    [(before, part), *others] = alternatives
+    parts: list[Mapping[str, Any]] = [part]
+    if before.expression or others:
+        starts = [f"{before.expression} @part_{number}" for number, (before, _) in enumerate(alternatives)]
+        rules = dict.fromkeys(rule for before, _ in alternatives for rule in before.rules)
+        main = "\n".join((f"start: {' | '.join(starts)}", *rules))
+        named = [{"name": f"part_{number}", **part} for number, (_, part) in enumerate(alternatives)]
+        parts = [{"name": "main", "lark_grammar": main}, *named]
     text = json.dumps({"grammars": parts})
     if len(text) > _MAX_CHARACTERS:
         raise RequestError(f"the grammar has {len(text)} characters, the limit is {_MAX_CHARACTERS}")
@@ -143,3 +146,14 @@ def lark(text: str) -> GrammarPart:
 
 def _quoted(text: str) -> str:
     return json.dumps(text)
+
+
+def tagged_text(tag: str, repeat: str, rules: Iterable[str]) -> str:
+    """Rules for any text with tags in it.
+
+    Args:
+        tag: an expression for text up to a tag and the tag itself.
+        repeat: `*` for any number of them, `?` for one at most.
+        rules: that the expression refers to.
+    """
+    return "\n".join((f"start: ({tag}){repeat} TEXT", f"TEXT: {ANY_TEXT}", *rules))

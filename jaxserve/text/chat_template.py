@@ -4,6 +4,8 @@ Rendering is transformers' (an immutable sandbox). The template comes from the m
 never from a request, and a request cannot reach the renderer's own arguments.
 """
 
+import contextlib
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -37,6 +39,15 @@ CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+# For templates that know no tools; calls are then written as Hermes models do.
+_TOOL_PROMPT = """You can call these functions, one JSON description per line:
+{tools}
+
+To call one, answer with this, and with nothing after it:
+<tool_call>
+{{"name": "the function's name", "arguments": {{"an argument's name": "its value"}}}}
+</tool_call>"""
+_REFUSALS = (TemplateError, ValueError, TypeError, KeyError, OverflowError, RecursionError)
 BUILT_IN_TEMPLATES: Mapping[str, str] = {"chatml": CHATML}
 
 
@@ -48,13 +59,19 @@ class ChatTemplate:
         self.source = template
 
     def render(
-        self, messages: Sequence[Mapping[str, Any]], kwargs: Mapping[str, Any], *, continue_final_message: bool = False
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        kwargs: Mapping[str, Any],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        continue_final_message: bool = False,
     ) -> str:
         """Render a conversation up to the place where the assistant speaks.
 
         Args:
             messages: roles and string contents.
             kwargs: further variables of the template (`chat_template_kwargs`).
+            tools: definitions of functions; a template that knows no tools gets them as a system message.
             continue_final_message: leave the last message open, to be continued.
 
         Raises:
@@ -65,15 +82,54 @@ class ChatTemplate:
         for name in kwargs:
             if name in RESERVED_KWARGS:
                 raise RequestError(f"chat_template_kwargs must not contain {name!r}", param="chat_template_kwargs")
+        turns = [dict(message) for message in messages]
+        if tools and "tools" not in self.source:
+            turns, tools = _with_tools(turns, tools), None
         try:
-            rendered: Any = self._tokenizer.apply_chat_template(
-                [dict(message) for message in messages],
+            return self._render(turns, kwargs, tools, continue_final_message=continue_final_message)
+        except _REFUSALS as error:
+            refusal = error
+        if tools:
+            # Some templates want the functions themselves.
+            flat = [tool["function"] for tool in tools]
+            with contextlib.suppress(*_REFUSALS):
+                return self._render(turns, kwargs, flat, continue_final_message=continue_final_message)
+        raise RequestError(f"the chat template refuses these messages: {refusal}", param="messages")
+
+    def _render(
+        self,
+        turns: list[dict[str, Any]],
+        kwargs: Mapping[str, Any],
+        tools: Sequence[Mapping[str, Any]] | None,
+        *,
+        continue_final_message: bool,
+    ) -> str:
+        return str(
+            self._tokenizer.apply_chat_template(
+                turns,
+                tools=None if tools is None else [dict(tool) for tool in tools],
                 chat_template=self.source,
                 tokenize=False,
                 add_generation_prompt=not continue_final_message,
                 continue_final_message=continue_final_message,
                 **kwargs,
             )
-        except (TemplateError, ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
-            raise RequestError(f"the chat template refuses these messages: {error}", param="messages") from None
-        return str(rendered)
+        )
+
+
+def _with_tools(turns: list[dict[str, Any]], tools: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The same conversation with the tools in its system message, and calls and their results as text."""
+    listed = "\n".join(json.dumps(tool["function"], ensure_ascii=False) for tool in tools)
+    system = _TOOL_PROMPT.format(tools=listed)
+    if turns[0]["role"] == "system":
+        system = f"{turns[0]['content']}\n\n{system}"
+        turns = turns[1:]
+    return [{"role": "system", "content": system}, *map(_as_text, turns)]
+
+
+def _as_text(turn: dict[str, Any]) -> dict[str, Any]:
+    if turn["role"] == "tool":
+        return {"role": "user", "content": f"<tool_response>\n{turn['content']}\n</tool_response>"}
+    calls = [json.dumps(call["function"], ensure_ascii=False) for call in turn.get("tool_calls", ())]
+    content = "\n".join([turn["content"]] * bool(turn["content"]) + [f"<tool_call>\n{c}\n</tool_call>" for c in calls])
+    return {**turn, "content": content}

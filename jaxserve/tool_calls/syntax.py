@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from jaxserve.structured.grammar import ANY_TEXT, GrammarPart, GrammarWriter, lark
+from jaxserve.structured.grammar import GrammarPart, GrammarWriter, lark, tagged_text
 from jaxserve.tool_calls.tool import Tool
 
 
@@ -62,7 +62,7 @@ class Section:
             body = f"call {writer.literal(self.end)}"
             rules = self._rules(writer, tools, skip=len(self.trigger))
         text = writer.rule_until("announced", self.trigger)
-        return lark("\n".join((f"start: (announced {body}){repeat} TEXT", f"TEXT: {ANY_TEXT}", text, *rules)))
+        return lark(tagged_text(f"announced {body}", repeat, (text, *rules)))
 
     def _section(self, writer: GrammarWriter, begin: str, *, parallel: bool) -> str:
         more = f"({writer.literal(self.separator)} call)*" if parallel else ""

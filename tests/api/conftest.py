@@ -20,9 +20,11 @@ def make_server(client: FakeEngineClient, **settings: object) -> Server:
         ApiSettings(model_path="/models/tiny", served_model_name="tiny", **settings),  # type: ignore[arg-type]
         client,
     )
-    server.tokenizer = Tokenizer(
-        PreTrainedTokenizerFast(
-            tokenizer_object=byte_tokenizer(), bos_token="<s>", eos_token="</s>", chat_template=CHAT_TEMPLATE
+    server.serve(
+        Tokenizer(
+            PreTrainedTokenizerFast(
+                tokenizer_object=byte_tokenizer(), bos_token="<s>", eos_token="</s>", chat_template=CHAT_TEMPLATE
+            )
         )
     )
     return server

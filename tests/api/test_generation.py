@@ -36,6 +36,7 @@ async def test_completion(http: Http) -> None:
     assert answer["choices"] == [choice]
     assert answer["usage"] == {
         "prompt_tokens": 3, "completion_tokens": 4, "total_tokens": 7, "prompt_tokens_details": {"cached_tokens": 0},
+        "completion_tokens_details": {"reasoning_tokens": 0},
     }  # fmt: skip
 
 

@@ -149,13 +149,20 @@ async def test_internal_errors_tell_nothing(http: Http, server: Server, monkeypa
     assert "ZeroDivision" not in error["message"]
 
 
-@pytest.mark.parametrize(
-    ("field", "value"),
-    [("tools", []), ("response_format", {"type": "json_object"}), ("suffix", "x"), ("lora_path", "a"), ("nonsense", 1)],
-)
-async def test_fields_that_are_not_honoured_are_refused(http: Http, field: str, value: Any) -> None:
+@pytest.mark.parametrize(("field", "value"), [("lora_path", "a"), ("functions", []), ("modalities", ["audio"])])
+async def test_fields_that_cannot_be_honoured_are_refused(http: Http, field: str, value: Any) -> None:
     for path in ("/v1/chat/completions", "/v1/completions"):
         body = {"messages": MESSAGES} if "chat" in path else {"prompt": "x"}
         error = check_error(await http.post(path, json={**body, field: value}), 400)
         assert error["param"] == field
         assert (await http.post(path, json={**body, field: None, "metadata": {"a": "b"}})).status_code == 200
+
+
+async def test_unknown_fields_are_logged_or_refused(http: Http, caplog: pytest.LogCaptureFixture) -> None:
+    body = {"messages": MESSAGES, "nonsense": 1}
+    assert (await http.post("/v1/chat/completions", json=body)).status_code == 200
+    assert "nonsense" in caplog.text
+    strict = make_server(FakeEngineClient(VOCAB_SIZE), strict_params=True)
+    async with AsyncTestClient(create_app(strict)) as client:
+        assert check_error(await client.post("/v1/chat/completions", json=body), 400)["param"] == "nonsense"
+        assert (await client.post("/v1/chat/completions", json={"messages": MESSAGES, "user": "me"})).status_code == 200
