@@ -9,7 +9,7 @@ from litestar.exceptions import HTTPException
 from litestar.openapi import OpenAPIConfig
 from litestar.openapi.plugins import JsonRenderPlugin
 
-from api import chat, completions, service
+from api import chat, completions, messages, parsers, responses, service
 from api.auth import KeyGuard
 from api.errors import error_response, handle
 from api.params import RequestBuilder, SeedSource
@@ -21,6 +21,14 @@ _MAX_BODY_BYTES = 8 << 20
 ROUTES = (
     chat.chat_completions,
     completions.completions,
+    responses.create_response,
+    responses.retrieve_response,
+    responses.cancel_response,
+    responses.delete_response,
+    messages.messages,
+    messages.count_tokens,
+    parsers.separate_reasoning,
+    parsers.parse_function_call,
     service.list_models,
     service.get_model,
     service.live,

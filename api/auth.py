@@ -23,9 +23,9 @@ class KeyGuard:
         if self._digest is None or handler.opt.get("open"):
             return
         scheme, _, key = connection.headers.get("authorization", "").partition(" ")
-        if scheme.lower() != "bearer" or not hmac.compare_digest(
-            _digest(key.encode("latin-1", "replace")), self._digest
-        ):
+        if scheme.lower() != "bearer":
+            key = connection.headers.get("x-api-key", "")  # as Anthropic's clients send it
+        if not hmac.compare_digest(_digest(key.encode("latin-1", "replace")), self._digest):
             raise NotAuthorizedException("missing or wrong API key; send 'Authorization: Bearer KEY'")
 
 

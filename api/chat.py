@@ -138,10 +138,10 @@ class _Chat:
                 return ChatDelta(content=text)
             case Reasoning(text=text):
                 return ChatDelta(reasoning_content=text)
-            case CallStart(index=index, name=name, id=own):
+            case CallStart(call=index, name=name, id=own):
                 function = FunctionDelta(name=name, arguments="")
                 return ChatDelta(tool_calls=[ToolCallDelta(index, self._ids.of(own), "function", function)])
-            case CallArguments(index=index, text=text):
+            case CallArguments(call=index, text=text):
                 return ChatDelta(tool_calls=[ToolCallDelta(index, function=FunctionDelta(arguments=text))])
             case CallEnd():
                 return None

@@ -66,6 +66,12 @@ def build_chat(builder: RequestBuilder, body: ChatCompletionRequest) -> Prepared
     return Prepared(request, builder.text_options(body, message=message, kept_ids=kept), param)
 
 
+def count_prompt_tokens(builder: RequestBuilder, body: ChatCompletionRequest) -> int:
+    """Tokens of a conversation's prompt."""
+    prompt = render(builder, body.messages, template_kwargs(body), read_tools(body))
+    return len(builder.encode(prompt, add_special_tokens=False, param="messages"))
+
+
 def tokenize(builder: RequestBuilder, body: TokenizeRequest) -> list[int]:
     """Token ids of a prompt, or of messages through the chat template.
 

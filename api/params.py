@@ -97,7 +97,7 @@ class ServedModel:
     @cached_property
     def grammars(self) -> GrammarWriter:
         """Writes grammars over the model's tokens."""
-        return GrammarWriter(self.tokenizer.split_special, self.json_style)
+        return GrammarWriter(self.tokenizer, self.json_style)
 
 
 class RequestBuilder:

@@ -7,6 +7,7 @@ from typing import Any
 
 from api.metrics import Metrics
 from api.params import Prepared, ServedModel
+from api.responses_store import ResponseStore
 from jaxserve.client import EngineClient
 from jaxserve.errors import NotFoundError, RequestError, UnavailableError
 from jaxserve.generation import Generation
@@ -57,6 +58,7 @@ class Server:
     Attributes:
         draining: set on the way down: no new requests.
         running: generations of what is being answered, by the id of the answer.
+        responses: of the Responses protocol.
     """
 
     def __init__(self, settings: ApiSettings, client: EngineClient) -> None:
@@ -66,6 +68,7 @@ class Server:
         self.draining = False
         self.created = int(time.time())
         self.running: dict[str, list[Generation]] = {}
+        self.responses = ResponseStore()
         self._model: ServedModel | None = None
         self._validator: GrammarValidator | None = None
 

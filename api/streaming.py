@@ -24,6 +24,16 @@ def event(payload: msgspec.Struct) -> bytes:
     return b"data: " + _encoder.encode(payload) + b"\n\n"
 
 
+def named_event(name: str, payload: Any) -> bytes:
+    """One event with a name, as the Responses and the Messages protocol have it."""
+    return b"event: " + name.encode() + b"\ndata: " + _encoder.encode(payload) + b"\n\n"
+
+
+def error_event(error: Exception) -> bytes:
+    """An error in a stream that has begun."""
+    return event(stream_error(error))
+
+
 class ClientGone(Exception):
     """The client closed its connection before it was answered."""
 
@@ -34,12 +44,16 @@ class EventStream(Response[None]):
     Args:
         events: encoded events; an exception becomes an error event and ends the stream.
         close: synchronous, because a cancelled task cannot wait.
+        error: encodes an exception.
     """
 
-    def __init__(self, events: AsyncGenerator[bytes], close: Closer) -> None:
+    def __init__(
+        self, events: AsyncGenerator[bytes], close: Closer, *, error: Callable[[Exception], bytes] = error_event
+    ) -> None:
         super().__init__(None)
         self._events = events
         self._close = close
+        self._error = error
 
     def to_asgi_response(self, *_: Any, **__: Any) -> ASGIApp:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Litestar's hook: this object serves itself."""
@@ -68,7 +82,7 @@ class EventStream(Response[None]):
             async for data in self._events:
                 await send({"type": "http.response.body", "body": data, "more_body": True})
         except Exception as error:
-            data = event(stream_error(error))
+            data = self._error(error)
             await send({"type": "http.response.body", "body": data, "more_body": True})
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 

@@ -55,6 +55,9 @@ class Tags:
         rule = writer.rule_until("thinking", self.end)
         if inside or self.presumed:
             return Before("thinking", (rule,))
+        if not writer.vocabulary.is_token(self.start):
+            # Only a model that has learnt the tag can choose to think; another would be led to it by its first letter.
+            return Before()
         return Before(f"({writer.literal(self.start)} thinking)?", (rule,))
 
 

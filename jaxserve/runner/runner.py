@@ -207,7 +207,8 @@ class ModelRunner:
         Runs an empty step, to see whether the devices still can; raises what that raises.
         """
         # The old ones may be alive, if the failure came before they were donated; two do not fit.
-        self._cache, self._state = {}, None  # type: ignore[assignment]
+        self._cache = {}
+        del self._state
         self._cache = self._empty_cache()
         self._state = self._empty_state()
         self._run_empty(self._parts.buckets[-1]).result()

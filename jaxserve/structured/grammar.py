@@ -51,11 +51,15 @@ class Before(NamedTuple):
     rules: tuple[str, ...] = ()
 
 
-class Splitter(Protocol):
-    """Splits a text at the special tokens it contains."""
+class Vocabulary(Protocol):
+    """What grammars need to know of a tokenizer."""
 
-    def __call__(self, text: str) -> Sequence[str | int]:
-        """Plain pieces and token ids, in order."""
+    def split_special(self, text: str) -> Sequence[str | int]:
+        """A text cut at the special tokens in it: plain pieces and ids, in order."""
+        ...
+
+    def is_token(self, text: str) -> bool:
+        """Whether the text is one token."""
         ...
 
 
@@ -63,12 +67,13 @@ class GrammarWriter:
     """Writes the grammars of one model.
 
     Args:
-        split: splits a text at the model's special tokens.
+        vocabulary: the model's.
         style: of JSON.
     """
 
-    def __init__(self, split: Splitter, style: JsonStyle) -> None:
-        self._split = split
+    def __init__(self, vocabulary: Vocabulary, style: JsonStyle) -> None:
+        self.vocabulary = vocabulary
+        self._split = vocabulary.split_special
         self._style = style
 
     def literal(self, text: str) -> str:
@@ -77,15 +82,13 @@ class GrammarWriter:
         return " ".join(f"<[{piece}]>" if isinstance(piece, int) else _quoted(piece) for piece in pieces) or '""'
 
     def rule_until(self, name: str, end: str) -> str:
-        """A rule for any text up to and with `end`."""
+        """A rule for any text up to and with `end`, which is not empty."""
         pieces = self._split(end)
-        if pieces and isinstance(pieces[0], int):
+        if isinstance(pieces[0], int):
             return f"{name}: {ANY_TEXT} {self.literal(end)}"
-        first, *others = pieces
-        rest = "".join(f" <[{piece}]>" if isinstance(piece, int) else f" {_quoted(piece)}" for piece in others)
-        if not rest:
-            return f"{name}[suffix={_quoted(first)}]: {ANY_TEXT}"
-        return f"{name}: {name}_text{rest}\n{name}_text[suffix={_quoted(first)}]: {ANY_TEXT}"
+        first = str(pieces[0])
+        rest = self.literal(end.removeprefix(first))
+        return f"{name}: {name}_text {rest}\n{name}_text[suffix={_quoted(first)}]: {ANY_TEXT}"
 
     def inline_json(self, schema: Any, *, strict: bool) -> str:
         """A JSON value inside rules."""

@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import sys
 from collections import OrderedDict
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 
 import msgspec
 
@@ -80,7 +80,7 @@ class GrammarValidator:
             return msgspec.json.decode(line, type=str | None)
 
     @contextlib.asynccontextmanager
-    async def _worker(self) -> AsyncIterator[asyncio.subprocess.Process]:
+    async def _worker(self) -> AsyncGenerator[asyncio.subprocess.Process]:
         """A process that waits for a grammar; it is kept unless it ended or is still at work."""
         async with self._free:
             process = self._idle.pop() if self._idle else await self._spawn()

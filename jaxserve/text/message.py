@@ -43,13 +43,13 @@ class Message:
                     self.content += text
                 case Reasoning(text=text):
                     self.reasoning += text
-                case CallStart(index=index, name=name, id=call_id):
+                case CallStart(call=index, name=name, id=call_id):
                     self.calls[index] = Call(name, call_id)
-                case CallArguments(index=index, text=text):
+                case CallArguments(call=index, text=text):
                     self.calls[index].arguments += text
-                case CallEnd(index=index):
+                case CallEnd(call=index):
                     self.calls[index].complete = True
-                case CallFailed(index=index, text=text):
+                case CallFailed(call=index, text=text):
                     del self.calls[index]
                     self.content += text
         return self

@@ -19,12 +19,12 @@ class CallStart(NamedTuple):
     """A tool call begins.
 
     Attributes:
-        index: counts the message's calls from 0.
+        call: counts the message's calls from 0.
         name: of the function.
         id: the model's own, where its format has one.
     """
 
-    index: int
+    call: int
     name: str
     id: str | None = None
 
@@ -32,20 +32,20 @@ class CallStart(NamedTuple):
 class CallArguments(NamedTuple):
     """More of a call's arguments; all of a call's join to one JSON object."""
 
-    index: int
+    call: int
     text: str
 
 
 class CallEnd(NamedTuple):
     """A call's arguments are complete."""
 
-    index: int
+    call: int
 
 
 class CallFailed(NamedTuple):
     """A call that began turns out not to be one: it does not count, and its raw text is content."""
 
-    index: int
+    call: int
     text: str
 
 

@@ -99,6 +99,10 @@ class Tokenizer:
         parts = self._special_pattern.split(text) if self._special_of else [text]
         return [self._special_of.get(part, part) for part in parts if part]
 
+    def is_token(self, text: str) -> bool:
+        """Whether a text is one token."""
+        return self._rust.token_to_id(text) is not None
+
     def special_ids_in(self, texts: Iterable[str]) -> frozenset[int]:
         """Special tokens that occur in any of the texts."""
         return frozenset(part for text in texts for part in self.split_special(text) if isinstance(part, int))

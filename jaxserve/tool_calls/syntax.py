@@ -111,10 +111,10 @@ class TaggedArguments:
             before = writer.literal(self.before.replace("{key}", key))
             types = tool.types_of(key)
             options = schema.get("enum") if isinstance(schema, dict) else None
-            if types == {"string"} and options:
+            if types == _STRING and options:
                 values = " | ".join(writer.literal(option) for option in options)
                 yield f"{item}: {before} ({values}) {writer.literal(self.after)}"
-            elif types == {"string"}:
+            elif types == _STRING:
                 yield f"{item}: {before} {item}_text"
                 yield writer.rule_until(f"{item}_text", self.after)
             else:
@@ -122,6 +122,9 @@ class TaggedArguments:
                 yield f"{item}: {before} {item}_value {writer.literal(self.after)}"
                 yield f"{item}_value: {writer.inline_json(value, strict=tool.strict)}"
         yield f"{name}: " + (" ".join(items) or '""')
+
+
+_STRING = frozenset({"string"})
 
 
 class KeywordArguments:
