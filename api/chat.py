@@ -51,7 +51,7 @@ async def chat_completions(
     """Continue a conversation; with `stream` the answer is server-sent events."""
     check_fields(await request.json(), ChatCompletionRequest, strict=server.settings.strict_params)
     model = server.check_model(data.model)
-    name = answer_id("chatcmpl", data.rid)
+    name = answer_id("chatcmpl-", data.rid)
     running = await start_chat(server, builder, data, "chat", name, len(await request.body()))
     chat = _Chat(server, data, model, running)
     if data.stream:

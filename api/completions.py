@@ -39,7 +39,7 @@ async def completions(
     """Continue one or several prompts; with `stream` the answer is server-sent events."""
     check_fields(await request.json(), CompletionRequest, strict=server.settings.strict_params)
     model = server.check_model(data.model)
-    name = answer_id("cmpl", data.rid)
+    name = answer_id("cmpl-", data.rid)
     prepared = await build(len(await request.body()), build_completions, builder, data)
     await server.check_grammar(prepared[0])
     running = RunningRequest(server, "completions", name, prepared)

@@ -70,7 +70,7 @@ async def messages(
     body.max_tokens = data.max_tokens
     body.temperature, body.top_p, body.top_k = data.temperature, data.top_p, data.top_k
     body.stop = data.stop_sequences
-    running = await start_chat(server, builder, body, "messages", answer_id("msg", None), len(await request.body()))
+    running = await start_chat(server, builder, body, "messages", answer_id("msg_", None), len(await request.body()))
     answer = _Message(server, model, running)
     if data.stream:
         return EventStream(answer.events(), running.close, error=_error_event)  # type: ignore[return-value]

@@ -178,7 +178,7 @@ class RequestBuilder:
 def answer_id(kind: str, rid: str | None) -> str:
     """Id of a new answer: the client's own `rid`, or a fresh one that starts with `kind`."""
     if rid is None:
-        return f"{kind}-{uuid.uuid4().hex}"
+        return f"{kind}{uuid.uuid4().hex}"
     if not (1 <= len(rid) <= _MAX_REQUEST_ID_CHARACTERS and rid.isprintable()):
         raise RequestError(f"rid must have 1 to {_MAX_REQUEST_ID_CHARACTERS} printable characters", param="rid")
     return rid

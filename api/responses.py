@@ -8,7 +8,7 @@ from typing import Any
 from litestar import Request as HttpRequest
 from litestar import delete, get, post
 from litestar.di import NamedDependency
-from litestar.params import JSONBody
+from litestar.params import FromPath, JSONBody
 
 from api.blocks import Block, BlockEvent, BlockKind, BlockStream, Phase
 from api.chat_run import CallIds, start_chat
@@ -62,7 +62,7 @@ async def create_response(
     check_fields(await request.json(), ResponsesRequest, strict=server.settings.strict_params)
     model = server.check_model(data.model)
     chat = to_chat(data, _earlier_turns(server, data.previous_response_id))
-    name = answer_id("resp", None).replace("-", "_")
+    name = answer_id("resp_", None)
     running = await start_chat(server, builder, chat, "responses", name, len(await request.body()))
     # Instructions are not carried over to the next response.
     turns = chat.messages[data.instructions is not None :]
@@ -73,13 +73,13 @@ async def create_response(
 
 
 @get("/v1/responses/{response_id:str}", summary="A kept response", responses=errors(404))
-async def retrieve_response(response_id: str, server: NamedDependency[Server]) -> ResponseObject:
+async def retrieve_response(response_id: FromPath[str], server: NamedDependency[Server]) -> ResponseObject:
     """What is known of a response by now."""
     return server.responses.get(response_id).response
 
 
 @post("/v1/responses/{response_id:str}/cancel", status_code=200, summary="End a response", responses=errors(404))
-async def cancel_response(response_id: str, server: NamedDependency[Server]) -> ResponseObject:
+async def cancel_response(response_id: FromPath[str], server: NamedDependency[Server]) -> ResponseObject:
     """End a response that is still being made; one that has ended is left as it is."""
     stored = server.responses.get(response_id)
     if stored.cancel is not None:
@@ -89,7 +89,7 @@ async def cancel_response(response_id: str, server: NamedDependency[Server]) -> 
 
 
 @delete("/v1/responses/{response_id:str}", status_code=200, summary="Forget a response", responses=errors(404))
-async def delete_response(response_id: str, server: NamedDependency[Server]) -> DeletedResponse:
+async def delete_response(response_id: FromPath[str], server: NamedDependency[Server]) -> DeletedResponse:
     """Forget a kept response."""
     server.responses.remove(response_id)
     return DeletedResponse(response_id)

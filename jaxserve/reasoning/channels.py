@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from jaxserve.structured.grammar import ANY_TEXT, Before, GrammarWriter
+from jaxserve.structured.grammar import Before, GrammarWriter
 from jaxserve.text.harmony import CALL, CHANNEL, END, ENDS, MARKERS, MESSAGE, START, Header, read_header
 from jaxserve.text.stream_parser import StreamParser
 from jaxserve.text.stream_reader import Reads
@@ -35,11 +35,11 @@ class Channels:
 
     def grammar(self, writer: GrammarWriter, inside: bool | None, *, calls: bool) -> Before:
         """See `ReasoningFormat`."""
-        channel, message, end, start = (writer.literal(marker) for marker in (CHANNEL, MESSAGE, END, START))
-        text = f'ANALYSIS {end} {start} "assistant"'
+        channel, message, start = (writer.literal(marker) for marker in (CHANNEL, MESSAGE, START))
+        text = f'thinking {start} "assistant"'
         more = f'({channel} "analysis" {message} {text})*'
         final = "" if calls else f'{channel} "final" {message}'
-        return Before(" ".join((text if inside else "", more, final)), (f"ANALYSIS: {ANY_TEXT}",))
+        return Before(" ".join((text if inside else "", more, final)), (writer.rule_until("thinking", END),))
 
 
 class ChannelsParser(StreamParser):

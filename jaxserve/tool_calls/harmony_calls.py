@@ -46,11 +46,12 @@ class HarmonySyntax:
         parallel: bool,
     ) -> GrammarPart:
         """See `CallSyntax`."""
-        channel, message, end, start = (writer.literal(marker) for marker in (CHANNEL, MESSAGE, END, START))
+        channel, message, start = (writer.literal(marker) for marker in (CHANNEL, MESSAGE, START))
+        header = f"{channel} /analysis|commentary|final/ {message}"
         rules = (
-            f'start: ({channel} /analysis|commentary|final/ {message} TEXT ({end} {start} "assistant" | ""))* '
-            f"({channel} call)?",
-            f"TEXT: {ANY_TEXT}",
+            f'start: ({header} other {start} "assistant")* ({channel} call | {header} LAST)',
+            writer.rule_until("other", END),
+            f"LAST: {ANY_TEXT}",
         )
         return lark("\n".join((*rules, *self._rules(writer, tools))))
 

@@ -64,7 +64,8 @@ class ToolCallParser(StreamParser):
         except NoCallError:
             raw = self._reader.recorded()
             if self._open:
-                self._out.append(CallFailed(self._num_calls, raw))
+                self._out.append(CallFailed(self._num_calls, self._held_space + raw))
+                self._held_space = ""
                 self._open = False
                 self._num_calls += 1
                 self._after_call = False
@@ -81,7 +82,6 @@ class ToolCallParser(StreamParser):
         """
         if name not in self._tools:
             raise NoCallError
-        self._held_space = ""
         self._open = True
         self._out.append(CallStart(self._num_calls, name, call_id))
 
@@ -91,6 +91,7 @@ class ToolCallParser(StreamParser):
 
     def _end(self) -> None:
         self._out.append(CallEnd(self._num_calls))
+        self._held_space = ""
         self._open = False
         self._num_calls += 1
         self._after_call = True

@@ -71,7 +71,7 @@ async def serialised_per_second(num_requests: int = 32, num_tokens: int = 400) -
     )
 
     async def one() -> int:
-        running = RunningRequest(server, "chat", answer_id("chatcmpl", None), [builder.chat(body)])
+        running = RunningRequest(server, "chat", answer_id("chatcmpl-", None), [builder.chat(body)])
         count = 0
         async for _ in _Chat(server, body, "tiny", running).events():
             count += 1
