@@ -21,16 +21,20 @@ NUM_TOP = 20
 class FakeStep:
     """A step whose result is known at once, before and after its draws."""
 
-    def __init__(self, outputs: tuple[StepOutput | None, ...]) -> None:
+    def __init__(self, runner: "FakeRunner", plans: Plans, outputs: tuple[StepOutput | None, ...]) -> None:
+        self._runner = runner
+        self._plans = plans
         self._outputs = outputs
 
     def draw(self, constrained: Sequence[ConstrainedRows | None]) -> "FakeStep":
         """A constrained row draws the first allowed token from its own on."""
-        for output, rows in zip(self._outputs, constrained, strict=True):
-            for row, bits_W in zip(rows.rows, rows.bits_CW, strict=True) if output and rows else ():
-                allowed_V = np.unpackbits(bits_W.view(np.uint8), bitorder="little").nonzero()[0]
-                token = output.token_ids_B[row]
-                output.token_ids_B[row] = min(allowed_V, key=lambda id: (id < token, id))
+        for copy, (plan, output, rows) in enumerate(zip(self._plans, self._outputs, constrained, strict=True)):
+            for row, bits_W in zip(rows.rows, rows.bits_CW, strict=True) if plan and output and rows else ():
+                allowed_V = np.unpackbits(bits_W.view(np.uint8), bitorder="little").nonzero()[0].tolist()
+                drawn = int(output.token_ids_B[row])
+                token = min(allowed_V, key=lambda token: (token - drawn) % self._runner.vocab_size)
+                output.token_ids_B[row] = token
+                self._runner.last[copy, plan.rows[row].row] = token
         return self
 
     def result(self) -> tuple[StepOutput | None, ...]:
@@ -50,7 +54,7 @@ class FakeRunner:
 
     def __init__(self, vocab_size: int = 256) -> None:
         self.vocab_size = vocab_size
-        self._last: dict[tuple[int, int], int] = {}
+        self.last: dict[tuple[int, int], int] = {}
         self.plans: list[SchedulerOutput] = []
         self.fail_next = 0
         self.poison: int | None = None
@@ -64,7 +68,7 @@ class FakeRunner:
         if self.fail_next:
             self.fail_next -= 1
             raise RuntimeError("the device is on fire")
-        return FakeStep(tuple(plan and self._draw(copy, plan) for copy, plan in enumerate(plans)))
+        return FakeStep(self, plans, tuple(plan and self._draw(copy, plan) for copy, plan in enumerate(plans)))
 
     def _draw(self, copy: int, plan: SchedulerOutput) -> StepOutput:
         tokens: list[int] = []
@@ -72,12 +76,12 @@ class FakeRunner:
         for index, row in enumerate(plan.rows):
             if self.poison in row.token_ids:
                 raise RuntimeError("a poisoned token")
-            last = row.token_ids[-1] if row.token_ids[-1] >= 0 else self._last[copy, row.row]
+            last = row.token_ids[-1] if row.token_ids[-1] >= 0 else self.last[copy, row.row]
             if self.poison_draws and last == self.poison:
                 raise RuntimeError("a poisoned draw")
             tokens.append((last + 1) % self.vocab_size)
             if row.samples:
-                self._last[copy, row.row] = tokens[-1]
+                self.last[copy, row.row] = tokens[-1]
             if row.prompt_targets:
                 count = len(row.prompt_targets)
                 prompt[index] = PromptLogprobs(
@@ -109,9 +113,10 @@ def make_engine(
     context_length: int = 128,
     dp_size: int = 1,
     policy: SchedulePolicy = "fcfs",
+    vocab_size: int = 256,
 ) -> tuple[Engine, FakeRunner]:
     """An engine over a `FakeRunner`."""
-    runner = FakeRunner()
+    runner = FakeRunner(vocab_size)
     limits = SchedulerConfig(
         max_rows=max_rows, max_step_tokens=max_step_tokens, context_length=context_length, policy=policy
     )
@@ -130,7 +135,12 @@ class FakeEngineClient:
 
     def __init__(self, vocab_size: int, context_length: int = 512, max_live: int | None = None) -> None:
         self._engine, self.runner = make_engine(
-            max_rows=8, max_step_tokens=64, page_size=16, num_pages=256, context_length=context_length
+            max_rows=8,
+            max_step_tokens=64,
+            page_size=16,
+            num_pages=256,
+            context_length=context_length,
+            vocab_size=vocab_size,
         )
         self._streams = Streams()
         self._max_live = max_live

@@ -439,9 +439,9 @@ class Scheduler:
             for token_id in constraint.forced()[
                 : sequence.request.sampling.max_tokens - sequence.num_known_output_tokens
             ]:
-                # What is in flight for these places is void, and so is what was computed from it.
+                # What is in flight for these places is void; nothing was computed from it yet.
                 sequence.num_in_flight = 0
-                sequence.num_computed_tokens = min(sequence.num_computed_tokens, len(sequence.token_ids))
+                assert sequence.num_computed_tokens <= len(sequence.token_ids)
                 new.append(_forced(sequence, token_id))
                 reason = self._append(sequence, token_id)
                 if reason is not None:

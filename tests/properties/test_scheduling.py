@@ -15,6 +15,40 @@ from jaxserve.step import PromptLogprobs, SchedulerOutput, StepOutput
 EOS = 5
 
 
+class Script:
+    """A constraint that knows the whole output: at each place some tokens are allowed, and after the last one it ends.
+
+    Attributes:
+        taken: the output so far.
+    """
+
+    def __init__(self, places: list[frozenset[int]]) -> None:
+        self._places = places
+        self.taken: list[int] = []
+        self.masked = True
+        self.error: str | None = None
+
+    @property
+    def finished(self) -> bool:
+        return len(self.taken) == len(self._places)
+
+    @property
+    def allowed(self) -> frozenset[int]:
+        return self._places[len(self.taken)]
+
+    def take(self, token_id: int) -> None:
+        assert token_id in self.allowed
+        self.taken.append(token_id)
+
+    def forced(self) -> list[int]:
+        out: list[int] = []
+        for allowed in self._places[len(self.taken) :]:
+            if len(allowed) > 1:
+                break
+            out += allowed
+        return out
+
+
 class SchedulerMachine(RuleBasedStateMachine):
     """A scheduler between a client that does as it likes and a device that answers late."""
 
@@ -47,6 +81,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.outputs: dict[tuple[str, int], list[int]] = {}
         self.prompt_logprobs: dict[str, int] = {}
         self.aborted: set[str] = set()
+        self.scripts: dict[str, list[Script]] = {}
+        self.masks: dict[int, frozenset[int]] = {}
 
     @rule(
         prompt=st.lists(st.integers(0, 2), min_size=1, max_size=30),
@@ -55,9 +91,19 @@ class SchedulerMachine(RuleBasedStateMachine):
         echo=st.booleans(),
         ignore_eos=st.booleans(),
         priority=st.integers(0, 2),
+        script=st.none() | st.lists(st.frozensets(st.integers(0, EOS), min_size=1, max_size=2), min_size=1, max_size=8),
+        penalty=st.sampled_from([0.0, 1.0]),
     )
     def add(
-        self, prompt: list[int], max_tokens: int, num_choices: int, echo: bool, ignore_eos: bool, priority: int
+        self,
+        prompt: list[int],
+        max_tokens: int,
+        num_choices: int,
+        echo: bool,
+        ignore_eos: bool,
+        priority: int,
+        script: list[frozenset[int]] | None,
+        penalty: float,
     ) -> None:
         prompt = prompt[: self.context - 1]
         request = Request(
@@ -68,6 +114,7 @@ class SchedulerMachine(RuleBasedStateMachine):
                 prompt_logprobs=echo,
                 num_logprobs=1 if echo else None,
                 ignore_eos=ignore_eos,
+                frequency_penalty=penalty,
             ),
             eos_token_ids=(EOS,),
             num_choices=num_choices,
@@ -77,7 +124,9 @@ class SchedulerMachine(RuleBasedStateMachine):
         for choice in range(num_choices):
             self.ends[request.id, choice] = []
             self.outputs[request.id, choice] = []
-        self.scheduler.add(request)
+        if script is not None:
+            self.scripts[request.id] = [Script(script) for _ in range(num_choices)]
+        self.scheduler.add(request, self.scripts.get(request.id, ()))
 
     @precondition(lambda self: self.requests)
     @rule(data=st.data())
@@ -86,12 +135,15 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.aborted.add(name)
         self.scheduler.abort(name)
 
+    # What the draws of a step may be is known when it is the only one in flight; so does the engine work.
+    @precondition(lambda self: not self.scripts or len(self.in_flight) < 2)
     @rule()
     def schedule(self) -> None:
         plan = self.scheduler.schedule()
         if plan is None:
             return
         self.in_flight.append(plan)
+        self._tell_masks()
         assert plan.num_tokens <= self.config.max_step_tokens
         assert sum(row.num_draws for row in plan.rows) <= self.config.max_rows
         assert len({row.row for row in plan.rows}) == len(plan.rows)
@@ -103,14 +155,16 @@ class SchedulerMachine(RuleBasedStateMachine):
     def answer(self, data: st.DataObject) -> None:
         plan = self.in_flight.popleft()
         count = len(plan.rows)
-        tokens = data.draw(st.lists(st.integers(0, EOS), min_size=count, max_size=count))
+        tokens = self._masked(data.draw(st.lists(st.integers(0, EOS), min_size=count, max_size=count)))
         broken = data.draw(st.sampled_from([-1] * 9 + [0]))
         self.scheduler.update(self._output(plan, tokens, [index != broken for index in range(count)]))
+        self._tell_masks()
 
     @precondition(lambda self: self.in_flight)
     @rule(alone=st.booleans())
     def lose_the_cache(self, alone: bool) -> None:
         self.in_flight.clear()
+        self.masks = {}
         self.scheduler.restart_running(alone=alone)
 
     @invariant()
@@ -148,10 +202,13 @@ class SchedulerMachine(RuleBasedStateMachine):
         for _ in range(2000):
             if self.scheduler.idle:
                 break
-            self.schedule()
+            if not self.scripts or len(self.in_flight) < 2:
+                self.schedule()
             if self.in_flight:
                 plan = self.in_flight.popleft()
-                self.scheduler.update(self._output(plan, [0] * len(plan.rows), [True] * len(plan.rows)))
+                tokens = self._masked([0] * len(plan.rows))
+                self.scheduler.update(self._output(plan, tokens, [True] * len(plan.rows)))
+                self._tell_masks()
             self.told_once()
             self.pages_add_up()
         assert self.scheduler.idle, "every request ends"
@@ -163,15 +220,35 @@ class SchedulerMachine(RuleBasedStateMachine):
             match reasons[0]:
                 case FinishReason.LENGTH:
                     assert len(output) == sampling.max_tokens
+                case FinishReason.STOP if name in self.scripts and self.scripts[name][choice].finished:
+                    pass
                 case FinishReason.STOP:
                     assert output[-1] == EOS
                     assert not sampling.ignore_eos
                 case FinishReason.ABORT:
                     assert name in self.aborted
+            if name in self.scripts:
+                assert self.scripts[name][choice].taken == output
             if sampling.prompt_logprobs and choice == 0 and reasons[0] in (FinishReason.LENGTH, FinishReason.STOP):
                 assert self.prompt_logprobs[name] == len(self.requests[name].prompt_token_ids) - 1
         assert self.scheduler.flush_cache()
         assert self.scheduler._pool.num_free == self.num_pages
+
+    def _tell_masks(self) -> None:
+        """What the draws of the only step in flight may be."""
+        if len(self.in_flight) != 1:
+            return
+        constrained = self.scheduler.constrained_rows()
+        assert all(self.in_flight[0].rows[index].samples for index in constrained)
+        self.masks = {index: script.allowed for index, script in constrained.items()}  # type: ignore[attr-defined]
+
+    def _masked(self, tokens: list[int]) -> list[int]:
+        """Draws of the step that is answered, as its masks let them be."""
+        masks, self.masks = self.masks, {}
+        return [
+            token if index not in masks or token in masks[index] else min(masks[index])
+            for index, token in enumerate(tokens)
+        ]
 
     @staticmethod
     def _output(plan: SchedulerOutput, tokens: list[int], finite: list[bool]) -> StepOutput:
