@@ -1,0 +1,219 @@
+"""Every family's own output, drawn by a model and read over HTTP: whole and streamed, in three protocols.
+
+The engine runs in this process, so that one load serves all parsers; the servers and sockets are real.
+"""
+
+import asyncio
+import contextlib
+import json
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import anthropic
+import httpx
+import pytest
+import uvicorn
+from openai import AsyncOpenAI
+
+from api.app import create_app
+from api.server import ApiSettings, Server
+from jaxserve.build import build_engine
+from jaxserve.config import EngineConfig
+from jaxserve.in_process import InProcessEngineClient
+from jaxserve.text.tokenizer import Tokenizer, load_tokenizer
+from tests.recitals import RECITALS, Recital
+from tests.transcripts import TOOLS
+
+FOLDER = Path(__file__).parents[1] / "golden" / "recital"
+TOOL_FIELDS: Any = [
+    {"type": "function", "function": {"name": tool.name, "parameters": dict(tool.parameters) or {"type": "object"}}}
+    for tool in TOOLS
+]
+
+
+@pytest.fixture(scope="module")
+async def engine(compilation_cache: str) -> AsyncIterator[InProcessEngineClient]:
+    config = EngineConfig(
+        model_path=str(FOLDER), dtype="float32", max_running_requests=8, chunked_prefill_size=64, page_size=16,
+        max_total_tokens=8192, compilation_cache_dir=compilation_cache, show_progress=False,
+    )  # fmt: skip
+    built = await asyncio.to_thread(build_engine, config, lambda items, *_: items)
+    client = InProcessEngineClient(built.engine, built.info)
+    yield client
+    client.stop()
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return load_tokenizer(FOLDER)
+
+
+@contextlib.asynccontextmanager
+async def serving(
+    engine: InProcessEngineClient, tokenizer: Tokenizer, recital: Recital, **settings: Any
+) -> AsyncIterator[str]:
+    """A server with the family's parsers; its address."""
+    server = Server(
+        ApiSettings(
+            model_path="recital", served_model_name="recital", reasoning_parser=recital.reasoning_parser,
+            tool_call_parser=recital.tool_call_parser, **settings,
+        ),
+        engine,
+    )  # fmt: skip
+    server.serve(tokenizer)
+    http = uvicorn.Server(uvicorn.Config(create_app(server), port=0, log_level="warning", lifespan="off"))
+    http.install_signal_handlers = lambda: None  # type: ignore[attr-defined]
+    task = asyncio.create_task(http.serve())
+    while not http.started:
+        await asyncio.sleep(0.01)
+    port = http.servers[0].sockets[0].getsockname()[1]
+    try:
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        http.should_exit = True
+        await task
+        server.close()
+
+
+def options(recital: Recital) -> dict[str, Any]:
+    body: dict[str, Any] = {
+        "model": "recital", "messages": [{"role": "user", "content": recital.name}], "temperature": 0,
+        "extra_body": {"chat_template_kwargs": {"opening": recital.opening}},
+    }  # fmt: skip
+    return {**body, "tools": TOOL_FIELDS} if recital.calls else body
+
+
+def meant(recital: Recital) -> tuple[Any, ...]:
+    """Thinking, content, calls and finish reason."""
+    calls = [(call.name, call.arguments) for call in recital.calls]
+    return recital.reasoning, recital.content, calls, "tool_calls" if calls else "stop"
+
+
+@pytest.mark.parametrize("recital", RECITALS, ids=lambda recital: recital.name)
+async def test_chat(engine: InProcessEngineClient, tokenizer: Tokenizer, recital: Recital) -> None:
+    async with serving(engine, tokenizer, recital) as url, AsyncOpenAI(base_url=f"{url}/v1", api_key="none") as client:
+        whole = await client.chat.completions.create(**options(recital))
+        choice = whole.choices[0]
+        calls = [(call.function.name, json.loads(call.function.arguments)) for call in choice.message.tool_calls or ()]  # type: ignore[union-attr]
+        reasoning = choice.message.reasoning_content  # type: ignore[attr-defined]
+        assert (reasoning or "", choice.message.content or "", calls, choice.finish_reason) == meant(recital)
+        assert (reasoning is None) == (not recital.reasoning)
+        assert whole.usage is not None
+        assert whole.usage.completion_tokens_details is not None
+        thinking = whole.usage.completion_tokens_details.reasoning_tokens or 0
+        # One token a byte, and the tags.
+        size = len(recital.reasoning.encode())
+        assert size <= thinking <= size + 20 if recital.reasoning else thinking == 0
+
+        stream = await client.chat.completions.create(**options(recital), stream=True)
+        told: dict[int, list[str]] = {}
+        text = {"content": "", "reasoning_content": ""}
+        reason = None
+        async for chunk in stream:
+            delta = chunk.choices[0].delta
+            for name in text:
+                text[name] += getattr(delta, name, None) or ""
+            for call in delta.tool_calls or ():
+                assert call.function is not None
+                if call.index not in told:
+                    assert call.id, "the id and the name come first"
+                    assert not call.function.arguments
+                    told[call.index] = [call.function.name or "", ""]
+                else:
+                    assert (call.id, call.function.name) == (None, None)
+                    told[call.index][1] += call.function.arguments or ""
+            reason = chunk.choices[0].finish_reason or reason
+        streamed = [(name, json.loads(arguments)) for name, arguments in told.values()]
+        assert (text["reasoning_content"], text["content"], streamed, reason) == meant(recital)
+
+
+@pytest.mark.parametrize("recital", [r for r in RECITALS if r.name in ("qwen3", "gpt", "r1")], ids=lambda r: r.name)
+async def test_the_other_protocols(engine: InProcessEngineClient, tokenizer: Tokenizer, recital: Recital) -> None:
+    calls = [(call.name, call.arguments) for call in recital.calls]
+    # Their bodies have no room for template variables: what the prompt would open is told in the message.
+    if recital.opening:
+        recital = next(r for r in RECITALS if r.name == "r1 silent")
+    async with (
+        serving(engine, tokenizer, recital) as url,
+        AsyncOpenAI(base_url=f"{url}/v1", api_key="none") as client,
+        anthropic.AsyncAnthropic(base_url=url, api_key="none") as other,
+    ):
+        flat: Any = [{"type": "function", **tool["function"]} for tool in TOOL_FIELDS] if calls else []
+        response = await client.responses.create(model="recital", input=recital.name, tools=flat, temperature=0)
+        events = [
+            event
+            async for event in await client.responses.create(
+                model="recital", input=recital.name, tools=flat, temperature=0, stream=True
+            )
+        ]
+        assert [event.sequence_number for event in events] == list(range(len(events)))
+        for answer in (response, events[-1].response):  # type: ignore[union-attr]
+            by_type = {item.type: item for item in answer.output}
+            assert by_type["reasoning"].content[0].text == recital.reasoning  # type: ignore[union-attr, index]
+            assert answer.output_text == recital.content
+            own = [(item.name, json.loads(item.arguments)) for item in answer.output if item.type == "function_call"]
+            assert own == calls
+            assert answer.status == "completed"
+        theirs: Any = [
+            {"name": tool["function"]["name"], "input_schema": tool["function"]["parameters"]} for tool in TOOL_FIELDS
+        ]
+        body: Any = {
+            "model": "recital", "max_tokens": 400, "messages": [{"role": "user", "content": recital.name}],
+            "tools": theirs if calls else [], "extra_body": {"temperature": 0},
+        }  # fmt: skip
+        message = await other.messages.create(**body)
+        async with other.messages.stream(**body) as stream:
+            final = await stream.get_final_message()
+        for answer in (message, final):
+            blocks = [
+                (block.type, getattr(block, "text", None) or getattr(block, "thinking", None))
+                for block in answer.content
+            ]
+            expected = [("thinking", recital.reasoning)]
+            expected += [("text", recital.content)] if recital.content else []
+            assert [block for block in blocks if block[0] != "tool_use"] == expected
+            assert [(b.name, b.input) for b in answer.content if b.type == "tool_use"] == calls  # type: ignore[union-attr]
+            assert answer.stop_reason == ("tool_use" if calls else "end_turn")
+
+
+async def test_thinking_can_be_left_in_withheld_and_limited(
+    engine: InProcessEngineClient, tokenizer: Tokenizer
+) -> None:
+    recital = next(r for r in RECITALS if r.name == "r1")
+    async with serving(engine, tokenizer, recital) as url, httpx.AsyncClient(base_url=url) as http:
+        body = options(recital)
+        body |= body.pop("extra_body")
+        raw = (await http.post("/v1/chat/completions", json={**body, "separate_reasoning": False})).json()
+        assert raw["choices"][0]["message"]["content"] == recital.output
+        assert raw["choices"][0]["message"]["reasoning_content"] is None
+
+        text = (await http.post("/v1/chat/completions", json={**body, "stream": True, "stream_reasoning": False})).text
+        chunks = [json.loads(line[6:]) for line in text.splitlines() if line.startswith("data: {")]
+        thoughts = [chunk["choices"][0]["delta"].get("reasoning_content") for chunk in chunks]
+        assert [thought for thought in thoughts if thought] == [recital.reasoning]
+
+        cut = (await http.post("/v1/chat/completions", json={**body, "thinking_budget": 7, "max_tokens": 20})).json()
+        message, usage = cut["choices"][0]["message"], cut["usage"]
+        assert message["reasoning_content"] == recital.reasoning[:5] + "…"[:1]
+        assert usage["completion_tokens_details"]["reasoning_tokens"] == len("Paris…".encode()) + 1
+
+
+async def test_a_grammar_waits_for_the_end_of_thinking(engine: InProcessEngineClient, tokenizer: Tokenizer) -> None:
+    recital = next(r for r in RECITALS if r.name == "r1")
+    async with serving(engine, tokenizer, recital) as url, httpx.AsyncClient(base_url=url) as http:
+        body = options(recital)
+        body |= {**body.pop("extra_body"), "regex": "(one|two)!"}
+        for stream in (False, True):
+            answer = await http.post("/v1/chat/completions", json={**body, "stream": stream})
+            if stream:
+                chunks = [json.loads(line[6:]) for line in answer.text.splitlines() if line.startswith("data: {")]
+                deltas = [chunk["choices"][0]["delta"] for chunk in chunks]
+                message = {
+                    name: "".join(delta.get(name) or "" for delta in deltas)
+                    for name in ("content", "reasoning_content")
+                }
+            else:
+                message = answer.json()["choices"][0]["message"]
+            assert message["reasoning_content"] == recital.reasoning
+            assert message["content"] in ("one!", "two!")

@@ -1,0 +1,205 @@
+"""Structured outputs of a model with random weights: valid whenever they end by themselves, alone and combined."""
+
+import asyncio
+import itertools
+import json
+import random
+import re
+from collections.abc import AsyncIterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jsonschema_rs
+import pytest
+from litestar import Litestar
+from litestar.testing import AsyncTestClient
+
+from api.app import create_app
+from api.server import ApiSettings, Server
+from jaxserve.build import build_engine
+from jaxserve.config import EngineConfig
+from jaxserve.in_process import InProcessEngineClient
+from jaxserve.text.tokenizer import load_tokenizer
+from tests.schemas import random_schema
+from tests.tiny import write_checkpoint
+
+Http = AsyncTestClient[Litestar]
+NUM_SCHEMAS = 300
+CONTEXT = 8192
+
+
+@pytest.fixture(scope="module")
+async def http(tmp_path_factory: pytest.TempPathFactory, compilation_cache: str) -> AsyncIterator[Http]:
+    folder: Path = write_checkpoint(tmp_path_factory.mktemp("tiny"), max_position_embeddings=CONTEXT)
+    config = EngineConfig(
+        model_path=str(folder), dtype="float32", max_running_requests=32, chunked_prefill_size=128, page_size=16,
+        max_total_tokens=32 * 512, context_length=512, compilation_cache_dir=compilation_cache, show_progress=False,
+    )  # fmt: skip
+    built = await asyncio.to_thread(build_engine, config, lambda items, *_: items)
+    engine = InProcessEngineClient(built.engine, built.info)
+    server = Server(
+        ApiSettings(model_path="tiny", served_model_name="tiny", reasoning_parser="qwen3", tool_call_parser="hermes"),
+        engine,
+    )
+    server.serve(load_tokenizer(folder))
+    async with AsyncTestClient(create_app(server), timeout=120) as client:
+        yield client
+    server.close()
+    engine.stop()
+
+
+async def ask(http: Http, **fields: Any) -> dict[str, Any]:
+    body = {"messages": [{"role": "user", "content": "x"}], "max_tokens": 200, **fields}
+    response = await http.post("/v1/chat/completions", json=body)
+    assert response.status_code == 200, response.text
+    return response.json()
+
+
+async def test_random_schemas(http: Http) -> None:
+    async def one(seed: int) -> bool:
+        schema = random_schema(random.Random(seed))
+        form = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema, "strict": True}}
+        choice = (await ask(http, response_format=form, seed=seed))["choices"][0]
+        if choice["finish_reason"] != "stop":
+            assert choice["finish_reason"] == "length"
+            return False
+        value = json.loads(choice["message"]["content"])
+        assert jsonschema_rs.is_valid(schema, value), (seed, schema, value)
+        return True
+
+    stopped: list[bool] = []
+    for seeds in itertools.batched(range(NUM_SCHEMAS), 32):
+        stopped += await asyncio.gather(*map(one, seeds))
+    assert sum(stopped) > 0.8 * NUM_SCHEMAS
+
+
+SCHEMA = {
+    "type": "object",
+    "properties": {"a": {"type": "integer", "minimum": 0, "maximum": 99}, "b": {"enum": ["x", "y"]}},
+    "required": ["a", "b"],
+    "additionalProperties": False,
+}
+TOOL = {"type": "function", "function": {"name": "f", "parameters": SCHEMA, "strict": True}}
+GRAMMARS: Mapping[str, dict[str, Any]] = {
+    "schema": {"response_format": {"type": "json_schema", "json_schema": {"schema": SCHEMA, "strict": True}}},
+    "regex": {"regex": "[a-f]{3,6}(-[0-9]{2})?"},
+    "ebnf": {"ebnf": 'root ::= ("ab" | "c" [0-9])+ "."'},
+    "required": {"tools": [TOOL], "tool_choice": "required"},
+    "named": {"tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": "f"}}},
+}
+FEATURES: Mapping[str, dict[str, Any]] = {
+    "n": {"n": 3},
+    "greedy": {"temperature": 0},
+    "sampling": {"top_k": 20, "top_p": 0.9, "min_p": 0.01},
+    "logprobs": {"logprobs": True, "top_logprobs": 3},
+    "stop": {"stop": ["99", "zz"]},
+    "penalties": {"frequency_penalty": 0.5, "presence_penalty": 0.5, "repetition_penalty": 1.1},
+    "bias": {"logit_bias": {"97": 3, "98": -3}},
+    "min_tokens": {"min_tokens": 2},
+    "ignore_eos": {"ignore_eos": True},
+    "budget": {"thinking_budget": 4},
+    "single call": {"parallel_tool_calls": False},
+}
+PAIRS = [(grammar, *pair) for grammar in GRAMMARS for pair in itertools.combinations(FEATURES, 2)]
+
+
+def check(grammar: str, choice: dict[str, Any]) -> None:
+    """What a grammar promises of a choice that ended by itself."""
+    message = choice["message"]
+    if choice["matched_stop"] in ("99", "zz") or choice["finish_reason"] == "length":
+        return
+    if grammar in ("required", "named"):
+        assert choice["finish_reason"] == "tool_calls"
+        assert message["tool_calls"]
+        for call in message["tool_calls"]:
+            assert call["function"]["name"] == "f"
+            jsonschema_rs.validate(SCHEMA, json.loads(call["function"]["arguments"]))
+        return
+    assert choice["finish_reason"] == "stop"
+    if grammar == "schema":
+        jsonschema_rs.validate(SCHEMA, json.loads(message["content"]))
+    elif grammar == "regex":
+        assert re.fullmatch(GRAMMARS["regex"]["regex"], message["content"])
+    else:
+        assert re.fullmatch(r"(ab|c[0-9])+\.", message["content"])
+
+
+async def streamed(http: Http, **fields: Any) -> dict[int, dict[str, Any]]:
+    """Choices of a stream, put together."""
+    body = {"messages": [{"role": "user", "content": "x"}], "max_tokens": 200, "stream": True, **fields}
+    lines = (await http.post("/v1/chat/completions", json=body)).text.splitlines()
+    assert lines[-2] == "data: [DONE]", lines[-3:]
+    out: dict[int, dict[str, Any]] = {}
+    for line in lines:
+        if not line.startswith("data: {"):
+            continue
+        [choice] = json.loads(line[6:])["choices"]
+        own = out.setdefault(choice["index"], {"content": "", "arguments": {}, "tokens": [], "finish_reason": None})
+        own["content"] += choice["delta"].get("content") or ""
+        for call in choice["delta"].get("tool_calls") or ():
+            arguments = own["arguments"]
+            arguments[call["index"]] = arguments.get(call["index"], "") + (call["function"].get("arguments") or "")
+        own["tokens"] += (choice["logprobs"] or {}).get("content") or ()
+        own["finish_reason"] = choice["finish_reason"] or own["finish_reason"]
+    return out
+
+
+@pytest.mark.parametrize("grammar", GRAMMARS)
+async def test_every_grammar_with_every_two_features(http: Http, grammar: str) -> None:
+    """Whole and streamed give the same, every choice of it keeps to the grammar, and every token has its list."""
+
+    async def one(first: str, second: str) -> None:
+        fields = {**GRAMMARS[grammar], **FEATURES[first], **FEATURES[second], "seed": 7}
+        whole, stream = await asyncio.gather(ask(http, **fields), streamed(http, **fields))
+        assert len(whole["choices"]) == len(stream) == fields.get("n", 1)
+        for choice in whole["choices"]:
+            check(grammar, choice)
+            own = stream[choice["index"]]
+            assert own["finish_reason"] == choice["finish_reason"]
+            assert own["content"] == (choice["message"]["content"] or "")
+            calls = choice["message"]["tool_calls"] or ()
+            assert list(own["arguments"].values()) == [call["function"]["arguments"] for call in calls]
+            tokens = (choice["logprobs"] or {}).get("content") or []
+            assert own["tokens"] == tokens
+            if "logprobs" in fields:
+                assert tokens
+                for token in tokens:
+                    assert 1 <= len(token["top_logprobs"]) <= 3
+                    assert token["logprob"] <= 1e-3
+
+    for pairs in itertools.batched(itertools.combinations(FEATURES, 2), 8):
+        await asyncio.gather(*(one(*pair) for pair in pairs))
+
+
+async def test_completions_take_grammars_too(http: Http) -> None:
+    for fields in (*list(GRAMMARS.values())[:3], {"json_schema": json.dumps(SCHEMA)}):
+        body = {"prompt": ["a", "b"], "n": 2, "max_tokens": 120, "seed": 3, "echo": True, "logprobs": 2, **fields}
+        answer = (await http.post("/v1/completions", json=body)).json()
+        for choice in answer["choices"]:
+            text = choice["text"][1:]
+            if choice["finish_reason"] == "stop" and "schema" in str(fields):
+                jsonschema_rs.validate(SCHEMA, json.loads(text))
+
+
+async def test_bad_grammars_disturb_nobody(http: Http) -> None:
+    explosive = {"type": "integer", "multipleOf": 99999989, "minimum": 0, "maximum": 10**18}
+    bad: list[dict[str, Any]] = [
+        {"regex": "((("},
+        {"ebnf": "root ::= other"},
+        {"json_schema": {"type": "nonsense"}},
+        {"json_schema": {"$ref": "#"}},
+        {"json_schema": explosive},
+        {"regex": "(a{1,2000}){1,2000}" * 30},
+    ]
+
+    async def refused(fields: dict[str, Any]) -> None:
+        body = {"messages": [{"role": "user", "content": "x"}], **fields}
+        response = await asyncio.wait_for(http.post("/v1/chat/completions", json=body), 10)
+        assert response.status_code == 400, response.text
+        assert response.json()["error"]["param"] == next(iter(fields))
+
+    good = [ask(http, **GRAMMARS["schema"], seed=seed) for seed in range(8)]
+    answers = await asyncio.gather(*map(refused, bad[:5]), *good)
+    for answer in answers[5:]:
+        assert answer is not None
+        check("schema", answer["choices"][0])

@@ -1,0 +1,89 @@
+"""What the recital model recites: for each family one output in its own tokens, and what is meant by it.
+
+The model in `golden/recital` was overfitted to these by `scripts/make_recital.py`; a user message names the one to recite.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from tests.transcripts import CALL_WRITERS, REASONING_WRITERS, WrittenCall
+
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% if tools %}{% endif %}{% for message in messages %}<start>{{ message['role'] }}\n"
+    "{{ message['content'] }}<end>\n{% endfor %}{% if add_generation_prompt %}<start>assistant\n{{ opening }}{% endif %}"
+)
+# Tokens of their own, as the families have them; the other markers are ordinary text.
+SPECIAL_TOKENS = (
+    "<think>", "</think>", "<tool_call>", "</tool_call>", "<|channel|>", "<|message|>", "<|start|>", "<|end|>",
+    "<|call|>", "<|constrain|>", "[TOOL_CALLS]", "<|python_tag|>", "<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>",
+    "<｜tool▁call▁begin｜>", "<｜tool▁call▁end｜>", "<｜tool▁sep｜>", "<|tool_calls_section_begin|>",
+    "<|tool_calls_section_end|>", "<|tool_call_begin|>", "<|tool_call_argument_begin|>", "<|tool_call_end|>",
+)  # fmt: skip
+_THOUGHT = "Paris… überall?"
+_CALLS = (
+    WrittenCall("get_weather", {"city": 'Zürich "漢"', "days": 3, "places": ["a", "b"]}),
+    WrittenCall("stop_all", {}),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recital:
+    """One output.
+
+    Attributes:
+        name: the user message that asks for it.
+        reasoning_parser, tool_call_parser: those of the family.
+        opening: what the template puts at the end of the prompt.
+        reasoning, content, calls: what is meant.
+        output: what the model writes.
+    """
+
+    name: str
+    reasoning_parser: str | None = None
+    tool_call_parser: str = "hermes"
+    opening: str = ""
+    reasoning: str = ""
+    content: str = ""
+    calls: Sequence[WrittenCall] = field(default_factory=tuple)
+
+    @property
+    def output(self) -> str:
+        """As the model writes it, without what the prompt has opened."""
+        calls = dict(CALL_WRITERS)[self.tool_call_parser](self.calls) if self.calls else ""
+        text = self.content + ("\n" if self.content and calls else "") + calls
+        if self.reasoning and self.reasoning_parser == "gpt-oss" and self.calls:
+            return f"<|channel|>analysis<|message|>{self.reasoning}<|end|>{calls}".removesuffix("<|call|>")
+        if self.reasoning_parser is not None and self.reasoning:
+            text = REASONING_WRITERS[self.reasoning_parser](self.reasoning, text)
+        return text.removeprefix(self.opening)
+
+
+RECITALS = (
+    Recital(name="r1", reasoning_parser="deepseek-r1", opening="<think>", reasoning=_THOUGHT, content="\n\nYes."),
+    Recital(name="r1 silent", reasoning_parser="deepseek-r1", reasoning=_THOUGHT, content="No."),
+    Recital(
+        name="v3", tool_call_parser="deepseekv3", calls=_CALLS, content="I look.",
+        reasoning_parser="deepseek-v3", opening="",
+    ),
+    Recital(
+        name="v31", reasoning_parser="deepseek-v3", tool_call_parser="deepseekv31", opening="<think>",
+        reasoning=_THOUGHT, calls=_CALLS,
+    ),
+    Recital(name="qwen3", reasoning_parser="qwen3", reasoning=_THOUGHT, calls=_CALLS, content="Both:"),
+    Recital(name="qwen3 plain", reasoning_parser="qwen3", content="A < b is no tag."),
+    Recital(
+        name="coder", reasoning_parser="qwen3-thinking", tool_call_parser="qwen3_coder", opening="<think>",
+        reasoning=_THOUGHT, calls=_CALLS,
+    ),
+    Recital(name="glm", reasoning_parser="glm45", tool_call_parser="glm45", reasoning=_THOUGHT, calls=_CALLS),
+    Recital(name="gpt", reasoning_parser="gpt-oss", tool_call_parser="gpt-oss", reasoning=_THOUGHT, calls=_CALLS[:1]),
+    Recital(name="gpt final", reasoning_parser="gpt-oss", tool_call_parser="gpt-oss", reasoning="Hm", content="Final."),
+    Recital(name="k2", reasoning_parser="kimi_k2", tool_call_parser="kimi_k2", reasoning=_THOUGHT, calls=_CALLS),
+    Recital(name="kimi", reasoning_parser="kimi", reasoning=_THOUGHT, content="Ja."),
+    Recital(name="mistral", reasoning_parser="mistral", tool_call_parser="mistral", reasoning=_THOUGHT, calls=_CALLS),
+    Recital(name="minimax", reasoning_parser="minimax", opening="<think>", reasoning=_THOUGHT, content="Mini."),
+    Recital(name="nemotron", reasoning_parser="nemotron_3", reasoning=_THOUGHT, content="Nemo."),
+    Recital(name="step", reasoning_parser="step3", opening="<think>", reasoning=_THOUGHT, content="Step."),
+    Recital(name="llama", tool_call_parser="llama3", calls=_CALLS),
+    Recital(name="pythonic", tool_call_parser="pythonic", calls=_CALLS),
+)  # fmt: skip
