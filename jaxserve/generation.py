@@ -173,7 +173,8 @@ class _Choice:
             rest = self._stops.flush()
             text.append(rest)
             pieces += self._parser.push(rest) if self._parser is not None else ()
-        pieces += self._parser.finish() if self._parser is not None else ()
+        if self._parser is not None:
+            pieces += self._parser.finish(cut_off=reason is not FinishReason.STOP)
         return ChoiceDelta(
             choice=delta.choice,
             text="".join(text),

@@ -109,12 +109,12 @@ class MessageParser:
         pieces = _push(self._reasoning, text)
         return self._end_after_call(self._hold_reasoning(self._find_calls(pieces)))
 
-    def finish(self) -> list[Piece]:
-        """The rest."""
+    def finish(self, *, cut_off: bool = False) -> list[Piece]:
+        """The rest; see `StreamParser.finish`."""
         pieces = [] if self._reasoning is None else self._reasoning.finish()
         pieces = self._find_calls(pieces)
         if self._tool_calls is not None:
-            pieces += self._tool_calls.finish()
+            pieces += self._tool_calls.finish(cut_off=cut_off)
         pieces = self._hold_reasoning(pieces)
         if self._held_reasoning:
             pieces.append(Reasoning(self._held_reasoning))

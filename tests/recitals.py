@@ -1,6 +1,7 @@
 """What the recital model recites: for each family one output in its own tokens, and what is meant by it.
 
-The model in `golden/recital` was overfitted to these by `scripts/make_recital.py`; a user message names the one to recite.
+The model in `golden/recital` was overfitted to these by `scripts/make_recital.py`; a user message names the one to
+recite.
 """
 
 from collections.abc import Sequence
@@ -10,7 +11,8 @@ from tests.transcripts import CALL_WRITERS, REASONING_WRITERS, WrittenCall
 
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% if tools %}{% endif %}{% for message in messages %}<start>{{ message['role'] }}\n"
-    "{{ message['content'] }}<end>\n{% endfor %}{% if add_generation_prompt %}<start>assistant\n{{ opening }}{% endif %}"
+    "{{ message['content'] }}<end>\n{% endfor %}"
+    "{% if add_generation_prompt %}<start>assistant\n{{ opening }}{% endif %}"
 )
 # Tokens of their own, as the families have them; the other markers are ordinary text.
 SPECIAL_TOKENS = (

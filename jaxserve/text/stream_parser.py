@@ -18,6 +18,7 @@ class StreamParser(ABC):
     def __init__(self) -> None:
         self._reader = StreamReader()
         self._out: list[Piece] = []
+        self._cut_off = False
         self.thinking = False
         self._reads: Reads[None] | None = None
 
@@ -26,8 +27,13 @@ class StreamParser(ABC):
         self._reader.text += text
         return self._run()
 
-    def finish(self) -> list[Piece]:
-        """The rest."""
+    def finish(self, *, cut_off: bool = False) -> list[Piece]:
+        """The rest.
+
+        Args:
+            cut_off: the output would have gone on; what is incomplete at its end is not wrong.
+        """
+        self._cut_off = cut_off
         self._reader.closed = True
         return self._run()
 

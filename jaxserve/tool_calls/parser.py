@@ -1,7 +1,8 @@
 """What the parsers of tool calls share.
 
 A call is told as it is written: its name first, then its arguments while they are valid JSON. What looked like a call
-and is none is content. Content keeps its text, but for white space beside calls.
+and is none is content. A call that an output was cut off in has no end. Content keeps its text, but for white space
+beside calls.
 """
 
 import json
@@ -63,6 +64,8 @@ class ToolCallParser(StreamParser):
             yield from call
         except NoCallError:
             raw = self._reader.recorded()
+            if self._open and self._cut_off and not self._reader.text:
+                return False  # a call without its end
             if self._open:
                 self._out.append(CallFailed(self._num_calls, self._held_space + raw))
                 self._held_space = ""

@@ -1,20 +1,57 @@
 """The real server in a process of its own, on a tiny checkpoint."""
 
+import asyncio
+import contextlib
 import os
 import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
+import uvicorn
 
+from api.app import create_app
+from api.server import Server
+from jaxserve.build import build_engine
+from jaxserve.config import EngineConfig
+from jaxserve.in_process import InProcessEngineClient
+from jaxserve.text.tokenizer import Tokenizer
 from tests.tiny import write_checkpoint
 
 START_S = 120
+
+
+@contextlib.asynccontextmanager
+async def loaded(folder: Path, **options: Any) -> AsyncIterator[InProcessEngineClient]:
+    """An engine in this process, so that one load serves servers with different settings."""
+    config = EngineConfig(model_path=str(folder), dtype="float32", page_size=16, show_progress=False, **options)
+    built = await asyncio.to_thread(build_engine, config, lambda items, *_: items)
+    client = InProcessEngineClient(built.engine, built.info)
+    yield client
+    client.stop()
+
+
+@contextlib.asynccontextmanager
+async def serving(server: Server, tokenizer: Tokenizer) -> AsyncIterator[str]:
+    """A server of this process on a socket of its own; its address."""
+    server.serve(tokenizer)
+    http = uvicorn.Server(uvicorn.Config(create_app(server), port=0, log_level="warning", lifespan="off"))
+    http.capture_signals = contextlib.nullcontext  # type: ignore[method-assign]
+    task = asyncio.create_task(http.serve())
+    while not http.started:
+        await asyncio.sleep(0.01)
+    try:
+        yield f"http://127.0.0.1:{http.servers[0].sockets[0].getsockname()[1]}"
+    finally:
+        http.should_exit = True
+        await task
+        server.close()
 
 
 class ServerProcess:

@@ -3,8 +3,6 @@
 The engine runs in this process, so that one load serves all parsers; the servers and sockets are real.
 """
 
-import asyncio
-import contextlib
 import json
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -13,15 +11,12 @@ from typing import Any
 import anthropic
 import httpx
 import pytest
-import uvicorn
 from openai import AsyncOpenAI
 
-from api.app import create_app
 from api.server import ApiSettings, Server
-from jaxserve.build import build_engine
-from jaxserve.config import EngineConfig
 from jaxserve.in_process import InProcessEngineClient
 from jaxserve.text.tokenizer import Tokenizer, load_tokenizer
+from tests.e2e.conftest import loaded, serving
 from tests.recitals import RECITALS, Recital
 from tests.transcripts import TOOLS
 
@@ -34,14 +29,9 @@ TOOL_FIELDS: Any = [
 
 @pytest.fixture(scope="module")
 async def engine(compilation_cache: str) -> AsyncIterator[InProcessEngineClient]:
-    config = EngineConfig(
-        model_path=str(FOLDER), dtype="float32", max_running_requests=8, chunked_prefill_size=64, page_size=16,
-        max_total_tokens=8192, compilation_cache_dir=compilation_cache, show_progress=False,
-    )  # fmt: skip
-    built = await asyncio.to_thread(build_engine, config, lambda items, *_: items)
-    client = InProcessEngineClient(built.engine, built.info)
-    yield client
-    client.stop()
+    options: Any = {"max_running_requests": 8, "chunked_prefill_size": 64, "max_total_tokens": 8192}
+    async with loaded(FOLDER, compilation_cache_dir=compilation_cache, **options) as client:
+        yield client
 
 
 @pytest.fixture(scope="module")
@@ -49,31 +39,13 @@ def tokenizer() -> Tokenizer:
     return load_tokenizer(FOLDER)
 
 
-@contextlib.asynccontextmanager
-async def serving(
-    engine: InProcessEngineClient, tokenizer: Tokenizer, recital: Recital, **settings: Any
-) -> AsyncIterator[str]:
-    """A server with the family's parsers; its address."""
-    server = Server(
-        ApiSettings(
-            model_path="recital", served_model_name="recital", reasoning_parser=recital.reasoning_parser,
-            tool_call_parser=recital.tool_call_parser, **settings,
-        ),
-        engine,
+def server(engine: InProcessEngineClient, recital: Recital) -> Server:
+    """With the family's parsers."""
+    settings = ApiSettings(
+        model_path="recital", served_model_name="recital", reasoning_parser=recital.reasoning_parser,
+        tool_call_parser=recital.tool_call_parser,
     )  # fmt: skip
-    server.serve(tokenizer)
-    http = uvicorn.Server(uvicorn.Config(create_app(server), port=0, log_level="warning", lifespan="off"))
-    http.install_signal_handlers = lambda: None  # type: ignore[attr-defined]
-    task = asyncio.create_task(http.serve())
-    while not http.started:
-        await asyncio.sleep(0.01)
-    port = http.servers[0].sockets[0].getsockname()[1]
-    try:
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        http.should_exit = True
-        await task
-        server.close()
+    return Server(settings, engine)
 
 
 def options(recital: Recital) -> dict[str, Any]:
@@ -92,7 +64,10 @@ def meant(recital: Recital) -> tuple[Any, ...]:
 
 @pytest.mark.parametrize("recital", RECITALS, ids=lambda recital: recital.name)
 async def test_chat(engine: InProcessEngineClient, tokenizer: Tokenizer, recital: Recital) -> None:
-    async with serving(engine, tokenizer, recital) as url, AsyncOpenAI(base_url=f"{url}/v1", api_key="none") as client:
+    async with (
+        serving(server(engine, recital), tokenizer) as url,
+        AsyncOpenAI(base_url=f"{url}/v1", api_key="none") as client,
+    ):
         whole = await client.chat.completions.create(**options(recital))
         choice = whole.choices[0]
         calls = [(call.function.name, json.loads(call.function.arguments)) for call in choice.message.tool_calls or ()]  # type: ignore[union-attr]
@@ -135,7 +110,7 @@ async def test_the_other_protocols(engine: InProcessEngineClient, tokenizer: Tok
     if recital.opening:
         recital = next(r for r in RECITALS if r.name == "r1 silent")
     async with (
-        serving(engine, tokenizer, recital) as url,
+        serving(server(engine, recital), tokenizer) as url,
         AsyncOpenAI(base_url=f"{url}/v1", api_key="none") as client,
         anthropic.AsyncAnthropic(base_url=url, api_key="none") as other,
     ):
@@ -181,7 +156,7 @@ async def test_thinking_can_be_left_in_withheld_and_limited(
     engine: InProcessEngineClient, tokenizer: Tokenizer
 ) -> None:
     recital = next(r for r in RECITALS if r.name == "r1")
-    async with serving(engine, tokenizer, recital) as url, httpx.AsyncClient(base_url=url) as http:
+    async with serving(server(engine, recital), tokenizer) as url, httpx.AsyncClient(base_url=url) as http:
         body = options(recital)
         body |= body.pop("extra_body")
         raw = (await http.post("/v1/chat/completions", json={**body, "separate_reasoning": False})).json()
@@ -201,7 +176,7 @@ async def test_thinking_can_be_left_in_withheld_and_limited(
 
 async def test_a_grammar_waits_for_the_end_of_thinking(engine: InProcessEngineClient, tokenizer: Tokenizer) -> None:
     recital = next(r for r in RECITALS if r.name == "r1")
-    async with serving(engine, tokenizer, recital) as url, httpx.AsyncClient(base_url=url) as http:
+    async with serving(server(engine, recital), tokenizer) as url, httpx.AsyncClient(base_url=url) as http:
         body = options(recital)
         body |= {**body.pop("extra_body"), "regex": "(one|two)!"}
         for stream in (False, True):

@@ -9,53 +9,46 @@ from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import httpx
 import jsonschema_rs
+import numpy as np
 import pytest
-from litestar import Litestar
-from litestar.testing import AsyncTestClient
 
-from api.app import create_app
 from api.server import ApiSettings, Server
-from jaxserve.build import build_engine
-from jaxserve.config import EngineConfig
-from jaxserve.in_process import InProcessEngineClient
 from jaxserve.text.tokenizer import load_tokenizer
+from tests.e2e.conftest import loaded, serving
 from tests.schemas import random_schema
 from tests.tiny import write_checkpoint
 
-Http = AsyncTestClient[Litestar]
 NUM_SCHEMAS = 300
 CONTEXT = 8192
 
 
 @pytest.fixture(scope="module")
-async def http(tmp_path_factory: pytest.TempPathFactory, compilation_cache: str) -> AsyncIterator[Http]:
+async def http(tmp_path_factory: pytest.TempPathFactory, compilation_cache: str) -> AsyncIterator[httpx.AsyncClient]:
     folder: Path = write_checkpoint(tmp_path_factory.mktemp("tiny"), max_position_embeddings=CONTEXT)
-    config = EngineConfig(
-        model_path=str(folder), dtype="float32", max_running_requests=32, chunked_prefill_size=128, page_size=16,
-        max_total_tokens=32 * 512, context_length=512, compilation_cache_dir=compilation_cache, show_progress=False,
-    )  # fmt: skip
-    built = await asyncio.to_thread(build_engine, config, lambda items, *_: items)
-    engine = InProcessEngineClient(built.engine, built.info)
-    server = Server(
-        ApiSettings(model_path="tiny", served_model_name="tiny", reasoning_parser="qwen3", tool_call_parser="hermes"),
-        engine,
+    options: Any = {
+        "max_running_requests": 32, "chunked_prefill_size": 128, "max_total_tokens": 32 * 1024, "context_length": 1024,
+    }  # fmt: skip
+    settings = ApiSettings(
+        model_path="tiny", served_model_name="tiny", reasoning_parser="qwen3", tool_call_parser="hermes"
     )
-    server.serve(load_tokenizer(folder))
-    async with AsyncTestClient(create_app(server), timeout=120) as client:
+    async with (
+        loaded(folder, compilation_cache_dir=compilation_cache, **options) as engine,
+        serving(Server(settings, engine), load_tokenizer(folder)) as url,
+        httpx.AsyncClient(base_url=url, timeout=120) as client,
+    ):
         yield client
-    server.close()
-    engine.stop()
 
 
-async def ask(http: Http, **fields: Any) -> dict[str, Any]:
+async def ask(http: httpx.AsyncClient, **fields: Any) -> dict[str, Any]:
     body = {"messages": [{"role": "user", "content": "x"}], "max_tokens": 200, **fields}
     response = await http.post("/v1/chat/completions", json=body)
     assert response.status_code == 200, response.text
     return response.json()
 
 
-async def test_random_schemas(http: Http) -> None:
+async def test_random_schemas(http: httpx.AsyncClient) -> None:
     async def one(seed: int) -> bool:
         schema = random_schema(random.Random(seed))
         form = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema, "strict": True}}
@@ -124,7 +117,7 @@ def check(grammar: str, choice: dict[str, Any]) -> None:
         assert re.fullmatch(r"(ab|c[0-9])+\.", message["content"])
 
 
-async def streamed(http: Http, **fields: Any) -> dict[int, dict[str, Any]]:
+async def streamed(http: httpx.AsyncClient, **fields: Any) -> dict[int, dict[str, Any]]:
     """Choices of a stream, put together."""
     body = {"messages": [{"role": "user", "content": "x"}], "max_tokens": 200, "stream": True, **fields}
     lines = (await http.post("/v1/chat/completions", json=body)).text.splitlines()
@@ -145,7 +138,7 @@ async def streamed(http: Http, **fields: Any) -> dict[int, dict[str, Any]]:
 
 
 @pytest.mark.parametrize("grammar", GRAMMARS)
-async def test_every_grammar_with_every_two_features(http: Http, grammar: str) -> None:
+async def test_every_grammar_with_every_two_features(http: httpx.AsyncClient, grammar: str) -> None:
     """Whole and streamed give the same, every choice of it keeps to the grammar, and every token has its list."""
 
     async def one(first: str, second: str) -> None:
@@ -160,7 +153,11 @@ async def test_every_grammar_with_every_two_features(http: Http, grammar: str) -
             calls = choice["message"]["tool_calls"] or ()
             assert list(own["arguments"].values()) == [call["function"]["arguments"] for call in calls]
             tokens = (choice["logprobs"] or {}).get("content") or []
-            assert own["tokens"] == tokens
+            # Draws depend on no neighbour; logits move by rounding.
+            assert [token["token"] for token in own["tokens"]] == [token["token"] for token in tokens]
+            np.testing.assert_allclose(
+                [token["logprob"] for token in own["tokens"]], [token["logprob"] for token in tokens], atol=1e-3
+            )
             if "logprobs" in fields:
                 assert tokens
                 for token in tokens:
@@ -171,7 +168,7 @@ async def test_every_grammar_with_every_two_features(http: Http, grammar: str) -
         await asyncio.gather(*(one(*pair) for pair in pairs))
 
 
-async def test_completions_take_grammars_too(http: Http) -> None:
+async def test_completions_take_grammars_too(http: httpx.AsyncClient) -> None:
     for fields in (*list(GRAMMARS.values())[:3], {"json_schema": json.dumps(SCHEMA)}):
         body = {"prompt": ["a", "b"], "n": 2, "max_tokens": 120, "seed": 3, "echo": True, "logprobs": 2, **fields}
         answer = (await http.post("/v1/completions", json=body)).json()
@@ -181,7 +178,7 @@ async def test_completions_take_grammars_too(http: Http) -> None:
                 jsonschema_rs.validate(SCHEMA, json.loads(text))
 
 
-async def test_bad_grammars_disturb_nobody(http: Http) -> None:
+async def test_bad_grammars_disturb_nobody(http: httpx.AsyncClient) -> None:
     explosive = {"type": "integer", "multipleOf": 99999989, "minimum": 0, "maximum": 10**18}
     bad: list[dict[str, Any]] = [
         {"regex": "((("},

@@ -143,6 +143,25 @@ def test_any_cutting_of_broken_calls_gives_the_same(name: str, write: Any, data:
         assert whole.content == text.removeprefix("<|python_end|>") or name == "pythonic"
 
 
+@pytest.mark.parametrize(("name", "write"), CALL_WRITERS, ids=[f"{n}-{w.__name__}" for n, w in CALL_WRITERS])
+@given(calls=CALLS, size=st.integers(0, 400), cuts=CUTS)
+def test_a_call_that_is_cut_off_has_a_beginning(
+    name: str, write: Any, calls: list[WrittenCall], size: int, cuts: list[int]
+) -> None:
+    """What is told of it is the beginning of what the whole output tells; nothing is told twice."""
+    form = MessageFormat(tool_calls=TOOL_CALL_FORMATS[name], tools=TOOLS)
+    whole = Message().add(read(form, [write(calls)]))
+    parser = form.parser()
+    pieces = [piece for part in cut(write(calls)[:size], cuts) for piece in parser.push(part)]
+    message = Message().add([*pieces, *parser.finish(cut_off=True)])
+    for index, call in message.calls.items():
+        assert call.name == whole.calls[index].name
+        told = whole.calls[index].arguments
+        assert call.arguments == told if call.complete else told.startswith(call.arguments.removesuffix('"'))
+    if any(not call.complete for call in message.calls.values()):
+        assert message.content == ""
+
+
 @pytest.mark.parametrize("name", TOOL_CALL_FORMATS)
 @given(text=TEXT, cuts=CUTS)
 def test_text_without_calls_is_content(name: str, text: str, cuts: list[int]) -> None:

@@ -1,6 +1,7 @@
 """Any order of requests, aborts, failures and late results: nothing is lost, leaked or told twice."""
 
 from collections import deque
+from typing import Any
 
 import numpy as np
 from hypothesis import settings
@@ -13,6 +14,15 @@ from jaxserve.scheduling.scheduler import Scheduler
 from jaxserve.step import PromptLogprobs, SchedulerOutput, StepOutput
 
 EOS = 5
+
+
+OPTIONS = st.fixed_dictionaries(
+    {
+        "prompt_logprobs": st.booleans(),
+        "ignore_eos": st.booleans(),
+        "frequency_penalty": st.sampled_from([0.0, 1.0]),
+    }
+)
 
 
 class Script:
@@ -88,22 +98,18 @@ class SchedulerMachine(RuleBasedStateMachine):
         prompt=st.lists(st.integers(0, 2), min_size=1, max_size=30),
         max_tokens=st.integers(0, 12),
         num_choices=st.sampled_from([1, 1, 1, 3]),
-        echo=st.booleans(),
-        ignore_eos=st.booleans(),
+        options=OPTIONS,
         priority=st.integers(0, 2),
         script=st.none() | st.lists(st.frozensets(st.integers(0, EOS), min_size=1, max_size=2), min_size=1, max_size=8),
-        penalty=st.sampled_from([0.0, 1.0]),
     )
     def add(
         self,
         prompt: list[int],
         max_tokens: int,
         num_choices: int,
-        echo: bool,
-        ignore_eos: bool,
+        options: dict[str, Any],
         priority: int,
         script: list[frozenset[int]] | None,
-        penalty: float,
     ) -> None:
         prompt = prompt[: self.context - 1]
         request = Request(
@@ -111,10 +117,8 @@ class SchedulerMachine(RuleBasedStateMachine):
             prompt_token_ids=tuple(prompt),
             sampling=SamplingParams(
                 max_tokens=min(max_tokens, self.context - len(prompt)),
-                prompt_logprobs=echo,
-                num_logprobs=1 if echo else None,
-                ignore_eos=ignore_eos,
-                frequency_penalty=penalty,
+                num_logprobs=1 if options["prompt_logprobs"] else None,
+                **options,
             ),
             eos_token_ids=(EOS,),
             num_choices=num_choices,
@@ -212,27 +216,31 @@ class SchedulerMachine(RuleBasedStateMachine):
             self.told_once()
             self.pages_add_up()
         assert self.scheduler.idle, "every request ends"
-        for (name, choice), reasons in self.ends.items():
-            assert len(reasons) == 1
-            sampling = self.requests[name].sampling
-            output = self.outputs[name, choice]
-            assert len(output) <= sampling.max_tokens
-            match reasons[0]:
-                case FinishReason.LENGTH:
-                    assert len(output) == sampling.max_tokens
-                case FinishReason.STOP if name in self.scripts and self.scripts[name][choice].finished:
-                    pass
-                case FinishReason.STOP:
-                    assert output[-1] == EOS
-                    assert not sampling.ignore_eos
-                case FinishReason.ABORT:
-                    assert name in self.aborted
-            if name in self.scripts:
-                assert self.scripts[name][choice].taken == output
-            if sampling.prompt_logprobs and choice == 0 and reasons[0] in (FinishReason.LENGTH, FinishReason.STOP):
-                assert self.prompt_logprobs[name] == len(self.requests[name].prompt_token_ids) - 1
+        for name, choice in self.ends:
+            self.ended_as_it_should(name, choice)
         assert self.scheduler.flush_cache()
         assert self.scheduler._pool.num_free == self.num_pages
+
+    def ended_as_it_should(self, name: str, choice: int) -> None:
+        reasons = self.ends[name, choice]
+        assert len(reasons) == 1
+        sampling = self.requests[name].sampling
+        output = self.outputs[name, choice]
+        assert len(output) <= sampling.max_tokens
+        match reasons[0]:
+            case FinishReason.LENGTH:
+                assert len(output) == sampling.max_tokens
+            case FinishReason.STOP if name in self.scripts and self.scripts[name][choice].finished:
+                pass
+            case FinishReason.STOP:
+                assert output[-1] == EOS
+                assert not sampling.ignore_eos
+            case FinishReason.ABORT:
+                assert name in self.aborted
+        if name in self.scripts:
+            assert self.scripts[name][choice].taken == output
+        if sampling.prompt_logprobs and choice == 0 and reasons[0] in (FinishReason.LENGTH, FinishReason.STOP):
+            assert self.prompt_logprobs[name] == len(self.requests[name].prompt_token_ids) - 1
 
     def _tell_masks(self) -> None:
         """What the draws of the only step in flight may be."""
