@@ -46,14 +46,14 @@ class XmlParser(ToolCallParser):
         self._num_arguments += 1
         if types <= {"string"}:
             self._arguments('"')
-            marker = yield from self._reader.until(ends, self._string_part)
+            if (yield from self._reader.until(ends, self._string_part)) is None:
+                raise NoCallError
             self._arguments('"')
         else:
             parts: list[str] = []
-            marker = yield from self._reader.until(ends, parts.append)
+            if (yield from self._reader.until(ends, parts.append)) is None:
+                raise NoCallError
             self._arguments(to_json(_typed("".join(parts), types)))
-        if marker is None:
-            raise NoCallError
 
     def _string_part(self, text: str) -> None:
         self._arguments(json.dumps(text, ensure_ascii=False)[1:-1])
@@ -89,7 +89,7 @@ class Qwen3CoderParser(XmlParser):
             name = yield from self._name()
             yield from reader.accept("\n")
             yield from self._argument(name, ("\n</parameter>", "</parameter>"))
-        if marker is None and reader.text:
+        if marker is None and (reader.text or self._cut_off):
             raise NoCallError
         if marker == "</function>":
             yield from reader.space()
@@ -120,7 +120,7 @@ class Glm45Parser(XmlParser):
             yield from self._argument("".join(key).strip(), ("</arg_value>",))
             yield from reader.space()
             marker = yield from reader.accept("<arg_key>", "</tool_call>")
-        if marker is None and reader.text:
+        if marker is None and (reader.text or self._cut_off):
             raise NoCallError
         self._end_call()
 

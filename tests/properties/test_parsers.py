@@ -1,6 +1,7 @@
 """Parsers of model output: any cutting of any text gives what the whole text gives, and nothing is lost."""
 
 import json
+import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -157,7 +158,11 @@ def test_a_call_that_is_cut_off_has_a_beginning(
     for index, call in message.calls.items():
         assert call.name == whole.calls[index].name
         told = whole.calls[index].arguments
-        assert call.arguments == told if call.complete else told.startswith(call.arguments.removesuffix('"'))
+        if call.complete:
+            assert call.arguments == told
+        else:
+            # Without quotes, the beginning of an end tag may be text as well.
+            assert told.startswith(re.sub(r"(\\n)?</?[a-z_]*$", "", call.arguments))
     if any(not call.complete for call in message.calls.values()):
         assert message.content == ""
 
