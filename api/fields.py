@@ -35,9 +35,11 @@ IGNORED_FIELDS = frozenset(
 REFUSED_FIELDS = frozenset(
     {
         "audio",
+        "background",
         "bootstrap_host",
         "bootstrap_port",
         "bootstrap_room",
+        "conversation",
         "custom_logit_processor",
         "custom_params",
         "extra_key",
@@ -45,6 +47,8 @@ REFUSED_FIELDS = frozenset(
         "functions",
         "input_ids",
         "lora_path",
+        "max_tool_calls",
+        "prompt",
         "return_hidden_states",
         "return_routed_experts",
         "return_token_ids",
@@ -57,7 +61,7 @@ REFUSED_FIELDS = frozenset(
 
 
 def check_fields(raw: Any, schema: type[msgspec.Struct], *, strict: bool) -> None:
-    """Look for fields that are neither honoured nor documented as ignored; null is as good as absent.
+    """Look for fields that are neither honoured nor documented as ignored; null, false and empty are as good as absent.
 
     Args:
         raw: the decoded body.
@@ -70,7 +74,7 @@ def check_fields(raw: Any, schema: type[msgspec.Struct], *, strict: bool) -> Non
     """
     known = IGNORED_FIELDS.union(schema.__struct_fields__)
     for name, value in raw.items() if isinstance(raw, dict) else ():
-        if name in known or value is None:
+        if name in known or value in (None, False, "", [], {}):
             continue
         shown = str(name)[:64]
         if strict or name in REFUSED_FIELDS or (name == "modalities" and value != ["text"]):

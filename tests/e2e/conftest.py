@@ -127,3 +127,14 @@ def server(flags: list[str], tmp_path_factory: pytest.TempPathFactory) -> Iterat
         yield process.wait_ready()
     finally:
         assert process.stop() == 0, process.log.read_text()
+
+
+@pytest.fixture(scope="session")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+    server = ServerProcess(
+        "--model-path", "demo", "--max-running-requests", "8", log=tmp_path_factory.mktemp("demo") / "log"
+    )
+    try:
+        yield server.wait_ready()
+    finally:
+        assert server.stop() == 0

@@ -1,6 +1,5 @@
 """The README's first promise: one command, a real model, sensible words."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
@@ -10,17 +9,6 @@ from openai import OpenAI
 from tests.e2e.conftest import ServerProcess
 
 pytestmark = pytest.mark.demo
-
-
-@pytest.fixture(scope="module")
-def demo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
-    server = ServerProcess(
-        "--model-path", "demo", "--max-running-requests", "8", log=tmp_path_factory.mktemp("demo") / "log"
-    )
-    try:
-        yield server.wait_ready()
-    finally:
-        assert server.stop() == 0
 
 
 def test_the_demo_knows_a_capital(demo: ServerProcess) -> None:

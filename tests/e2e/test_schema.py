@@ -1,5 +1,6 @@
 """Requests made from the server's own OpenAPI document: none is an internal error, and answers are as documented."""
 
+import pytest
 import schemathesis
 from hypothesis import HealthCheck, given, settings
 from schemathesis import GenerationMode
@@ -13,26 +14,68 @@ from schemathesis.specs.openapi.checks import (
 from tests.e2e.conftest import ServerProcess
 
 CHECKS = [not_a_server_error, content_type_conformance, response_schema_conformance, status_code_conformance]
+NUM_CASES = 100
+OPERATIONS = (
+    "DELETE /v1/responses/{response_id}",
+    "GET /get_model_info",
+    "GET /get_server_info",
+    "GET /health",
+    "GET /health_generate",
+    "GET /live",
+    "GET /metrics",
+    "GET /model_info",
+    "GET /ready",
+    "GET /server_info",
+    "GET /v1/models",
+    "GET /v1/models/{model_id}",
+    "GET /v1/responses/{response_id}",
+    "POST /abort_request",
+    "POST /detokenize",
+    "POST /flush_cache",
+    "POST /parse_function_call",
+    "POST /separate_reasoning",
+    "POST /tokenize",
+    "POST /v1/chat/completions",
+    "POST /v1/completions",
+    "POST /v1/detokenize",
+    "POST /v1/messages",
+    "POST /v1/messages/count_tokens",
+    "POST /v1/responses",
+    "POST /v1/responses/{response_id}/cancel",
+    "POST /v1/tokenize",
+)
 
 
-def test_every_operation(server: ServerProcess) -> None:
+@pytest.fixture(scope="module")
+def schema(server: ServerProcess) -> schemathesis.BaseSchema:
     # The document describes itself as text.
-    schema = schemathesis.openapi.from_url(f"{server.url}/schema/openapi.json").exclude(path_regex="^/schema")
-    operations = [result.ok() for result in schema.get_all_operations()]
-    assert {operation.path for operation in operations} >= {"/v1/chat/completions", "/v1/completions", "/tokenize"}
+    return schemathesis.openapi.from_url(f"{server.url}/schema/openapi.json").exclude(path_regex="^/schema")
 
-    for operation in operations:
-        for mode in (
-            (GenerationMode.POSITIVE, GenerationMode.NEGATIVE) if operation.body else (GenerationMode.POSITIVE,)
-        ):
 
-            @settings(
-                max_examples=15, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
-            )
-            @given(case=operation.as_strategy(generation_mode=mode))
-            def check(case: schemathesis.Case) -> None:
-                if isinstance(case.body, dict) and case.body.get("max_tokens") is None:
-                    case.body["max_tokens"] = 4
-                case.call_and_validate(checks=CHECKS, timeout=30)
+def test_every_operation_is_listed(schema: schemathesis.BaseSchema) -> None:
+    assert sorted(result.ok().label for result in schema.get_all_operations()) == list(OPERATIONS)
 
-            check()
+
+@pytest.mark.parametrize("mode", [GenerationMode.POSITIVE, GenerationMode.NEGATIVE], ids=lambda mode: mode.value)
+@pytest.mark.parametrize("label", OPERATIONS)
+def test_operation(schema: schemathesis.BaseSchema, label: str, mode: GenerationMode) -> None:
+    method, path = label.split()
+    operation = schema[path][method]
+    if mode is GenerationMode.NEGATIVE and not operation.body:
+        pytest.skip("it takes no body")
+
+    @settings(
+        max_examples=NUM_CASES,
+        deadline=None,
+        derandomize=True,
+        database=None,
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(case=operation.as_strategy(generation_mode=mode))
+    def check(case: schemathesis.Case) -> None:
+        for limit in ("max_tokens", "max_output_tokens"):
+            if isinstance(case.body, dict) and case.body.get(limit) is None:
+                case.body[limit] = 4
+        case.call_and_validate(checks=CHECKS, timeout=30)
+
+    check()
