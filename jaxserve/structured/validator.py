@@ -7,10 +7,12 @@ each a line of JSON, and answers each grammar with a line: what is wrong with it
 """
 
 import asyncio
-import contextlib
+import select
+import signal
+import subprocess
 import sys
+import threading
 from collections import OrderedDict
-from collections.abc import AsyncGenerator
 
 import msgspec
 
@@ -21,7 +23,6 @@ from jaxserve.structured.compiler import GrammarError, compile_grammar, load_tok
 _TIME_LIMIT_S = 1.5
 _MAX_WORKERS = 2
 _MAX_VERDICTS = 1024
-_MAX_LINE_BYTES = 1 << 24
 
 
 class GrammarValidator:
@@ -33,14 +34,14 @@ class GrammarValidator:
 
     def __init__(self, tokenizer: GrammarTokenizer) -> None:
         self._tokenizer = msgspec.json.encode(tokenizer) + b"\n"
-        self._idle: list[asyncio.subprocess.Process] = []
-        self._free = asyncio.Semaphore(_MAX_WORKERS)
+        self._free = threading.BoundedSemaphore(_MAX_WORKERS)
+        self._idle: list[subprocess.Popen[bytes]] = []
         self._verdicts: OrderedDict[str, str | None] = OrderedDict()
+        self._closed = False
 
     async def start(self) -> None:
         """Have a process ready, so that the first grammar does not wait for it."""
-        async with self._worker():
-            pass
+        await asyncio.to_thread(self._warm_up)
 
     async def check(self, grammar: str, param: str | None) -> None:
         """Refuse a grammar that cannot be compiled, accepts nothing, or takes too long.
@@ -49,74 +50,78 @@ class GrammarValidator:
             RequestError: what is wrong with it.
         """
         if grammar not in self._verdicts:
-            self._verdicts[grammar] = await self._try(grammar)
+            self._verdicts[grammar] = await asyncio.to_thread(self._try, grammar)
             if len(self._verdicts) > _MAX_VERDICTS:
                 self._verdicts.popitem(last=False)
+        error = self._verdicts[grammar]
         self._verdicts.move_to_end(grammar)
-        if (error := self._verdicts[grammar]) is not None:
+        if error is not None:
             raise RequestError(f"{param or 'grammar'}: {error}", param=param)
 
     def close(self) -> None:
         """End the processes."""
-        for process in self._idle:
-            process.kill()
-        self._idle.clear()
+        self._closed = True
+        while self._idle:
+            _end(self._idle.pop())
 
-    async def _try(self, grammar: str) -> str | None:
-        async with self._worker() as process:
+    def _warm_up(self) -> None:
+        with self._free:
+            self._keep(self._spawn())
+
+    def _try(self, grammar: str) -> str | None:
+        with self._free:
+            process = self._idle.pop() if self._idle else self._spawn()
             assert process.stdin is not None
             assert process.stdout is not None
-            process.stdin.write(msgspec.json.encode(grammar) + b"\n")
             try:
-                async with asyncio.timeout(_TIME_LIMIT_S):
-                    line = await process.stdout.readline()
-            except TimeoutError:
-                process.kill()
-                await process.wait()
-                return f"it is too complex: not compiled within {_TIME_LIMIT_S} s"
+                process.stdin.write(msgspec.json.encode(grammar) + b"\n")
+                process.stdin.flush()
+                if not select.select([process.stdout], [], [], _TIME_LIMIT_S)[0]:
+                    _end(process)
+                    return f"it is too complex: not compiled within {_TIME_LIMIT_S} s"
+                line = process.stdout.readline()
+            except OSError:
+                line = b""
             if not line:
-                await process.wait()
+                _end(process)
                 return "it is too complex: the compiler failed"
+            self._keep(process)
             return msgspec.json.decode(line, type=str | None)
 
-    @contextlib.asynccontextmanager
-    async def _worker(self) -> AsyncGenerator[asyncio.subprocess.Process]:
-        """A process that waits for a grammar; it is kept unless it ended or is still at work."""
-        async with self._free:
-            process = self._idle.pop() if self._idle else await self._spawn()
-            try:
-                yield process
-            except BaseException:
-                process.kill()  # an answer nobody waited for must not meet the next grammar
-                raise
-            if process.returncode is None:
-                self._idle.append(process)
+    def _keep(self, process: subprocess.Popen[bytes]) -> None:
+        if self._closed:
+            _end(process)
+        else:
+            self._idle.append(process)
 
-    async def _spawn(self) -> asyncio.subprocess.Process:
-        process = await asyncio.create_subprocess_exec(
-            sys.executable,
-            "-m",
-            __name__,
-            stdin=asyncio.subprocess.PIPE,
-            stdout=asyncio.subprocess.PIPE,
-            limit=_MAX_LINE_BYTES,
-        )
+    def _spawn(self) -> subprocess.Popen[bytes]:
+        command = [sys.executable, "-m", __name__]
+        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True)
         assert process.stdin is not None
         assert process.stdout is not None
         process.stdin.write(self._tokenizer)
-        await process.stdout.readline()  # it is ready
+        process.stdin.flush()
+        process.stdout.readline()  # it is ready
         return process
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    process.kill()
+    process.communicate()
 
 
 def _main() -> None:
     tokenizer = load_tokenizer(msgspec.json.decode(sys.stdin.buffer.readline(), type=GrammarTokenizer))
     answer = b"null"
     while True:
+        signal.alarm(0)
         sys.stdout.buffer.write(answer + b"\n")
         sys.stdout.buffer.flush()
         line = sys.stdin.buffer.readline()
         if not line:
             return
+        # Should the parent be gone by then, the kernel ends this process.
+        signal.alarm(int(_TIME_LIMIT_S) + 5)
         try:
             compile_grammar(tokenizer, msgspec.json.decode(line, type=str))
             answer = b"null"

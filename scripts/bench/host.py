@@ -1,4 +1,4 @@
-"""Host time per step without a device: schedule + batch + update; and token deltas that the API side serialises.
+"""Host time per step without a device: schedule + batch + update; and what a token delta costs the API side.
 
 PYTHONPATH=. python scripts/bench/host.py
 """
@@ -6,16 +6,19 @@ PYTHONPATH=. python scripts/bench/host.py
 import asyncio
 import statistics
 import time
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 
 from api.chat import _Chat
-from api.params import RequestBuilder, SeedSource, answer_id
+from api.chat_params import build_chat
+from api.params import RequestBuilder, SeedSource
 from api.running import RunningRequest
-from api.schemas import ChatCompletionRequest, ChatMessage
+from api.schemas import ChatCompletionRequest, ChatMessage, FunctionDefinition, ToolDefinition
+from jaxserve.client import TokenStream
 from jaxserve.config import CacheConfig, SchedulerConfig
-from jaxserve.generation_config import GenerationConfig
-from jaxserve.request import Request, SamplingParams
+from jaxserve.request import FinishReason, Request, SamplingParams, TokenDelta
 from jaxserve.runner.batch import BatchLayout, RowTable
 from jaxserve.runner.buckets import Bucket
 from jaxserve.scheduling.scheduler import Scheduler
@@ -61,30 +64,41 @@ def step_times(num_rows: int, context: int, num_steps: int = 200) -> float:
     return statistics.median(times) * 1e3
 
 
-async def serialised_per_second(num_requests: int = 32, num_tokens: int = 400) -> float:
-    """Chat chunks encoded a second, from token deltas to event bytes, on one core."""
-    engine = FakeEngineClient(VOCAB_SIZE)
-    server = make_server(engine)
-    builder = RequestBuilder(server.tokenizer, engine.info, SeedSource(0), GenerationConfig())
-    body = ChatCompletionRequest(
-        messages=[ChatMessage(role="user", content="x")], max_tokens=num_tokens, stream=True, ignore_eos=True
-    )
+async def microseconds_per_delta(name: str, **settings: Any) -> float:
+    """From a token delta to its event's bytes on one core: detokenizer, parsers, JSON.
 
-    async def one() -> int:
-        running = RunningRequest(server, "chat", answer_id("chatcmpl-", None), [builder.chat(body)])
-        count = 0
-        async for _ in _Chat(server, body, "tiny", running).events():
-            count += 1
-        running.close()
-        return count
-
+    Each token is a character of a long answer with thinking in it, or of a tool call.
+    """
+    server = make_server(FakeEngineClient(VOCAB_SIZE), **settings)
+    builder = RequestBuilder(server.model, SeedSource(0))
+    tool = ToolDefinition(FunctionDefinition("f", parameters={"type": "object"}))
+    tools = [tool] if name == "tool call" else None
+    body = ChatCompletionRequest(messages=[ChatMessage("user", "x")], stream=True, tools=tools)
+    prepared = build_chat(builder, body)
+    long = "some words and more, " * 100
+    text = {
+        "thinking": f"<think>{long}</think>{long}",
+        "tool call": f'<tool_call>{{"name": "f", "arguments": {{"a": "{long}"}}}}</tool_call>',
+    }.get(name, long)
+    stream = TokenStream(prepared.request, lambda _: None)
+    for token in text.encode():
+        stream.deliver(TokenDelta(request_id=prepared.request.id, token_ids=(token,)))
+    stream.deliver(TokenDelta(request_id=prepared.request.id, finish_reason=FinishReason.STOP))
+    server.client = SimpleNamespace(submit=lambda _: stream, check_room=lambda _: None, check_ready=lambda: None)
+    chat = _Chat(server, body, "tiny", RunningRequest(server, "chat", "id", [prepared]))
     start = time.perf_counter()
-    counts = await asyncio.gather(*(one() for _ in range(num_requests)))
-    return sum(counts) / (time.perf_counter() - start)
+    async for _ in chat.events():
+        pass
+    return (time.perf_counter() - start) / len(text) * 1e6
 
 
 if __name__ == "__main__":
     for rows in (32, 256):
         print(f"{rows} rows x 256 tokens: {step_times(rows, 256):.2f} ms of host time per step")
-    rate = asyncio.run(serialised_per_second())
-    print(f"{rate:.0f} chat chunks a second, a fake engine's stepping included")
+    for name, settings in (
+        ("plain", {}),
+        ("thinking", {"reasoning_parser": "qwen3"}),
+        ("tool call", {"reasoning_parser": "qwen3", "tool_call_parser": "hermes"}),
+    ):
+        costs = [asyncio.run(microseconds_per_delta(name, **settings)) for _ in range(5)]
+        print(f"{name}: {statistics.median(costs):.1f} us from a token delta to its event")

@@ -30,6 +30,7 @@ class Load:
         num_input, num_output: tokens of each request.
         num_shared: leading prompt tokens that all requests have in common.
         vocabulary: ids are drawn from [100, vocabulary).
+        fields: further fields of each body, such as a grammar.
     """
 
     concurrency: int
@@ -37,6 +38,7 @@ class Load:
     num_output: int
     num_shared: int
     vocabulary: int
+    fields: dict[str, Any] = field(default_factory=dict[str, Any])
 
 
 @dataclass
@@ -86,6 +88,7 @@ async def stream(url: str, model: str, load: Load, rng: random.Random, run: Run)
             "ignore_eos": True,
             "stream": True,
             "stream_options": {"include_usage": True},
+            **load.fields,
         }
     ).encode()
     parts = urlsplit(url)
@@ -158,6 +161,7 @@ def main() -> None:
     parser.add_argument("--output", type=int, default=128)
     parser.add_argument("--shared", type=int, default=0, help="prompt tokens that all requests share")
     parser.add_argument("--vocabulary", type=int, default=20000, help="ids are drawn below this")
+    parser.add_argument("--fields", type=json.loads, default={}, help="further fields of each body, as JSON")
     parser.add_argument("--requests", type=int, help="per run; twice the concurrency and at least 4 if unset")
     parser.add_argument("--runs", type=int, default=3, help="the table gives their median")
     parser.add_argument("--note", default="", help="kept with the results")
@@ -165,7 +169,7 @@ def main() -> None:
     args = parser.parse_args()
     rows: list[dict[str, float]] = []
     for concurrency in args.concurrency:
-        load = Load(concurrency, args.input, args.output, args.shared, args.vocabulary)
+        load = Load(concurrency, args.input, args.output, args.shared, args.vocabulary, args.fields)
         count = args.requests or max(4, 2 * concurrency)
         asyncio.run(drive(args.url, args.model, load, concurrency, seed=-1))  # warm-up
         runs = [asyncio.run(drive(args.url, args.model, load, count, seed)).row(load) for seed in range(args.runs)]

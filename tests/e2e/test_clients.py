@@ -118,8 +118,8 @@ def test_anthropic(demo: ServerProcess) -> None:
 def test_bad_input_is_told_to_each_client(client: OpenAI) -> None:
     with pytest.raises(BadRequestError, match="at most one"):
         client.chat.completions.create(model="demo", messages=MESSAGES, extra_body={"regex": "a", "ebnf": "b"})
+    image: Any = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:"}}]}]
     with pytest.raises(BadRequestError, match="only text is"):
-        image: Any = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:"}}]}]
         client.chat.completions.create(model="demo", messages=image)
     with pytest.raises(BadRequestError, match="completion-template"):
         client.completions.create(model="demo", prompt="x", suffix="y")

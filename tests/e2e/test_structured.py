@@ -178,6 +178,23 @@ async def test_completions_take_grammars_too(http: httpx.AsyncClient) -> None:
                 jsonschema_rs.validate(SCHEMA, json.loads(text))
 
 
+async def test_a_response_can_be_cancelled_while_it_is_made(http: httpx.AsyncClient) -> None:
+    body = {"input": "x", "stream": True, "max_output_tokens": 900, "text": {"format": {"type": "json_object"}}}
+    kinds: list[str] = []
+    name = ""
+    async with http.stream("POST", "/v1/responses", json=body) as stream:
+        async for line in stream.aiter_lines():
+            if not line.startswith("data: "):
+                continue
+            event = json.loads(line[6:])
+            kinds.append(event["type"])
+            if event["type"] == "response.created":
+                name = event["response"]["id"]
+                assert (await http.post(f"/v1/responses/{name}/cancel")).json()["status"] == "cancelled"
+    assert kinds[-1] == "response.cancelled"
+    assert (await http.get(f"/v1/responses/{name}")).json()["status"] == "cancelled"
+
+
 async def test_bad_grammars_disturb_nobody(http: httpx.AsyncClient) -> None:
     explosive = {"type": "integer", "multipleOf": 99999989, "minimum": 0, "maximum": 10**18}
     bad: list[dict[str, Any]] = [
