@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, NewType, Protocol
 
+from llguidance import LLMatcher
 from llguidance.gbnf_to_lark import any_to_lark
 
 from jaxserve.errors import RequestError
@@ -126,7 +127,8 @@ def whole(alternatives: Sequence[tuple[Before, GrammarPart]]) -> str:
 
 def regex(pattern: str) -> GrammarPart:
     """Text that matches a pattern as a whole."""
-    return lark("start: /" + pattern.replace("\\/", "/").replace("/", "\\/") + "/")
+    [part] = json.loads(LLMatcher.grammar_from_regex(pattern))["grammars"]
+    return lark(part["lark_grammar"])
 
 
 def ebnf(text: str) -> GrammarPart:

@@ -191,6 +191,9 @@ def test_what_requests_can_demand(case: Case) -> None:
         assert isinstance(json.loads(text), dict)
     for text in walks(case, constraint(case, regex=r"[a-c]{2}/\d"), 6):
         assert text[2] == "/"
+    for pattern, text in ((r"a\\/b", "a\\/b"), (r"a\/b", "a/b"), ("[/]x\n", "/x\n")):
+        ids = case.grammars.tokenize_str(text)
+        assert compile_grammar(case.grammars, constraint(case, regex=pattern)).try_consume_tokens(ids) == len(ids)
     for text in walks(case, constraint(case, ebnf='root ::= item ("," item)*\nitem ::= "x" | "y"'), 6):
         assert set(text) <= set("xy,")
 
