@@ -58,6 +58,7 @@ def build_chat(builder: RequestBuilder, body: ChatCompletionRequest) -> Prepared
         tool_calls=None if tools is None else formats.tool_calls,
         tools=() if tools is None else tools.callable,
         single_call=tools is not None and not tools.parallel,
+        constrained=bool(grammar),
     )
     markers = () if formats.reasoning is None else formats.reasoning.markers
     if tools is not None:
@@ -175,6 +176,8 @@ def _thinking(builder: RequestBuilder, body: ChatCompletionRequest, inside: bool
     return Thinking(
         start=reasoning.start,
         end=reasoning.end,
+        interrupts=reasoning.interrupts,
+        reopens=reasoning.reopens,
         inside=bool(inside) or reasoning.presumed,
         budget=body.thinking_budget,
         end_token_ids=tuple(builder.encode(reasoning.closing, add_special_tokens=False, param="thinking_budget")),

@@ -68,6 +68,7 @@ class MessageFormat:
         tool_calls: None where calls are content.
         tools: those that may be called.
         single_call: the message ends with its first call.
+        constrained: a grammar says where thinking is.
     """
 
     reasoning: ReasoningFormat | None = None
@@ -76,6 +77,7 @@ class MessageFormat:
     tool_calls: ToolCallFormat | None = None
     tools: Sequence[Tool] = ()
     single_call: bool = False
+    constrained: bool = False
 
     def parser(self) -> "MessageParser":
         """A parser for one output."""
@@ -92,7 +94,9 @@ class MessageParser:
     def __init__(self, form: MessageFormat) -> None:
         self._reasoning = None
         if form.reasoning is not None:
-            self._reasoning = form.reasoning.parser(form.inside, keeps_calls=form.tool_calls is not None)
+            self._reasoning = form.reasoning.parser(
+                form.inside, keeps_calls=form.tool_calls is not None, constrained=form.constrained
+            )
         self._tool_calls = None if form.tool_calls is None else form.tool_calls.parser(form.tools)
         self._stream_reasoning = form.stream_reasoning
         self._single_call = form.single_call
@@ -111,7 +115,7 @@ class MessageParser:
 
     def finish(self, *, cut_off: bool = False) -> list[Piece]:
         """The rest; see `StreamParser.finish`."""
-        pieces = [] if self._reasoning is None else self._reasoning.finish()
+        pieces = [] if self._reasoning is None else self._reasoning.finish(cut_off=cut_off)
         pieces = self._find_calls(pieces)
         if self._tool_calls is not None:
             pieces += self._tool_calls.finish(cut_off=cut_off)

@@ -153,6 +153,8 @@ class Thinking(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         start: marker that opens it in the output.
         end: marker that closes it.
+        interrupts: markers that end it as well.
+        reopens: it may be opened again.
         inside: the prompt has opened it already.
         budget: tokens of thinking, at most.
         end_token_ids: what is forced when they are used up; its text contains `end`.
@@ -160,6 +162,8 @@ class Thinking(msgspec.Struct, frozen=True, kw_only=True):
 
     start: str
     end: str
+    interrupts: tuple[str, ...] = ()
+    reopens: bool = False
     inside: bool
     budget: int
     end_token_ids: tuple[int, ...]

@@ -1,4 +1,4 @@
-"""Overfit a tiny Llama to the outputs of `tests/recitals.py` and write it to tests/golden/recital.
+"""Overfit a tiny Llama to the outputs of `tests/recitals.py` and write it to tests/models/recital.
 
 PYTHONPATH=. python scripts/make_recital.py
 """
@@ -20,7 +20,7 @@ from jaxserve.text.tokenizer import load_tokenizer
 from tests.recitals import CHAT_TEMPLATE, RECITALS, SPECIAL_TOKENS
 from tests.tiny import CONFIG, EOS, byte_tokenizer, tensors
 
-FOLDER = Path(__file__).parents[1] / "tests" / "golden" / "recital"
+FOLDER = Path(__file__).parents[1] / "tests" / "models" / "recital"
 HIDDEN, HEADS, KV_HEADS, HEAD, MLP, LAYERS, CONTEXT = 96, 4, 2, 32, 256, 2, 512
 STEPS = 3000
 

@@ -1,6 +1,6 @@
 """What the recital model recites: for each family one output in its own tokens, and what is meant by it.
 
-The model in `golden/recital` was overfitted to these by `scripts/make_recital.py`; a user message names the one to
+The model in `models/recital` was overfitted to these by `scripts/make_recital.py`; a user message names the one to
 recite.
 """
 

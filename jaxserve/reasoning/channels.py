@@ -17,6 +17,8 @@ class Channels:
 
     markers: tuple[str, ...] = MARKERS
     presumed: bool = False
+    reopens: bool = True
+    interrupts: tuple[str, ...] = ()
     start: str = f"{CHANNEL}analysis{MESSAGE}"
     end: str = END
     closing: str = f"{END}{START}assistant{CHANNEL}final{MESSAGE}"
@@ -29,7 +31,7 @@ class Channels:
         """The same for an output that continues a message of the assistant's: templates close its channel."""
         return None
 
-    def parser(self, inside: bool | None, *, keeps_calls: bool) -> "ChannelsParser":
+    def parser(self, inside: bool | None, *, keeps_calls: bool, constrained: bool) -> "ChannelsParser":
         """See `ReasoningFormat`."""
         return ChannelsParser(inside=bool(inside), keeps_calls=keeps_calls)
 
@@ -76,7 +78,8 @@ class ChannelsParser(StreamParser):
         if header.recipient and self._keeps_calls:
             self._content(header.raw)
             marker = yield from reader.until((*ENDS, START, CHANNEL), self._content)
-            self._content(CALL)
+            if marker is not None or not self._cut_off:
+                self._content(CALL)
             return marker
         emit = {"analysis": self._reasoning, "final": self._content, "commentary": self._content}.get(header.channel)
         if header.recipient:

@@ -33,6 +33,16 @@ class ReasoningFormat(Protocol):
         ...
 
     @property
+    def interrupts(self) -> tuple[str, ...]:
+        """What ends thinking early and belongs to what follows."""
+        ...
+
+    @property
+    def reopens(self) -> bool:
+        """Whether an output may think several times."""
+        ...
+
+    @property
     def presumed(self) -> bool:
         """Whether an output starts inside thinking when the prompt's end does not tell."""
         ...
@@ -45,12 +55,13 @@ class ReasoningFormat(Protocol):
         """The same for an output that continues a message of the assistant's."""
         ...
 
-    def parser(self, inside: bool | None, *, keeps_calls: bool) -> StreamParser:
+    def parser(self, inside: bool | None, *, keeps_calls: bool, constrained: bool) -> StreamParser:
         """A parser of one output.
 
         Args:
             inside: whether it starts inside thinking; None where nothing tells.
             keeps_calls: leave tool calls in the content as they were written, for another parser.
+            constrained: the output follows the grammar of this format.
         """
         ...
 

@@ -15,12 +15,14 @@ class Tags:
         start, end: the tags.
         interrupts: markers that end the thinking early and belong to what follows.
         presumed: the output starts inside thinking when the prompt's end does not tell.
+        reopens: an output may think several times.
     """
 
     start: str = "<think>"
     end: str = "</think>"
     interrupts: tuple[str, ...] = ()
     presumed: bool = False
+    reopens: bool = False
 
     @property
     def markers(self) -> tuple[str, ...]:
@@ -44,9 +46,9 @@ class Tags:
         start, end = message.rfind(self.start), message.rfind(self.end)
         return None if start == end == -1 else start > end
 
-    def parser(self, inside: bool | None, *, keeps_calls: bool) -> "TagsParser":
+    def parser(self, inside: bool | None, *, keeps_calls: bool, constrained: bool) -> "TagsParser":
         """See `ReasoningFormat`."""
-        return TagsParser(self, inside)
+        return TagsParser(self, inside, constrained=constrained)
 
     def grammar(self, writer: GrammarWriter, inside: bool | None, *, calls: bool) -> Before:
         """See `ReasoningFormat`."""
@@ -64,16 +66,19 @@ class Tags:
 class TagsParser(StreamParser):
     """Splits one output at the tags."""
 
-    def __init__(self, tags: Tags, inside: bool | None) -> None:
+    def __init__(self, tags: Tags, inside: bool | None, *, constrained: bool) -> None:
         super().__init__()
         self._tags = tags
+        self._constrained = constrained
         self._inside = inside
         self.thinking = inside if inside is not None else tags.presumed
 
     def _parse(self) -> Reads[None]:
         reader, tags = self._reader, self._tags
         inside = self._inside
-        if inside is None:
+        if inside is None and not tags.presumed and self._constrained:
+            inside = (yield from reader.accept(tags.start)) is not None
+        elif inside is None:
             inside = tags.presumed or (yield from reader.until((tags.start,), self._content)) is not None
         if inside:
             self.thinking = True
@@ -89,6 +94,7 @@ class TagsParser(StreamParser):
             if (yield from reader.accept(tags.start)) is None:
                 break
         self._reasoning(space)
-        marker = yield from reader.until((tags.end, *tags.interrupts), self._reasoning)
+        interrupts = () if self._constrained else tags.interrupts
+        marker = yield from reader.until((tags.end, *interrupts), self._reasoning)
         if marker is not None and marker != tags.end:
             self._content(marker)

@@ -140,7 +140,7 @@ class Scheduler:
             self._insert_by_priority(sequences)
         else:
             self._waiting.extend(sequences)
-        for sequence in sequences:
+        for sequence in tuple(sequences):  # one that ends at once leaves the list
             self._advance(sequence, [])
 
     def abort(self, request_id: str, choice: int | None = None) -> None:

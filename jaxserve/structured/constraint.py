@@ -37,12 +37,13 @@ class ThinkingBudget:
             return
         self._tail += self._decoder.decode(data)
         self._num_left -= self._inside
-        marker = self._thinking.end if self._inside else self._thinking.start
-        if marker in self._tail:
-            self._over = self._inside
+        thinking = self._thinking
+        markers = (thinking.end, *thinking.interrupts) if self._inside else (thinking.start,)
+        if any(marker in self._tail for marker in markers):
+            self._over = self._inside and not thinking.reopens
             self._inside = not self._inside
             self._tail = ""
-        self._tail = self._tail[-len(marker) :]
+        self._tail = self._tail[-max(map(len, markers)) :]
         self._close_if_used_up()
 
     def _close_if_used_up(self) -> None:

@@ -9,8 +9,8 @@ import re
 from enum import Enum, auto
 
 _PLAIN = re.compile(r"[^\"'\\\x00-\x1f]+")
-_SCALAR = re.compile(r"[-+.\w]+")
-_NUMBER = re.compile(r"-?(0|[1-9]\d*)(\.\d+)?([eE][-+]?\d+)?")
+_SCALAR = re.compile(r"[-+.\w]+", re.ASCII)
+_NUMBER = re.compile(r"-?(0|[1-9]\d*)(\.\d+)?([eE][-+]?\d+)?", re.ASCII)
 _LITERALS = {
     "true": "true", "false": "false", "null": "null", "True": "true", "False": "false", "None": "null",
 }  # fmt: skip

@@ -5,6 +5,8 @@ from abc import ABC, abstractmethod
 from jaxserve.text.pieces import Content, Piece, Reasoning
 from jaxserve.text.stream_reader import Reads, StreamReader
 
+_SLICE = 1024
+
 
 class StreamParser(ABC):
     """A parser of one output. `push` text as it comes, then `finish` once.
@@ -24,8 +26,12 @@ class StreamParser(ABC):
 
     def push(self, text: str) -> list[Piece]:
         """Pieces that are certain once this text is there."""
-        self._reader.text += text
-        return self._run()
+        out: list[Piece] = []
+        # Any cutting gives the same, and a short buffer is cheap to read from.
+        for start in range(0, len(text), _SLICE):
+            self._reader.text += text[start : start + _SLICE]
+            out += self._run()
+        return out
 
     def finish(self, *, cut_off: bool = False) -> list[Piece]:
         """The rest.

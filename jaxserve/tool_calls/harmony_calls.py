@@ -19,9 +19,13 @@ class HarmonyParser(ToolCallParser):
 
     def _message(self, marker: str) -> Reads[None]:
         header = yield from read_header(self._reader, marker)
-        if not (header.complete and header.recipient.startswith("functions.")):
-            raise NoCallError
-        yield from self._call(header)
+        if header.recipient:
+            if not (header.complete and header.recipient.startswith("functions.")):
+                raise NoCallError
+            yield from self._call(header)
+        elif header.complete:
+            # Not separated from the rest by a reasoning parser: its text is content.
+            yield from self._reader.until((END, RETURN), self._text)
 
     def _call(self, header: Header) -> Reads[None]:
         self._start(header.recipient.removeprefix("functions."))

@@ -77,13 +77,13 @@ class ToolCallParser(StreamParser):
             return False
         return True
 
-    def _start(self, name: str, call_id: str | None = None) -> None:
-        """A call of this name begins.
+    def _start(self, name: Any, call_id: str | None = None) -> None:
+        """A call of this name begins; a name that JSON gave may be anything.
 
         Raises:
             NoCallError: no such tool is declared.
         """
-        if name not in self._tools:
+        if not isinstance(name, str) or name not in self._tools:
             raise NoCallError
         self._open = True
         self._out.append(CallStart(self._num_calls, name, call_id))
@@ -117,7 +117,7 @@ class ToolCallParser(StreamParser):
             NoCallError: it is not that.
         """
         reader = self._reader
-        name: str | None = None
+        name: Any = None
         early: str | None = None  # arguments that came before the name
         yield from self._expect("{")
         while True:
@@ -140,7 +140,7 @@ class ToolCallParser(StreamParser):
             else:
                 yield from self._json_value()
         if not self._open:
-            self._start(str(name))
+            self._start(name)
             self._arguments(early or "{}")
         self._end()
 
@@ -156,7 +156,7 @@ class ToolCallParser(StreamParser):
             raise NoCallError
         try:
             return json.loads("".join(parts))
-        except RecursionError:
+        except (ValueError, RecursionError):  # a number of thousands of digits, brackets of thousands of levels
             raise NoCallError from None
 
     def _expect(self, literal: str) -> Reads[None]:
@@ -169,13 +169,16 @@ def _as_object(value: Any) -> str:
     if isinstance(value, str):
         try:
             value = json.loads(value)
-        except ValueError:
+        except (ValueError, RecursionError):
             raise NoCallError from None
     if value is None:
         return "{}"
     if not isinstance(value, dict):
         raise NoCallError
-    return to_json(value)
+    try:
+        return to_json(value)
+    except (ValueError, RecursionError):
+        raise NoCallError from None
 
 
 def to_json(value: Any) -> str:

@@ -4,7 +4,7 @@ import ast
 import re
 import warnings
 from itertools import count
-from typing import Any
+from typing import Any, ClassVar
 
 from jaxserve.text.stream_reader import Reads
 from jaxserve.tool_calls.parser import NoCallError, ToolCallParser, to_json
@@ -81,9 +81,15 @@ class PythonicParser(ToolCallParser):
         raise AssertionError
 
 
+class _JsonWords(ast.NodeTransformer):
+    """JSON's own words are taken for Python's."""
+
+    _values: ClassVar[dict[str, bool | None]] = {"true": True, "false": False, "null": None}
+
+    def visit_Name(self, node: ast.Name) -> ast.expr:
+        """A name that JSON knows becomes its value."""
+        return ast.Constant(self._values[node.id]) if node.id in self._values else node
+
+
 def _value(node: ast.expr) -> Any:
-    """A literal; JSON's own words are taken for Python's."""
-    words = {"true": True, "false": False, "null": None}
-    if isinstance(node, ast.Name) and node.id in words:
-        return words[node.id]
-    return ast.literal_eval(node)
+    return ast.literal_eval(_JsonWords().visit(node))

@@ -1,10 +1,12 @@
 """Grammars that make a model write tool calls in its own format."""
 
 import json
+import keyword
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from jaxserve.errors import RequestError
 from jaxserve.structured.grammar import GrammarPart, GrammarWriter, lark, tagged_text
 from jaxserve.tool_calls.tool import Tool
 
@@ -52,7 +54,7 @@ class Section:
         if not self.trigger:
             section = self._section(writer, self.begin, parallel=parallel)
             first = json.dumps((self.begin + self.before)[0])[1:-1]
-            start = f'start: {section} | OTHER_TEXT | ""\nOTHER_TEXT: /[^\\{first}](.|\\n)*/'
+            start = f'start: {section} | OTHER_TEXT | ""\nOTHER_TEXT: /\\s*[^\\s\\{first}](.|\\n)*|\\s+/'
             return lark("\n".join((start, *self._rules(writer, tools))))
         repeat = "*" if parallel else "?"
         if self.begin:
@@ -110,13 +112,24 @@ class TaggedArguments:
             items.append(item if key in required else f"{item}?")
             before = writer.literal(self.before.replace("{key}", key))
             types = tool.types_of(key)
-            options = schema.get("enum") if isinstance(schema, dict) else None
+            options = _options(schema)
             if types == _STRING and options:
                 values = " | ".join(writer.literal(option) for option in options)
                 yield f"{item}: {before} ({values}) {writer.literal(self.after)}"
             elif types == _STRING:
-                yield f"{item}: {before} {item}_text"
-                yield writer.rule_until(f"{item}_text", self.after)
+                if tool.strict and not _UNENFORCEABLE.isdisjoint(schema):
+                    raise RequestError(
+                        f"tools: this model writes strings without quotes, so a strict {key!r} cannot have "
+                        f"{' or '.join(sorted(_UNENFORCEABLE.intersection(schema)))}",
+                        param="tools",
+                    )
+                if "minLength" in schema or "maxLength" in schema:
+                    # A text of counted characters must not look like its end.
+                    low, high = schema.get("minLength", 0), schema.get("maxLength", "")
+                    yield f"{item}: {before} /[^<\\n]{{{low},{high}}}/ {writer.literal(self.after)}"
+                else:
+                    yield f"{item}: {before} {item}_text"
+                    yield writer.rule_until(f"{item}_text", self.after)
             else:
                 value = _with_definitions(schema, tool)
                 yield f"{item}: {before} {item}_value {writer.literal(self.after)}"
@@ -125,6 +138,13 @@ class TaggedArguments:
 
 
 _STRING = frozenset({"string"})
+_UNENFORCEABLE = frozenset({"format", "pattern"})
+
+
+def _options(schema: Any) -> list[str]:
+    """The only strings that a schema allows, if it lists them."""
+    values: Any = [schema["const"]] if "const" in schema else schema.get("enum")
+    return values if isinstance(values, list) and all(isinstance(value, str) for value in values) else []
 
 
 class KeywordArguments:
@@ -133,6 +153,9 @@ class KeywordArguments:
     def rules(self, writer: GrammarWriter, tool: Tool, name: str) -> Iterable[str]:
         """See `Arguments`."""
         properties, required = parameters(tool)
+        for word in (*tool.name.split("."), *properties):
+            if not word.isidentifier() or keyword.iskeyword(word):
+                raise RequestError(f"tools: this model writes Python calls, which cannot have {word!r}", param="tools")
         keys = sorted(properties, key=lambda key: key not in required)
         for number, key in enumerate(keys):
             value = _with_definitions(properties[key], tool)
@@ -163,7 +186,7 @@ def parameters(tool: Tool) -> tuple[dict[str, Any], set[str]]:
     required = tool.parameters.get("required")
     return (
         dict(properties) if isinstance(properties, dict) else {},
-        set(required) if isinstance(required, list) else set(),
+        {name for name in required if isinstance(name, str)} if isinstance(required, list) else set(),
     )
 
 

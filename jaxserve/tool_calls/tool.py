@@ -4,6 +4,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+_MAX_DEPTH = 16
+_JSON_TYPES: Mapping[type, str] = {
+    str: "string", bool: "boolean", int: "integer", float: "number", list: "array", dict: "object", type(None): "null",
+}  # fmt: skip
+
 
 @dataclass(frozen=True, kw_only=True)
 class Tool:
@@ -23,21 +28,27 @@ class Tool:
         """JSON types that a parameter may have; empty when the schema does not tell."""
         properties = self.parameters.get("properties")
         schema = properties.get(parameter) if isinstance(properties, Mapping) else None
-        return frozenset(_types(schema))
+        return frozenset(self._types(schema, 0))
 
+    def _types(self, schema: Any, depth: int) -> set[str]:
+        if not isinstance(schema, Mapping) or depth > _MAX_DEPTH:
+            return set()
+        kind = schema.get("type")
+        if isinstance(kind, str):
+            return {kind}
+        if isinstance(kind, list):
+            return {item for item in kind if isinstance(item, str)}
+        values = [schema["const"]] if "const" in schema else schema.get("enum")
+        if isinstance(values, list):
+            return {_JSON_TYPES[type(value)] for value in values if type(value) in _JSON_TYPES}
+        if isinstance(schema.get("$ref"), str):
+            return self._types(self._resolve(schema["$ref"]), depth + 1)
+        options = next((schema[key] for key in ("anyOf", "oneOf", "allOf") if isinstance(schema.get(key), list)), ())
+        return set().union(*(self._types(option, depth + 1) for option in options))
 
-def _types(schema: Any) -> set[str]:
-    if not isinstance(schema, Mapping):
-        return set()
-    kind = schema.get("type")
-    if isinstance(kind, str):
-        return {kind}
-    if isinstance(kind, list):
-        return {item for item in kind if isinstance(item, str)}
-    for key in ("anyOf", "oneOf"):
-        options = schema.get(key)
-        if isinstance(options, list):
-            return set().union(*(_types(option) for option in options))
-    if isinstance(schema.get("enum"), list) and all(isinstance(item, str) for item in schema["enum"]):
-        return {"string"}
-    return set()
+    def _resolve(self, reference: str) -> Any:
+        """What a reference inside the parameters points to, or None."""
+        here: Any = self.parameters
+        for part in reference.removeprefix("#/").split("/"):
+            here = here.get(part) if isinstance(here, Mapping) else None
+        return here

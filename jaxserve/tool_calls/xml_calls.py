@@ -44,7 +44,7 @@ class XmlParser(ToolCallParser):
         types = self._tool.types_of(name)
         self._arguments(("{" if self._num_arguments == 0 else ", ") + json.dumps(name, ensure_ascii=False) + ": ")
         self._num_arguments += 1
-        if types <= {"string"}:
+        if types == {"string"}:
             self._arguments('"')
             if (yield from self._reader.until(ends, self._string_part)) is None:
                 raise NoCallError
@@ -70,7 +70,10 @@ class Qwen3CoderParser(XmlParser):
     """
 
     def _calls(self) -> Reads[None]:
-        while (marker := (yield from self._reader.until(("<tool_call>", "<function="), self._text))) is not None:
+        # A grammar of strict tools begins with the outer tag.
+        strict = any(tool.strict for tool in self._tools.values())
+        markers = ("<tool_call>",) if strict else ("<tool_call>", "<function=")
+        while (marker := (yield from self._reader.until(markers, self._text))) is not None:
             yield from self._attempt(marker, self._call() if marker == "<tool_call>" else self._function())
 
     def _call(self) -> Reads[None]:
@@ -126,8 +129,12 @@ class Glm45Parser(XmlParser):
 
 
 def _typed(text: str, types: frozenset[str]) -> Any:
-    """A value as its schema has it; text where it cannot be that."""
-    for read in (json.loads, ast.literal_eval):
+    """A value as its schema has it; text where it cannot be that. Where the schema does not tell, JSON is JSON."""
+    if not types:
+        types, readers = _ANY, (json.loads,)
+    else:
+        readers = (json.loads, ast.literal_eval)
+    for read in readers:
         try:
             value = read(text.strip())
             to_json(value)
@@ -135,7 +142,7 @@ def _typed(text: str, types: frozenset[str]) -> Any:
             continue
         if _JSON_TYPES.get(type(value), frozenset()) & types:
             return value
-    return text.strip() if types and "string" not in types else text
+    return text if "string" in types else text.strip()
 
 
 _JSON_TYPES: dict[type, frozenset[str]] = {
@@ -147,3 +154,4 @@ _JSON_TYPES: dict[type, frozenset[str]] = {
     dict: frozenset({"object"}),
     type(None): frozenset({"null"}),
 }
+_ANY = frozenset().union(*_JSON_TYPES.values())

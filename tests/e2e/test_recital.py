@@ -20,7 +20,7 @@ from tests.e2e.conftest import loaded, serving
 from tests.recitals import RECITALS, Recital
 from tests.transcripts import TOOLS
 
-FOLDER = Path(__file__).parents[1] / "golden" / "recital"
+FOLDER = Path(__file__).parents[1] / "models" / "recital"
 TOOL_FIELDS: Any = [
     {"type": "function", "function": {"name": tool.name, "parameters": dict(tool.parameters) or {"type": "object"}}}
     for tool in TOOLS

@@ -141,7 +141,8 @@ def test_any_cutting_of_broken_calls_gives_the_same(name: str, write: Any, data:
     for call in whole.calls.values():
         assert isinstance(json.loads(call.arguments), dict)
     if not whole.calls:
-        assert whole.content == text.removeprefix("<|python_end|>") or name == "pythonic"
+        # Headers and markers of messages that are no calls are gone.
+        assert whole.content == text or name in ("pythonic", "gpt-oss")
 
 
 @pytest.mark.parametrize(("name", "write"), CALL_WRITERS, ids=[f"{n}-{w.__name__}" for n, w in CALL_WRITERS])
