@@ -1,9 +1,8 @@
 """Messages of a request, as chat templates want them."""
 
+import json
 from collections.abc import Sequence
 from typing import Any
-
-import msgspec
 
 from api.schemas import ChatMessage, ContentPart, ToolCall
 from jaxserve.errors import RequestError
@@ -82,8 +81,9 @@ def _thinking(message: ChatMessage) -> str | None:
 
 def _tool_call(call: ToolCall, where: str) -> dict[str, Any]:
     try:
-        arguments: Any = msgspec.json.decode(call.function.arguments or "{}")
-    except (msgspec.DecodeError, RecursionError):
+        # As lenient as what reads a model's own calls.
+        arguments: Any = json.loads(call.function.arguments or "{}")
+    except (ValueError, RecursionError):
         arguments = None
     if not isinstance(arguments, dict):
         raise RequestError(

@@ -2,10 +2,12 @@
 
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from functools import lru_cache
 from typing import Any
 
 import msgspec
+import msgspec.inspect
 
 from api.schemas import CommonRequest
 from jaxserve.errors import RequestError
@@ -72,15 +74,46 @@ def check_fields(raw: Any, schema: type[msgspec.Struct], *, strict: bool) -> Non
     Raises:
         RequestError: names the field.
     """
-    known = IGNORED_FIELDS.union(schema.__struct_fields__)
-    for name, value in raw.items() if isinstance(raw, dict) else ():
-        if name in known or value in (None, False, "", [], {}):
+    for path, value in _unknown(raw, _type_info(schema), ""):
+        if path in IGNORED_FIELDS or value is None or value is False or value in ("", [], {}):
             continue
-        shown = str(name)[:64]
-        if strict or name in REFUSED_FIELDS or (name == "modalities" and value != ["text"]):
+        shown = path[:64]
+        if path == "modalities" and value == ["text"]:
+            continue
+        if strict or path in REFUSED_FIELDS or path == "modalities":
             raise RequestError(f"{shown!r} is not supported by this server", param=shown)
-        if name != "modalities":
-            logger.warning("a request has the field %r, which is not known and not used", shown)
+        logger.warning("a request has the field %r, which is not known and not used", shown)
+
+
+_type_info = lru_cache(msgspec.inspect.type_info)
+
+
+def _unknown(raw: Any, kind: msgspec.inspect.Type, path: str) -> Iterator[tuple[str, Any]]:
+    """Fields of a body, at any depth, that its type does not have, with their values."""
+    match kind:
+        case msgspec.inspect.UnionType(types=types):
+            kind = next((option for option in types if _fits(raw, option)), kind)
+            if not isinstance(kind, msgspec.inspect.UnionType):
+                yield from _unknown(raw, kind, path)
+        case msgspec.inspect.ListType(item_type=item_type) if isinstance(raw, list):
+            for index, item in enumerate(raw):
+                yield from _unknown(item, item_type, f"{path}{index}.")
+        case msgspec.inspect.StructType(fields=fields, tag_field=tag_field) if isinstance(raw, dict):
+            known = {field.encode_name: field.type for field in fields}
+            for name, value in raw.items():
+                if name in known:
+                    yield from _unknown(value, known[name], f"{path}{name}.")
+                elif name != tag_field:
+                    yield f"{path}{name}", value
+        case _:
+            pass
+
+
+def _fits(raw: Any, kind: msgspec.inspect.Type) -> bool:
+    """Whether an option of a union is the one that a value was read as."""
+    if isinstance(kind, msgspec.inspect.StructType):
+        return isinstance(raw, dict) and (kind.tag_field is None or raw.get(kind.tag_field) == kind.tag)
+    return isinstance(kind, msgspec.inspect.ListType) and isinstance(raw, list)
 
 
 def check_common(body: CommonRequest) -> None:

@@ -1,5 +1,6 @@
 """`POST /v1/messages` and `/v1/messages/count_tokens`: Anthropic's protocol, as a translation to a chat and back."""
 
+import json
 from collections.abc import AsyncGenerator, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -67,6 +68,8 @@ async def messages(
     check_fields(await request.json(), MessagesRequest, strict=server.settings.strict_params)
     model = server.check_model(data.model)
     body = to_chat(data)
+    if body.thinking_budget is not None and server.model.formats.reasoning is None:
+        raise RequestError("thinking needs a server with --reasoning-parser", param="thinking")
     body.max_tokens = data.max_tokens
     body.temperature, body.top_p, body.top_k = data.temperature, data.top_p, data.top_k
     body.stop = data.stop_sequences
@@ -266,7 +269,9 @@ def _wire_block(block: Block, call_id: str) -> ThinkingBlock | TextBlock | ToolU
             return TextBlock(block.text)
         case BlockKind.CALL:
             try:
-                arguments: Any = msgspec.json.decode(block.text or "{}")
-            except msgspec.DecodeError:  # cut off at max_tokens
+                # More lenient than msgspec: halves of surrogate pairs are JSON, too, and become question marks.
+                whole = json.dumps(json.loads(block.text or "{}"), ensure_ascii=False)
+                arguments: Any = json.loads(whole.encode("utf-8", "replace"))
+            except ValueError:  # cut off at max_tokens
                 arguments = {}
             return ToolUseBlock(call_id, block.name, arguments)

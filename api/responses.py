@@ -37,11 +37,11 @@ from api.responses_schemas import (
 )
 from api.responses_store import StoredResponse
 from api.running import RunningRequest, usage_info
-from api.schemas import CalledFunction, ChatMessage, ToolCall
+from api.schemas import CalledFunction, ChatMessage, ChatTokenLogprob, ToolCall
 from api.server import Server
 from api.streaming import EventStream, named_event, unless_gone
 from jaxserve.errors import RequestError
-from jaxserve.generation import ChoiceDelta, ChoiceToken
+from jaxserve.generation import ChoiceDelta
 from jaxserve.request import FinishReason
 
 
@@ -66,7 +66,7 @@ async def create_response(
     running = await start_chat(server, builder, chat, "responses", name, len(await request.body()))
     # Instructions are not carried over to the next response.
     turns = chat.messages[data.instructions is not None :]
-    answer = _Response(server, data, model, running, turns)
+    answer = _Response(server, data, model, running, turns, size=len(await request.body()))
     if data.stream:
         return EventStream(answer.events(), answer.close, error=answer.error_event)  # type: ignore[return-value]
     return await unless_gone(request.receive, answer.collect(), answer.close)
@@ -108,16 +108,23 @@ class _Response:
     """One response on its way to the client, and to the store."""
 
     def __init__(
-        self, server: Server, body: ResponsesRequest, model: str, running: RunningRequest, turns: list[ChatMessage]
+        self,
+        server: Server,
+        body: ResponsesRequest,
+        model: str,
+        running: RunningRequest,
+        turns: list[ChatMessage],
+        *,
+        size: int,
     ) -> None:
         self._server = server
         self._running = running
         self._turns = turns
-        self._wants_logprobs = running.generations[0].request.sampling.num_logprobs is not None
         self._ids = CallIds(server.model.formats.tool_calls.id_characters)
         self._blocks = BlockStream()
         self._items: list[OutputItem] = []
-        self._tokens: list[ChoiceToken] = []
+        self._logprobs: list[ChatTokenLogprob] = []
+        self._new_logprobs: list[ChatTokenLogprob] = []
         self._sequence = 0
         self._response = ResponseObject(
             id=running.id,
@@ -141,7 +148,7 @@ class _Response:
             user=body.user,
         )
         if self._response.store:
-            server.responses.add(StoredResponse(self._response, cancel=self._cancel))
+            server.responses.add(StoredResponse(self._response, size, cancel=self._cancel))
 
     async def collect(self) -> ResponseObject:
         """The whole answer."""
@@ -155,7 +162,8 @@ class _Response:
         yield self._event("response.in_progress", response=self._response)
         end: ChoiceDelta | None = None
         async for _, delta in self._running.deltas():
-            self._tokens += delta.tokens
+            # Of the step's tokens; they ride on the first text that the step adds.
+            self._new_logprobs = chat_logprobs(self._server.tokenizer, delta.tokens).content
             for event in self._blocks.add(delta.pieces):
                 for data in self._block_event(event):
                     yield data
@@ -174,6 +182,7 @@ class _Response:
         self._running.close()
         if self._response.status == "in_progress":
             self._response.status = "cancelled"
+        self._server.responses.end(self._response.id)
 
     def error_event(self, error: Exception) -> bytes:
         """The last event when it fails."""
@@ -196,7 +205,9 @@ class _Response:
         )
         if not self._items:
             self._items.append(OutputMessage(_item_id("msg"), "completed", [OutputText("")]))
-        response.output = self._items
+        # What looked like a call and was none is in the text.
+        failed = {block.index for block in self._blocks.blocks if block.failed}
+        response.output = [item for index, item in enumerate(self._items) if index not in failed]
         if end.finish_reason is FinishReason.STOP:
             response.status = "completed"
         elif end.finish_reason is FinishReason.ABORT:
@@ -205,7 +216,7 @@ class _Response:
             response.status = "incomplete"
             response.incomplete_details = IncompleteDetails("max_output_tokens")
         if response.store:
-            self._server.responses.complete(response.id, response, [*self._turns, *_as_turns(self._items)])
+            self._server.responses.end(response.id, [*self._turns, *_as_turns(response.output)])
 
     def _block_event(self, event: BlockEvent, *, cut_off: bool = False) -> Iterator[bytes]:
         phase, block, text = event
@@ -214,10 +225,15 @@ class _Response:
             yield self._event("response.output_item.added", output_index=block.index, item=self._items[-1])
             yield from self._part_event("added", block)
         elif phase is Phase.DELTA:
-            yield self._event(f"response.{_TEXTS[block.kind]}.delta", **self._place(block), delta=text)
+            place = self._place(block)
+            if block.kind is BlockKind.TEXT:
+                place["logprobs"], self._new_logprobs = self._new_logprobs, []
+                self._logprobs += place["logprobs"]
+            yield self._event(f"response.{_TEXTS[block.kind]}.delta", **place, delta=text)
         else:
             item = self._items[block.index]
-            _fill(item, block, self._take_logprobs() if block.kind is BlockKind.TEXT else [])
+            _fill(item, block, self._logprobs)
+            self._logprobs = []
             item.status = "incomplete" if cut_off or block.failed else "completed"
             key = "arguments" if block.kind is BlockKind.CALL else "text"
             yield self._event(f"response.{_TEXTS[block.kind]}.done", **self._place(block), **{key: block.text})
@@ -228,21 +244,17 @@ class _Response:
         """Only messages have parts that are told by themselves."""
         item = self._items[block.index]
         if isinstance(item, OutputMessage):
-            yield self._event(f"response.content_part.{name}", **self._place(block), part=item.content[0])
+            place = {"item_id": item.id, "output_index": block.index, "content_index": 0}
+            part = item.content[0] if item.content else OutputText("")
+            yield self._event(f"response.content_part.{name}", **place, part=part)
 
     def _place(self, block: Block) -> dict[str, Any]:
         place: dict[str, Any] = {"item_id": self._items[block.index].id, "output_index": block.index}
         if block.kind is not BlockKind.CALL:
             place["content_index"] = 0
         if block.kind is BlockKind.TEXT:
-            place["logprobs"] = []
+            place["logprobs"] = self._logprobs
         return place
-
-    def _take_logprobs(self) -> list[Any]:
-        if not self._wants_logprobs:
-            return []
-        tokens, self._tokens = self._tokens, []
-        return chat_logprobs(self._server.tokenizer, tokens).content
 
     def _event(self, kind: str, **fields: Any) -> bytes:
         sequence, self._sequence = self._sequence, self._sequence + 1
@@ -263,7 +275,7 @@ def _item_id(kind: str) -> str:
 def _new_item(block: Block, ids: CallIds) -> OutputItem:
     match block.kind:
         case BlockKind.TEXT:
-            return OutputMessage(_item_id("msg"), "in_progress", [OutputText("")])
+            return OutputMessage(_item_id("msg"), "in_progress", [])
         case BlockKind.REASONING:
             return OutputReasoning(_item_id("rs"), "in_progress", [])
         case BlockKind.CALL:

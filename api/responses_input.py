@@ -31,6 +31,10 @@ def to_chat(body: ResponsesRequest, earlier: Sequence[ChatMessage]) -> ChatCompl
     Raises:
         RequestError: something in it cannot be served.
     """
+    if body.truncation == "auto":
+        raise RequestError(
+            "truncation 'auto' is not supported: an input that is too long is refused", param="truncation"
+        )
     system = [] if body.instructions is None else [ChatMessage("system", body.instructions)]
     chat = ChatCompletionRequest(messages=[*system, *earlier, *read_input(body.input)])
     chat.max_tokens = body.max_output_tokens

@@ -9,7 +9,7 @@ from api.schemas import ChatMessage
 from jaxserve.errors import NotFoundError
 
 _MAX_RESPONSES = 1024
-_MAX_CHARACTERS = 64 << 20
+_MAX_BYTES = 64 << 20
 
 
 @dataclass
@@ -18,18 +18,15 @@ class StoredResponse:
 
     Attributes:
         response: as it was last told to the client.
+        size: what it takes, in bytes, roughly.
         turns: the conversation with its answer; empty while it is not complete.
         cancel: ends it while it runs.
     """
 
     response: ResponseObject
+    size: int
     turns: Sequence[ChatMessage] = ()
     cancel: Callable[[], None] | None = None
-
-    @property
-    def num_characters(self) -> int:
-        """What its conversation takes, roughly."""
-        return sum(len(turn.content or "") + len(turn.reasoning_content or "") for turn in self.turns)
 
 
 class ResponseStore:
@@ -37,21 +34,23 @@ class ResponseStore:
 
     def __init__(self) -> None:
         self._responses: OrderedDict[str, StoredResponse] = OrderedDict()
-        self._num_characters = 0
+        self._num_bytes = 0
 
     def add(self, stored: StoredResponse) -> None:
         """Keep a response that has begun."""
         self._responses[stored.response.id] = stored
+        self._num_bytes += stored.size
         self._shrink()
 
-    def complete(self, response_id: str, response: ResponseObject, turns: Sequence[ChatMessage]) -> None:
-        """A response has ended; nothing happens if it was deleted meanwhile."""
+    def end(self, response_id: str, turns: Sequence[ChatMessage] = ()) -> None:
+        """A response has ended, with a conversation that can be followed or without; it may be deleted by now."""
         stored = self._responses.get(response_id)
-        if stored is None:
+        if stored is None or stored.cancel is None:
             return
-        self._num_characters -= stored.num_characters
-        stored.response, stored.turns, stored.cancel = response, turns, None
-        self._num_characters += stored.num_characters
+        earlier = sum(len(turn.content or "") + len(turn.reasoning_content or "") for turn in turns)
+        stored.turns, stored.cancel = turns, None
+        stored.size += earlier
+        self._num_bytes += earlier
         self._shrink()
 
     def get(self, response_id: str, param: str | None = None) -> StoredResponse:
@@ -67,10 +66,10 @@ class ResponseStore:
 
     def remove(self, response_id: str) -> None:
         """Forget a response; raises NotFoundError if there is none."""
-        self._num_characters -= self.get(response_id).num_characters
+        self._num_bytes -= self.get(response_id).size
         del self._responses[response_id]
 
     def _shrink(self) -> None:
-        while len(self._responses) > _MAX_RESPONSES or self._num_characters > _MAX_CHARACTERS:
+        while len(self._responses) > _MAX_RESPONSES or self._num_bytes > _MAX_BYTES:
             _, oldest = self._responses.popitem(last=False)
-            self._num_characters -= oldest.num_characters
+            self._num_bytes -= oldest.size

@@ -99,6 +99,8 @@ class Server:
             json_style=settings.json_style or JsonStyle(),
             completion_template=settings.completion_template,
         )
+        if settings.json_style is None and self._model.formats.reasoning is None:
+            return  # nothing can be constrained
         for_grammars = tokenizer.for_grammars(info.vocab_size, self._model.eos_token_ids)
         self.client.use_tokenizer(for_grammars)
         self._validator = GrammarValidator(for_grammars)

@@ -11,6 +11,7 @@ from litestar.params import FromPath, JSONBody
 
 from api.auth import OPEN
 from api.chat_params import tokenize as tokenize_prompt
+from api.fields import check_fields
 from api.openapi import errors
 from api.params import RequestBuilder, build
 from api.schemas import (
@@ -104,6 +105,7 @@ async def tokenize(
     request: HttpRequest[Any, Any, Any],
 ) -> TokenizeResponse:
     """Tokenize a prompt, or messages through the chat template."""
+    check_fields(await request.json(), TokenizeRequest, strict=server.settings.strict_params)
     server.check_model(data.model)
     tokens = await build(len(await request.body()), tokenize_prompt, builder, data)
     return TokenizeResponse(tokens, len(tokens), server.client.info.context_length)

@@ -7,22 +7,28 @@ each a line of JSON, and answers each grammar with a line: what is wrong with it
 """
 
 import asyncio
-import select
+import hashlib
+import selectors
 import signal
 import subprocess
 import sys
-import threading
 from collections import OrderedDict
+from concurrent.futures import ThreadPoolExecutor
 
 import msgspec
 
-from jaxserve.errors import RequestError
+from jaxserve.errors import OverloadedError, RequestError
 from jaxserve.request import GrammarTokenizer
 from jaxserve.structured.compiler import GrammarError, compile_grammar, load_tokenizer
 
 _TIME_LIMIT_S = 1.5
 _MAX_WORKERS = 2
+# A client that sends many bad grammars must not hold up the others' requests for long.
+_MAX_WAIT_S = 5.0
 _MAX_VERDICTS = 1024
+
+
+_TOO_LONG = f"it is too complex: not compiled within {_TIME_LIMIT_S} s"
 
 
 class GrammarValidator:
@@ -34,59 +40,64 @@ class GrammarValidator:
 
     def __init__(self, tokenizer: GrammarTokenizer) -> None:
         self._tokenizer = msgspec.json.encode(tokenizer) + b"\n"
-        self._free = threading.BoundedSemaphore(_MAX_WORKERS)
+        self._threads = ThreadPoolExecutor(_MAX_WORKERS, thread_name_prefix="grammar")
         self._idle: list[subprocess.Popen[bytes]] = []
-        self._verdicts: OrderedDict[str, str | None] = OrderedDict()
+        self._verdicts: OrderedDict[bytes, str | None] = OrderedDict()
         self._closed = False
 
     async def start(self) -> None:
         """Have a process ready, so that the first grammar does not wait for it."""
-        await asyncio.to_thread(self._warm_up)
+        await asyncio.get_running_loop().run_in_executor(self._threads, lambda: self._keep(self._spawn()))
 
     async def check(self, grammar: str, param: str | None) -> None:
         """Refuse a grammar that cannot be compiled, accepts nothing, or takes too long.
 
         Raises:
             RequestError: what is wrong with it.
+            OverloadedError: too many wait to be tried.
         """
-        if grammar not in self._verdicts:
-            self._verdicts[grammar] = await asyncio.to_thread(self._try, grammar)
+        key = hashlib.sha256(grammar.encode()).digest()
+        if key in self._verdicts:
+            self._verdicts.move_to_end(key)
+            error = self._verdicts[key]
+        else:
+            error = await self._try_in_thread(grammar)
+            if error != _TOO_LONG:  # on a less busy machine it might not be
+                self._verdicts[key] = error
             if len(self._verdicts) > _MAX_VERDICTS:
                 self._verdicts.popitem(last=False)
-        error = self._verdicts[grammar]
-        self._verdicts.move_to_end(grammar)
         if error is not None:
             raise RequestError(f"{param or 'grammar'}: {error}", param=param)
 
     def close(self) -> None:
         """End the processes."""
         self._closed = True
+        self._threads.shutdown(wait=False, cancel_futures=True)
         while self._idle:
             _end(self._idle.pop())
 
-    def _warm_up(self) -> None:
-        with self._free:
-            self._keep(self._spawn())
+    async def _try_in_thread(self, grammar: str) -> str | None:
+        try:
+            async with asyncio.timeout(_MAX_WAIT_S):
+                return await asyncio.get_running_loop().run_in_executor(self._threads, self._try, grammar)
+        except TimeoutError:
+            raise OverloadedError("too many grammars wait to be tried; try again in a second") from None
 
     def _try(self, grammar: str) -> str | None:
-        with self._free:
-            process = self._idle.pop() if self._idle else self._spawn()
-            assert process.stdin is not None
-            assert process.stdout is not None
-            try:
-                process.stdin.write(msgspec.json.encode(grammar) + b"\n")
-                process.stdin.flush()
-                if not select.select([process.stdout], [], [], _TIME_LIMIT_S)[0]:
-                    _end(process)
-                    return f"it is too complex: not compiled within {_TIME_LIMIT_S} s"
-                line = process.stdout.readline()
-            except OSError:
-                line = b""
-            if not line:
+        process = self._idle.pop() if self._idle else self._spawn()
+        line: bytes | None = b""
+        try:
+            line = _ask(process, grammar)
+        except OSError:  # it has ended
+            pass
+        finally:
+            if line:
+                self._keep(process)
+            else:
                 _end(process)
-                return "it is too complex: the compiler failed"
-            self._keep(process)
-            return msgspec.json.decode(line, type=str | None)
+        if line is None:
+            return _TOO_LONG
+        return msgspec.json.decode(line, type=str | None) if line else "it is too complex: the compiler failed"
 
     def _keep(self, process: subprocess.Popen[bytes]) -> None:
         if self._closed:
@@ -103,6 +114,17 @@ class GrammarValidator:
         process.stdin.flush()
         process.stdout.readline()  # it is ready
         return process
+
+
+def _ask(process: subprocess.Popen[bytes], grammar: str) -> bytes | None:
+    """The process's answer; None if it takes too long, and nothing if it ends."""
+    assert process.stdin is not None
+    assert process.stdout is not None
+    process.stdin.write(msgspec.json.encode(grammar) + b"\n")
+    process.stdin.flush()
+    with selectors.DefaultSelector() as selector:
+        selector.register(process.stdout, selectors.EVENT_READ)
+        return process.stdout.readline() if selector.select(_TIME_LIMIT_S) else None
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:

@@ -44,7 +44,7 @@ class XmlParser(ToolCallParser):
         types = self._tool.types_of(name)
         self._arguments(("{" if self._num_arguments == 0 else ", ") + json.dumps(name, ensure_ascii=False) + ": ")
         self._num_arguments += 1
-        if types == {"string"}:
+        if types == _STRING:
             self._arguments('"')
             if (yield from self._reader.until(ends, self._string_part)) is None:
                 raise NoCallError
@@ -154,4 +154,5 @@ _JSON_TYPES: dict[type, frozenset[str]] = {
     dict: frozenset({"object"}),
     type(None): frozenset({"null"}),
 }
+_STRING = frozenset({"string"})
 _ANY = frozenset().union(*_JSON_TYPES.values())

@@ -168,3 +168,9 @@ async def test_unknown_fields_are_logged_or_refused(http: Http, caplog: pytest.L
     async with AsyncTestClient(create_app(strict)) as client:
         assert check_error(await client.post("/v1/chat/completions", json=body), 400)["param"] == "nonsense"
         assert (await client.post("/v1/chat/completions", json={"messages": MESSAGES, "user": "me"})).status_code == 200
+        for fields, param in (
+            ({"messages": [{**MESSAGES[0], "mood": "good"}]}, "messages.0.mood"),
+            ({"response_format": {"type": "text", "more": 1}}, "response_format.more"),
+        ):
+            response = await client.post("/v1/chat/completions", json={**body, "nonsense": None, **fields})
+            assert check_error(response, 400)["param"] == param

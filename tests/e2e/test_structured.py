@@ -179,7 +179,9 @@ async def test_completions_take_grammars_too(http: httpx.AsyncClient) -> None:
 
 
 async def test_a_response_can_be_cancelled_while_it_is_made(http: httpx.AsyncClient) -> None:
-    body = {"input": "x", "stream": True, "max_output_tokens": 900, "text": {"format": {"type": "json_object"}}}
+    long = {"type": "object", "properties": {"a": {"type": "string", "minLength": 800}}, "required": ["a"]}
+    form = {"type": "json_schema", "name": "x", "schema": long, "strict": True}
+    body = {"input": "x", "stream": True, "max_output_tokens": 900, "text": {"format": form}}
     kinds: list[str] = []
     name = ""
     async with http.stream("POST", "/v1/responses", json=body) as stream:
@@ -212,6 +214,8 @@ async def test_bad_grammars_disturb_nobody(http: httpx.AsyncClient) -> None:
         assert response.status_code == 400, response.text
         assert response.json()["error"]["param"] == next(iter(fields))
 
+    # Once it is compiled, this one waits for nothing.
+    await ask(http, **GRAMMARS["schema"])
     good = [ask(http, **GRAMMARS["schema"], seed=seed) for seed in range(8)]
     answers = await asyncio.gather(*map(refused, bad[:5]), *good)
     for answer in answers[5:]:

@@ -227,3 +227,27 @@ def test_what_the_scanner_lets_through_is_json(text: str, cuts: list[int]) -> No
     assert scan(cut(text, cuts)) == (done, out)
     if done:
         json.loads(out)
+
+
+HOSTILE = (
+    '<tool_call>{"name": {"a": 1}, "arguments": {}}</tool_call>',
+    '<tool_call>{"name": ["f"]}</tool_call>',
+    '<tool_call>{"x": ' + "9" * 5000 + ', "name": "stop_all"}</tool_call>',
+    '<tool_call>{"x": 1٢, "name": "stop_all"}</tool_call>',
+    '<tool_call>{"name": "stop_all", "arguments": {"a": 1٢}}</tool_call>',
+    '<tool_call>{"name": "stop_all", "arguments": "' + "[" * 100_000 + '"}</tool_call>',
+    '<tool_call>{"name": "stop_all", "arguments": ' + '{"a":' * 5000 + "</tool_call>",
+    "<tool_call>" * 20_000,
+    "[" * 50_000,
+    "[stop_all(a=" + "(" * 5000 + ")]",
+    '{"name": "stop_all", "parameters": {"a": "\\ud800"}}',
+)
+
+
+@pytest.mark.parametrize("text", HOSTILE, ids=range(len(HOSTILE)))
+@pytest.mark.parametrize("name", TOOL_CALL_FORMATS)
+def test_hostile_output_is_content(name: str, text: str) -> None:
+    """No exception, and in time that grows with the text and not with its square."""
+    message = Message().add(read(MessageFormat(tool_calls=TOOL_CALL_FORMATS[name], tools=TOOLS), [text]))
+    for call in message.calls.values():
+        assert isinstance(json.loads(call.arguments), dict)

@@ -250,3 +250,71 @@ def test_strict_refuses_what_cannot_be_enforced(case: Case) -> None:
 def test_demands_that_are_refused(case: Case, fields: dict[str, Any], match: str) -> None:
     with pytest.raises(RequestError, match=match):
         constraint(case, **fields)
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters", "strict"),
+    [
+        ("pythonic", {"properties": {"class": {}}}, False),
+        ("pythonic", {"properties": {"a-b": {}}}, False),
+        ("glm45", {"properties": {"a": {"type": "string", "pattern": "^[a-z]+$"}}}, True),
+        ("qwen3_coder", {"properties": {"a": {"type": "string", "format": "date"}}}, True),
+    ],
+)
+def test_tools_that_a_format_cannot_promise(case: Case, name: str, parameters: dict[str, Any], strict: bool) -> None:
+    tool = Tool(name="f", parameters=parameters, strict=strict)
+    with pytest.raises(RequestError, match="this model writes"):
+        TOOL_CALL_FORMATS[name].syntax.calls(case.writer, [tool], parallel=True)
+
+
+ODD = {
+    "type": "object",
+    "properties": {
+        "ref": {"$ref": "#/$defs/inner"},
+        "const": {"const": "x"},
+        "enum": {"enum": [1, 2]},
+        "words": {"type": "string", "enum": ["a b", "c"]},
+        "bad enum": {"type": "string", "enum": 5},
+        "mixed": {"type": "array", "items": {"enum": [True, None, "t"]}, "maxItems": 2},
+    },
+    "required": ["ref", "const", "enum", "words", "mixed", ["nonsense"]],
+    "$defs": {"inner": {"type": "object", "properties": {"k": {"type": "integer"}}, "additionalProperties": False}},
+    "additionalProperties": False,
+}
+
+
+@pytest.mark.parametrize("name", ["glm45", "hermes", "pythonic", "qwen3_coder"])
+def test_arguments_of_odd_types(case: Case, name: str) -> None:
+    """What the grammar lets through is what the parser reads, with the types of the schema."""
+    properties = {key: value for key, value in ODD["properties"].items() if " " not in key or name != "pythonic"}  # type: ignore[attr-defined]
+    tool = Tool(name="f", parameters={**ODD, "properties": properties})
+    form = TOOL_CALL_FORMATS[name]
+    if name == "hermes":
+        tool = Tool(
+            name="f", parameters={**ODD, "properties": properties, "required": ["ref", "const", "enum", "mixed"]}
+        )
+        properties.pop("bad enum")
+    grammar = whole([(Before(), form.syntax.calls(case.writer, [tool], parallel=False))])
+    for text in walks(case, grammar, 8):
+        parser = MessageFormat(tool_calls=form, tools=[tool]).parser()
+        [call] = Message().add([*parser.push(text), *parser.finish()]).calls.values()
+        arguments = json.loads(call.arguments)
+        assert isinstance(arguments["ref"], dict)
+        assert arguments["const"] == "x"
+        assert arguments["enum"] in (1, 2)
+        assert set(arguments["mixed"]) <= {True, None, "t"}
+
+
+def test_text_cannot_pretend_to_be_a_strict_call(case: Case) -> None:
+    for name, text in (
+        ("llama3", ' {"name": "get_weather", "parameters": {"zzz": 1}}'),
+        ("pythonic", "\n[get_weather(zzz=1)]"),
+        ("hermes", '<tool_call>{"name": "get_weather", "arguments": {"zzz": 1}}</tool_call>'),
+    ):
+        form = TOOL_CALL_FORMATS[name]
+        grammar = whole([(Before(), form.syntax.text_and_calls(case.writer, TOOLS, parallel=True))])
+        ids = case.grammars.tokenize_str(text)
+        assert compile_grammar(case.grammars, grammar).try_consume_tokens(ids) < len(ids)
+    form = TOOL_CALL_FORMATS["qwen3_coder"]
+    parser = MessageFormat(tool_calls=form, tools=TOOLS).parser()
+    assert not Message().add([*parser.push("<function=get_weather></function>"), *parser.finish()]).calls
