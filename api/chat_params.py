@@ -47,7 +47,7 @@ def build_chat(builder: RequestBuilder, body: ChatCompletionRequest) -> Prepared
         ),
         num_choices=body.n or 1,
         grammar=grammar,
-        thinking=_thinking(builder, body, inside),
+        thinking=_thinking(builder, body, inside, forced=tools is not None and tools.forced),
     )
     formats = builder.model.formats
     separate = body.separate_reasoning is not False
@@ -164,7 +164,10 @@ def _grammar(
     return (whole(alternatives) if alternatives else ""), param
 
 
-def _thinking(builder: RequestBuilder, body: ChatCompletionRequest, inside: bool | None) -> Thinking | None:
+def _thinking(
+    builder: RequestBuilder, body: ChatCompletionRequest, inside: bool | None, *, forced: bool
+) -> Thinking | None:
+    """The limit on thinking; `forced` tells that tool calls have to follow it."""
     if body.thinking_budget is None:
         return None
     check_range("thinking_budget", body.thinking_budget, 0, _MAX_BUDGET)
@@ -173,6 +176,7 @@ def _thinking(builder: RequestBuilder, body: ChatCompletionRequest, inside: bool
         raise RequestError("thinking_budget needs a server with --reasoning-parser", param="thinking_budget")
     if inside is False:
         return None
+    closing = reasoning.closing(calls=forced)
     return Thinking(
         start=reasoning.start,
         end=reasoning.end,
@@ -180,5 +184,5 @@ def _thinking(builder: RequestBuilder, body: ChatCompletionRequest, inside: bool
         reopens=reasoning.reopens,
         inside=bool(inside) or reasoning.presumed,
         budget=body.thinking_budget,
-        end_token_ids=tuple(builder.encode(reasoning.closing, add_special_tokens=False, param="thinking_budget")),
+        end_token_ids=tuple(builder.encode(closing, add_special_tokens=False, param="thinking_budget")),
     )

@@ -21,7 +21,10 @@ class Channels:
     interrupts: tuple[str, ...] = ()
     start: str = f"{CHANNEL}analysis{MESSAGE}"
     end: str = END
-    closing: str = f"{END}{START}assistant{CHANNEL}final{MESSAGE}"
+
+    def closing(self, *, calls: bool) -> str:
+        """See `ReasoningFormat`."""
+        return f"{END}{START}assistant" + ("" if calls else f"{CHANNEL}final{MESSAGE}")
 
     def inside(self, prompt: str) -> bool | None:
         """Whether an output after this prompt starts inside thinking; None where the prompt's end does not tell."""

@@ -28,11 +28,6 @@ class ReasoningFormat(Protocol):
         ...
 
     @property
-    def closing(self) -> str:
-        """What is forced when thinking has to end: the end tag and all that must follow it."""
-        ...
-
-    @property
     def interrupts(self) -> tuple[str, ...]:
         """What ends thinking early and belongs to what follows."""
         ...
@@ -45,6 +40,10 @@ class ReasoningFormat(Protocol):
     @property
     def presumed(self) -> bool:
         """Whether an output starts inside thinking when the prompt's end does not tell."""
+        ...
+
+    def closing(self, *, calls: bool) -> str:
+        """What is forced when thinking has to end, before content or before tool calls."""
         ...
 
     def inside(self, prompt: str) -> bool | None:

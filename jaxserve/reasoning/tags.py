@@ -29,9 +29,8 @@ class Tags:
         """Text that the parser must see even where it is a special token."""
         return (self.start, self.end, *self.interrupts)
 
-    @property
-    def closing(self) -> str:
-        """What is forced when thinking has to end."""
+    def closing(self, *, calls: bool) -> str:
+        """See `ReasoningFormat`."""
         return self.end
 
     def inside(self, prompt: str) -> bool | None:

@@ -48,8 +48,8 @@ class ThinkingBudget:
 
     def _close_if_used_up(self) -> None:
         between_bytes = bool(self._decoder.getstate()[0])
-        if self._inside and self._num_left <= 0 and not between_bytes:
-            self._over = True
+        if self._inside and self._num_left <= 0 and not (between_bytes or self.queue):
+            self._over = not self._thinking.reopens
             self.queue.extend(self._thinking.end_token_ids)
 
 

@@ -188,8 +188,8 @@ def to_json(value: Any) -> str:
         ValueError, TypeError, RecursionError: JSON cannot hold the value.
     """
     text = json.dumps(value, ensure_ascii=False, allow_nan=False)
-    return (
-        text
-        if text.isascii() or not any("\ud800" <= character <= "\udfff" for character in text)
-        else json.dumps(value)
-    )
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return json.dumps(value)
+    return text

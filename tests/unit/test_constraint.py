@@ -63,6 +63,20 @@ def test_no_budget_at_all() -> None:
     assert feed(budget(0, inside=False), b"x<t>y") == 4
 
 
+def test_thinking_that_is_opened_again_has_no_new_budget() -> None:
+    ids = tuple(b"</t>")
+    thinking = Thinking(start="<t>", end="</t>", inside=True, reopens=True, budget=3, end_token_ids=ids)
+    limit = ThinkingBudget(thinking)
+    assert feed(limit, b"abcd") == 3
+    for token in b"</t>":
+        limit.take(token, bytes([token]))
+    assert feed(limit, b"so <t>x") == 6
+    other = ThinkingBudget(
+        Thinking(start="<t>", end="</t>", interrupts=("<c>",), inside=True, budget=4, end_token_ids=ids)
+    )
+    assert feed(other, b"a<c>and a long call") is None
+
+
 def test_a_character_is_never_cut() -> None:
     assert feed(budget(2), "a漢字".encode()) == 4
 
