@@ -24,7 +24,8 @@ class Channels:
 
     def closing(self, *, calls: bool) -> str:
         """See `ReasoningFormat`."""
-        return f"{END}{START}assistant" + ("" if calls else f"{CHANNEL}final{MESSAGE}")
+        # The next message has to begin as well, or it could be thinking again.
+        return f"{END}{START}assistant{CHANNEL}" + ("commentary to=functions." if calls else f"final{MESSAGE}")
 
     def inside(self, prompt: str) -> bool | None:
         """Whether an output after this prompt starts inside thinking; None where the prompt's end does not tell."""

@@ -174,6 +174,20 @@ async def test_thinking_can_be_left_in_withheld_and_limited(
         assert usage["completion_tokens_details"]["reasoning_tokens"] == len("Paris…".encode()) + 1
 
 
+@pytest.mark.parametrize("choice", ["auto", "required"])
+async def test_a_budget_closes_a_channel(engine: InProcessEngineClient, tokenizer: Tokenizer, choice: str) -> None:
+    """What follows the thinking is begun, too: the answer, or a call."""
+    recital = next(r for r in RECITALS if r.name == "gpt")
+    async with serving(server(engine, recital), tokenizer) as url, httpx.AsyncClient(base_url=url) as http:
+        body = {**options(recital), "thinking_budget": 5, "max_tokens": 160, "tool_choice": choice}
+        body.pop("extra_body")
+        answer = (await http.post("/v1/chat/completions", json=body)).json()
+        message = answer["choices"][0]["message"]
+        assert message["reasoning_content"] == "Paris"
+        assert bool(message["tool_calls"]) == (choice == "required")
+        assert answer["usage"]["completion_tokens_details"]["reasoning_tokens"] == len("Paris") + 2
+
+
 async def test_a_grammar_waits_for_the_end_of_thinking(engine: InProcessEngineClient, tokenizer: Tokenizer) -> None:
     recital = next(r for r in RECITALS if r.name == "r1")
     async with serving(server(engine, recital), tokenizer) as url, httpx.AsyncClient(base_url=url) as http:
