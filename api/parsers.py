@@ -3,11 +3,16 @@
 from typing import Any
 
 import msgspec
+from litestar import Request as HttpRequest
 from litestar import post
+from litestar.di import NamedDependency
 from litestar.params import JSONBody
 
+from api.fields import check_fields
 from api.openapi import errors
+from api.params import build
 from api.schemas import ChatCompletionRequest, ChatMessage, ToolDefinition
+from api.server import Server
 from api.tools import read_tools
 from jaxserve.errors import RequestError
 from jaxserve.output_formats import MessageFormat
@@ -54,24 +59,30 @@ class ParseFunctionCallResponse(msgspec.Struct):
 
 
 @post("/separate_reasoning", status_code=200, summary="Thinking and answer of a text", responses=errors(body=True))
-async def separate_reasoning(data: JSONBody[SeparateReasoningRequest]) -> SeparateReasoningResponse:
+async def separate_reasoning(
+    data: JSONBody[SeparateReasoningRequest], server: NamedDependency[Server], request: HttpRequest[Any, Any, Any]
+) -> SeparateReasoningResponse:
     """Split a whole output as `--reasoning-parser` would."""
+    check_fields(await request.json(), SeparateReasoningRequest, strict=server.settings.strict_params)
     form = REASONING_FORMATS.get(data.reasoning_parser.lower())
     if form is None:
         raise RequestError(f"reasoning_parser is one of {', '.join(REASONING_FORMATS)}", param="reasoning_parser")
-    message = _read(MessageFormat(reasoning=form), data.text)
+    message = await build(len(data.text), _read, MessageFormat(reasoning=form), data.text)
     return SeparateReasoningResponse(message.reasoning, message.content)
 
 
 @post("/parse_function_call", status_code=200, summary="Tool calls of a text", responses=errors(body=True))
-async def parse_function_call(data: JSONBody[ParseFunctionCallRequest]) -> ParseFunctionCallResponse:
+async def parse_function_call(
+    data: JSONBody[ParseFunctionCallRequest], server: NamedDependency[Server], request: HttpRequest[Any, Any, Any]
+) -> ParseFunctionCallResponse:
     """Find the calls in a whole output as `--tool-call-parser` would."""
+    check_fields(await request.json(), ParseFunctionCallRequest, strict=server.settings.strict_params)
     form = TOOL_CALL_FORMATS.get(data.tool_call_parser.lower())
     if form is None:
         raise RequestError(f"tool_call_parser is one of {', '.join(TOOL_CALL_FORMATS)}", param="tool_call_parser")
     tools = read_tools(ChatCompletionRequest(messages=list[ChatMessage](), tools=data.tools))
     callable_tools: Any = () if tools is None else tools.callable
-    message = _read(MessageFormat(tool_calls=form, tools=callable_tools), data.text)
+    message = await build(len(data.text), _read, MessageFormat(tool_calls=form, tools=callable_tools), data.text)
     indices = {tool.name: index for index, tool in enumerate(callable_tools)}
     calls = [ParsedCall(indices[call.name], call.name, call.arguments) for call in message.calls.values()]
     return ParseFunctionCallResponse(message.content, calls)
