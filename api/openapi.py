@@ -1,6 +1,7 @@
 """What the OpenAPI document says beyond the handlers' types: OpenAI's error object, and streams."""
 
 from http import HTTPStatus
+from typing import Any
 
 from litestar.openapi.datastructures import ResponseSpec
 from litestar.openapi.spec import OpenAPIMediaType, OpenAPIResponse, OpenAPIType, Operation, Schema
@@ -22,9 +23,9 @@ def errors(*statuses: int, body: bool = False) -> dict[int, ResponseSpec]:
 class StreamedOperation(Operation):
     """An operation whose answer is server-sent events when the body says `stream`."""
 
-    def __post_init__(self) -> None:
-        """Add the second media type to the answer."""
+    def __init__(self, **fields: Any) -> None:
+        super().__init__(**fields)
         answer = (self.responses or {})["200"]
         assert isinstance(answer, OpenAPIResponse)
-        events = Schema(type=OpenAPIType.STRING, description="`data: {chunk}` events, the last one `data: [DONE]`")
+        events = Schema(type=OpenAPIType.STRING, description="server-sent events, each a chunk or an event as JSON")
         answer.content = {**(answer.content or {}), "text/event-stream": OpenAPIMediaType(schema=events)}
