@@ -27,5 +27,11 @@ class StreamedOperation(Operation):
         super().__init__(**fields)
         answer = (self.responses or {})["200"]
         assert isinstance(answer, OpenAPIResponse)
-        events = Schema(type=OpenAPIType.STRING, description="server-sent events, each a chunk or an event as JSON")
+        text = Schema(type=OpenAPIType.STRING)
+        events = Schema(
+            type=OpenAPIType.OBJECT,
+            description="one server-sent event; its data is a chunk or an event as JSON, or `[DONE]`",
+            properties={"data": text, "event": text},
+            required=["data"],
+        )
         answer.content = {**(answer.content or {}), "text/event-stream": OpenAPIMediaType(schema=events)}
