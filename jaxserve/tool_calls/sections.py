@@ -64,11 +64,8 @@ class DeepSeekV3Parser(SectionParser):
         self._end()
 
 
-class DeepSeekV31Parser(SectionParser):
-    """`NAME<｜tool▁sep｜>{...}`."""
-
-    section_begin, section_end = "<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>"
-    call_begin, call_end = "<｜tool▁call▁begin｜>", "<｜tool▁call▁end｜>"
+class DeepSeekV31Parser(DeepSeekV3Parser):
+    """`NAME<｜tool▁sep｜>{...}`, between the same markers."""
 
     def _call(self) -> Reads[None]:
         self._start((yield from self._until("<｜tool▁sep｜>")))
