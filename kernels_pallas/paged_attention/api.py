@@ -8,6 +8,7 @@ Dimension key: T packed tokens, B rows, M pages per row, N query heads, K key/va
 S page size, L layers, P pages of one layer.
 """
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, TypeAlias
 
@@ -68,6 +69,25 @@ class AttentionConfig:
     soft_cap: float | None = None
     batch_invariant: bool = False
 
+    @property
+    def compute_dtype(self) -> Any:
+        """Dtype of queries, and of keys and values once they are read: the cache's, or bf16 where that has 8 bits."""
+        return self.dtype if jnp.dtype(self.dtype).itemsize > 1 else jnp.bfloat16
+
+    def split(self, parts: int) -> "AttentionConfig":
+        """The heads of one of `parts` shards."""
+        return dataclasses.replace(self, num_q_heads=self.num_q_heads // parts, num_kv_heads=self.num_kv_heads // parts)
+
+    def quantise(self, x_TKH: jax.Array, scale_K: jax.Array) -> jax.Array:
+        """Keys or values in the cache's dtype, divided by their head's scale; what is out of range is clipped."""
+        x_TKH = x_TKH.astype(jnp.float32) / scale_K[:, None]
+        if jnp.issubdtype(self.dtype, jnp.integer):
+            info: Any = jnp.iinfo(self.dtype)
+            x_TKH = jnp.round(x_TKH)
+        else:
+            info = jnp.finfo(self.dtype)
+        return jnp.clip(x_TKH, float(info.min), float(info.max)).astype(self.dtype)
+
     def scores(self, equation: str, q: jax.Array, k: jax.Array) -> jax.Array:
         """Scaled and capped scores in f32; `equation` is the einsum of queries and keys."""
         scores = jnp.einsum(equation, q, k, preferred_element_type=jnp.float32) * self.scale
@@ -104,6 +124,7 @@ class AttentionBackend(Protocol):
         layer: jax.Array,
         plan: Plan,
         sinks_N: jax.Array | None = None,
+        scales_2K: jax.Array | None = None,
     ) -> tuple[jax.Array, Cache]:
         """Write this step's keys and values, then attend. Donates nothing by itself; returns the new cache.
 
@@ -118,6 +139,7 @@ class AttentionBackend(Protocol):
             layer: i32 scalar, may be traced.
             plan: from `plan`.
             sinks_N: f32 extra score per query head that takes probability mass and no value, or None.
+            scales_2K: f32[2, K], keys and values are cached divided by these, or None for as they are.
 
         Returns:
             o_TNH in q's dtype (padding tokens hold anything finite) and the cache.

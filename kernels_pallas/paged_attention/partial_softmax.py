@@ -11,7 +11,7 @@ from jax import lax
 # Finite, so that differences of masked maxima are 0 and not NaN.
 MASKED = -1e30
 # Above any masked score and below any real one: a part without live keys weighs exp(MASKED - this) = 0.
-_LOWEST = MASKED / 10
+LOWEST = MASKED / 10
 
 
 class PartialSoftmax(NamedTuple):
@@ -51,7 +51,7 @@ def attend_part(
     """
     scores = jnp.where(live, scores, MASKED)
     top = jnp.max(scores, axis=-1)
-    weights = jnp.exp(scores - jnp.maximum(top, _LOWEST)[..., None])
+    weights = jnp.exp(scores - jnp.maximum(top, LOWEST)[..., None])
     weigh = partial(jnp.einsum, equation, weights.astype(values.dtype), preferred_element_type=jnp.float32)
     out = weigh(values)
     # 0 * NaN is NaN. Masking the values always would cost as much as the product, so only where it happened.

@@ -17,6 +17,7 @@ from kernels_pallas.paged_attention.partial_softmax import MASKED
 from kernels_pallas.paged_attention.xla_decode import DecodeItems, attend_decode, plan_decode
 from kernels_pallas.paged_attention.xla_pages import LayerInputs, write_tokens
 from kernels_pallas.paged_attention.xla_prefill import QueryTiles, attend_tiles, plan_tiles
+from kernels_pallas.shards import over_model
 
 # Large ones waste less per query, small ones less on short rows.
 _TILE_SIZES = (128, 32)
@@ -72,23 +73,20 @@ class XlaAttention:
         layer: jax.Array,
         plan: XlaPlan,
         sinks_N: jax.Array | None = None,
+        scales_2K: jax.Array | None = None,
     ) -> tuple[jax.Array, Cache]:
         """See `AttentionBackend.attend`."""
         heads, pages = P(None, "model", None), P(None, "model", None, None)
         if sinks_N is None:
             # -inf would make 0 * inf of an empty row; a masked sink adds exactly nothing.
             sinks_N = jnp.full(q_TNH.shape[1], MASKED, jnp.float32)
-        # Inside a step that is split over `data` already, the mesh in force has that axis taken.
-        inside = not jax.sharding.get_abstract_mesh().empty
-        local = jax.shard_map(
+        local = over_model(
             self._attend_shard,
-            mesh=None if inside else self._mesh,
-            axis_names={"model"},
-            in_specs=(heads, heads, heads, {"k": pages, "v": pages}, P(), P(), P("model")),
-            out_specs=(heads, {"k": pages, "v": pages}),
-            check_vma=False,
+            self._mesh,
+            (heads, heads, heads, {"k": pages, "v": pages}, P(), P(), P("model"), P(None, "model")),
+            (heads, {"k": pages, "v": pages}),
         )
-        return local(q_TNH, k_TKH, v_TKH, cache, layer, plan, sinks_N)
+        return local(q_TNH, k_TKH, v_TKH, cache, layer, plan, sinks_N, scales_2K)
 
     def _attend_shard(
         self,
@@ -99,8 +97,13 @@ class XlaAttention:
         layer: jax.Array,
         plan: XlaPlan,
         sinks_N: jax.Array,
+        scales_2K: jax.Array | None,
     ) -> tuple[jax.Array, Cache]:
         c = self.config
+        q_TKGH = q_TNH.reshape(q_TNH.shape[0], k_TKH.shape[1], -1, c.head_dim)
+        if scales_2K is not None:
+            k_TKH, v_TKH = c.quantise(k_TKH, scales_2K[0]), c.quantise(v_TKH, scales_2K[1])
+            q_TKGH = q_TKGH.astype(jnp.float32) * scales_2K[0][:, None, None]
         first_page = layer * c.num_pages
         slot_T = plan.meta.slot_mapping_T
         # Padding tokens point past the pool; past the last layer as well, they are dropped.
@@ -112,7 +115,7 @@ class XlaAttention:
             "v": write_tokens(cache["v"], page_T, slot_T % c.page_size, v_TKH),
         }
         layer_inputs = LayerInputs(
-            q_TKGH=q_TNH.reshape(q_TNH.shape[0], k_TKH.shape[1], -1, c.head_dim).astype(c.dtype),
+            q_TKGH=q_TKGH.astype(c.compute_dtype),
             keys_PKSH=cache["k"],
             values_PKSH=cache["v"],
             first_page=first_page,
@@ -125,4 +128,6 @@ class XlaAttention:
         # Smallest first: the tail of a row's last tile reaches into the next rows, whose own tiles overwrite it.
         for size, tiles in reversed(list(zip(self._tile_sizes(plan.meta), plan.tiles, strict=True))):
             o_TKGH = attend_tiles(c, layer_inputs, plan.meta, tiles, size, o_TKGH)
+        if scales_2K is not None:
+            o_TKGH *= scales_2K[1][:, None, None]
         return o_TKGH.reshape(q_TNH.shape).astype(q_TNH.dtype), cache

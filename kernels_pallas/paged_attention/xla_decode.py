@@ -57,7 +57,7 @@ def attend_decode(config: AttentionConfig, layer: LayerInputs, items: DecodeItem
     num_rows, num_items = items.kv_len_B.shape[0], items.row_I.shape[0]
     chunk = min(num_rows, _MAX_ITEMS, num_items)
     key_s = jnp.arange(items.pages_IW.shape[1] * config.page_size)
-    q_BKGH = layer.q_TKGH[:num_rows]
+    q_BKGH, dtype = layer.q_TKGH[:num_rows], layer.q_TKGH.dtype
 
     def body(index: jax.Array, state: PartialSoftmax) -> PartialSoftmax:
         # The last chunk is moved back into the list; the items it repeats are masked out.
@@ -70,11 +70,11 @@ def attend_decode(config: AttentionConfig, layer: LayerInputs, items: DecodeItem
         live_Es = ((item_E >= index * chunk) & (item_E < items.num_live))[:, None] & (position_Es < kv_len_E1)
         if config.window is not None:
             live_Es &= position_Es >= kv_len_E1 - config.window
-        scores_EKGs = config.scores("ekgh,eksh->ekgs", q_BKGH[row_E], take_pages(layer.keys_PKSH, pages_EW))
+        scores_EKGs = config.scores("ekgh,eksh->ekgs", q_BKGH[row_E], take_pages(layer.keys_PKSH, pages_EW, dtype))
         part = attend_part(
             scores_EKGs,
             live_Es[:, None, None, :],
-            take_pages(layer.values_PKSH, pages_EW),
+            take_pages(layer.values_PKSH, pages_EW, dtype),
             "ekgs,eksh->ekgh",
             live_Es[:, None, :, None],
         )

@@ -1,6 +1,6 @@
 """Reading and writing pages in portable XLA. Pages are head-major, [pages of all layers, K, S, H]."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,7 @@ class LayerInputs(NamedTuple):
     """What one layer attends with, on one shard.
 
     Attributes:
-        q_TKGH: queries, by key head.
+        q_TKGH: queries by key head, in the dtype of the computation.
         keys_PKSH, values_PKSH: pages of all layers, this step's tokens written.
         first_page: i32, first page of the layer.
         sinks_KG: f32 scores of the sinks.
@@ -29,8 +29,8 @@ def write_tokens(pages_PKSH: jax.Array, page_T: jax.Array, slot_T: jax.Array, ne
     return pages_PKSH.at[page_T, :, slot_T].set(new_TKH.astype(pages_PKSH.dtype), mode="drop")
 
 
-def take_pages(pages_PKSH: jax.Array, page_EW: jax.Array) -> jax.Array:
-    """Keys or values of E lists of W pages, head-major: [E, K, W * S, H]. Every page must exist.
+def take_pages(pages_PKSH: jax.Array, page_EW: jax.Array, dtype: Any) -> jax.Array:
+    """Keys or values of E lists of W pages in `dtype`, head-major: [E, K, W * S, H]. Every page must exist.
 
     Gathered as flat rows, one per page and head: XLA on CPU copies those three times faster than pages of four
     axes, and they come out in the order that the products want. The barrier keeps it from undoing the reshape.
@@ -39,7 +39,7 @@ def take_pages(pages_PKSH: jax.Array, page_EW: jax.Array) -> jax.Array:
     row_EKW = page_EW[:, None, :] * num_heads + jnp.arange(num_heads)[:, None]
     rows_RF = pages_PKSH.reshape(-1, page_size * head_dim)
     flat_RF = lax.optimization_barrier(rows_RF.at[row_EKW.reshape(-1)].get(mode="promise_in_bounds"))
-    return flat_RF.reshape(page_EW.shape[0], num_heads, -1, head_dim)
+    return flat_RF.reshape(page_EW.shape[0], num_heads, -1, head_dim).astype(dtype)
 
 
 def expand(counts_B: jax.Array, length: int) -> tuple[jax.Array, jax.Array, jax.Array]:

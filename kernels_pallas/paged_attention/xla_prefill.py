@@ -86,11 +86,13 @@ def attend_tiles(
             live_ts = (position_s <= position_t[:, None]) & (position_s < kv_len)
             if config.window is not None:
                 live_ts &= position_s > position_t[:, None] - config.window
-            scores_KtGs = config.scores("tkgh,ksh->ktgs", q_tKGH, take_pages(layer.keys_PKSH, pages_1W)[0])
+            scores_KtGs = config.scores(
+                "tkgh,ksh->ktgs", q_tKGH, take_pages(layer.keys_PKSH, pages_1W, q_tKGH.dtype)[0]
+            )
             part = attend_part(
                 scores_KtGs,
                 live_ts[None, :, None, :],
-                take_pages(layer.values_PKSH, pages_1W)[0],
+                take_pages(layer.values_PKSH, pages_1W, q_tKGH.dtype)[0],
                 "ktgs,ksh->ktgh",
                 (position_s < kv_len)[:, None],
             )

@@ -1,6 +1,9 @@
-"""Every attention backend against numpy in float64, with NaN wherever nothing may be read."""
+"""Every attention backend over the same cases against numpy in float64, with NaN wherever nothing may be read.
 
-from dataclasses import dataclass, field
+The Pallas kernels run interpreted, with their races watched, memory that nobody wrote as NaN, and reads out of bounds
+raising.
+"""
+
 from typing import Any
 
 import jax
@@ -9,150 +12,192 @@ import numpy as np
 import pytest
 
 from jaxserve.mesh import make_mesh
-from kernels_pallas.paged_attention.api import AttentionConfig, AttentionMeta
-from kernels_pallas.paged_attention.reference import paged_attention_reference
+from kernels_pallas.paged_attention.api import AttentionBackend, AttentionConfig
+from kernels_pallas.paged_attention.cases import LAYER, OPTIONS, SHAPES, Case, Step, expected, make_step, tolerance
 from kernels_pallas.paged_attention.xla import XlaAttention
 
-
-@dataclass(frozen=True, kw_only=True)
-class Case:
-    """One step: how many tokens each row runs and how many keys it then has; single tokens first."""
-
-    q_lens: tuple[int, ...]
-    kv_lens: tuple[int, ...]
-    num_rows: int = 8
-    num_tokens: int = 128
-    page_size: int = 16
-    heads: tuple[int, int, int] = (6, 2, 32)
-    options: dict[str, Any] = field(default_factory=dict)
-    sinks: bool = False
+F32, BF16 = jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16)
+FP8, INT8 = jnp.dtype(jnp.float8_e4m3fn), jnp.dtype(jnp.int8)
+VMEM_BYTES = 64 << 20
 
 
-SHAPES = {
-    "decode": Case(q_lens=(1, 1, 1), kv_lens=(1, 17, 100), num_tokens=8),
-    "one_row_alone": Case(q_lens=(1,), kv_lens=(16,), num_rows=4, num_tokens=4),
-    "mixed": Case(q_lens=(1, 1, 30, 70), kv_lens=(33, 48, 30, 90)),
-    "short_prefill": Case(q_lens=(5,), kv_lens=(5,), num_tokens=16),
-    "many_rows": Case(q_lens=(1,) * 20, kv_lens=tuple(range(1, 201, 10)), num_rows=32, num_tokens=32),
-    "chunk_of_a_long_prompt": Case(q_lens=(200,), kv_lens=(333,), num_tokens=256),
-    "prefill_rows_side_by_side": Case(q_lens=(2, 3, 90, 17), kv_lens=(2, 50, 90, 700)),
-    "tiles_of_both_sizes": Case(q_lens=(1, 130, 5, 128, 300), kv_lens=(9, 130, 205, 128, 431), num_tokens=576),
-    "pages_of_one_token": Case(q_lens=(1, 1, 9), kv_lens=(3, 70, 40), page_size=1, num_tokens=64),
-    "multi_head": Case(q_lens=(1, 40), kv_lens=(21, 40), heads=(4, 4, 16)),
-    "multi_query": Case(q_lens=(1, 40), kv_lens=(21, 40), heads=(8, 1, 64)),
-    "nothing": Case(q_lens=(), kv_lens=()),
-}
-OPTIONS: dict[str, tuple[dict[str, Any], bool]] = {
-    "plain": ({}, False),
-    "window": ({"window": 20}, False),
-    "tight_window_and_sinks": ({"window": 3}, True),
-    "soft_cap_and_sinks": ({"soft_cap": 5.0}, True),
-    "batch_invariant": ({"batch_invariant": True}, False),
-    "batch_invariant_window": ({"batch_invariant": True, "window": 20}, True),
-}
+class Xla:
+    """Pages of keys and values apart, head-major."""
+
+    backend = XlaAttention
+
+    def __init__(self, config: AttentionConfig, tp_size: int) -> None:
+        self.attention: AttentionBackend = self.backend(config, make_mesh(tp_size))
+
+    @staticmethod
+    def to_cache(config: AttentionConfig, k_PSKH: jax.Array, v_PSKH: jax.Array) -> dict[str, jax.Array]:
+        return {
+            "k": jnp.moveaxis(k_PSKH, 2, 1).astype(config.dtype),
+            "v": jnp.moveaxis(v_PSKH, 2, 1).astype(config.dtype),
+        }
+
+    @staticmethod
+    def from_cache(config: AttentionConfig, cache: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        return jnp.moveaxis(cache["k"], 1, 2), jnp.moveaxis(cache["v"], 1, 2)
+
+
+class Tpu:
+    """Keys beside values in one array of pages."""
+
+    def __init__(self, config: AttentionConfig, tp_size: int) -> None:
+        from jax.experimental.pallas import tpu as pltpu
+
+        from kernels_pallas.paged_attention.tpu import TpuAttention
+
+        params = pltpu.InterpretParams(detect_races=True, out_of_bounds_reads="raise", uninitialized_memory="nan")
+        self.attention: AttentionBackend = TpuAttention(
+            config, make_mesh(tp_size), vmem_bytes=VMEM_BYTES, interpret=params
+        )
+
+    @staticmethod
+    def to_cache(config: AttentionConfig, k_PSKH: jax.Array, v_PSKH: jax.Array) -> dict[str, jax.Array]:
+        from kernels_pallas.paged_attention.tpu_layout import TpuLayout
+
+        packed_PSKZ = TpuLayout(config.head_dim, config.dtype, config.page_size).pack(k_PSKH, v_PSKH)
+        return {"kv": jnp.moveaxis(packed_PSKZ, 2, 1).astype(config.dtype)}
+
+    @staticmethod
+    def from_cache(config: AttentionConfig, cache: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        from kernels_pallas.paged_attention.tpu_layout import TpuLayout
+
+        return TpuLayout(config.head_dim, config.dtype, config.page_size).unpack(jnp.moveaxis(cache["kv"], 1, 2))
 
 
 def run(
-    case: Case, dtype: jnp.dtype, options: dict[str, Any], *, sinks: bool, tp_size: int = 1
-) -> tuple[np.ndarray, ...]:
-    """Backend's output and the reference's, for the live tokens."""
-    rng = np.random.default_rng(0)
-    num_q_heads, num_kv_heads, head_dim = case.heads
-    size, count = case.page_size, len(case.q_lens)
-    pages_per_row = max([-(-length // size) for length in case.kv_lens], default=0) + 2
-    num_pages, layer = max(1, count) * pages_per_row + 3, 1
-    config = AttentionConfig(
-        num_layers=2,
-        num_q_heads=num_q_heads,
-        num_kv_heads=num_kv_heads,
-        head_dim=head_dim,
-        page_size=size,
-        num_pages=num_pages,
-        dtype=dtype,
-        scale=head_dim**-0.5,
-        **options,
+    implementation: type[Xla | Tpu], case: Case, dtype: jnp.dtype, *, tp_size: int = 1, batch_invariant: bool = False
+) -> None:
+    """Run a case and hold results and pages against what is expected."""
+    config = case.config(dtype, batch_invariant=batch_invariant)
+    step = make_step(case, config)
+    attention = implementation(config, tp_size).attention
+    old = implementation.to_cache(config, jnp.asarray(step.k_PSKH), jnp.asarray(step.v_PSKH))
+    assert {name: array.shape for name, array in old.items()} == {
+        name: spec.shape for name, spec in attention.cache_spec().items()
+    }
+    out, new = _attend(attention, step, old)
+    got = np.asarray(out.astype(jnp.float32))
+    assert np.isfinite(got).all(), "padding tokens hold something finite"
+    want, *pages = expected(case, config, step)
+    np.testing.assert_allclose(
+        got[: want.shape[0]], want, rtol=0, atol=tolerance(case, config) * max(1.0, np.abs(want).max(initial=0.0))
     )
-    shuffled = iter(rng.permutation(num_pages).tolist())
-    table = np.zeros((case.num_rows, pages_per_row), np.int32)
-    ends = np.zeros(case.num_rows + 1, np.int32)
-    ends[1 : count + 1] = np.cumsum(case.q_lens)
-    ends[count + 1 :] = ends[count]
-    kv_lens = np.zeros(case.num_rows, np.int32)
-    kv_lens[:count] = case.kv_lens
-    slots = np.full(case.num_tokens, num_pages * size, np.int32)
-    positions = np.zeros(case.num_tokens, np.int32)
-    cache = {name: np.full((2 * num_pages, num_kv_heads, size, head_dim), np.nan, np.float32) for name in "kv"}
-    for row, (q_len, kv_len) in enumerate(zip(case.q_lens, case.kv_lens, strict=True)):
-        used = -(-kv_len // size)
-        table[row, :used] = [next(shuffled) for _ in range(used)]
-        for position in range(kv_len):
-            page, offset = table[row, position // size], position % size
-            if position < kv_len - q_len:
-                for array in cache.values():
-                    array[layer * num_pages + page, :, offset] = rng.standard_normal((num_kv_heads, head_dim))
-            else:
-                token = ends[row + 1] - (kv_len - position)
-                slots[token], positions[token] = page * size + offset, position
-    q, k, v = (
-        jnp.asarray(rng.standard_normal((case.num_tokens, heads, head_dim)), jnp.float32).astype(dtype)
-        for heads in (num_q_heads, num_kv_heads, num_kv_heads)
-    )
-    num_decode = sum(length == 1 for length in case.q_lens)
-    meta = AttentionMeta(kv_lens, table, ends, np.array([num_decode, count], np.int32), slots, positions)
-    sink_values = rng.standard_normal(num_q_heads).astype(np.float32) if sinks else None
-    backend = XlaAttention(config, make_mesh(tp_size))
+    _check_pages(config, implementation.from_cache(config, old), implementation.from_cache(config, new), pages)
 
+
+def _attend(attention: AttentionBackend, step: Step, cache: dict[str, jax.Array]) -> Any:
     @jax.jit
-    def attend(q: jax.Array, k: jax.Array, v: jax.Array, cache: Any, meta: AttentionMeta, layer: jax.Array) -> Any:
-        sinks_N = None if sink_values is None else jnp.asarray(sink_values)
-        return backend.attend(q, k, v, cache, layer, backend.plan(meta), sinks_N)
+    def attend(q: jax.Array, k: jax.Array, v: jax.Array, cache: Any, meta: Any, layer: jax.Array) -> Any:
+        optional = [None if x is None else jnp.asarray(x) for x in (step.sinks_N, step.scales_2K)]
+        return attention.attend(q, k, v, cache, layer, attention.plan(meta), *optional)
 
-    out, new_cache = attend(
-        q,
-        k,
-        v,
-        {name: jnp.asarray(array).astype(dtype) for name, array in cache.items()},
-        jax.tree.map(jnp.asarray, meta),
-        jnp.int32(layer),
-    )
-    assert np.isfinite(np.asarray(out.astype(jnp.float32))).all(), "padding tokens hold something finite"
-    pages = [
-        np.asarray(new_cache[name].astype(jnp.float32))[layer * num_pages :].transpose(0, 2, 1, 3) for name in "kv"
-    ]
-    untouched = np.asarray(new_cache["k"].astype(jnp.float32))[:num_pages]
-    assert np.isnan(untouched).all(), "another layer's pages were written"
-    q64 = np.asarray(q.astype(jnp.float32))
-    want = paged_attention_reference(q64, *pages, kv_lens, table, ends, count, config, sink_values)
-    live = ends[count]
-    return np.asarray(out.astype(jnp.float32))[:live], want[:live]
+    activations = [jnp.asarray(x).astype(attention.config.compute_dtype) for x in (step.q_TNH, step.k_TKH, step.v_TKH)]
+    return attend(*activations, cache, step.meta, jnp.int32(LAYER))
 
 
-def tolerance(dtype: jnp.dtype, case: Case) -> float:
-    """A rounding of the probabilities and of the output, and a sum over the row's keys."""
-    epsilon = float(jnp.finfo(dtype).eps)
-    keys = max(case.kv_lens, default=1)
-    return 4 * epsilon + 4 * float(jnp.finfo(jnp.float32).eps) * keys**0.5
+def _check_pages(config: AttentionConfig, old: Any, new: Any, want: list[np.ndarray]) -> None:
+    """Each slot that a row holds has its key and value; the other layer was not touched."""
+    for before, after, want_PSKH in zip(old, new, want, strict=True):
+        old_PSKH, new_PSKH = (np.asarray(x.astype(jnp.float32)) for x in (before, after))
+        np.testing.assert_array_equal(new_PSKH[: config.num_pages], old_PSKH[: config.num_pages])
+        held = ~np.isnan(want_PSKH)
+        np.testing.assert_array_equal(new_PSKH[held], want_PSKH[held])
 
 
-F32, BF16 = jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16)
-GRID = [(shape, "plain", dtype) for shape in SHAPES for dtype in (F32, BF16)] + [
+PLAIN = [(shape, "plain", dtype) for shape in SHAPES for dtype in (F32, BF16)]
+WITH_OPTIONS = [
     (shape, options, F32)
     for options in OPTIONS
     for shape in ("mixed", "many_rows", "chunk_of_a_long_prompt", "multi_query")
     if options != "plain"
 ]
+needs_pallas = pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="the kernels need JAX 0.11")
 
 
-@pytest.mark.parametrize(("shape", "options", "dtype"), GRID)
-def test_matches_numpy(shape: str, options: str, dtype: jnp.dtype) -> None:
-    changes, sinks = OPTIONS[options]
-    got, want = run(SHAPES[shape], dtype, changes, sinks=sinks)
-    error = np.abs(got - want)
-    limit = tolerance(dtype, SHAPES[shape]) * max(1.0, np.abs(want).max(initial=0.0))
-    assert error.max(initial=0.0) <= limit, f"max {error.max():.2e}, mean {error.mean():.2e}, limit {limit:.2e}"
+@pytest.mark.parametrize(("shape", "options", "dtype"), PLAIN + WITH_OPTIONS)
+@pytest.mark.parametrize("implementation", [Xla, pytest.param(Tpu, marks=needs_pallas)])
+def test_matches_numpy(implementation: type[Any], shape: str, options: str, dtype: jnp.dtype) -> None:
+    run(implementation, SHAPES[shape].with_options(**OPTIONS[options]), dtype)
+
+
+def test_xla_takes_pages_of_any_size() -> None:
+    case = Case(q_lens=(1, 1, 9), kv_lens=(3, 70, 40), page_size=1, num_tokens=64)
+    run(Xla, case, F32)
+
+
+@pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 256])
+@pytest.mark.parametrize("implementation", [pytest.param(Tpu, marks=needs_pallas)])
+def test_head_dims(implementation: type[Any], head_dim: int) -> None:
+    case = Case(q_lens=(1, 1, 5), kv_lens=(16, 40, 37), num_tokens=16, heads=(4, 2, head_dim))
+    run(implementation, case, BF16)
+
+
+@pytest.mark.parametrize("page_size", [32, 64, 128, 256])
+@pytest.mark.parametrize("implementation", [pytest.param(Tpu, marks=needs_pallas)])
+def test_page_sizes(implementation: type[Any], page_size: int) -> None:
+    # The last slot of a page, the first of the next, and a chunk over the border.
+    case = Case(
+        q_lens=(1, 1, 40), kv_lens=(page_size, page_size + 1, page_size + 20), num_tokens=48, page_size=page_size
+    )
+    run(implementation, case, BF16)
+
+
+@pytest.mark.parametrize("page_size", [16, 64])
+@pytest.mark.parametrize("dtype", [FP8, INT8], ids=str)
+@pytest.mark.parametrize("implementation", [Xla, pytest.param(Tpu, marks=needs_pallas)])
+def test_quantised_cache(implementation: type[Any], dtype: jnp.dtype, page_size: int) -> None:
+    case = Case(
+        q_lens=(1, 1, 30, 70),
+        kv_lens=(33, 48, 30, 90),
+        heads=(6, 2, 64),
+        page_size=page_size,
+        scaled=True,
+    )
+    run(implementation, case, dtype)
+
+
+@pytest.mark.parametrize("group", [1, 7, 8])
+@pytest.mark.parametrize("implementation", [pytest.param(Tpu, marks=needs_pallas)])
+def test_groups(implementation: type[Any], group: int) -> None:
+    case = Case(q_lens=(1, 3, 20), kv_lens=(18, 3, 37), num_tokens=32, heads=(2 * group, 2, 64))
+    run(implementation, case, BF16)
+
+
+@pytest.mark.parametrize("window", [None, 20])
+@pytest.mark.parametrize("implementation", [Xla, pytest.param(Tpu, marks=needs_pallas)])
+def test_batch_invariant(implementation: type[Any], window: int | None) -> None:
+    for shape in ("mixed", "many_rows"):
+        run(implementation, SHAPES[shape].with_options(window=window), F32, batch_invariant=True)
 
 
 @pytest.mark.parametrize("shape", ["mixed", "many_rows"])
-def test_heads_split_over_devices(shape: str) -> None:
-    got, want = run(SHAPES[shape], jnp.float32, {}, sinks=True, tp_size=2)
-    np.testing.assert_allclose(got, want, atol=tolerance(jnp.float32, SHAPES[shape]) * 4)
+@pytest.mark.parametrize("implementation", [Xla, pytest.param(Tpu, marks=needs_pallas)])
+def test_heads_split_over_devices(implementation: type[Any], shape: str) -> None:
+    run(implementation, SHAPES[shape].with_options(sinks=True), F32, tp_size=2)
+
+
+@needs_pallas
+@pytest.mark.parametrize("window", [None, 100])
+def test_tpu_decode_reads_live_pages_once(window: int | None) -> None:
+    from kernels_pallas.paged_attention.tpu_layout import TpuLayout
+    from kernels_pallas.paged_attention.tpu_schedule import KernelShape, decode_bytes
+
+    config = Case(q_lens=(), kv_lens=(), page_size=64, heads=(32, 8, 128), window=window).config(BF16)
+    shape = KernelShape(
+        config=config,
+        layout=TpuLayout(128, BF16, 64),
+        block_tokens=1,
+        pages_per_buffer=4,
+        num_table_entries=64,
+    )
+    kv_lens = [1, 64, 65, 1000, 4000]
+    token_bytes = 2 * 8 * 128 * 2
+    seen = [length if window is None else min(length, window) for length in kv_lens]
+    # A page at either end that is not wholly live, a tile of 16 tokens written, the new token, a query and a result.
+    constant = (2 * 64 + 16 + 1) * token_bytes + 2 * 32 * 128 * 2
+    got = decode_bytes(shape, kv_lens)
+    assert sum(seen) * token_bytes <= got <= sum(seen) * token_bytes + len(kv_lens) * constant

@@ -1,0 +1,196 @@
+"""Steps that every implementation is run on: shapes, options, and what numpy makes of them.
+
+Whatever no token may read is NaN: slots past a row's end, pages of no row, pages of another layer.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from kernels_pallas.paged_attention.api import AttentionConfig, AttentionMeta
+from kernels_pallas.paged_attention.reference import paged_attention_reference
+
+# The step runs the second of two layers; the first one's pages must stay as they are.
+NUM_LAYERS, LAYER = 2, 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One step: how many tokens each row runs, and how many keys it then has.
+
+    Attributes:
+        q_lens, kv_lens: by row; rows that run one token come first.
+        num_rows, num_tokens: of the bucket.
+        page_size: tokens per page.
+        heads: query heads, key heads, head dim.
+        window, soft_cap: see `AttentionConfig`.
+        sinks: every head has one.
+        scaled: keys and values are cached divided by a scale per head.
+    """
+
+    q_lens: tuple[int, ...]
+    kv_lens: tuple[int, ...]
+    num_rows: int = 8
+    num_tokens: int = 128
+    page_size: int = 16
+    heads: tuple[int, int, int] = (6, 2, 32)
+    window: int | None = None
+    soft_cap: float | None = None
+    sinks: bool = False
+    scaled: bool = False
+
+    def config(self, dtype: Any, *, batch_invariant: bool = False) -> AttentionConfig:
+        """Of the model that this is a step of."""
+        num_q_heads, num_kv_heads, head_dim = self.heads
+        return AttentionConfig(
+            num_layers=NUM_LAYERS,
+            num_q_heads=num_q_heads,
+            num_kv_heads=num_kv_heads,
+            head_dim=head_dim,
+            page_size=self.page_size,
+            num_pages=max(1, len(self.q_lens)) * self.pages_per_row + 3,
+            dtype=dtype,
+            scale=head_dim**-0.5,
+            window=self.window,
+            soft_cap=self.soft_cap,
+            batch_invariant=batch_invariant,
+        )
+
+    @property
+    def pages_per_row(self) -> int:
+        """Of the page table."""
+        return max([-(-length // self.page_size) for length in self.kv_lens], default=0) + 2
+
+    def with_options(self, **options: Any) -> "Case":
+        """The same step with other options."""
+        return dataclasses.replace(self, **options)
+
+
+SHAPES = {
+    "decode": Case(q_lens=(1, 1, 1), kv_lens=(1, 17, 100), num_tokens=8),
+    "one_row_alone": Case(q_lens=(1,), kv_lens=(16,), num_rows=4, num_tokens=4),
+    "mixed": Case(q_lens=(1, 1, 30, 70), kv_lens=(33, 48, 30, 90)),
+    "short_prefill": Case(q_lens=(5,), kv_lens=(5,), num_tokens=16),
+    "many_rows": Case(q_lens=(1,) * 20, kv_lens=tuple(range(1, 201, 10)), num_rows=32, num_tokens=32),
+    "chunk_of_a_long_prompt": Case(q_lens=(200,), kv_lens=(333,), num_tokens=256),
+    "prefill_rows_side_by_side": Case(q_lens=(2, 3, 90, 17), kv_lens=(2, 50, 90, 700)),
+    "tiles_of_both_sizes": Case(q_lens=(1, 130, 5, 128, 300), kv_lens=(9, 130, 205, 128, 431), num_tokens=576),
+    "multi_head": Case(q_lens=(1, 40), kv_lens=(21, 40), heads=(4, 4, 16)),
+    "multi_query": Case(q_lens=(1, 40), kv_lens=(21, 40), heads=(8, 1, 64)),
+    "nothing": Case(q_lens=(), kv_lens=()),
+}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "window": {"window": 20},
+    "tight_window_and_sinks": {"window": 3, "sinks": True},
+    "soft_cap_and_sinks": {"soft_cap": 5.0, "sinks": True},
+}
+
+
+class Step(NamedTuple):
+    """Arrays of a case, numpy but for `meta`.
+
+    Attributes:
+        q_TNH, k_TKH, v_TKH: f32, rounded to the dtype of the computation.
+        k_PSKH, v_PSKH: f32 pages of all layers before the step, as the cache holds them.
+        meta: the step.
+        sinks_N, scales_2K: f32, or None.
+    """
+
+    q_TNH: np.ndarray
+    k_TKH: np.ndarray
+    v_TKH: np.ndarray
+    k_PSKH: np.ndarray
+    v_PSKH: np.ndarray
+    meta: AttentionMeta
+    sinks_N: np.ndarray | None
+    scales_2K: np.ndarray | None
+
+
+def make_step(case: Case, config: AttentionConfig) -> Step:
+    """Random keys in shuffled pages, and the arrays that tell where they are."""
+    rng = np.random.default_rng(0)
+    size, count = case.page_size, len(case.q_lens)
+    table_BM = np.zeros((case.num_rows, case.pages_per_row), np.int32)
+    ends_B1 = np.zeros(case.num_rows + 1, np.int32)
+    ends_B1[1 : count + 1] = np.cumsum(case.q_lens)
+    ends_B1[count + 1 :] = ends_B1[count]
+    kv_lens_B = np.zeros(case.num_rows, np.int32)
+    kv_lens_B[:count] = case.kv_lens
+    slot_T = np.full(case.num_tokens, config.num_pages * size, np.int32)
+    position_T = np.zeros(case.num_tokens, np.int32)
+    scales_2K = rng.uniform(0.02, 0.05, (2, config.num_kv_heads)).astype(np.float32) if case.scaled else None
+    pages_2PSKH = np.full((2, NUM_LAYERS * config.num_pages, size, config.num_kv_heads, config.head_dim), np.nan)
+    shuffled = iter(rng.permutation(config.num_pages).tolist())
+    for row, (q_len, kv_len) in enumerate(zip(case.q_lens, case.kv_lens, strict=True)):
+        used = -(-kv_len // size)
+        table_BM[row, :used] = [next(shuffled) for _ in range(used)]
+        position_s = np.arange(kv_len)
+        slot_s = table_BM[row, position_s // size] * size + position_s % size
+        old = kv_len - q_len
+        keys_2sKH = rng.standard_normal((2, old, config.num_kv_heads, config.head_dim))
+        pages_2PSKH[:, LAYER * config.num_pages + slot_s[:old] // size, slot_s[:old] % size] = keys_2sKH
+        slot_T[ends_B1[row] : ends_B1[row + 1]] = slot_s[old:]
+        position_T[ends_B1[row] : ends_B1[row + 1]] = position_s[old:]
+
+    def activations(heads: int) -> np.ndarray:
+        return _rounded(rng.standard_normal((case.num_tokens, heads, config.head_dim)), config.compute_dtype)
+
+    num_decode = sum(length == 1 for length in case.q_lens)
+    meta = (kv_lens_B, table_BM, ends_B1, np.array([num_decode, count], np.int32), slot_T, position_T)
+    k_PSKH, v_PSKH = (
+        _cached(pages_PSKH, config, None if scales_2K is None else scales_2K[index])
+        for index, pages_PSKH in enumerate(pages_2PSKH)
+    )
+    return Step(
+        activations(config.num_q_heads),
+        activations(config.num_kv_heads),
+        activations(config.num_kv_heads),
+        k_PSKH,
+        v_PSKH,
+        AttentionMeta(*map(jnp.asarray, meta)),
+        rng.standard_normal(config.num_q_heads).astype(np.float32) if case.sinks else None,
+        scales_2K,
+    )
+
+
+def expected(case: Case, config: AttentionConfig, step: Step) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """What a backend should make of a step: results of its live tokens, and the pages of keys and values after it."""
+    kv_lens_B, table_BM, cu_q_lens_B1 = (np.asarray(array) for array in step.meta[:3])
+    live = int(cu_q_lens_B1[-1])
+    pages: list[np.ndarray] = []
+    read: list[np.ndarray] = []
+    for index, (new_TKH, old_PSKH) in enumerate(((step.k_TKH, step.k_PSKH), (step.v_TKH, step.v_PSKH))):
+        scale_K = None if step.scales_2K is None else step.scales_2K[index]
+        slot_t = LAYER * config.num_pages * case.page_size + np.asarray(step.meta.slot_mapping_T)[:live]
+        new_PSKH = old_PSKH.copy()
+        new_PSKH[slot_t // case.page_size, slot_t % case.page_size] = _cached(new_TKH[:live], config, scale_K)
+        pages.append(new_PSKH)
+        read.append(new_PSKH[LAYER * config.num_pages :] * (1.0 if scale_K is None else scale_K[:, None]))
+    o_TNH = paged_attention_reference(
+        step.q_TNH, read[0], read[1], kv_lens_B, table_BM, cu_q_lens_B1, len(case.q_lens), config, step.sinks_N
+    )
+    return o_TNH[:live], pages[0], pages[1]
+
+
+def tolerance(case: Case, config: AttentionConfig) -> float:
+    """Absolute, for values of about 1: a rounding of the probabilities and of the output, and a sum over the keys."""
+    epsilon = float(jnp.finfo(config.compute_dtype).eps)
+    keys = max(case.kv_lens, default=1)
+    return 2 * epsilon + 4 * float(np.finfo(np.float32).eps) * keys**0.5
+
+
+def _rounded(x: np.ndarray, dtype: Any) -> np.ndarray:
+    return np.asarray(jnp.asarray(x, jnp.float32).astype(dtype).astype(jnp.float32))
+
+
+def _cached(x_KH: np.ndarray, config: AttentionConfig, scale_K: np.ndarray | None) -> np.ndarray:
+    """Values as the cache holds them, f32; what was NaN is again, also in dtypes without one."""
+    if scale_K is None:
+        return _rounded(x_KH, config.dtype)
+    cached: jax.Array = config.quantise(jnp.asarray(x_KH, jnp.float32), jnp.asarray(scale_K))
+    return np.where(np.isnan(x_KH), np.nan, np.asarray(cached.astype(jnp.float32)))
