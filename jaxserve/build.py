@@ -26,7 +26,8 @@ from jaxserve.models.registry import find_architecture
 from jaxserve.runner.batch import BatchLayout
 from jaxserve.runner.buckets import ACCELERATOR_STEPS, CPU_STEPS, make_buckets
 from jaxserve.runner.compile_counter import CompileCounter
-from jaxserve.runner.runner import ModelRunner, RunnerParts
+from jaxserve.runner.programs import StepModel
+from jaxserve.runner.runner import ModelRunner
 from jaxserve.runner.weights import load_weights, restore_weights
 from jaxserve.scheduling.data_parallel import DataParallelScheduler
 from jaxserve.scheduling.scheduler import Scheduler
@@ -208,8 +209,8 @@ def build_runner(config: EngineConfig, bar: ProgressBar) -> BuiltRunner:
         vocab_size=model.vocab_size,
     )
     buckets = make_buckets(scheduler, CPU_STEPS if platform == "cpu" else ACCELERATOR_STEPS)
-    parts = RunnerParts(decoder, weights, attention, mesh, layout, buckets)
-    return BuiltRunner(ModelRunner(parts), checkpoint, cache, scheduler, dtype)
+    step = StepModel(decoder, attention, mesh, layout, buckets)
+    return BuiltRunner(ModelRunner(step, weights), checkpoint, cache, scheduler, dtype)
 
 
 def pick_dtype(config: EngineConfig, model: ModelConfig) -> jnp.dtype:

@@ -5,7 +5,7 @@ layers are scanned, so a step's program holds the layer once. Nothing of NNX pas
 step sees a plain dict of arrays and merges modules only while it is traced.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, TypeAlias
@@ -120,6 +120,10 @@ class Decoder:
             specs[tuple(str(part) for part in path)] = ParamSpec((*lead, *value.shape), value.dtype, axes, stacked)
         return specs
 
+    def weight_tree(self, leaf: Callable[[ParamSpec], Any]) -> Weights:
+        """The tree with `leaf` of each weight."""
+        return tree_of((path, leaf(spec)) for path, spec in self.param_specs.items())
+
     def forward(
         self,
         weights: Weights,
@@ -154,6 +158,17 @@ class Decoder:
 
     def _merge(self, weights: Weights) -> _Modules:
         return nnx.merge(self._graph, weights)
+
+
+def tree_of(leaves: Iterable[tuple[Path, Any]]) -> Weights:
+    """Nested dicts from paths."""
+    tree: Weights = {}
+    for path, leaf in leaves:
+        node = tree
+        for part in path[:-1]:
+            node = node.setdefault(part, {})
+        node[path[-1]] = leaf
+    return tree
 
 
 def dense_tensor_names(config: ModelConfig) -> dict[Path, str]:

@@ -3,58 +3,26 @@
 The runner owns weights, cache and device state. It is told what to run (`SchedulerOutput`), never decides it, and
 waits for the device in `PendingStep.result` only.
 
-A step is two programs: `forward` ends with logits, `draw` takes tokens from them. What a draw may be can depend on the
-token before it, so it is told while the device already runs the forward pass.
-
-Copies of the model (`--dp-size`) take their steps in one program, split over the mesh axis `data`: cache, state and
-batch of the copies lie side by side along the leading axis, and no copy reads another's.
+See `runner.programs` for what a step is made of.
 """
 
-from collections.abc import Callable, Sequence
-from functools import partial
-from typing import Any, NamedTuple, TypeVar
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import msgspec
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
 
-from jaxserve.models.decoder import Decoder, Weights
-from jaxserve.request import SamplingParams
-from jaxserve.runner.batch import BatchLayout, DrawBatch, DrawMasks, ForwardBatch, RowTable
+from jaxserve.models.decoder import Weights
+from jaxserve.runner.batch import DrawBatch, DrawMasks, ForwardBatch, RowTable
 from jaxserve.runner.buckets import Bucket
 from jaxserve.runner.compiled import CompiledSteps, Progress
-from jaxserve.runner.state import DeviceState, empty_state, needs_row_state, row_state, write_row
+from jaxserve.runner.programs import NOTHING, StepModel, StepPrograms
+from jaxserve.runner.state import needs_row_state, row_state
 from jaxserve.step import ConstrainedRows, NewRow, Plans, PromptLogprobs, SchedulerOutput, StepOutput
-from kernels_pallas.paged_attention.api import AttentionBackend, Cache
-from kernels_pallas.sampling.api import SampleOutput, SamplingInputs, mask_words
-from kernels_pallas.sampling.xla import sample
-
-T = TypeVar("T")
-
-_NOTHING = SchedulerOutput(step=-1, new_rows=(), rows=())
-
-
-class RunnerParts(NamedTuple):
-    """What a runner is made of.
-
-    Attributes:
-        decoder: the model.
-        weights: its parameters, on the mesh.
-        attention: the attention backend, which shapes the cache.
-        mesh: where all of it lives, (data, model).
-        layout: sizes of rows, pages and vocabulary.
-        buckets: shapes to compile, widest first.
-    """
-
-    decoder: Decoder
-    weights: Weights
-    attention: AttentionBackend
-    mesh: Mesh
-    layout: BatchLayout
-    buckets: tuple[Bucket, ...]
+from kernels_pallas.paged_attention.api import Cache
+from kernels_pallas.sampling.api import SampleOutput, mask_words
 
 
 class PendingStep:
@@ -127,26 +95,23 @@ class ForwardedStep:
 
 
 class ModelRunner:
-    """One model on one mesh."""
+    """One model on one mesh.
 
-    def __init__(self, parts: RunnerParts) -> None:
-        self._parts = parts
-        self._copies: int = parts.mesh.shape["data"]
-        self._by_copy = NamedSharding(parts.mesh, P("data"))
-        self._rows = [RowTable(parts.layout) for _ in range(self._copies)]
+    Args:
+        model: what a step is made of.
+        weights: its parameters, on the mesh.
+    """
+
+    def __init__(self, model: StepModel, weights: Weights) -> None:
+        self._model = model
+        self._weights = weights
+        self._lowering = StepPrograms(model)
+        self._copies = self._lowering.num_copies
+        self._by_copy = self._lowering.by_copy
+        self._rows = [RowTable(model.layout) for _ in range(self._copies)]
         self._cache = self._empty_cache()
-        self._state = self._empty_state()
-        self._forward = jax.jit(
-            self._per_copy(partial(_forward, parts.decoder, parts.attention), P(), P("data"), P("data"), P("data")),
-            donate_argnums=1,
-            out_shardings=(self._cache_shardings(), self._by_copy),
-        )
-        self._draw = jax.jit(
-            self._per_copy(partial(_draw, parts.decoder), P("data"), P("data"), P("data"), P("data")),
-            donate_argnums=1,
-            out_shardings=(self._by_copy, self._by_copy),
-        )
-        self._programs = CompiledSteps(parts.buckets, self._lower_forward, self._lower_draw)
+        self._state = self._lowering.empty_state()
+        self._programs = CompiledSteps(model.buckets, self._lowering.lower_forward, self._lowering.lower_draw)
         self._write_row: Any = None
         self._no_masks: dict[int, DrawMasks] = {}
 
@@ -158,16 +123,13 @@ class ModelRunner:
     def warm_up(self, progress: Progress) -> None:
         """Compile every program, and run each once on padding: the real path with nothing in it."""
         self._programs.compile_all(progress)
-        spare = jnp.int32(self._parts.layout.max_rows)
-        neutral = row_state(NewRow(row=0, sampling=SamplingParams(), seed=0), self._parts.layout.vocab_size)
-        write = jax.jit(write_row, donate_argnums=0, out_shardings=self._by_copy)
-        self._write_row = write.lower(self._state, spare, neutral).compile()
+        self._write_row = self._lowering.lower_write_row().compile()
         nothing = (None,) * self._copies
         self._no_masks = {
             bucket.num_rows: jax.device_put(self._masks(nothing, nothing, bucket.num_rows), self._by_copy)
-            for bucket in self._parts.buckets
+            for bucket in self._model.buckets
         }
-        for bucket in self._parts.buckets:
+        for bucket in self._model.buckets:
             self._run_empty(bucket)
         jax.block_until_ready(self._state)
 
@@ -210,20 +172,20 @@ class ModelRunner:
         self._cache = {}
         del self._state
         self._cache = self._empty_cache()
-        self._state = self._empty_state()
-        self._run_empty(self._parts.buckets[-1]).result()
+        self._state = self._lowering.empty_state()
+        self._run_empty(self._model.buckets[-1]).result()
 
     def _admit(self, copy: int, new: NewRow) -> None:
         """A row of a copy has a new owner."""
         self._rows[copy].admit(new)
         if needs_row_state(new):
-            row = copy * (self._parts.layout.max_rows + 1) + new.row
-            self._state = self._write_row(self._state, np.int32(row), row_state(new, self._parts.layout.vocab_size))
+            row = copy * (self._model.layout.max_rows + 1) + new.row
+            self._state = self._write_row(self._state, np.int32(row), row_state(new, self._model.layout.vocab_size))
 
     def _run_forward(self, bucket: Bucket, plans: Plans) -> ForwardedStep:
         batch = jax.device_put(self._batch(bucket, plans), self._by_copy)
         forward = self._programs.forward(bucket)
-        self._cache, logits = forward(self._parts.weights, self._cache, self._state.last_token_R, batch)
+        self._cache, logits = forward(self._weights, self._cache, self._state.last_token_R, batch)
         return ForwardedStep(self, plans, batch.draws, logits)
 
     def _run_empty(self, bucket: Bucket) -> PendingStep:
@@ -232,12 +194,12 @@ class ModelRunner:
 
     def _batch(self, bucket: Bucket, plans: Plans) -> ForwardBatch:
         """The copies' batches, stacked."""
-        batches = [rows.build(plan or _NOTHING, bucket) for rows, plan in zip(self._rows, plans, strict=True)]
+        batches = [rows.build(plan or NOTHING, bucket) for rows, plan in zip(self._rows, plans, strict=True)]
         return jax.tree.map(lambda *arrays: np.stack(arrays), *batches)
 
     def _masks(self, plans: Plans, constrained: Sequence[ConstrainedRows | None], num_rows: int) -> DrawMasks:
         """The copies' masks, stacked; a row is drawn from by the last of its draws."""
-        words = mask_words(self._parts.layout.vocab_size)
+        words = mask_words(self._model.layout.vocab_size)
         masks = DrawMasks(np.zeros((self._copies, num_rows), bool), np.zeros((self._copies, num_rows, words), np.int32))
         for copy, (plan, rows) in enumerate(zip(plans, constrained, strict=True)):
             if plan is not None and rows is not None:
@@ -246,79 +208,8 @@ class ModelRunner:
                 masks.mask_BW[copy, draws] = rows.bits_CW
         return masks
 
-    def _per_copy(self, function: Callable[..., Any], *in_specs: P) -> Callable[..., Any]:
-        """Split by hand over `data`; over `model` the compiler splits what is in the function."""
-        return jax.shard_map(
-            function,
-            mesh=self._parts.mesh,
-            axis_names={"data"},
-            in_specs=in_specs,
-            out_specs=P("data"),
-            check_vma=False,
-        )
-
-    def _lower_forward(self, bucket: Bucket) -> jax.stages.Lowered:
-        batch = self._abstract(self._batch(bucket, (None,) * self._copies))
-        return self._forward.lower(self._parts.weights, self._cache, self._state.last_token_R, batch)
-
-    def _lower_draw(self, num_rows: int) -> jax.stages.Lowered:
-        nothing = (None,) * self._copies
-        draws = [rows.draws(_NOTHING, np.zeros(0, np.int32), num_rows) for rows in self._rows]
-        stacked = jax.tree.map(lambda *arrays: np.stack(arrays), *draws)
-        draws, masks = self._abstract((stacked, self._masks(nothing, nothing, num_rows)))
-        logits = jax.ShapeDtypeStruct(
-            (self._copies * num_rows, self._parts.layout.vocab_size), jnp.float32, sharding=self._by_copy
-        )
-        return self._draw.lower(logits, self._state, draws, masks)
-
-    def _abstract(self, arrays: T) -> T:
-        return jax.tree.map(
-            lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=self._by_copy), arrays
-        )
-
-    def _cache_shardings(self) -> dict[str, NamedSharding]:
-        specs = self._parts.attention.cache_spec()
-        return {name: NamedSharding(self._parts.mesh, P("data", *spec.partition[1:])) for name, spec in specs.items()}
-
     def _empty_cache(self) -> Cache:
-        shardings = self._cache_shardings()
         return {
-            name: jnp.zeros((self._copies * spec.shape[0], *spec.shape[1:]), spec.dtype, device=shardings[name])
-            for name, spec in self._parts.attention.cache_spec().items()
+            name: jnp.zeros(spec.shape, spec.dtype, device=spec.sharding)
+            for name, spec in self._lowering.cache_shapes().items()
         }
-
-    def _empty_state(self) -> DeviceState:
-        layout = self._parts.layout
-        return empty_state(self._copies * (layout.max_rows + 1), layout.vocab_size, self._by_copy)
-
-
-def _forward(
-    decoder: Decoder,
-    attention: AttentionBackend,
-    weights: Weights,
-    cache: Cache,
-    last_token_R: jax.Array,
-    batch: ForwardBatch,
-) -> tuple[Cache, jax.Array]:
-    """One copy's forward pass: embed, layers, logits of the drawn tokens only."""
-    batch = jax.tree.map(lambda array: array[0], batch)
-    token_ids_T, positions_T, _ = batch.tokens_3T
-    pending_T = token_ids_T < 0
-    last_T = last_token_R[jnp.where(pending_T, -1 - token_ids_T, 0)]
-    token_ids_T = jnp.where(pending_T, last_T, token_ids_T)
-    plan = attention.plan(batch.attention_meta())
-    x_TD, cache = decoder.forward(weights, cache, token_ids_T, positions_T, plan, attention)
-    return cache, decoder.logits(weights, x_TD[batch.draws.ints_8B[0]])
-
-
-def _draw(
-    decoder: Decoder, logits_BV: jax.Array, state: DeviceState, draws: DrawBatch, masks: DrawMasks
-) -> tuple[DeviceState, SampleOutput]:
-    """One copy's draws, and the state after them."""
-    draws, masks = jax.tree.map(lambda array: array[0], (draws, masks))
-    out: SampleOutput = decoder.tokenwise(
-        lambda logits, *fields: sample(logits, SamplingInputs(*fields), state.sampling),
-        logits_BV,
-        *draws.sampling_inputs(masks),
-    )
-    return state.record(draws.ints_8B[2], out), out

@@ -8,7 +8,7 @@ import math
 import operator
 import pathlib
 from collections.abc import Callable, Iterable
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import jax
 import numpy as np
@@ -19,7 +19,7 @@ from checkpoints.source import Index, TensorSource
 from jaxserve.config import ModelConfig
 from jaxserve.errors import LaunchError
 from jaxserve.mesh import named_sharding
-from jaxserve.models.decoder import Decoder, ParamSpec, Path, Weights
+from jaxserve.models.decoder import Decoder, ParamSpec, Path, Weights, tree_of
 
 Progress: TypeAlias = Callable[[Iterable[Path]], Iterable[Path]]
 
@@ -54,13 +54,14 @@ def load_weights(
     """
     copies = decoder.config.num_kv_heads // checkpoint_config.num_kv_heads
     _check_tensors(source, decoder, names, copies)
-    weights: Weights = {}
-    for path in progress(list(decoder.param_specs)):
+
+    def load(path: Path) -> jax.Array:
         spec = decoder.param_specs[path]
         reader = _ParamReader(source, spec, names[path], _kv_head_rows(path, checkpoint_config, copies))
         sharding = named_sharding(spec.axes, spec.shape, mesh)
-        array = jax.make_array_from_callback(spec.shape, sharding, reader.read)
-        _put(weights, path, array)
+        return jax.make_array_from_callback(spec.shape, sharding, reader.read)
+
+    weights = tree_of((path, load(path)) for path in progress(list(decoder.param_specs)))
     return jax.block_until_ready(weights)
 
 
@@ -71,13 +72,15 @@ def restore_weights(folder: pathlib.Path, decoder: Decoder, checkpoint_config: M
         CheckpointError: the folder does not hold this model.
     """
     copies = decoder.config.num_kv_heads // checkpoint_config.num_kv_heads
-    abstract: Weights = {}
-    for path, spec in decoder.param_specs.items():
+
+    def saved(path: Path, spec: ParamSpec) -> jax.ShapeDtypeStruct:
         rows, copied = _kv_head_rows(path, checkpoint_config, copies)
         shape = (spec.shape[0], spec.shape[1] // copied, *spec.shape[2:]) if rows else spec.shape
         # Heads that are to be repeated arrive whole.
         axes = (None,) * len(shape) if rows else spec.axes
-        _put(abstract, path, jax.ShapeDtypeStruct(shape, spec.dtype, sharding=named_sharding(axes, shape, mesh)))
+        return jax.ShapeDtypeStruct(shape, spec.dtype, sharding=named_sharding(axes, shape, mesh))
+
+    abstract = tree_of((path, saved(path, spec)) for path, spec in decoder.param_specs.items())
     weights: Weights = orbax_io.restore(folder, abstract)
     for path, spec in decoder.param_specs.items():
         rows, copied = _kv_head_rows(path, checkpoint_config, copies)
@@ -150,13 +153,6 @@ def _aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     memory = np.empty(size + _ALIGNMENT, np.uint8)
     start = -memory.ctypes.data % _ALIGNMENT
     return memory[start : start + size].view(dtype).reshape(shape)
-
-
-def _put(weights: Weights, path: Path, array: jax.Array | jax.ShapeDtypeStruct) -> None:
-    node: dict[str, Any] = weights
-    for part in path[:-1]:
-        node = node.setdefault(part, {})
-    node[path[-1]] = array
 
 
 def _check_tensors(source: TensorSource, decoder: Decoder, names: dict[Path, str], copies: int) -> None:

@@ -46,16 +46,16 @@ def load(name: str, **changes: object) -> Model:
 
 def run(runner: ModelRunner, rows: list[ScheduledRow]) -> np.ndarray:
     """Logits of every token of a step."""
-    parts = runner._parts
+    model = runner._model
     plan = SchedulerOutput(step=0, new_rows=(), rows=tuple(rows))
     batch = runner._rows[0].build(plan, Bucket(128, 4))
 
     def forward(weights: object, cache: object, batch: ForwardBatch) -> tuple[jax.Array, object]:
-        plan = parts.attention.plan(batch.attention_meta())
-        x_TD, cache = parts.decoder.forward(weights, cache, *batch.tokens_3T[:2], plan, parts.attention)
-        return parts.decoder.logits(weights, x_TD), cache
+        plan = model.attention.plan(batch.attention_meta())
+        x_TD, cache = model.decoder.forward(weights, cache, *batch.tokens_3T[:2], plan, model.attention)
+        return model.decoder.logits(weights, x_TD), cache
 
-    logits, runner._cache = jax.jit(forward)(parts.weights, runner._cache, jax.tree.map(jnp.asarray, batch))
+    logits, runner._cache = jax.jit(forward)(runner._weights, runner._cache, jax.tree.map(jnp.asarray, batch))
     return np.asarray(logits[: plan.num_tokens])
 
 

@@ -1,0 +1,181 @@
+"""The jitted functions of a step and the shapes they are compiled for; owns no memory on any device.
+
+A step is two programs: `forward` ends with logits, `draw` takes tokens from them. What a draw may be can depend on the
+token before it, so it is told while the device already runs the forward pass.
+
+Copies of the model (`--dp-size`) take their steps in one program, split over the mesh axis `data`: cache, state and
+batch of the copies lie side by side along the leading axis, and no copy reads another's.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jaxserve.mesh import named_sharding
+from jaxserve.models.decoder import Decoder, Weights
+from jaxserve.request import SamplingParams
+from jaxserve.runner.batch import BatchLayout, DrawBatch, DrawMasks, ForwardBatch, RowTable
+from jaxserve.runner.buckets import Bucket
+from jaxserve.runner.state import DeviceState, empty_state, row_state, write_row
+from jaxserve.step import NewRow, SchedulerOutput
+from kernels_pallas.paged_attention.api import AttentionBackend, Cache
+from kernels_pallas.sampling.api import SampleOutput, SamplingInputs, mask_words
+from kernels_pallas.sampling.xla import sample
+
+T = TypeVar("T")
+
+NOTHING = SchedulerOutput(step=-1, new_rows=(), rows=())
+
+
+class StepModel(NamedTuple):
+    """A model and how its memory is laid out.
+
+    Attributes:
+        decoder: the model.
+        attention: the attention backend, which shapes the cache.
+        mesh: where all of it lives, (data, model).
+        layout: sizes of rows, pages and vocabulary.
+        buckets: shapes to compile, widest first.
+    """
+
+    decoder: Decoder
+    attention: AttentionBackend
+    mesh: Mesh
+    layout: BatchLayout
+    buckets: tuple[Bucket, ...]
+
+
+class StepPrograms:
+    """What a runner compiles and calls.
+
+    Attributes:
+        num_copies: of the model.
+        by_copy: sharding of arrays that have copies along their leading axis.
+    """
+
+    def __init__(self, model: StepModel) -> None:
+        self._model = model
+        self.num_copies: int = model.mesh.shape["data"]
+        self.by_copy = NamedSharding(model.mesh, P("data"))
+        self._forward = jax.jit(
+            self._per_copy(partial(_forward, model.decoder, model.attention), P(), P("data"), P("data"), P("data")),
+            donate_argnums=1,
+            out_shardings=(self._cache_shardings(), self.by_copy),
+        )
+        self._draw = jax.jit(
+            self._per_copy(partial(_draw, model.decoder), P("data"), P("data"), P("data"), P("data")),
+            donate_argnums=1,
+            out_shardings=(self.by_copy, self.by_copy),
+        )
+        self._write_row = jax.jit(write_row, donate_argnums=0, out_shardings=self.by_copy)
+
+    def lower_forward(self, bucket: Bucket) -> jax.stages.Lowered:
+        """`(weights, cache, last_token_R, batch) -> (cache, logits)`; the cache is donated."""
+        batch = RowTable(self._model.layout).build(NOTHING, bucket)
+        state = self.state_shapes()
+        return self._forward.lower(self.weight_shapes(), self.cache_shapes(), state.last_token_R, self._copied(batch))
+
+    def lower_draw(self, num_rows: int) -> jax.stages.Lowered:
+        """`(logits, state, draws, masks) -> (state, out)`; the state is donated."""
+        layout = self._model.layout
+        draws = RowTable(layout).draws(NOTHING, np.zeros(0, np.int32), num_rows)
+        masks = DrawMasks(np.zeros(num_rows, bool), np.zeros((num_rows, mask_words(layout.vocab_size)), np.int32))
+        logits = jax.ShapeDtypeStruct(
+            (self.num_copies * num_rows, layout.vocab_size), jnp.float32, sharding=self.by_copy
+        )
+        return self._draw.lower(logits, self.state_shapes(), *self._copied((draws, masks)))
+
+    def lower_write_row(self) -> jax.stages.Lowered:
+        """`(state, row, contents) -> state`; the state is donated."""
+        contents = row_state(NewRow(row=0, sampling=SamplingParams(), seed=0), self._model.layout.vocab_size)
+        return self._write_row.lower(self.state_shapes(), np.int32(0), contents)
+
+    def weight_shapes(self) -> Weights:
+        """Shapes, dtypes and shardings of the weights."""
+        return self._model.decoder.weight_tree(
+            lambda spec: jax.ShapeDtypeStruct(
+                spec.shape, spec.dtype, sharding=named_sharding(spec.axes, spec.shape, self._model.mesh)
+            )
+        )
+
+    def cache_shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """Shapes, dtypes and shardings of the cache's arrays."""
+        shardings = self._cache_shardings()
+        return {
+            name: jax.ShapeDtypeStruct(
+                (self.num_copies * spec.shape[0], *spec.shape[1:]), spec.dtype, sharding=shardings[name]
+            )
+            for name, spec in self._model.attention.cache_spec().items()
+        }
+
+    def state_shapes(self) -> DeviceState:
+        """Shapes, dtypes and shardings of the state."""
+        return jax.tree.map(
+            lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=self.by_copy),
+            jax.eval_shape(self.empty_state),
+        )
+
+    def empty_state(self) -> DeviceState:
+        """Neutral state of all rows."""
+        layout = self._model.layout
+        return empty_state(self.num_copies * (layout.max_rows + 1), layout.vocab_size, self.by_copy)
+
+    def _cache_shardings(self) -> dict[str, NamedSharding]:
+        specs = self._model.attention.cache_spec()
+        return {name: NamedSharding(self._model.mesh, P("data", *spec.partition[1:])) for name, spec in specs.items()}
+
+    def _copied(self, arrays: T) -> T:
+        """Shapes of one copy's arrays -> of all copies'."""
+        return jax.tree.map(
+            lambda array: jax.ShapeDtypeStruct((self.num_copies, *array.shape), array.dtype, sharding=self.by_copy),
+            arrays,
+        )
+
+    def _per_copy(self, function: Callable[..., Any], *in_specs: P) -> Callable[..., Any]:
+        """Split by hand over `data`; over `model` the compiler splits what is in the function."""
+        return jax.shard_map(
+            function,
+            mesh=self._model.mesh,
+            axis_names={"data"},
+            in_specs=in_specs,
+            out_specs=P("data"),
+            check_vma=False,
+        )
+
+
+def _forward(
+    decoder: Decoder,
+    attention: AttentionBackend,
+    weights: Weights,
+    cache: Cache,
+    last_token_R: jax.Array,
+    batch: ForwardBatch,
+) -> tuple[Cache, jax.Array]:
+    """One copy's forward pass: embed, layers, logits of the drawn tokens only."""
+    batch = jax.tree.map(lambda array: array[0], batch)
+    token_ids_T, positions_T, _ = batch.tokens_3T
+    pending_T = token_ids_T < 0
+    last_T = last_token_R[jnp.where(pending_T, -1 - token_ids_T, 0)]
+    token_ids_T = jnp.where(pending_T, last_T, token_ids_T)
+    plan = attention.plan(batch.attention_meta())
+    x_TD, cache = decoder.forward(weights, cache, token_ids_T, positions_T, plan, attention)
+    return cache, decoder.logits(weights, x_TD[batch.draws.ints_8B[0]])
+
+
+def _draw(
+    decoder: Decoder, logits_BV: jax.Array, state: DeviceState, draws: DrawBatch, masks: DrawMasks
+) -> tuple[DeviceState, SampleOutput]:
+    """One copy's draws, and the state after them."""
+    draws, masks = jax.tree.map(lambda array: array[0], (draws, masks))
+    out: SampleOutput = decoder.tokenwise(
+        lambda logits, *fields: sample(logits, SamplingInputs(*fields), state.sampling),
+        logits_BV,
+        *draws.sampling_inputs(masks),
+    )
+    return state.record(draws.ints_8B[2], out), out
