@@ -147,6 +147,12 @@ def _memory_flags(group: argparse._ArgumentGroup) -> None:  # pyright: ignore[re
         default="fcfs",
         help="order of the queue: arrival, longest cached prefix, or the request's priority, higher first",
     )
+    group.add_argument(
+        "--kv-cache-dtype",
+        choices=["auto", "bf16", "bfloat16", "fp8_e4m3"],
+        default="auto",
+        help="of cached keys and values; auto is that of the activations",
+    )
     group.add_argument("--disable-radix-cache", action="store_true", help="do not reuse computed prefixes")
 
 
@@ -154,6 +160,12 @@ def _device_flags(group: argparse._ArgumentGroup) -> None:  # pyright: ignore[re
     group.add_argument("--tp-size", "--tp", type=int, default=1, help="devices that a model is split over")
     group.add_argument(
         "--dp-size", "--dp", type=int, default=1, help="copies of the model, each with its own rows and pool"
+    )
+    group.add_argument(
+        "--attention-backend",
+        choices=["auto", "tpu", "gpu", "xla"],
+        default="auto",
+        help="auto is the device's own kernel, or where it cannot serve the model the portable xla, with a warning",
     )
     group.add_argument(
         "--enable-deterministic-inference",
@@ -217,6 +229,8 @@ def _engine_config(args: argparse.Namespace) -> EngineConfig:
         chunked_prefill_size=args.chunked_prefill_size,
         schedule_policy=args.schedule_policy,
         prefix_caching=not args.disable_radix_cache,
+        kv_cache_dtype=args.kv_cache_dtype,
+        attention_backend=args.attention_backend,
         deterministic=args.enable_deterministic_inference,
         compilation_cache_dir=_compilation_cache(args),
         log_level=args.log_level,

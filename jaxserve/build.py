@@ -10,36 +10,29 @@ from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
-import msgspec
 
 from checkpoints.gguf import GGUFCheckpoint
 from checkpoints.huggingface import HuggingFaceCheckpoint, read_json
 from checkpoints.orbax_io import is_orbax
 from checkpoints.source import CheckpointError, TensorSource
 from jaxserve.config import CacheConfig, EngineConfig, ModelConfig, SchedulerConfig
+from jaxserve.design import DEVICE_MEM_FRACTION, ModelDesign, design_model, lay_out
 from jaxserve.engine import Engine
 from jaxserve.errors import LaunchError
-from jaxserve.mesh import kv_head_copies, make_mesh
+from jaxserve.mesh import make_mesh
 from jaxserve.messages import EngineInfo
-from jaxserve.models.architecture import BuildModel
-from jaxserve.models.registry import find_architecture
-from jaxserve.runner.batch import BatchLayout
-from jaxserve.runner.buckets import ACCELERATOR_STEPS, CPU_STEPS, make_buckets
+from jaxserve.models.decoder import Weights
 from jaxserve.runner.compile_counter import CompileCounter
-from jaxserve.runner.programs import StepModel
 from jaxserve.runner.runner import ModelRunner
 from jaxserve.runner.weights import load_weights, restore_weights
 from jaxserve.scheduling.data_parallel import DataParallelScheduler
 from jaxserve.scheduling.scheduler import Scheduler
-from kernels_pallas.paged_attention.api import AttentionConfig
-from kernels_pallas.paged_attention.xla import XlaAttention
 
 logger = logging.getLogger(__name__)
 
 ProgressBar: TypeAlias = Callable[[Iterable[Any], str, int], Iterable[Any]]
 
 _CPU_POOL_BYTES = 512 << 20
-_DEVICE_MEM_FRACTION = 0.88
 
 
 class BuiltRunner(NamedTuple):
@@ -154,118 +147,39 @@ def build_runner(config: EngineConfig, bar: ProgressBar) -> BuiltRunner:
     """
     source = open_checkpoint(Path(config.model_path))
     try:
-        architecture = find_architecture(source.config)
-        checkpoint = architecture.read_config(source.config)
-        mesh = make_mesh(config.tp_size, config.dp_size)
-        platform = mesh.devices.flat[0].platform
-        copies = kv_head_copies(checkpoint, config.tp_size)
-        model = msgspec.structs.replace(checkpoint, num_kv_heads=checkpoint.num_kv_heads * copies)
-        dtype = pick_dtype(config, checkpoint)
-        scheduler = _scheduler_config(config, checkpoint, platform)
-        decoder = architecture.build(BuildModel(model, dtype, batch_invariant=config.deterministic))
+        design = design_model(config, source.config, make_mesh(config.tp_size, config.dp_size))
         with Phase("weights") as phase:
-            if isinstance(source, OrbaxCheckpoint):
-                weights = restore_weights(source.folder, decoder, checkpoint, mesh)
-            else:
-                names = architecture.tensor_names(checkpoint)
-                weights = load_weights(
-                    source,
-                    decoder,
-                    names,
-                    checkpoint,
-                    mesh,
-                    lambda paths: bar(paths, "loading weights", len(names)),
-                )
+            weights = _load(source, design, bar)
             size = sum(leaf.nbytes for leaf in jax.tree.leaves(weights))
-            phase.detail = f", {size / 1e6:.0f} MB of {dtype} on {mesh.size} {platform} device(s)"
+            platform = design.mesh.devices.flat[0].platform
+            phase.detail = f", {size / 1e6:.0f} MB of {design.dtype} on {design.mesh.size} {platform} device(s)"
     except CheckpointError as error:
         raise LaunchError(str(error)) from None
     finally:
         source.close()
-
-    cache = _cache_config(config, model, scheduler, dtype, platform)
-    scheduler = _fit_context(scheduler, cache)
-    attention = XlaAttention(
-        AttentionConfig(
-            num_layers=model.num_layers,
-            num_q_heads=model.num_q_heads,
-            num_kv_heads=model.num_kv_heads,
-            head_dim=model.head_dim,
-            page_size=cache.page_size,
-            num_pages=cache.num_pages,
-            dtype=dtype,
-            scale=model.head_dim**-0.5,
-            window=model.sliding_window,
-            batch_invariant=config.deterministic,
-        ),
-        mesh,
-    )
-    logger.info("attention backend: xla, the portable one (no kernel is built for %s yet)", platform)
-    layout = BatchLayout(
-        max_rows=scheduler.max_rows,
-        page_size=cache.page_size,
-        num_pages=cache.num_pages,
-        pages_per_row=-(-scheduler.context_length // cache.page_size),
-        vocab_size=model.vocab_size,
-    )
-    buckets = make_buckets(scheduler, CPU_STEPS if platform == "cpu" else ACCELERATOR_STEPS)
-    step = StepModel(decoder, attention, mesh, layout, buckets)
-    return BuiltRunner(ModelRunner(step, weights), checkpoint, cache, scheduler, dtype)
-
-
-def pick_dtype(config: EngineConfig, model: ModelConfig) -> jnp.dtype:
-    """Dtype of weights and activations."""
-    # float16 has too small a range for bfloat16 models and no fast path on TPU or CPU; `auto` avoids it.
-    name = config.dtype if config.dtype != "auto" else model.dtype
-    if config.dtype == "auto" and name == "float16":
-        name = "bfloat16"
-    return jnp.dtype(name)
-
-
-def _scheduler_config(config: EngineConfig, model: ModelConfig, platform: str) -> SchedulerConfig:
-    context_length = config.context_length or model.max_position
-    if context_length > model.max_position:
-        raise LaunchError(
-            f"--context-length {context_length} is more than the {model.max_position} tokens the model is made for"
-        )
-    max_rows = config.max_running_requests or (32 if platform == "cpu" else 256)
-    max_step_tokens = config.chunked_prefill_size or (512 if platform == "cpu" else 2048)
-    return SchedulerConfig(
-        max_rows=max_rows,
-        max_step_tokens=max(max_step_tokens, max_rows) if config.chunked_prefill_size is None else max_step_tokens,
-        context_length=context_length,
-        policy=config.schedule_policy,
-    )
-
-
-def _cache_config(
-    config: EngineConfig, model: ModelConfig, scheduler: SchedulerConfig, dtype: jnp.dtype, platform: str
-) -> CacheConfig:
-    page_size = config.page_size or (64 if platform == "cpu" else 128)
-    token_bytes = 2 * model.num_layers * model.num_kv_heads * model.head_dim * dtype.itemsize
-    if config.max_total_tokens is not None:
-        num_pages = config.max_total_tokens // page_size
-    else:
-        num_pages = _pool_bytes(config, platform) * config.tp_size // (page_size * token_bytes)
-        # More than every row at full length is of use to the prefix cache only.
-        num_pages = min(num_pages, 4 * scheduler.max_rows * -(-scheduler.context_length // page_size))
-    cache = CacheConfig(page_size=page_size, num_pages=num_pages, prefix_caching=config.prefix_caching)
+    engine = lay_out(config, design, _pool_bytes(config, platform))
     logger.info(
-        "key/value pool: %d pages of %d tokens, %.0f MB",
-        num_pages,
-        page_size,
-        num_pages * page_size * token_bytes / 1e6,
+        "key/value pool: %d pages of %d tokens, %.0f MB on each device",
+        engine.cache.num_pages,
+        engine.cache.page_size,
+        engine.pool_bytes / 1e6,
     )
-    return cache
+    runner = ModelRunner(engine.step, weights)
+    return BuiltRunner(runner, design.checkpoint, engine.cache, engine.scheduler, design.dtype)
 
 
-def _fit_context(scheduler: SchedulerConfig, cache: CacheConfig) -> SchedulerConfig:
-    """A single request must fit the pool, or it could never finish."""
-    pool_tokens = cache.page_size * cache.num_pages
-    if scheduler.context_length <= pool_tokens:
-        return scheduler
-    logger.warning("context length cut from %d to the pool's %d tokens", scheduler.context_length, pool_tokens)
-    return msgspec.structs.replace(scheduler, context_length=pool_tokens)
+def _load(source: TensorSource | OrbaxCheckpoint, design: ModelDesign, bar: ProgressBar) -> Weights:
+    if isinstance(source, OrbaxCheckpoint):
+        return restore_weights(source.folder, design.decoder, design.checkpoint, design.mesh)
+    names = design.architecture.tensor_names(design.checkpoint)
+    return load_weights(
+        source,
+        design.decoder,
+        names,
+        design.checkpoint,
+        design.mesh,
+        lambda paths: bar(paths, "loading weights", len(names)),
+    )
 
 
 def _pool_bytes(config: EngineConfig, platform: str) -> int:
@@ -274,7 +188,7 @@ def _pool_bytes(config: EngineConfig, platform: str) -> int:
     if stats is None:
         return _CPU_POOL_BYTES if config.mem_fraction_static is None else _host_pool_bytes(config)
     free = stats["bytes_limit"] - stats["bytes_in_use"]
-    return int(free * (config.mem_fraction_static or _DEVICE_MEM_FRACTION))
+    return int(free * (config.mem_fraction_static or DEVICE_MEM_FRACTION))
 
 
 def _host_pool_bytes(config: EngineConfig) -> int:

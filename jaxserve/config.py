@@ -11,6 +11,7 @@ import msgspec
 from jaxserve.errors import LaunchError
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+KvCacheDtype = Literal["auto", "bf16", "bfloat16", "fp8_e4m3", "int8"]
 SchedulePolicy = Literal["fcfs", "lpm", "priority"]
 
 
@@ -164,6 +165,8 @@ class EngineConfig(_Config, frozen=True):
     chunked_prefill_size: int | None = None
     schedule_policy: SchedulePolicy = "fcfs"
     prefix_caching: bool = True
+    kv_cache_dtype: KvCacheDtype = "auto"
+    attention_backend: Literal["auto", "tpu", "gpu", "xla"] = "auto"
     deterministic: bool = False
     compilation_cache_dir: str | None = None
     log_level: str = "info"

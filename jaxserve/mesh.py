@@ -1,6 +1,7 @@
 """The device mesh and the table from logical axes to mesh axes. Changing the strategy is changing the table."""
 
 import logging
+from collections.abc import Sequence
 
 import jax
 import numpy as np
@@ -36,7 +37,12 @@ def make_mesh(tp_size: int, dp_size: int = 1) -> Mesh:
             f"--tp-size {tp_size} and --dp-size {dp_size} need {count} devices, "
             f"{len(devices)} {devices[0].platform} found"
         )
-    grid = np.array(devices[:count]).reshape(dp_size, tp_size)
+    return mesh_of(devices, tp_size, dp_size)
+
+
+def mesh_of(devices: Sequence[jax.Device], tp_size: int, dp_size: int = 1) -> Mesh:
+    """A (data, model) mesh over the first `dp_size * tp_size` of the devices, which need not be there."""
+    grid = np.array(devices[: dp_size * tp_size]).reshape(dp_size, tp_size)
     return Mesh(grid, ("data", "model"), axis_types=(AxisType.Auto, AxisType.Auto))
 
 

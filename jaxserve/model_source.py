@@ -12,10 +12,12 @@ import sys
 import tempfile
 import zipfile
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import constants, snapshot_download
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
+from checkpoints.gguf import GGUFCheckpoint
 from checkpoints.huggingface import read_json
 from checkpoints.source import CheckpointError
 from jaxserve.errors import LaunchError
@@ -52,9 +54,30 @@ def find_model(name: str, revision: str | None, download_dir: str | None) -> Pat
         return path
     if name == "demo":
         return _fetch_demo(cache_folder())
-    if path.exists() or path.is_absolute() or name.startswith(".") or name.count("/") > 1:
-        raise LaunchError(f"--model-path {name}: neither a model folder nor a .gguf file")
-    return _download(name, revision, download_dir)
+    return _download(name, revision, download_dir, _CONFIG_FILES, _CONFIG_FILES + _WEIGHT_FILES)
+
+
+def find_config(name: str, revision: str | None, download_dir: str | None) -> dict[str, Any]:
+    """The model's parsed `config.json`; no weights are needed, and none are fetched of a Hugging Face id.
+
+    Raises:
+        LaunchError: there is no such model, it cannot be had offline, or its architecture is not supported.
+    """
+    path = Path(name).expanduser()
+    try:
+        if name == "demo" or path.suffix == ".gguf":
+            checkpoint = GGUFCheckpoint(find_model(name, revision, download_dir))
+            try:
+                return dict(checkpoint.config)
+            finally:
+                checkpoint.close()
+        if path.is_file():
+            return read_json(path)
+        return read_json(
+            (path if path.is_dir() else _download(name, revision, download_dir, _CONFIG_FILES)) / "config.json"
+        )
+    except CheckpointError as error:
+        raise LaunchError(f"--model-path {name}: {error}") from None
 
 
 def _check_architecture(folder: Path) -> None:
@@ -64,14 +87,22 @@ def _check_architecture(folder: Path) -> None:
         raise LaunchError(str(error)) from None
 
 
-def _download(name: str, revision: str | None, download_dir: str | None) -> Path:
+def _download(
+    name: str, revision: str | None, download_dir: str | None, first: tuple[str, ...], more: tuple[str, ...] = ()
+) -> Path:
+    """Fetch the files that match `first`, check the architecture, fetch those of `more`."""
+    path = Path(name)
+    if path.exists() or path.is_absolute() or name.startswith(".") or name.count("/") > 1:
+        raise LaunchError(f"--model-path {name}: neither a model folder nor a .gguf file")
+
     def fetch(patterns: tuple[str, ...]) -> Path:
         return Path(snapshot_download(name, revision=revision, cache_dir=download_dir, allow_patterns=list(patterns)))
 
     cache = download_dir or constants.HF_HUB_CACHE
     try:
-        _check_architecture(fetch(_CONFIG_FILES))
-        return fetch(_CONFIG_FILES + _WEIGHT_FILES)
+        folder = fetch(first)
+        _check_architecture(folder)
+        return fetch(more) if more else folder
     except HFValidationError:
         raise LaunchError(f"--model-path {name}: no such folder, and not a Hugging Face id either") from None
     except LocalEntryNotFoundError:

@@ -3,7 +3,19 @@
 Needs JAX 0.11 or newer, so only the kernels import it, and they are imported once a backend has been chosen.
 """
 
+from typing import Any
+
+import jax
+from jax._src.mesh import AbstractDevice
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+from jax.sharding import AbstractMesh
 
-__all__ = ["pl", "pltpu"]
+__all__ = ["pl", "pltpu", "tpu_vmem_bytes"]
+
+
+def tpu_vmem_bytes(device: Any) -> int:
+    """Memory on a TPU's chip, also of one that is not there."""
+    abstract = AbstractDevice(device_kind=device.device_kind, num_cores=device.num_cores, platform="tpu")
+    with jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("x",), abstract_device=abstract)):
+        return int(pltpu.get_tpu_info().vmem_capacity_bytes)

@@ -78,9 +78,13 @@ class AttentionConfig:
         """The heads of one of `parts` shards."""
         return dataclasses.replace(self, num_q_heads=self.num_q_heads // parts, num_kv_heads=self.num_kv_heads // parts)
 
-    def quantise(self, x_TKH: jax.Array, scale_K: jax.Array) -> jax.Array:
-        """Keys or values in the cache's dtype, divided by their head's scale; what is out of range is clipped."""
-        x_TKH = x_TKH.astype(jnp.float32) / scale_K[:, None]
+    def to_cache(self, x_TKH: jax.Array, scale_K: jax.Array | None) -> jax.Array:
+        """Keys or values in the cache's dtype, divided by their head's scale; what 8 bits cannot hold is clipped."""
+        if jnp.dtype(self.dtype).itemsize > 1:
+            return x_TKH.astype(self.dtype)
+        x_TKH = x_TKH.astype(jnp.float32)
+        if scale_K is not None:
+            x_TKH /= scale_K[:, None]
         if jnp.issubdtype(self.dtype, jnp.integer):
             info: Any = jnp.iinfo(self.dtype)
             x_TKH = jnp.round(x_TKH)

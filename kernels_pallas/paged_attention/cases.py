@@ -192,5 +192,5 @@ def _cached(x_KH: np.ndarray, config: AttentionConfig, scale_K: np.ndarray | Non
     """Values as the cache holds them, f32; what was NaN is again, also in dtypes without one."""
     if scale_K is None:
         return _rounded(x_KH, config.dtype)
-    cached: jax.Array = config.quantise(jnp.asarray(x_KH, jnp.float32), jnp.asarray(scale_K))
+    cached: jax.Array = config.to_cache(jnp.asarray(x_KH, jnp.float32), jnp.asarray(scale_K))
     return np.where(np.isnan(x_KH), np.nan, np.asarray(cached.astype(jnp.float32)))

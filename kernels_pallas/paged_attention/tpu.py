@@ -45,8 +45,8 @@ def block_rows(meta: AttentionMeta, block_tokens: int, first_row: jax.Array) -> 
     num_blocks = -(-meta.positions_T.shape[0] // block_tokens)
     start_C = jnp.arange(num_blocks, dtype=jnp.int32) * block_tokens
     starts_B, ends_B = meta.cu_q_lens_B1[:-1], meta.cu_q_lens_B1[1:]
-    first_C = jnp.searchsorted(ends_B, start_C, side="right").astype(jnp.int32)
-    end_C = jnp.searchsorted(starts_B, start_C + block_tokens, side="left").astype(jnp.int32)
+    first_C = jnp.searchsorted(ends_B, start_C, side="right", method="compare_all").astype(jnp.int32)
+    end_C = jnp.searchsorted(starts_B, start_C + block_tokens, side="left", method="compare_all").astype(jnp.int32)
     return jnp.stack([jnp.maximum(first_C, first_row), jnp.minimum(end_C, meta.distribution_2[1])])
 
 
@@ -121,9 +121,8 @@ class TpuAttention:
         scales_2K: jax.Array | None,
     ) -> tuple[jax.Array, Cache]:
         config = self.config
-        if scales_2K is not None:
-            k_TKH, v_TKH = config.quantise(k_TKH, scales_2K[0]), config.quantise(v_TKH, scales_2K[1])
-        kv_TKZ = self._layout.pack(k_TKH, v_TKH).astype(config.dtype)
+        k_scale_K, v_scale_K = (None, None) if scales_2K is None else scales_2K
+        kv_TKZ = self._layout.pack(config.to_cache(k_TKH, k_scale_K), config.to_cache(v_TKH, v_scale_K))
         q_TNZ = self._layout.pad_queries(q_TNH.astype(config.compute_dtype))
         meta, first_page = plan.meta, layer * config.num_pages
         call = partial(self._call, meta=meta, first_page=first_page, sinks_N=sinks_N, scales_2K=scales_2K)

@@ -101,9 +101,9 @@ class XlaAttention:
     ) -> tuple[jax.Array, Cache]:
         c = self.config
         q_TKGH = q_TNH.reshape(q_TNH.shape[0], k_TKH.shape[1], -1, c.head_dim)
-        if scales_2K is not None:
-            k_TKH, v_TKH = c.quantise(k_TKH, scales_2K[0]), c.quantise(v_TKH, scales_2K[1])
-            q_TKGH = q_TKGH.astype(jnp.float32) * scales_2K[0][:, None, None]
+        k_scale_K, v_scale_K = (None, None) if scales_2K is None else scales_2K
+        if k_scale_K is not None:
+            q_TKGH = q_TKGH.astype(jnp.float32) * k_scale_K[:, None, None]
         first_page = layer * c.num_pages
         slot_T = plan.meta.slot_mapping_T
         # Padding tokens point past the pool; past the last layer as well, they are dropped.
@@ -111,8 +111,8 @@ class XlaAttention:
             slot_T < c.num_pages * c.page_size, slot_T // c.page_size + first_page, c.num_layers * c.num_pages
         )
         cache = {
-            "k": write_tokens(cache["k"], page_T, slot_T % c.page_size, k_TKH),
-            "v": write_tokens(cache["v"], page_T, slot_T % c.page_size, v_TKH),
+            "k": write_tokens(cache["k"], page_T, slot_T % c.page_size, c.to_cache(k_TKH, k_scale_K)),
+            "v": write_tokens(cache["v"], page_T, slot_T % c.page_size, c.to_cache(v_TKH, v_scale_K)),
         }
         layer_inputs = LayerInputs(
             q_TKGH=q_TKGH.astype(c.compute_dtype),
@@ -128,6 +128,6 @@ class XlaAttention:
         # Smallest first: the tail of a row's last tile reaches into the next rows, whose own tiles overwrite it.
         for size, tiles in reversed(list(zip(self._tile_sizes(plan.meta), plan.tiles, strict=True))):
             o_TKGH = attend_tiles(c, layer_inputs, plan.meta, tiles, size, o_TKGH)
-        if scales_2K is not None:
-            o_TKGH *= scales_2K[1][:, None, None]
+        if v_scale_K is not None:
+            o_TKGH *= v_scale_K[:, None, None]
         return o_TKGH.reshape(q_TNH.shape).astype(q_TNH.dtype), cache

@@ -43,9 +43,7 @@ def test_restored_weights_are_the_loaded_ones(folders: tuple[Path, Path], tp_siz
         build_runner(EngineConfig(model_path=str(folder), tp_size=tp_size, **SMALL), lambda items, *_: items).runner
         for folder in folders
     )
-    for left, right in zip(
-        jax.tree.leaves_with_path(loaded._weights), jax.tree.leaves(restored._parts.weights), strict=True
-    ):
+    for left, right in zip(jax.tree.leaves_with_path(loaded._weights), jax.tree.leaves(restored._weights), strict=True):
         assert left[1].sharding == right.sharding, left[0]
         np.testing.assert_array_equal(left[1], right)
 

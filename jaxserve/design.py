@@ -1,0 +1,215 @@
+"""What an engine will be, from its settings and the model's config alone: no weight is read, no memory taken.
+
+The engine is built from this, and `jaxserve.plan` compiles it for devices that are not there.
+"""
+
+import logging
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import msgspec
+from jax.sharding import Mesh
+
+from jaxserve.config import CacheConfig, EngineConfig, ModelConfig, SchedulerConfig
+from jaxserve.errors import LaunchError
+from jaxserve.mesh import kv_head_copies, named_sharding
+from jaxserve.models.architecture import Architecture, BuildModel
+from jaxserve.models.decoder import Decoder
+from jaxserve.models.registry import find_architecture
+from jaxserve.runner.batch import BatchLayout
+from jaxserve.runner.buckets import ACCELERATOR_STEPS, CPU_STEPS, make_buckets
+from jaxserve.runner.programs import StepModel
+from kernels_pallas.dispatch import ChosenAttention, choose_attention
+from kernels_pallas.paged_attention.api import AttentionConfig, CacheSpec
+
+logger = logging.getLogger(__name__)
+
+# Share of the memory left after the weights that the key/value pool gets.
+DEVICE_MEM_FRACTION = 0.88
+
+_KV_DTYPES = {"bf16": "bfloat16", "bfloat16": "bfloat16", "fp8_e4m3": "float8_e4m3fn", "int8": "int8"}
+
+
+class ModelDesign(NamedTuple):
+    """A model on a mesh.
+
+    Attributes:
+        architecture: of the checkpoint.
+        checkpoint: the model as its maker describes it.
+        model: as it is computed here: key heads are repeated where there are fewer than devices.
+        dtype: of weights and activations.
+        kv_dtype: of cached keys and values.
+        decoder: the model.
+        scheduler: limits of a step.
+        page_size: tokens per page.
+        mesh: (data, model).
+    """
+
+    architecture: Architecture
+    checkpoint: ModelConfig
+    model: ModelConfig
+    dtype: jnp.dtype
+    kv_dtype: jnp.dtype
+    decoder: Decoder
+    scheduler: SchedulerConfig
+    page_size: int
+    mesh: Mesh
+
+    @property
+    def device_weight_bytes(self) -> int:
+        """Of the weights, on each device."""
+        total = 0
+        for spec in self.decoder.param_specs.values():
+            shard = named_sharding(spec.axes, spec.shape, self.mesh).shard_shape(spec.shape)
+            total += math.prod(shard) * spec.dtype.itemsize
+        return total
+
+
+class EngineDesign(NamedTuple):
+    """A model with its memory laid out.
+
+    Attributes:
+        cache: the pool of one copy.
+        pool_bytes: what it takes of each device.
+        scheduler: limits of a step, with the context cut to what the pool holds.
+        attention_name: of the attention backend.
+        step: what the step's programs are made of.
+    """
+
+    cache: CacheConfig
+    pool_bytes: int
+    scheduler: SchedulerConfig
+    attention_name: str
+    step: StepModel
+
+
+def design_model(config: EngineConfig, hf_config: Mapping[str, Any], mesh: Mesh) -> ModelDesign:
+    """Fit a model onto a mesh.
+
+    Args:
+        config: the settings.
+        hf_config: parsed `config.json`.
+        mesh: of the devices, there or not.
+
+    Raises:
+        LaunchError: settings, model and devices do not fit together.
+    """
+    architecture = find_architecture(hf_config)
+    checkpoint = architecture.read_config(hf_config)
+    platform = mesh.devices.flat[0].platform
+    copies = kv_head_copies(checkpoint, config.tp_size)
+    model = msgspec.structs.replace(checkpoint, num_kv_heads=checkpoint.num_kv_heads * copies)
+    dtype = pick_dtype(config, checkpoint)
+    return ModelDesign(
+        architecture=architecture,
+        checkpoint=checkpoint,
+        model=model,
+        dtype=dtype,
+        kv_dtype=dtype if config.kv_cache_dtype == "auto" else jnp.dtype(_KV_DTYPES[config.kv_cache_dtype]),
+        decoder=architecture.build(BuildModel(model, dtype, batch_invariant=config.deterministic)),
+        scheduler=_scheduler_config(config, checkpoint, platform),
+        page_size=config.page_size or (64 if platform == "cpu" else 128),
+        mesh=mesh,
+    )
+
+
+def lay_out(config: EngineConfig, design: ModelDesign, pool_bytes: int) -> EngineDesign:
+    """Size the pool and shape the step.
+
+    Args:
+        config: the settings.
+        design: the model.
+        pool_bytes: for keys and values, on each device.
+
+    Raises:
+        LaunchError: the pool is too small, or the attention backend that was named cannot serve the model.
+    """
+    scheduler, page_size = design.scheduler, design.page_size
+    page_bytes = _device_bytes(_attention(config, design, num_pages=1).backend.cache_spec(), config.tp_size)
+    if config.max_total_tokens is not None:
+        num_pages = config.max_total_tokens // page_size
+    else:
+        # More than every row at full length is of use to the prefix cache only.
+        most = 4 * scheduler.max_rows * -(-scheduler.context_length // page_size)
+        num_pages = min(pool_bytes // page_bytes, most)
+    cache = CacheConfig(page_size=page_size, num_pages=num_pages, prefix_caching=config.prefix_caching)
+    scheduler = _fit_context(scheduler, cache)
+    chosen = _attention(config, design, num_pages)
+    logger.log(
+        logging.WARNING if chosen.lacking else logging.INFO, "attention backend: %s, %s", chosen.name, chosen.reason
+    )
+    layout = BatchLayout(
+        max_rows=scheduler.max_rows,
+        page_size=page_size,
+        num_pages=num_pages,
+        pages_per_row=-(-scheduler.context_length // page_size),
+        vocab_size=design.model.vocab_size,
+    )
+    on_cpu = design.mesh.devices.flat[0].platform == "cpu"
+    buckets = make_buckets(scheduler, CPU_STEPS if on_cpu else ACCELERATOR_STEPS)
+    step = StepModel(design.decoder, chosen.backend, design.mesh, layout, buckets)
+    return EngineDesign(cache, num_pages * page_bytes, scheduler, chosen.name, step)
+
+
+def _attention(config: EngineConfig, design: ModelDesign, num_pages: int) -> ChosenAttention:
+    model = design.model
+    attention = AttentionConfig(
+        num_layers=model.num_layers,
+        num_q_heads=model.num_q_heads,
+        num_kv_heads=model.num_kv_heads,
+        head_dim=model.head_dim,
+        page_size=design.page_size,
+        num_pages=num_pages,
+        dtype=design.kv_dtype,
+        scale=model.head_dim**-0.5,
+        window=model.sliding_window,
+        batch_invariant=config.deterministic,
+    )
+    try:
+        return choose_attention(config.attention_backend, attention, design.mesh)
+    except NotImplementedError as error:
+        raise LaunchError(f"--attention-backend {config.attention_backend}: {error}") from None
+
+
+def _device_bytes(specs: Mapping[str, CacheSpec], tp_size: int) -> int:
+    """Bytes of a copy's cache on each of its devices."""
+    return sum(
+        math.prod(spec.shape) * jnp.dtype(spec.dtype).itemsize // (tp_size if "model" in spec.partition else 1)
+        for spec in specs.values()
+    )
+
+
+def pick_dtype(config: EngineConfig, model: ModelConfig) -> jnp.dtype:
+    """Dtype of weights and activations."""
+    # float16 has too small a range for bfloat16 models and no fast path on TPU or CPU; `auto` avoids it.
+    name = config.dtype if config.dtype != "auto" else model.dtype
+    if config.dtype == "auto" and name == "float16":
+        name = "bfloat16"
+    return jnp.dtype(name)
+
+
+def _scheduler_config(config: EngineConfig, model: ModelConfig, platform: str) -> SchedulerConfig:
+    context_length = config.context_length or model.max_position
+    if context_length > model.max_position:
+        raise LaunchError(
+            f"--context-length {context_length} is more than the {model.max_position} tokens the model is made for"
+        )
+    max_rows = config.max_running_requests or (32 if platform == "cpu" else 256)
+    max_step_tokens = config.chunked_prefill_size or (512 if platform == "cpu" else 2048)
+    return SchedulerConfig(
+        max_rows=max_rows,
+        max_step_tokens=max(max_step_tokens, max_rows) if config.chunked_prefill_size is None else max_step_tokens,
+        context_length=context_length,
+        policy=config.schedule_policy,
+    )
+
+
+def _fit_context(scheduler: SchedulerConfig, cache: CacheConfig) -> SchedulerConfig:
+    """A single request must fit the pool, or it could never finish."""
+    pool_tokens = cache.page_size * cache.num_pages
+    if scheduler.context_length <= pool_tokens:
+        return scheduler
+    logger.warning("context length cut from %d to the pool's %d tokens", scheduler.context_length, pool_tokens)
+    return msgspec.structs.replace(scheduler, context_length=pool_tokens)

@@ -1,0 +1,76 @@
+"""Reading a compiled program's text: which collectives it has, and how often a step runs them."""
+
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
+
+_COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
+_COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\{$")
+_OPERATION = re.compile(rf"= .*? ({'|'.join(_COLLECTIVES)})(?:-start)?\(")
+_CALLED = re.compile(r"(?:calls|to_apply|body|condition|true_computation|false_computation)=%?([\w.\-]+)")
+_BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
+_BODY = re.compile(r" while\(.*body=%?([\w.\-]+)")
+
+
+class Collectives(NamedTuple):
+    """Collectives of a program, by kind.
+
+    Attributes:
+        per_layer: in the body of the loop over layers.
+        once: outside of it.
+    """
+
+    per_layer: Mapping[str, int]
+    once: Mapping[str, int]
+
+    def per_step(self, num_layers: int) -> dict[str, int]:
+        """How often a step runs each kind."""
+        kinds = [kind for kind in _COLLECTIVES if kind in self.per_layer or kind in self.once]
+        return {kind: self.per_layer.get(kind, 0) * num_layers + self.once.get(kind, 0) for kind in kinds}
+
+
+def find_collectives(text: str) -> Collectives:
+    """Count the collectives in `Compiled.as_text()`.
+
+    The loop over layers is the outermost loop; a program without one has everything in `once`.
+    """
+    computations = dict(_computations(text))
+    in_loops: set[str] = set()
+    for lines in computations.values():
+        for line in lines:
+            if body := _BODY.search(line):
+                in_loops |= _reachable(computations, body[1])
+    per_layer: Counter[str] = Counter()
+    once: Counter[str] = Counter()
+    for name, lines in computations.items():
+        counter = per_layer if name in in_loops else once
+        counter.update(found[1] for line in lines if (found := _OPERATION.search(line)))
+    return Collectives(dict(per_layer), dict(once))
+
+
+def _computations(text: str) -> Iterator[tuple[str, list[str]]]:
+    name, lines = "", list[str]()
+    for line in text.splitlines():
+        if found := _COMPUTATION.match(line):
+            name, lines = found[1], []
+        elif line == "}" and name:
+            yield name, lines
+            name = ""
+        elif name:
+            lines.append(line)
+
+
+def _reachable(computations: Mapping[str, list[str]], start: str) -> set[str]:
+    seen: set[str] = set()
+    waiting = [start]
+    while waiting:
+        name = waiting.pop()
+        if name in seen or name not in computations:
+            continue
+        seen.add(name)
+        for line in computations[name]:
+            waiting += _CALLED.findall(line)
+            for branches in _BRANCHES.findall(line):
+                waiting += [branch.strip().lstrip("%") for branch in branches.split(",")]
+    return seen

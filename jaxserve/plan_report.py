@@ -1,0 +1,198 @@
+"""What `jaxserve.plan` tells: memory, programs, and bounds on speed, as a table or as JSON."""
+
+from typing import NamedTuple
+
+import msgspec
+
+from jaxserve.config import ModelConfig
+from jaxserve.targets import DeviceSpec
+
+
+class Program(msgspec.Struct, frozen=True, kw_only=True):
+    """One compiled program.
+
+    Attributes:
+        name: `forward` with its tokens and rows, or `draw` with its rows.
+        compile_s: seconds here, other work beside it.
+        temporary_bytes, code_bytes: on each device.
+        kernels: Pallas kernels in it; one in the loop over layers counts once.
+        collectives: how often a step runs each kind.
+    """
+
+    name: str
+    compile_s: float
+    temporary_bytes: int
+    code_bytes: int
+    kernels: int
+    collectives: dict[str, int]
+
+
+class Memory(msgspec.Struct, frozen=True, kw_only=True):
+    """Bytes on each device.
+
+    Attributes:
+        total: of the device, or None where it is not known.
+        weights, kv_pool: what they take.
+        state: of the requests that run, and the logits of two steps.
+        temporaries: of the program that needs most.
+        programs: all of them.
+    """
+
+    total: int | None
+    weights: int
+    kv_pool: int
+    state: int
+    temporaries: int
+    programs: int
+
+    @property
+    def used(self) -> int:
+        """Sum of the parts."""
+        return self.weights + self.kv_pool + self.state + self.temporaries + self.programs
+
+    @property
+    def fits(self) -> bool:
+        """Whether they fit."""
+        return self.total is None or self.used <= self.total
+
+
+class Bounds(msgspec.Struct, frozen=True, kw_only=True):
+    """Tokens per second that memory and arithmetic allow each copy of the model at best; never measured.
+
+    Attributes:
+        rows, context: the decode step they are for: requests, and keys of each.
+        decode: of all rows together.
+        decode_alone: of a single request.
+        prefill: prompt tokens.
+    """
+
+    rows: int
+    context: int
+    decode: float
+    decode_alone: float
+    prefill: float
+
+
+class Report(msgspec.Struct, frozen=True, kw_only=True):
+    """A plan.
+
+    Attributes:
+        fits: whether the model fits the target.
+        advice: what would make it fit, or what to know.
+        kv_tokens: that the pools of all copies hold.
+        full_requests: requests of `context_length` tokens that they hold.
+    """
+
+    model: str
+    target: str
+    devices: int
+    tp_size: int
+    dp_size: int
+    dtype: str
+    kv_dtype: str
+    attention_backend: str
+    fits: bool
+    advice: list[str]
+    memory: Memory
+    context_length: int
+    kv_tokens: int
+    full_requests: int
+    programs: list[Program]
+    compile_s: float
+    bounds: Bounds | None
+
+    def table(self) -> str:
+        """For people."""
+        rows = [
+            ("model", self.model),
+            ("target", f"{self.target}, {self.devices} devices: tp {self.tp_size}, dp {self.dp_size}"),
+            ("dtype", f"{self.dtype}, keys and values {self.kv_dtype}"),
+            ("attention", self.attention_backend),
+            ("fits", "yes" if self.fits else "NO"),
+            *(("", line) for line in self.advice),
+            ("", ""),
+            *self._memory_rows(),
+            ("", ""),
+            ("KV tokens", f"{self.kv_tokens:,}, or {self.full_requests:,} requests of {self.context_length:,} tokens"),
+            *self._bound_rows(),
+            ("", ""),
+            ("programs", f"{len(self.programs)}, compiled in {self.compile_s:.1f} s"),
+        ]
+        lines = [f"{name:<16}{text}".rstrip() for name, text in rows]
+        return "\n".join(lines + self._program_lines())
+
+    def _memory_rows(self) -> list[tuple[str, str]]:
+        memory = self.memory
+        parts = [("weights", memory.weights), ("KV pool", memory.kv_pool), ("state, logits", memory.state)]
+        parts += [("temporaries", memory.temporaries), ("programs", memory.programs), ("total", memory.used)]
+        rows = [(name, f"{size / 2**30:8.2f} GiB on each device") for name, size in parts]
+        if memory.total is not None:
+            rows.append(("device has", f"{memory.total / 2**30:8.2f} GiB"))
+        return rows
+
+    def _bound_rows(self) -> list[tuple[str, str]]:
+        if self.bounds is None:
+            return [("bounds", "not known for this device")]
+        b = self.bounds
+        return [
+            ("decode bound", f"{b.decode:,.0f} tokens/s a copy, {b.rows} requests with {b.context:,} keys each"),
+            ("", f"{b.decode_alone:,.0f} tokens/s for one request alone"),
+            ("prefill bound", f"{b.prefill:,.0f} tokens/s a copy"),
+        ]
+
+    def _program_lines(self) -> list[str]:
+        head = f"  {'':<28}{'compile s':>10}{'temp MiB':>10}{'kernels':>9}  collectives of a step"
+        return [head] + [
+            f"  {program.name:<28}{program.compile_s:>10.1f}{program.temporary_bytes / 2**20:>10.1f}{program.kernels:>9}  "
+            + (", ".join(f"{count} {kind}" for kind, count in program.collectives.items()) or "none")
+            for program in self.programs
+        ]
+
+
+class Load(NamedTuple):
+    """What a decode step is bounded for.
+
+    Attributes:
+        weight_bytes: of one device.
+        key_bytes: of one cached token on one device.
+        rows: requests.
+        context: keys of each.
+        tp_size: devices of a copy.
+    """
+
+    weight_bytes: int
+    key_bytes: float
+    rows: int
+    context: int
+    tp_size: int
+
+
+def bound(model: ModelConfig, device: DeviceSpec, load: Load) -> Bounds | None:
+    """Roofline bounds: every weight and every live key read once a step, every multiplication at full speed."""
+    if not device.bytes_per_s:
+        return None
+    flops = device.flops * load.tp_size
+    attention_flops = 4 * model.num_layers * model.num_q_heads * model.head_dim
+
+    def step_s(rows: int) -> float:
+        memory_s = (load.weight_bytes + rows * load.context * load.key_bytes) / device.bytes_per_s
+        arithmetic_s = rows * (2 * num_multiplied(model) + attention_flops * load.context) / flops
+        return max(memory_s, arithmetic_s)
+
+    # A prompt's tokens see half of it on average, and none needs the vocabulary but the last.
+    head = model.vocab_size * model.hidden_size
+    prefill = flops / (2 * (num_multiplied(model) - head) + attention_flops * load.context / 2)
+    return Bounds(
+        rows=load.rows,
+        context=load.context,
+        decode=load.rows / step_s(load.rows),
+        decode_alone=1 / step_s(1),
+        prefill=prefill,
+    )
+
+
+def num_multiplied(model: ModelConfig) -> int:
+    """Weights that a token is multiplied with: all but the input embedding and the norms."""
+    heads = model.head_dim * (2 * model.num_q_heads + 2 * model.num_kv_heads)
+    layer = model.hidden_size * (heads + 3 * model.intermediate_size)
+    return model.num_layers * layer + model.vocab_size * model.hidden_size

@@ -1,0 +1,200 @@
+"""Compiles a model's step for devices that are not here, and adds up what it needs."""
+
+import math
+import re
+import threading
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxserve.config import EngineConfig
+from jaxserve.design import DEVICE_MEM_FRACTION, EngineDesign, ModelDesign, design_model, lay_out
+from jaxserve.hlo import find_collectives
+from jaxserve.mesh import mesh_of
+from jaxserve.plan_report import Load, Memory, Program, Report, bound
+from jaxserve.runner.programs import StepPrograms
+from jaxserve.targets import Target, target_devices
+
+_COMPILE_THREADS = 2
+# The next forward pass runs while tokens are drawn from the logits of the last.
+_STEPS_IN_FLIGHT = 2
+# For devices whose memory we do not know.
+_UNKNOWN_POOL_BYTES = 512 << 20
+_KERNEL_CALL = re.compile(r'custom_call_target="(?:tpu_custom_call|mosaic_gpu[\w.]*)"')
+
+
+class Outcome(NamedTuple):
+    """What compiling came to: the programs, or why the compiler gave up."""
+
+    programs: list[Program]
+    compile_s: float
+    error: str | None = None
+
+
+def make_plan(config: EngineConfig, hf_config: Mapping[str, Any], target: Target) -> Report:
+    """Lay a model out on a target and compile its programs.
+
+    Raises:
+        LaunchError: settings, model and target do not fit together, or there is no compiler for the target.
+    """
+    jax.config.update("jax_numpy_dtype_promotion", "strict")
+    mesh = mesh_of(target_devices(target), config.tp_size, config.dp_size)
+    design = design_model(config, hf_config, mesh)
+    total = target.device.memory_bytes
+    left = total - design.device_weight_bytes if total else _UNKNOWN_POOL_BYTES
+    if left <= 0:
+        return _too_heavy(config, design, target)
+    engine = lay_out(config, design, int(left * (config.mem_fraction_static or DEVICE_MEM_FRACTION)))
+    return _report(config, design, engine, target, _compile(engine, design.model.num_layers))
+
+
+def _compile(engine: EngineDesign, num_layers: int) -> Outcome:
+    """Compile every program of a step, two at a time."""
+    step = StepPrograms(engine.step)
+    lock = threading.Lock()
+
+    def compile_one(name: str, lower: Callable[[], jax.stages.Lowered]) -> Program:
+        with lock:  # tracing is not for threads
+            lowered = lower()
+        started = time.perf_counter()
+        compiled = lowered.compile()
+        seconds = time.perf_counter() - started
+        memory, text = compiled.memory_analysis(), compiled.as_text() or ""
+        return Program(
+            name=name,
+            compile_s=seconds,
+            temporary_bytes=memory.temp_size_in_bytes,
+            code_bytes=memory.generated_code_size_in_bytes,
+            kernels=len(_KERNEL_CALL.findall(text)),
+            collectives=find_collectives(text).per_step(num_layers),
+        )
+
+    jobs: dict[str, Callable[[], jax.stages.Lowered]] = {
+        f"forward {bucket.num_tokens} tokens, {bucket.num_rows} rows": partial(step.lower_forward, bucket)
+        for bucket in engine.step.buckets
+    }
+    for rows in sorted({bucket.num_rows for bucket in engine.step.buckets}, reverse=True):
+        jobs[f"draw {rows} rows"] = partial(step.lower_draw, rows)
+    started = time.perf_counter()
+    with ThreadPoolExecutor(_COMPILE_THREADS) as pool:
+        try:
+            programs = list(pool.map(compile_one, jobs, jobs.values()))
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            return Outcome([], time.perf_counter() - started, str(error).splitlines()[0])
+    return Outcome(programs, time.perf_counter() - started)
+
+
+def _too_heavy(config: EngineConfig, design: ModelDesign, target: Target) -> Report:
+    """The weights alone do not fit: nothing to compile."""
+    memory = Memory(
+        total=target.device.memory_bytes,
+        weights=design.device_weight_bytes,
+        kv_pool=0,
+        state=0,
+        temporaries=0,
+        programs=0,
+    )
+    return Report(
+        **_names(config, design, target),
+        attention_backend="not compiled",
+        fits=False,
+        advice=[_more_devices(design, target)],
+        memory=memory,
+        context_length=design.scheduler.context_length,
+        kv_tokens=0,
+        full_requests=0,
+        programs=[],
+        compile_s=0.0,
+        bounds=None,
+    )
+
+
+def _report(
+    config: EngineConfig, design: ModelDesign, engine: EngineDesign, target: Target, outcome: Outcome
+) -> Report:
+    memory = _memory(design, engine, target, outcome.programs)
+    kv_tokens = engine.cache.num_pages * engine.cache.page_size * config.dp_size
+    context_length = design.scheduler.context_length
+    whole = engine.scheduler.context_length == context_length
+    fits = outcome.error is None and memory.fits and (whole or config.context_length is None)
+    rows = max(1, min(engine.scheduler.max_rows, kv_tokens // config.dp_size * 2 // engine.scheduler.context_length))
+    load = Load(
+        weight_bytes=design.device_weight_bytes,
+        key_bytes=engine.pool_bytes / (engine.cache.num_pages * engine.cache.page_size),
+        rows=rows,
+        context=engine.scheduler.context_length // 2,
+        tp_size=config.tp_size,
+    )
+    return Report(
+        **_names(config, design, target),
+        attention_backend=engine.attention_name,
+        fits=fits,
+        advice=_advice(design, engine, target, outcome, memory),
+        memory=memory,
+        context_length=context_length,
+        kv_tokens=kv_tokens,
+        full_requests=kv_tokens // context_length,
+        programs=outcome.programs,
+        compile_s=outcome.compile_s,
+        bounds=bound(design.model, target.device, load),
+    )
+
+
+def _names(config: EngineConfig, design: ModelDesign, target: Target) -> dict[str, Any]:
+    return {
+        "model": f"{config.model_path} ({design.model.architecture})",
+        "target": target.text,
+        "devices": config.tp_size * config.dp_size,
+        "tp_size": config.tp_size,
+        "dp_size": config.dp_size,
+        "dtype": str(design.dtype),
+        "kv_dtype": str(design.kv_dtype),
+    }
+
+
+def _memory(design: ModelDesign, engine: EngineDesign, target: Target, programs: list[Program]) -> Memory:
+    copies = engine.step.mesh.shape["data"]
+    state = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(StepPrograms(engine.step).state_shapes()))
+    logits = engine.scheduler.max_rows * design.model.vocab_size * jnp.dtype(jnp.float32).itemsize
+    return Memory(
+        total=target.device.memory_bytes or None,
+        weights=design.device_weight_bytes,
+        kv_pool=engine.pool_bytes,
+        state=state // copies + _STEPS_IN_FLIGHT * logits,
+        temporaries=max((program.temporary_bytes for program in programs), default=0),
+        programs=sum(program.code_bytes for program in programs),
+    )
+
+
+def _advice(design: ModelDesign, engine: EngineDesign, target: Target, outcome: Outcome, memory: Memory) -> list[str]:
+    advice: list[str] = []
+    if outcome.error is not None:
+        advice.append(f"the compiler: {outcome.error}")
+    if outcome.error is not None or not memory.fits:
+        advice.append("a lower --mem-fraction-static leaves more room for temporaries")
+    if engine.scheduler.context_length < design.scheduler.context_length:
+        advice.append(
+            f"the pool holds no request of {design.scheduler.context_length:,} tokens, only of "
+            f"{engine.scheduler.context_length:,}: --context-length, --kv-cache-dtype fp8_e4m3 or more devices help"
+        )
+        advice.append(_more_devices(design, target))
+    return advice
+
+
+def _more_devices(design: ModelDesign, target: Target) -> str:
+    """How many devices of this kind would hold the weights with as much again for the rest of each."""
+    now = design.mesh.shape["model"]
+    whole = design.device_weight_bytes * now
+    wanted = 1 << math.ceil(math.log2(max(1.0, 1.25 * whole / target.device.memory_bytes)))
+    wanted = max(wanted, 2 * now)
+    return (
+        f"weights are {design.device_weight_bytes / 2**30:.1f} GiB on each of {now} devices of "
+        f"{target.device.memory_bytes / 2**30:.0f} GiB: try --tp-size {wanted} or smaller weights"
+    )

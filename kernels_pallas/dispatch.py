@@ -1,0 +1,67 @@
+"""Which implementation of an op runs: chosen once, when the engine is laid out, with the reason.
+
+`auto` is the platform's own kernel; where that cannot do what is asked for it is the portable one. A backend that was
+named is an error instead.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Literal, NamedTuple, TypeAlias
+
+from jax.sharding import Mesh
+
+from kernels_pallas.paged_attention.api import AttentionBackend, AttentionConfig
+from kernels_pallas.paged_attention.xla import XlaAttention
+
+BackendName: TypeAlias = Literal["auto", "tpu", "gpu", "xla"]
+
+# Names that JAX gives the platforms, on devices and on topologies of devices that are not there.
+PLATFORM_BACKENDS: Mapping[str, BackendName] = {"tpu": "tpu", "gpu": "gpu", "cuda": "gpu", "cpu": "xla"}
+
+
+class ChosenAttention(NamedTuple):
+    """An attention backend, its name, and why it was chosen; `lacking` tells that it is not the platform's own."""
+
+    backend: AttentionBackend
+    name: str
+    reason: str
+    lacking: bool = False
+
+
+def choose_attention(name: BackendName, config: AttentionConfig, mesh: Mesh) -> ChosenAttention:
+    """The attention backend for a mesh.
+
+    Raises:
+        NotImplementedError: the backend that was named cannot do this, or not on these devices.
+    """
+    platform = mesh.devices.flat[0].platform
+    own = PLATFORM_BACKENDS.get(platform, "xla")
+    wanted = own if name == "auto" else name
+    if wanted not in ("xla", own):
+        raise NotImplementedError(f"the {wanted} kernels do not run on {platform} devices")
+    try:
+        backend = _ATTENTION[wanted](config, mesh)
+    except NotImplementedError as error:
+        if name != "auto":
+            raise
+        return ChosenAttention(XlaAttention(config, mesh), "xla", f"the {own} kernel cannot: {error}", lacking=True)
+    reason = f"made for {platform}" if name == "auto" else "asked for"
+    return ChosenAttention(backend, wanted, reason)
+
+
+def _tpu_attention(config: AttentionConfig, mesh: Mesh) -> AttentionBackend:
+    from kernels_pallas.paged_attention.tpu import TpuAttention  # noqa: PLC0415
+    from kernels_pallas.pallas import tpu_vmem_bytes  # noqa: PLC0415
+
+    return TpuAttention(config, mesh, vmem_bytes=tpu_vmem_bytes(mesh.devices.flat[0]))
+
+
+def _gpu_attention(config: AttentionConfig, mesh: Mesh) -> AttentionBackend:
+    raise NotImplementedError("there is no kernel yet")
+
+
+# Kernels are imported when they are chosen: they need a newer JAX than the portable ones.
+_ATTENTION: Mapping[BackendName, Callable[[AttentionConfig, Mesh], AttentionBackend]] = {
+    "tpu": _tpu_attention,
+    "gpu": _gpu_attention,
+    "xla": XlaAttention,
+}
