@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -40,7 +41,7 @@ def make_mesh(tp_size: int, dp_size: int = 1) -> Mesh:
     return mesh_of(devices, tp_size, dp_size)
 
 
-def mesh_of(devices: Sequence[jax.Device], tp_size: int, dp_size: int = 1) -> Mesh:
+def mesh_of(devices: Sequence[Any], tp_size: int, dp_size: int = 1) -> Mesh:
     """A (data, model) mesh over the first `dp_size * tp_size` of the devices, which need not be there."""
     grid = np.array(devices[: dp_size * tp_size]).reshape(dp_size, tp_size)
     return Mesh(grid, ("data", "model"), axis_types=(AxisType.Auto, AxisType.Auto))

@@ -141,10 +141,18 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
         ]
 
     def _program_lines(self) -> list[str]:
-        head = f"  {'':<28}{'compile s':>10}{'temp MiB':>10}{'kernels':>9}  collectives of a step"
-        return [head] + [
-            f"  {program.name:<28}{program.compile_s:>10.1f}{program.temporary_bytes / 2**20:>10.1f}{program.kernels:>9}  "
-            + (", ".join(f"{count} {kind}" for kind, count in program.collectives.items()) or "none")
+        def line(name: str, *numbers: object) -> str:
+            compile_s, temporary, kernels, collectives = numbers
+            return f"  {name:<30}{compile_s:>10}{temporary:>10}{kernels:>9}  {collectives}"
+
+        return [line("", "compile s", "temp MiB", "kernels", "collectives of a step")] + [
+            line(
+                program.name,
+                f"{program.compile_s:.1f}",
+                f"{program.temporary_bytes / 2**20:.1f}",
+                program.kernels,
+                ", ".join(f"{count} {kind}" for kind, count in program.collectives.items()) or "none",
+            )
             for program in self.programs
         ]
 

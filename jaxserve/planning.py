@@ -64,7 +64,8 @@ def _compile(engine: EngineDesign, num_layers: int) -> Outcome:
         started = time.perf_counter()
         compiled = lowered.compile()
         seconds = time.perf_counter() - started
-        memory, text = compiled.memory_analysis(), compiled.as_text() or ""
+        memory: Any = compiled.memory_analysis()
+        text = compiled.as_text() or ""
         return Program(
             name=name,
             compile_s=seconds,
