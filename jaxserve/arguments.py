@@ -161,6 +161,10 @@ def _device_flags(group: argparse._ArgumentGroup) -> None:  # pyright: ignore[re
     group.add_argument(
         "--dp-size", "--dp", type=int, default=1, help="copies of the model, each with its own rows and pool"
     )
+    group.add_argument("--nnodes", type=int, default=1, help="hosts that run the model together")
+    group.add_argument("--node-rank", type=int, default=0, help="number of this host; host 0 serves the API")
+    group.add_argument("--dist-init-addr", help="host:port of host 0 that the others go to")
+    group.add_argument("--dist-timeout", type=float, default=300.0, help="seconds that hosts wait for each other")
     group.add_argument(
         "--attention-backend",
         choices=["auto", "tpu", "gpu", "xla"],
@@ -230,6 +234,10 @@ def _engine_config(args: argparse.Namespace) -> EngineConfig:
         schedule_policy=args.schedule_policy,
         prefix_caching=not args.disable_radix_cache,
         kv_cache_dtype=args.kv_cache_dtype,
+        nnodes=args.nnodes,
+        node_rank=args.node_rank,
+        dist_init_addr=args.dist_init_addr,
+        dist_timeout_s=args.dist_timeout,
         attention_backend=args.attention_backend,
         deterministic=args.enable_deterministic_inference,
         compilation_cache_dir=_compilation_cache(args),

@@ -4,12 +4,14 @@ import contextlib
 import ctypes
 import logging
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
 
 from checkpoints.gguf import GGUFCheckpoint
 from checkpoints.huggingface import HuggingFaceCheckpoint, read_json
@@ -17,6 +19,9 @@ from checkpoints.orbax_io import is_orbax
 from checkpoints.source import CheckpointError, TensorSource
 from jaxserve.config import CacheConfig, EngineConfig, ModelConfig, SchedulerConfig
 from jaxserve.design import DEVICE_MEM_FRACTION, ModelDesign, design_model, lay_out
+from jaxserve.distributed.follower import Follower
+from jaxserve.distributed.hosts import meet_followers, meet_leader
+from jaxserve.distributed.leader import Followers, LeadingRunner
 from jaxserve.engine import Engine
 from jaxserve.errors import LaunchError
 from jaxserve.mesh import make_mesh
@@ -46,11 +51,12 @@ class BuiltRunner(NamedTuple):
 
 
 class BuiltEngine(NamedTuple):
-    """An engine that is ready for requests."""
+    """An engine that is ready for requests; `followers` are the other hosts, if there are any."""
 
     engine: Engine
     info: EngineInfo
     compiles: CompileCounter
+    followers: Followers | None = None
 
 
 class Phase:
@@ -103,11 +109,12 @@ def build_engine(config: EngineConfig, bar: ProgressBar) -> BuiltEngine:
     """
     _configure_jax(config)
     compiles = CompileCounter()
-    built = build_runner(config, bar)
-    with Phase("compilation") as phase:
-        built.runner.warm_up(lambda buckets: bar(buckets, "compiling steps", built.runner.num_programs))
-        phase.detail = f", {built.runner.num_programs} programs"
-    _trim_heap()
+    followers: Followers | None = None
+    with _open(config) as source:
+        if config.nnodes > 1:
+            followers = meet_followers(config, source.config, tensor_shapes(source))
+        built = _build_runner(config, source, bar)
+    _warm_up(built, bar)
     compiles.mark_ready()
     device = jax.devices()[0]
     info = EngineInfo(
@@ -122,7 +129,30 @@ def build_engine(config: EngineConfig, bar: ProgressBar) -> BuiltEngine:
         eos_token_ids=built.model.eos_token_ids,
     )
     schedulers = [Scheduler(built.scheduler, built.cache) for _ in range(config.dp_size)]
-    return BuiltEngine(Engine(built.runner, DataParallelScheduler(schedulers), built.model.vocab_size), info, compiles)
+    runner = built.runner if followers is None else LeadingRunner(built.runner, followers)
+    engine = Engine(runner, DataParallelScheduler(schedulers), built.model.vocab_size)
+    return BuiltEngine(engine, info, compiles, followers)
+
+
+def build_follower(config: EngineConfig, bar: ProgressBar) -> Follower:
+    """Join host 0, load the model and compile its steps.
+
+    Raises:
+        LaunchError: flags, checkpoint and devices do not fit together, or host 0 refuses.
+    """
+    _configure_jax(config)
+    with _open(config) as source:
+        leader = meet_leader(config, source.config, tensor_shapes(source))
+        built = _build_runner(config, source, bar)
+    _warm_up(built, bar)
+    return Follower(built.runner, leader)
+
+
+def _warm_up(built: BuiltRunner, bar: ProgressBar) -> None:
+    with Phase("compilation") as phase:
+        built.runner.warm_up(lambda buckets: bar(buckets, "compiling steps", built.runner.num_programs))
+        phase.detail = f", {built.runner.num_programs} programs"
+    _trim_heap()
 
 
 def _trim_heap() -> None:
@@ -139,24 +169,40 @@ def _configure_jax(config: EngineConfig) -> None:
         jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
+@contextlib.contextmanager
+def _open(config: EngineConfig) -> Generator[TensorSource | OrbaxCheckpoint, None, None]:
+    """The checkpoint; what is wrong with it is a `LaunchError`."""
+    source = open_checkpoint(Path(config.model_path))
+    try:
+        yield source
+    except CheckpointError as error:
+        raise LaunchError(str(error)) from None
+    finally:
+        source.close()
+
+
+def tensor_shapes(source: TensorSource | OrbaxCheckpoint) -> Mapping[str, tuple[int, ...]]:
+    """Shapes by name; an Orbax folder does not tell before it is restored."""
+    return {} if isinstance(source, OrbaxCheckpoint) else source.shapes
+
+
 def build_runner(config: EngineConfig, bar: ProgressBar) -> BuiltRunner:
     """Load the model and lay out its memory.
 
     Raises:
         LaunchError: flags, checkpoint and devices do not fit together.
     """
-    source = open_checkpoint(Path(config.model_path))
-    try:
-        design = design_model(config, source.config, make_mesh(config.tp_size, config.dp_size))
-        with Phase("weights") as phase:
-            weights = _load(source, design, bar)
-            size = sum(leaf.nbytes for leaf in jax.tree.leaves(weights))
-            platform = design.mesh.devices.flat[0].platform
-            phase.detail = f", {size / 1e6:.0f} MB of {design.dtype} on {design.mesh.size} {platform} device(s)"
-    except CheckpointError as error:
-        raise LaunchError(str(error)) from None
-    finally:
-        source.close()
+    with _open(config) as source:
+        return _build_runner(config, source, bar)
+
+
+def _build_runner(config: EngineConfig, source: TensorSource | OrbaxCheckpoint, bar: ProgressBar) -> BuiltRunner:
+    design = design_model(config, source.config, make_mesh(config.tp_size, config.dp_size))
+    platform = design.mesh.devices.flat[0].platform
+    with Phase("weights") as phase:
+        weights = _load(source, design, bar)
+        size = sum(leaf.nbytes for leaf in jax.tree.leaves(weights))
+        phase.detail = f", {size / 1e6:.0f} MB of {design.dtype} on {design.mesh.size} {platform} device(s)"
     engine = lay_out(config, design, _pool_bytes(config, platform))
     logger.info(
         "key/value pool: %d pages of %d tokens, %.0f MB on each device",
@@ -184,11 +230,16 @@ def _load(source: TensorSource | OrbaxCheckpoint, design: ModelDesign, bar: Prog
 
 def _pool_bytes(config: EngineConfig, platform: str) -> int:
     """Bytes for the pool on one device."""
-    stats = jax.devices()[0].memory_stats() if platform != "cpu" else None
+    stats = jax.local_devices()[0].memory_stats() if platform != "cpu" else None
     if stats is None:
-        return _CPU_POOL_BYTES if config.mem_fraction_static is None else _host_pool_bytes(config)
-    free = stats["bytes_limit"] - stats["bytes_in_use"]
-    return int(free * (config.mem_fraction_static or DEVICE_MEM_FRACTION))
+        pool_bytes = _CPU_POOL_BYTES if config.mem_fraction_static is None else _host_pool_bytes(config)
+    else:
+        free = stats["bytes_limit"] - stats["bytes_in_use"]
+        pool_bytes = int(free * (config.mem_fraction_static or DEVICE_MEM_FRACTION))
+    if jax.process_count() > 1:
+        # All hosts run the same shapes: the one with the least room decides.
+        pool_bytes = int(np.min(multihost_utils.process_allgather(np.int64(pool_bytes))))
+    return pool_bytes
 
 
 def _host_pool_bytes(config: EngineConfig) -> int:

@@ -168,6 +168,10 @@ class EngineConfig(_Config, frozen=True):
     kv_cache_dtype: KvCacheDtype = "auto"
     attention_backend: Literal["auto", "tpu", "gpu", "xla"] = "auto"
     deterministic: bool = False
+    nnodes: int = 1
+    node_rank: int = 0
+    dist_init_addr: str | None = None
+    dist_timeout_s: float = 300.0
     compilation_cache_dir: str | None = None
     log_level: str = "info"
     show_progress: bool = True
@@ -181,10 +185,17 @@ class EngineConfig(_Config, frozen=True):
             ("max_total_tokens", "--max-total-tokens"),
             ("max_running_requests", "--max-running-requests"),
             ("chunked_prefill_size", "--chunked-prefill-size"),
+            ("nnodes", "--nnodes"),
         ):
             value = getattr(self, name)
             if value is not None and not 1 <= value < 2**31:
                 raise LaunchError(f"{flag} must be at least 1, got {value}")
+        if not 0 <= self.node_rank < self.nnodes:
+            raise LaunchError(
+                f"--node-rank must be 0 to {self.nnodes - 1} with --nnodes {self.nnodes}, got {self.node_rank}"
+            )
+        if self.nnodes > 1 and self.dist_init_addr is None:
+            raise LaunchError(f"--nnodes {self.nnodes} needs --dist-init-addr, the address of host 0")
         if self.max_queued_requests is not None and self.max_queued_requests < 0:
             raise LaunchError(f"--max-queued-requests must not be negative, got {self.max_queued_requests}")
         if self.page_size is not None:

@@ -12,6 +12,7 @@ import logging
 import os
 import signal
 import socket
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -54,6 +55,8 @@ def main() -> int:
         )
         for noisy in ("httpx", "huggingface_hub", "filelock"):
             logging.getLogger(noisy).setLevel(logging.WARNING)
+        if config.engine.node_rank > 0:
+            return _follow(config)
         listener = _bind(config.args.host, config.args.port)
         template = _chat_template(config.args.chat_template)
         path = find_model(config.args.model_path, config.args.revision, config.args.download_dir)
@@ -63,6 +66,21 @@ def main() -> int:
     except LaunchError as error:
         print(f"error: {error}", file=sys.stderr)
         return int(error.exit_code)
+
+
+def _follow(config: LaunchConfig) -> int:
+    """On another host than 0, which has the API: run the engine's part here until host 0 ends."""
+    path = find_model(config.args.model_path, config.args.revision, config.args.download_dir)
+    engine = msgspec.structs.replace(config.engine, model_path=str(path))
+    with subprocess.Popen([sys.executable, "-m", "jaxserve.worker"], stdin=subprocess.PIPE) as process:
+        assert process.stdin is not None
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: process.kill())
+        process.stdin.write(msgspec.json.encode(engine) + b"\n")
+        process.stdin.flush()
+        # Open until the process ends: that is how it notices when this one dies.
+        code = process.wait()
+    return code if code >= 0 else int(ExitCode.ENGINE_LOST)
 
 
 def _bind(host: str, port: int) -> socket.socket:

@@ -38,6 +38,11 @@ def make_mesh(tp_size: int, dp_size: int = 1) -> Mesh:
             f"--tp-size {tp_size} and --dp-size {dp_size} need {count} devices, "
             f"{len(devices)} {devices[0].platform} found"
         )
+    if jax.process_count() > 1 and count < len(devices):
+        raise LaunchError(
+            f"--tp-size {tp_size} and --dp-size {dp_size} use {count} of the {len(devices)} devices of all hosts; "
+            "with --nnodes they must use all"
+        )
     return mesh_of(devices, tp_size, dp_size)
 
 

@@ -49,6 +49,8 @@ def main() -> int:
         level=config.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr
     )
     logging.getLogger("jax").setLevel(logging.WARNING)  # it lists every platform that is not there
+    if config.node_rank > 0:
+        return _follow(config)
     context = zmq.Context()
     socket: zmq.Socket[bytes] = context.socket(zmq.PAIR)
     socket.set_hwm(0)
@@ -63,6 +65,20 @@ def main() -> int:
     worker.run()
     socket.close(linger=2000)
     context.term()
+    return int(ExitCode.OK)
+
+
+def _follow(config: EngineConfig) -> int:
+    """Run on another host than 0, which has the API."""
+    from jaxserve.build import build_follower
+
+    try:
+        follower = build_follower(config, lambda items, name, total: _bar(items, name, total, config.show_progress))
+        logger.info("host %d is ready", config.node_rank)
+        follower.run()
+    except LaunchError as error:
+        logger.error("%s", error)
+        return int(error.exit_code)
     return int(ExitCode.OK)
 
 
@@ -100,6 +116,8 @@ class _Worker:
             case FlushCache():
                 self._send(CacheFlushed(flushed=self._engine.flush_cache()))
             case Shutdown():
+                if self._built.followers is not None:
+                    self._built.followers.finish()
                 return False
         return True
 

@@ -63,6 +63,8 @@ class StepPrograms:
         self._model = model
         self.num_copies: int = model.mesh.shape["data"]
         self.by_copy = NamedSharding(model.mesh, P("data"))
+        # A host reads the tokens of all copies, of which it may hold some only.
+        out = NamedSharding(model.mesh, P()) if model.mesh.is_multi_process else self.by_copy
         self._forward = jax.jit(
             self._per_copy(partial(_forward, model.decoder, model.attention), P(), P("data"), P("data"), P("data")),
             donate_argnums=1,
@@ -71,7 +73,7 @@ class StepPrograms:
         self._draw = jax.jit(
             self._per_copy(partial(_draw, model.decoder), P("data"), P("data"), P("data"), P("data")),
             donate_argnums=1,
-            out_shardings=(self.by_copy, self.by_copy),
+            out_shardings=(self.by_copy, out),
         )
         self._write_row = jax.jit(write_row, donate_argnums=0, out_shardings=self.by_copy)
 

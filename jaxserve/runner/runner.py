@@ -7,7 +7,7 @@ See `runner.programs` for what a step is made of.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +23,8 @@ from jaxserve.runner.state import needs_row_state, row_state
 from jaxserve.step import ConstrainedRows, NewRow, Plans, PromptLogprobs, SchedulerOutput, StepOutput
 from kernels_pallas.paged_attention.api import Cache
 from kernels_pallas.sampling.api import SampleOutput, mask_words
+
+T = TypeVar("T")
 
 
 class PendingStep:
@@ -126,7 +128,7 @@ class ModelRunner:
         self._write_row = self._lowering.lower_write_row().compile()
         nothing = (None,) * self._copies
         self._no_masks = {
-            bucket.num_rows: jax.device_put(self._masks(nothing, nothing, bucket.num_rows), self._by_copy)
+            bucket.num_rows: self._to_devices(self._masks(nothing, nothing, bucket.num_rows))
             for bucket in self._model.buckets
         }
         for bucket in self._model.buckets:
@@ -157,7 +159,7 @@ class ModelRunner:
         """Draw a forwarded step's tokens; see `ForwardedStep.draw`."""
         num_rows = logits.shape[0] // self._copies
         if any(rows is not None for rows in constrained):
-            masks = jax.device_put(self._masks(plans, constrained, num_rows), self._by_copy)
+            masks = self._to_devices(self._masks(plans, constrained, num_rows))
         else:
             masks = self._no_masks[num_rows]
         self._state, out = self._programs.draw(num_rows)(logits, self._state, draws, masks)
@@ -183,10 +185,19 @@ class ModelRunner:
             self._state = self._write_row(self._state, np.int32(row), row_state(new, self._model.layout.vocab_size))
 
     def _run_forward(self, bucket: Bucket, plans: Plans) -> ForwardedStep:
-        batch = jax.device_put(self._batch(bucket, plans), self._by_copy)
+        batch = self._to_devices(self._batch(bucket, plans))
         forward = self._programs.forward(bucket)
         self._cache, logits = forward(self._weights, self._cache, self._state.last_token_R, batch)
         return ForwardedStep(self, plans, batch.draws, logits)
+
+    def _to_devices(self, arrays: T) -> T:
+        """Send the copies' arrays, stacked."""
+        if not self._model.mesh.is_multi_process:
+            return jax.device_put(arrays, self._by_copy)
+        # Every host has the whole array and sends what its own devices hold.
+        return jax.tree.map(
+            lambda array: jax.make_array_from_callback(array.shape, self._by_copy, array.__getitem__), arrays
+        )
 
     def _run_empty(self, bucket: Bucket) -> PendingStep:
         nothing = (None,) * self._copies

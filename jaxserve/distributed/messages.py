@@ -1,0 +1,149 @@
+"""What hosts say to each other: msgspec structs as MessagePack, each with its length in front, over TCP.
+
+Hosts trust their network, as JAX's own runtime does. A message is data only; nothing received is executed.
+"""
+
+import socket
+import struct
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from jaxserve.step import Plans
+
+# Masks of 4096 rows over 262,144 tokens.
+_MAX_MESSAGE_BYTES = 256 << 20
+_HEADER = struct.Struct("!I")
+
+
+class Hello(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """A host's first message to host 0.
+
+    Attributes:
+        rank: of the host.
+        num_hosts: as the host was told.
+        versions: of what computes a step, by package.
+        settings: digest of the flags that shape the step.
+        model: digest of the model's config and of its weights' names and shapes.
+    """
+
+    rank: int
+    num_hosts: int
+    versions: dict[str, str]
+    settings: str
+    model: str
+
+
+class Welcome(msgspec.Struct, frozen=True, tag=True):
+    """All hosts are there; `coordinator` is the address of JAX's runtime."""
+
+    coordinator: str
+
+
+class Refused(msgspec.Struct, frozen=True, tag=True):
+    """The host cannot take part."""
+
+    reason: str
+
+
+class Forward(msgspec.Struct, frozen=True, tag=True):
+    """Send the forward pass of a step."""
+
+    plans: Plans
+
+
+class ConstrainedBits(msgspec.Struct, frozen=True):
+    """`ConstrainedRows` as bytes: C rows of i32 words."""
+
+    rows: tuple[int, ...]
+    bits: bytes
+
+    def bits_CW(self) -> np.ndarray:
+        """The masks."""
+        return np.frombuffer(self.bits, np.int32).reshape(len(self.rows), -1)
+
+
+class Draw(msgspec.Struct, frozen=True, tag=True):
+    """Send the draws of the step that was forwarded last, the `step`-th."""
+
+    step: int
+    constrained: tuple[ConstrainedBits | None, ...]
+
+
+class Reset(msgspec.Struct, frozen=True, tag=True):
+    """Make cache and state anew, and run an empty step."""
+
+
+class Finish(msgspec.Struct, frozen=True, tag=True):
+    """The run is over."""
+
+
+class Drawn(msgspec.Struct, frozen=True, tag=True):
+    """Digest of the tokens that a host has for a step."""
+
+    step: int
+    digest: int
+
+
+FromLeader = Welcome | Refused | Forward | Draw | Reset | Finish
+FromFollower = Hello | Drawn
+
+_encoder = msgspec.msgpack.Encoder()
+_from_leader = msgspec.msgpack.Decoder(FromLeader)
+_from_follower = msgspec.msgpack.Decoder(FromFollower)
+
+
+class Channel:
+    """One connection between two hosts.
+
+    Methods raise `ConnectionError` when the other end is gone or says what is no message.
+    """
+
+    def __init__(self, connection: socket.socket) -> None:
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._socket = connection
+
+    def send(self, message: Any) -> None:
+        """Send a message."""
+        self.send_encoded(encode(message))
+
+    def send_encoded(self, data: bytes) -> None:
+        """Send what `encode` made."""
+        self._socket.sendall(data)
+
+    def receive_from_leader(self) -> FromLeader:
+        """Wait for a message of host 0."""
+        return self._decode(_from_leader)
+
+    def receive_from_follower(self) -> FromFollower:
+        """Wait for a message of another host."""
+        return self._decode(_from_follower)
+
+    def close(self) -> None:
+        """Hang up."""
+        self._socket.close()
+
+    def _decode(self, decoder: Any) -> Any:
+        (size,) = _HEADER.unpack(self._read(_HEADER.size))
+        if size > _MAX_MESSAGE_BYTES:
+            raise ConnectionError(f"a message of {size} bytes")
+        try:
+            return decoder.decode(self._read(size))
+        except msgspec.DecodeError as error:
+            raise ConnectionError(f"not a message: {error}") from None
+
+    def _read(self, size: int) -> bytes:
+        data = bytearray()
+        while len(data) < size:
+            part = self._socket.recv(min(size - len(data), 1 << 20))
+            if not part:
+                raise ConnectionError("the other host hung up")
+            data += part
+        return bytes(data)
+
+
+def encode(message: Any) -> bytes:
+    """A message as it travels."""
+    data = _encoder.encode(message)
+    return _HEADER.pack(len(data)) + data

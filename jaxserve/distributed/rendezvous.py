@@ -1,0 +1,174 @@
+"""How hosts find each other and make sure that they will run the same step, before any of them touches a device."""
+
+import hashlib
+import logging
+import socket
+import time
+from collections.abc import Mapping
+from importlib import metadata
+from typing import Any
+
+import msgspec
+
+from jaxserve.config import EngineConfig
+from jaxserve.distributed.messages import Channel, Hello, Refused, Welcome
+from jaxserve.errors import LaunchError
+
+logger = logging.getLogger(__name__)
+
+_PACKAGES = ("jaxserve", "jax", "jaxlib")
+# What may differ between hosts.
+_LOCAL_SETTINGS = (
+    "model_path", "download_dir", "node_rank", "dist_timeout_s", "compilation_cache_dir", "log_level", "show_progress",
+)  # fmt: skip
+_RETRY_S = 0.2
+_HELLO_S = 10.0
+
+
+def hello(config: EngineConfig, hf_config: Mapping[str, Any], shapes: Mapping[str, Any]) -> Hello:
+    """What a host tells of itself.
+
+    Args:
+        config: its settings.
+        hf_config: the model's `config.json`.
+        shapes: of the checkpoint's tensors, by name; empty where the format does not tell.
+    """
+    settings = {name: value for name, value in msgspec.structs.asdict(config).items() if name not in _LOCAL_SETTINGS}
+    return Hello(
+        rank=config.node_rank,
+        num_hosts=config.nnodes,
+        versions={name: metadata.version(name) for name in _PACKAGES},
+        settings=_digest(settings),
+        model=_digest([dict(hf_config), {name: list(shape) for name, shape in shapes.items()}]),
+    )
+
+
+def gather(mine: Hello, address: str, timeout_s: float) -> tuple[list[Channel], str]:
+    """Host 0: wait for every other host, and send them off together.
+
+    Returns:
+        Their channels, by rank from 1, and the address for JAX's coordinator. A host that cannot take part is told
+        why, and so is everyone else.
+
+    Raises:
+        LaunchError: a host cannot take part, or not all came in time.
+    """
+    host, port = split_address(address)
+    channels: dict[int, Channel] = {}
+    deadline = time.monotonic() + timeout_s
+    try:
+        with socket.create_server((host, port)) as listener:
+            logger.info("waiting for %d more hosts at %s", mine.num_hosts - 1, address)
+            while len(channels) < mine.num_hosts - 1:
+                _accept(listener, mine, channels, deadline)
+    except OSError as error:
+        raise LaunchError(f"--dist-init-addr {address}: cannot listen: {error.strerror or error}") from None
+    with socket.create_server((host, 0)) as probe:
+        coordinator = f"{host}:{probe.getsockname()[1]}"
+    for channel in channels.values():
+        channel.send(Welcome(coordinator))
+    return [channels[rank] for rank in sorted(channels)], coordinator
+
+
+def _accept(listener: socket.socket, mine: Hello, channels: dict[int, Channel], deadline: float) -> None:
+    """Take one host in."""
+    left = deadline - time.monotonic()
+    if left <= 0:
+        missing = sorted(set(range(1, mine.num_hosts)) - channels.keys())
+        raise LaunchError(f"hosts of rank {missing} did not come in time")
+    listener.settimeout(left)
+    try:
+        connection, peer = listener.accept()
+    except TimeoutError:
+        return
+    connection.settimeout(_HELLO_S)
+    channel = Channel(connection)
+    try:
+        theirs = channel.receive_from_follower()
+    except (ConnectionError, TimeoutError) as error:
+        logger.warning("%s said nothing useful: %s", peer[0], error)
+        channel.close()
+        return
+    connection.settimeout(None)
+    if not isinstance(theirs, Hello):
+        logger.warning("%s did not greet", peer[0])
+        channel.close()
+        return
+    reason = _mismatch(mine, theirs)
+    if reason is None and theirs.rank in channels:
+        # The first one is as good as the second, which alone is sent away.
+        logger.warning("a second host of rank %d at %s was refused", theirs.rank, peer[0])
+        channel.send(Refused(f"there is a host of --node-rank {theirs.rank} already"))
+        channel.close()
+        return
+    if reason is not None:
+        for other in (channel, *channels.values()):
+            other.send(Refused(reason))
+        raise LaunchError(f"the host at {peer[0]} cannot take part: {reason}")
+    channels[theirs.rank] = channel
+    logger.info("host %d of %d is there", len(channels) + 1, mine.num_hosts)
+
+
+def _mismatch(mine: Hello, theirs: Hello) -> str | None:
+    if theirs.num_hosts != mine.num_hosts:
+        return f"--nnodes is {theirs.num_hosts} there and {mine.num_hosts} on host 0"
+    if not 1 <= theirs.rank < mine.num_hosts:
+        return f"--node-rank {theirs.rank} of {mine.num_hosts} hosts; host 0 is here already"
+    for package, version in mine.versions.items():
+        if (other := theirs.versions.get(package)) != version:
+            return f"{package} is {other} there and {version} on host 0"
+    if theirs.model != mine.model:
+        return "the model is another one (its config, or the names and shapes of its weights)"
+    if theirs.settings != mine.settings:
+        return "the flags that shape a step differ"
+    return None
+
+
+def join(mine: Hello, address: str, timeout_s: float) -> tuple[Channel, str]:
+    """Any other host: go to host 0 and wait until all are there.
+
+    Returns:
+        The channel to host 0, and the address of JAX's coordinator.
+
+    Raises:
+        LaunchError: host 0 cannot be reached, or refuses.
+    """
+    host, port = split_address(address)
+    deadline = time.monotonic() + timeout_s
+    while True:
+        try:
+            connection = socket.create_connection((host, port), timeout=_HELLO_S)
+            break
+        except OSError as error:
+            if time.monotonic() > deadline:
+                raise LaunchError(f"--dist-init-addr {address}: host 0 cannot be reached: {error}") from None
+            time.sleep(_RETRY_S)
+    connection.settimeout(max(1.0, deadline - time.monotonic()))
+    channel = Channel(connection)
+    try:
+        channel.send(mine)
+        answer = channel.receive_from_leader()
+    except (ConnectionError, TimeoutError) as error:
+        raise LaunchError(f"host 0 at {address} did not let us take part: {error}") from None
+    connection.settimeout(None)
+    if isinstance(answer, Refused):
+        raise LaunchError(f"host 0 refuses this one: {answer.reason}")
+    if not isinstance(answer, Welcome):
+        raise LaunchError(f"host 0 at {address} answered what was not asked")
+    return channel, answer.coordinator
+
+
+def split_address(address: str) -> tuple[str, int]:
+    """Host and port of `host:port`.
+
+    Raises:
+        LaunchError: it is no such thing.
+    """
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdigit() or not 0 < int(port) < 65536:
+        raise LaunchError(f"--dist-init-addr {address}: expected host:port")
+    return host.strip("[]"), int(port)
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(msgspec.json.encode(value, order="sorted")).hexdigest()
