@@ -4,6 +4,7 @@
 named is an error instead.
 """
 
+import re
 from collections.abc import Callable, Mapping
 from typing import Literal, NamedTuple, TypeAlias
 
@@ -56,8 +57,17 @@ def _tpu_attention(config: AttentionConfig, mesh: Mesh) -> AttentionBackend:
 
 
 def _gpu_attention(config: AttentionConfig, mesh: Mesh) -> AttentionBackend:
-    raise NotImplementedError("there is no kernel yet")
+    from kernels_pallas.paged_attention.gpu import GpuAttention  # noqa: PLC0415
 
+    device = mesh.devices.flat[0]
+    # Of Hopper: TMA and wgmma. Ampere has neither, Blackwell multiplies with tcgen05 instead.
+    if not re.search(r"\bG?H(20|100|200|800)\b", device.device_kind):
+        raise NotImplementedError(f"the kernels are made for Hopper, not for {device.device_kind}")
+    return GpuAttention(config, mesh, num_cores=getattr(device, "core_count", HOPPER_CORES))
+
+
+# Multiprocessors of an H100 or H200; devices of a topology do not tell.
+HOPPER_CORES = 132
 
 # Kernels are imported when they are chosen: they need a newer JAX than the portable ones.
 _ATTENTION: Mapping[BackendName, Callable[[AttentionConfig, Mesh], AttentionBackend]] = {

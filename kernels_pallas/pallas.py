@@ -8,10 +8,11 @@ from typing import Any
 import jax
 from jax._src.mesh import AbstractDevice
 from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import AbstractMesh
 
-__all__ = ["pl", "pltpu", "tpu_vmem_bytes"]
+__all__ = ["pl", "plgpu", "pltpu", "tpu_vmem_bytes"]
 
 
 def tpu_vmem_bytes(device: Any) -> int:

@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from kernels_pallas.paged_attention.api import AttentionConfig, AttentionMeta, Cache, CacheSpec
+from kernels_pallas.paged_attention.token_blocks import rows_of_blocks
 from kernels_pallas.paged_attention.tpu_kernel import AttentionKernel, Refs
 from kernels_pallas.paged_attention.tpu_layout import LANES, TpuLayout
 from kernels_pallas.paged_attention.tpu_schedule import KernelShape, Scalars
@@ -38,16 +39,6 @@ class TpuPlan(NamedTuple):
 
     meta: AttentionMeta
     blocks_2C: jax.Array | None
-
-
-def block_rows(meta: AttentionMeta, block_tokens: int, first_row: jax.Array) -> jax.Array:
-    """Rows from `first_row` on by block of `block_tokens` packed tokens: first and end, i32[2, C]."""
-    num_blocks = -(-meta.positions_T.shape[0] // block_tokens)
-    start_C = jnp.arange(num_blocks, dtype=jnp.int32) * block_tokens
-    starts_B, ends_B = meta.cu_q_lens_B1[:-1], meta.cu_q_lens_B1[1:]
-    first_C = jnp.searchsorted(ends_B, start_C, side="right", method="compare_all").astype(jnp.int32)
-    end_C = jnp.searchsorted(starts_B, start_C + block_tokens, side="left", method="compare_all").astype(jnp.int32)
-    return jnp.stack([jnp.maximum(first_C, first_row), jnp.minimum(end_C, meta.distribution_2[1])])
 
 
 class TpuAttention:
@@ -83,10 +74,10 @@ class TpuAttention:
         """Find the rows of each block."""
         # A row of one token rounds differently alone and in a block: batch-invariant mode has blocks only.
         if self.config.batch_invariant:
-            return TpuPlan(meta, block_rows(meta, self._tiles.block_tokens, jnp.int32(0)))
+            return TpuPlan(meta, rows_of_blocks(meta, self._tiles.block_tokens, jnp.int32(0)))
         if meta.positions_T.shape[0] == meta.kv_lens_B.shape[0]:
             return TpuPlan(meta, None)
-        return TpuPlan(meta, block_rows(meta, self._tiles.block_tokens, meta.distribution_2[0]))
+        return TpuPlan(meta, rows_of_blocks(meta, self._tiles.block_tokens, meta.distribution_2[0]))
 
     def attend(
         self,

@@ -12,10 +12,11 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
+from kernels_pallas.kv_update.xla import write_tokens
 from kernels_pallas.paged_attention.api import AttentionConfig, AttentionMeta, Cache, CacheSpec
 from kernels_pallas.paged_attention.partial_softmax import MASKED
 from kernels_pallas.paged_attention.xla_decode import DecodeItems, attend_decode, plan_decode
-from kernels_pallas.paged_attention.xla_pages import LayerInputs, write_tokens
+from kernels_pallas.paged_attention.xla_pages import LayerInputs
 from kernels_pallas.paged_attention.xla_prefill import QueryTiles, attend_tiles, plan_tiles
 from kernels_pallas.shards import over_model
 

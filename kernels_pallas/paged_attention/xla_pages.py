@@ -24,11 +24,6 @@ class LayerInputs(NamedTuple):
     sinks_KG: jax.Array
 
 
-def write_tokens(pages_PKSH: jax.Array, page_T: jax.Array, slot_T: jax.Array, new_TKH: jax.Array) -> jax.Array:
-    """Put each token's keys or values into its slot of its page; pages past the end are dropped."""
-    return pages_PKSH.at[page_T, :, slot_T].set(new_TKH, mode="drop")
-
-
 def take_pages(pages_PKSH: jax.Array, page_EW: jax.Array, dtype: Any) -> jax.Array:
     """Keys or values of E lists of W pages in `dtype`, head-major: [E, K, W * S, H]. Every page must exist.
 

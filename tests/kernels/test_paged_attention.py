@@ -4,6 +4,7 @@ The Pallas kernels run interpreted, with their races watched, memory that nobody
 raising.
 """
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -68,6 +69,25 @@ class Tpu:
         return TpuLayout(config.head_dim, config.dtype, config.page_size).unpack(jnp.moveaxis(cache["kv"], 1, 2))
 
 
+class Gpu(Xla):
+    """The layout of `Xla`; tiles that the interpreter can run, for a device of two multiprocessors."""
+
+    def __init__(self, config: AttentionConfig, tp_size: int) -> None:
+        from jax.experimental.pallas import mosaic_gpu as plgpu
+
+        from kernels_pallas.paged_attention.gpu import GpuAttention
+        from kernels_pallas.paged_attention.gpu_tile import choose_tile
+
+        tiles = tuple(
+            dataclasses.replace(choose_tile(config.head_dim, config.dtype, decode=decode), interpretable=True)
+            for decode in (True, False)
+        )
+        params = plgpu.InterpretGPUParams(detect_races=True)
+        self.attention: AttentionBackend = GpuAttention(
+            config, make_mesh(tp_size), num_cores=2, tiles=tiles, interpret=params
+        )
+
+
 def run(
     implementation: type[Xla | Tpu], case: Case, dtype: jnp.dtype, *, tp_size: int = 1, batch_invariant: bool = False
 ) -> None:
@@ -124,31 +144,48 @@ def test_matches_numpy(implementation: type[Any], shape: str, options: str, dtyp
     run(implementation, SHAPES[shape].with_options(**OPTIONS[options]), dtype)
 
 
+# The GPU kernels multiply in bf16, and know head dims from 64 on.
+GPU_CASES = [(shape, "plain") for shape in SHAPES] + [
+    (shape, options) for options in OPTIONS for shape in ("mixed", "chunk_of_a_long_prompt") if options != "plain"
+]
+
+
+@needs_pallas
+@pytest.mark.parametrize(("shape", "options"), GPU_CASES)
+def test_gpu_matches_numpy(shape: str, options: str) -> None:
+    case = SHAPES[shape].with_options(**OPTIONS[options])
+    run(Gpu, case.with_options(heads=(*case.heads[:2], 64)), BF16)
+
+
 def test_xla_takes_pages_of_any_size() -> None:
     case = Case(q_lens=(1, 1, 9), kv_lens=(3, 70, 40), page_size=1, num_tokens=64)
     run(Xla, case, F32)
 
 
 @pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 256])
-@pytest.mark.parametrize("implementation", [pytest.param(Tpu, marks=needs_pallas)])
+@pytest.mark.parametrize("implementation", [pytest.param(one, marks=needs_pallas) for one in (Tpu, Gpu)])
 def test_head_dims(implementation: type[Any], head_dim: int) -> None:
     case = Case(q_lens=(1, 1, 5), kv_lens=(16, 40, 37), num_tokens=16, heads=(4, 2, head_dim))
     run(implementation, case, BF16)
 
 
 @pytest.mark.parametrize("page_size", [32, 64, 128, 256])
-@pytest.mark.parametrize("implementation", [pytest.param(Tpu, marks=needs_pallas)])
+@pytest.mark.parametrize("implementation", [pytest.param(one, marks=needs_pallas) for one in (Tpu, Gpu)])
 def test_page_sizes(implementation: type[Any], page_size: int) -> None:
     # The last slot of a page, the first of the next, and a chunk over the border.
     case = Case(
-        q_lens=(1, 1, 40), kv_lens=(page_size, page_size + 1, page_size + 20), num_tokens=48, page_size=page_size
+        q_lens=(1, 1, 40),
+        kv_lens=(page_size, page_size + 1, page_size + 20),
+        num_tokens=48,
+        page_size=page_size,
+        heads=(6, 2, 64),
     )
     run(implementation, case, BF16)
 
 
 @pytest.mark.parametrize("page_size", [16, 64])
 @pytest.mark.parametrize("dtype", [FP8, INT8], ids=str)
-@pytest.mark.parametrize("implementation", [Xla, pytest.param(Tpu, marks=needs_pallas)])
+@pytest.mark.parametrize("implementation", [Xla, *(pytest.param(one, marks=needs_pallas) for one in (Tpu, Gpu))])
 def test_quantised_cache(implementation: type[Any], dtype: jnp.dtype, page_size: int) -> None:
     case = Case(
         q_lens=(1, 1, 30, 70),
@@ -161,17 +198,20 @@ def test_quantised_cache(implementation: type[Any], dtype: jnp.dtype, page_size:
 
 
 @pytest.mark.parametrize("group", [1, 7, 8])
-@pytest.mark.parametrize("implementation", [pytest.param(Tpu, marks=needs_pallas)])
+@pytest.mark.parametrize("implementation", [pytest.param(one, marks=needs_pallas) for one in (Tpu, Gpu)])
 def test_groups(implementation: type[Any], group: int) -> None:
     case = Case(q_lens=(1, 3, 20), kv_lens=(18, 3, 37), num_tokens=32, heads=(2 * group, 2, 64))
     run(implementation, case, BF16)
 
 
 @pytest.mark.parametrize("window", [None, 20])
-@pytest.mark.parametrize("implementation", [Xla, pytest.param(Tpu, marks=needs_pallas)])
-def test_batch_invariant(implementation: type[Any], window: int | None) -> None:
-    for shape in ("mixed", "many_rows"):
-        run(implementation, SHAPES[shape].with_options(window=window), F32, batch_invariant=True)
+@pytest.mark.parametrize("shape", ["mixed", "many_rows"])
+@pytest.mark.parametrize("implementation", [Xla, *(pytest.param(one, marks=needs_pallas) for one in (Tpu, Gpu))])
+def test_batch_invariant(implementation: type[Any], shape: str, window: int | None) -> None:
+    case = SHAPES[shape].with_options(window=window)
+    if implementation is Gpu:
+        case = case.with_options(heads=(6, 2, 64))
+    run(implementation, case, BF16 if implementation is Gpu else F32, batch_invariant=True)
 
 
 @pytest.mark.parametrize("shape", ["mixed", "many_rows"])

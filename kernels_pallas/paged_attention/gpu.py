@@ -1,0 +1,192 @@
+"""Paged attention on NVIDIA Hopper: Pallas kernels of the Mosaic GPU backend.
+
+Keys and values of a step are scattered into their pages first. Rows that run one token and the others have a kernel
+each; both read pages through the tensor memory accelerator and multiply on the tensor cores.
+"""
+
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+
+from kernels_pallas.kv_update.gpu import kv_update
+from kernels_pallas.paged_attention.api import AttentionConfig, AttentionMeta, Cache, CacheSpec
+from kernels_pallas.paged_attention.gpu_decode import attend_decode, choose_splits
+from kernels_pallas.paged_attention.gpu_prefill import QueryTiles, attend_prefill, padded_group, plan_tiles
+from kernels_pallas.paged_attention.gpu_tile import HOPPER_SMEM_BYTES, Tile, choose_tile
+from kernels_pallas.shards import over_model
+
+_CACHE_DTYPES = (jnp.bfloat16, jnp.float8_e4m3fn, jnp.int8)
+_PAGE_SIZES = (16, 32, 64, 128, 256)
+
+
+class GpuPlan(NamedTuple):
+    """Work of one step: the tiles of the rows that run several tokens, None where the shapes say there are none."""
+
+    meta: AttentionMeta
+    tiles: QueryTiles | None
+
+
+class GpuAttention:
+    """Backend `gpu`. Heads are split over the mesh axis `model`; every shard attends on its own."""
+
+    def __init__(
+        self,
+        config: AttentionConfig,
+        mesh: Mesh,
+        *,
+        num_cores: int = 132,
+        smem_bytes: int = HOPPER_SMEM_BYTES,
+        tiles: tuple[Tile, Tile] | None = None,
+        interpret: Any = False,
+    ) -> None:
+        """Check that the kernels can do what `config` asks.
+
+        Args:
+            config: of the model.
+            mesh: with an axis `model`.
+            num_cores: multiprocessors of the device.
+            smem_bytes: shared memory that a thread block may use.
+            tiles: of decode and prefill, in place of those chosen for the device.
+            interpret: parameters of the GPU interpret mode, or False to compile.
+
+        Raises:
+            NotImplementedError: for what the kernels cannot do, with the reason.
+        """
+        if config.dtype not in _CACHE_DTYPES:
+            raise NotImplementedError(
+                f"a cache of {jnp.dtype(config.dtype)}: Hopper's tensor cores multiply float32 only as TF32, with 10 "
+                f"bits of mantissa; use one of {[jnp.dtype(dtype).name for dtype in _CACHE_DTYPES]}"
+            )
+        if config.page_size not in _PAGE_SIZES:
+            raise NotImplementedError(f"pages of {config.page_size} tokens: use one of {_PAGE_SIZES}")
+        self.config = config
+        self._mesh = mesh
+        self._num_cores = num_cores
+        self._interpret = interpret
+        self._decode_tile, self._prefill_tile = tiles or (
+            choose_tile(config.head_dim, config.dtype, decode=True, smem_bytes=smem_bytes),
+            choose_tile(config.head_dim, config.dtype, decode=False, smem_bytes=smem_bytes),
+        )
+        self._group = padded_group(config.num_q_heads, config.num_kv_heads)
+
+    def cache_spec(self) -> dict[str, CacheSpec]:
+        """Keys and values apart, head-major pages: a page of a head is one copy of the memory accelerator."""
+        c = self.config
+        shape = (c.num_layers * c.num_pages, c.num_kv_heads, c.page_size, c.head_dim)
+        spec = CacheSpec(shape, c.dtype, P(None, "model", None, None))
+        return {"k": spec, "v": spec}
+
+    def plan(self, meta: AttentionMeta) -> GpuPlan:
+        """Find which rows each tile of queries belongs to."""
+        if self.config.batch_invariant:
+            # The two kernels round differently. In tiles, blocks of keys that a row does not see change nothing at
+            # all, so that a row's result depends on that row alone.
+            meta = meta._replace(distribution_2=meta.distribution_2.at[0].set(0))
+        elif meta.positions_T.shape == meta.kv_lens_B.shape:
+            return GpuPlan(meta, None)
+        return GpuPlan(meta, plan_tiles(meta, self._prefill_tile.rows // self._group))
+
+    def attend(
+        self,
+        q_TNH: jax.Array,
+        k_TKH: jax.Array,
+        v_TKH: jax.Array,
+        cache: Cache,
+        layer: jax.Array,
+        plan: GpuPlan,
+        sinks_N: jax.Array | None = None,
+        scales_2K: jax.Array | None = None,
+    ) -> tuple[jax.Array, Cache]:
+        """See `AttentionBackend.attend`."""
+        heads, pages = P(None, "model", None), P(None, "model", None, None)
+        local = over_model(
+            self._attend_shard,
+            self._mesh,
+            (heads, heads, heads, {"k": pages, "v": pages}, P(), P(), P("model"), P(None, "model")),
+            (heads, {"k": pages, "v": pages}),
+        )
+        return local(q_TNH, k_TKH, v_TKH, cache, layer, plan, sinks_N, scales_2K)
+
+    def _attend_shard(
+        self,
+        q_TNH: jax.Array,
+        k_TKH: jax.Array,
+        v_TKH: jax.Array,
+        cache: Cache,
+        layer: jax.Array,
+        plan: GpuPlan,
+        sinks_N: jax.Array | None,
+        scales_2K: jax.Array | None,
+    ) -> tuple[jax.Array, Cache]:
+        c, meta = self.config, plan.meta
+        first_page = (layer * c.num_pages).astype(jnp.int32)
+        k_scale_K, v_scale_K = (None, None) if scales_2K is None else scales_2K
+        keys, values = kv_update(
+            c.to_cache(k_TKH, k_scale_K),
+            c.to_cache(v_TKH, v_scale_K),
+            cache["k"],
+            cache["v"],
+            meta.slot_mapping_T,
+            first_page,
+            c.num_pages,
+            self._interpret,
+        )
+        o_TNH = jnp.zeros_like(q_TNH)
+        if plan.tiles is not None:
+            o_TNH = attend_prefill(
+                c,
+                self._prefill_tile,
+                q_TNH,
+                keys,
+                values,
+                first_page,
+                meta,
+                plan.tiles,
+                sinks_N,
+                scales_2K,
+                self._interpret,
+            ).astype(q_TNH.dtype)
+        if not c.batch_invariant:
+            o_BNH = self._decode(q_TNH, keys, values, first_page, meta, sinks_N, scales_2K)
+            live_B = jnp.arange(o_BNH.shape[0]) < meta.distribution_2[0]
+            rows = slice(0, o_BNH.shape[0])
+            o_TNH = o_TNH.at[rows].set(jnp.where(live_B[:, None, None], o_BNH.astype(q_TNH.dtype), o_TNH[rows]))
+        return o_TNH, {"k": keys, "v": values}
+
+    def _decode(
+        self,
+        q_TNH: jax.Array,
+        keys_PKSH: jax.Array,
+        values_PKSH: jax.Array,
+        first_page: jax.Array,
+        meta: AttentionMeta,
+        sinks_N: jax.Array | None,
+        scales_2K: jax.Array | None,
+    ) -> jax.Array:
+        """Attend the rows that run one token; they come first, so that row and token have one number."""
+        c = self.config
+        num_rows = min(q_TNH.shape[0], meta.kv_lens_B.shape[0])
+        longest = meta.page_table_BM.shape[1]
+        if c.window is not None:
+            # A window may begin and end within a block.
+            longest = min(longest, math.ceil((c.window + 2 * self._decode_tile.keys) / c.page_size))
+        splits = choose_splits(num_rows, keys_PKSH.shape[1], longest, c.page_size, self._decode_tile, self._num_cores)
+        return attend_decode(
+            c,
+            self._decode_tile,
+            splits,
+            q_TNH[:num_rows],
+            keys_PKSH,
+            values_PKSH,
+            first_page,
+            meta.kv_lens_B[:num_rows],
+            meta.page_table_BM[:num_rows],
+            meta.distribution_2[0],
+            sinks_N,
+            scales_2K,
+            self._interpret,
+        )

@@ -1,0 +1,297 @@
+"""Attention of rows that run one token.
+
+The query heads of a key head share a tile of 64 rows. A row's keys are split over several thread blocks, so that a
+few long rows fill the device; their parts are merged afterwards.
+
+Dimension key: B rows, M pages per row, K key/value heads, G query heads of each (padded to a multiple of 8), H head
+dim, S page size, P pages of all layers, X splits.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from kernels_pallas.paged_attention.api import AttentionConfig
+from kernels_pallas.paged_attention.gpu_softmax import (
+    LOG2E,
+    Converted,
+    Softmax,
+    Workspace,
+    attend_block,
+    empty_softmax,
+    key_iota,
+)
+from kernels_pallas.paged_attention.gpu_stream import (
+    KeyBlocks,
+    Source,
+    Stages,
+    blocks_between,
+    copy_block,
+    find_pages,
+    live_keys,
+    stage_types,
+)
+from kernels_pallas.paged_attention.gpu_tile import WARPGROUP_ROWS, Tile, smem
+from kernels_pallas.paged_attention.partial_softmax import MASKED
+from kernels_pallas.pallas import pl, plgpu
+
+# Thread blocks per multiprocessor to aim for.
+_BLOCKS_PER_CORE = 2
+_ROW_MULTIPLE = 8
+
+
+class DecodeInputs(NamedTuple):
+    """What the kernel reads, and in this order.
+
+    Attributes:
+        layer_2: i32, (first page of the layer, rows that run one token).
+        kv_lens_B: i32, keys per row.
+        page_table_BM: i32.
+        scales_2K: f32 scales of a quantised cache, else ones.
+        q_BKGH: bf16.
+        keys_PKSH, values_PKSH: pages of all layers.
+    """
+
+    layer_2: Any
+    kv_lens_B: Any
+    page_table_BM: Any
+    scales_2K: Any
+    q_BKGH: Any
+    keys_PKSH: Any
+    values_PKSH: Any
+
+
+class DecodeOutputs(NamedTuple):
+    """Partial softmaxes in base 2: [B, K, X, G, H], [B, K, X, G] and the same; rows not decoded hold anything."""
+
+    out: Any
+    top: Any
+    total: Any
+
+
+class _Scratch(NamedTuple):
+    queries: Any
+    queries_ready: Any
+    stages: Any
+    weights: Any
+    converted: Any
+    out: Any
+    top: Any
+    total: Any
+
+
+def choose_splits(num_rows: int, num_kv_heads: int, num_pages: int, page_size: int, tile: Tile, num_cores: int) -> int:
+    """Thread blocks per row and key head: enough to fill the device, none that could never have work."""
+    wanted = -(-_BLOCKS_PER_CORE * num_cores // (num_rows * num_kv_heads))
+    return max(1, min(wanted, -(-num_pages * page_size // tile.keys)))
+
+
+def attend_decode(
+    config: AttentionConfig,
+    tile: Tile,
+    splits: int,
+    q_BNH: jax.Array,
+    keys_PKSH: jax.Array,
+    values_PKSH: jax.Array,
+    first_page: jax.Array,
+    kv_lens_B: jax.Array,
+    page_table_BM: jax.Array,
+    num_decode: jax.Array,
+    sinks_N: jax.Array | None = None,
+    scales_2K: jax.Array | None = None,
+    interpret: Any = False,
+) -> jax.Array:
+    """Attend the first `num_decode` rows, whose keys are in the cache already.
+
+    Returns:
+        o_BNH in f32, 0 for the other rows.
+    """
+    num_rows, num_heads, head_dim = q_BNH.shape
+    num_kv_heads = keys_PKSH.shape[1]
+    group = num_heads // num_kv_heads
+    if group > WARPGROUP_ROWS:
+        raise NotImplementedError(f"{group} query heads per key head: a tile holds {WARPGROUP_ROWS}")
+    q_BKGH = q_BNH.reshape(num_rows, num_kv_heads, group, head_dim).astype(jnp.bfloat16)
+    q_BKGH = jnp.pad(q_BKGH, ((0, 0), (0, 0), (0, -group % _ROW_MULTIPLE), (0, 0)))
+    quantized = keys_PKSH.dtype.itemsize == 1
+    inputs = DecodeInputs(
+        layer_2=jnp.stack([first_page, num_decode]).astype(jnp.int32),
+        kv_lens_B=kv_lens_B,
+        page_table_BM=page_table_BM,
+        scales_2K=jnp.ones((2, num_kv_heads), jnp.float32) if scales_2K is None else scales_2K,
+        q_BKGH=q_BKGH,
+        keys_PKSH=keys_PKSH,
+        values_PKSH=values_PKSH,
+    )
+    parts = (num_rows, num_kv_heads, splits, q_BKGH.shape[2])
+    stats = jax.ShapeDtypeStruct(parts, jnp.float32)
+    # A fresh function per call: one that is reused with another grid keeps its first trace.
+    kernel = plgpu.kernel(
+        partial(_kernel, config=config, tile=tile, splits=splits, quantized=quantized),
+        out_type=(jax.ShapeDtypeStruct((*parts, head_dim), jnp.float32), stats, stats),
+        scratch_types=[_scratch_types(tile, head_dim, config.page_size, keys_PKSH.dtype)],
+        grid=(splits, num_kv_heads, num_rows),
+        grid_names=("split", "head", "row"),
+        kernel_name="paged_decode",
+        compiler_params=plgpu.CompilerParams(approx_math=True),
+        interpret=interpret,
+    )
+    outputs = DecodeOutputs(*kernel(*inputs))
+    o_BKGH = _merge(outputs, None if sinks_N is None else sinks_N.reshape(num_kv_heads, group))
+    live_B = jnp.arange(num_rows) < num_decode
+    return jnp.where(live_B[:, None, None, None], o_BKGH[:, :, :group], 0).reshape(q_BNH.shape)
+
+
+def _scratch_types(tile: Tile, head_dim: int, page_size: int, dtype: Any) -> _Scratch:
+    step = smem((tile.keys, head_dim), jnp.bfloat16)
+    rows = plgpu.SMEM((WARPGROUP_ROWS,), jnp.float32)
+    return _Scratch(
+        queries=smem((WARPGROUP_ROWS, head_dim), jnp.bfloat16),
+        queries_ready=plgpu.Barrier(),
+        stages=stage_types(tile, head_dim, page_size, dtype),
+        weights=smem((WARPGROUP_ROWS, tile.keys), jnp.bfloat16) if tile.interpretable else None,
+        converted=Converted(step, step, None, None) if jnp.dtype(dtype).itemsize == 1 else None,
+        out=smem((WARPGROUP_ROWS, tile.width), jnp.float32),
+        top=rows,
+        total=rows,
+    )
+
+
+def _merge(parts: DecodeOutputs, sinks_KG: jax.Array | None) -> jax.Array:
+    """The softmax over the keys of all parts, [B, K, G, H]."""
+    top_BKG = jnp.max(parts.top, axis=2)
+    if sinks_KG is not None:
+        sinks_KG = jnp.pad(sinks_KG * LOG2E, ((0, 0), (0, top_BKG.shape[-1] - sinks_KG.shape[-1])))
+        top_BKG = jnp.maximum(top_BKG, sinks_KG)
+    weight_BKXG = jnp.exp2(parts.top - top_BKG[:, :, None])
+    total_BKG = jnp.sum(parts.total * weight_BKXG, axis=2)
+    if sinks_KG is not None:
+        total_BKG += jnp.exp2(sinks_KG - top_BKG)
+    return jnp.sum(parts.out * weight_BKXG[..., None], axis=2) / total_BKG[..., None]
+
+
+def _kernel(*refs: Any, config: AttentionConfig, tile: Tile, splits: int, quantized: bool) -> None:
+    inputs, outputs = DecodeInputs(*refs[:7]), DecodeOutputs(*refs[7:10])
+    scratch: _Scratch = refs[10]
+    row = lax.axis_index("row")
+
+    @pl.when(row < inputs.layer_2[1])
+    def _live() -> None:
+        kv_len = inputs.kv_lens_B[row]
+        blocks = _split_blocks(config, tile, splits, row, kv_len)
+        _attend(config, tile, quantized, inputs, outputs, scratch, blocks, kv_len)
+
+
+def _split_blocks(config: AttentionConfig, tile: Tile, splits: int, row: jax.Array, kv_len: jax.Array) -> KeyBlocks:
+    """This thread block's share of the row's blocks; it may be empty."""
+    first_key = jnp.int32(0) if config.window is None else jnp.maximum(kv_len - config.window, 0)
+    blocks = blocks_between(row, first_key, kv_len, tile, config.page_size)
+    share = pl.cdiv(blocks.end - blocks.first, splits)
+    first = blocks.first + lax.axis_index("split") * share
+    return blocks._replace(first=first, end=jnp.minimum(first + share, blocks.end))
+
+
+def _attend(
+    config: AttentionConfig,
+    tile: Tile,
+    quantized: bool,
+    inputs: DecodeInputs,
+    outputs: DecodeOutputs,
+    scratch: _Scratch,
+    blocks: KeyBlocks,
+    kv_len: jax.Array,
+) -> None:
+    """Attend the blocks, write the partial softmax."""
+    head, split = lax.axis_index("head"), lax.axis_index("split")
+    group = pl.ds(0, inputs.q_BKGH.shape[2])
+    stages = Stages(*scratch.stages)
+    source = Source(head, inputs.layer_2[0], inputs.page_table_BM, inputs.keys_PKSH, inputs.values_PKSH)
+    # The tile's other rows hold anything: rows of a product do not mix, and theirs are not written.
+    plgpu.copy_gmem_to_smem(inputs.q_BKGH.at[blocks.row, head], scratch.queries.at[group], scratch.queries_ready)
+    for ahead in range(tile.stages):
+        for copy in _copies(tile, source, stages, blocks, blocks.first + ahead, jnp.int32(ahead)):
+            copy()
+    plgpu.barrier_wait(scratch.queries_ready)
+    work = Workspace(
+        warpgroup=jnp.int32(0),
+        queries=scratch.queries,
+        stages=stages,
+        weights=scratch.weights,
+        mended=None,
+        converted=scratch.converted,
+        key_scale=inputs.scales_2K[0, head] if quantized else None,
+    )
+
+    def body(index: jax.Array, state: Softmax) -> Softmax:
+        slot = lax.rem(index - blocks.first, tile.stages)
+        first_key = index * tile.keys
+        mask = partial(_mask, config, tile, first_key, kv_len)
+        live = live_keys(blocks, index, kv_len, tile, config.page_size)
+        next_keys, next_values = _copies(tile, source, stages, blocks, index + tile.stages, slot)
+        return attend_block(config, tile, work, slot, live, mask, next_keys, next_values, state)
+
+    state = lax.fori_loop(blocks.first, blocks.end, body, empty_softmax(tile, config.head_dim))
+    value_scale = inputs.scales_2K[1, head] if quantized else None
+    _write(tile, outputs, scratch, state, (blocks.row, head, split), group, value_scale)
+
+
+def _copies(
+    tile: Tile, source: Source, stages: Stages, blocks: KeyBlocks, index: jax.Array, slot: jax.Array
+) -> tuple[Callable[[], None], Callable[[], None]]:
+    """What starts to copy a block's keys, and its values, if there is such a block."""
+    # Looked up now, so that the answer is there when the copies start.
+    pages = find_pages(source, blocks, tile, index)
+
+    def copy(pages_PKSH: Any, buffer: Any, ready: Any) -> None:
+        @pl.when(index < blocks.end)
+        def _exists() -> None:
+            copy_block(pages_PKSH, source.head, pages, index, tile, buffer, ready, slot)
+
+    return (
+        partial(copy, source.keys_PKSH, stages.keys, stages.keys_ready),
+        partial(copy, source.values_PKSH, stages.values, stages.values_ready),
+    )
+
+
+def _write(
+    tile: Tile,
+    outputs: DecodeOutputs,
+    scratch: _Scratch,
+    state: Softmax,
+    part: tuple[jax.Array, ...],
+    group: Any,
+    value_scale: jax.Array | None,
+) -> None:
+    """Send the group's rows of the partial softmax to their place."""
+    scratch.top[...], scratch.total[...] = state.top, state.total
+    for columns, out_mh in zip(tile.parts(outputs.out.shape[-1]), state.out, strict=True):
+        scratch.out[...] = out_mh if value_scale is None else out_mh * value_scale
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(scratch.out.at[group], outputs.out.at[(*part, slice(None), columns)])
+        # The buffer is used again for the next columns.
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+    plgpu.copy_smem_to_gmem(scratch.top.at[group], outputs.top.at[part])
+    plgpu.copy_smem_to_gmem(scratch.total.at[group], outputs.total.at[part])
+    plgpu.wait_smem_to_gmem(0)
+
+
+def _mask(
+    config: AttentionConfig, tile: Tile, first_key: jax.Array, kv_len: jax.Array, scores_ms: jax.Array
+) -> jax.Array:
+    """Hide keys past the row's end and before its window; blocks in between need nothing."""
+    inside = first_key + tile.keys <= kv_len
+    if config.window is not None:
+        inside &= first_key >= kv_len - config.window
+
+    def hide(scores_ms: jax.Array) -> jax.Array:
+        key_ms = key_iota(tile.keys) + first_key
+        live_ms = key_ms < kv_len
+        if config.window is not None:
+            live_ms &= key_ms >= kv_len - config.window
+        return jnp.where(live_ms, scores_ms, MASKED)
+
+    return lax.cond(inside, lambda scores_ms: scores_ms, hide, scores_ms)
