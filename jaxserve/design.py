@@ -21,7 +21,7 @@ from jaxserve.models.registry import find_architecture
 from jaxserve.runner.batch import BatchLayout
 from jaxserve.runner.buckets import ACCELERATOR_STEPS, CPU_STEPS, make_buckets
 from jaxserve.runner.programs import StepModel
-from kernels_pallas.dispatch import ChosenAttention, choose_attention
+from kernels_pallas.dispatch import ChosenAttention, choose_attention, choose_sampler
 from kernels_pallas.paged_attention.api import AttentionConfig, CacheSpec
 
 logger = logging.getLogger(__name__)
@@ -149,7 +149,7 @@ def lay_out(config: EngineConfig, design: ModelDesign, pool_bytes: int) -> Engin
     )
     on_cpu = design.mesh.devices.flat[0].platform == "cpu"
     buckets = make_buckets(scheduler, CPU_STEPS if on_cpu else ACCELERATOR_STEPS)
-    step = StepModel(design.decoder, chosen.backend, design.mesh, layout, buckets)
+    step = StepModel(design.decoder, chosen.backend, choose_sampler(design.mesh), design.mesh, layout, buckets)
     return EngineDesign(cache, num_pages * page_bytes, scheduler, chosen.name, step)
 
 

@@ -6,17 +6,30 @@ named is an error instead.
 
 import re
 from collections.abc import Callable, Mapping
-from typing import Literal, NamedTuple, TypeAlias
+from typing import Literal, NamedTuple, Protocol, TypeAlias
 
+import jax
 from jax.sharding import Mesh
 
 from kernels_pallas.paged_attention.api import AttentionBackend, AttentionConfig
 from kernels_pallas.paged_attention.xla import XlaAttention
+from kernels_pallas.sampling.api import SampleOutput, SamplingInputs, SamplingState
+from kernels_pallas.sampling.summary import Shard
 
 BackendName: TypeAlias = Literal["auto", "tpu", "gpu", "xla"]
 
 # Names that JAX gives the platforms, on devices and on topologies of devices that are not there.
 PLATFORM_BACKENDS: Mapping[str, BackendName] = {"tpu": "tpu", "gpu": "gpu", "cuda": "gpu", "cpu": "xla"}
+
+
+class Sampler(Protocol):
+    """Draws one token per row of logits."""
+
+    def __call__(
+        self, logits_BV: jax.Array, inputs: SamplingInputs, state: SamplingState, shard: Shard
+    ) -> SampleOutput:
+        """See `kernels_pallas.sampling.api`; `shard` tells which part of the vocabulary the logits are of."""
+        ...
 
 
 class ChosenAttention(NamedTuple):
@@ -75,3 +88,15 @@ _ATTENTION: Mapping[BackendName, Callable[[AttentionConfig, Mesh], AttentionBack
     "gpu": _gpu_attention,
     "xla": XlaAttention,
 }
+
+
+def choose_sampler(mesh: Mesh) -> Sampler:
+    """The sampler for a mesh; each of them does all that `SamplingInputs` can ask."""
+    match PLATFORM_BACKENDS.get(mesh.devices.flat[0].platform):
+        case "tpu":
+            from kernels_pallas.sampling.tpu import sample  # noqa: PLC0415
+        case "gpu":
+            from kernels_pallas.sampling.gpu import sample  # noqa: PLC0415
+        case _:
+            from kernels_pallas.sampling.xla import sample  # noqa: PLC0415
+    return sample

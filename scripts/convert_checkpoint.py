@@ -16,8 +16,9 @@ import jax
 
 from checkpoints import orbax_io
 from checkpoints.source import CheckpointError
-from jaxserve.build import OrbaxCheckpoint, open_checkpoint, pick_dtype
+from jaxserve.build import OrbaxCheckpoint, open_checkpoint
 from jaxserve.config import EngineConfig
+from jaxserve.design import pick_dtype
 from jaxserve.errors import LaunchError
 from jaxserve.mesh import make_mesh
 from jaxserve.model_source import find_model

@@ -17,16 +17,17 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxserve.mesh import named_sharding
+from jaxserve.mesh import named_sharding, partition_spec
 from jaxserve.models.decoder import Decoder, Weights
 from jaxserve.request import SamplingParams
 from jaxserve.runner.batch import BatchLayout, DrawBatch, DrawMasks, ForwardBatch, RowTable
 from jaxserve.runner.buckets import Bucket
 from jaxserve.runner.state import DeviceState, empty_state, row_state, write_row
 from jaxserve.step import NewRow, SchedulerOutput
+from kernels_pallas.dispatch import Sampler
 from kernels_pallas.paged_attention.api import AttentionBackend, Cache
-from kernels_pallas.sampling.api import SampleOutput, SamplingInputs, mask_words
-from kernels_pallas.sampling.xla import sample
+from kernels_pallas.sampling.api import SampleOutput, SamplingInputs, SamplingState, mask_words
+from kernels_pallas.sampling.summary import Shard
 
 T = TypeVar("T")
 
@@ -39,6 +40,7 @@ class StepModel(NamedTuple):
     Attributes:
         decoder: the model.
         attention: the attention backend, which shapes the cache.
+        sampler: draws tokens from logits.
         mesh: where all of it lives, (data, model).
         layout: sizes of rows, pages and vocabulary.
         buckets: shapes to compile, widest first.
@@ -46,6 +48,7 @@ class StepModel(NamedTuple):
 
     decoder: Decoder
     attention: AttentionBackend
+    sampler: Sampler
     mesh: Mesh
     layout: BatchLayout
     buckets: tuple[Bucket, ...]
@@ -65,17 +68,37 @@ class StepPrograms:
         self.by_copy = NamedSharding(model.mesh, P("data"))
         # A host reads the tokens of all copies, of which it may hold some only.
         out = NamedSharding(model.mesh, P()) if model.mesh.is_multi_process else self.by_copy
+        # Logits stay where they are made: split over the vocabulary, as the output head is.
+        vocab_axis = partition_spec(("vocab",), (model.layout.vocab_size,), model.mesh)[0]
+        self._shard = Shard(model.layout.vocab_size, vocab_axis if model.mesh.shape["model"] > 1 else None)
+        by_id = P("data", self._shard.axis_name)
+        self._by_id = NamedSharding(model.mesh, by_id)
+        sampling: list[Any] = [self._by_id, self.by_copy, self.by_copy, self.by_copy]
+        arrays: list[Any] = [self.by_copy, SamplingState(*sampling)]
+        self._state_sharding = DeviceState(*arrays)
+        state = jax.tree.map(lambda sharding: sharding.spec, self._state_sharding)
         self._forward = jax.jit(
-            self._per_copy(partial(_forward, model.decoder, model.attention), P(), P("data"), P("data"), P("data")),
+            # Over `model` the compiler splits what is in the function.
+            self._per_copy(
+                partial(_forward, model.decoder, model.attention),
+                {"data"},
+                (P(), P("data"), P("data"), P("data")),
+                P("data"),
+            ),
             donate_argnums=1,
-            out_shardings=(self._cache_shardings(), self.by_copy),
+            out_shardings=(self._cache_shardings(), self._by_id),
         )
         self._draw = jax.jit(
-            self._per_copy(partial(_draw, model.decoder), P("data"), P("data"), P("data"), P("data")),
+            self._per_copy(
+                partial(_draw, model.decoder, model.sampler, self._shard),
+                {"data", "model"},
+                (by_id, state, P("data"), P("data")),
+                (state, P("data")),
+            ),
             donate_argnums=1,
-            out_shardings=(self.by_copy, out),
+            out_shardings=(self._state_sharding, out),
         )
-        self._write_row = jax.jit(write_row, donate_argnums=0, out_shardings=self.by_copy)
+        self._write_row = jax.jit(write_row, donate_argnums=0, out_shardings=self._state_sharding)
 
     def lower_forward(self, bucket: Bucket) -> jax.stages.Lowered:
         """`(weights, cache, last_token_R, batch) -> (cache, logits)`; the cache is donated."""
@@ -89,7 +112,7 @@ class StepPrograms:
         draws = RowTable(layout).draws(NOTHING, np.zeros(0, np.int32), num_rows)
         masks = DrawMasks(np.zeros(num_rows, bool), np.zeros((num_rows, mask_words(layout.vocab_size)), np.int32))
         logits = jax.ShapeDtypeStruct(
-            (self.num_copies * num_rows, layout.vocab_size), jnp.float32, sharding=self.by_copy
+            (self.num_copies * num_rows, layout.vocab_size), jnp.float32, sharding=self._by_id
         )
         return self._draw.lower(logits, self.state_shapes(), *self._copied((draws, masks)))
 
@@ -119,14 +142,15 @@ class StepPrograms:
     def state_shapes(self) -> DeviceState:
         """Shapes, dtypes and shardings of the state."""
         return jax.tree.map(
-            lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=self.by_copy),
+            lambda array, sharding: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding),
             jax.eval_shape(self.empty_state),
+            self._state_sharding,
         )
 
     def empty_state(self) -> DeviceState:
         """Neutral state of all rows."""
         layout = self._model.layout
-        return empty_state(self.num_copies * (layout.max_rows + 1), layout.vocab_size, self.by_copy)
+        return empty_state(self.num_copies * (layout.max_rows + 1), layout.vocab_size, self._state_sharding)
 
     def _cache_shardings(self) -> dict[str, NamedSharding]:
         specs = self._model.attention.cache_spec()
@@ -139,14 +163,14 @@ class StepPrograms:
             arrays,
         )
 
-    def _per_copy(self, function: Callable[..., Any], *in_specs: P) -> Callable[..., Any]:
-        """Split by hand over `data`; over `model` the compiler splits what is in the function."""
+    def _per_copy(self, function: Callable[..., Any], axes: set[str], in_specs: Any, out_specs: Any) -> Any:
+        """Split by hand over some axes of the mesh."""
         return jax.shard_map(
             function,
             mesh=self._model.mesh,
-            axis_names={"data"},
+            axis_names=axes,
             in_specs=in_specs,
-            out_specs=P("data"),
+            out_specs=out_specs,
             check_vma=False,
         )
 
@@ -171,13 +195,19 @@ def _forward(
 
 
 def _draw(
-    decoder: Decoder, logits_BV: jax.Array, state: DeviceState, draws: DrawBatch, masks: DrawMasks
+    decoder: Decoder,
+    sampler: Sampler,
+    shard: Shard,
+    logits_BV: jax.Array,
+    state: DeviceState,
+    draws: DrawBatch,
+    masks: DrawMasks,
 ) -> tuple[DeviceState, SampleOutput]:
-    """One copy's draws, and the state after them."""
+    """One copy's draws, and the state after them, on one shard of the vocabulary."""
     draws, masks = jax.tree.map(lambda array: array[0], (draws, masks))
     out: SampleOutput = decoder.tokenwise(
-        lambda logits, *fields: sample(logits, SamplingInputs(*fields), state.sampling),
+        lambda logits, *fields: sampler(logits, SamplingInputs(*fields), state.sampling, shard),
         logits_BV,
         *draws.sampling_inputs(masks),
     )
-    return state.record(draws.ints_8B[2], out), out
+    return state.record(draws.ints_8B[2], out, shard), out

@@ -5,11 +5,11 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding
 
 from jaxserve.request import MAX_LOGIT_BIAS, MAX_STOP_TOKEN_IDS
 from jaxserve.step import NewRow
 from kernels_pallas.sampling.api import SampleOutput, SamplingState
+from kernels_pallas.sampling.summary import Shard
 
 # End-of-sequence ids of the model come on top of the request's own.
 _MAX_STOPS = MAX_STOP_TOKEN_IDS + 16
@@ -26,11 +26,15 @@ class DeviceState(NamedTuple):
     last_token_R: jax.Array
     sampling: SamplingState
 
-    def record(self, write_row_B: jax.Array, out: SampleOutput) -> "DeviceState":
-        """Remember this step's draws; rows past the end are dropped."""
+    def record(self, write_row_B: jax.Array, out: SampleOutput, shard: Shard) -> "DeviceState":
+        """Remember this step's draws; rows past the end are dropped, and so are tokens of other shards' counts."""
+        counts_RV = self.sampling.counts_RV
+        size = counts_RV.shape[1]
+        local_B = out.token_B - shard.first(size)
+        local_B = jnp.where(local_B < 0, size, local_B)
         return DeviceState(
             self.last_token_R.at[write_row_B].set(out.token_B, mode="drop"),
-            self.sampling._replace(counts_RV=self.sampling.counts_RV.at[write_row_B, out.token_B].add(1, mode="drop")),
+            self.sampling._replace(counts_RV=counts_RV.at[write_row_B, local_B].add(1, mode="drop")),
         )
 
 
@@ -43,15 +47,16 @@ class RowState(NamedTuple):
     stop_ids_J: np.ndarray
 
 
-def empty_state(rows: int, vocab_size: int, sharding: NamedSharding) -> DeviceState:
-    """Neutral state of `rows` rows, the spare ones included."""
+def empty_state(rows: int, vocab_size: int, shardings: DeviceState) -> DeviceState:
+    """Neutral state of `rows` rows, the spare ones included; `shardings` has one for each array."""
+    last_token, (counts, bias_ids, bias_values, stop_ids) = shardings
     return DeviceState(
-        jnp.zeros(rows, jnp.int32, device=sharding),
+        jnp.zeros(rows, jnp.int32, device=last_token),
         SamplingState(
-            counts_RV=jnp.zeros((rows, vocab_size), jnp.int32, device=sharding),
-            bias_ids_RJ=jnp.full((rows, MAX_LOGIT_BIAS), vocab_size, jnp.int32, device=sharding),
-            bias_values_RJ=jnp.zeros((rows, MAX_LOGIT_BIAS), jnp.float32, device=sharding),
-            stop_ids_RJ=jnp.full((rows, _MAX_STOPS), vocab_size, jnp.int32, device=sharding),
+            counts_RV=jnp.zeros((rows, vocab_size), jnp.int32, device=counts),
+            bias_ids_RJ=jnp.full((rows, MAX_LOGIT_BIAS), vocab_size, jnp.int32, device=bias_ids),
+            bias_values_RJ=jnp.zeros((rows, MAX_LOGIT_BIAS), jnp.float32, device=bias_values),
+            stop_ids_RJ=jnp.full((rows, _MAX_STOPS), vocab_size, jnp.int32, device=stop_ids),
         ),
     )
 

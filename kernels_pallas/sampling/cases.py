@@ -1,0 +1,240 @@
+"""Named steps of draws with what numpy says of them; every implementation is held against all of them."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from kernels_pallas.sampling.api import NUM_TOP_LOGPROBS, SamplingInputs, SamplingState, mask_words
+from kernels_pallas.sampling.reference import RowParams, adjusted_logits, sample_reference
+
+
+@dataclass(frozen=True, kw_only=True)
+class Draw:
+    """One row of a step: its parameters and its logits.
+
+    Attributes:
+        scale: standard deviation of the logits.
+        step: logits are multiples of it, so that many are equal; 0 for none.
+        put: logits by id, such as NaN.
+        target: token whose log-probability is wanted, or -1.
+        finite: what the draw says of the row.
+    """
+
+    name: str
+    params: RowParams
+    scale: float = 3.0
+    step: float = 0.0
+    put: dict[int, float] = field(default_factory=dict)
+    target: int = -1
+    logprobs: bool = False
+    finite: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """A step: draws of one vocabulary size."""
+
+    name: str
+    vocab_size: int
+    draws: tuple[Draw, ...]
+
+    def __str__(self) -> str:
+        return f"{self.name}-{self.vocab_size}"
+
+    def logits(self) -> np.ndarray:
+        """f32[B, V]."""
+        rng = np.random.default_rng(self.vocab_size)
+        out = np.zeros((len(self.draws), self.vocab_size), np.float32)
+        for row, draw in enumerate(self.draws):
+            out[row] = rng.standard_normal(self.vocab_size) * draw.scale
+            if draw.step:
+                out[row] = np.round(out[row] / draw.step) * draw.step
+            for token, value in draw.put.items():
+                out[row, token] = value
+        return out
+
+    def arrays(self, *, padded_to: int | None = None) -> tuple[SamplingInputs, SamplingState]:
+        """The device's view; the last state row is spare, and state rows are in another order than draws.
+
+        Args:
+            padded_to: ids that the counts have, where the shards of a vocabulary do not divide it.
+        """
+        return _arrays(self, padded_to or self.vocab_size)
+
+
+def _arrays(case: Case, width: int) -> tuple[SamplingInputs, SamplingState]:
+    size, draws = case.vocab_size, case.draws
+    params = [draw.params for draw in draws]
+    row_B: Any = np.arange(len(draws), dtype=np.int32)[::-1].copy()
+    rows = len(draws) + 1
+    # Padding ids, and rows that are not asked for, hold anything.
+    state_arrays: list[Any] = [
+        np.full((rows, width), 7, np.int32),
+        np.full((rows, 16), size, np.int32),
+        np.zeros((rows, 16), np.float32),
+        np.full((rows, 8), size, np.int32),
+    ]
+    state = SamplingState(*state_arrays)
+    for row, p in zip(row_B, params, strict=True):
+        if p.counts is not None:
+            state_arrays[0][row, :size] = 0
+        for token, count in (p.counts or {}).items():
+            state_arrays[0][row, token] = count
+        for index, (token, bias) in enumerate((p.bias or {}).items()):
+            state_arrays[1][row, index], state_arrays[2][row, index] = token, bias
+        state_arrays[3][row, : len(p.forbidden)] = p.forbidden
+    mask_BW: Any = np.zeros((len(draws), mask_words(size)), np.int32)
+    for row, p in enumerate(params):
+        for token in p.allowed or ():
+            mask_BW.view(np.uint32)[row, token // 32] |= np.uint32(1 << token % 32)
+
+    def array(values: list[Any], dtype: type) -> Any:
+        return np.array(values, dtype)
+
+    def column(name: str, dtype: type) -> Any:
+        return array([getattr(p, name) for p in params], dtype)
+
+    inputs = SamplingInputs(
+        row_B=row_B,
+        target_B=array([draw.target for draw in draws], np.int32),
+        position_B=column("position", np.int32),
+        seed_B2=array([[p.seed & 0xFFFFFFFF, p.seed >> 32] for p in params], np.uint32),
+        temperature_B=column("temperature", np.float32),
+        top_k_B=array([p.top_k if p.top_k > 0 else size for p in params], np.int32),
+        top_p_B=column("top_p", np.float32),
+        min_p_B=column("min_p", np.float32),
+        frequency_B=column("frequency", np.float32),
+        presence_B=column("presence", np.float32),
+        repetition_B=column("repetition", np.float32),
+        biased_B=array([bool(p.bias) for p in params], bool),
+        forbid_stops_B=array([bool(p.forbidden) for p in params], bool),
+        logprobs_B=array([draw.logprobs for draw in draws], bool),
+        masked_B=array([p.allowed is not None for p in params], bool),
+        mask_BW=mask_BW,
+    )
+    return jax.tree.map(jnp.asarray, inputs), jax.tree.map(jnp.asarray, state)
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What numpy draws of a row."""
+
+    token: int
+    logprob: float
+    top_ids: np.ndarray
+    top_logprobs: np.ndarray
+
+
+def expected(draw: Draw, logits_V: np.ndarray) -> Expected:
+    """Of a finite row."""
+    adjusted_V = adjusted_logits(logits_V, draw.params)
+    logprobs_V = adjusted_V - np.logaddexp.reduce(adjusted_V)
+    token = draw.target if draw.target >= 0 else sample_reference(logits_V, draw.params)[0]
+    top_ids = np.argsort(-adjusted_V, kind="stable")[:NUM_TOP_LOGPROBS]
+    return Expected(token, logprobs_V[token], top_ids, logprobs_V[top_ids])
+
+
+def step_cases() -> list[Case]:
+    """Every kind of step at every size of vocabulary."""
+    cases: list[Case] = []
+    for size in (17, 300, 1024, 5000):
+        cases += [_plain(size), _filtered(size), _adjusted(size)]
+    return [*cases, _collisions(5000)]
+
+
+def large_case() -> Case:
+    """A real vocabulary, once: filters that the candidates decide, one that they do not, and log-probabilities."""
+    draws = (
+        Draw(name="top-k", params=RowParams(seed=1, top_k=20, top_p=0.95)),
+        Draw(name="wide top-p", params=RowParams(seed=2, top_p=0.9), scale=1.0, logprobs=True),
+        Draw(name="penalties", params=RowParams(seed=3, top_k=50, presence=1.5, counts={5: 1, 151935: 2})),
+    )
+    return Case(name="large", vocab_size=151936, draws=draws)
+
+
+def _plain(size: int) -> Case:
+    """Nothing but arg-maxima: greedy rows and draws from the whole row."""
+    draws = (
+        Draw(name="greedy", params=RowParams(temperature=0)),
+        Draw(name="greedy ties", params=RowParams(temperature=0), step=4.0),
+        Draw(name="all equal", params=RowParams(temperature=0), scale=0.0),
+        Draw(name="top-k 1", params=RowParams(top_k=1)),
+        Draw(name="temperature", params=RowParams(seed=2**63 + 5, position=3, temperature=0.7)),
+        Draw(name="hot", params=RowParams(seed=6, temperature=1.9)),
+        Draw(name="one is allowed", params=RowParams(seed=9), put={i: -np.inf for i in range(size) if i != size - 1}),
+        Draw(name="nan", params=RowParams(), put={size // 2: np.nan}, finite=False),
+        Draw(name="inf", params=RowParams(temperature=0), put={size - 1: np.inf}, finite=False),
+        Draw(name="none", params=RowParams(), put=dict.fromkeys(range(size), -np.inf), finite=False),
+    )
+    return Case(name="plain", vocab_size=size, draws=draws)
+
+
+def _filtered(size: int) -> Case:
+    """Top-k, top-p, min-p and log-probabilities of logits as they are."""
+    draws = (
+        Draw(name="top-k", params=RowParams(seed=1, top_k=5)),
+        Draw(name="top-k beyond candidates", params=RowParams(seed=2, top_k=max(2, size // 3)), scale=0.5),
+        Draw(name="top-p", params=RowParams(seed=3, top_p=0.8)),
+        Draw(name="top-p beyond candidates", params=RowParams(seed=4, top_p=0.97), scale=0.1),
+        Draw(name="min-p", params=RowParams(seed=5, min_p=0.05)),
+        Draw(name="min-p beyond candidates", params=RowParams(seed=6, min_p=0.5), scale=0.05),
+        Draw(name="all", params=RowParams(seed=7, top_k=20, top_p=0.95, min_p=0.01, temperature=0.8)),
+        Draw(name="top-k cuts ties", params=RowParams(seed=8, top_k=3), step=2.0),
+        Draw(name="top-p cuts ties", params=RowParams(seed=9, top_p=0.5037), step=4.0, logprobs=True),
+        Draw(name="top-k of equal logits", params=RowParams(seed=10, top_k=max(2, size // 2 + 1)), scale=0.0),
+        Draw(name="top-k counts no zero twice", params=RowParams(seed=12, top_k=2), put={0: 30.0, 1: 0.0, 2: -0.0}),
+        Draw(name="logprobs", params=RowParams(temperature=0), logprobs=True),
+        Draw(name="logprobs of a draw", params=RowParams(seed=11, temperature=1.3), logprobs=True),
+        Draw(name="logprobs of ties", params=RowParams(temperature=0), step=6.0, logprobs=True),
+        Draw(name="target", params=RowParams(), target=size - 2, logprobs=True),
+        Draw(name="plain among them", params=RowParams(seed=13)),
+        Draw(name="nan", params=RowParams(top_p=0.5), put={3: np.nan}, finite=False),
+        Draw(name="inf", params=RowParams(top_k=4), put={3: np.inf}, finite=False, logprobs=True),
+    )
+    return Case(name="filtered", vocab_size=size, draws=draws)
+
+
+def _adjusted(size: int) -> Case:
+    """Penalties, mask, bias and forbidden tokens, alone and together."""
+    counts = {0: 2, 3: 1, size // 2: 5, size - 1: 1}
+    few = tuple(range(2, size, max(1, size // 3)))
+    penalties: dict[str, Any] = {"repetition": 1.3, "frequency": 0.4, "presence": 0.6, "counts": counts}
+    everything: dict[str, Any] = {**penalties, "bias": {1: 3.0, size - 1: 2.0}, "forbidden": (size - 3, 2)}
+    allowed = tuple(range(1, size, 3))
+    draws = (
+        Draw(name="repetition", params=RowParams(seed=1, repetition=1.7, counts=counts)),
+        Draw(name="frequency", params=RowParams(temperature=0, frequency=2.0, counts=counts)),
+        Draw(name="presence", params=RowParams(seed=3, presence=-2.0, counts=counts, top_k=4)),
+        Draw(name="penalties", params=RowParams(seed=4, top_p=0.9, **penalties), logprobs=True),
+        Draw(name="bias", params=RowParams(seed=5, bias={4: 6.0, size - 1: 5.0, 0: -3.0})),
+        Draw(name="bias forbids", params=RowParams(temperature=0, bias=dict.fromkeys(range(3, 17), -np.inf))),
+        Draw(name="mask", params=RowParams(seed=7, allowed=allowed)),
+        Draw(name="mask with few", params=RowParams(seed=8, allowed=few, top_p=0.99), logprobs=True),
+        Draw(name="mask with one", params=RowParams(seed=9, allowed=(size - 1,), top_k=3), logprobs=True),
+        Draw(name="mask and bias", params=RowParams(temperature=0, allowed=few, bias={few[-1]: 40.0, 0: 90.0})),
+        Draw(name="forbidden", params=RowParams(temperature=0, forbidden=(5, size - 1)), put={5: 40.0, size - 1: 50.0}),
+        Draw(name="everything", params=RowParams(seed=12, top_k=9, allowed=allowed, **everything), logprobs=True),
+        Draw(name="target", params=RowParams(temperature=1.5, **everything), target=size - 1, logprobs=True),
+        Draw(name="flat and adjusted", params=RowParams(seed=14, top_p=0.9, **everything), scale=0.05),
+        Draw(name="greedy among them", params=RowParams(temperature=0)),
+        Draw(name="mask with none", params=RowParams(allowed=()), finite=False),
+        Draw(name="all forbidden", params=RowParams(allowed=(1, 2), forbidden=(1, 2), top_k=2), finite=False),
+        Draw(name="nan", params=RowParams(allowed=allowed, min_p=0.1), put={1: np.nan}, finite=False),
+    )
+    return Case(name="adjusted", vocab_size=size, draws=draws)
+
+
+def _collisions(size: int) -> Case:
+    """Likely tokens whose ids are equal modulo 1024, more of them than a bucket lists."""
+    ids = range(7, size, 1024)
+    biased = dict.fromkeys(ids, 20.0)
+    draws = (
+        Draw(name="bias", params=RowParams(seed=1, top_k=5, bias=biased), scale=0.5, logprobs=True),
+        Draw(name="bias and top-p", params=RowParams(seed=2, top_p=0.999, bias=biased), scale=0.5),
+        Draw(name="logits", params=RowParams(seed=3, top_k=len(ids)), put=dict.fromkeys(ids, 25.0)),
+        Draw(name="logprobs", params=RowParams(temperature=0), put=dict.fromkeys(ids, 25.0), logprobs=True),
+    )
+    return Case(name="collisions", vocab_size=size, draws=draws)

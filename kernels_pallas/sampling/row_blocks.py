@@ -1,0 +1,50 @@
+"""Reductions of long rows. XLA's sum and argmax of a row are scalar loops on CPU; by blocks they are vector code.
+
+Dimension key: B rows, V entries, C blocks of S.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+_BLOCK = 512
+
+
+def _blocks(x_BV: jax.Array) -> jax.Array:
+    size = math.gcd(x_BV.shape[1], _BLOCK)
+    return x_BV.reshape(x_BV.shape[0], -1, size)
+
+
+def blockwise_sum(x_BV: jax.Array) -> jax.Array:
+    """f32[B]: across the blocks first, then across one block."""
+    return jnp.sum(jnp.sum(_blocks(x_BV), axis=1), axis=-1)
+
+
+def first_largest(x_BV: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Largest entry of each row and the first index of it, i32. A row with NaN gives +inf.
+
+    The best block first, then the best entry in it: XLA's maximum on CPU is vector code, its argmax is not. Nor does
+    that maximum pass NaN on (`xla_cpu_enable_fast_min_max`), so NaN is made the largest value there is.
+    """
+    x_BCS = _blocks(x_BV)
+    block_B = jnp.argmax(jnp.max(_nan_is_inf(x_BCS), axis=-1), axis=-1)
+    x_BS = _nan_is_inf(jnp.take_along_axis(x_BCS, block_B[:, None, None], axis=1)[:, 0])
+    entry_B1 = jnp.argmax(x_BS, axis=-1)[:, None]
+    top_B = jnp.take_along_axis(x_BS, entry_B1, axis=-1)[:, 0]
+    return top_B, (block_B * x_BCS.shape[-1] + entry_B1[:, 0]).astype(jnp.int32)
+
+
+def _nan_is_inf(x: jax.Array) -> jax.Array:
+    return jnp.where(x < jnp.inf, x, jnp.inf)
+
+
+def top_of_rows(x_BV: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
+    """`lax.top_k`, with i32 ids, that stays one on CPU.
+
+    XLA finds it there as the slice of a sort; a slice of the result becomes another slice of the sort, and all of it is
+    sorted (measured: 25 ms in place of 0.8 for one row of 151,936).
+    """
+    value_BK, id_BK = lax.optimization_barrier(lax.top_k(x_BV, count))
+    return value_BK, id_BK.astype(jnp.int32)

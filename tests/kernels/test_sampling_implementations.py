@@ -1,0 +1,159 @@
+"""Every implementation against numpy, token for token; split vocabularies against whole ones."""
+
+import re
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+
+from kernels_pallas.sampling import xla
+from kernels_pallas.sampling.api import SampleOutput, SamplingInputs, SamplingState
+from kernels_pallas.sampling.cases import Case, expected, large_case, step_cases
+from kernels_pallas.sampling.summary import NUM_CANDIDATES, Shard
+
+Sample = Callable[..., SampleOutput]
+
+
+def implementation(name: str, block: int = 4096) -> Sample:
+    """TPU and GPU kernels run on CPU, with their races detected."""
+    if name == "xla":
+        return xla.sample
+    if name == "tpu":
+        from jax.experimental.pallas import tpu as pltpu
+
+        from kernels_pallas.sampling import tpu
+
+        params: Any = pltpu.InterpretParams(detect_races=True, out_of_bounds_reads="raise", uninitialized_memory="nan")
+        return partial(tpu.sample, block=block, interpret=params)
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    from kernels_pallas.sampling import gpu
+
+    return partial(gpu.sample, interpret=plgpu.InterpretGPUParams(detect_races=True))
+
+
+needs_pallas = pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="the kernels need JAX 0.11")
+KERNELS = [pytest.param(name, marks=needs_pallas) for name in ("tpu", "gpu")]
+
+
+def check(case: Case, out: SampleOutput) -> None:
+    logits = case.logits()
+    wrong: list[str] = []
+    for row, draw in enumerate(case.draws):
+        if bool(out.finite_B[row]) != draw.finite:
+            wrong.append(f"{draw.name}: finite {bool(out.finite_B[row])}")
+        if not draw.finite:
+            continue
+        want = expected(draw, logits[row])
+        if int(out.token_B[row]) != want.token:
+            wrong.append(f"{draw.name}: token {int(out.token_B[row])}, not {want.token}")
+        if not draw.logprobs:
+            continue
+        if abs(float(out.logprob_B[row]) - want.logprob) > 1e-4:
+            wrong.append(f"{draw.name}: logprob {float(out.logprob_B[row])}, not {want.logprob}")
+        # The order of tokens of no probability means nothing.
+        some = np.flatnonzero(want.top_logprobs > -np.inf)
+        if out.top_ids_BJ[row][some].tolist() != want.top_ids[some].tolist():
+            wrong.append(
+                f"{draw.name}: top ids {out.top_ids_BJ[row][some].tolist()}, not {want.top_ids[some].tolist()}"
+            )
+        if not np.allclose(out.top_logprobs_BJ[row][some], want.top_logprobs[some], atol=1e-4):
+            wrong.append(f"{draw.name}: top logprobs")
+        if len(some) < len(out.top_logprobs_BJ[row]) and not (out.top_logprobs_BJ[row][len(some) :] == -np.inf).all():
+            wrong.append(f"{draw.name}: top logprobs past the last")
+    assert not wrong, "\n".join(wrong)
+
+
+ALL = [("xla", case) for case in step_cases()] + [
+    pytest.param(name, case, marks=needs_pallas)
+    for name in ("tpu", "gpu")
+    for case in step_cases()
+    if case.vocab_size in (300, 5000)
+]
+
+
+@pytest.mark.parametrize(("name", "case"), ALL, ids=str)
+def test_matches_numpy(name: str, case: Case) -> None:
+    out = jax.jit(implementation(name))(jnp.asarray(case.logits()), *case.arrays())
+    check(case, jax.device_get(out))
+
+
+@pytest.mark.parametrize("name", ["xla", *KERNELS])
+def test_matches_numpy_at_a_real_size(name: str) -> None:
+    case = large_case()
+    out = jax.jit(implementation(name, block=32768))(jnp.asarray(case.logits()), *case.arrays())
+    check(case, jax.device_get(out))
+
+
+@needs_pallas
+@pytest.mark.parametrize("rows", [1, 3, 9, 17])
+def test_any_number_of_rows_in_a_group(rows: int) -> None:
+    """The last group of 8 rows is not full."""
+    whole = next(case for case in step_cases() if case.name == "filtered" and case.vocab_size == 1024)
+    logits, (inputs, state) = whole.logits()[:rows], whole.arrays()
+    out = jax.jit(implementation("tpu"))(jnp.asarray(logits), jax.tree.map(lambda x: x[:rows], inputs), state)
+    check(Case(name="cut", vocab_size=1024, draws=whole.draws[:rows]), jax.device_get(out))
+
+
+def sharded(sample: Sample, vocab_size: int, shards: int) -> Callable[..., SampleOutput]:
+    mesh = Mesh(np.array(jax.devices()[:shards]), ("model",))
+    shard = Shard(vocab_size, "model")
+    return jax.jit(
+        jax.shard_map(
+            lambda logits, inputs, state: sample(logits, inputs, state, shard),
+            mesh=mesh,
+            in_specs=(P(None, "model"), P(), SamplingState(P(None, "model"), P(), P(), P())),
+            out_specs=P(),
+            check_vma=False,
+        )
+    )
+
+
+def padded(case: Case, shards: int) -> tuple[jax.Array, SamplingInputs, SamplingState]:
+    """Ids past the vocabulary have logits that would win."""
+    width = -(-case.vocab_size // shards) * shards
+    logits = np.pad(case.logits(), ((0, 0), (0, width - case.vocab_size)), constant_values=99.0)
+    return jnp.asarray(logits), *case.arrays(padded_to=width)
+
+
+@pytest.mark.parametrize("case", step_cases(), ids=lambda case: f"{case.name}-{case.vocab_size}")
+@pytest.mark.parametrize("shards", [2, 8])
+def test_split_vocabulary_draws_the_same(shards: int, case: Case) -> None:
+    out = jax.device_get(sharded(xla.sample, case.vocab_size, shards)(*padded(case, shards)))
+    check(case, out)
+
+
+@pytest.mark.parametrize("case", step_cases()[-3:-1], ids=lambda case: f"{case.name}-{case.vocab_size}")
+@pytest.mark.parametrize("name", KERNELS)
+def test_split_vocabulary_draws_the_same_in_kernels(name: str, case: Case) -> None:
+    out = jax.device_get(sharded(implementation(name), case.vocab_size, 2)(*padded(case, 2)))
+    check(case, out)
+
+
+COLLECTIVE = re.compile(r"= (.*?) (?:all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)(?:-start)?\(")
+
+
+def collectives(text: str) -> list[int]:
+    """Elements that each collective of a program gives on one device."""
+    sizes: list[int] = []
+    for line in COLLECTIVE.findall(text):
+        shapes = re.findall(r"\w+\[([\d,]*)\]", line)
+        sizes += [int(np.prod([int(n) for n in shape.split(",") if n])) for shape in shapes]
+    return sizes
+
+
+@pytest.mark.parametrize("shards", [2, 8])
+def test_only_candidates_cross_the_mesh(shards: int) -> None:
+    rows, vocab_size = 4, 64_000
+    case: Any = Case(name="", vocab_size=vocab_size, draws=step_cases()[1].draws[:rows])
+    compiled = sharded(xla.sample, vocab_size, shards).lower(*padded(case, shards)).compile()
+    sizes = collectives(compiled.as_text())
+    assert len(sizes) >= 3
+    assert max(sizes) <= rows * shards * (2 * NUM_CANDIDATES + 8)
+    assert max(sizes) < rows * vocab_size // shards
