@@ -6,10 +6,12 @@ from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 _COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
+# Pallas kernels, on TPU and on GPU.
+_KERNEL = re.compile(r'custom_call_target="(?:tpu_custom_call|mosaic_gpu\w*)"')
 _COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\{$")
 _OPERATION = re.compile(rf"= .*? ({'|'.join(_COLLECTIVES)})(?:-start)?\(")
 _CALLED = re.compile(r"(?:calls|to_apply|body|condition|true_computation|false_computation)=%?([\w.\-]+)")
-_BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
+_BRANCHES = re.compile(r"(?:branch|called)_computations=\{([^}]*)\}")
 _BODY = re.compile(r" while\(.*body=%?([\w.\-]+)")
 
 
@@ -49,12 +51,17 @@ def find_collectives(text: str) -> Collectives:
     return Collectives(dict(per_layer), dict(once))
 
 
+def num_kernels(text: str) -> int:
+    """Calls of Pallas kernels in `Compiled.as_text()`; one in a loop counts once."""
+    return len(_KERNEL.findall(text))
+
+
 def _computations(text: str) -> Iterator[tuple[str, list[str]]]:
     name, lines = "", list[str]()
     for line in text.splitlines():
         if found := _COMPUTATION.match(line):
             name, lines = found[1], []
-        elif line == "}" and name:
+        elif line.startswith("}") and name:
             yield name, lines
             name = ""
         elif name:

@@ -1,20 +1,19 @@
 """Compiles a model's step for devices that are not here, and adds up what it needs."""
 
 import math
-import re
 import threading
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 
 from jaxserve.config import EngineConfig
 from jaxserve.design import DEVICE_MEM_FRACTION, EngineDesign, ModelDesign, design_model, lay_out
-from jaxserve.hlo import find_collectives
+from jaxserve.hlo import find_collectives, num_kernels
 from jaxserve.mesh import mesh_of
 from jaxserve.plan_report import Load, Memory, Program, Report, bound
 from jaxserve.runner.programs import StepPrograms
@@ -25,7 +24,10 @@ _COMPILE_THREADS = 2
 _STEPS_IN_FLIGHT = 2
 # For devices whose memory we do not know.
 _UNKNOWN_POOL_BYTES = 512 << 20
-_KERNEL_CALL = re.compile(r'custom_call_target="(?:tpu_custom_call|mosaic_gpu[\w.]*)"')
+
+
+# How to lower a program, and how often a step runs the body of its loop.
+Job: TypeAlias = tuple[Callable[[], jax.stages.Lowered], int]
 
 
 class Outcome(NamedTuple):
@@ -58,7 +60,8 @@ def _compile(engine: EngineDesign, num_layers: int) -> Outcome:
     step = StepPrograms(engine.step)
     lock = threading.Lock()
 
-    def compile_one(name: str, lower: Callable[[], jax.stages.Lowered]) -> Program:
+    def compile_one(name: str, job: Job) -> Program:
+        lower, num_loops = job
         with lock:  # tracing is not for threads
             lowered = lower()
         started = time.perf_counter()
@@ -71,16 +74,17 @@ def _compile(engine: EngineDesign, num_layers: int) -> Outcome:
             compile_s=seconds,
             temporary_bytes=memory.temp_size_in_bytes,
             code_bytes=memory.generated_code_size_in_bytes,
-            kernels=len(_KERNEL_CALL.findall(text)),
-            collectives=find_collectives(text).per_step(num_layers),
+            kernels=num_kernels(text),
+            collectives=find_collectives(text).per_step(num_loops),
         )
 
-    jobs: dict[str, Callable[[], jax.stages.Lowered]] = {
-        f"forward {bucket.num_tokens} tokens, {bucket.num_rows} rows": partial(step.lower_forward, bucket)
+    jobs: dict[str, Job] = {
+        f"forward {bucket.num_tokens} tokens, {bucket.num_rows} rows": (partial(step.lower_forward, bucket), num_layers)
         for bucket in engine.step.buckets
     }
     for rows in sorted({bucket.num_rows for bucket in engine.step.buckets}, reverse=True):
-        jobs[f"draw {rows} rows"] = partial(step.lower_draw, rows)
+        # Its loops search what the candidates do not decide, which is rare.
+        jobs[f"draw {rows} rows"] = partial(step.lower_draw, rows), 0
     started = time.perf_counter()
     with ThreadPoolExecutor(_COMPILE_THREADS) as pool:
         try:

@@ -88,8 +88,8 @@ def prepare_environment(target: Target) -> None:
     os.environ["JAX_PLATFORMS"] = "cpu"
     flags = os.environ.get("XLA_FLAGS", "")
     if target.device.platform == "tpu":
-        # libtpu looks for a TPU VM's metadata server otherwise.
-        os.environ.update(TPU_SKIP_MDS_QUERY="1", TPU_WORKER_HOSTNAMES="localhost")
+        # No TPU VM whose metadata could be asked; other processes may compile for TPUs, too.
+        os.environ.update(TPU_SKIP_MDS_QUERY="1", TPU_WORKER_HOSTNAMES="localhost", ALLOW_MULTIPLE_LIBTPU_LOAD="1")
         os.environ.setdefault("TPU_ACCELERATOR_TYPE", f"{target.device.name}-{target.num_devices}")
     elif target.device.platform == "gpu":
         # Tuning runs candidates on the device.

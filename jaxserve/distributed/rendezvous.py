@@ -63,6 +63,10 @@ def gather(mine: Hello, address: str, timeout_s: float) -> tuple[list[Channel], 
                 _accept(listener, mine, channels, deadline)
     except OSError as error:
         raise LaunchError(f"--dist-init-addr {address}: cannot listen: {error.strerror or error}") from None
+    except LaunchError:
+        for channel in channels.values():
+            channel.close()
+        raise
     with socket.create_server((host, 0)) as probe:
         coordinator = f"{host}:{probe.getsockname()[1]}"
     for channel in channels.values():
@@ -104,6 +108,7 @@ def _accept(listener: socket.socket, mine: Hello, channels: dict[int, Channel], 
     if reason is not None:
         for other in (channel, *channels.values()):
             other.send(Refused(reason))
+        channel.close()
         raise LaunchError(f"the host at {peer[0]} cannot take part: {reason}")
     channels[theirs.rank] = channel
     logger.info("host %d of %d is there", len(channels) + 1, mine.num_hosts)
@@ -149,13 +154,15 @@ def join(mine: Hello, address: str, timeout_s: float) -> tuple[Channel, str]:
         channel.send(mine)
         answer = channel.receive_from_leader()
     except (ConnectionError, TimeoutError) as error:
+        channel.close()
         raise LaunchError(f"host 0 at {address} did not let us take part: {error}") from None
     connection.settimeout(None)
+    if isinstance(answer, Welcome):
+        return channel, answer.coordinator
+    channel.close()
     if isinstance(answer, Refused):
         raise LaunchError(f"host 0 refuses this one: {answer.reason}")
-    if not isinstance(answer, Welcome):
-        raise LaunchError(f"host 0 at {address} answered what was not asked")
-    return channel, answer.coordinator
+    raise LaunchError(f"host 0 at {address} answered what was not asked")
 
 
 def split_address(address: str) -> tuple[str, int]:
