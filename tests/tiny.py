@@ -88,6 +88,12 @@ def tensors(config: dict[str, Any], seed: int = 0) -> dict[str, np.ndarray]:
             prefix + "mlp.up_proj.weight": normal(mlp, hidden),
             prefix + "mlp.down_proj.weight": normal(hidden, mlp),
         }
+        if config["architectures"] == ["Qwen2ForCausalLM"]:
+            for name, size in (("q", q_size), ("k", kv_size), ("v", kv_size)):
+                out[f"{prefix}self_attn.{name}_proj.bias"] = normal(size)
+        if config["architectures"] == ["Qwen3ForCausalLM"]:
+            for name in "qk":
+                out[f"{prefix}self_attn.{name}_norm.weight"] = 1 + normal(head)
     return out
 
 

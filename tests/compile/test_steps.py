@@ -30,7 +30,7 @@ CONTEXT = 16384
 # Llama-3.1-8B does not fit one v5e, 70B no less than eight of the smaller devices.
 STEPS = [
     *(("v5e:2x2", *model) for model in (("qwen2.5-0.5b", 1), ("qwen3-4b", 4), ("llama-3.1-8b", 4))),
-    # Of larger models tpu7x's compiler copies all weights to another layout in every step: ARCHITECTURE.md, open ends.
+    # Of larger models tpu7x's compiler copies all weights to another layout in every step: README, Limits.
     *(("tpu7x:2x2x1", *model) for model in (("qwen2.5-0.5b", 1), ("llama-3.1-8b", 4))),
     *(
         (target, *model)

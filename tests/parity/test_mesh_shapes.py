@@ -1,0 +1,49 @@
+"""Over how many devices a model is split, and how many copies there are, changes no token (float32)."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jaxserve import LLM, SamplingParams
+from tests.tiny import write_checkpoint
+
+SMALL: dict[str, Any] = {
+    "max_running_requests": 4,
+    "chunked_prefill_size": 32,
+    "max_total_tokens": 2048,
+    "page_size": 16,
+    "dtype": "float32",
+}
+FAMILIES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+PROMPTS = [[1, 2, 3], [4] * 40, [5, 6], [7]]
+SAMPLINGS = {
+    "greedy": SamplingParams(temperature=0, max_tokens=12),
+    # A filter that reaches past the candidates, and all that lives in a row's state.
+    "flat": SamplingParams(seed=5, max_tokens=12, temperature=30.0, top_p=0.95),
+    "everything": SamplingParams(
+        seed=6, max_tokens=12, min_tokens=6, frequency_penalty=1.0, repetition_penalty=1.3, top_k=40,
+        logit_bias={65: 5.0, 66: -100.0, 259: 3.0}, num_logprobs=3,
+    ),
+}  # fmt: skip
+
+
+def tokens(folder: Path, **mesh: int) -> list[Any]:
+    with LLM(str(folder), **SMALL, **mesh) as llm:
+        return [
+            [(choice.token_ids, choice.finish_reason) for choice in output.choices]
+            for sampling in SAMPLINGS.values()
+            for output in llm.generate(PROMPTS, sampling)
+        ]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_any_mesh_gives_the_same_tokens(family: str, tmp_path: Path) -> None:
+    # 264 ids divide by every number of devices: the vocabulary is split, too.
+    folder = write_checkpoint(tmp_path, architectures=[family], vocab_size=264, sliding_window=24)
+    want = tokens(folder)
+    meshes = [{"tp_size": 8}, {"tp_size": 2, "dp_size": 2}]
+    if family == FAMILIES[0]:
+        meshes += [{"tp_size": 2}, {"tp_size": 4}, {"dp_size": 2}, {"tp_size": 4, "dp_size": 2}]
+    for mesh in meshes:
+        assert tokens(folder, **mesh) == want, mesh
