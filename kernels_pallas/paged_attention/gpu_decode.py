@@ -33,6 +33,7 @@ from kernels_pallas.paged_attention.gpu_stream import (
     copy_block,
     find_pages,
     live_keys,
+    page_numbers,
     stage_types,
 )
 from kernels_pallas.paged_attention.gpu_tile import WARPGROUP_ROWS, Tile, smem
@@ -88,6 +89,30 @@ def choose_splits(num_rows: int, num_kv_heads: int, num_pages: int, page_size: i
     """Thread blocks per row and key head: enough to fill the device, none that could never have work."""
     wanted = -(-_BLOCKS_PER_CORE * num_cores // (num_rows * num_kv_heads))
     return max(1, min(wanted, -(-num_pages * page_size // tile.keys)))
+
+
+def decode_bytes(config: AttentionConfig, tile: Tile, splits: int, kv_lens: list[int]) -> int:
+    """Bytes between memory and chip for one layer of a decode step, by the kernel's own schedule.
+
+    Per row: its pages, or the stretches of them that a block takes, once (copies named twice come from the cache), a
+    query per head, and the parts, which are written by the kernel and read by the merge.
+    """
+    itemsize = jnp.dtype(config.dtype).itemsize
+    group = -(-config.num_q_heads // config.num_kv_heads // _ROW_MULTIPLE) * _ROW_MULTIPLE
+    stretch = min(config.page_size, tile.keys)
+    stretches = 0
+    for kv_len in kv_lens:
+        first_key = 0 if config.window is None else max(kv_len - config.window, 0)
+        blocks = blocks_between(jnp.int32(0), jnp.int32(first_key), jnp.int32(kv_len), tile, config.page_size)
+        copied: set[tuple[int, int]] = set()
+        for index in range(int(blocks.first), int(blocks.end)):
+            part = index if config.page_size > tile.keys else 0
+            numbers = page_numbers(blocks, tile, config.page_size, jnp.int32(index))
+            copied |= {(int(number), part) for number in numbers}
+        stretches += len(copied)
+    cached = stretches * stretch * 2 * config.num_kv_heads * config.head_dim * itemsize
+    heads = len(kv_lens) * config.num_kv_heads * group
+    return cached + heads * (2 * config.head_dim + 2 * splits * 4 * (config.head_dim + 2))
 
 
 def attend_decode(

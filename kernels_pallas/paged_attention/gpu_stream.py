@@ -86,16 +86,20 @@ def live_keys(blocks: KeyBlocks, index: jax.Array, kv_len: jax.Array, tile: Tile
     return LiveKeys(blocks.first_page * page_size - first_key, kv_len - first_key)
 
 
-def find_pages(source: Source, blocks: KeyBlocks, tile: Tile, index: jax.Array) -> list[jax.Array]:
-    """The pages of a block: the one it lies in, or the several that it consists of.
+def page_numbers(blocks: KeyBlocks, tile: Tile, page_size: int, index: jax.Array) -> list[jax.Array]:
+    """Of a block, the row's page that it lies in, or the several that it consists of.
 
     The row's ends may lie within the block. In place of pages that nobody looks at, which would cost bandwidth,
     pages are named that are needed anyway.
     """
-    page_size = source.keys_PKSH.shape[2]
     count = max(1, tile.keys // page_size)
     first = index if page_size <= tile.keys else lax.div(index, page_size // tile.keys)
-    numbers = (jnp.clip(first * count + part, blocks.first_page, blocks.last_page) for part in range(count))
+    return [jnp.clip(first * count + part, blocks.first_page, blocks.last_page) for part in range(count)]
+
+
+def find_pages(source: Source, blocks: KeyBlocks, tile: Tile, index: jax.Array) -> list[jax.Array]:
+    """The pages of a block."""
+    numbers = page_numbers(blocks, tile, source.keys_PKSH.shape[2], index)
     return [source.layer_page + source.page_table_BM[blocks.row, number] for number in numbers]
 
 

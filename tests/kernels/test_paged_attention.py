@@ -241,3 +241,21 @@ def test_tpu_decode_reads_live_pages_once(window: int | None) -> None:
     constant = (2 * 64 + 16 + 1) * token_bytes + 2 * 32 * 128 * 2
     got = decode_bytes(shape, kv_lens)
     assert sum(seen) * token_bytes <= got <= sum(seen) * token_bytes + len(kv_lens) * constant
+
+
+@needs_pallas
+@pytest.mark.parametrize("window", [None, 100])
+@pytest.mark.parametrize("page_size", [16, 64, 128])
+def test_gpu_decode_reads_live_pages_once(page_size: int, window: int | None) -> None:
+    from kernels_pallas.paged_attention.gpu_decode import decode_bytes
+    from kernels_pallas.paged_attention.gpu_tile import choose_tile
+
+    config = Case(q_lens=(), kv_lens=(), page_size=page_size, heads=(32, 8, 128), window=window).config(BF16)
+    tile = choose_tile(128, BF16, decode=True)
+    kv_lens = [1, 64, 65, 1000, 4000]
+    token_bytes = 2 * 8 * 128 * 2
+    seen = [length if window is None else min(length, window) for length in kv_lens]
+    # A page at either end that is not wholly live; queries; parts of four splits in f32, padded to 8 heads.
+    constant = 2 * 64 * token_bytes + 8 * 8 * (2 * 128 + 2 * 4 * 4 * 130)
+    got = decode_bytes(config, tile, 4, kv_lens)
+    assert sum(seen) * token_bytes <= got <= sum(seen) * token_bytes + len(kv_lens) * constant

@@ -1,0 +1,41 @@
+"""Which backend is chosen, and what is said of it."""
+
+import logging
+from typing import Any
+
+import jax.numpy as jnp
+import pytest
+
+from jaxserve.config import EngineConfig
+from jaxserve.design import design_model, lay_out
+from jaxserve.errors import LaunchError
+from jaxserve.mesh import make_mesh
+from kernels_pallas.dispatch import choose_attention
+from kernels_pallas.paged_attention.cases import SHAPES
+from kernels_pallas.paged_attention.xla import XlaAttention
+from tests.tiny import CONFIG
+
+DENSE = SHAPES["decode"].config(jnp.dtype(jnp.float32))
+
+
+@pytest.mark.parametrize(("name", "reason"), [("auto", "made for cpu"), ("xla", "asked for")])
+def test_a_cpu_takes_the_portable_one(name: Any, reason: str) -> None:
+    chosen = choose_attention(name, DENSE, make_mesh(1))
+    assert isinstance(chosen.backend, XlaAttention)
+    assert (chosen.name, chosen.reason, chosen.lacking) == ("xla", reason, False)
+
+
+@pytest.mark.parametrize("name", ["tpu", "gpu"])
+def test_a_named_backend_is_not_replaced(name: Any) -> None:
+    with pytest.raises(NotImplementedError, match=f"the {name} kernels do not run on cpu devices"):
+        choose_attention(name, DENSE, make_mesh(1))
+    config = EngineConfig(model_path="x", attention_backend=name, max_total_tokens=1024)
+    with pytest.raises(LaunchError, match=f"--attention-backend {name}: the {name} kernels do not run on cpu"):
+        lay_out(config, design_model(config, CONFIG, make_mesh(1)), 0)
+
+
+def test_the_choice_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
+    config = EngineConfig(model_path="x", max_total_tokens=1024)
+    with caplog.at_level(logging.INFO, "jaxserve.design"):
+        lay_out(config, design_model(config, CONFIG, make_mesh(1)), 0)
+    assert [record.message for record in caplog.records] == ["attention backend: xla, made for cpu"]
