@@ -22,6 +22,7 @@ from jaxserve.models.decoder import Decoder, Weights
 from jaxserve.request import SamplingParams
 from jaxserve.runner.batch import BatchLayout, DrawBatch, DrawMasks, ForwardBatch, RowTable
 from jaxserve.runner.buckets import Bucket
+from jaxserve.runner.compiler_options import compiler_options
 from jaxserve.runner.state import DeviceState, empty_state, row_state, write_row
 from jaxserve.step import NewRow, SchedulerOutput
 from kernels_pallas.dispatch import Sampler
@@ -77,6 +78,7 @@ class StepPrograms:
         arrays: list[Any] = [self.by_copy, SamplingState(*sampling)]
         self._state_sharding = DeviceState(*arrays)
         state = jax.tree.map(lambda sharding: sharding.spec, self._state_sharding)
+        options = compiler_options(model.mesh)
         self._forward = jax.jit(
             # Over `model` the compiler splits what is in the function.
             self._per_copy(
@@ -87,6 +89,7 @@ class StepPrograms:
             ),
             donate_argnums=1,
             out_shardings=(self._cache_shardings(), self._by_id),
+            compiler_options=options,
         )
         self._draw = jax.jit(
             self._per_copy(
@@ -97,6 +100,7 @@ class StepPrograms:
             ),
             donate_argnums=1,
             out_shardings=(self._state_sharding, out),
+            compiler_options=options,
         )
         self._write_row = jax.jit(write_row, donate_argnums=0, out_shardings=self._state_sharding)
 
