@@ -9,7 +9,6 @@ from functools import partial
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
-import jax.numpy as jnp
 
 from jaxserve.config import EngineConfig
 from jaxserve.design import DEVICE_MEM_FRACTION, EngineDesign, ModelDesign, design_model, lay_out
@@ -165,17 +164,22 @@ def _names(config: EngineConfig, design: ModelDesign, target: Target) -> dict[st
 
 
 def _memory(design: ModelDesign, engine: EngineDesign, target: Target, programs: list[Program]) -> Memory:
-    copies = engine.step.mesh.shape["data"]
-    state = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(StepPrograms(engine.step).state_shapes()))
-    logits = engine.scheduler.max_rows * design.model.vocab_size * jnp.dtype(jnp.float32).itemsize
+    step = StepPrograms(engine.step)
+    state = sum(_device_bytes(leaf) for leaf in jax.tree.leaves(step.state_shapes()))
+    logits = _device_bytes(step.logits_shape(engine.scheduler.max_rows))
     return Memory(
         total=target.device.memory_bytes or None,
         weights=design.device_weight_bytes,
         kv_pool=engine.pool_bytes,
-        state=state // copies + _STEPS_IN_FLIGHT * logits,
+        state=state + _STEPS_IN_FLIGHT * logits,
         temporaries=max((program.temporary_bytes for program in programs), default=0),
         programs=sum(program.code_bytes for program in programs),
     )
+
+
+def _device_bytes(array: jax.ShapeDtypeStruct) -> int:
+    assert array.sharding is not None
+    return math.prod(array.sharding.shard_shape(array.shape)) * array.dtype.itemsize
 
 
 def _advice(design: ModelDesign, engine: EngineDesign, target: Target, outcome: Outcome, memory: Memory) -> list[str]:

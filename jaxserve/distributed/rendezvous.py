@@ -1,5 +1,6 @@
 """How hosts find each other and make sure that they will run the same step, before any of them touches a device."""
 
+import contextlib
 import hashlib
 import logging
 import socket
@@ -57,21 +58,33 @@ def gather(mine: Hello, address: str, timeout_s: float) -> tuple[list[Channel], 
     channels: dict[int, Channel] = {}
     deadline = time.monotonic() + timeout_s
     try:
-        with socket.create_server((host, port)) as listener:
+        with _listen(host, port) as listener:
             logger.info("waiting for %d more hosts at %s", mine.num_hosts - 1, address)
             while len(channels) < mine.num_hosts - 1:
                 _accept(listener, mine, channels, deadline)
-    except OSError as error:
-        raise LaunchError(f"--dist-init-addr {address}: cannot listen: {error.strerror or error}") from None
+        with _listen(host, 0) as probe:
+            coordinator = f"{address.rpartition(':')[0]}:{probe.getsockname()[1]}"
+        for rank, channel in channels.items():
+            _welcome(rank, channel, coordinator)
     except LaunchError:
         for channel in channels.values():
             channel.close()
         raise
-    with socket.create_server((host, 0)) as probe:
-        coordinator = f"{host}:{probe.getsockname()[1]}"
-    for channel in channels.values():
-        channel.send(Welcome(coordinator))
     return [channels[rank] for rank in sorted(channels)], coordinator
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    try:
+        return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    except OSError as error:
+        raise LaunchError(f"--dist-init-addr: cannot listen on {host}:{port}: {error.strerror or error}") from None
+
+
+def _welcome(rank: int, channel: Channel, coordinator: str) -> None:
+    try:
+        channel.send(Welcome(coordinator))
+    except OSError as error:
+        raise LaunchError(f"host {rank} was lost while the others came: {error}") from None
 
 
 def _accept(listener: socket.socket, mine: Hello, channels: dict[int, Channel], deadline: float) -> None:
@@ -107,7 +120,8 @@ def _accept(listener: socket.socket, mine: Hello, channels: dict[int, Channel], 
         return
     if reason is not None:
         for other in (channel, *channels.values()):
-            other.send(Refused(reason))
+            with contextlib.suppress(OSError):  # a host that is gone need not be told
+                other.send(Refused(reason))
         channel.close()
         raise LaunchError(f"the host at {peer[0]} cannot take part: {reason}")
     channels[theirs.rank] = channel

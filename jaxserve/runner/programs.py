@@ -115,9 +115,7 @@ class StepPrograms:
         layout = self._model.layout
         draws = RowTable(layout).draws(NOTHING, np.zeros(0, np.int32), num_rows)
         masks = DrawMasks(np.zeros(num_rows, bool), np.zeros((num_rows, mask_words(layout.vocab_size)), np.int32))
-        logits = jax.ShapeDtypeStruct(
-            (self.num_copies * num_rows, layout.vocab_size), jnp.float32, sharding=self._by_id
-        )
+        logits = self.logits_shape(num_rows)
         return self._draw.lower(logits, self.state_shapes(), *self._copied((draws, masks)))
 
     def lower_write_row(self) -> jax.stages.Lowered:
@@ -132,6 +130,11 @@ class StepPrograms:
                 spec.shape, spec.dtype, sharding=named_sharding(spec.axes, spec.shape, self._model.mesh)
             )
         )
+
+    def logits_shape(self, num_rows: int) -> jax.ShapeDtypeStruct:
+        """What a forward pass of that many rows a copy ends with, f32."""
+        shape = (self.num_copies * num_rows, self._model.layout.vocab_size)
+        return jax.ShapeDtypeStruct(shape, jnp.float32, sharding=self._by_id)
 
     def cache_shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
         """Shapes, dtypes and shardings of the cache's arrays."""
