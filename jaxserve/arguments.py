@@ -130,7 +130,9 @@ def _memory_flags(group: argparse._ArgumentGroup) -> None:  # pyright: ignore[re
     )
     group.add_argument("--max-total-tokens", type=int, help="size of the key/value pool in tokens; overrides the above")
     group.add_argument(
-        "--page-size", type=int, help="tokens per page, a power of two; 64 on CPU and 128 elsewhere if unset"
+        "--page-size",
+        type=int,
+        help="tokens per page, a power of two; if unset 64 on CPU, 128 elsewhere, and on TPU 256 for long contexts",
     )
     group.add_argument(
         "--max-running-requests", type=int, help="choices that run at once; 32 on CPU and 256 elsewhere if unset"

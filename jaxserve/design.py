@@ -29,6 +29,8 @@ logger = logging.getLogger(__name__)
 # Share of the memory left after the weights that the key/value pool gets.
 DEVICE_MEM_FRACTION = 0.88
 
+# By platform. Larger pages waste more at the end of a row, smaller ones cost a copy each.
+_PAGE_SIZES = {"cpu": (64,), "tpu": (128, 256)}
 _KV_DTYPES = {"bf16": "bfloat16", "bfloat16": "bfloat16", "fp8_e4m3": "float8_e4m3fn", "int8": "int8"}
 
 
@@ -43,7 +45,7 @@ class ModelDesign(NamedTuple):
         kv_dtype: of cached keys and values.
         decoder: the model.
         scheduler: limits of a step.
-        page_size: tokens per page.
+        page_sizes: tokens per page, to choose from: the smallest whose page table the device can hold.
         mesh: (data, model).
     """
 
@@ -54,7 +56,7 @@ class ModelDesign(NamedTuple):
     kv_dtype: jnp.dtype
     decoder: Decoder
     scheduler: SchedulerConfig
-    page_size: int
+    page_sizes: tuple[int, ...]
     mesh: Mesh
 
     @property
@@ -110,7 +112,7 @@ def design_model(config: EngineConfig, hf_config: Mapping[str, Any], mesh: Mesh)
         kv_dtype=dtype if config.kv_cache_dtype == "auto" else jnp.dtype(_KV_DTYPES[config.kv_cache_dtype]),
         decoder=architecture.build(BuildModel(model, dtype, batch_invariant=config.deterministic)),
         scheduler=_scheduler_config(config, checkpoint, platform),
-        page_size=config.page_size or (64 if platform == "cpu" else 128),
+        page_sizes=(config.page_size,) if config.page_size else _PAGE_SIZES.get(platform, (128,)),
         mesh=mesh,
     )
 
@@ -126,8 +128,8 @@ def lay_out(config: EngineConfig, design: ModelDesign, pool_bytes: int) -> Engin
     Raises:
         LaunchError: the pool is too small, or the attention backend that was named cannot serve the model.
     """
-    scheduler, page_size = design.scheduler, design.page_size
-    page_bytes = _device_bytes(_attention(config, design, num_pages=1).backend.cache_spec(), config.tp_size)
+    scheduler, page_size = design.scheduler, _page_size(config, design)
+    page_bytes = _device_bytes(_attention(config, design, page_size, 1).backend.cache_spec(), config.tp_size)
     if config.max_total_tokens is not None:
         num_pages = config.max_total_tokens // page_size
     else:
@@ -136,7 +138,7 @@ def lay_out(config: EngineConfig, design: ModelDesign, pool_bytes: int) -> Engin
         num_pages = min(pool_bytes // page_bytes, most)
     cache = CacheConfig(page_size=page_size, num_pages=num_pages, prefix_caching=config.prefix_caching)
     scheduler = _fit_context(scheduler, cache)
-    chosen = _attention(config, design, num_pages)
+    chosen = _attention(config, design, page_size, num_pages)
     logger.log(
         logging.WARNING if chosen.lacking else logging.INFO, "attention backend: %s, %s", chosen.name, chosen.reason
     )
@@ -153,14 +155,28 @@ def lay_out(config: EngineConfig, design: ModelDesign, pool_bytes: int) -> Engin
     return EngineDesign(cache, num_pages * page_bytes, scheduler, chosen.name, step)
 
 
-def _attention(config: EngineConfig, design: ModelDesign, num_pages: int) -> ChosenAttention:
+def _page_size(config: EngineConfig, design: ModelDesign) -> int:
+    """The smallest page size whose page table, of all rows at full length, the device can hold."""
+    rows, context_length = design.scheduler.max_rows, design.scheduler.context_length
+    limit: int | None = None
+    for page_size in design.page_sizes:
+        limit = _attention(config, design, page_size, 1).backend.max_table_entries
+        if limit is None or rows * -(-context_length // page_size) <= limit:
+            return page_size
+    raise LaunchError(
+        f"--max-running-requests {rows} with --context-length {context_length} is more than the device's page table "
+        f"of {limit} entries holds with pages of {design.page_sizes[-1]} tokens: lower one, or raise --page-size"
+    )
+
+
+def _attention(config: EngineConfig, design: ModelDesign, page_size: int, num_pages: int) -> ChosenAttention:
     model = design.model
     attention = AttentionConfig(
         num_layers=model.num_layers,
         num_q_heads=model.num_q_heads,
         num_kv_heads=model.num_kv_heads,
         head_dim=model.head_dim,
-        page_size=design.page_size,
+        page_size=page_size,
         num_pages=num_pages,
         dtype=design.kv_dtype,
         scale=model.head_dim**-0.5,

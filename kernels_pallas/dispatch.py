@@ -64,9 +64,9 @@ def choose_attention(name: BackendName, config: AttentionConfig, mesh: Mesh) -> 
 
 def _tpu_attention(config: AttentionConfig, mesh: Mesh) -> AttentionBackend:
     from kernels_pallas.paged_attention.tpu import TpuAttention  # noqa: PLC0415
-    from kernels_pallas.pallas import tpu_vmem_bytes  # noqa: PLC0415
+    from kernels_pallas.pallas import tpu_memory  # noqa: PLC0415
 
-    return TpuAttention(config, mesh, vmem_bytes=tpu_vmem_bytes(mesh.devices.flat[0]))
+    return TpuAttention(config, mesh, tpu_memory(mesh.devices.flat[0]))
 
 
 def _gpu_attention(config: AttentionConfig, mesh: Mesh) -> AttentionBackend:

@@ -110,6 +110,8 @@ class AttentionBackend(Protocol):
     """Paged attention of one platform."""
 
     config: AttentionConfig
+    max_table_entries: int | None
+    """Rows times pages per row that a page table may have; None for any."""
 
     def cache_spec(self) -> dict[str, CacheSpec]:
         """Arrays of the cache; pages are the leading axis of each."""

@@ -64,6 +64,7 @@ class GpuAttention:
         if config.page_size not in _PAGE_SIZES:
             raise NotImplementedError(f"pages of {config.page_size} tokens: use one of {_PAGE_SIZES}")
         self.config = config
+        self.max_table_entries: int | None = None
         self._mesh = mesh
         self._num_cores = num_cores
         self._interpret = interpret

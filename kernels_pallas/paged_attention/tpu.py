@@ -22,7 +22,7 @@ from kernels_pallas.paged_attention.tpu_kernel import AttentionKernel, Refs
 from kernels_pallas.paged_attention.tpu_layout import LANES, TpuLayout
 from kernels_pallas.paged_attention.tpu_schedule import KernelShape, Scalars
 from kernels_pallas.paged_attention.tuning import VMEM_FRACTION, choose_tpu_tiles
-from kernels_pallas.pallas import pl, pltpu
+from kernels_pallas.pallas import TpuMemory, pl, pltpu
 from kernels_pallas.shards import over_model
 
 # Tokens of a bf16 tile.
@@ -47,20 +47,22 @@ class TpuAttention:
     Args:
         config: of the whole model.
         mesh: with the axis `model`.
-        vmem_bytes: memory on the chip.
+        memory: of the chip.
         interpret: `pltpu.InterpretParams` to run the kernel on a CPU, or False.
 
     Raises:
         NotImplementedError: the kernel does not do what `config` asks for.
     """
 
-    def __init__(self, config: AttentionConfig, mesh: Mesh, *, vmem_bytes: int, interpret: Any = False) -> None:
+    def __init__(self, config: AttentionConfig, mesh: Mesh, memory: TpuMemory, *, interpret: Any = False) -> None:
         self.config = config
+        # The other half is for what else is read number by number.
+        self.max_table_entries: int | None = memory.smem_bytes // 2 // 4
         self._layout = TpuLayout(config.head_dim, config.dtype, config.page_size)
         _check(config)
         self._local = config.split(mesh.shape["model"])
-        self._tiles = choose_tpu_tiles(self._local, self._layout, vmem_bytes)
-        self._vmem_bytes = vmem_bytes
+        self._tiles = choose_tpu_tiles(self._local, self._layout, memory.vmem_bytes)
+        self._vmem_bytes = memory.vmem_bytes
         self._mesh = mesh
         self._interpret = interpret
 

@@ -38,6 +38,7 @@ class XlaAttention:
 
     def __init__(self, config: AttentionConfig, mesh: Mesh) -> None:
         self.config = config
+        self.max_table_entries: int | None = None
         self._mesh = mesh
 
     def cache_spec(self) -> dict[str, CacheSpec]:

@@ -16,6 +16,7 @@ import pytest
 
 from jaxserve.config import EngineConfig
 from jaxserve.design import DEVICE_MEM_FRACTION, EngineDesign, design_model, lay_out
+from jaxserve.errors import LaunchError
 from jaxserve.hlo import Collectives, find_collectives, num_kernels
 from jaxserve.mesh import mesh_of
 from jaxserve.runner.buckets import Bucket
@@ -174,6 +175,19 @@ def test_quantised_cache(record_property: Callable[..., None]) -> None:
             record_property,
         )
         check_forward(engine, text, memory, 1)
+
+
+def test_long_contexts_take_larger_pages() -> None:
+    """A TPU's page table has to fit the memory for scalars."""
+    engine, _ = lay_out_for("v6e:2x4", "llama-3.1-8b", 4, context_length=131072)
+    assert engine.cache.page_size == 256
+    step = StepPrograms(engine.step)
+    rows = engine.scheduler.max_rows
+    assert step.lower_forward(Bucket(rows, rows)).compile().memory_analysis() is not None
+    with pytest.raises(LaunchError, match=r"--max-running-requests 512 with --context-length 131072 is more than"):
+        lay_out_for("v6e:2x4", "llama-3.1-8b", 4, context_length=131072, max_running_requests=512)
+    engine, _ = lay_out_for("h100:8", "llama-3.1-8b", 4, context_length=131072)
+    assert engine.cache.page_size == 128
 
 
 def test_state_is_small() -> None:

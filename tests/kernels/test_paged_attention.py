@@ -19,7 +19,6 @@ from kernels_pallas.paged_attention.xla import XlaAttention
 
 F32, BF16 = jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16)
 FP8, INT8 = jnp.dtype(jnp.float8_e4m3fn), jnp.dtype(jnp.int8)
-VMEM_BYTES = 64 << 20
 
 
 class Xla:
@@ -49,10 +48,11 @@ class Tpu:
         from jax.experimental.pallas import tpu as pltpu
 
         from kernels_pallas.paged_attention.tpu import TpuAttention
+        from kernels_pallas.pallas import TpuMemory
 
         params = pltpu.InterpretParams(detect_races=True, out_of_bounds_reads="raise", uninitialized_memory="nan")
         self.attention: AttentionBackend = TpuAttention(
-            config, make_mesh(tp_size), vmem_bytes=VMEM_BYTES, interpret=params
+            config, make_mesh(tp_size), TpuMemory(64 << 20, 1 << 20), interpret=params
         )
 
     @staticmethod
