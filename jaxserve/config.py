@@ -11,7 +11,7 @@ import msgspec
 from jaxserve.errors import LaunchError
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
-KvCacheDtype = Literal["auto", "bf16", "bfloat16", "fp8_e4m3", "int8"]
+KvCacheDtype = Literal["auto", "bf16", "bfloat16", "fp8_e4m3"]
 SchedulePolicy = Literal["fcfs", "lpm", "priority"]
 
 

@@ -16,7 +16,7 @@ from jaxserve.config import CacheConfig, EngineConfig, ModelConfig, SchedulerCon
 from jaxserve.errors import LaunchError
 from jaxserve.mesh import kv_head_copies, named_sharding
 from jaxserve.models.architecture import Architecture, BuildModel
-from jaxserve.models.decoder import Decoder
+from jaxserve.models.decoder import Decoder, ParamSpec
 from jaxserve.models.registry import find_architecture
 from jaxserve.runner.batch import BatchLayout
 from jaxserve.runner.buckets import ACCELERATOR_STEPS, CPU_STEPS, make_buckets
@@ -31,7 +31,7 @@ DEVICE_MEM_FRACTION = 0.88
 
 # By platform. Larger pages waste more at the end of a row, smaller ones cost a copy each.
 _PAGE_SIZES = {"cpu": (64,), "tpu": (128, 256)}
-_KV_DTYPES = {"bf16": "bfloat16", "bfloat16": "bfloat16", "fp8_e4m3": "float8_e4m3fn", "int8": "int8"}
+_KV_DTYPES = {"bf16": "bfloat16", "bfloat16": "bfloat16", "fp8_e4m3": "float8_e4m3fn"}
 
 
 class ModelDesign(NamedTuple):
@@ -62,11 +62,17 @@ class ModelDesign(NamedTuple):
     @property
     def device_weight_bytes(self) -> int:
         """Of the weights, on each device."""
-        total = 0
-        for spec in self.decoder.param_specs.values():
-            shard = named_sharding(spec.axes, spec.shape, self.mesh).shard_shape(spec.shape)
-            total += math.prod(shard) * spec.dtype.itemsize
-        return total
+        return sum(self._device_bytes(spec) for spec in self.decoder.param_specs.values())
+
+    @property
+    def device_read_bytes(self) -> int:
+        """Of the weights that a step reads whole, on each device; an embedding that is not the head is not."""
+        embed = 0 if self.model.tie_word_embeddings else self._device_bytes(self.decoder.param_specs["embed", "weight"])
+        return self.device_weight_bytes - embed
+
+    def _device_bytes(self, spec: ParamSpec) -> int:
+        shard = named_sharding(spec.axes, spec.shape, self.mesh).shard_shape(spec.shape)
+        return math.prod(shard) * spec.dtype.itemsize
 
 
 class EngineDesign(NamedTuple):
@@ -128,7 +134,7 @@ def lay_out(config: EngineConfig, design: ModelDesign, pool_bytes: int) -> Engin
     Raises:
         LaunchError: the pool is too small, or the attention backend that was named cannot serve the model.
     """
-    scheduler, page_size = design.scheduler, _page_size(config, design)
+    page_size, scheduler = _fit_table(config, design)
     page_bytes = _device_bytes(_attention(config, design, page_size, 1).backend.cache_spec(), config.tp_size)
     if config.max_total_tokens is not None:
         num_pages = config.max_total_tokens // page_size
@@ -155,18 +161,31 @@ def lay_out(config: EngineConfig, design: ModelDesign, pool_bytes: int) -> Engin
     return EngineDesign(cache, num_pages * page_bytes, scheduler, chosen.name, step)
 
 
-def _page_size(config: EngineConfig, design: ModelDesign) -> int:
-    """The smallest page size whose page table, of all rows at full length, the device can hold."""
-    rows, context_length = design.scheduler.max_rows, design.scheduler.context_length
-    limit: int | None = None
+def _fit_table(config: EngineConfig, design: ModelDesign) -> tuple[int, SchedulerConfig]:
+    """The smallest page size whose page table, of all rows at full length, the device can hold.
+
+    Where none is large enough the rows become fewer, unless their number was asked for.
+    """
+    scheduler = design.scheduler
+    page_size, most_rows = 0, 0
     for page_size in design.page_sizes:
         limit = _attention(config, design, page_size, 1).backend.max_table_entries
-        if limit is None or rows * -(-context_length // page_size) <= limit:
-            return page_size
-    raise LaunchError(
-        f"--max-running-requests {rows} with --context-length {context_length} is more than the device's page table "
-        f"of {limit} entries holds with pages of {design.page_sizes[-1]} tokens: lower one, or raise --page-size"
+        most_rows = scheduler.max_rows if limit is None else limit // -(-scheduler.context_length // page_size)
+        if scheduler.max_rows <= most_rows:
+            return page_size, scheduler
+    if config.max_running_requests is not None or most_rows < 1:
+        raise LaunchError(
+            f"--max-running-requests {scheduler.max_rows} with --context-length {scheduler.context_length} is more "
+            f"than the device's page table holds with pages of {page_size} tokens, which is {most_rows} requests: "
+            "lower one, or raise --page-size"
+        )
+    logger.warning(
+        "%d requests at once instead of %d: the device's page table holds no more of %d tokens each",
+        most_rows,
+        scheduler.max_rows,
+        scheduler.context_length,
     )
+    return page_size, msgspec.structs.replace(scheduler, max_rows=most_rows)
 
 
 def _attention(config: EngineConfig, design: ModelDesign, page_size: int, num_pages: int) -> ChosenAttention:

@@ -29,7 +29,8 @@ class Collectives(NamedTuple):
     def per_step(self, num_layers: int) -> dict[str, int]:
         """How often a step runs each kind."""
         kinds = [kind for kind in _COLLECTIVES if kind in self.per_layer or kind in self.once]
-        return {kind: self.per_layer.get(kind, 0) * num_layers + self.once.get(kind, 0) for kind in kinds}
+        counts = {kind: self.per_layer.get(kind, 0) * num_layers + self.once.get(kind, 0) for kind in kinds}
+        return {kind: count for kind, count in counts.items() if count}
 
 
 def find_collectives(text: str) -> Collectives:

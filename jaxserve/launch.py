@@ -74,8 +74,16 @@ def _follow(config: LaunchConfig) -> int:
     engine = msgspec.structs.replace(config.engine, model_path=str(path))
     with subprocess.Popen([sys.executable, "-m", "jaxserve.worker"], stdin=subprocess.PIPE) as process:
         assert process.stdin is not None
+        told: list[int] = []
+
+        def on_signal(number: int, _: object) -> None:
+            # Host 0 drains first, and lets this one go; told twice, do not wait for it.
+            told.append(number)
+            if len(told) > 1:
+                process.kill()
+
         for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda *_: process.kill())
+            signal.signal(number, on_signal)
         process.stdin.write(msgspec.json.encode(engine) + b"\n")
         process.stdin.flush()
         # Open until the process ends: that is how it notices when this one dies.

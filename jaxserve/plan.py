@@ -49,7 +49,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--page-size", type=int)
     parser.add_argument("--mem-fraction-static", type=float)
     parser.add_argument("--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto")
-    parser.add_argument("--kv-cache-dtype", choices=["auto", "bf16", "bfloat16", "fp8_e4m3", "int8"], default="auto")
+    parser.add_argument("--kv-cache-dtype", choices=["auto", "bf16", "bfloat16", "fp8_e4m3"], default="auto")
     parser.add_argument("--attention-backend", choices=["auto", "tpu", "gpu", "xla"], default="auto")
     parser.add_argument("--revision", help="branch, tag or commit of a Hugging Face id")
     parser.add_argument("--download-dir", help="cache folder for Hugging Face downloads")

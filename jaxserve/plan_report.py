@@ -57,7 +57,7 @@ class Memory(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Bounds(msgspec.Struct, frozen=True, kw_only=True):
-    """Tokens per second that memory and arithmetic allow each copy of the model at best; never measured.
+    """Tokens per second that memory and arithmetic allow each device at best; never measured.
 
     Attributes:
         rows, context: the decode step they are for: requests, and keys of each.
@@ -135,9 +135,9 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
             return [("bounds", "not known for this device")]
         b = self.bounds
         return [
-            ("decode bound", f"{b.decode:,.0f} tokens/s a copy, {b.rows} requests with {b.context:,} keys each"),
-            ("", f"{b.decode_alone:,.0f} tokens/s for one request alone"),
-            ("prefill bound", f"{b.prefill:,.0f} tokens/s a copy"),
+            ("decode bound", f"{b.decode:,.0f} tokens/s a device, {b.rows} requests with {b.context:,} keys each"),
+            ("alone bound", f"{b.decode_alone:,.0f} tokens/s a device, one request"),
+            ("prefill bound", f"{b.prefill:,.0f} tokens/s a device"),
         ]
 
     def _program_lines(self) -> list[str]:
@@ -161,7 +161,7 @@ class Load(NamedTuple):
     """What a decode step is bounded for.
 
     Attributes:
-        weight_bytes: of one device.
+        weight_bytes: of one device, those that a step reads.
         key_bytes: of one cached token on one device.
         rows: requests.
         context: keys of each.
@@ -180,22 +180,23 @@ def bound(model: ModelConfig, device: DeviceSpec, load: Load) -> Bounds | None:
     if not device.bytes_per_s:
         return None
     flops = device.flops * load.tp_size
+    seen = min(load.context, model.sliding_window or load.context)
     attention_flops = 4 * model.num_layers * model.num_q_heads * model.head_dim
 
     def step_s(rows: int) -> float:
-        memory_s = (load.weight_bytes + rows * load.context * load.key_bytes) / device.bytes_per_s
-        arithmetic_s = rows * (2 * num_multiplied(model) + attention_flops * load.context) / flops
+        memory_s = (load.weight_bytes + rows * seen * load.key_bytes) / device.bytes_per_s
+        arithmetic_s = rows * (2 * num_multiplied(model) + attention_flops * seen) / flops
         return max(memory_s, arithmetic_s)
 
     # A prompt's tokens see half of it on average, and none needs the vocabulary but the last.
     head = model.vocab_size * model.hidden_size
-    prefill = flops / (2 * (num_multiplied(model) - head) + attention_flops * load.context / 2)
+    prefill = flops / (2 * (num_multiplied(model) - head) + attention_flops * seen / 2)
     return Bounds(
         rows=load.rows,
         context=load.context,
-        decode=load.rows / step_s(load.rows),
-        decode_alone=1 / step_s(1),
-        prefill=prefill,
+        decode=load.rows / step_s(load.rows) / load.tp_size,
+        decode_alone=1 / step_s(1) / load.tp_size,
+        prefill=prefill / load.tp_size,
     )
 
 

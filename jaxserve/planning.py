@@ -12,6 +12,7 @@ import jax
 
 from jaxserve.config import EngineConfig
 from jaxserve.design import DEVICE_MEM_FRACTION, EngineDesign, ModelDesign, design_model, lay_out
+from jaxserve.errors import LaunchError
 from jaxserve.hlo import find_collectives, num_kernels
 from jaxserve.mesh import mesh_of
 from jaxserve.plan_report import Load, Memory, Program, Report, bound
@@ -90,7 +91,7 @@ def _compile(engine: EngineDesign, num_layers: int) -> Outcome:
             programs = list(pool.map(compile_one, jobs, jobs.values()))
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
-                raise
+                raise LaunchError(f"the compiler for the target failed: {error}") from error
             return Outcome([], time.perf_counter() - started, str(error).splitlines()[0])
     return Outcome(programs, time.perf_counter() - started)
 
@@ -130,7 +131,7 @@ def _report(
     fits = outcome.error is None and memory.fits and (whole or config.context_length is None)
     rows = max(1, min(engine.scheduler.max_rows, kv_tokens // config.dp_size * 2 // engine.scheduler.context_length))
     load = Load(
-        weight_bytes=design.device_weight_bytes,
+        weight_bytes=design.device_read_bytes,
         key_bytes=engine.pool_bytes / (engine.cache.num_pages * engine.cache.page_size),
         rows=rows,
         context=engine.scheduler.context_length // 2,
@@ -144,7 +145,7 @@ def _report(
         memory=memory,
         context_length=context_length,
         kv_tokens=kv_tokens,
-        full_requests=kv_tokens // context_length,
+        full_requests=config.dp_size * (engine.cache.num_pages * engine.cache.page_size // context_length),
         programs=outcome.programs,
         compile_s=outcome.compile_s,
         bounds=bound(design.model, target.device, load),
@@ -193,7 +194,6 @@ def _advice(design: ModelDesign, engine: EngineDesign, target: Target, outcome: 
             f"the pool holds no request of {design.scheduler.context_length:,} tokens, only of "
             f"{engine.scheduler.context_length:,}: --context-length, --kv-cache-dtype fp8_e4m3 or more devices help"
         )
-        advice.append(_more_devices(design, target))
     return advice
 
 

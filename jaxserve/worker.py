@@ -63,7 +63,7 @@ def main() -> int:
         socket.send(encode(StartFailed(error=str(error))))
         socket.close(linger=2000)
         context.term()
-        return int(error.exit_code)
+        return _leave(config, error.exit_code)
     worker.run()
     socket.close(linger=2000)
     context.term()
@@ -80,8 +80,19 @@ def _follow(config: EngineConfig) -> int:
         follower.run()
     except LaunchError as error:
         logger.error("%s", error)
-        return int(error.exit_code)
+        return _leave(config, error.exit_code)
+    except Exception:
+        logger.exception("host %d fails", config.node_rank)
+        return _leave(config, ExitCode.ENGINE_LOST)
     return int(ExitCode.OK)
+
+
+def _leave(config: EngineConfig, code: ExitCode) -> int:
+    """The exit code; one of several hosts ends at once instead, since JAX would wait for the others to end, too."""
+    if config.nnodes > 1:
+        logging.shutdown()
+        os._exit(int(code))
+    return int(code)
 
 
 class _Worker:

@@ -115,7 +115,8 @@ def _accept(listener: socket.socket, mine: Hello, channels: dict[int, Channel], 
     if reason is None and theirs.rank in channels:
         # The first one is as good as the second, which alone is sent away.
         logger.warning("a second host of rank %d at %s was refused", theirs.rank, peer[0])
-        channel.send(Refused(f"there is a host of --node-rank {theirs.rank} already"))
+        with contextlib.suppress(OSError):
+            channel.send(Refused(f"there is a host of --node-rank {theirs.rank} already"))
         channel.close()
         return
     if reason is not None:

@@ -81,6 +81,17 @@ def test_cpu(tmp_path: Path) -> None:
     assert forward["collectives"]["all-reduce"] == 2 * 2 + 1
 
 
+def test_a_target_whose_memory_is_not_known(tmp_path: Path) -> None:
+    """A context that the pool of a CPU does not hold is told of, without advice on devices."""
+    small = QWEN3_4B | {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "vocab_size": 512}
+    long = small | {"max_position_embeddings": 1 << 20}
+    done = plan(long, tmp_path, "--target", "cpu:1", "--json", *SMALL)
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert report["full_requests"] == 0
+    assert len(report["advice"]) == 1
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -177,7 +177,7 @@ def test_quantised_cache(record_property: Callable[..., None]) -> None:
         check_forward(engine, text, memory, 1)
 
 
-def test_long_contexts_take_larger_pages() -> None:
+def test_long_contexts_take_larger_pages(monkeypatch: pytest.MonkeyPatch) -> None:
     """A TPU's page table has to fit the memory for scalars."""
     engine, _ = lay_out_for("v6e:2x4", "llama-3.1-8b", 4, context_length=131072)
     assert engine.cache.page_size == 256
@@ -186,6 +186,9 @@ def test_long_contexts_take_larger_pages() -> None:
     assert step.lower_forward(Bucket(rows, rows)).compile().memory_analysis() is not None
     with pytest.raises(LaunchError, match=r"--max-running-requests 512 with --context-length 131072 is more than"):
         lay_out_for("v6e:2x4", "llama-3.1-8b", 4, context_length=131072, max_running_requests=512)
+    monkeypatch.setitem(MODELS["qwen3-4b"], "max_position_embeddings", 262144)
+    engine, _ = lay_out_for("v6e:2x4", "qwen3-4b", 1, context_length=None)
+    assert (engine.cache.page_size, engine.scheduler.max_rows) == (256, 128)
     engine, _ = lay_out_for("h100:8", "llama-3.1-8b", 4, context_length=131072)
     assert engine.cache.page_size == 128
 
