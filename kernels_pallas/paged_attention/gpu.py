@@ -10,14 +10,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
-from jax.sharding import PartitionSpec as P
 
 from kernels_pallas.kv_update.gpu import kv_update
 from kernels_pallas.paged_attention.api import AttentionConfig, AttentionMeta, Cache, CacheSpec
 from kernels_pallas.paged_attention.gpu_decode import attend_decode, choose_splits
 from kernels_pallas.paged_attention.gpu_prefill import QueryTiles, attend_prefill, padded_group, plan_tiles
 from kernels_pallas.paged_attention.gpu_tile import HOPPER_SMEM_BYTES, Tile, choose_tile
-from kernels_pallas.shards import over_model
+from kernels_pallas.paged_attention.head_shards import head_major_spec, over_heads
 
 _CACHE_DTYPES = (jnp.bfloat16, jnp.float8_e4m3fn, jnp.int8)
 _PAGE_SIZES = (16, 32, 64, 128, 256)
@@ -76,10 +75,7 @@ class GpuAttention:
 
     def cache_spec(self) -> dict[str, CacheSpec]:
         """Keys and values apart, head-major pages: a page of a head is one copy of the memory accelerator."""
-        c = self.config
-        shape = (c.num_layers * c.num_pages, c.num_kv_heads, c.page_size, c.head_dim)
-        spec = CacheSpec(shape, c.dtype, P(None, "model", None, None))
-        return {"k": spec, "v": spec}
+        return head_major_spec(self.config)
 
     def plan(self, meta: AttentionMeta) -> GpuPlan:
         """Find which rows each tile of queries belongs to."""
@@ -103,14 +99,9 @@ class GpuAttention:
         scales_2K: jax.Array | None = None,
     ) -> tuple[jax.Array, Cache]:
         """See `AttentionBackend.attend`."""
-        heads, pages = P(None, "model", None), P(None, "model", None, None)
-        local = over_model(
-            self._attend_shard,
-            self._mesh,
-            (heads, heads, heads, {"k": pages, "v": pages}, P(), P(), P("model"), P(None, "model")),
-            (heads, {"k": pages, "v": pages}),
+        return over_heads(self._attend_shard, self._mesh, cache)(
+            q_TNH, k_TKH, v_TKH, cache, layer, plan, sinks_N, scales_2K
         )
-        return local(q_TNH, k_TKH, v_TKH, cache, layer, plan, sinks_N, scales_2K)
 
     def _attend_shard(
         self,

@@ -14,16 +14,15 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
-from jax.sharding import PartitionSpec as P
 
 from kernels_pallas.paged_attention.api import AttentionConfig, AttentionMeta, Cache, CacheSpec
+from kernels_pallas.paged_attention.head_shards import PAGES_PARTITION, over_heads
 from kernels_pallas.paged_attention.token_blocks import rows_of_blocks
 from kernels_pallas.paged_attention.tpu_kernel import AttentionKernel, Refs
 from kernels_pallas.paged_attention.tpu_layout import LANES, TpuLayout
 from kernels_pallas.paged_attention.tpu_schedule import KernelShape, Scalars
 from kernels_pallas.paged_attention.tuning import VMEM_FRACTION, choose_tpu_tiles
 from kernels_pallas.pallas import TpuMemory, pl, pltpu
-from kernels_pallas.shards import over_model
 
 # Tokens of a bf16 tile.
 _MIN_PAGE_SIZE = 16
@@ -70,7 +69,7 @@ class TpuAttention:
         """See `TpuLayout`."""
         c = self.config
         shape = (c.num_layers * c.num_pages, c.num_kv_heads, c.page_size, self._layout.lanes)
-        return {"kv": CacheSpec(shape, c.dtype, P(None, "model", None, None))}
+        return {"kv": CacheSpec(shape, c.dtype, PAGES_PARTITION)}
 
     def plan(self, meta: AttentionMeta) -> TpuPlan:
         """Find the rows of each block."""
@@ -93,14 +92,9 @@ class TpuAttention:
         scales_2K: jax.Array | None = None,
     ) -> tuple[jax.Array, Cache]:
         """See `AttentionBackend.attend`."""
-        heads, pages = P(None, "model", None), {"kv": P(None, "model", None, None)}
-        local = over_model(
-            self._attend_shard,
-            self._mesh,
-            (heads, heads, heads, pages, P(), P(), P("model"), P(None, "model")),
-            (heads, pages),
+        return over_heads(self._attend_shard, self._mesh, cache)(
+            q_TNH, k_TKH, v_TKH, cache, layer, plan, sinks_N, scales_2K
         )
-        return local(q_TNH, k_TKH, v_TKH, cache, layer, plan, sinks_N, scales_2K)
 
     def _attend_shard(
         self,

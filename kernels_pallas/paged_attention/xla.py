@@ -10,15 +10,14 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
-from jax.sharding import PartitionSpec as P
 
 from kernels_pallas.kv_update.xla import write_tokens
 from kernels_pallas.paged_attention.api import AttentionConfig, AttentionMeta, Cache, CacheSpec
+from kernels_pallas.paged_attention.head_shards import head_major_spec, over_heads
 from kernels_pallas.paged_attention.partial_softmax import MASKED
 from kernels_pallas.paged_attention.xla_decode import DecodeItems, attend_decode, plan_decode
 from kernels_pallas.paged_attention.xla_pages import LayerInputs
 from kernels_pallas.paged_attention.xla_prefill import QueryTiles, attend_tiles, plan_tiles
-from kernels_pallas.shards import over_model
 
 # Large ones waste less per query, small ones less on short rows.
 _TILE_SIZES = (128, 32)
@@ -43,10 +42,7 @@ class XlaAttention:
 
     def cache_spec(self) -> dict[str, CacheSpec]:
         """Keys and values apart, head-major pages: the layout whose batched products need no transpose."""
-        c = self.config
-        shape = (c.num_layers * c.num_pages, c.num_kv_heads, c.page_size, c.head_dim)
-        spec = CacheSpec(shape, c.dtype, P(None, "model", None, None))
-        return {"k": spec, "v": spec}
+        return head_major_spec(self.config)
 
     def plan(self, meta: AttentionMeta) -> XlaPlan:
         """List the decode items and the query tiles of a step."""
@@ -78,17 +74,12 @@ class XlaAttention:
         scales_2K: jax.Array | None = None,
     ) -> tuple[jax.Array, Cache]:
         """See `AttentionBackend.attend`."""
-        heads, pages = P(None, "model", None), P(None, "model", None, None)
         if sinks_N is None:
             # -inf would make 0 * inf of an empty row; a masked sink adds exactly nothing.
             sinks_N = jnp.full(q_TNH.shape[1], MASKED, jnp.float32)
-        local = over_model(
-            self._attend_shard,
-            self._mesh,
-            (heads, heads, heads, {"k": pages, "v": pages}, P(), P(), P("model"), P(None, "model")),
-            (heads, {"k": pages, "v": pages}),
+        return over_heads(self._attend_shard, self._mesh, cache)(
+            q_TNH, k_TKH, v_TKH, cache, layer, plan, sinks_N, scales_2K
         )
-        return local(q_TNH, k_TKH, v_TKH, cache, layer, plan, sinks_N, scales_2K)
 
     def _attend_shard(
         self,

@@ -1,0 +1,28 @@
+"""What the backends share: heads split over the mesh axis `model`, and the head-major layout of pages."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+
+from kernels_pallas.paged_attention.api import AttentionConfig, CacheSpec
+from kernels_pallas.shards import over_model
+
+# Pages of every layout: [pages, key heads, tokens, numbers].
+PAGES_PARTITION = P(None, "model", None, None)
+
+
+def head_major_spec(config: AttentionConfig) -> dict[str, CacheSpec]:
+    """Keys and values apart, [L * P, K, S, H]."""
+    c = config
+    shape = (c.num_layers * c.num_pages, c.num_kv_heads, c.page_size, c.head_dim)
+    spec = CacheSpec(shape, c.dtype, PAGES_PARTITION)
+    return {"k": spec, "v": spec}
+
+
+def over_heads(attend: Callable[..., Any], mesh: Mesh, cache: Iterable[str]) -> Callable[..., Any]:
+    """`AttentionBackend.attend` on every shard of the heads; `cache` names the cache's arrays."""
+    heads, pages = P(None, "model", None), dict.fromkeys(cache, PAGES_PARTITION)
+    in_specs = (heads, heads, heads, pages, P(), P(), P("model"), P(None, "model"))
+    return over_model(attend, mesh, in_specs, (heads, pages))
