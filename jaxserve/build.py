@@ -22,6 +22,7 @@ from jaxserve.design import DEVICE_MEM_FRACTION, ModelDesign, design_model, lay_
 from jaxserve.distributed.follower import Follower
 from jaxserve.distributed.hosts import meet_followers, meet_leader
 from jaxserve.distributed.leader import Followers, LeadingRunner
+from jaxserve.distributed.rendezvous import model_digest
 from jaxserve.engine import Engine
 from jaxserve.errors import LaunchError
 from jaxserve.mesh import make_mesh
@@ -112,7 +113,7 @@ def build_engine(config: EngineConfig, bar: ProgressBar) -> BuiltEngine:
     followers: Followers | None = None
     with _open(config) as source:
         if config.nnodes > 1:
-            followers = meet_followers(config, source.config, tensor_shapes(source))
+            followers = meet_followers(config, _digest(source))
         built = _build_runner(config, source, bar)
     _warm_up(built, bar)
     compiles.mark_ready()
@@ -142,7 +143,7 @@ def build_follower(config: EngineConfig, bar: ProgressBar) -> Follower:
     """
     _configure_jax(config)
     with _open(config) as source:
-        leader = meet_leader(config, source.config, tensor_shapes(source))
+        leader = meet_leader(config, _digest(source))
         built = _build_runner(config, source, bar)
     _warm_up(built, bar)
     return Follower(built.runner, leader)
@@ -181,9 +182,9 @@ def _open(config: EngineConfig) -> Generator[TensorSource | OrbaxCheckpoint, Non
         source.close()
 
 
-def tensor_shapes(source: TensorSource | OrbaxCheckpoint) -> Mapping[str, tuple[int, ...]]:
-    """Shapes by name; an Orbax folder does not tell before it is restored."""
-    return {} if isinstance(source, OrbaxCheckpoint) else source.shapes
+def _digest(source: TensorSource | OrbaxCheckpoint) -> str:
+    """See `model_digest`; an Orbax folder's tensors cannot be read before they are restored."""
+    return model_digest(source.config, None if isinstance(source, OrbaxCheckpoint) else source)
 
 
 def build_runner(config: EngineConfig, bar: ProgressBar) -> BuiltRunner:

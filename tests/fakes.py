@@ -1,13 +1,13 @@
 """Stand-ins that can be worked by hand: a runner without a device, and an engine client without a process."""
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from jaxserve.client import Streams, TokenStream
 from jaxserve.config import CacheConfig, SchedulePolicy, SchedulerConfig
-from jaxserve.engine import Engine
+from jaxserve.engine import Engine, Runner
 from jaxserve.errors import OverloadedError, UnavailableError
 from jaxserve.messages import EngineInfo, EngineStats
 from jaxserve.request import GrammarTokenizer, Request
@@ -114,15 +114,16 @@ def make_engine(
     dp_size: int = 1,
     policy: SchedulePolicy = "fcfs",
     vocab_size: int = 256,
+    wrap: Callable[[Runner], Runner] = lambda runner: runner,
 ) -> tuple[Engine, FakeRunner]:
-    """An engine over a `FakeRunner`."""
+    """An engine over a `FakeRunner`, or over what `wrap` makes of it."""
     runner = FakeRunner(vocab_size)
     limits = SchedulerConfig(
         max_rows=max_rows, max_step_tokens=max_step_tokens, context_length=context_length, policy=policy
     )
     cache = CacheConfig(page_size=page_size, num_pages=num_pages)
     schedulers = [Scheduler(limits, cache) for _ in range(dp_size)]
-    return Engine(runner, DataParallelScheduler(schedulers), runner.vocab_size), runner
+    return Engine(wrap(runner), DataParallelScheduler(schedulers), runner.vocab_size), runner
 
 
 class FakeEngineClient:

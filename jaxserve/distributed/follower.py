@@ -1,59 +1,64 @@
 """Every other host: runs what host 0 says, step for step."""
 
 import logging
-import os
 import queue
 import threading
+from typing import TypeAlias
 
 from jaxserve.distributed.leader import digest_of
-from jaxserve.distributed.messages import Channel, Draw, Drawn, Finish, Forward, FromLeader, Reset
+from jaxserve.distributed.loss import GiveUp, end_process
+from jaxserve.distributed.messages import Channel, Draw, Drawn, Failed, Finish, Forward, FromLeader, Reset
 from jaxserve.engine import Forwarded, Pending, Runner
-from jaxserve.errors import ExitCode
 from jaxserve.step import ConstrainedRows
 
 logger = logging.getLogger(__name__)
 
+_Reports: TypeAlias = queue.SimpleQueue[tuple[int, Pending] | None]
+
 
 class Leader:
-    """Host 0, as seen from here. When it is lost the process ends: a step in flight waits for it and cannot be woken.
+    """Host 0, as seen from here. When it is lost the process ends.
 
     Args:
         channel: to it; listened to from now on.
+        give_up: ends the process, with the reason.
     """
 
-    def __init__(self, channel: Channel) -> None:
+    def __init__(self, channel: Channel, give_up: GiveUp = end_process) -> None:
         self._channel = channel
+        self._give_up = give_up
+        self._finished = False
         self._inbox: queue.SimpleQueue[FromLeader] = queue.SimpleQueue()
         threading.Thread(target=self._listen, name="host-0", daemon=True).start()
-
-    @property
-    def silent(self) -> bool:
-        """Whether nothing waits."""
-        return self._inbox.empty()
 
     def receive(self) -> FromLeader:
         """Wait for a message."""
         return self._inbox.get()
 
-    def report(self, message: Drawn) -> None:
-        """Tell what was drawn."""
-        self._channel.send(message)
+    def report(self, message: Drawn | Failed) -> None:
+        """Tell what became of a step."""
+        try:
+            self._channel.send(message)
+        except OSError as error:
+            if not self._finished:  # else nobody waits for it
+                self._give_up(f"host 0 is lost: {error}")
 
     def _listen(self) -> None:
         try:
             while True:
                 message = self._channel.receive_from_leader()
+                self._finished = isinstance(message, Finish)
                 self._inbox.put(message)
-                if isinstance(message, Finish):
+                if self._finished:
                     return
         except OSError as error:
-            logger.error("host 0 is lost: %s", error)
-            logging.shutdown()
-            os._exit(int(ExitCode.ENGINE_LOST))
+            self._give_up(f"host 0 is lost: {error}")
 
 
 class Follower:
     """A runner that repeats host 0's calls.
+
+    Tokens are waited for on a thread of their own, so the next step is sent while this one runs, as on host 0.
 
     Args:
         runner: of this host.
@@ -63,46 +68,53 @@ class Follower:
     def __init__(self, runner: Runner, leader: Leader) -> None:
         self._runner = runner
         self._leader = leader
+        self._step = 0
         self._forwarded: Forwarded | None = None
-        self._pending: tuple[int, Pending] | None = None
+        self._reports: _Reports = queue.SimpleQueue()
 
     def run(self) -> None:
-        """Repeat until host 0 says that it is over.
-
-        Raises:
-            Exception: what a step raised, if host 0 does not start over.
-        """
-        failure: Exception | None = None
+        """Repeat until host 0 says that it is over."""
+        reporter = threading.Thread(target=self._report, name="reporter", daemon=True)
+        reporter.start()
+        failed = False
         while not isinstance(message := self._leader.receive(), Finish):
-            if failure is not None and not isinstance(message, Reset):
-                raise failure
+            if failed and not isinstance(message, Reset):
+                continue  # what host 0 sent before it knew
             try:
                 self._handle(message)
-                failure = None
+                failed = False
             except Exception as error:
-                # Host 0 will have seen the same, and starts over.
-                logger.exception("a step raised")
-                failure = error
+                failed = True
+                self._fail(self._step, error)
+        self._reports.put(None)
+        reporter.join()
 
     def _handle(self, message: FromLeader) -> None:
         match message:
-            case Forward(plans=plans):
+            case Forward(step=step, plans=plans):
+                self._step, self._forwarded = step, None
                 self._forwarded = self._runner.forward(plans)
-                self._report()
-            case Draw(step=step, constrained=constrained):
+            case Draw(constrained=constrained):
                 assert self._forwarded is not None
                 rows = [None if bits is None else ConstrainedRows(bits.rows, bits.bits_CW()) for bits in constrained]
-                self._pending = step, self._forwarded.draw(rows)
-                if self._leader.silent:
-                    self._report()
-            case Reset():
-                self._pending = None
+                self._reports.put((self._step, self._forwarded.draw(rows)))
+            case Reset(step=step):
+                self._step = step
                 self._runner.reset()
             case other:
                 raise RuntimeError(f"host 0 sent an unexpected {type(other).__name__}")
 
     def _report(self) -> None:
-        """Tell the tokens of the step before; where there is a next one it was sent first, so no device waits."""
-        if self._pending is not None:
-            (step, pending), self._pending = self._pending, None
-            self._leader.report(Drawn(step, digest_of(pending.result())))
+        while (report := self._reports.get()) is not None:
+            step, pending = report
+            try:
+                digest = digest_of(pending.result())
+            except Exception as error:
+                self._fail(step, error)
+            else:
+                self._leader.report(Drawn(step, digest))
+
+    def _fail(self, step: int, error: Exception) -> None:
+        """Host 0 will have seen the same, and starts over; else it gives this host up."""
+        logger.error("step %d raised", step, exc_info=error)
+        self._leader.report(Failed(step, f"{type(error).__name__}: {error}"))

@@ -1,8 +1,6 @@
 """Brings the hosts of one engine together and hands them to JAX's distributed runtime."""
 
 import logging
-from collections.abc import Mapping
-from typing import Any
 
 import jax
 
@@ -14,29 +12,27 @@ from jaxserve.distributed.rendezvous import gather, hello, join
 logger = logging.getLogger(__name__)
 
 
-def meet_followers(config: EngineConfig, hf_config: Mapping[str, Any], shapes: Mapping[str, Any]) -> Followers:
+def meet_followers(config: EngineConfig, model: str) -> Followers:
     """On host 0: wait for the other hosts; call before JAX has touched a device.
 
     Raises:
         LaunchError: they do not come, or would not run the same step.
     """
     assert config.dist_init_addr is not None
-    channels, coordinator = gather(hello(config, hf_config, shapes), config.dist_init_addr, config.dist_timeout_s)
-    followers = Followers(channels)
-    _start_runtime(config, coordinator)
+    followers = Followers(gather(hello(config, model), config.dist_init_addr, config.dist_timeout_s))
+    _start_runtime(config, config.dist_init_addr)
     return followers
 
 
-def meet_leader(config: EngineConfig, hf_config: Mapping[str, Any], shapes: Mapping[str, Any]) -> Leader:
+def meet_leader(config: EngineConfig, model: str) -> Leader:
     """On any other host: join host 0; call before JAX has touched a device.
 
     Raises:
         LaunchError: it cannot be reached, or refuses.
     """
     assert config.dist_init_addr is not None
-    channel, coordinator = join(hello(config, hf_config, shapes), config.dist_init_addr, config.dist_timeout_s)
-    leader = Leader(channel)
-    _start_runtime(config, coordinator)
+    leader = Leader(join(hello(config, model), config.dist_init_addr, config.dist_timeout_s))
+    _start_runtime(config, config.dist_init_addr)
     return leader
 
 

@@ -1,19 +1,31 @@
 """Host 0's side: tells the other hosts what it runs itself, and compares what they drew."""
 
 import logging
-import os
 import threading
 import zlib
 from collections.abc import Sequence
 
 import numpy as np
 
-from jaxserve.distributed.messages import Channel, ConstrainedBits, Draw, Drawn, Finish, Forward, Reset, encode
+from jaxserve.distributed.loss import GiveUp, end_process
+from jaxserve.distributed.messages import (
+    Channel,
+    ConstrainedBits,
+    Draw,
+    Drawn,
+    Failed,
+    Finish,
+    Forward,
+    Reset,
+    encode,
+)
 from jaxserve.engine import Forwarded, Pending, Runner
-from jaxserve.errors import ExitCode
 from jaxserve.step import ConstrainedRows, Plans, StepOutput
 
 logger = logging.getLogger(__name__)
+
+# A step that raised on every host is started over by this one; it may see so a little later than another host.
+_RESET_S = 10.0
 
 
 def digest_of(outputs: tuple[StepOutput | None, ...]) -> int:
@@ -26,17 +38,21 @@ def digest_of(outputs: tuple[StepOutput | None, ...]) -> int:
 
 
 class Followers:
-    """The other hosts. One that is lost, or draws other tokens than this one, ends the process.
+    """The other hosts. One that is lost, draws other tokens than this one or fails alone ends the process.
 
     Args:
         channels: by rank, from 1; listened to from now on.
+        give_up: ends the process, with the reason.
     """
 
-    def __init__(self, channels: Sequence[Channel]) -> None:
+    def __init__(self, channels: Sequence[Channel], give_up: GiveUp = end_process) -> None:
         self._channels = channels
-        self._lock = threading.Lock()
+        self._give_up = give_up
+        self._changed = threading.Condition()
         # Of steps that not every host has reported yet: the digest that came first, and how many came.
         self._digests: dict[int, tuple[int, int]] = {}
+        # The last reset; what comes before it counts no more.
+        self._last_reset = -1
         self._finished = False
         for rank, channel in enumerate(channels, 1):
             threading.Thread(target=self._listen, args=(rank, channel), name=f"host-{rank}", daemon=True).start()
@@ -48,21 +64,26 @@ class Followers:
             for channel in self._channels:
                 channel.send_encoded(data)
         except OSError as error:
-            _give_up(f"a host is lost: {error}")
+            self._give_up(f"a host is lost: {error}")
 
     def compare(self, step: int, digest: int, rank: int = 0) -> None:
         """Note what a host drew; all must have drawn the same."""
-        with self._lock:
+        with self._changed:
+            if step <= self._last_reset:
+                return
             first, count = self._digests.pop(step, (digest, 0))
             if count < len(self._channels):
                 self._digests[step] = first, count + 1
         if digest != first:
-            _give_up(f"host {rank} drew other tokens than the others in step {step}")
+            self._give_up(f"host {rank} drew other tokens than the others in step {step}")
 
-    def forget_steps(self) -> None:
-        """Steps that raised are reported by nobody."""
-        with self._lock:
+    def reset(self, step: int) -> None:
+        """Reset all hosts; what they say of steps before this one counts no more."""
+        with self._changed:
             self._digests.clear()
+            self._last_reset = step
+            self._changed.notify_all()
+        self.tell(Reset(step))
 
     def finish(self) -> None:
         """Let them go."""
@@ -75,11 +96,20 @@ class Followers:
                 match channel.receive_from_follower():
                     case Drawn(step=step, digest=digest):
                         self.compare(step, digest, rank)
+                    case Failed(step=step, reason=reason):
+                        self._await_reset(rank, step, reason)
                     case other:
-                        _give_up(f"host {rank} sent an unexpected {type(other).__name__}")
+                        self._give_up(f"host {rank} sent an unexpected {type(other).__name__}")
         except OSError as error:
             if not self._finished:
-                _give_up(f"host {rank} is lost: {error}")
+                self._give_up(f"host {rank} is lost: {error}")
+
+    def _await_reset(self, rank: int, step: int, reason: str) -> None:
+        """A step raised there; unless it raises here too, this host would wait for the other one for ever."""
+        with self._changed:
+            over = self._changed.wait_for(lambda: step < self._last_reset, _RESET_S)
+        if not over:
+            self._give_up(f"host {rank} failed in step {step}: {reason}")
 
 
 class LeadingRunner:
@@ -97,33 +127,33 @@ class LeadingRunner:
 
     def forward(self, plans: Plans) -> Forwarded:
         """See `Runner`."""
-        self._followers.tell(Forward(plans))
-        return _Forwarded(self, self._runner.forward(plans))
+        step = self._next_step()
+        self._followers.tell(Forward(step, plans))
+        return _Forwarded(self._followers, step, self._runner.forward(plans))
 
     def reset(self) -> None:
         """See `Runner`."""
-        self._followers.forget_steps()
-        self._followers.tell(Reset())
+        self._followers.reset(self._next_step())
         self._runner.reset()
 
-    def draw(self, forwarded: Forwarded, constrained: Sequence[ConstrainedRows | None]) -> Pending:
-        """Send the draws of a forwarded step."""
+    def _next_step(self) -> int:
+        step, self._step = self._step, self._step + 1
+        return step
+
+
+class _Forwarded:
+    def __init__(self, followers: Followers, step: int, forwarded: Forwarded) -> None:
+        self._followers = followers
+        self._step = step
+        self._forwarded = forwarded
+
+    def draw(self, constrained: Sequence[ConstrainedRows | None]) -> Pending:
         bits = tuple(
             None if rows is None else ConstrainedBits(rows.rows, np.ascontiguousarray(rows.bits_CW).tobytes())
             for rows in constrained
         )
-        step, self._step = self._step, self._step + 1
-        self._followers.tell(Draw(step, bits))
-        return _Pending(self._followers, step, forwarded.draw(constrained))
-
-
-class _Forwarded:
-    def __init__(self, leader: LeadingRunner, forwarded: Forwarded) -> None:
-        self._leader = leader
-        self._forwarded = forwarded
-
-    def draw(self, constrained: Sequence[ConstrainedRows | None]) -> Pending:
-        return self._leader.draw(self._forwarded, constrained)
+        self._followers.tell(Draw(bits))
+        return _Pending(self._followers, self._step, self._forwarded.draw(constrained))
 
 
 class _Pending:
@@ -136,10 +166,3 @@ class _Pending:
         outputs = self._pending.result()
         self._followers.compare(self._step, digest_of(outputs))
         return outputs
-
-
-def _give_up(reason: str) -> None:
-    """End the process: a step in flight waits for a host that will never come, and nothing can wake it."""
-    logger.error("%s: the engine ends", reason)
-    logging.shutdown()
-    os._exit(int(ExitCode.ENGINE_LOST))

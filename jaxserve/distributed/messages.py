@@ -5,6 +5,7 @@ Hosts trust their network, as JAX's own runtime does. A message is data only; no
 
 import socket
 import struct
+import threading
 from typing import Any
 
 import msgspec
@@ -24,21 +25,19 @@ class Hello(msgspec.Struct, frozen=True, kw_only=True, tag=True):
         rank: of the host.
         num_hosts: as the host was told.
         versions: of what computes a step, by package.
-        settings: digest of the flags that shape the step.
-        model: digest of the model's config and of its weights' names and shapes.
+        settings: the flags that shape the step, as JSON, by name.
+        model: digest of the model's config and of a sample of its weights.
     """
 
     rank: int
     num_hosts: int
     versions: dict[str, str]
-    settings: str
+    settings: dict[str, str]
     model: str
 
 
 class Welcome(msgspec.Struct, frozen=True, tag=True):
-    """All hosts are there; `coordinator` is the address of JAX's runtime."""
-
-    coordinator: str
+    """All hosts are there."""
 
 
 class Refused(msgspec.Struct, frozen=True, tag=True):
@@ -48,8 +47,9 @@ class Refused(msgspec.Struct, frozen=True, tag=True):
 
 
 class Forward(msgspec.Struct, frozen=True, tag=True):
-    """Send the forward pass of a step."""
+    """Send the forward pass of the `step`-th step."""
 
+    step: int
     plans: Plans
 
 
@@ -65,14 +65,15 @@ class ConstrainedBits(msgspec.Struct, frozen=True):
 
 
 class Draw(msgspec.Struct, frozen=True, tag=True):
-    """Send the draws of the step that was forwarded last, the `step`-th."""
+    """Send the draws of the step that was forwarded last."""
 
-    step: int
     constrained: tuple[ConstrainedBits | None, ...]
 
 
 class Reset(msgspec.Struct, frozen=True, tag=True):
-    """Make cache and state anew, and run an empty step."""
+    """Make cache and state anew, and run an empty step; it counts as the `step`-th."""
+
+    step: int
 
 
 class Finish(msgspec.Struct, frozen=True, tag=True):
@@ -86,8 +87,15 @@ class Drawn(msgspec.Struct, frozen=True, tag=True):
     digest: int
 
 
+class Failed(msgspec.Struct, frozen=True, tag=True):
+    """A step raised on a host, which waits for `Reset` now."""
+
+    step: int
+    reason: str
+
+
 FromLeader = Welcome | Refused | Forward | Draw | Reset | Finish
-FromFollower = Hello | Drawn
+FromFollower = Hello | Drawn | Failed
 
 _encoder = msgspec.msgpack.Encoder()
 _from_leader = msgspec.msgpack.Decoder(FromLeader)
@@ -97,12 +105,14 @@ _from_follower = msgspec.msgpack.Decoder(FromFollower)
 class Channel:
     """One connection between two hosts.
 
-    Methods raise `ConnectionError` when the other end is gone or says what is no message.
+    Methods raise `ConnectionError` when the other end is gone or says what is no message. Any thread may send; one
+    receives.
     """
 
     def __init__(self, connection: socket.socket) -> None:
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._socket = connection
+        self._sending = threading.Lock()
 
     def send(self, message: Any) -> None:
         """Send a message."""
@@ -110,7 +120,8 @@ class Channel:
 
     def send_encoded(self, data: bytes) -> None:
         """Send what `encode` made."""
-        self._socket.sendall(data)
+        with self._sending:
+            self._socket.sendall(data)
 
     def receive_from_leader(self) -> FromLeader:
         """Wait for a message of host 0."""
@@ -119,6 +130,15 @@ class Channel:
     def receive_from_follower(self) -> FromFollower:
         """Wait for a message of another host."""
         return self._decode(_from_follower)
+
+    def hung_up(self) -> bool:
+        """Whether the other end is gone; for one that has nothing to say now."""
+        try:
+            return not self._socket.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return False
+        except OSError:
+            return True
 
     def close(self) -> None:
         """Hang up."""

@@ -11,6 +11,7 @@ from typing import Any
 
 import msgspec
 
+from checkpoints.source import TensorSource
 from jaxserve.config import EngineConfig
 from jaxserve.distributed.messages import Channel, Hello, Refused, Welcome
 from jaxserve.errors import LaunchError
@@ -18,38 +19,54 @@ from jaxserve.errors import LaunchError
 logger = logging.getLogger(__name__)
 
 _PACKAGES = ("jaxserve", "jax", "jaxlib")
-# What may differ between hosts.
+# What may differ between hosts: where things are, and what host 0 alone decides.
 _LOCAL_SETTINGS = (
-    "model_path", "download_dir", "node_rank", "dist_timeout_s", "compilation_cache_dir", "log_level", "show_progress",
+    "model_path", "revision", "download_dir", "compilation_cache_dir", "log_level", "show_progress", "nnodes",
+    "node_rank", "dist_init_addr", "dist_timeout_s", "max_queued_requests", "schedule_policy",
 )  # fmt: skip
 _RETRY_S = 0.2
 _HELLO_S = 10.0
 
 
-def hello(config: EngineConfig, hf_config: Mapping[str, Any], shapes: Mapping[str, Any]) -> Hello:
-    """What a host tells of itself.
-
-    Args:
-        config: its settings.
-        hf_config: the model's `config.json`.
-        shapes: of the checkpoint's tensors, by name; empty where the format does not tell.
-    """
-    settings = {name: value for name, value in msgspec.structs.asdict(config).items() if name not in _LOCAL_SETTINGS}
+def hello(config: EngineConfig, model: str) -> Hello:
+    """What a host tells of itself: its settings, and `model_digest`."""
+    settings = {
+        name: msgspec.json.encode(value).decode()
+        for name, value in msgspec.structs.asdict(config).items()
+        if name not in _LOCAL_SETTINGS
+    }
     return Hello(
         rank=config.node_rank,
         num_hosts=config.nnodes,
         versions={name: metadata.version(name) for name in _PACKAGES},
-        settings=_digest(settings),
-        model=_digest([dict(hf_config), {name: list(shape) for name, shape in shapes.items()}]),
+        settings=settings,
+        model=model,
     )
 
 
-def gather(mine: Hello, address: str, timeout_s: float) -> tuple[list[Channel], str]:
+def model_digest(hf_config: Mapping[str, Any], source: TensorSource | None) -> str:
+    """Digest of a model.
+
+    Args:
+        hf_config: its `config.json`.
+        source: its tensors, whose names, shapes and first rows are read; None where they cannot be read by name.
+            Hosts whose weights differ elsewhere only would still agree on every token, and on wrong ones.
+    """
+    digest = hashlib.sha256(msgspec.json.encode(hf_config, order="sorted"))
+    for name, shape in sorted(source.shapes.items()) if source is not None else ():
+        digest.update(f"{name}{shape}".encode())
+        digest.update(source.read(name, (slice(0, 1),)).tobytes())
+    return digest.hexdigest()
+
+
+def gather(mine: Hello, address: str, timeout_s: float) -> list[Channel]:
     """Host 0: wait for every other host, and send them off together.
 
+    A host that cannot take part is told why, and so is everyone else. When this returns nobody listens at the
+    address any more: JAX's coordinator takes it over, so one port between hosts is enough.
+
     Returns:
-        Their channels, by rank from 1, and the address for JAX's coordinator. A host that cannot take part is told
-        why, and so is everyone else.
+        Their channels, by rank from 1.
 
     Raises:
         LaunchError: a host cannot take part, or not all came in time.
@@ -62,15 +79,13 @@ def gather(mine: Hello, address: str, timeout_s: float) -> tuple[list[Channel], 
             logger.info("waiting for %d more hosts at %s", mine.num_hosts - 1, address)
             while len(channels) < mine.num_hosts - 1:
                 _accept(listener, mine, channels, deadline)
-        with _listen(host, 0) as probe:
-            coordinator = f"{address.rpartition(':')[0]}:{probe.getsockname()[1]}"
         for rank, channel in channels.items():
-            _welcome(rank, channel, coordinator)
+            _welcome(rank, channel)
     except LaunchError:
         for channel in channels.values():
             channel.close()
         raise
-    return [channels[rank] for rank in sorted(channels)], coordinator
+    return [channels[rank] for rank in sorted(channels)]
 
 
 def _listen(host: str, port: int) -> socket.socket:
@@ -80,9 +95,9 @@ def _listen(host: str, port: int) -> socket.socket:
         raise LaunchError(f"--dist-init-addr: cannot listen on {host}:{port}: {error.strerror or error}") from None
 
 
-def _welcome(rank: int, channel: Channel, coordinator: str) -> None:
+def _welcome(rank: int, channel: Channel) -> None:
     try:
-        channel.send(Welcome(coordinator))
+        channel.send(Welcome())
     except OSError as error:
         raise LaunchError(f"host {rank} was lost while the others came: {error}") from None
 
@@ -112,7 +127,11 @@ def _accept(listener: socket.socket, mine: Hello, channels: dict[int, Channel], 
         channel.close()
         return
     reason = _mismatch(mine, theirs)
-    if reason is None and theirs.rank in channels:
+    earlier = channels.get(theirs.rank)
+    if reason is None and earlier is not None and earlier.hung_up():
+        logger.info("host %d was gone and comes again", theirs.rank)
+        channels.pop(theirs.rank).close()
+    elif reason is None and earlier is not None:
         # The first one is as good as the second, which alone is sent away.
         logger.warning("a second host of rank %d at %s was refused", theirs.rank, peer[0])
         with contextlib.suppress(OSError):
@@ -138,17 +157,18 @@ def _mismatch(mine: Hello, theirs: Hello) -> str | None:
         if (other := theirs.versions.get(package)) != version:
             return f"{package} is {other} there and {version} on host 0"
     if theirs.model != mine.model:
-        return "the model is another one (its config, or the names and shapes of its weights)"
-    if theirs.settings != mine.settings:
-        return "the flags that shape a step differ"
+        return "the model is another one (its config or its weights)"
+    for name, value in mine.settings.items():
+        if (other := theirs.settings.get(name)) != value:
+            return f"the setting {name} is {other} there and {value} on host 0"
     return None
 
 
-def join(mine: Hello, address: str, timeout_s: float) -> tuple[Channel, str]:
+def join(mine: Hello, address: str, timeout_s: float) -> Channel:
     """Any other host: go to host 0 and wait until all are there.
 
     Returns:
-        The channel to host 0, and the address of JAX's coordinator.
+        The channel to host 0.
 
     Raises:
         LaunchError: host 0 cannot be reached, or refuses.
@@ -173,7 +193,7 @@ def join(mine: Hello, address: str, timeout_s: float) -> tuple[Channel, str]:
         raise LaunchError(f"host 0 at {address} did not let us take part: {error}") from None
     connection.settimeout(None)
     if isinstance(answer, Welcome):
-        return channel, answer.coordinator
+        return channel
     channel.close()
     if isinstance(answer, Refused):
         raise LaunchError(f"host 0 refuses this one: {answer.reason}")
@@ -190,7 +210,3 @@ def split_address(address: str) -> tuple[str, int]:
     if not host or not port.isdigit() or not 0 < int(port) < 65536:
         raise LaunchError(f"--dist-init-addr {address}: expected host:port")
     return host.strip("[]"), int(port)
-
-
-def _digest(value: Any) -> str:
-    return hashlib.sha256(msgspec.json.encode(value, order="sorted")).hexdigest()

@@ -4,7 +4,6 @@ import asyncio
 import contextlib
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -22,6 +21,7 @@ from jaxserve.build import build_engine
 from jaxserve.config import EngineConfig
 from jaxserve.in_process import InProcessEngineClient
 from jaxserve.text.tokenizer import Tokenizer
+from tests.ports import free_port
 from tests.tiny import write_checkpoint
 
 START_S = 120
@@ -58,9 +58,7 @@ class ServerProcess:
     """`python -m jaxserve.launch` on a free port."""
 
     def __init__(self, *arguments: str, log: Path, devices: int = 1) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
+        self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.log = log
         environment = {

@@ -1,0 +1,20 @@
+"""What a host does when it cannot go on without another one."""
+
+import logging
+import os
+from collections.abc import Callable
+from typing import TypeAlias
+
+from jaxserve.errors import ExitCode
+
+logger = logging.getLogger(__name__)
+
+# Told the reason; does not return, except in tests.
+GiveUp: TypeAlias = Callable[[str], None]
+
+
+def end_process(reason: str) -> None:
+    """End the process: a step in flight waits for a host that will never come, and nothing can wake it."""
+    logger.error("%s: the engine ends", reason)
+    logging.shutdown()
+    os._exit(int(ExitCode.ENGINE_LOST))

@@ -1,0 +1,198 @@
+"""Several hosts in this process: an engine over a leading runner, and followers that repeat it."""
+
+import contextlib
+import queue
+import socket
+import threading
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from jaxserve.distributed.follower import Follower, Leader
+from jaxserve.distributed.leader import Followers, LeadingRunner
+from jaxserve.distributed.messages import Channel
+from jaxserve.step import Plans, StepOutput
+from tests.fakes import FakeRunner, FakeStep, make_engine
+from tests.unit.test_engine import finish, request, tokens
+
+WAIT_S = 10.0
+
+
+class HeldStep(FakeStep):
+    """A step that the device ends when the runner's gate opens."""
+
+    def result(self) -> tuple[StepOutput | None, ...]:
+        assert isinstance(self._runner, HeldRunner)
+        assert self._runner.gate.wait(WAIT_S)
+        return super().result()
+
+
+class HeldRunner(FakeRunner):
+    """Tells of every forward pass that was sent."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = threading.Event()
+        self.sent: queue.SimpleQueue[Plans] = queue.SimpleQueue()
+
+    def forward(self, plans: Plans) -> FakeStep:
+        step = super().forward(plans)
+        self.sent.put(plans)
+        return HeldStep(self, plans, step._outputs)
+
+
+def tcp_pair() -> tuple[socket.socket, socket.socket]:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        there = socket.create_connection(listener.getsockname())
+        return listener.accept()[0], there
+
+
+class Hosts:
+    """Host 0 and the others, each with a runner of its own.
+
+    Attributes:
+        losses: why host 0 gave up.
+    """
+
+    def __init__(self, *runners: FakeRunner) -> None:
+        pairs = [tcp_pair() for _ in runners]
+        self.losses: queue.SimpleQueue[str] = queue.SimpleQueue()
+        self.losses_there: queue.SimpleQueue[str] = queue.SimpleQueue()
+        self.sockets = [end for pair in pairs for end in pair]
+        self.channels = [Channel(there) for _, there in pairs]
+        self.followers = Followers([Channel(here) for here, _ in pairs], self.losses.put)
+        self.threads = [
+            threading.Thread(target=Follower(runner, Leader(channel, self.losses_there.put)).run, daemon=True)
+            for runner, channel in zip(runners, self.channels, strict=True)
+        ]
+        for thread in self.threads:
+            thread.start()
+        self.engine, self.runner = make_engine(wrap=lambda runner: LeadingRunner(runner, self.followers))
+
+    def finish(self) -> None:
+        """Let the followers go; they must end."""
+        self.followers.finish()
+        for thread in self.threads:
+            thread.join(WAIT_S)
+            assert not thread.is_alive()
+
+
+@pytest.fixture
+def make_hosts() -> Iterator[Callable[..., Hosts]]:
+    made: list[Hosts] = []
+
+    def make(*runners: FakeRunner) -> Hosts:
+        made.append(Hosts(*runners))
+        return made[-1]
+
+    yield make
+    for hosts in made:
+        for end in hosts.sockets:
+            with contextlib.suppress(OSError):  # hung up by a test
+                end.shutdown(socket.SHUT_RDWR)
+            end.close()
+
+
+def test_three_hosts_run_the_same_steps(make_hosts: Callable[..., Hosts]) -> None:
+    others = FakeRunner(), FakeRunner()
+    hosts = make_hosts(*others)
+    for name in ("a", "b"):
+        hosts.engine.add(request(name, max_tokens=9))
+    deltas = finish(hosts.engine)
+    assert tokens(deltas, "a") == tokens(deltas, "b") == list(range(4, 13))
+    hosts.finish()
+    for other in others:
+        assert other.plans == hosts.runner.plans
+    assert hosts.losses.empty()
+    assert hosts.losses_there.empty()
+
+
+def test_an_abort_in_flight_is_repeated(make_hosts: Callable[..., Hosts]) -> None:
+    other = FakeRunner()
+    hosts = make_hosts(other)
+    hosts.engine.add(request("a", max_tokens=50))
+    hosts.engine.add(request("b", max_tokens=5))
+    for _ in range(3):
+        hosts.engine.step()
+    hosts.engine.abort("a")
+    assert tokens(finish(hosts.engine), "b")[-1] == 8
+    hosts.finish()
+    assert other.plans == hosts.runner.plans
+    assert hosts.losses.empty()
+
+
+def test_a_step_that_raises_everywhere_is_started_over(make_hosts: Callable[..., Hosts]) -> None:
+    others = FakeRunner(), FakeRunner()
+    hosts = make_hosts(*others)
+    for runner in (hosts.runner, *others):
+        runner.fail_next = 2  # a step and the first reset
+    hosts.engine.add(request("a"))
+    assert tokens(finish(hosts.engine), "a") == [4, 5, 6, 7]
+    hosts.finish()
+    assert [other.num_resets for other in others] == [2, 2]
+    assert hosts.losses.empty()
+
+
+def test_a_host_that_fails_alone_is_given_up(make_hosts: Callable[..., Hosts], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("jaxserve.distributed.leader._RESET_S", 0.1)
+    other = FakeRunner()
+    hosts = make_hosts(FakeRunner(), other)
+    other.fail_next = 1
+    hosts.engine.add(request("a"))
+    hosts.engine.step()
+    assert hosts.losses.get(timeout=WAIT_S) == "host 2 failed in step 0: RuntimeError: the device is on fire"
+
+
+def test_a_host_that_draws_other_tokens_is_given_up(make_hosts: Callable[..., Hosts]) -> None:
+    hosts = make_hosts(FakeRunner(), FakeRunner(vocab_size=5))
+    hosts.engine.add(request("a"))
+    finish(hosts.engine)
+    # Whichever of the two is told of first.
+    assert "drew other tokens than the others in step 1" in hosts.losses.get(timeout=WAIT_S)
+
+
+def test_a_host_that_is_lost_is_given_up(make_hosts: Callable[..., Hosts]) -> None:
+    hosts = make_hosts(FakeRunner(), FakeRunner())
+    hosts.sockets[3].shutdown(socket.SHUT_RDWR)
+    assert hosts.losses.get(timeout=WAIT_S) == "host 2 is lost: the other host hung up"
+    assert hosts.losses_there.get(timeout=WAIT_S) == "host 0 is lost: the other host hung up"
+
+
+def test_host_0_that_is_lost_ends_the_others(make_hosts: Callable[..., Hosts]) -> None:
+    hosts = make_hosts(FakeRunner(), FakeRunner())
+    for end in hosts.sockets[::2]:
+        end.shutdown(socket.SHUT_RDWR)
+    for _ in range(2):
+        assert hosts.losses_there.get(timeout=WAIT_S) == "host 0 is lost: the other host hung up"
+
+
+def test_what_is_said_of_a_step_before_a_reset_counts_no_more(make_hosts: Callable[..., Hosts]) -> None:
+    hosts = make_hosts(FakeRunner())
+    hosts.followers.reset(3)
+    hosts.followers.compare(2, 17, rank=1)
+    hosts.followers.compare(2, 18)
+    assert hosts.losses.empty()
+    hosts.followers.compare(4, 17, rank=1)
+    hosts.followers.compare(4, 18)
+    assert "step 4" in hosts.losses.get(timeout=WAIT_S)
+
+
+def test_a_follower_sends_the_next_step_while_one_runs(make_hosts: Callable[..., Hosts]) -> None:
+    other = HeldRunner()
+    hosts = make_hosts(other)
+    hosts.engine.add(request("a"))
+    hosts.engine.step()
+    hosts.engine.step()
+    # Both are on the devices before the first has ended.
+    for _ in range(2):
+        other.sent.get(timeout=WAIT_S)
+    other.gate.set()
+    finish(hosts.engine)
+    hosts.finish()
+    assert hosts.losses.empty()
+
+
+def test_a_follower_that_says_what_was_not_asked_is_given_up(make_hosts: Callable[..., Hosts]) -> None:
+    hosts = make_hosts(FakeRunner())
+    hosts.channels[0].send_encoded(b"\x00\x00\x00\x01\xc1")
+    assert "host 1 is lost: not a message" in hosts.losses.get(timeout=WAIT_S)
