@@ -40,22 +40,25 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,
     )
-    _model_flags(parser.add_argument_group("model"))
+    model = parser.add_argument_group("model")
+    model_flags(model)
+    _text_flags(model)
     _server_flags(parser.add_argument_group("server"))
     _output_flags(parser.add_argument_group("output"))
-    _memory_flags(parser.add_argument_group("memory and batching"))
-    _device_flags(parser.add_argument_group("devices"))
+    memory = parser.add_argument_group("memory and batching")
+    memory_flags(memory)
+    _queue_flags(memory)
+    devices = parser.add_argument_group("devices")
+    device_flags(devices)
+    _host_flags(devices)
     _log_flags(parser.add_argument_group("logs and metrics"))
     return parser
 
 
-def _model_flags(group: argparse._ArgumentGroup) -> None:  # pyright: ignore[reportPrivateUsage]
+def model_flags(group: argparse._ArgumentGroup) -> None:  # pyright: ignore[reportPrivateUsage]
+    """Which model, and in which precision."""
     group.add_argument(
         "--model-path", "--model", dest="model_path", help="Hugging Face id, model folder, .gguf file, or 'demo'"
-    )
-    group.add_argument("--tokenizer-path", help="folder or .gguf file of the tokenizer; the model's own if unset")
-    group.add_argument(
-        "--chat-template", help="a Jinja file, a template as text, or 'chatml'; the model's own if unset"
     )
     group.add_argument(
         "--dtype",
@@ -68,6 +71,13 @@ def _model_flags(group: argparse._ArgumentGroup) -> None:  # pyright: ignore[rep
     )
     group.add_argument("--revision", help="branch, tag or commit of a Hugging Face id")
     group.add_argument("--download-dir", help="cache folder for Hugging Face downloads")
+
+
+def _text_flags(group: argparse._ArgumentGroup) -> None:  # pyright: ignore[reportPrivateUsage]
+    group.add_argument("--tokenizer-path", help="folder or .gguf file of the tokenizer; the model's own if unset")
+    group.add_argument(
+        "--chat-template", help="a Jinja file, a template as text, or 'chatml'; the model's own if unset"
+    )
     group.add_argument("--random-seed", type=int, help="makes the seeds of requests that bring none reproducible")
     group.add_argument("--config", help="YAML file of flags, names without the dashes; flags on the command line win")
 
@@ -122,7 +132,8 @@ def _output_flags(group: argparse._ArgumentGroup) -> None:  # pyright: ignore[re
     )
 
 
-def _memory_flags(group: argparse._ArgumentGroup) -> None:  # pyright: ignore[reportPrivateUsage]
+def memory_flags(group: argparse._ArgumentGroup) -> None:  # pyright: ignore[reportPrivateUsage]
+    """Limits of a step and of the cache."""
     group.add_argument(
         "--mem-fraction-static",
         type=float,
@@ -138,16 +149,7 @@ def _memory_flags(group: argparse._ArgumentGroup) -> None:  # pyright: ignore[re
         "--max-running-requests", type=int, help="choices that run at once; 32 on CPU and 256 elsewhere if unset"
     )
     group.add_argument(
-        "--max-queued-requests", type=int, help="choices that may wait; more are refused with 429. No limit if unset"
-    )
-    group.add_argument(
         "--chunked-prefill-size", type=int, help="tokens of one step; 512 on CPU and 2048 elsewhere if unset"
-    )
-    group.add_argument(
-        "--schedule-policy",
-        choices=["fcfs", "lpm", "priority"],
-        default="fcfs",
-        help="order of the queue: arrival, longest cached prefix, or the request's priority, higher first",
     )
     group.add_argument(
         "--kv-cache-dtype",
@@ -155,18 +157,27 @@ def _memory_flags(group: argparse._ArgumentGroup) -> None:  # pyright: ignore[re
         default="auto",
         help="of cached keys and values; auto is that of the activations",
     )
+
+
+def _queue_flags(group: argparse._ArgumentGroup) -> None:  # pyright: ignore[reportPrivateUsage]
+    group.add_argument(
+        "--max-queued-requests", type=int, help="choices that may wait; more are refused with 429. No limit if unset"
+    )
+    group.add_argument(
+        "--schedule-policy",
+        choices=["fcfs", "lpm", "priority"],
+        default="fcfs",
+        help="order of the queue: arrival, longest cached prefix, or the request's priority, higher first",
+    )
     group.add_argument("--disable-radix-cache", action="store_true", help="do not reuse computed prefixes")
 
 
-def _device_flags(group: argparse._ArgumentGroup) -> None:  # pyright: ignore[reportPrivateUsage]
+def device_flags(group: argparse._ArgumentGroup) -> None:  # pyright: ignore[reportPrivateUsage]
+    """How a step is split and computed."""
     group.add_argument("--tp-size", "--tp", type=int, default=1, help="devices that a model is split over")
     group.add_argument(
         "--dp-size", "--dp", type=int, default=1, help="copies of the model, each with its own rows and pool"
     )
-    group.add_argument("--nnodes", type=int, default=1, help="hosts that run the model together")
-    group.add_argument("--node-rank", type=int, default=0, help="number of this host; host 0 serves the API")
-    group.add_argument("--dist-init-addr", help="host:port of host 0 that the others go to")
-    group.add_argument("--dist-timeout", type=float, default=300.0, help="seconds that hosts wait for each other")
     group.add_argument(
         "--attention-backend",
         choices=["auto", "tpu", "gpu", "xla"],
@@ -178,6 +189,13 @@ def _device_flags(group: argparse._ArgumentGroup) -> None:  # pyright: ignore[re
         action="store_true",
         help="make logits independent of other requests; slower",
     )
+
+
+def _host_flags(group: argparse._ArgumentGroup) -> None:  # pyright: ignore[reportPrivateUsage]
+    group.add_argument("--nnodes", type=int, default=1, help="hosts that run the model together")
+    group.add_argument("--node-rank", type=int, default=0, help="number of this host; host 0 serves the API")
+    group.add_argument("--dist-init-addr", help="host:port of host 0 that the others go to")
+    group.add_argument("--dist-timeout", type=float, default=300.0, help="seconds that hosts wait for each other")
     group.add_argument(
         "--compilation-cache-dir",
         help="where compiled programs are kept; 'none' keeps none. Below the cache folder if unset",
@@ -220,28 +238,35 @@ def parse_arguments(argv: Sequence[str]) -> LaunchConfig:
     return LaunchConfig(args=args, engine=_engine_config(args))
 
 
+def step_settings(args: argparse.Namespace) -> dict[str, Any]:
+    """Fields of `EngineConfig` that `model_flags`, `memory_flags` and `device_flags` set."""
+    return {
+        "model_path": args.model_path,
+        "dtype": args.dtype,
+        "context_length": args.context_length,
+        "tp_size": args.tp_size,
+        "dp_size": args.dp_size,
+        "page_size": args.page_size,
+        "mem_fraction_static": args.mem_fraction_static,
+        "max_total_tokens": args.max_total_tokens,
+        "max_running_requests": args.max_running_requests,
+        "chunked_prefill_size": args.chunked_prefill_size,
+        "kv_cache_dtype": args.kv_cache_dtype,
+        "attention_backend": args.attention_backend,
+        "deterministic": args.enable_deterministic_inference,
+    }
+
+
 def _engine_config(args: argparse.Namespace) -> EngineConfig:
     return EngineConfig(
-        model_path=args.model_path,
-        dtype=args.dtype,
-        context_length=args.context_length,
-        tp_size=args.tp_size,
-        dp_size=args.dp_size,
-        page_size=args.page_size,
-        mem_fraction_static=args.mem_fraction_static,
-        max_total_tokens=args.max_total_tokens,
-        max_running_requests=args.max_running_requests,
+        **step_settings(args),
         max_queued_requests=args.max_queued_requests,
-        chunked_prefill_size=args.chunked_prefill_size,
         schedule_policy=args.schedule_policy,
         prefix_caching=not args.disable_radix_cache,
-        kv_cache_dtype=args.kv_cache_dtype,
         nnodes=args.nnodes,
         node_rank=args.node_rank,
         dist_init_addr=args.dist_init_addr,
         dist_timeout_s=args.dist_timeout,
-        attention_backend=args.attention_backend,
-        deterministic=args.enable_deterministic_inference,
         compilation_cache_dir=_compilation_cache(args),
         log_level=args.log_level,
     )

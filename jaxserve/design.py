@@ -145,9 +145,10 @@ def lay_out(config: EngineConfig, design: ModelDesign, pool_bytes: int) -> Engin
     cache = CacheConfig(page_size=page_size, num_pages=num_pages, prefix_caching=config.prefix_caching)
     scheduler = _fit_context(scheduler, cache)
     chosen = _attention(config, design, page_size, num_pages)
-    logger.log(
-        logging.WARNING if chosen.lacking else logging.INFO, "attention backend: %s, %s", chosen.name, chosen.reason
-    )
+    sampler = choose_sampler(design.mesh)
+    for op, choice in (("attention", chosen), ("sampling", sampler)):
+        level = logging.WARNING if choice.lacking else logging.INFO
+        logger.log(level, "%s backend: %s, %s", op, choice.name, choice.reason)
     layout = BatchLayout(
         max_rows=scheduler.max_rows,
         page_size=page_size,
@@ -157,7 +158,7 @@ def lay_out(config: EngineConfig, design: ModelDesign, pool_bytes: int) -> Engin
     )
     on_cpu = design.mesh.devices.flat[0].platform == "cpu"
     buckets = make_buckets(scheduler, CPU_STEPS if on_cpu else ACCELERATOR_STEPS)
-    step = StepModel(design.decoder, chosen.backend, choose_sampler(design.mesh), design.mesh, layout, buckets)
+    step = StepModel(design.decoder, chosen.backend, sampler.sample, design.mesh, layout, buckets)
     return EngineDesign(cache, num_pages * page_bytes, scheduler, chosen.name, step)
 
 

@@ -14,7 +14,7 @@ from jaxserve.config import EngineConfig
 from jaxserve.design import DEVICE_MEM_FRACTION, EngineDesign, ModelDesign, design_model, lay_out
 from jaxserve.errors import LaunchError
 from jaxserve.hlo import find_collectives, num_kernels
-from jaxserve.mesh import mesh_of
+from jaxserve.mesh import kv_head_copies, mesh_of
 from jaxserve.plan_report import Load, Memory, Program, Report, bound
 from jaxserve.runner.programs import StepPrograms
 from jaxserve.targets import Target, target_devices
@@ -22,6 +22,8 @@ from jaxserve.targets import Target, target_devices
 _COMPILE_THREADS = 2
 # The next forward pass runs while tokens are drawn from the logits of the last.
 _STEPS_IN_FLIGHT = 2
+# Of a device's memory, where more devices are advised.
+_WEIGHTS_AT_MOST = 0.8
 # For devices whose memory we do not know.
 _UNKNOWN_POOL_BYTES = 512 << 20
 
@@ -198,12 +200,24 @@ def _advice(design: ModelDesign, engine: EngineDesign, target: Target, outcome: 
 
 
 def _more_devices(design: ModelDesign, target: Target) -> str:
-    """How many devices of this kind would hold the weights with as much again for the rest of each."""
-    now = design.mesh.shape["model"]
-    whole = design.device_weight_bytes * now
-    wanted = 1 << math.ceil(math.log2(max(1.0, 1.25 * whole / target.device.memory_bytes)))
-    wanted = max(wanted, 2 * now)
-    return (
-        f"weights are {design.device_weight_bytes / 2**30:.1f} GiB on each of {now} devices of "
-        f"{target.device.memory_bytes / 2**30:.0f} GiB: try --tp-size {wanted} or smaller weights"
+    """How many devices of this kind would hold the weights, with room for the rest of a step."""
+    now, total = design.mesh.shape["model"], target.device.memory_bytes
+    held = (
+        f"weights are {design.device_weight_bytes / 2**30:.1f} GiB on each of {now} devices of {total / 2**30:.1f} GiB"
     )
+    enough = [
+        tp_size
+        for tp_size in range(now + 1, design.checkpoint.num_q_heads + 1)
+        if _divides(design, tp_size) and design.device_weight_bytes * now / tp_size <= _WEIGHTS_AT_MOST * total
+    ]
+    if not enough:
+        return f"{held}: no number of them that divides the model's heads is enough, only smaller weights"
+    return f"{held}: try --tp-size {enough[0]} or smaller weights"
+
+
+def _divides(design: ModelDesign, tp_size: int) -> bool:
+    try:
+        kv_head_copies(design.checkpoint, tp_size)
+    except LaunchError:
+        return False
+    return True

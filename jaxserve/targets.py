@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 from jaxserve.errors import LaunchError
 
 GIB = 1 << 30
+# Of a GPU's memory the engine takes this share; the rest is the driver's, and the libraries'.
+GPU_MEM_FRACTION = 0.95
 
 
 class DeviceSpec(NamedTuple):
@@ -20,7 +22,7 @@ class DeviceSpec(NamedTuple):
     Attributes:
         platform: `tpu`, `gpu` or `cpu`.
         name: of the topology.
-        memory_bytes: of the device; 0 where it is not known.
+        memory_bytes: of the device, as far as the runtime gives it to programs; 0 where it is not known.
         bytes_per_s: between the memory and the chip.
         flops: bfloat16 operations per second, dense.
         per_chip: devices of a chip.
@@ -34,15 +36,40 @@ class DeviceSpec(NamedTuple):
     per_chip: int = 1
 
 
-# TPU: docs.cloud.google.com/tpu, system architecture pages. GPU: NVIDIA's data sheets, SXM, without sparsity.
+class _GpuFacts(NamedTuple):
+    """What XLA's code generator asks about a GPU; see `GpuTargetConfigProto`."""
+
+    name: str
+    capability: int
+    cores: int
+    clock_ghz: float
+    l2_bytes: int
+    memory_bytes: int
+    bytes_per_s: int
+
+
+_GPU_FACTS: Mapping[str, _GpuFacts] = {
+    "h100": _GpuFacts("NVIDIA H100 80GB HBM3", 9, 132, 1.98, 50 << 20, 84_942_979_072, 3_352_320_000_000),
+    "h200": _GpuFacts("NVIDIA H200 141GB HBM3e", 9, 132, 1.98, 50 << 20, 151_397_597_184, 4_800_000_000_000),
+    "b200": _GpuFacts("NVIDIA B200", 10, 148, 1.965, 132_644_864, 191_514_411_008, 7_672_320_000_000),
+}
+
+
+def _gpu(name: str, flops: float) -> DeviceSpec:
+    facts = _GPU_FACTS[name]
+    return DeviceSpec("gpu", name, int(facts.memory_bytes * GPU_MEM_FRACTION), float(facts.bytes_per_s), flops)
+
+
+# TPU: docs.cloud.google.com/tpu, system architecture pages; memory is what libtpu's compiler says is available. GPU:
+# NVIDIA's data sheets, SXM, without sparsity.
 DEVICES: Mapping[str, DeviceSpec] = {
-    "v5e": DeviceSpec("tpu", "v5e", 16 * GIB, 819e9, 197e12),
-    "v5p": DeviceSpec("tpu", "v5p", 95 * GIB, 2765e9, 459e12),
-    "v6e": DeviceSpec("tpu", "v6e", 32 * GIB, 1640e9, 918e12),
-    "tpu7x": DeviceSpec("tpu", "tpu7x", 96 * GIB, 3690e9, 1153e12, per_chip=2),
-    "h100": DeviceSpec("gpu", "h100", 80 * GIB, 3350e9, 989e12),
-    "h200": DeviceSpec("gpu", "h200", 141 * 10**9, 4800e9, 989e12),
-    "b200": DeviceSpec("gpu", "b200", 180 * 10**9, 7700e9, 2250e12),
+    "v5e": DeviceSpec("tpu", "v5e", int(15.75 * GIB), 819e9, 197e12),
+    "v5p": DeviceSpec("tpu", "v5p", int(95.73 * GIB), 2765e9, 459e12),
+    "v6e": DeviceSpec("tpu", "v6e", int(31.24 * GIB), 1640e9, 918e12),
+    "tpu7x": DeviceSpec("tpu", "tpu7x", int(94.74 * GIB), 3690e9, 1153e12, per_chip=2),
+    "h100": _gpu("h100", 989e12),
+    "h200": _gpu("h200", 989e12),
+    "b200": _gpu("b200", 2250e12),
     "cpu": DeviceSpec("cpu", "cpu", 0, 0.0, 0.0),
 }
 
@@ -125,25 +152,6 @@ def target_devices(target: Target) -> list[Any]:
         hint = 'is the extra installed? pip install "jaxserve[plan]"'
         raise LaunchError(f"--target {target.text}: no compiler for it ({hint}): {error}") from None
     return list(topology.devices)
-
-
-class _GpuFacts(NamedTuple):
-    """What XLA's code generator asks about a GPU; see `GpuTargetConfigProto`."""
-
-    name: str
-    capability: int
-    cores: int
-    clock_ghz: float
-    l2_bytes: int
-    memory_bytes: int
-    bytes_per_s: int
-
-
-_GPU_FACTS: Mapping[str, _GpuFacts] = {
-    "h100": _GpuFacts("NVIDIA H100 80GB HBM3", 9, 132, 1.98, 50 << 20, 84_942_979_072, 3_352_320_000_000),
-    "h200": _GpuFacts("NVIDIA H200 141GB HBM3e", 9, 132, 1.98, 50 << 20, 151_397_597_184, 4_800_000_000_000),
-    "b200": _GpuFacts("NVIDIA B200", 10, 148, 1.965, 132_644_864, 191_514_411_008, 7_672_320_000_000),
-}
 
 
 def _gpu_config(device: DeviceSpec) -> str:

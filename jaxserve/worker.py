@@ -32,6 +32,7 @@ from jaxserve.messages import (
     decode_to_engine,
     encode,
 )
+from jaxserve.targets import GPU_MEM_FRACTION
 
 logger = logging.getLogger("jaxserve.engine")
 
@@ -45,7 +46,7 @@ def main() -> int:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     config = msgspec.json.decode(_read_line(), type=EngineConfig)
     # JAX keeps a quarter of a GPU for others by default; there are none.
-    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", str(GPU_MEM_FRACTION))
     threading.Thread(target=_exit_with_parent, name="parent-watch", daemon=True).start()
     logging.basicConfig(
         level=config.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr

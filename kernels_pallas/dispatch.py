@@ -6,7 +6,8 @@ named is an error instead.
 
 import re
 from collections.abc import Callable, Mapping
-from typing import Literal, NamedTuple, Protocol, TypeAlias
+from functools import partial
+from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
 
 import jax
 from jax.sharding import Mesh
@@ -41,6 +42,15 @@ class ChosenAttention(NamedTuple):
     lacking: bool = False
 
 
+class ChosenSampler(NamedTuple):
+    """A sampler, its name, and why it was chosen; `lacking` tells that it is not the platform's own."""
+
+    sample: Sampler
+    name: str
+    reason: str
+    lacking: bool = False
+
+
 def choose_attention(name: BackendName, config: AttentionConfig, mesh: Mesh) -> ChosenAttention:
     """The attention backend for a mesh.
 
@@ -62,6 +72,16 @@ def choose_attention(name: BackendName, config: AttentionConfig, mesh: Mesh) -> 
     return ChosenAttention(backend, wanted, reason)
 
 
+def choose_sampler(mesh: Mesh) -> ChosenSampler:
+    """The sampler for a mesh; each of them does all that `SamplingInputs` can ask."""
+    device = mesh.devices.flat[0]
+    own = PLATFORM_BACKENDS.get(device.platform, "xla")
+    try:
+        return ChosenSampler(_SAMPLERS[own](device), own, f"made for {device.platform}")
+    except NotImplementedError as error:
+        return ChosenSampler(_xla_sampler(device), "xla", f"the {own} kernel cannot: {error}", lacking=True)
+
+
 def _tpu_attention(config: AttentionConfig, mesh: Mesh) -> AttentionBackend:
     from kernels_pallas.paged_attention.tpu import TpuAttention  # noqa: PLC0415
     from kernels_pallas.pallas import tpu_memory  # noqa: PLC0415
@@ -70,13 +90,39 @@ def _tpu_attention(config: AttentionConfig, mesh: Mesh) -> AttentionBackend:
 
 
 def _gpu_attention(config: AttentionConfig, mesh: Mesh) -> AttentionBackend:
+    device = mesh.devices.flat[0]
+    _require_hopper(device)
     from kernels_pallas.paged_attention.gpu import GpuAttention  # noqa: PLC0415
 
-    device = mesh.devices.flat[0]
-    # Of Hopper: TMA and wgmma. Ampere has neither, Blackwell multiplies with tcgen05 instead.
+    return GpuAttention(config, mesh, num_cores=getattr(device, "core_count", HOPPER_CORES))
+
+
+def _require_hopper(device: Any) -> None:
+    """The GPU kernels use TMA and wgmma: Ampere has neither, Blackwell multiplies with tcgen05 instead."""
+    if jax.__version_info__ < (0, 11):
+        raise NotImplementedError(f"the GPU kernels need JAX 0.11, this is {jax.__version__}")
     if not re.search(r"\bG?H(20|100|200|800)\b", device.device_kind):
         raise NotImplementedError(f"the kernels are made for Hopper, not for {device.device_kind}")
-    return GpuAttention(config, mesh, num_cores=getattr(device, "core_count", HOPPER_CORES))
+
+
+def _tpu_sampler(device: Any) -> Sampler:
+    from kernels_pallas.pallas import tpu_memory  # noqa: PLC0415
+    from kernels_pallas.sampling.tpu import choose_block, sample  # noqa: PLC0415
+
+    return partial(sample, block=choose_block(tpu_memory(device).vmem_bytes))
+
+
+def _gpu_sampler(device: Any) -> Sampler:
+    _require_hopper(device)
+    from kernels_pallas.sampling.gpu import sample  # noqa: PLC0415
+
+    return sample
+
+
+def _xla_sampler(_: Any) -> Sampler:
+    from kernels_pallas.sampling.xla import sample  # noqa: PLC0415
+
+    return sample
 
 
 # Multiprocessors of an H100 or H200; devices of a topology do not tell.
@@ -88,15 +134,8 @@ _ATTENTION: Mapping[BackendName, Callable[[AttentionConfig, Mesh], AttentionBack
     "gpu": _gpu_attention,
     "xla": XlaAttention,
 }
-
-
-def choose_sampler(mesh: Mesh) -> Sampler:
-    """The sampler for a mesh; each of them does all that `SamplingInputs` can ask."""
-    match PLATFORM_BACKENDS.get(mesh.devices.flat[0].platform):
-        case "tpu":
-            from kernels_pallas.sampling.tpu import sample  # noqa: PLC0415
-        case "gpu":
-            from kernels_pallas.sampling.gpu import sample  # noqa: PLC0415
-        case _:
-            from kernels_pallas.sampling.xla import sample  # noqa: PLC0415
-    return sample
+_SAMPLERS: Mapping[BackendName, Callable[[Any], Sampler]] = {
+    "tpu": _tpu_sampler,
+    "gpu": _gpu_sampler,
+    "xla": _xla_sampler,
+}

@@ -53,9 +53,10 @@ def model_digest(hf_config: Mapping[str, Any], source: TensorSource | None) -> s
             Hosts whose weights differ elsewhere only would still agree on every token, and on wrong ones.
     """
     digest = hashlib.sha256(msgspec.json.encode(hf_config, order="sorted"))
-    for name, shape in sorted(source.shapes.items()) if source is not None else ():
-        digest.update(f"{name}{shape}".encode())
-        digest.update(source.read(name, (slice(0, 1),)).tobytes())
+    if source is not None:
+        for name, shape in sorted(source.shapes.items()):
+            digest.update(f"{name}{shape}".encode())
+            digest.update(source.read(name, (slice(0, 1),)).tobytes())
     return digest.hexdigest()
 
 

@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 from kernels_pallas.kv_update.gpu import kv_update
 from kernels_pallas.paged_attention.api import AttentionConfig, AttentionMeta, Cache, CacheSpec
 from kernels_pallas.paged_attention.gpu_decode import attend_decode, choose_splits
+from kernels_pallas.paged_attention.gpu_layer import GpuLayer
 from kernels_pallas.paged_attention.gpu_prefill import QueryTiles, attend_prefill, padded_group, plan_tiles
 from kernels_pallas.paged_attention.gpu_tile import HOPPER_SMEM_BYTES, Tile, choose_tile
 from kernels_pallas.paged_attention.head_shards import head_major_spec, over_heads
@@ -127,58 +128,25 @@ class GpuAttention:
             c.num_pages,
             self._interpret,
         )
+        attended = GpuLayer(keys, values, first_page, meta, sinks_N, scales_2K)
         o_TNH = jnp.zeros_like(q_TNH)
         if plan.tiles is not None:
-            o_TNH = attend_prefill(
-                c,
-                self._prefill_tile,
-                q_TNH,
-                keys,
-                values,
-                first_page,
-                meta,
-                plan.tiles,
-                sinks_N,
-                scales_2K,
-                self._interpret,
-            ).astype(q_TNH.dtype)
+            o_TNH = attend_prefill(c, self._prefill_tile, q_TNH, attended, plan.tiles, self._interpret)
+            o_TNH = o_TNH.astype(q_TNH.dtype)
         if not c.batch_invariant:
-            o_BNH = self._decode(q_TNH, keys, values, first_page, meta, sinks_N, scales_2K)
+            o_BNH = self._decode(q_TNH, attended)
             live_B = jnp.arange(o_BNH.shape[0]) < meta.distribution_2[0]
             rows = slice(0, o_BNH.shape[0])
             o_TNH = o_TNH.at[rows].set(jnp.where(live_B[:, None, None], o_BNH.astype(q_TNH.dtype), o_TNH[rows]))
         return o_TNH, {"k": keys, "v": values}
 
-    def _decode(
-        self,
-        q_TNH: jax.Array,
-        keys_PKSH: jax.Array,
-        values_PKSH: jax.Array,
-        first_page: jax.Array,
-        meta: AttentionMeta,
-        sinks_N: jax.Array | None,
-        scales_2K: jax.Array | None,
-    ) -> jax.Array:
-        """Attend the rows that run one token; they come first, so that row and token have one number."""
+    def _decode(self, q_TNH: jax.Array, layer: GpuLayer) -> jax.Array:
+        """See `attend_decode`."""
         c = self.config
-        num_rows = min(q_TNH.shape[0], meta.kv_lens_B.shape[0])
-        longest = meta.page_table_BM.shape[1]
+        num_rows = min(q_TNH.shape[0], layer.meta.kv_lens_B.shape[0])
+        longest = layer.meta.page_table_BM.shape[1]
         if c.window is not None:
             # A window may begin and end within a block.
             longest = min(longest, math.ceil((c.window + 2 * self._decode_tile.keys) / c.page_size))
-        splits = choose_splits(num_rows, keys_PKSH.shape[1], longest, c.page_size, self._decode_tile, self._num_cores)
-        return attend_decode(
-            c,
-            self._decode_tile,
-            splits,
-            q_TNH[:num_rows],
-            keys_PKSH,
-            values_PKSH,
-            first_page,
-            meta.kv_lens_B[:num_rows],
-            meta.page_table_BM[:num_rows],
-            meta.distribution_2[0],
-            sinks_N,
-            scales_2K,
-            self._interpret,
-        )
+        splits = choose_splits(num_rows, layer.num_kv_heads, longest, c.page_size, self._decode_tile, self._num_cores)
+        return attend_decode(c, self._decode_tile, splits, q_TNH[:num_rows], layer, self._interpret)

@@ -16,8 +16,10 @@ import jax.numpy as jnp
 from jax import lax
 
 from kernels_pallas.paged_attention.api import AttentionConfig
+from kernels_pallas.paged_attention.gpu_layer import GpuLayer
 from kernels_pallas.paged_attention.gpu_softmax import (
     LOG2E,
+    Block,
     Converted,
     Softmax,
     Workspace,
@@ -74,6 +76,15 @@ class DecodeOutputs(NamedTuple):
     total: Any
 
 
+class _Problem(NamedTuple):
+    """What is fixed when the kernel is traced."""
+
+    config: AttentionConfig
+    tile: Tile
+    splits: int
+    quantized: bool
+
+
 class _Scratch(NamedTuple):
     queries: Any
     queries_ready: Any
@@ -94,71 +105,59 @@ def choose_splits(num_rows: int, num_kv_heads: int, num_pages: int, page_size: i
 def decode_bytes(config: AttentionConfig, tile: Tile, splits: int, kv_lens: list[int]) -> int:
     """Bytes between memory and chip for one layer of a decode step, by the kernel's own schedule.
 
-    Per row: its pages, or the stretches of them that a block takes, once (copies named twice come from the cache), a
-    query per head, and the parts, which are written by the kernel and read by the merge.
+    Per row: its pages, or the stretches of them that a block takes, once (copies named twice by one split come from the
+    cache), a query per head and split, and the parts, which are written by the kernel and read by the merge.
     """
+    problem = _Problem(config, tile, splits, quantized=False)
     itemsize = jnp.dtype(config.dtype).itemsize
     group = -(-config.num_q_heads // config.num_kv_heads // _ROW_MULTIPLE) * _ROW_MULTIPLE
     stretch = min(config.page_size, tile.keys)
     stretches = 0
     for kv_len in kv_lens:
-        first_key = 0 if config.window is None else max(kv_len - config.window, 0)
-        blocks = blocks_between(jnp.int32(0), jnp.int32(first_key), jnp.int32(kv_len), tile, config.page_size)
-        copied: set[tuple[int, int]] = set()
-        for index in range(int(blocks.first), int(blocks.end)):
-            part = index if config.page_size > tile.keys else 0
-            numbers = page_numbers(blocks, tile, config.page_size, jnp.int32(index))
-            copied |= {(int(number), part) for number in numbers}
-        stretches += len(copied)
+        for split in range(splits):
+            blocks = _split_blocks(problem, jnp.int32(0), jnp.int32(kv_len), jnp.int32(split))
+            copied: set[tuple[int, int]] = set()
+            for index in range(int(blocks.first), int(blocks.end)):
+                part = index if config.page_size > tile.keys else 0
+                numbers = page_numbers(blocks, tile, config.page_size, jnp.int32(index))
+                copied |= {(int(number), part) for number in numbers}
+            stretches += len(copied)
     cached = stretches * stretch * 2 * config.num_kv_heads * config.head_dim * itemsize
     heads = len(kv_lens) * config.num_kv_heads * group
-    return cached + heads * (2 * config.head_dim + 2 * splits * 4 * (config.head_dim + 2))
+    return cached + heads * splits * (2 * config.head_dim + 2 * 4 * (config.head_dim + 2))
 
 
 def attend_decode(
-    config: AttentionConfig,
-    tile: Tile,
-    splits: int,
-    q_BNH: jax.Array,
-    keys_PKSH: jax.Array,
-    values_PKSH: jax.Array,
-    first_page: jax.Array,
-    kv_lens_B: jax.Array,
-    page_table_BM: jax.Array,
-    num_decode: jax.Array,
-    sinks_N: jax.Array | None = None,
-    scales_2K: jax.Array | None = None,
-    interpret: Any = False,
+    config: AttentionConfig, tile: Tile, splits: int, q_BNH: jax.Array, layer: GpuLayer, interpret: Any = False
 ) -> jax.Array:
-    """Attend the first `num_decode` rows, whose keys are in the cache already.
+    """Attend the rows that run one token; they come first, so that row and token have one number.
 
     Returns:
         o_BNH in f32, 0 for the other rows.
     """
     num_rows, num_heads, head_dim = q_BNH.shape
-    num_kv_heads = keys_PKSH.shape[1]
+    num_kv_heads, num_decode = layer.num_kv_heads, layer.meta.distribution_2[0]
     group = num_heads // num_kv_heads
     if group > WARPGROUP_ROWS:
         raise NotImplementedError(f"{group} query heads per key head: a tile holds {WARPGROUP_ROWS}")
     q_BKGH = q_BNH.reshape(num_rows, num_kv_heads, group, head_dim).astype(jnp.bfloat16)
     q_BKGH = jnp.pad(q_BKGH, ((0, 0), (0, 0), (0, -group % _ROW_MULTIPLE), (0, 0)))
-    quantized = keys_PKSH.dtype.itemsize == 1
     inputs = DecodeInputs(
-        layer_2=jnp.stack([first_page, num_decode]).astype(jnp.int32),
-        kv_lens_B=kv_lens_B,
-        page_table_BM=page_table_BM,
-        scales_2K=jnp.ones((2, num_kv_heads), jnp.float32) if scales_2K is None else scales_2K,
+        layer_2=jnp.stack([layer.first_page, num_decode]).astype(jnp.int32),
+        kv_lens_B=layer.meta.kv_lens_B[:num_rows],
+        page_table_BM=layer.meta.page_table_BM[:num_rows],
+        scales_2K=layer.scale_or_one_2K,
         q_BKGH=q_BKGH,
-        keys_PKSH=keys_PKSH,
-        values_PKSH=values_PKSH,
+        keys_PKSH=layer.keys_PKSH,
+        values_PKSH=layer.values_PKSH,
     )
     parts = (num_rows, num_kv_heads, splits, q_BKGH.shape[2])
     stats = jax.ShapeDtypeStruct(parts, jnp.float32)
     # A fresh function per call: one that is reused with another grid keeps its first trace.
     kernel = plgpu.kernel(
-        partial(_kernel, config=config, tile=tile, splits=splits, quantized=quantized),
+        partial(_kernel, problem=_Problem(config, tile, splits, layer.quantized)),
         out_type=(jax.ShapeDtypeStruct((*parts, head_dim), jnp.float32), stats, stats),
-        scratch_types=[_scratch_types(tile, head_dim, config.page_size, keys_PKSH.dtype)],
+        scratch_types=[_scratch_types(tile, head_dim, config.page_size, layer.keys_PKSH.dtype)],
         grid=(splits, num_kv_heads, num_rows),
         grid_names=("split", "head", "row"),
         kernel_name="paged_decode",
@@ -166,7 +165,7 @@ def attend_decode(
         interpret=interpret,
     )
     outputs = DecodeOutputs(*kernel(*inputs))
-    o_BKGH = _merge(outputs, None if sinks_N is None else sinks_N.reshape(num_kv_heads, group))
+    o_BKGH = _merge(outputs, None if layer.sinks_N is None else layer.sinks_N.reshape(num_kv_heads, group))
     live_B = jnp.arange(num_rows) < num_decode
     return jnp.where(live_B[:, None, None, None], o_BKGH[:, :, :group], 0).reshape(q_BNH.shape)
 
@@ -199,7 +198,7 @@ def _merge(parts: DecodeOutputs, sinks_KG: jax.Array | None) -> jax.Array:
     return jnp.sum(parts.out * weight_BKXG[..., None], axis=2) / total_BKG[..., None]
 
 
-def _kernel(*refs: Any, config: AttentionConfig, tile: Tile, splits: int, quantized: bool) -> None:
+def _kernel(*refs: Any, problem: _Problem) -> None:
     inputs, outputs = DecodeInputs(*refs[:7]), DecodeOutputs(*refs[7:10])
     scratch: _Scratch = refs[10]
     row = lax.axis_index("row")
@@ -207,23 +206,22 @@ def _kernel(*refs: Any, config: AttentionConfig, tile: Tile, splits: int, quanti
     @pl.when(row < inputs.layer_2[1])
     def _live() -> None:
         kv_len = inputs.kv_lens_B[row]
-        blocks = _split_blocks(config, tile, splits, row, kv_len)
-        _attend(config, tile, quantized, inputs, outputs, scratch, blocks, kv_len)
+        blocks = _split_blocks(problem, row, kv_len, lax.axis_index("split"))
+        _attend(problem, inputs, outputs, scratch, blocks, kv_len)
 
 
-def _split_blocks(config: AttentionConfig, tile: Tile, splits: int, row: jax.Array, kv_len: jax.Array) -> KeyBlocks:
-    """This thread block's share of the row's blocks; it may be empty."""
+def _split_blocks(problem: _Problem, row: jax.Array, kv_len: jax.Array, split: jax.Array) -> KeyBlocks:
+    """A split's share of the row's blocks; it may be empty."""
+    config = problem.config
     first_key = jnp.int32(0) if config.window is None else jnp.maximum(kv_len - config.window, 0)
-    blocks = blocks_between(row, first_key, kv_len, tile, config.page_size)
-    share = pl.cdiv(blocks.end - blocks.first, splits)
-    first = blocks.first + lax.axis_index("split") * share
+    blocks = blocks_between(row, first_key, kv_len, problem.tile, config.page_size)
+    share = pl.cdiv(blocks.end - blocks.first, problem.splits)
+    first = blocks.first + split * share
     return blocks._replace(first=first, end=jnp.minimum(first + share, blocks.end))
 
 
 def _attend(
-    config: AttentionConfig,
-    tile: Tile,
-    quantized: bool,
+    problem: _Problem,
     inputs: DecodeInputs,
     outputs: DecodeOutputs,
     scratch: _Scratch,
@@ -231,6 +229,7 @@ def _attend(
     kv_len: jax.Array,
 ) -> None:
     """Attend the blocks, write the partial softmax."""
+    config, tile = problem.config, problem.tile
     head, split = lax.axis_index("head"), lax.axis_index("split")
     group = pl.ds(0, inputs.q_BKGH.shape[2])
     stages = Stages(*scratch.stages)
@@ -248,19 +247,23 @@ def _attend(
         weights=scratch.weights,
         mended=None,
         converted=scratch.converted,
-        key_scale=inputs.scales_2K[0, head] if quantized else None,
+        key_scale=inputs.scales_2K[0, head] if problem.quantized else None,
     )
 
     def body(index: jax.Array, state: Softmax) -> Softmax:
         slot = lax.rem(index - blocks.first, tile.stages)
-        first_key = index * tile.keys
-        mask = partial(_mask, config, tile, first_key, kv_len)
-        live = live_keys(blocks, index, kv_len, tile, config.page_size)
         next_keys, next_values = _copies(tile, source, stages, blocks, index + tile.stages, slot)
-        return attend_block(config, tile, work, slot, live, mask, next_keys, next_values, state)
+        block = Block(
+            slot=slot,
+            live=live_keys(blocks, index, kv_len, tile, config.page_size),
+            mask=partial(_mask, config, tile, index * tile.keys, kv_len),
+            keys_read=next_keys,
+            values_read=next_values,
+        )
+        return attend_block(config, tile, work, block, state)
 
     state = lax.fori_loop(blocks.first, blocks.end, body, empty_softmax(tile, config.head_dim))
-    value_scale = inputs.scales_2K[1, head] if quantized else None
+    value_scale = inputs.scales_2K[1, head] if problem.quantized else None
     _write(tile, outputs, scratch, state, (blocks.row, head, split), group, value_scale)
 
 

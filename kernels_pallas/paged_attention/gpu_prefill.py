@@ -14,8 +14,10 @@ import jax.numpy as jnp
 from jax import lax
 
 from kernels_pallas.paged_attention.api import AttentionConfig, AttentionMeta
+from kernels_pallas.paged_attention.gpu_layer import GpuLayer
 from kernels_pallas.paged_attention.gpu_softmax import (
     LOG2E,
+    Block,
     Converted,
     Softmax,
     Workspace,
@@ -136,42 +138,37 @@ def attend_prefill(
     config: AttentionConfig,
     tile: Tile,
     q_TNH: jax.Array,
-    keys_PKSH: jax.Array,
-    values_PKSH: jax.Array,
-    first_page: jax.Array,
-    meta: AttentionMeta,
+    layer: GpuLayer,
     tiles: QueryTiles,
-    sinks_N: jax.Array | None = None,
-    scales_2K: jax.Array | None = None,
     interpret: Any = False,
 ) -> jax.Array:
-    """Attend the rows from `meta.distribution_2[0]` on, whose keys are in the cache already.
+    """Attend the rows of the tiles.
 
     Returns:
         o_TNH in bf16, 0 for tokens of other rows and of none.
     """
     num_tokens, num_heads, head_dim = q_TNH.shape
-    num_kv_heads = keys_PKSH.shape[1]
+    num_kv_heads, meta = layer.num_kv_heads, layer.meta
     group = padded_group(num_heads, num_kv_heads)
     tokens = tile.rows // group
-    problem = _Problem(config, tile, tokens, group, keys_PKSH.dtype.itemsize == 1)
+    problem = _Problem(config, tile, tokens, group, layer.quantized)
     inputs = PrefillInputs(
-        first_page_1=first_page[None],
+        first_page_1=layer.first_page[None],
         kv_lens_B=meta.kv_lens_B,
         page_table_BM=meta.page_table_BM,
         cu_q_lens_B1=meta.cu_q_lens_B1,
         tiles=tiles,
-        scales_2K=jnp.ones((2, num_kv_heads), jnp.float32) if scales_2K is None else scales_2K,
-        sinks_KWm=None if sinks_N is None else _tile_sinks(sinks_N, num_kv_heads, problem),
+        scales_2K=layer.scale_or_one_2K,
+        sinks_KWm=None if layer.sinks_N is None else _tile_sinks(layer.sinks_N, num_kv_heads, problem),
         q_QKWmH=_tile_queries(q_TNH.astype(jnp.bfloat16), num_kv_heads, problem),
-        keys_PKSH=keys_PKSH,
-        values_PKSH=values_PKSH,
+        keys_PKSH=layer.keys_PKSH,
+        values_PKSH=layer.values_PKSH,
     )
     # A fresh function per call: one that is reused with another grid keeps its first trace.
     kernel = plgpu.kernel(
         partial(_kernel, problem=problem),
         out_type=jax.ShapeDtypeStruct(inputs.q_QKWmH.shape, jnp.bfloat16),
-        scratch_types=[_scratch_types(tile, head_dim, config.page_size, keys_PKSH.dtype)],
+        scratch_types=[_scratch_types(tile, head_dim, config.page_size, layer.keys_PKSH.dtype)],
         grid=(num_kv_heads, inputs.q_QKWmH.shape[0]),
         grid_names=("head", "tile"),
         num_threads=tile.warpgroups + 1,
@@ -316,17 +313,14 @@ def _attend(
     def attend(at: _Position, state: Softmax) -> Softmax:
         slot = lax.rem(at.step, problem.tile.stages)
         first_key = at.block * problem.tile.keys
-        return attend_block(
-            config,
-            problem.tile,
-            work,
-            slot,
-            live_keys(at.share.blocks, at.block, at.share.kv_len, problem.tile, config.page_size),
-            partial(_mask, problem, at.share, tile, warpgroup, first_key),
-            partial(plgpu.barrier_arrive, scratch.keys_free.at[slot]),
-            partial(plgpu.barrier_arrive, scratch.values_free.at[slot]),
-            state,
+        block = Block(
+            slot=slot,
+            live=live_keys(at.share.blocks, at.block, at.share.kv_len, problem.tile, config.page_size),
+            mask=partial(_mask, problem, at.share, tile, warpgroup, first_key),
+            keys_read=partial(plgpu.barrier_arrive, scratch.keys_free.at[slot]),
+            values_read=partial(plgpu.barrier_arrive, scratch.values_free.at[slot]),
         )
+        return attend_block(config, problem.tile, work, block, state)
 
     state = _walk(problem, inputs, tile, attend, empty_softmax(problem.tile, config.head_dim))
     sinks_m = None

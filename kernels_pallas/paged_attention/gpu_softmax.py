@@ -67,6 +67,24 @@ class Workspace(NamedTuple):
     key_scale: jax.Array | None
 
 
+class Block(NamedTuple):
+    """A block of keys and values.
+
+    Attributes:
+        slot: stage that holds, or will hold it.
+        live: its keys.
+        mask: puts `MASKED` where a query does not see a key.
+        keys_read: called once the keys of the slot are not needed any more.
+        values_read: the same for its values.
+    """
+
+    slot: jax.Array
+    live: LiveKeys
+    mask: Callable[[jax.Array], jax.Array]
+    keys_read: Callable[[], None]
+    values_read: Callable[[], None]
+
+
 def row_iota() -> jax.Array:
     """0..63 down the query rows."""
     return plgpu.broadcasted_iota(jnp.int32, (WARPGROUP_ROWS,), 0, layout=ROWS)
@@ -93,53 +111,31 @@ def empty_softmax(tile: Tile, head_dim: int) -> Softmax:
     return Softmax(full(rows, MASKED, ROWS), full(rows, 0, ROWS), out)
 
 
-def attend_block(
-    config: AttentionConfig,
-    tile: Tile,
-    work: Workspace,
-    slot: jax.Array,
-    live: LiveKeys,
-    mask: Callable[[jax.Array], jax.Array],
-    keys_read: Callable[[], None],
-    values_read: Callable[[], None],
-    state: Softmax,
-) -> Softmax:
-    """Attend the block in `slot`.
-
-    Args:
-        config: of the model.
-        tile: sizes.
-        work: the warpgroup's.
-        slot: stage that holds, or will hold, the block.
-        live: keys of the block.
-        mask: puts `MASKED` where a query does not see a key.
-        keys_read: called once the keys of the slot are not needed any more.
-        values_read: the same for its values.
-        state: over the blocks before.
-    """
-    stages = work.stages
+def attend_block(config: AttentionConfig, tile: Tile, work: Workspace, block: Block, state: Softmax) -> Softmax:
+    """Attend a block, after those that `state` is over."""
+    stages, slot = work.stages, block.slot
     if work.converted is None:
         keys, values = stages.keys.at[slot], stages.values.at[slot]
         plgpu.barrier_wait(stages.keys_ready.at[slot])
     else:
         keys, values = work.converted.keys, work.converted.values
-        _convert(tile, work, slot, live)
-        keys_read()
-        values_read()
+        _convert(tile, work, block)
+        block.keys_read()
+        block.values_read()
     scores_ms = _product(work.queries, keys.T, tile.keys)
     if work.converted is None:
-        keys_read()
-    scores_ms = mask(_logits(config, scores_ms, work.key_scale))
+        block.keys_read()
+    scores_ms = block.mask(_logits(config, scores_ms, work.key_scale))
     top_m = jnp.maximum(state.top, jnp.max(scores_ms, axis=1))
     weights_ms = jnp.exp2(scores_ms - along_rows(jnp.maximum(top_m, LOWEST), tile.keys))
     old_m = jnp.exp2(state.top - top_m)
     total_m = state.total * old_m + jnp.sum(weights_ms, axis=1)
     if work.converted is None:
         plgpu.barrier_wait(stages.values_ready.at[slot])
-        _mend(tile, work, values, live)
+        _mend(tile, work, values, block.live)
     out = _weigh(tile, work, weights_ms.astype(jnp.bfloat16), values, old_m, state.out)
     if work.converted is None:
-        values_read()
+        block.values_read()
     elif tile.warpgroups > 1:
         plgpu.barrier_arrive(work.converted.read)
         plgpu.barrier_wait(work.converted.read)
@@ -231,9 +227,10 @@ def _live_rows(x_sH: jax.Array, live: LiveKeys, start: int) -> jax.Array:
     return jnp.where((number >= live.first - start) & (number < live.end - start), x_sH, jnp.zeros_like(x_sH))
 
 
-def _convert(tile: Tile, work: Workspace, slot: jax.Array, live: LiveKeys) -> None:
-    """Keys and values of the slot to bf16; with two warpgroups, one each."""
+def _convert(tile: Tile, work: Workspace, block: Block) -> None:
+    """Keys and values of the block to bf16; with two warpgroups, one each."""
     assert work.converted is not None
+    slot = block.slot
     stages, converted = work.stages, work.converted
 
     def convert(source: Any, target: Any, live: LiveKeys | None) -> None:
@@ -249,7 +246,7 @@ def _convert(tile: Tile, work: Workspace, slot: jax.Array, live: LiveKeys) -> No
     plgpu.barrier_wait(stages.values_ready.at[slot])
 
     _by_warpgroup(tile, work, 0, lambda: convert(stages.keys, converted.keys, None))
-    _by_warpgroup(tile, work, tile.warpgroups - 1, lambda: convert(stages.values, converted.values, live))
+    _by_warpgroup(tile, work, tile.warpgroups - 1, lambda: convert(stages.values, converted.values, block.live))
     plgpu.commit_smem()
     if tile.warpgroups > 1:
         plgpu.barrier_arrive(converted.written)

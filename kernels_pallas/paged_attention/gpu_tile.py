@@ -55,7 +55,7 @@ class Tile:
             total += self.rows * self.keys * 2
         if decode:
             total += self.rows * self.width * 4 + 2 * _ALIGNMENT
-        return total
+        return total + _OVERHEAD
 
 
 # By head dim, with the most stages that are of use.
@@ -96,9 +96,9 @@ def choose_tile(head_dim: int, cache_dtype: Any, *, decode: bool, smem_bytes: in
         raise NotImplementedError(f"head dim {head_dim}: the GPU kernels know {sorted(table)}")
     largest = table[head_dim]
     tiles = [replace(largest, stages=stages) for stages in range(largest.stages, _MIN_STAGES - 1, -1)]
-    for limit in (smem_bytes // 2 - _OVERHEAD, smem_bytes) if decode else (smem_bytes,):
+    for limit in (smem_bytes // 2, smem_bytes) if decode else (smem_bytes,):
         for tile in tiles:
-            if tile.smem_bytes(head_dim, cache_dtype, decode=decode) + _OVERHEAD <= limit:
+            if tile.smem_bytes(head_dim, cache_dtype, decode=decode) <= limit:
                 return tile
     need = tiles[-1].smem_bytes(head_dim, cache_dtype, decode=decode)
     raise NotImplementedError(f"head dim {head_dim} needs {need} bytes of shared memory, the device has {smem_bytes}")

@@ -17,7 +17,7 @@ from kernels_pallas.sampling.adjust import values_of
 from kernels_pallas.sampling.api import NUM_TOP_LOGPROBS, SampleOutput, SamplingInputs, SamplingState
 from kernels_pallas.sampling.filters import draw_from_candidates
 from kernels_pallas.sampling.summary import Best, Candidates, Plan, Shard, Summarise, plan_draws
-from kernels_pallas.sampling.threshold import Exact, draw_exactly
+from kernels_pallas.sampling.threshold import Exact, Known, draw_exactly
 
 T = TypeVar("T")
 
@@ -87,17 +87,18 @@ def _sample_listed(
     log_sum_B = best.max_B + jnp.log(candidates.sum_B)
     drawn = draw_from_candidates(candidates, log_sum_B, inputs)
     exact = Exact(drawn.token_B, candidates.id_BK[:, :NUM_TOP_LOGPROBS], candidates.value_BK[:, :NUM_TOP_LOGPROBS])
-    undecided_B = drawn.undecided_B & plan.filtered_B & finite_B
-    short_B = _too_few_for_logprobs(candidates) & inputs.logprobs_B & finite_B
+    known = Known(
+        bound_B=candidates.bound_B,
+        max_B=best.max_B,
+        log_sum_B=log_sum_B,
+        undecided_B=drawn.undecided_B & plan.filtered_B & finite_B,
+        short_B=_too_few_for_logprobs(candidates) & inputs.logprobs_B & finite_B,
+    )
 
     def fall_back(logits_BV: jax.Array, exact: Exact) -> Exact:
-        known = (candidates.bound_B, best.max_B, log_sum_B)
-        wanted = (undecided_B, short_B)
-        return draw_exactly(
-            exact, wanted, known, logits_BV, inputs, state, shard, rows_at_once=rows_at_once, retry=retry
-        )
+        return draw_exactly(exact, known, logits_BV, inputs, state, shard, rows_at_once=rows_at_once, retry=retry)
 
-    exact = lax.cond(jnp.any(undecided_B | short_B), fall_back, lambda _, exact: exact, logits_BV, exact)
+    exact = lax.cond(jnp.any(known.undecided_B | known.short_B), fall_back, lambda _, exact: exact, logits_BV, exact)
     token_B = _choose(best, plan, inputs, exact.token_B)
     logprob_B = lax.cond(
         jnp.any(inputs.logprobs_B),

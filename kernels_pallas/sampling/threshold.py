@@ -56,18 +56,27 @@ class _Rows(NamedTuple):
     id_1V: jax.Array
 
 
-class _Known(NamedTuple):
-    """Of each row, f32[G]: a value that all larger ones are kept of, the largest value, log of the sum of exp."""
+class Known(NamedTuple):
+    """What one pass over the rows has told.
 
-    bound_G: jax.Array
-    max_G: jax.Array
-    log_sum_G: jax.Array
+    Attributes:
+        bound_B: f32, a value that all larger ones are kept of.
+        max_B: f32, the largest value.
+        log_sum_B: f32, log of the sum of exp.
+        undecided_B: bool, the draw is still open.
+        short_B: bool, the largest values are.
+    """
+
+    bound_B: jax.Array
+    max_B: jax.Array
+    log_sum_B: jax.Array
+    undecided_B: jax.Array
+    short_B: jax.Array
 
 
 def draw_exactly(
     found: Exact,
-    wanted: tuple[jax.Array, jax.Array],
-    known: tuple[jax.Array, jax.Array, jax.Array],
+    known: Known,
     logits_BV: jax.Array,
     inputs: SamplingInputs,
     state: SamplingState,
@@ -80,8 +89,7 @@ def draw_exactly(
 
     Args:
         found: what stays of the other rows.
-        wanted: bool[B] twice: rows to draw, rows whose largest values are to be listed.
-        known: see `_Known`, [B].
+        known: of all rows.
         logits_BV: f32[B, V], the shard's logits as they were before any adjustment.
         inputs: one entry per draw.
         state: per-request rows.
@@ -89,10 +97,8 @@ def draw_exactly(
         rows_at_once: G.
         retry: candidates to try before a search; 0 for none, as where the vocabulary is split.
     """
-    drawn_B, listed_B = wanted
-    rows = drawn_B.shape[0]
-    any_B = drawn_B | listed_B
-    size = min(rows_at_once, rows)
+    any_B = known.undecided_B | known.short_B
+    size = min(rows_at_once, any_B.shape[0])
     count = jnp.sum(any_B)
     # Undone rows first; the last group may repeat rows, which gives the same again.
     order_B = jnp.argsort(~any_B, stable=True)
@@ -100,11 +106,10 @@ def draw_exactly(
     def group(carry: tuple[jax.Array, Exact]) -> tuple[jax.Array, Exact]:
         start, found = carry
         row_G = lax.dynamic_slice_in_dim(order_B, start, size)
-        inputs_G, known_G = jax.tree.map(lambda x: x[row_G], (inputs, _Known(*known)))
-        new = _draw_group(known_G, listed_B[row_G], logits_BV[row_G], inputs_G, state, shard, retry)
-        old = jax.tree.map(lambda x: x[row_G], found)
-        token_G = jnp.where(drawn_B[row_G], new.token_B, old.token_B)
-        keep_G1 = ~listed_B[row_G][:, None]
+        inputs_G, known_G, old = jax.tree.map(lambda x: x[row_G], (inputs, known, found))
+        new = _draw_group(known_G, logits_BV[row_G], inputs_G, state, shard, retry)
+        token_G = jnp.where(known_G.undecided_B, new.token_B, old.token_B)
+        keep_G1 = ~known_G.short_B[:, None]
         top_ids_GJ = jnp.where(keep_G1, old.top_ids_BJ, new.top_ids_BJ)
         new = Exact(token_G, top_ids_GJ, jnp.where(keep_G1, old.top_BJ, new.top_BJ))
         return start + size, jax.tree.map(lambda x, y: x.at[row_G].set(y), found, new)
@@ -113,13 +118,7 @@ def draw_exactly(
 
 
 def _draw_group(
-    known: _Known,
-    listed_G: jax.Array,
-    logits_GV: jax.Array,
-    inputs: SamplingInputs,
-    state: SamplingState,
-    shard: Shard,
-    retry: int,
+    known: Known, logits_GV: jax.Array, inputs: SamplingInputs, state: SamplingState, shard: Shard, retry: int
 ) -> Exact:
     value_GV = adjust_logits(logits_GV, inputs, state, shard) * inverse_temperature(inputs)[:, None]
     # -0 and 0 are one value to every comparison, and have to have one image.
@@ -128,27 +127,27 @@ def _draw_group(
         token_G = _draw_from_more(value_GV, known, inputs, shard, retry)
     else:
         token_G = _search(value_GV, known, inputs, shard)
-    top_ids_GJ, top_GJ = lax.cond(jnp.any(listed_G), partial(_top, shard=shard), _no_top, value_GV)
+    top_ids_GJ, top_GJ = lax.cond(jnp.any(known.short_B), partial(_top, shard=shard), _no_top, value_GV)
     return Exact(token_G, top_ids_GJ, top_GJ)
 
 
-def _draw_from_more(value_GV: jax.Array, known: _Known, inputs: SamplingInputs, shard: Shard, count: int) -> jax.Array:
+def _draw_from_more(value_GV: jax.Array, known: Known, inputs: SamplingInputs, shard: Shard, count: int) -> jax.Array:
     """i32[G], from this many candidates if they decide."""
     value_GK, id_GK = top_of_rows(value_GV, count)
-    candidates = Candidates(value_GK, id_GK, value_GK[:, -1], jnp.ones_like(known.log_sum_G))
-    drawn = draw_from_candidates(candidates, known.log_sum_G, inputs)
+    candidates = Candidates(value_GK, id_GK, value_GK[:, -1], jnp.ones_like(known.log_sum_B))
+    drawn = draw_from_candidates(candidates, known.log_sum_B, inputs)
 
     def search(value_GV: jax.Array) -> jax.Array:
-        token_G = _search(value_GV, known._replace(bound_G=candidates.bound_B), inputs, shard)
+        token_G = _search(value_GV, known._replace(bound_B=candidates.bound_B), inputs, shard)
         return jnp.where(drawn.undecided_B, token_G, drawn.token_B)
 
     return lax.cond(jnp.any(drawn.undecided_B), search, lambda _: drawn.token_B, value_GV)
 
 
-def _search(value_GV: jax.Array, known: _Known, inputs: SamplingInputs, shard: Shard) -> jax.Array:
+def _search(value_GV: jax.Array, known: Known, inputs: SamplingInputs, shard: Shard) -> jax.Array:
     """i32[G], by bisection."""
     id_1V = (shard.first(value_GV.shape[1]) + jnp.arange(value_GV.shape[1], dtype=jnp.int32))[None]
-    rows = _Rows(value_GV, _image(value_GV), jnp.exp(value_GV - known.log_sum_G[:, None]), id_1V)
+    rows = _Rows(value_GV, _image(value_GV), jnp.exp(value_GV - known.log_sum_B[:, None]), id_1V)
     edge = _find_edge(rows, known, inputs, shard)
     last_id_G = _find_last_id(rows, edge, known, inputs, shard)
     return _draw_kept(rows, edge, last_id_G, known, inputs, shard)
@@ -186,7 +185,7 @@ class _Edge(NamedTuple):
     count_between_G: jax.Array
 
 
-def _find_edge(rows: _Rows, known: _Known, inputs: SamplingInputs, shard: Shard) -> _Edge:
+def _find_edge(rows: _Rows, known: Known, inputs: SamplingInputs, shard: Shard) -> _Edge:
     top_p_G = unbounded_top_p(inputs)
 
     def above(image_G: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -211,7 +210,7 @@ def _find_edge(rows: _Rows, known: _Known, inputs: SamplingInputs, shard: Shard)
         new = jax.tree.map(lambda x, y: jnp.where(kept_G, x, y), lower, upper)
         return index + 1, jax.tree.map(lambda x, y: jnp.where(open_(edge), x, y), new, edge)
 
-    high_G = _image(jnp.where(known.bound_G == 0, 0.0, known.bound_G))
+    high_G = _image(jnp.where(known.bound_B == 0, 0.0, known.bound_B))
     low_G = jnp.minimum(_image(_surely_dropped(rows, known, inputs, shard)), high_G - 1)
     count_G, mass_G = above(high_G)
     count_low_G, mass_low_G = above(low_G)
@@ -227,15 +226,15 @@ def _find_edge(rows: _Rows, known: _Known, inputs: SamplingInputs, shard: Shard)
     return lax.while_loop(lambda carry: jnp.any(open_(carry[1])), step, (jnp.int32(0), edge))[1]
 
 
-def _surely_dropped(rows: _Rows, known: _Known, inputs: SamplingInputs, shard: Shard) -> jax.Array:
+def _surely_dropped(rows: _Rows, known: Known, inputs: SamplingInputs, shard: Shard) -> jax.Array:
     """f32[G], a value that no kept token is at or below: where a search may begin."""
     smallest_G = jnp.min(jnp.where(rows.value_GV == -jnp.inf, jnp.inf, rows.value_GV), axis=1)
     if shard.axis_name is not None:
         smallest_G = lax.pmin(smallest_G, shard.axis_name)
     below_all_G = _from_image(_image(jnp.where(smallest_G == 0, 0.0, smallest_G)) - 1)
     # All tokens of mass (1 - p) / V and less weigh no more than 1 - p together.
-    by_top_p_G = known.log_sum_G + jnp.log(jnp.maximum(1 - inputs.top_p_B, 0.0) / shard.vocab_size) - _MARGIN
-    by_min_p_G = known.max_G + jnp.log(inputs.min_p_B) - _MARGIN
+    by_top_p_G = known.log_sum_B + jnp.log(jnp.maximum(1 - inputs.top_p_B, 0.0) / shard.vocab_size) - _MARGIN
+    by_min_p_G = known.max_B + jnp.log(inputs.min_p_B) - _MARGIN
     return jnp.maximum(below_all_G, jnp.maximum(by_top_p_G, by_min_p_G))
 
 
@@ -247,9 +246,9 @@ def _middle(low: jax.Array, high: jax.Array, by_value: jax.Array) -> jax.Array:
     return jnp.where(by_value, mean, halves)
 
 
-def _find_last_id(rows: _Rows, edge: _Edge, known: _Known, inputs: SamplingInputs, shard: Shard) -> jax.Array:
+def _find_last_id(rows: _Rows, edge: _Edge, known: Known, inputs: SamplingInputs, shard: Shard) -> jax.Array:
     """i32[G]: of the tokens at the edge, those up to this id are kept: as many as fit, lowest ids first."""
-    mass_G = jnp.exp(_from_image(edge.high_G) - known.log_sum_G)
+    mass_G = jnp.exp(_from_image(edge.high_G) - known.log_sum_B)
     by_top_p_G = jnp.floor((unbounded_top_p(inputs) - edge.mass_above_G) / mass_G) + 1
     # The first at the edge is kept, or the edge would lie higher, whatever the sums round to.
     by_top_p_G = jnp.clip(by_top_p_G, 1, shard.vocab_size).astype(jnp.int32)
@@ -271,11 +270,11 @@ def _find_last_id(rows: _Rows, edge: _Edge, known: _Known, inputs: SamplingInput
 
 
 def _draw_kept(
-    rows: _Rows, edge: _Edge, last_id_G: jax.Array, known: _Known, inputs: SamplingInputs, shard: Shard
+    rows: _Rows, edge: _Edge, last_id_G: jax.Array, known: Known, inputs: SamplingInputs, shard: Shard
 ) -> jax.Array:
     """i32[G], the draw among what all filters keep."""
     at_edge_GV = (rows.image_GV > edge.low_G[:, None]) & (rows.id_1V <= last_id_G[:, None])
-    least_G = inputs.min_p_B * jnp.exp(known.max_G - known.log_sum_G)
+    least_G = inputs.min_p_B * jnp.exp(known.max_B - known.log_sum_B)
     kept_GV = ((rows.image_GV > edge.high_G[:, None]) | at_edge_GV) & (rows.mass_GV >= least_G[:, None])
     noised_GV = rows.value_GV + gumbel_noise(inputs.seed_B2, inputs.position_B, rows.id_1V)
     best_G, id_G = first_largest(jnp.where(kept_GV, noised_GV, -jnp.inf))

@@ -41,16 +41,18 @@ def sample(
     state: SamplingState,
     shard: Shard | None = None,
     *,
-    block: int | None = None,
+    block: int,
     interpret: Any = False,
 ) -> SampleOutput:
-    """Draw one token per row of f32 logits; see `combine.sample_with`."""
+    """Draw one token per row of f32 logits, `block` ids at a time; see `combine.sample_with` and `choose_block`."""
     shard = shard or Shard(logits_BV.shape[1])
 
     def summarise(
         logits_BV: jax.Array, inputs: SamplingInputs, state: SamplingState, shard: Shard, *, listed: bool
     ) -> tuple[Best, Candidates | None]:
-        kernel = _Kernel(block or _block(logits_BV.shape[1]), shard, interpret)
+        # No block is longer than the row.
+        units = -(-min(block, logits_BV.shape[1]) // _BLOCK_UNIT)
+        kernel = _Kernel(units * _BLOCK_UNIT, shard, interpret)
         if not listed:
             return kernel(logits_BV, inputs, None, listed=False)
         any_adjusted = jnp.any(plan_draws(inputs, shard.vocab_size).adjusted_B)
@@ -64,17 +66,11 @@ def sample(
     return sample_with(summarise, logits_BV, inputs, state, shard, rows_at_once=_ROWS_AT_ONCE)
 
 
-def _block(size: int) -> int:
-    """Ids of one block: the largest of which logits (twice), values, counts and outputs (twice) take half of VMEM."""
-    try:
-        vmem = pltpu.get_tpu_info().vmem_capacity_bytes
-    except (NotImplementedError, ValueError, AttributeError):
-        # Traced for another device than the process has; the smallest VMEM of any TPU since v4.
-        vmem = 16 * 2**20
+def choose_block(vmem_bytes: int) -> int:
+    """Ids of one block: the most of which logits (twice), values, counts and outputs (twice) take half of VMEM."""
     kept = 2 * 4 * _ROWS * 2 * DEPTH * NUM_BUCKETS
-    fits = (vmem // 2 - kept) // (4 * 4 * _ROWS)
-    units = min(_MAX_BLOCK, fits, size + _BLOCK_UNIT - 1) // _BLOCK_UNIT
-    return max(1, units) * _BLOCK_UNIT
+    fits = (vmem_bytes // 2 - kept) // (4 * 4 * _ROWS)
+    return max(1, min(_MAX_BLOCK, fits) // _BLOCK_UNIT) * _BLOCK_UNIT
 
 
 class _Refs(NamedTuple):

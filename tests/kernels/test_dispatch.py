@@ -1,16 +1,19 @@
 """Which backend is chosen, and what is said of it."""
 
 import logging
+from types import SimpleNamespace
 from typing import Any
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from jaxserve.config import EngineConfig
 from jaxserve.design import design_model, lay_out
 from jaxserve.errors import LaunchError
 from jaxserve.mesh import make_mesh
-from kernels_pallas.dispatch import choose_attention
+from kernels_pallas.dispatch import choose_attention, choose_sampler
 from kernels_pallas.paged_attention.cases import SHAPES
 from kernels_pallas.paged_attention.xla import XlaAttention
 from tests.tiny import CONFIG
@@ -38,4 +41,20 @@ def test_the_choice_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
     config = EngineConfig(model_path="x", max_total_tokens=1024)
     with caplog.at_level(logging.INFO, "jaxserve.design"):
         lay_out(config, design_model(config, CONFIG, make_mesh(1)), 0)
-    assert [record.message for record in caplog.records] == ["attention backend: xla, made for cpu"]
+    assert [record.message for record in caplog.records] == [
+        "attention backend: xla, made for cpu",
+        "sampling backend: xla, made for cpu",
+    ]
+
+
+@pytest.mark.parametrize("kind", ["NVIDIA A100-SXM4-80GB", "NVIDIA B200", "NVIDIA GeForce RTX 4090"])
+def test_other_gpus_than_hopper_take_the_portable_ones_and_say_why(kind: str) -> None:
+    device = SimpleNamespace(platform="gpu", device_kind=kind)
+    mesh: Any = SimpleNamespace(devices=np.array([device]), shape={"data": 1, "model": 1})
+    for chosen in (choose_attention("auto", DENSE, mesh), choose_sampler(mesh)):
+        assert (chosen.name, chosen.lacking) == ("xla", True)
+        assert chosen.reason.startswith("the gpu kernel cannot: ")
+        if jax.__version_info__ >= (0, 11):
+            assert f"not for {kind}" in chosen.reason
+    with pytest.raises(NotImplementedError):
+        choose_attention("gpu", DENSE, mesh)

@@ -255,7 +255,7 @@ def test_gpu_decode_reads_live_pages_once(page_size: int, window: int | None) ->
     kv_lens = [1, 64, 65, 1000, 4000]
     token_bytes = 2 * 8 * 128 * 2
     seen = [length if window is None else min(length, window) for length in kv_lens]
-    # A page at either end that is not wholly live; queries; parts of four splits in f32, padded to 8 heads.
-    constant = 2 * 64 * token_bytes + 8 * 8 * (2 * 128 + 2 * 4 * 4 * 130)
+    # A page at either end that is not wholly live; queries and parts in f32 of four splits, padded to 8 heads.
+    constant = 2 * 64 * token_bytes + 4 * 8 * 8 * (2 * 128 + 2 * 4 * 130)
     got = decode_bytes(config, tile, 4, kv_lens)
     assert sum(seen) * token_bytes <= got <= sum(seen) * token_bytes + len(kv_lens) * constant

@@ -1,0 +1,41 @@
+"""What the GPU kernels are handed of one layer."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from kernels_pallas.paged_attention.api import AttentionMeta
+
+
+class GpuLayer(NamedTuple):
+    """One layer on one shard, the step's keys and values written already.
+
+    Attributes:
+        keys_PKSH, values_PKSH: pages of all layers.
+        first_page: i32, first page of this one.
+        meta: the step.
+        sinks_N, scales_2K: see `AttentionBackend.attend`.
+    """
+
+    keys_PKSH: jax.Array
+    values_PKSH: jax.Array
+    first_page: jax.Array
+    meta: AttentionMeta
+    sinks_N: jax.Array | None
+    scales_2K: jax.Array | None
+
+    @property
+    def num_kv_heads(self) -> int:
+        """Of the shard."""
+        return self.keys_PKSH.shape[1]
+
+    @property
+    def quantized(self) -> bool:
+        """Whether the cache has 8 bits."""
+        return self.keys_PKSH.dtype.itemsize == 1
+
+    @property
+    def scale_or_one_2K(self) -> jax.Array:
+        """The kernels' operand, which is there in any case."""
+        return jnp.ones((2, self.num_kv_heads), jnp.float32) if self.scales_2K is None else self.scales_2K
