@@ -27,6 +27,13 @@ def compilation_cache(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(tmp_path_factory.getbasetemp().parent / "compiled")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _share_compiled_programs(compilation_cache: str) -> None:
+    """What one test has compiled, others load."""
+    jax.config.update("jax_compilation_cache_dir", compilation_cache)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
+
 @pytest.fixture(scope="session")
 def anyio_backend() -> str:
     """Async tests run on asyncio, as the server does."""

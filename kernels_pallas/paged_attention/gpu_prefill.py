@@ -218,20 +218,26 @@ def _scratch_types(tile: Tile, head_dim: int, page_size: int, dtype: Any) -> _Sc
 def _kernel(inputs: PrefillInputs, out: Any, scratch: _Scratch, *, problem: _Problem) -> None:
     warpgroups = problem.tile.warpgroups
     warpgroup = lax.axis_index("warpgroup")
-    # Tiles of later tokens see more keys: they start first, so that none is left running alone.
-    tile = lax.axis_size("tile") - 1 - lax.axis_index("tile")
 
     @pl.when(warpgroup < warpgroups)
     def _compute() -> None:
         if warpgroups == 2:
             plgpu.set_max_registers(_COMPUTE_REGISTERS, action="increase")
-        _attend(problem, inputs, out, scratch, tile, warpgroup)
+        _attend(problem, inputs, out, scratch, _tile_index(), warpgroup)
 
     @pl.when(warpgroup == warpgroups)
     def _move() -> None:
         if warpgroups == 2:
             plgpu.set_max_registers(_MEMORY_REGISTERS, action="decrease")
-        _stream(problem, inputs, scratch, tile)
+        _stream(problem, inputs, scratch, _tile_index())
+
+
+def _tile_index() -> jax.Array:
+    """Tiles of later tokens see more keys: they start first, so that none is left running alone.
+
+    Found by each warpgroup: what they share is spilled, as the kernel starts with few registers.
+    """
+    return lax.axis_size("tile") - 1 - lax.axis_index("tile")
 
 
 def _stream(problem: _Problem, inputs: PrefillInputs, scratch: _Scratch, tile: jax.Array) -> None:

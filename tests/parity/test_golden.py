@@ -1,7 +1,8 @@
 """Logits equal transformers' for every architecture and rope variant: whole, chunked, decoded, batched, sharded."""
 
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ from jaxserve.build import build_runner
 from jaxserve.config import EngineConfig
 from jaxserve.runner.batch import ForwardBatch
 from jaxserve.runner.buckets import Bucket
+from jaxserve.runner.programs import StepModel
 from jaxserve.runner.runner import ModelRunner
 from jaxserve.step import ScheduledRow, SchedulerOutput
 
@@ -31,31 +33,26 @@ class Model(NamedTuple):
 
 
 def load(name: str, **changes: object) -> Model:
+    sizes: dict[str, Any] = {"max_running_requests": 4, "chunked_prefill_size": 128, **changes}
     config = EngineConfig(
-        model_path=str(GOLDEN / name),
-        page_size=8,
-        max_total_tokens=512,
-        max_running_requests=4,
-        chunked_prefill_size=128,
-        show_progress=False,
-        **changes,  # type: ignore[arg-type]
+        model_path=str(GOLDEN / name), page_size=8, max_total_tokens=512, show_progress=False, **sizes
     )
     golden = np.load(GOLDEN / name / "golden.npz")
     return Model(build_runner(config, lambda items, *_: items).runner, golden["token_ids"], golden["logits"])
 
 
+@partial(jax.jit, static_argnums=0)
+def forward(model: StepModel, weights: object, cache: object, batch: ForwardBatch) -> tuple[jax.Array, object]:
+    plan = model.attention.plan(batch.attention_meta())
+    x_TD, cache = model.decoder.forward(weights, cache, *batch.tokens_3T[:2], plan, model.attention)
+    return model.decoder.logits(weights, x_TD), cache
+
+
 def run(runner: ModelRunner, rows: list[ScheduledRow]) -> np.ndarray:
     """Logits of every token of a step."""
-    model = runner._model
     plan = SchedulerOutput(step=0, new_rows=(), rows=tuple(rows))
-    batch = runner._rows[0].build(plan, Bucket(128, 4))
-
-    def forward(weights: object, cache: object, batch: ForwardBatch) -> tuple[jax.Array, object]:
-        plan = model.attention.plan(batch.attention_meta())
-        x_TD, cache = model.decoder.forward(weights, cache, *batch.tokens_3T[:2], plan, model.attention)
-        return model.decoder.logits(weights, x_TD), cache
-
-    logits, runner._cache = jax.jit(forward)(runner._weights, runner._cache, jax.tree.map(jnp.asarray, batch))
+    batch = jax.tree.map(jnp.asarray, runner._rows[0].build(plan, Bucket(128, 4)))
+    logits, runner._cache = forward(runner._model, runner._weights, runner._cache, batch)
     return np.asarray(logits[: plan.num_tokens])
 
 
@@ -108,14 +105,23 @@ def test_sharded(name: str, tp_size: int) -> None:
     close(logits.reshape(model.logits.shape), model.logits)
 
 
-@pytest.mark.parametrize(("tp_size", "dp_size"), [(1, 2), (2, 2)])
-def test_copies_side_by_side(tp_size: int, dp_size: int) -> None:
+# The fewest programs that can run two prompts.
+FEW_PROGRAMS = {"max_running_requests": 2, "chunked_prefill_size": 64}
+
+
+@pytest.fixture(scope="module")
+def alone() -> ModelRunner:
+    runner = load("qwen3", **FEW_PROGRAMS).runner
+    runner.warm_up(lambda buckets: buckets)
+    return runner
+
+
+@pytest.mark.parametrize("tp_size", [1, 2])
+def test_copies_side_by_side(alone: ModelRunner, tp_size: int) -> None:
     """Two copies of the model run different steps in one program; their tokens are those of one copy."""
-    prompts = load("qwen3").token_ids
-    runner = load("qwen3", tp_size=tp_size, dp_size=dp_size).runner
-    alone = load("qwen3").runner
-    for each in (runner, alone):
-        each.warm_up(lambda buckets: buckets)
+    model = load("qwen3", tp_size=tp_size, dp_size=2, **FEW_PROGRAMS)
+    prompts, runner = model.token_ids, model.runner
+    runner.warm_up(lambda buckets: buckets)
 
     def sampled(*rows: ScheduledRow) -> SchedulerOutput:
         drawn = tuple(msgspec.structs.replace(row, samples=True) for row in rows)

@@ -9,7 +9,7 @@ from jaxserve import LLM, SamplingParams
 from tests.tiny import write_checkpoint
 
 SMALL: dict[str, Any] = {
-    "max_running_requests": 4,
+    "max_running_requests": 2,  # few programs to compile
     "chunked_prefill_size": 32,
     "max_total_tokens": 2048,
     "page_size": 16,

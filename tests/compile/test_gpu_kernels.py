@@ -1,0 +1,87 @@
+"""What NVIDIA's assembler makes of the attention kernels: registers, and tensor cores."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from jaxserve.mesh import mesh_of
+from jaxserve.targets import parse_target, target_devices
+from kernels_pallas.dispatch import choose_attention
+from kernels_pallas.paged_attention.api import AttentionBackend, AttentionConfig, AttentionMeta, Cache
+
+pytestmark = pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="the kernels need JAX 0.11")
+
+NUM_TOKENS, NUM_ROWS, NUM_PAGES, NUM_Q_HEADS, NUM_KV_HEADS = 256, 32, 16, 16, 4
+CASES = [
+    *((head_dim, dtype) for head_dim in (64, 80, 96, 128, 256) for dtype in ("bfloat16", "int8")),
+    (128, "float8_e4m3fn"),
+]
+# Prefill with 256 columns of results in its registers, and 8 bits to convert: the addresses of the stages do not fit.
+# They are read back once per block of keys, some twenty loads among thousands of instructions.
+MOST_SPILLED = {(256, "int8"): 128}
+
+
+def compile_attention(head_dim: int, dtype: str) -> None:
+    """With all options, for one H100."""
+    mesh = mesh_of(target_devices(parse_target("h100:1")), 1, 1)
+    sharding = NamedSharding(mesh, PartitionSpec())
+
+    def array(shape: tuple[int, ...], dtype: str = "int32") -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype), sharding=sharding)
+
+    config = AttentionConfig(
+        num_layers=2,
+        num_q_heads=NUM_Q_HEADS,
+        num_kv_heads=NUM_KV_HEADS,
+        head_dim=head_dim,
+        page_size=64,
+        num_pages=64,
+        dtype=jnp.dtype(dtype),
+        scale=head_dim**-0.5,
+        window=100,
+        soft_cap=30.0,
+    )
+    backend: AttentionBackend = choose_attention("gpu", config, mesh).backend
+    meta = AttentionMeta(
+        kv_lens_B=array((NUM_ROWS,)),
+        page_table_BM=array((NUM_ROWS, NUM_PAGES)),
+        cu_q_lens_B1=array((NUM_ROWS + 1,)),
+        distribution_2=array((2,)),
+        slot_mapping_T=array((NUM_TOKENS,)),
+        positions_T=array((NUM_TOKENS,)),
+    )
+    scales = array((2, NUM_KV_HEADS), "float32") if jnp.dtype(dtype).itemsize == 1 else None
+    q_TNH, k_TKH = (array((NUM_TOKENS, heads, head_dim), "bfloat16") for heads in (NUM_Q_HEADS, NUM_KV_HEADS))
+    cache = {name: array(spec.shape, spec.dtype) for name, spec in backend.cache_spec().items()}
+
+    optional = array((NUM_Q_HEADS,), "float32"), scales
+
+    def attend(new: tuple[jax.Array, ...], cache: Cache, layer: jax.Array, meta: AttentionMeta, optional: Any) -> Any:
+        return backend.attend(*new, cache, layer, backend.plan(meta), *optional)
+
+    jax.jit(attend).lower((q_TNH, k_TKH, k_TKH), cache, array(()), meta, optional).compile()
+
+
+@pytest.mark.parametrize(("head_dim", "dtype"), CASES)
+def test_attention_keeps_to_registers_and_uses_the_tensor_cores(
+    head_dim: int, dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MOSAIC_GPU_DUMP_TO", str(tmp_path))
+    monkeypatch.setenv("MOSAIC_GPU_DUMP_PTXAS", "1")
+    compile_attention(head_dim, dtype)
+    seen: set[str] = set()
+    for assembled in tmp_path.glob("*.ptxas"):
+        name, text = assembled.stem.rsplit("_", 1)[0], assembled.read_text()
+        seen.add(name)
+        spilled = [int(size) for size in re.findall(r"(\d+) bytes (?:stack frame|spill stores|spill loads)", text)]
+        assert spilled, text
+        assert max(spilled) <= (MOST_SPILLED.get((head_dim, dtype), 0) if name == "paged_prefill" else 0), (name, text)
+        code = assembled.with_suffix(".sass_ctrl").read_text()
+        assert ("HGMMA" in code) == name.startswith("paged"), name
+    # The write of keys and values is the same for several of them, and compiled once.
+    assert seen >= {"paged_decode", "paged_prefill"}
