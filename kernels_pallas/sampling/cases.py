@@ -1,6 +1,7 @@
 """Named steps of draws with what numpy says of them; every implementation is held against all of them."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import cycle, islice
 from typing import Any
 
 import jax
@@ -138,11 +139,13 @@ def expected(draw: Draw, logits_V: np.ndarray) -> Expected:
 
 
 def step_cases() -> list[Case]:
-    """Every kind of step at every size of vocabulary."""
+    """Every kind of step at every size of vocabulary; all have as many rows, so that one program serves a size."""
     cases: list[Case] = []
     for size in (17, 300, 1024, 5000):
         cases += [_plain(size), _filtered(size), _adjusted(size)]
-    return [*cases, _collisions(5000)]
+    cases.append(_collisions(5000))
+    rows = max(len(case.draws) for case in cases)
+    return [replace(case, draws=tuple(islice(cycle(case.draws), rows))) for case in cases]
 
 
 def large_case() -> Case:

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import jax
@@ -20,8 +20,8 @@ from kernels_pallas.sampling.summary import NUM_CANDIDATES, Shard
 Sample = Callable[..., SampleOutput]
 
 
-def implementation(name: str, block: int = 4096) -> Sample:
-    """TPU and GPU kernels run on CPU, with their races detected."""
+def implementation(name: str, block: int = 4096, *, detect_races: bool = True) -> Sample:
+    """TPU and GPU kernels run on CPU."""
     if name == "xla":
         return xla.sample
     if name == "tpu":
@@ -29,13 +29,21 @@ def implementation(name: str, block: int = 4096) -> Sample:
 
         from kernels_pallas.sampling import tpu
 
-        params: Any = pltpu.InterpretParams(detect_races=True, out_of_bounds_reads="raise", uninitialized_memory="nan")
+        params: Any = pltpu.InterpretParams(
+            detect_races=detect_races, out_of_bounds_reads="raise", uninitialized_memory="nan"
+        )
         return partial(tpu.sample, block=block, interpret=params)
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
     from kernels_pallas.sampling import gpu
 
-    return partial(gpu.sample, interpret=plgpu.InterpretGPUParams(detect_races=True))
+    return partial(gpu.sample, interpret=plgpu.InterpretGPUParams(detect_races=detect_races))
+
+
+@cache
+def compiled(name: str) -> Sample:
+    """One function for all cases: those of one size share its programs."""
+    return jax.jit(implementation(name))
 
 
 needs_pallas = pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="the kernels need JAX 0.11")
@@ -80,19 +88,19 @@ ALL = [("xla", case) for case in step_cases()] + [
 
 @pytest.mark.parametrize(("name", "case"), ALL, ids=str)
 def test_matches_numpy(name: str, case: Case) -> None:
-    out = jax.jit(implementation(name))(jnp.asarray(case.logits()), *case.arrays())
-    check(case, jax.device_get(out))
+    check(case, jax.device_get(compiled(name)(jnp.asarray(case.logits()), *case.arrays())))
 
 
 @pytest.mark.parametrize("name", ["xla", *KERNELS])
 def test_matches_numpy_at_a_real_size(name: str) -> None:
+    """Races are watched at the smaller sizes: it takes minutes here."""
     case = large_case()
-    out = jax.jit(implementation(name, block=32768))(jnp.asarray(case.logits()), *case.arrays())
+    out = jax.jit(implementation(name, block=32768, detect_races=False))(jnp.asarray(case.logits()), *case.arrays())
     check(case, jax.device_get(out))
 
 
 @needs_pallas
-@pytest.mark.parametrize("rows", [1, 3, 9, 17])
+@pytest.mark.parametrize("rows", [1, 17])
 def test_any_number_of_rows_in_a_group(rows: int) -> None:
     """The last group of 8 rows is not full."""
     whole = next(case for case in step_cases() if case.name == "filtered" and case.vocab_size == 1024)
@@ -101,7 +109,9 @@ def test_any_number_of_rows_in_a_group(rows: int) -> None:
     check(Case(name="cut", vocab_size=1024, draws=whole.draws[:rows]), jax.device_get(out))
 
 
-def sharded(sample: Sample, vocab_size: int, shards: int) -> Callable[..., SampleOutput]:
+@cache
+def sharded(name: str, vocab_size: int, shards: int) -> Callable[..., SampleOutput]:
+    sample = implementation(name)
     mesh = Mesh(np.array(jax.devices()[:shards]), ("model",))
     shard = Shard(vocab_size, "model")
     return jax.jit(
@@ -125,14 +135,14 @@ def padded(case: Case, shards: int) -> tuple[jax.Array, SamplingInputs, Sampling
 @pytest.mark.parametrize("case", step_cases(), ids=lambda case: f"{case.name}-{case.vocab_size}")
 @pytest.mark.parametrize("shards", [2, 8])
 def test_split_vocabulary_draws_the_same(shards: int, case: Case) -> None:
-    out = jax.device_get(sharded(xla.sample, case.vocab_size, shards)(*padded(case, shards)))
+    out = jax.device_get(sharded("xla", case.vocab_size, shards)(*padded(case, shards)))
     check(case, out)
 
 
 @pytest.mark.parametrize("case", step_cases()[-3:-1], ids=lambda case: f"{case.name}-{case.vocab_size}")
 @pytest.mark.parametrize("name", KERNELS)
 def test_split_vocabulary_draws_the_same_in_kernels(name: str, case: Case) -> None:
-    out = jax.device_get(sharded(implementation(name), case.vocab_size, 2)(*padded(case, 2)))
+    out = jax.device_get(sharded(name, case.vocab_size, 2)(*padded(case, 2)))
     check(case, out)
 
 
@@ -152,7 +162,7 @@ def collectives(text: str) -> list[int]:
 def test_only_candidates_cross_the_mesh(shards: int) -> None:
     rows, vocab_size = 4, 64_000
     case: Any = Case(name="", vocab_size=vocab_size, draws=step_cases()[1].draws[:rows])
-    compiled = sharded(xla.sample, vocab_size, shards).lower(*padded(case, shards)).compile()
+    compiled = sharded("xla", vocab_size, shards).lower(*padded(case, shards)).compile()
     sizes = collectives(compiled.as_text())
     assert len(sizes) >= 3
     assert max(sizes) <= rows * shards * (2 * NUM_CANDIDATES + 8)
