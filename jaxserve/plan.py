@@ -17,6 +17,8 @@ from jaxserve.errors import ExitCode, LaunchError
 from jaxserve.model_source import find_config
 from jaxserve.targets import Target, parse_target, prepare_environment
 
+_TP_SIZE = "Without --tp-size, a copy of the model takes all devices that --dp-size leaves it."
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Plan; returns 0 if the model fits, 1 if it does not, 2 if that cannot be told."""
@@ -40,14 +42,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m jaxserve.plan", description=__doc__, allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        prog="python -m jaxserve.plan", description=f"{__doc__}\n{_TP_SIZE}", allow_abbrev=False
+    )
     parser.add_argument(
         "--target", required=True, help="v5e:2x2, v5p:2x2x1, v6e:2x4, tpu7x:2x2x1, h100:8, h200:1, cpu:8"
     )
     model_flags(parser.add_argument_group("model"))
     memory_flags(parser.add_argument_group("memory and batching"))
     device_flags(parser.add_argument_group("devices"))
-    # Without --tp-size, all devices that --dp-size leaves.
     parser.set_defaults(tp_size=None)
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.add_argument("--log-level", choices=["debug", "info", "warning", "error"], default="warning")

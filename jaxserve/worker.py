@@ -58,17 +58,22 @@ def main() -> int:
     socket: zmq.Socket[bytes] = context.socket(zmq.PAIR)
     socket.set_hwm(0)
     socket.connect(sys.argv[1])
-    try:
-        worker = _Worker(socket, config)
-    except LaunchError as error:
-        socket.send(encode(StartFailed(error=str(error))))
-        socket.close(linger=2000)
-        context.term()
-        return _leave(config, error.exit_code)
-    worker.run()
+    code = _serve(socket, config)
     socket.close(linger=2000)
     context.term()
-    return int(ExitCode.OK)
+    return code if code == ExitCode.OK else _leave(config, code)
+
+
+def _serve(socket: "zmq.Socket[bytes]", config: EngineConfig) -> ExitCode:
+    try:
+        _Worker(socket, config).run()
+    except LaunchError as error:
+        socket.send(encode(StartFailed(error=str(error))))
+        return error.exit_code
+    except Exception:
+        logger.exception("the engine fails")
+        return ExitCode.ENGINE_LOST
+    return ExitCode.OK
 
 
 def _follow(config: EngineConfig) -> int:

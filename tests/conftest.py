@@ -1,6 +1,7 @@
 """Eight CPU devices, strict dtypes, and shared fixtures."""
 
 import os
+from typing import Any
 
 # GPU programs are compiled without a GPU, on which candidates could be tried.
 os.environ["XLA_FLAGS"] = (
@@ -19,6 +20,21 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 # No deadline: the first example of a test pays for imports and compilation.
 settings.register_profile("default", deadline=None, derandomize=True)
 settings.load_profile("default")
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """How long the compilers took for the steps of real targets."""
+    seconds = {
+        report.nodeid.rpartition("::")[2]: " + ".join(
+            f"{value}" for name, value in report.user_properties if name == "compile_s"
+        )
+        for report in terminalreporter.stats.get("passed", [])
+        if any(name == "compile_s" for name, _ in report.user_properties)
+    }
+    if seconds:
+        terminalreporter.section("seconds to compile")
+        for test, value in sorted(seconds.items()):
+            terminalreporter.write_line(f"{value:>12}  {test}")
 
 
 @pytest.fixture(scope="session")

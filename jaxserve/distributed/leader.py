@@ -1,9 +1,10 @@
 """Host 0's side: tells the other hosts what it runs itself, and compares what they drew."""
 
+import contextlib
 import logging
 import threading
 import zlib
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 
 import numpy as np
 
@@ -25,7 +26,9 @@ from jaxserve.step import ConstrainedRows, Plans, StepOutput
 logger = logging.getLogger(__name__)
 
 # A step that raised on every host is started over by this one; it may see so a little later than another host.
-_RESET_S = 10.0
+_NOTICE_S = 3.0
+# A host that has sent what this one has not waits in a collective; then no reset ends.
+_RESET_S = 30.0
 
 
 def digest_of(outputs: tuple[StepOutput | None, ...]) -> int:
@@ -85,6 +88,17 @@ class Followers:
             self._changed.notify_all()
         self.tell(Reset(step))
 
+    @contextlib.contextmanager
+    def deadline(self) -> Generator[None, None, None]:
+        """Give up unless the block is left in time."""
+        timer = threading.Timer(_RESET_S, self._give_up, ["the hosts do not come together after a step that raised"])
+        timer.daemon = True
+        timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
+
     def finish(self) -> None:
         """Let them go."""
         self._finished = True
@@ -107,7 +121,7 @@ class Followers:
     def _await_reset(self, rank: int, step: int, reason: str) -> None:
         """A step raised there; unless it raises here too, this host would wait for the other one for ever."""
         with self._changed:
-            over = self._changed.wait_for(lambda: step < self._last_reset, _RESET_S)
+            over = self._changed.wait_for(lambda: step < self._last_reset, _NOTICE_S)
         if not over:
             self._give_up(f"host {rank} failed in step {step}: {reason}")
 
@@ -134,7 +148,8 @@ class LeadingRunner:
     def reset(self) -> None:
         """See `Runner`."""
         self._followers.reset(self._next_step())
-        self._runner.reset()
+        with self._followers.deadline():
+            self._runner.reset()
 
     def _next_step(self) -> int:
         step, self._step = self._step, self._step + 1

@@ -13,8 +13,16 @@ import numpy as np
 
 from jaxserve.step import Plans
 
+# Seconds until a host whose network says nothing at all is taken for gone; the system asks in between.
+_SILENCE_S = 4
 # Masks of 4096 rows over 262,144 tokens.
 _MAX_MESSAGE_BYTES = 256 << 20
+_KEEPALIVE = {
+    "TCP_KEEPIDLE": 1,
+    "TCP_KEEPINTVL": 1,
+    "TCP_KEEPCNT": _SILENCE_S - 1,
+    "TCP_USER_TIMEOUT": _SILENCE_S * 1000,
+}
 _HEADER = struct.Struct("!I")
 
 
@@ -24,7 +32,7 @@ class Hello(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     Attributes:
         rank: of the host.
         num_hosts: as the host was told.
-        versions: of what computes a step, by package.
+        versions: of what computes a step, by package; of jaxserve with a digest of its sources.
         settings: the flags that shape the step, as JSON, by name.
         model: digest of the model's config and of a sample of its weights.
     """
@@ -111,6 +119,10 @@ class Channel:
 
     def __init__(self, connection: socket.socket) -> None:
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        for name, value in _KEEPALIVE.items():
+            if hasattr(socket, name):  # not every system has all of them
+                connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
         self._socket = connection
         self._sending = threading.Lock()
 

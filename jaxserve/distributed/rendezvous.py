@@ -7,6 +7,7 @@ import socket
 import time
 from collections.abc import Mapping
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -18,7 +19,13 @@ from jaxserve.errors import LaunchError
 
 logger = logging.getLogger(__name__)
 
-_PACKAGES = ("jaxserve", "jax", "jaxlib")
+# What computes a step, as far as it is installed.
+_PACKAGES = (
+    "jax",
+    "jaxlib",
+    "libtpu",
+    *(f"jax-cuda{major}-{part}" for major in (12, 13) for part in ("plugin", "pjrt")),
+)
 # What may differ between hosts: where things are, and what host 0 alone decides.
 _LOCAL_SETTINGS = (
     "model_path", "revision", "download_dir", "compilation_cache_dir", "log_level", "show_progress", "nnodes",
@@ -38,10 +45,23 @@ def hello(config: EngineConfig, model: str) -> Hello:
     return Hello(
         rank=config.node_rank,
         num_hosts=config.nnodes,
-        versions={name: metadata.version(name) for name in _PACKAGES},
+        versions=_versions(),
         settings=settings,
         model=model,
     )
+
+
+def _versions() -> dict[str, str]:
+    root = Path(__file__).parent.parent
+    sources = hashlib.sha256()
+    for package in (root, root.parent / "kernels_pallas"):
+        for file in sorted(package.rglob("*.py")):
+            sources.update(file.read_bytes())
+    versions = {"jaxserve": f"{metadata.version('jaxserve')}+{sources.hexdigest()[:12]}"}
+    for name in _PACKAGES:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            versions[name] = metadata.version(name)
+    return versions
 
 
 def model_digest(hf_config: Mapping[str, Any], source: TensorSource | None) -> str:
@@ -119,8 +139,9 @@ def _accept(listener: socket.socket, mine: Hello, channels: dict[int, Channel], 
     try:
         theirs = channel.receive_from_follower()
     except (ConnectionError, TimeoutError) as error:
+        # A host with other messages than ours will understand this one.
         logger.warning("%s said nothing useful: %s", peer[0], error)
-        channel.close()
+        _refuse(channel, f"its greeting was not understood: another version than jaxserve {mine.versions['jaxserve']}")
         return
     connection.settimeout(None)
     if not isinstance(theirs, Hello):
@@ -135,18 +156,20 @@ def _accept(listener: socket.socket, mine: Hello, channels: dict[int, Channel], 
     elif reason is None and earlier is not None:
         # The first one is as good as the second, which alone is sent away.
         logger.warning("a second host of rank %d at %s was refused", theirs.rank, peer[0])
-        with contextlib.suppress(OSError):
-            channel.send(Refused(f"there is a host of --node-rank {theirs.rank} already"))
-        channel.close()
+        _refuse(channel, f"there is a host of --node-rank {theirs.rank} already")
         return
     if reason is not None:
         for other in (channel, *channels.values()):
-            with contextlib.suppress(OSError):  # a host that is gone need not be told
-                other.send(Refused(reason))
-        channel.close()
+            _refuse(other, reason)
         raise LaunchError(f"the host at {peer[0]} cannot take part: {reason}")
     channels[theirs.rank] = channel
     logger.info("host %d of %d is there", len(channels) + 1, mine.num_hosts)
+
+
+def _refuse(channel: Channel, reason: str) -> None:
+    with contextlib.suppress(OSError):  # a host that is gone need not be told
+        channel.send(Refused(reason))
+    channel.close()
 
 
 def _mismatch(mine: Hello, theirs: Hello) -> str | None:
@@ -154,9 +177,10 @@ def _mismatch(mine: Hello, theirs: Hello) -> str | None:
         return f"--nnodes is {theirs.num_hosts} there and {mine.num_hosts} on host 0"
     if not 1 <= theirs.rank < mine.num_hosts:
         return f"--node-rank {theirs.rank} of {mine.num_hosts} hosts; host 0 is here already"
-    for package, version in mine.versions.items():
-        if (other := theirs.versions.get(package)) != version:
-            return f"{package} is {other} there and {version} on host 0"
+    for package in sorted(mine.versions.keys() | theirs.versions.keys()):
+        here, there = mine.versions.get(package), theirs.versions.get(package)
+        if here != there:
+            return f"{package} is {there} there and {here} on host 0"
     if theirs.model != mine.model:
         return "the model is another one (its config or its weights)"
     for name, value in mine.settings.items():

@@ -149,13 +149,13 @@ def step_cases() -> list[Case]:
 
 
 def large_case() -> Case:
-    """A real vocabulary, once: filters that the candidates decide, one that they do not, and log-probabilities."""
+    """The largest vocabulary, once: filters that the candidates decide, one that they do not, and log-probabilities."""
     draws = (
         Draw(name="top-k", params=RowParams(seed=1, top_k=20, top_p=0.95)),
         Draw(name="wide top-p", params=RowParams(seed=2, top_p=0.9), scale=1.0, logprobs=True),
-        Draw(name="penalties", params=RowParams(seed=3, top_k=50, presence=1.5, counts={5: 1, 151935: 2})),
+        Draw(name="penalties", params=RowParams(seed=3, top_k=50, presence=1.5, counts={5: 1, 262143: 2})),
     )
-    return Case(name="large", vocab_size=151936, draws=draws)
+    return Case(name="large", vocab_size=262144, draws=draws)
 
 
 def _plain(size: int) -> Case:

@@ -46,6 +46,16 @@ STEPS = [
     *(("h100:8", *model) for model in (("llama-3.1-8b", 4), ("llama-3.3-70b", 8))),
     *(("h200:8", *model) for model in (("qwen3-4b", 1), ("llama-3.1-8b", 4), ("llama-3.3-70b", 8))),
 ]
+# Each model on each kind of device, and both vocabularies split and whole.
+DECODE_STEPS = [
+    *(("v5e:2x2", *model) for model in (("qwen2.5-0.5b", 1), ("qwen3-4b", 4), ("llama-3.1-8b", 4))),
+    *(
+        (target, *model)
+        for target in ("v6e:2x4", "h100:8")
+        for model in (("qwen2.5-0.5b", 1), ("qwen3-4b", 8), ("llama-3.1-8b", 1), ("llama-3.3-70b", 8))
+    ),
+    *((target, "llama-3.3-70b", 8) for target in ("v5p:2x2x2", "tpu7x:2x2x1", "h200:8")),
+]
 
 
 def lay_out_for(target_text: str, model: str, tp_size: int, **options: Any) -> tuple[EngineDesign, int]:
@@ -106,10 +116,9 @@ def test_mixed_step(target: str, model: str, tp_size: int, record_property: Call
     check_forward(engine, text, memory, tp_size)
 
 
-@pytest.mark.parametrize("target", ["v5e:2x2", "v6e:2x4", "v5p:2x2x2", "tpu7x:2x2x1", "h100:8", "h200:8"])
-def test_decode_step_and_draws(target: str, record_property: Callable[..., None]) -> None:
-    tp_size = min(8, parse_target(target).num_devices)
-    engine, _ = lay_out_for(target, "qwen3-4b", tp_size)
+@pytest.mark.parametrize(("target", "model", "tp_size"), DECODE_STEPS)
+def test_decode_step_and_draws(target: str, model: str, tp_size: int, record_property: Callable[..., None]) -> None:
+    engine, _ = lay_out_for(target, model, tp_size)
     on_gpu = parse_target(target).device.platform == "gpu"
     step, memory_bytes = StepPrograms(engine.step), parse_target(target).device.memory_bytes
     rows = engine.scheduler.max_rows
@@ -130,8 +139,8 @@ def _check_gathers(text: str, rows: int, tp_size: int) -> None:
         for line in re.findall(r"= (.*?) (?:all-gather|all-reduce|collective-permute)(?:-start)?\(", text)
         for shape in re.findall(r"\w+\[([\d,]*)\]", line)
     ]
-    assert sizes
-    assert max(sizes) <= rows * tp_size * 300
+    assert bool(sizes) == (tp_size > 1)
+    assert max(sizes, default=0) <= rows * tp_size * 300
 
 
 @pytest.mark.parametrize("target", ["v6e:2x4", "h100:8"])
@@ -143,6 +152,17 @@ def test_copies_share_nothing(target: str, record_property: Callable[..., None])
     assert find_collectives(text) == Collectives({"all-reduce": 2}, {"all-reduce": 1})
     # Four groups of two neighbours: the mesh is (data, model), and its last axis runs fastest.
     assert set(re.findall(r"replica_groups=(\S+?),? ", text)) == {"[4,2]<=[8]"}
+
+
+@pytest.mark.parametrize("target", ["v6e:2x4", "h100:1"])
+def test_draws_from_the_largest_vocabulary(
+    target: str, monkeypatch: pytest.MonkeyPatch, record_property: Callable[..., None]
+) -> None:
+    monkeypatch.setitem(MODELS, "large vocabulary", QWEN3_4B | {"vocab_size": 262144})
+    engine, _ = lay_out_for(target, "large vocabulary", 1)
+    memory_bytes = parse_target(target).device.memory_bytes
+    text, _ = check_program(engine, lambda: StepPrograms(engine.step).lower_draw(64), memory_bytes, record_property)
+    assert num_kernels(text) == 3
 
 
 def test_blackwell_runs_the_portable_step(caplog: Any) -> None:

@@ -13,9 +13,11 @@ from typing import Any
 import httpx
 import pytest
 
+from jaxserve.errors import ExitCode
 from tests.e2e.conftest import ServerProcess
 from tests.e2e.test_lifecycle import start_stream
 from tests.ports import free_port
+from tests.tiny import write_checkpoint
 
 
 class Follower:
@@ -31,15 +33,19 @@ class Follower:
 
 
 @contextlib.contextmanager
-def two_hosts(flags: list[str], folder: Path, *, dp_size: int) -> Iterator[tuple[ServerProcess, Follower]]:
+def two_hosts(
+    flags: list[str], folder: Path, *, dp_size: int, there: list[str] | None = None
+) -> Iterator[tuple[ServerProcess, Follower]]:
+    """Two hosts that are starting; `there` are flags that only the second has."""
     shared = [
         *flags, "--dtype", "float32", "--nnodes", "2", "--dist-init-addr", f"127.0.0.1:{free_port()}",
         "--tp-size", str(8 // dp_size), "--dp-size", str(dp_size),
+        "--max-running-requests", "4", "--chunked-prefill-size", "32",  # few programs to compile
     ]  # fmt: skip
     leader = ServerProcess(*shared, log=folder / "host-0", devices=4)
-    follower = Follower(*shared, "--node-rank", "1", log=folder / "host-1")
+    follower = Follower(*shared, "--node-rank", "1", *(there or []), log=folder / "host-1")
     try:
-        yield leader.wait_ready(), follower
+        yield leader, follower
     finally:
         for process in (leader.process, follower.process):
             if process.poll() is None:
@@ -73,22 +79,43 @@ def want(flags: list[str], tmp_path_factory: pytest.TempPathFactory) -> list[str
 
 def test_two_hosts_with_a_copy_each_give_the_tokens_of_one(flags: list[str], want: list[str], tmp_path: Path) -> None:
     with two_hosts(flags, tmp_path, dp_size=2) as (leader, follower):
-        assert texts(leader.url) == want
+        assert texts(leader.wait_ready().url) == want
         assert leader.stop() == 0
         assert follower.process.wait(20) == 0
 
 
 def test_two_hosts_share_a_copy_until_one_is_lost(flags: list[str], want: list[str], tmp_path: Path) -> None:
     with two_hosts(flags, tmp_path, dp_size=1) as (leader, follower):
-        assert texts(leader.url) == want
+        assert texts(leader.wait_ready().url) == want
         thread, lines = start_stream(leader, 4000)
         killed = time.monotonic()
-        # The engine itself, not its launcher: as when a host goes down.
-        children = Path(f"/proc/{follower.process.pid}/task/{follower.process.pid}/children").read_text().split()
-        os.kill(int(children[0]), signal.SIGKILL)
+        kill_engine(follower.process.pid)
         thread.join(10)
         assert not thread.is_alive()
         assert time.monotonic() - killed < 5
         assert '"error"' in lines[-1] or '"error"' in lines[-2]
-        assert leader.process.wait(10) != 0
-        assert follower.process.wait(10) != 0
+        assert leader.process.wait(10) == ExitCode.ENGINE_LOST
+        assert follower.process.wait(10) == ExitCode.ENGINE_LOST
+
+
+def kill_engine(launcher: int) -> None:
+    """The engine itself, not its launcher."""
+    children = Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()
+    os.kill(int(children[0]), signal.SIGKILL)
+
+
+def test_a_host_with_another_model_is_refused_and_told_why(flags: list[str], tmp_path: Path) -> None:
+    other = write_checkpoint(tmp_path / "other", vocab_size=264)
+    with two_hosts(flags, tmp_path, dp_size=1, there=["--model-path", str(other)]) as (leader, follower):
+        assert follower.process.wait(60) == ExitCode.BAD_CONFIG
+        assert leader.process.wait(10) == ExitCode.BAD_CONFIG
+    for log in (leader.log, follower.log):
+        assert "the model is another one (its config or its weights)" in log.read_text()
+
+
+def test_host_0_takes_the_others_along(flags: list[str], tmp_path: Path) -> None:
+    with two_hosts(flags, tmp_path, dp_size=2) as (leader, follower):
+        leader.wait_ready()
+        kill_engine(leader.process.pid)
+        assert leader.process.wait(10) == ExitCode.ENGINE_LOST
+        assert follower.process.wait(10) == ExitCode.ENGINE_LOST

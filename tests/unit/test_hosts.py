@@ -54,7 +54,7 @@ class Hosts:
         losses: why host 0 gave up.
     """
 
-    def __init__(self, *runners: FakeRunner) -> None:
+    def __init__(self, *runners: FakeRunner, leading: FakeRunner | None = None) -> None:
         pairs = [tcp_pair() for _ in runners]
         self.losses: queue.SimpleQueue[str] = queue.SimpleQueue()
         self.losses_there: queue.SimpleQueue[str] = queue.SimpleQueue()
@@ -67,7 +67,7 @@ class Hosts:
         ]
         for thread in self.threads:
             thread.start()
-        self.engine, self.runner = make_engine(wrap=lambda runner: LeadingRunner(runner, self.followers))
+        self.engine, self.runner = make_engine(wrap=lambda runner: LeadingRunner(leading or runner, self.followers))
 
     def finish(self) -> None:
         """Let the followers go; they must end."""
@@ -81,8 +81,8 @@ class Hosts:
 def make_hosts() -> Iterator[Callable[..., Hosts]]:
     made: list[Hosts] = []
 
-    def make(*runners: FakeRunner) -> Hosts:
-        made.append(Hosts(*runners))
+    def make(*runners: FakeRunner, leading: FakeRunner | None = None) -> Hosts:
+        made.append(Hosts(*runners, leading=leading))
         return made[-1]
 
     yield make
@@ -134,13 +134,78 @@ def test_a_step_that_raises_everywhere_is_started_over(make_hosts: Callable[...,
 
 
 def test_a_host_that_fails_alone_is_given_up(make_hosts: Callable[..., Hosts], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("jaxserve.distributed.leader._RESET_S", 0.1)
+    monkeypatch.setattr("jaxserve.distributed.leader._NOTICE_S", 0.1)
     other = FakeRunner()
     hosts = make_hosts(FakeRunner(), other)
     other.fail_next = 1
     hosts.engine.add(request("a"))
     hosts.engine.step()
     assert hosts.losses.get(timeout=WAIT_S) == "host 2 failed in step 0: RuntimeError: the device is on fire"
+
+
+class FailingStep(FakeStep):
+    """The devices tell of a failure when the tokens are asked for."""
+
+    def result(self) -> tuple[StepOutput | None, ...]:
+        assert isinstance(self._runner, FailingRunner)
+        if self._runner.failures:
+            self._runner.failures -= 1
+            raise RuntimeError("the device is on fire")
+        return super().result()
+
+
+class FailingRunner(FakeRunner):
+    """Its first tokens raise."""
+
+    failures = 1
+
+    def forward(self, plans: Plans) -> FakeStep:
+        return FailingStep(self, plans, super().forward(plans)._outputs)
+
+
+def test_tokens_that_raise_everywhere_are_started_over(make_hosts: Callable[..., Hosts]) -> None:
+    others = FailingRunner(), FailingRunner()
+    hosts = make_hosts(*others, leading=FailingRunner())
+    hosts.engine.add(request("a"))
+    assert tokens(finish(hosts.engine), "a") == [4, 5, 6, 7]
+    hosts.finish()
+    assert [other.num_resets for other in others] == [1, 1]
+    assert hosts.losses.empty()
+
+
+def test_tokens_that_raise_on_one_host_end_all(
+    make_hosts: Callable[..., Hosts], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("jaxserve.distributed.leader._NOTICE_S", 0.1)
+    hosts = make_hosts(FailingRunner())
+    hosts.engine.add(request("a"))
+    finish(hosts.engine)
+    assert hosts.losses.get(timeout=WAIT_S) == "host 1 failed in step 0: RuntimeError: the device is on fire"
+
+
+class StuckRunner(FailingRunner):
+    """After a failure the devices answer no more until the gate opens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = threading.Event()
+
+    def reset(self) -> None:
+        assert self.gate.wait(WAIT_S)
+
+
+def test_a_reset_that_does_not_end_is_given_up(
+    make_hosts: Callable[..., Hosts], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("jaxserve.distributed.leader._RESET_S", 0.1)
+    stuck = StuckRunner()
+    hosts = make_hosts(FailingRunner(), leading=stuck)
+    hosts.engine.add(request("a"))
+    engine = threading.Thread(target=finish, args=(hosts.engine,))
+    engine.start()
+    assert "do not come together" in hosts.losses.get(timeout=WAIT_S)
+    stuck.gate.set()
+    engine.join()
 
 
 def test_a_host_that_draws_other_tokens_is_given_up(make_hosts: Callable[..., Hosts]) -> None:
@@ -190,6 +255,15 @@ def test_a_follower_sends_the_next_step_while_one_runs(make_hosts: Callable[...,
     finish(hosts.engine)
     hosts.finish()
     assert hosts.losses.empty()
+
+
+def test_a_host_whose_network_is_silent_is_noticed_by_the_system() -> None:
+    end, there = tcp_pair()
+    with end, there:
+        Channel(end)
+        assert end.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+        options = (socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL, socket.TCP_KEEPCNT, socket.TCP_USER_TIMEOUT)
+        assert [end.getsockopt(socket.IPPROTO_TCP, option) for option in options] == [1, 1, 3, 4000]
 
 
 def test_a_follower_that_says_what_was_not_asked_is_given_up(make_hosts: Callable[..., Hosts]) -> None:

@@ -13,7 +13,7 @@ import pytest
 
 from checkpoints.source import Index
 from jaxserve.config import EngineConfig
-from jaxserve.distributed.messages import Channel, Drawn, Hello, Welcome
+from jaxserve.distributed.messages import Channel, Drawn, Hello, Refused, Welcome
 from jaxserve.distributed.rendezvous import gather, hello, join, model_digest
 from jaxserve.errors import LaunchError
 from tests.ports import free_port
@@ -27,6 +27,11 @@ def greeting(rank: int, *, num_hosts: int = 2, model: str = MODEL, **changes: An
         model_path="x", nnodes=num_hosts, node_rank=rank, dist_init_addr="127.0.0.1:1", **changes
     )  # fmt: skip
     return hello(config, model)
+
+
+def another_version(**versions: str) -> Hello:
+    theirs = greeting(1)
+    return msgspec.structs.replace(theirs, versions=theirs.versions | versions)
 
 
 def connect(port: int) -> socket.socket:
@@ -47,7 +52,8 @@ def connect(port: int) -> socket.socket:
         (greeting(1, tp_size=2), "the setting tp_size is 2 there and 1 on host 0"),
         (greeting(0), "--node-rank 0 of 2 hosts"),
         (greeting(1, num_hosts=3), "--nnodes is 3 there and 2 on host 0"),
-        (msgspec.structs.replace(greeting(1), versions={"jaxserve": "0.0.1"}), r"jaxserve is 0\.0\.1 there"),
+        (another_version(jaxserve="0.0.1"), r"jaxserve is 0\.0\.1 there"),
+        (another_version(libtpu="0.0.1"), r"libtpu is 0\.0\.1 there"),
     ],
 )
 def test_a_host_that_does_not_fit_is_refused(theirs: Hello, reason: str) -> None:
@@ -89,6 +95,25 @@ def test_strangers_are_sent_away() -> None:
         [channel] = gather(greeting(0), f"127.0.0.1:{port}", WAIT_S)
         there.result().close()
         channel.close()
+
+
+def test_a_host_with_other_messages_is_told_why() -> None:
+    port = free_port()
+
+    def other_version() -> object:
+        channel = Channel(connect(port))
+        channel.send({"type": "Hello", "rank": 1, "settings": "a digest, as it once was"})
+        answer = channel.receive_from_leader()
+        channel.close()
+        return answer
+
+    with ThreadPoolExecutor() as pool:
+        there = pool.submit(other_version)
+        with pytest.raises(LaunchError, match="did not come in time"):
+            gather(greeting(0), f"127.0.0.1:{port}", 1)
+        answer = there.result()
+    assert isinstance(answer, Refused)
+    assert "another version than jaxserve" in answer.reason
 
 
 def test_of_two_hosts_of_one_rank_the_first_stays_while_it_lives() -> None:
