@@ -1,10 +1,11 @@
 """The compiled programs of a step: forward passes by bucket, draws by number of rows.
 
-All are compiled before the engine is ready, two at a time: tracing holds the interpreter lock, the compiler does
+All are compiled before the engine is ready, several at a time: tracing holds the interpreter lock, the compiler does
 not.
 """
 
 import logging
+import os
 import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -19,7 +20,8 @@ logger = logging.getLogger(__name__)
 Lower: TypeAlias = Callable[[Any], jax.stages.Lowered]
 Progress: TypeAlias = Callable[[Iterable[str]], Iterable[str]]
 
-_COMPILE_THREADS = 2
+# A compiler uses a core or two; more at once would cost memory only.
+_COMPILE_THREADS = max(2, min(8, (os.cpu_count() or 1) // 2))
 
 
 class CompiledSteps:
@@ -46,7 +48,7 @@ class CompiledSteps:
         return len(self._buckets) + len(self._rows)
 
     def compile_all(self, progress: Progress) -> None:
-        """Compile every program, two at a time."""
+        """Compile every program, several at a time."""
         with ThreadPoolExecutor(_COMPILE_THREADS, thread_name_prefix="compile") as pool:
             futures = [
                 pool.submit(self._compile, bucket, self._lower_forward, self._forwards) for bucket in self._buckets
