@@ -2,7 +2,8 @@
 
     JaxserveError
     ├── RequestError          the client's fault: 400, names the field
-    │   └── NotFoundError     unknown model or adapter: 404
+    │   ├── NotFoundError     unknown model or adapter: 404
+    │   └── AdapterError      an adapter that cannot be loaded: 400
     ├── OverloadedError       the queue is full: 429, try again here
     ├── UnavailableError      loading, draining or engine lost: 503
     └── LaunchError           bad flag, bad checkpoint, busy port: the launcher exits
@@ -33,6 +34,10 @@ class RequestError(JaxserveError):
 
 class NotFoundError(RequestError):
     """The request names a model or adapter that is not served."""
+
+
+class AdapterError(RequestError):
+    """An adapter that cannot be read, or does not fit the model."""
 
 
 class OverloadedError(JaxserveError):

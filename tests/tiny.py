@@ -1,6 +1,7 @@
 """Tiny checkpoints and tokenizers, made on the spot."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +105,49 @@ def write_checkpoint(folder: Path, **changes: Any) -> Path:
     (folder / "config.json").write_text(json.dumps(config))
     save_file(tensors(config), folder / "model.safetensors")
     write_tokenizer(folder)
+    return folder
+
+
+LINEAR_MODULES = (
+    *(f"self_attn.{name}_proj" for name in "qkvo"),
+    *(f"mlp.{name}_proj" for name in ("gate", "up", "down")),
+)
+
+
+def adapter_tensors(config: dict[str, Any], rank: int, modules: Sequence[str], seed: int) -> dict[str, np.ndarray]:
+    """Random factors under PEFT's names, of `LINEAR_MODULES` in every layer, `embed_tokens` and `lm_head`."""
+    rng = np.random.default_rng(seed)
+    out: dict[str, np.ndarray] = {}
+    for name, weight in tensors(config).items():
+        module = name.removesuffix(".weight")
+        if weight.ndim != 2 or not module.endswith(tuple(modules)):
+            continue
+        b_OR = (rng.standard_normal((weight.shape[0], rank)) / rank).astype(np.float32)
+        a_RI = (rng.standard_normal((rank, weight.shape[1])) / np.sqrt(weight.shape[1])).astype(np.float32)
+        if module.endswith("embed_tokens"):
+            out[f"base_model.model.{module}.lora_embedding_A"] = np.ascontiguousarray(b_OR.T)
+            out[f"base_model.model.{module}.lora_embedding_B"] = np.ascontiguousarray(a_RI.T)
+        else:
+            out[f"base_model.model.{module}.lora_A.weight"] = a_RI
+            out[f"base_model.model.{module}.lora_B.weight"] = b_OR
+    return out
+
+
+def write_adapter(
+    folder: Path,
+    config: dict[str, Any] = CONFIG,
+    *,
+    rank: int = 4,
+    modules: Sequence[str] = LINEAR_MODULES,
+    seed: int = 0,
+    **settings: Any,
+) -> Path:
+    """A PEFT folder for the model of `config`; `settings` go into its `adapter_config.json`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    names = sorted({module.rpartition(".")[2] for module in modules})
+    saved = {"peft_type": "LORA", "r": rank, "lora_alpha": 2 * rank, "target_modules": names, "bias": "none"} | settings
+    (folder / "adapter_config.json").write_text(json.dumps(saved))
+    save_file(adapter_tensors(config, rank, modules, seed), folder / "adapter_model.safetensors")
     return folder
 
 

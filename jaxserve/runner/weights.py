@@ -20,10 +20,10 @@ from jaxserve.config import ModelConfig
 from jaxserve.errors import LaunchError
 from jaxserve.mesh import named_sharding
 from jaxserve.models.decoder import Decoder, ParamSpec, Path, Weights, tree_of
+from jaxserve.models.kv_heads import is_kv_projection, kv_head_rows, repeat_heads
 
 Progress: TypeAlias = Callable[[Iterable[Path]], Iterable[Path]]
 
-_KV_PROJECTIONS = ("k_proj", "v_proj")
 # Buffers that some exporters save and no model reads.
 _IGNORED_SUFFIXES = ("rotary_emb.inv_freq", "attention.bias", "attention.masked_bias")
 _MAX_LISTED = 20
@@ -57,7 +57,7 @@ def load_weights(
 
     def load(path: Path) -> jax.Array:
         spec = decoder.param_specs[path]
-        reader = _ParamReader(source, spec, names[path], _kv_head_rows(path, checkpoint_config, copies))
+        reader = _ParamReader(source, spec, names[path], kv_head_rows(path, checkpoint_config, copies))
         sharding = named_sharding(spec.axes, spec.shape, mesh)
         return jax.make_array_from_callback(spec.shape, sharding, reader.read)
 
@@ -74,7 +74,7 @@ def restore_weights(folder: pathlib.Path, decoder: Decoder, checkpoint_config: M
     copies = decoder.config.num_kv_heads // checkpoint_config.num_kv_heads
 
     def saved(path: Path, spec: ParamSpec) -> jax.ShapeDtypeStruct:
-        rows, copied = _kv_head_rows(path, checkpoint_config, copies)
+        rows, copied = kv_head_rows(path, checkpoint_config, copies)
         shape = (spec.shape[0], spec.shape[1] // copied, *spec.shape[2:]) if rows else spec.shape
         # Heads that are to be repeated arrive whole.
         axes = (None,) * len(shape) if rows else spec.axes
@@ -83,23 +83,12 @@ def restore_weights(folder: pathlib.Path, decoder: Decoder, checkpoint_config: M
     abstract = tree_of((path, saved(path, spec)) for path, spec in decoder.param_specs.items())
     weights: Weights = orbax_io.restore(folder, abstract)
     for path, spec in decoder.param_specs.items():
-        rows, copied = _kv_head_rows(path, checkpoint_config, copies)
+        rows, copied = kv_head_rows(path, checkpoint_config, copies)
         if rows:
             node = functools.reduce(operator.getitem, path[:-1], weights)
-            repeated = _repeat_heads(np.asarray(node[path[-1]]), 1, rows, copied)
+            repeated = repeat_heads(np.asarray(node[path[-1]]), 1, rows, copied)
             node[path[-1]] = jax.device_put(repeated, named_sharding(spec.axes, spec.shape, mesh))
     return weights
-
-
-def _repeat_heads(array: np.ndarray, axis: int, rows: int, copies: int) -> np.ndarray:
-    """Repeat each head (`rows` consecutive entries of an axis) `copies` times."""
-    heads = array.reshape(*array.shape[:axis], -1, rows, *array.shape[axis + 1 :])
-    return np.repeat(heads, copies, axis=axis).reshape(*array.shape[:axis], -1, *array.shape[axis + 1 :])
-
-
-def _kv_head_rows(path: Path, config: ModelConfig, copies: int) -> tuple[int, int]:
-    """(rows of one head, copies of each head) for key/value projections, else (0, 1)."""
-    return (config.head_dim, copies) if copies > 1 and path[-2] in _KV_PROJECTIONS else (0, 1)
 
 
 class _ParamReader:
@@ -137,7 +126,7 @@ class _ParamReader:
         """Read one tensor's part, a few rows at a time: it is seldom in the right dtype already."""
         if self._copies > 1:
             whole = self._source.read(name, (slice(None),))
-            out[...] = _repeat_heads(whole, 0, self._head_rows, self._copies)[index]
+            out[...] = repeat_heads(whole, 0, self._head_rows, self._copies)[index]
             return
         rows = index[0].indices(self._source.shapes[name][0])
         step = max(1, _PIECE_BYTES * len(out) // max(1, out.nbytes))
@@ -159,7 +148,7 @@ def _check_tensors(source: TensorSource, decoder: Decoder, names: dict[Path, str
     wanted: dict[str, tuple[int, ...]] = {}
     for path, spec in decoder.param_specs.items():
         shape = list(spec.shape[1:] if spec.stacked else spec.shape)
-        if path[-2] in _KV_PROJECTIONS:
+        if is_kv_projection(path):
             shape[0] //= copies
         for layer in range(decoder.config.num_layers if spec.stacked else 1):
             wanted[names[path].format(layer=layer)] = tuple(shape)

@@ -38,7 +38,7 @@ def two_hosts(
 ) -> Iterator[tuple[ServerProcess, Follower]]:
     """Two hosts that are starting; `there` are flags that only the second has."""
     shared = [
-        *flags, "--dtype", "float32", "--nnodes", "2", "--dist-init-addr", f"127.0.0.1:{free_port()}",
+        *flags, "--nnodes", "2", "--dist-init-addr", f"127.0.0.1:{free_port()}",
         "--tp-size", str(8 // dp_size), "--dp-size", str(dp_size),
         "--max-running-requests", "4", "--chunked-prefill-size", "32",  # few programs to compile
     ]  # fmt: skip
@@ -69,12 +69,9 @@ def texts(url: str) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def want(flags: list[str], tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    log = tmp_path_factory.mktemp("alone") / "log"
-    alone = ServerProcess(*flags, "--dtype", "float32", log=log).wait_ready()
-    out = texts(alone.url)
-    assert alone.stop() == 0
-    return out
+def want(server: ServerProcess) -> list[str]:
+    """By one host with one device."""
+    return texts(server.url)
 
 
 def test_two_hosts_with_a_copy_each_give_the_tokens_of_one(flags: list[str], want: list[str], tmp_path: Path) -> None:
