@@ -51,6 +51,7 @@ def build_parser() -> argparse.ArgumentParser:
     devices = parser.add_argument_group("devices")
     device_flags(devices)
     _host_flags(devices)
+    _lora_flags(parser.add_argument_group("LoRA"))
     _log_flags(parser.add_argument_group("logs and metrics"))
     return parser
 
@@ -199,6 +200,14 @@ def _host_flags(group: argparse._ArgumentGroup) -> None:  # pyright: ignore[repo
     group.add_argument(
         "--compilation-cache-dir",
         help="where compiled programs are kept; 'none' keeps none. Below the cache folder if unset",
+    )
+
+
+def _lora_flags(group: argparse._ArgumentGroup) -> None:  # pyright: ignore[reportPrivateUsage]
+    group.add_argument(
+        "--merge-lora",
+        help="folder or Hugging Face id of an adapter, or name=path: it is added to the weights, and the model is "
+        "served under its name",
     )
 
 

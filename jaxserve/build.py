@@ -24,11 +24,12 @@ from jaxserve.distributed.hosts import meet_followers, meet_leader
 from jaxserve.distributed.leader import Followers, LeadingRunner
 from jaxserve.distributed.rendezvous import model_digest
 from jaxserve.engine import Engine
-from jaxserve.errors import LaunchError
+from jaxserve.errors import AdapterError, LaunchError
 from jaxserve.mesh import make_mesh
 from jaxserve.messages import EngineInfo
 from jaxserve.models.decoder import Weights
 from jaxserve.runner.compile_counter import CompileCounter
+from jaxserve.runner.merging import merge_adapter, read_delta
 from jaxserve.runner.runner import ModelRunner
 from jaxserve.runner.weights import load_weights, restore_weights
 from jaxserve.scheduling.data_parallel import DataParallelScheduler
@@ -113,7 +114,7 @@ def build_engine(config: EngineConfig, bar: ProgressBar) -> BuiltEngine:
     followers: Followers | None = None
     with _open(config) as source:
         if config.nnodes > 1:
-            followers = meet_followers(config, _digest(source))
+            followers = meet_followers(config, _digest(source, config))
         built = _build_runner(config, source, bar)
     _warm_up(built, bar)
     compiles.mark_ready()
@@ -143,7 +144,7 @@ def build_follower(config: EngineConfig, bar: ProgressBar) -> Follower:
     """
     _configure_jax(config)
     with _open(config) as source:
-        leader = meet_leader(config, _digest(source))
+        leader = meet_leader(config, _digest(source, config))
         built = _build_runner(config, source, bar)
     _warm_up(built, bar)
     return Follower(built.runner, leader)
@@ -182,9 +183,10 @@ def _open(config: EngineConfig) -> Generator[TensorSource | OrbaxCheckpoint, Non
         source.close()
 
 
-def _digest(source: TensorSource | OrbaxCheckpoint) -> str:
+def _digest(source: TensorSource | OrbaxCheckpoint, config: EngineConfig) -> str:
     """See `model_digest`; an Orbax folder's tensors cannot be read before they are restored."""
-    return model_digest(source.config, None if isinstance(source, OrbaxCheckpoint) else source)
+    tensors = None if isinstance(source, OrbaxCheckpoint) else source
+    return model_digest(source.config, tensors, None if config.merge_lora is None else Path(config.merge_lora))
 
 
 def build_runner(config: EngineConfig, bar: ProgressBar) -> BuiltRunner:
@@ -202,6 +204,8 @@ def _build_runner(config: EngineConfig, source: TensorSource | OrbaxCheckpoint, 
     platform = design.mesh.devices.flat[0].platform
     with Phase("weights") as phase:
         weights = _load(source, design, bar)
+        if config.merge_lora is not None:
+            weights = _merge(weights, Path(config.merge_lora), design)
         size = sum(leaf.nbytes for leaf in jax.tree.leaves(weights))
         phase.detail = f", {size / 1e6:.0f} MB of {design.dtype} on {design.mesh.size} {platform} device(s)"
     engine = lay_out(config, design, _pool_bytes(config, platform))
@@ -227,6 +231,14 @@ def _load(source: TensorSource | OrbaxCheckpoint, design: ModelDesign, bar: Prog
         design.mesh,
         lambda paths: bar(paths, "loading weights", len(names)),
     )
+
+
+def _merge(weights: Weights, adapter: Path, design: ModelDesign) -> Weights:
+    names = design.architecture.tensor_names(design.checkpoint)
+    try:
+        return merge_adapter(weights, read_delta(adapter, design.decoder, names, design.checkpoint))
+    except AdapterError as error:
+        raise LaunchError(f"--merge-lora: {error}") from None
 
 
 def _pool_bytes(config: EngineConfig, platform: str) -> int:

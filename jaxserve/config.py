@@ -168,6 +168,7 @@ class EngineConfig(_Config, frozen=True):
     kv_cache_dtype: KvCacheDtype = "auto"
     attention_backend: Literal["auto", "tpu", "gpu", "xla"] = "auto"
     deterministic: bool = False
+    merge_lora: str | None = None
     nnodes: int = 1
     node_rank: int = 0
     dist_init_addr: str | None = None

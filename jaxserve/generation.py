@@ -50,6 +50,7 @@ class ChoiceDelta(NamedTuple):
         text: new text; may be empty.
         pieces: of a message, that the new text has made certain, if it is read as one.
         tokens: new tokens with log-probabilities, where they were asked for.
+        token_ids: new tokens, as far as they are shown.
         finish_reason: None until the end.
         matched_stop: the token id or string that ended it.
         error: what went wrong, when `finish_reason` is `error`.
@@ -60,6 +61,7 @@ class ChoiceDelta(NamedTuple):
     text: str = ""
     pieces: tuple[Piece, ...] = ()
     tokens: tuple[ChoiceToken, ...] = ()
+    token_ids: tuple[int, ...] = ()
     finish_reason: FinishReason | None = None
     matched_stop: int | str | None = None
     error: str | None = None
@@ -67,27 +69,30 @@ class ChoiceDelta(NamedTuple):
 
 
 class CollectedChoice(NamedTuple):
-    """A finished choice: its text or pieces, its tokens where log-probabilities were asked for, and its last delta."""
+    """A finished choice: what its deltas come to, and the last one."""
 
     text: str
     pieces: list[Piece]
     tokens: list[ChoiceToken]
+    token_ids: list[int]
     end: ChoiceDelta
 
 
 async def collect_choices(deltas: AsyncIterable[tuple[int, ChoiceDelta]], num_choices: int) -> list[CollectedChoice]:
     """Every choice, whole, by its number."""
-    texts = [""] * num_choices
-    pieces: list[list[Piece]] = [[] for _ in texts]
-    tokens: list[list[ChoiceToken]] = [[] for _ in texts]
-    ends: dict[int, ChoiceDelta] = {}
+    parts: list[list[ChoiceDelta]] = [[] for _ in range(num_choices)]
     async for index, delta in deltas:
-        texts[index] += delta.text
-        pieces[index].extend(delta.pieces)
-        tokens[index].extend(delta.tokens)
-        if delta.finish_reason is not None:
-            ends[index] = delta
-    return [CollectedChoice(text, pieces[index], tokens[index], ends[index]) for index, text in enumerate(texts)]
+        parts[index].append(delta)
+    return [
+        CollectedChoice(
+            text="".join(delta.text for delta in choice),
+            pieces=[piece for delta in choice for piece in delta.pieces],
+            tokens=[token for delta in choice for token in delta.tokens],
+            token_ids=[token_id for delta in choice for token_id in delta.token_ids],
+            end=choice[-1],
+        )
+        for choice in parts
+    ]
 
 
 @dataclass
@@ -107,6 +112,22 @@ class Usage:
     cached_tokens: int = 0
 
 
+class _Shown:
+    """What a delta shows, while it is put together."""
+
+    def __init__(self) -> None:
+        self.text: list[str] = []
+        self.pieces: list[Piece] = []
+        self.tokens: list[ChoiceToken] = []
+        self.token_ids: list[int] = []
+
+    def delta(self, choice: int) -> ChoiceDelta:
+        """Of a choice."""
+        return ChoiceDelta(
+            choice, "".join(self.text), tuple(self.pieces), tuple(self.tokens), tuple(self.token_ids)
+        )  # fmt: skip
+
+
 class _Choice:
     """Text of one choice."""
 
@@ -124,62 +145,49 @@ class _Choice:
 
     def take(self, delta: TokenDelta) -> ChoiceDelta:
         """Turn a token delta into text; sets `finished`."""
-        text: list[str] = []
-        pieces: list[Piece] = []
-        tokens: list[ChoiceToken] = []
+        shown = _Shown()
         reason, matched = delta.finish_reason, delta.matched_stop
         for index, token_id in enumerate(delta.token_ids):
             self.num_tokens += 1
             if token_id == delta.matched_stop and index == len(delta.token_ids) - 1 and not self._keep_stop:
                 self.num_reasoning_tokens += self._parser is not None and self._parser.thinking
                 break
+            shown.token_ids.append(token_id)
             if delta.logprobs:
-                tokens.append(ChoiceToken(token_id, delta.logprobs[index], self._length))
-            stop = self._show(self._detokenizer.push(token_id), text, pieces)
+                shown.tokens.append(ChoiceToken(token_id, delta.logprobs[index], self._length))
+            stop = self._show(self._detokenizer.push(token_id), shown)
             if self.finished:
-                return self._end(delta, text, pieces, tokens, FinishReason.STOP, stop)
+                return self._end(delta, shown, FinishReason.STOP, stop)
         if reason is not None:
-            stop = self._show(self._detokenizer.flush(), text, pieces)
+            stop = self._show(self._detokenizer.flush(), shown)
             if stop is not None:
                 reason, matched = FinishReason.STOP, stop
-            return self._end(delta, text, pieces, tokens, reason, matched)
-        return ChoiceDelta(delta.choice, "".join(text), tuple(pieces), tuple(tokens))
+            return self._end(delta, shown, reason, matched)
+        return shown.delta(delta.choice)
 
-    def _show(self, new: str, text: list[str], pieces: list[Piece]) -> str | None:
+    def _show(self, new: str, into: _Shown) -> str | None:
         """Text of one token; `finished` is set where it completes the output, by the stop string that is returned."""
         self._length += len(new)
-        shown, stop = self._stops.push(new)
-        text.append(shown)
+        text, stop = self._stops.push(new)
+        into.text.append(text)
         if self._parser is not None:
             before = self._parser.thinking
-            pieces += self._parser.push(shown)
+            into.pieces += self._parser.push(text)
             self.num_reasoning_tokens += before or self._parser.thinking
             self.finished = self._parser.finished
         self.finished = self.finished or stop is not None
         return stop
 
-    def _end(
-        self,
-        delta: TokenDelta,
-        text: list[str],
-        pieces: list[Piece],
-        tokens: list[ChoiceToken],
-        reason: FinishReason,
-        matched: int | str | None,
-    ) -> ChoiceDelta:
+    def _end(self, delta: TokenDelta, shown: _Shown, reason: FinishReason, matched: int | str | None) -> ChoiceDelta:
         """The last delta, with what was still held back."""
         self.finished = True
         if not isinstance(matched, str):
             rest = self._stops.flush()
-            text.append(rest)
-            pieces += self._parser.push(rest) if self._parser is not None else ()
+            shown.text.append(rest)
+            shown.pieces += self._parser.push(rest) if self._parser is not None else ()
         if self._parser is not None:
-            pieces += self._parser.finish(cut_off=reason is not FinishReason.STOP)
-        return ChoiceDelta(
-            choice=delta.choice,
-            text="".join(text),
-            pieces=tuple(pieces),
-            tokens=tuple(tokens),
+            shown.pieces += self._parser.finish(cut_off=reason is not FinishReason.STOP)
+        return shown.delta(delta.choice)._replace(
             finish_reason=reason,
             matched_stop=matched,
             error=delta.error,

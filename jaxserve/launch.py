@@ -16,7 +16,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 # Before transformers is imported: it serves tokenizers here, and torch is not missed.
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
@@ -34,7 +34,7 @@ from jaxserve.client import ProcessEngineClient
 from jaxserve.errors import ExitCode, LaunchError
 from jaxserve.generation import Generation, TextOptions
 from jaxserve.generation_config import read_generation_config
-from jaxserve.model_source import find_model
+from jaxserve.model_source import find_adapter, find_model
 from jaxserve.request import Request, SamplingParams
 from jaxserve.structured.grammar import JsonStyle
 from jaxserve.text.chat_template import BUILT_IN_TEMPLATES
@@ -72,6 +72,8 @@ def _follow(config: LaunchConfig) -> int:
     """On another host than 0, which has the API: run the engine's part here until host 0 ends."""
     path = find_model(config.args.model_path, config.args.revision, config.args.download_dir)
     engine = msgspec.structs.replace(config.engine, model_path=str(path))
+    if (merged := _find_merged(config.args)) is not None:
+        engine = msgspec.structs.replace(engine, merge_lora=str(merged.path))
     with subprocess.Popen([sys.executable, "-m", "jaxserve.worker"], stdin=subprocess.PIPE) as process:
         assert process.stdin is not None
         told: list[int] = []
@@ -89,6 +91,22 @@ def _follow(config: LaunchConfig) -> int:
         # Open until the process ends: that is how it notices when this one dies.
         code = process.wait()
     return code if code >= 0 else int(ExitCode.ENGINE_LOST)
+
+
+class _NamedAdapter(NamedTuple):
+    """An adapter folder, and what it is called."""
+
+    name: str
+    path: Path
+
+
+def _find_merged(args: argparse.Namespace) -> _NamedAdapter | None:
+    """`--merge-lora`: `path` or `name=path`."""
+    if args.merge_lora is None:
+        return None
+    name, separator, path = args.merge_lora.partition("=")
+    folder = find_adapter(path if separator else name, args.download_dir)
+    return _NamedAdapter(name if separator else Path(name).name, folder)
 
 
 def _bind(host: str, port: int) -> socket.socket:
@@ -150,10 +168,13 @@ class _Launcher:
         self._path = path
         self._template = template
         engine = msgspec.structs.replace(config.engine, model_path=str(path))
+        merged = _find_merged(args)
+        if merged is not None:
+            engine = msgspec.structs.replace(engine, merge_lora=str(merged.path))
         self._client = ProcessEngineClient(engine, args.max_queued_requests)
         settings = ApiSettings(
             model_path=args.model_path,
-            served_model_name=args.served_model_name or args.model_path,
+            served_model_name=args.served_model_name or (merged.name if merged is not None else args.model_path),
             api_key=args.api_key,
             generation=read_generation_config(path),
             reasoning_parser=args.reasoning_parser,

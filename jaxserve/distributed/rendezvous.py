@@ -29,7 +29,7 @@ _PACKAGES = (
 # What may differ between hosts: where things are, and what host 0 alone decides.
 _LOCAL_SETTINGS = (
     "model_path", "revision", "download_dir", "compilation_cache_dir", "log_level", "show_progress", "nnodes",
-    "node_rank", "dist_init_addr", "dist_timeout_s", "max_queued_requests", "schedule_policy",
+    "node_rank", "merge_lora", "dist_init_addr", "dist_timeout_s", "max_queued_requests", "schedule_policy",
 )  # fmt: skip
 _RETRY_S = 0.2
 _HELLO_S = 10.0
@@ -64,19 +64,22 @@ def _versions() -> dict[str, str]:
     return versions
 
 
-def model_digest(hf_config: Mapping[str, Any], source: TensorSource | None) -> str:
+def model_digest(hf_config: Mapping[str, Any], source: TensorSource | None, adapter: Path | None = None) -> str:
     """Digest of a model.
 
     Args:
         hf_config: its `config.json`.
         source: its tensors, whose names, shapes and first rows are read; None where they cannot be read by name.
             Hosts whose weights differ elsewhere only would still agree on every token, and on wrong ones.
+        adapter: folder of the one that is merged.
     """
     digest = hashlib.sha256(msgspec.json.encode(hf_config, order="sorted"))
     if source is not None:
         for name, shape in sorted(source.shapes.items()):
             digest.update(f"{name}{shape}".encode())
             digest.update(source.read(name, (slice(0, 1),)).tobytes())
+    for file in sorted(adapter.glob("adapter_*")) if adapter is not None else ():
+        digest.update(file.read_bytes())
     return digest.hexdigest()
 
 

@@ -1,0 +1,208 @@
+"""LoRA adapters as PEFT writes them: `adapter_config.json` beside `adapter_model.safetensors`.
+
+What an adapter asks for and jaxserve does not compute is refused by name. Pickle files are never opened.
+"""
+
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import msgspec
+import numpy as np
+
+from checkpoints.huggingface import read_json
+from checkpoints.safetensors_file import SafetensorsFile
+from checkpoints.source import CheckpointError
+
+_CONFIG, _TENSORS = "adapter_config.json", "adapter_model.safetensors"
+_PREFIX = "base_model.model."
+# lora_A is [r, in], lora_B [out, r]; of an embedding, lora_embedding_A is [r, ids] and lora_embedding_B [out, r].
+_FACTOR = re.compile(r"(?P<module>.+)\.lora_(?P<embedding>embedding_)?(?P<factor>[AB])(?:\.weight)?")
+_MAX_LISTED = 10
+
+
+class _PeftConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """The fields of `adapter_config.json` that change what an adapter computes; others are about training."""
+
+    peft_type: str = ""
+    r: int
+    lora_alpha: float
+    use_rslora: bool = False
+    rank_pattern: dict[str, int] = {}
+    alpha_pattern: dict[str, float] = {}
+    base_model_name_or_path: str | None = None
+    use_dora: bool = False
+    modules_to_save: list[str] | None = None
+    bias: Literal["none", "all", "lora_only"] = "none"
+    lora_bias: bool = False
+    fan_in_fan_out: bool = False
+    layer_replication: list[Any] | None = None
+    trainable_token_indices: Any = None
+    target_parameters: list[str] | None = None
+    alora_invocation_tokens: list[int] | None = None
+    arrow_config: Any = None
+    use_qalora: bool = False
+    use_bdlora: Any = None
+
+
+# Field -> why an adapter that sets it is refused.
+_REFUSED: Mapping[str, str] = {
+    "use_dora": "DoRA scales whole columns of the base weights, which a sum of products cannot",
+    "modules_to_save": "these modules were trained whole; merge them into the base model",
+    "lora_bias": "biases of factors are not supported",
+    "fan_in_fan_out": "the base model's weights are not transposed here",
+    "layer_replication": "layers are not repeated",
+    "trainable_token_indices": "tokens trained whole are not supported; merge them into the base model",
+    "target_parameters": "parameters outside of linear modules are not supported",
+    "alora_invocation_tokens": "adapters that start in the middle of a prompt are not supported",
+    "arrow_config": "routing among adapters is not supported",
+    "use_qalora": "QA-LoRA pools its inputs, which is not supported",
+    "use_bdlora": "block-diagonal factors are not supported",
+}
+
+
+class AdapterTensors(NamedTuple):
+    """The factors of one module: delta W = scale * B A.
+
+    Attributes:
+        a_RI: [r, in]; of an embedding [r, out].
+        b_OR: [out, r]; of an embedding [ids, r], so that delta W has the embedding's own shape in both cases.
+        scale: alpha / r, or alpha / sqrt(r) (rank-stabilised, arXiv:2312.03732).
+    """
+
+    a_RI: np.ndarray
+    b_OR: np.ndarray
+    scale: float
+
+
+class PeftAdapter(NamedTuple):
+    """An adapter on the host.
+
+    Attributes:
+        base_model: what it was trained on, as its maker named it.
+        modules: by Hugging Face module name, such as `model.layers.0.self_attn.q_proj`.
+    """
+
+    base_model: str | None
+    modules: dict[str, AdapterTensors]
+
+    @property
+    def rank(self) -> int:
+        """The largest of its modules."""
+        return max(tensors.a_RI.shape[0] for tensors in self.modules.values())
+
+
+def read_peft(folder: Path) -> PeftAdapter:
+    """Read an adapter folder.
+
+    Raises:
+        CheckpointError: files are missing or broken, values are not finite, or something is asked that is not
+            supported.
+    """
+    config = _read_config(folder / _CONFIG)
+    factors = _read_factors(folder)
+    problems: list[str] = []
+    modules: dict[str, AdapterTensors] = {}
+    for module, pair in sorted(factors.items()):
+        if isinstance(found := _tensors(config, module, pair), str):
+            problems.append(f"{module}: {found}")
+        else:
+            modules[module] = found
+    if problems:
+        more = [f"and {len(problems) - _MAX_LISTED} more"] * (len(problems) > _MAX_LISTED)
+        raise CheckpointError(f"{folder}: " + "; ".join(problems[:_MAX_LISTED] + more))
+    if not modules:
+        raise CheckpointError(f"{folder / _TENSORS}: no module is adapted")
+    return PeftAdapter(config.base_model_name_or_path, modules)
+
+
+def _read_config(path: Path) -> _PeftConfig:
+    try:
+        config = msgspec.convert(read_json(path), _PeftConfig)
+    except msgspec.ValidationError as error:
+        raise CheckpointError(f"{path}: {error}") from None
+    if config.peft_type != "LORA":
+        raise CheckpointError(f"{path}: peft_type is {config.peft_type!r}; only LORA is supported")
+    for field, reason in _REFUSED.items():
+        if value := getattr(config, field):
+            raise CheckpointError(f"{path}: {field} is {value!r}: {reason}")
+    if config.bias != "none":
+        raise CheckpointError(f"{path}: bias is {config.bias!r}: trained biases are not supported")
+    ranks = [config.r, *config.rank_pattern.values()]
+    if min(ranks) < 1:
+        raise CheckpointError(f"{path}: ranks must be at least 1, got {min(ranks)}")
+    alphas = [config.lora_alpha, *config.alpha_pattern.values()]
+    if not all(map(math.isfinite, alphas)):
+        raise CheckpointError(f"{path}: lora_alpha must be finite")
+    return config
+
+
+class _Pair(msgspec.Struct):
+    """The factors of one module as they stand in the file."""
+
+    embedding: bool
+    a: np.ndarray | None = None
+    b: np.ndarray | None = None
+
+
+def _read_factors(folder: Path) -> dict[str, _Pair]:
+    path = folder / _TENSORS
+    if not path.is_file():
+        pickles = [name for name in ("adapter_model.bin", "adapter_model.pt") if (folder / name).exists()]
+        hint = f" ({pickles[0]} is a pickle file, which can run code; convert it)" if pickles else ""
+        raise CheckpointError(f"{path} does not exist{hint}")
+    file = SafetensorsFile(path)
+    try:
+        pairs: dict[str, _Pair] = {}
+        unknown: list[str] = []
+        for name, shape in file.shapes.items():
+            found = _FACTOR.fullmatch(name.removeprefix(_PREFIX))
+            if found is None or not name.startswith(_PREFIX) or len(shape) != 2:
+                unknown.append(name)
+                continue
+            pair = pairs.setdefault(found["module"], _Pair(embedding=found["embedding"] is not None))
+            value = file.read(name, (slice(None), slice(None))).astype(np.float32)
+            if found["factor"] == "A":
+                pair.a = value
+            else:
+                pair.b = value
+    finally:
+        file.close()
+    if unknown:
+        listed = ", ".join(unknown[:_MAX_LISTED])
+        raise CheckpointError(f"{path}: {len(unknown)} tensors are no factors of a module: {listed}")
+    return pairs
+
+
+def _tensors(config: _PeftConfig, module: str, pair: _Pair) -> AdapterTensors | str:
+    """The factors of a module, or what is wrong with them."""
+    if pair.a is None or pair.b is None:
+        return f"lora_{'B' if pair.b is None else 'A'} is missing"
+    rank = pair.a.shape[0]
+    expected = _by_pattern(config.rank_pattern, module, config.r)
+    if pair.b.shape[1] != rank or rank != expected:
+        return f"lora_A is {pair.a.shape}, lora_B {pair.b.shape}, the config asks for rank {expected}"
+    if not (np.isfinite(pair.a).all() and np.isfinite(pair.b).all()):
+        return "values that are not finite"
+    alpha = _by_pattern(config.alpha_pattern, module, config.lora_alpha)
+    scale = alpha / (math.sqrt(rank) if config.use_rslora else rank)
+    if pair.embedding:
+        return AdapterTensors(np.ascontiguousarray(pair.b.T), np.ascontiguousarray(pair.a.T), scale)
+    return AdapterTensors(pair.a, pair.b, scale)
+
+
+def _by_pattern(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
+    """The value of the first pattern that names the module, or its end.
+
+    PEFT takes any regular expression; here they are names, with `^` for the whole, because a stranger's expression can
+    run for ever.
+    """
+    for pattern, value in patterns.items():
+        name = pattern.removeprefix("^").replace("\\.", ".")
+        if not re.fullmatch(r"[\w.]+", name):
+            raise CheckpointError(f"pattern {pattern!r}: only names of modules are supported")
+        if module == name or (module.endswith(f".{name}") and not pattern.startswith("^")):
+            return value
+    return default

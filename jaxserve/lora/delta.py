@@ -1,0 +1,181 @@
+"""An adapter as a delta to the model's weights: the base tree's own paths, a pair of factors at each.
+
+Dimension key: L layers, R rank, I inputs, O outputs of a weight [O, I]; V ids, D hidden for embeddings.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from checkpoints.adapters import AdapterTensors, PeftAdapter
+from jaxserve.config import ModelConfig
+from jaxserve.errors import AdapterError
+from jaxserve.models.decoder import Decoder, ParamSpec, Path, Weights, tree_of
+from jaxserve.models.kv_heads import kv_head_rows, repeat_heads
+
+_MAX_LISTED = 10
+# What a tied model lacks: its head is the embedding. An adapter may treat the two differently.
+_HEAD = ("lm_head", "weight")
+_EMBEDDING = ("embed", "weight")
+
+
+class LowRank(NamedTuple):
+    """delta W = scale * B A. Weights that have all layers along axis 0 have them here, too, zeros where there is none.
+
+    Attributes:
+        a: f32[(L,) R, I].
+        b: f32[(L,) O, R].
+        scale: f32[(L)].
+    """
+
+    a: np.ndarray
+    b: np.ndarray
+    scale: np.ndarray
+
+
+class AdapterDelta(NamedTuple):
+    """An adapter for one model.
+
+    Attributes:
+        factors: by path in the model's tree.
+        rank: of the widest factor; the others are filled up with zeros.
+        tied_head: the model's head is its embedding.
+    """
+
+    factors: dict[Path, LowRank]
+    rank: int
+    tied_head: bool
+
+    @property
+    def num_bytes(self) -> int:
+        """Of the factors on the host."""
+        return sum(array.nbytes for factor in self.factors.values() for array in factor)
+
+
+class _Target(NamedTuple):
+    """Where a module's factors belong."""
+
+    path: Path
+    layer: int | None
+
+
+def make_delta(
+    adapter: PeftAdapter, decoder: Decoder, names: Mapping[Path, str], checkpoint: ModelConfig
+) -> AdapterDelta:
+    """Fit an adapter to a model.
+
+    Args:
+        adapter: as its files have it.
+        decoder: the model; its key/value heads may be a multiple of the checkpoint's.
+        names: path in the tree -> tensor name, `{layer}` for the layer's number.
+        checkpoint: the model as its maker describes it.
+
+    Raises:
+        AdapterError: modules that the model has not, or of another shape; all are listed.
+    """
+    specs = adaptable(decoder)
+    targets = _targets(decoder, specs, names)
+    copies = decoder.config.num_kv_heads // checkpoint.num_kv_heads
+    rank = adapter.rank
+    factors: dict[Path, LowRank] = {}
+    problems: list[str] = []
+    for module, tensors in adapter.modules.items():
+        target = targets.get(module)
+        if target is None:
+            problems.append(f"{module}: the model has no such module, or it is not linear")
+            continue
+        spec = specs[target.path]
+        head_rows, times = kv_head_rows(target.path, checkpoint, copies)
+        b_OR = repeat_heads(tensors.b_OR, 0, head_rows, times) if times > 1 else tensors.b_OR
+        shape = spec.shape[-2:]
+        if (b_OR.shape[0], tensors.a_RI.shape[1]) != shape:
+            wanted = (shape[0] // times, shape[1])
+            problems.append(
+                f"{module}: made for a weight of {(len(tensors.b_OR), tensors.a_RI.shape[1])}, not {wanted}"
+            )
+            continue
+        _put(factors, target, spec, tensors._replace(b_OR=b_OR), rank)
+    if problems:
+        more = [f"and {len(problems) - _MAX_LISTED} more"] * (len(problems) > _MAX_LISTED)
+        raise AdapterError("the adapter does not fit the model: " + "; ".join(problems[:_MAX_LISTED] + more))
+    return AdapterDelta(factors, rank, decoder.config.tie_word_embeddings)
+
+
+def adaptable(decoder: Decoder) -> dict[Path, ParamSpec]:
+    """The weights that an adapter can change: matrices, and the head also where it is the embedding."""
+    specs = {path: spec for path, spec in decoder.param_specs.items() if len(spec.shape) - spec.stacked == 2}
+    return {_HEAD: specs[_EMBEDDING], **specs}
+
+
+def _targets(decoder: Decoder, specs: Mapping[Path, ParamSpec], names: Mapping[Path, str]) -> dict[str, _Target]:
+    targets: dict[str, _Target] = {}
+    for path, spec in specs.items():
+        module = names.get(path, "lm_head.weight").removesuffix(".weight")
+        if not spec.stacked:
+            targets[module] = _Target(path, None)
+        for layer in range(decoder.config.num_layers if spec.stacked else 0):
+            targets[module.format(layer=layer)] = _Target(path, layer)
+    return targets
+
+
+def _put(factors: dict[Path, LowRank], target: _Target, spec: ParamSpec, tensors: AdapterTensors, rank: int) -> None:
+    *lead, outputs, inputs = spec.shape
+    if target.path not in factors:
+        zeros = [np.zeros((*lead, *shape), np.float32) for shape in ((rank, inputs), (outputs, rank), ())]
+        factors[target.path] = LowRank(*zeros)
+    factor, own = factors[target.path], tensors.a_RI.shape[0]
+    at = () if target.layer is None else (target.layer,)
+    factor.a[(*at, slice(own))] = tensors.a_RI
+    factor.b[(*at, slice(None), slice(own))] = tensors.b_OR
+    factor.scale[at] = tensors.scale
+
+
+def merge(weights: Weights, delta: AdapterDelta, add: Callable[[jax.Array, LowRank], jax.Array]) -> Weights:
+    """The weights with an adapter in them; leaves that it does not change stay what they are.
+
+    Args:
+        weights: of the base.
+        delta: of the adapter.
+        add: `add_low_rank`, compiled or not.
+
+    Raises:
+        AdapterError: the embedding is the head as well, and the adapter changes one of them only.
+    """
+    if delta.tied_head and not delta.factors.keys().isdisjoint({_HEAD, _EMBEDDING}):
+        raise AdapterError(
+            "the model's head is its embedding, and the adapter changes one of them: it can be served, not merged"
+        )
+    changes = tree_of(delta.factors.items())
+
+    def walk(base: Any, change: Any) -> Any:
+        if isinstance(change, LowRank):
+            return add(base, change)
+        return {name: walk(leaf, change[name]) if name in change else leaf for name, leaf in base.items()}
+
+    return walk(weights, changes)
+
+
+def add_low_rank(base: jax.Array, factor: LowRank) -> jax.Array:
+    """Base + scale * B A in f32, rounded once to the dtype of the base; one layer at a time."""
+    if base.ndim == 2:
+        return _add(base, *factor)
+
+    def body(layer: jax.Array, base: jax.Array) -> jax.Array:
+        a, b, scale = (jax.lax.dynamic_index_in_dim(array, layer, keepdims=False) for array in map(jnp.asarray, factor))
+        return base.at[layer].set(_add(base[layer], a, b, scale))
+
+    return jax.lax.fori_loop(0, base.shape[0], body, base)
+
+
+def _add(base_OI: jax.Array, a_RI: Any, b_OR: Any, scale: Any) -> jax.Array:
+    delta_OI = jnp.einsum("or,ri->oi", b_OR * scale, a_RI, precision=jax.lax.Precision.HIGHEST)
+    return (base_OI.astype(jnp.float32) + delta_OI).astype(base_OI.dtype)
+
+
+def split(weights: Weights, delta: AdapterDelta, add: Callable[[jax.Array, LowRank], jax.Array]) -> Weights:
+    """The inverse of `merge`, but for rounding."""
+    taken = {path: factor._replace(scale=-factor.scale) for path, factor in delta.factors.items()}
+    return merge(weights, delta._replace(factors=taken), add)

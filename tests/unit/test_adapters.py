@@ -1,0 +1,121 @@
+"""Adapter folders: what PEFT writes is read, what we do not compute is refused by name."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from checkpoints.adapters import read_peft
+from checkpoints.source import CheckpointError
+from tests.tiny import CONFIG, LINEAR_MODULES, write_adapter
+
+Q_PROJ = "model.layers.1.self_attn.q_proj"
+
+
+def test_factors_and_scale(tmp_path: Path) -> None:
+    adapter = read_peft(write_adapter(tmp_path, base_model_name_or_path="some/base"))
+    assert adapter.base_model == "some/base"
+    assert adapter.rank == 4
+    assert len(adapter.modules) == len(LINEAR_MODULES) * CONFIG["num_hidden_layers"]
+    saved = load_file(tmp_path / "adapter_model.safetensors")
+    found = adapter.modules[Q_PROJ]
+    np.testing.assert_array_equal(found.a_RI, saved[f"base_model.model.{Q_PROJ}.lora_A.weight"])
+    np.testing.assert_array_equal(found.b_OR, saved[f"base_model.model.{Q_PROJ}.lora_B.weight"])
+    assert found.scale == 2.0
+
+
+def test_factors_of_an_embedding_are_turned_to_its_shape(tmp_path: Path) -> None:
+    adapter = read_peft(write_adapter(tmp_path, modules=["embed_tokens", "lm_head"]))
+    for module in ("model.embed_tokens", "lm_head"):
+        found = adapter.modules[module]
+        assert (found.b_OR @ found.a_RI).shape == (CONFIG["vocab_size"], CONFIG["hidden_size"])
+
+
+@pytest.mark.parametrize(
+    ("settings", "module", "scale"),
+    [
+        ({"lora_alpha": 6}, Q_PROJ, 1.5),
+        ({"lora_alpha": 6, "use_rslora": True}, Q_PROJ, 6 / math.sqrt(4)),
+        ({"alpha_pattern": {"q_proj": 12}}, Q_PROJ, 3.0),
+        ({"alpha_pattern": {"q_proj": 12}}, "model.layers.1.self_attn.k_proj", 2.0),
+        ({"alpha_pattern": {"layers.1.self_attn.q_proj": 12}}, Q_PROJ, 3.0),
+        ({"alpha_pattern": {"model\\.layers\\.1\\.self_attn\\.q_proj": 12}}, Q_PROJ, 3.0),
+        ({"alpha_pattern": {"^q_proj": 12}}, Q_PROJ, 2.0),
+        ({"alpha_pattern": {f"^{Q_PROJ}": 12}}, Q_PROJ, 3.0),
+        ({"alpha_pattern": {"0.self_attn.q_proj": 12, "q_proj": 4}}, Q_PROJ, 1.0),
+        ({"target_modules": "all-linear"}, Q_PROJ, 2.0),
+    ],
+)
+def test_scale(settings: dict[str, Any], module: str, scale: float, tmp_path: Path) -> None:
+    assert read_peft(write_adapter(tmp_path, **settings)).modules[module].scale == scale
+
+
+def test_ranks_by_pattern(tmp_path: Path) -> None:
+    write_adapter(tmp_path, rank=4)
+    wide = write_adapter(tmp_path / "wide", rank=8, modules=["self_attn.q_proj"])
+    merged = load_file(tmp_path / "adapter_model.safetensors") | load_file(wide / "adapter_model.safetensors")
+    save_file(merged, tmp_path / "adapter_model.safetensors")
+    settings = json.loads((tmp_path / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps(settings | {"rank_pattern": {"q_proj": 8}}))
+    adapter = read_peft(tmp_path)
+    assert adapter.rank == 8
+    assert adapter.modules[Q_PROJ].scale == 1.0
+    assert adapter.modules["model.layers.0.mlp.up_proj"].scale == 2.0
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"peft_type": "IA3"}, "peft_type is 'IA3'; only LORA is supported"),
+        ({"use_dora": True}, "use_dora is True: DoRA scales whole columns"),
+        ({"modules_to_save": ["lm_head"]}, r"modules_to_save is \['lm_head'\]: these modules were trained whole"),
+        ({"bias": "all"}, "bias is 'all'"),
+        ({"lora_bias": True}, "lora_bias is True"),
+        ({"fan_in_fan_out": True}, "fan_in_fan_out is True"),
+        ({"layer_replication": [[0, 1]]}, "layer_replication is"),
+        ({"trainable_token_indices": [1]}, "trainable_token_indices is"),
+        ({"target_parameters": ["experts.down"]}, "target_parameters is"),
+        ({"r": 0}, "ranks must be at least 1, got 0"),
+        ({"r": "4"}, "Expected `int`, got `str`"),
+        ({"r": 8}, "the config asks for rank 8"),
+        ({"lora_alpha": None}, "Expected `float`, got `null`"),
+        ({"rank_pattern": {"(a+)+$": 8}}, "only names of modules are supported"),
+    ],
+)
+def test_what_is_not_supported_is_refused(settings: dict[str, Any], reason: str, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=reason):
+        read_peft(write_adapter(tmp_path, **settings))
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({f"{Q_PROJ}.lora_B.weight": None}, f"{Q_PROJ}: lora_B is missing"),
+        ({f"{Q_PROJ}.lora_A.weight": np.full((4, 64), np.nan, np.float32)}, f"{Q_PROJ}: values that are not finite"),
+        ({f"{Q_PROJ}.lora_B.weight": np.ones((64, 3), np.float32)}, r"lora_A is \(4, 64\), lora_B \(64, 3\)"),
+        ({f"{Q_PROJ}.lora_magnitude_vector": np.ones(64, np.float32)}, "1 tensors are no factors of a module"),
+        ({f"{Q_PROJ}.weight": np.ones((64, 64), np.float32)}, "1 tensors are no factors of a module"),
+    ],
+)
+def test_broken_tensors_are_refused(changes: dict[str, Any], reason: str, tmp_path: Path) -> None:
+    path = write_adapter(tmp_path) / "adapter_model.safetensors"
+    tensors = load_file(path) | {f"base_model.model.{name}": value for name, value in changes.items()}
+    save_file({name: value for name, value in tensors.items() if value is not None}, path)
+    with pytest.raises(CheckpointError, match=reason):
+        read_peft(tmp_path)
+
+
+def test_missing_files_are_told_and_pickles_never_opened(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"adapter_config\.json does not exist"):
+        read_peft(tmp_path)
+    (write_adapter(tmp_path) / "adapter_model.safetensors").unlink()
+    (tmp_path / "adapter_model.bin").write_bytes(b"never read")
+    with pytest.raises(CheckpointError, match=r"adapter_model\.bin is a pickle file, which can run code"):
+        read_peft(tmp_path)
+    save_file({}, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(CheckpointError, match="no module is adapted"):
+        read_peft(tmp_path)
