@@ -46,6 +46,7 @@ def build_chat(builder: RequestBuilder, body: ChatCompletionRequest) -> Prepared
             num_logprobs=(body.top_logprobs or 0) if body.logprobs else None,
         ),
         num_choices=body.n or 1,
+        adapter=builder.model.names.adapter(body.model, body.lora_path),
         grammar=grammar,
         thinking=_thinking(builder, body, inside, forced=tools is not None and tools.forced),
     )

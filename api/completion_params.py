@@ -33,7 +33,9 @@ def build_completions(builder: RequestBuilder, body: CompletionRequest) -> list[
     num_logprobs = 0 if body.logprobs is None and best_of > num_choices else body.logprobs
     max_tokens = _DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
     prepared: list[Prepared] = []
-    for ids in _prompts(builder, body):
+    prompts = _prompts(builder, body)
+    adapters = builder.model.names.adapters_for(body.model, body.lora_path, len(prompts))
+    for ids, adapter in zip(prompts, adapters, strict=True):
         sampling = builder.sampling(
             body,
             {},
@@ -41,7 +43,7 @@ def build_completions(builder: RequestBuilder, body: CompletionRequest) -> list[
             num_logprobs=num_logprobs,
             prompt_logprobs=bool(body.echo) and body.logprobs is not None,
         )
-        request = builder.request(body, ids, sampling=sampling, num_choices=best_of, grammar=grammar)
+        request = builder.request(body, ids, sampling=sampling, num_choices=best_of, grammar=grammar, adapter=adapter)
         prepared.append(Prepared(request, builder.text_options(body), param))
     return prepared
 

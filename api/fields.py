@@ -48,7 +48,6 @@ REFUSED_FIELDS = frozenset(
         "function_call",
         "functions",
         "input_ids",
-        "lora_path",
         "max_tool_calls",
         "prompt",
         "return_hidden_states",

@@ -13,6 +13,7 @@ from functools import cached_property
 from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 from api.fields import read_logit_bias, read_stops
+from api.model_names import ModelNames
 from api.schemas import CommonRequest
 from jaxserve.errors import RequestError
 from jaxserve.generation import TextOptions
@@ -79,6 +80,7 @@ class ServedModel:
         formats: how outputs are read.
         json_style: how constrained JSON may be laid out.
         completion_template: puts a prompt and a suffix together; None where the model cannot fill in.
+        names: of the model and its adapters.
     """
 
     tokenizer: Tokenizer
@@ -87,6 +89,7 @@ class ServedModel:
     formats: OutputFormats
     json_style: JsonStyle
     completion_template: CompletionTemplate | None
+    names: ModelNames
 
     @cached_property
     def eos_token_ids(self) -> tuple[int, ...]:

@@ -145,6 +145,7 @@ class CommonRequest(msgspec.Struct, kw_only=True):
     cache_salt: str | None = None
     priority: int | None = None
     rid: str | None = None
+    lora_path: str | list[str | None] | None = None
 
 
 class ChatCompletionRequest(CommonRequest, kw_only=True):

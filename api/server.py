@@ -6,10 +6,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from api.metrics import Metrics
+from api.model_names import ModelNames
 from api.params import Prepared, ServedModel
 from api.responses_store import ResponseStore
 from jaxserve.client import EngineClient
-from jaxserve.errors import NotFoundError, RequestError, UnavailableError
+from jaxserve.errors import RequestError, UnavailableError
 from jaxserve.generation import Generation
 from jaxserve.generation_config import GenerationConfig
 from jaxserve.output_formats import choose_formats
@@ -33,6 +34,7 @@ class ApiSettings:
         tool_call_parser: name of the tool-call format, or `auto`.
         json_style: how constrained JSON may be laid out; None refuses all grammars.
         completion_template: for requests with a suffix; None refuses them.
+        adapter_paths: of the LoRA adapters, by name.
         strict_params: refuse fields that are not known.
         log_requests: one log line per request.
         enable_metrics: serve `/metrics`.
@@ -47,6 +49,7 @@ class ApiSettings:
     tool_call_parser: str = "auto"
     json_style: JsonStyle | None = field(default_factory=JsonStyle)
     completion_template: CompletionTemplate | None = None
+    adapter_paths: Mapping[str, str] = field(default_factory=dict[str, str])
     strict_params: bool = False
     log_requests: bool = False
     enable_metrics: bool = True
@@ -98,6 +101,7 @@ class Server:
             formats=choose_formats(settings.reasoning_parser, settings.tool_call_parser, tokenizer.chat_template),
             json_style=settings.json_style or JsonStyle(),
             completion_template=settings.completion_template,
+            names=ModelNames(served=settings.served_model_name, path=settings.model_path, adapters=info.adapters),
         )
         if settings.json_style is None and self._model.formats.reasoning is None:
             return  # nothing can be constrained
@@ -131,14 +135,5 @@ class Server:
         _ = self.model
 
     def check_model(self, name: str | None) -> str:
-        """Resolve the `model` field; unset and `default` mean the served one.
-
-        Raises:
-            NotFoundError: another model is asked for.
-        """
-        served = self.settings.served_model_name
-        if name in (None, "", "default", served, self.settings.model_path):
-            return name or served
-        raise NotFoundError(
-            f"the model {name!r} does not exist; served: {served}", param="model", code="model_not_found"
-        )
+        """See `ModelNames.check`."""
+        return self.model.names.check(name)

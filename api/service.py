@@ -4,6 +4,7 @@ import asyncio
 import uuid
 from typing import Any
 
+import msgspec
 from litestar import MediaType, Response, get, post
 from litestar import Request as HttpRequest
 from litestar.di import NamedDependency
@@ -32,28 +33,36 @@ from jaxserve.request import FinishReason, Request, SamplingParams
 _HEALTH_LIMIT_S = 20.0
 
 
-def _card(server: Server) -> ModelCard:
-    return ModelCard(
-        id=server.settings.served_model_name,
+def _cards(server: Server) -> list[ModelCard]:
+    """The model, and its adapters."""
+    settings = server.settings
+    base = ModelCard(
+        id=settings.served_model_name,
         created=server.created,
         max_model_len=server.client.info.context_length,
-        root=server.settings.model_path,
+        root=settings.model_path,
     )
+    adapters = [
+        msgspec.structs.replace(base, id=name, root=path, parent=base.id)
+        for name, path in settings.adapter_paths.items()
+    ]
+    return [base, *adapters]
 
 
 @get("/v1/models", summary="Served models", responses=errors())
 async def list_models(server: NamedDependency[Server]) -> ModelList:
     """Cards of what is served."""
-    return ModelList([_card(server)])
+    return ModelList(_cards(server))
 
 
 @get("/v1/models/{model_id:path}", summary="One model", responses=errors(404))
 async def get_model(model_id: FromPath[str], server: NamedDependency[Server]) -> ModelCard:
     """One card; 404 for what is not served."""
     name = model_id.removeprefix("/")
-    if name != server.settings.served_model_name.removeprefix("/"):
-        raise NotFoundError(f"the model {name!r} does not exist", param="model", code="model_not_found")
-    return _card(server)
+    for card in _cards(server):
+        if name == card.id.removeprefix("/"):
+            return card
+    raise NotFoundError(f"the model {name!r} does not exist", param="model", code="model_not_found")
 
 
 @get("/live", opt=OPEN, summary="The process runs")

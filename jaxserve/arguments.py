@@ -9,9 +9,10 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import yaml
 
-from jaxserve.config import EngineConfig
+from jaxserve.config import EngineConfig, LoraConfig
 from jaxserve.errors import LaunchError
 from jaxserve.model_source import cache_folder
 from jaxserve.reasoning.registry import REASONING_FORMATS
@@ -30,6 +31,13 @@ class LaunchConfig:
 
     args: argparse.Namespace
     engine: EngineConfig
+
+
+class _LoraPath(msgspec.Struct, forbid_unknown_fields=True):
+    """An adapter of `--lora-paths` as JSON."""
+
+    lora_name: str
+    lora_path: str
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -205,6 +213,26 @@ def _host_flags(group: argparse._ArgumentGroup) -> None:  # pyright: ignore[repo
 
 def _lora_flags(group: argparse._ArgumentGroup) -> None:  # pyright: ignore[reportPrivateUsage]
     group.add_argument(
+        "--enable-lora", action="store_true", help="take requests with LoRA adapters; on where --lora-paths are given"
+    )
+    group.add_argument(
+        "--lora-paths",
+        nargs="*",
+        default=[],
+        help="adapters to load: a folder or Hugging Face id, which is its name, too, or name=path, or JSON with "
+        "lora_name and lora_path",
+    )
+    group.add_argument(
+        "--max-loras-per-batch", type=int, default=8, help="adapters in one step, the base model counted as one"
+    )
+    group.add_argument("--max-lora-rank", type=int, help="of any adapter; that of the widest one loaded if unset")
+    group.add_argument(
+        "--lora-eviction-policy",
+        choices=["lru", "fifo"],
+        default="lru",
+        help="which idle adapter gives up its place on the device: least recently used, or first in",
+    )
+    group.add_argument(
         "--merge-lora",
         help="folder or Hugging Face id of an adapter, or name=path: it is added to the weights, and the model is "
         "served under its name",
@@ -278,7 +306,39 @@ def _engine_config(args: argparse.Namespace) -> EngineConfig:
         dist_timeout_s=args.dist_timeout,
         compilation_cache_dir=_compilation_cache(args),
         log_level=args.log_level,
+        lora=_lora_config(args),
     )
+
+
+def _lora_config(args: argparse.Namespace) -> LoraConfig | None:
+    """Adapters as the user named them; the launcher finds their folders."""
+    if not (args.enable_lora or args.lora_paths):
+        return None
+    paths: dict[str, str] = {}
+    for text in args.lora_paths:
+        name, path = _named_adapter(text)
+        if name in paths:
+            raise LaunchError(f"--lora-paths: two adapters are called {name!r}")
+        if not name or ":" in name:
+            raise LaunchError(f"--lora-paths {text}: a name must not be empty, nor hold a colon; use name=path")
+        paths[name] = path
+    return LoraConfig(
+        paths=paths,
+        max_loras_per_batch=args.max_loras_per_batch,
+        max_rank=args.max_lora_rank,
+        eviction_policy=args.lora_eviction_policy,
+    )
+
+
+def _named_adapter(text: str) -> tuple[str, str]:
+    if text.lstrip().startswith("{"):
+        try:
+            named = msgspec.json.decode(text, type=_LoraPath)
+        except msgspec.DecodeError as error:
+            raise LaunchError(f"--lora-paths {text}: {error}") from None
+        return named.lora_name, named.lora_path
+    name, separator, path = text.partition("=")
+    return (name, path) if separator else (text, text)
 
 
 def _compilation_cache(args: argparse.Namespace) -> str | None:
@@ -315,7 +375,10 @@ def _apply_config_file(parser: argparse.ArgumentParser, path: Path) -> None:
         else:
             try:
                 convert: Any = action.type or str
-                converted = None if value is None else convert(value)
+                if action.nargs == "*":
+                    converted = [convert(item) for item in (value if isinstance(value, list) else [value])]
+                else:
+                    converted = None if value is None else convert(value)
             except (TypeError, ValueError):
                 raise LaunchError(f"--config {path}: {key} has a bad value {value!r}") from None
         parser.set_defaults(**{action.dest: converted})

@@ -17,7 +17,7 @@ from checkpoints.gguf import GGUFCheckpoint
 from checkpoints.huggingface import HuggingFaceCheckpoint, read_json
 from checkpoints.orbax_io import is_orbax
 from checkpoints.source import CheckpointError, TensorSource
-from jaxserve.config import CacheConfig, EngineConfig, ModelConfig, SchedulerConfig
+from jaxserve.config import CacheConfig, EngineConfig, LoraConfig, ModelConfig, SchedulerConfig
 from jaxserve.design import DEVICE_MEM_FRACTION, ModelDesign, design_model, lay_out
 from jaxserve.distributed.follower import Follower
 from jaxserve.distributed.hosts import meet_followers, meet_leader
@@ -25,6 +25,8 @@ from jaxserve.distributed.leader import Followers, LeadingRunner
 from jaxserve.distributed.rendezvous import model_digest
 from jaxserve.engine import Engine
 from jaxserve.errors import AdapterError, LaunchError
+from jaxserve.lora.bank import bank_bytes, layout_for
+from jaxserve.lora.delta import AdapterDelta
 from jaxserve.mesh import make_mesh
 from jaxserve.messages import EngineInfo
 from jaxserve.models.decoder import Weights
@@ -32,6 +34,7 @@ from jaxserve.runner.compile_counter import CompileCounter
 from jaxserve.runner.merging import merge_adapter, read_delta
 from jaxserve.runner.runner import ModelRunner
 from jaxserve.runner.weights import load_weights, restore_weights
+from jaxserve.scheduling.adapter_slots import AdapterSlots
 from jaxserve.scheduling.data_parallel import DataParallelScheduler
 from jaxserve.scheduling.scheduler import Scheduler
 
@@ -129,8 +132,10 @@ def build_engine(config: EngineConfig, bar: ProgressBar) -> BuiltEngine:
         dtype=str(built.dtype),
         device=f"{config.dp_size * config.tp_size} x {device.platform} {device.device_kind}",
         eos_token_ids=built.model.eos_token_ids,
+        adapters=None if config.lora is None else tuple(config.lora.paths),
     )
-    schedulers = [Scheduler(built.scheduler, built.cache) for _ in range(config.dp_size)]
+    slots = AdapterSlots(config.lora.max_loras_per_batch, config.lora.eviction_policy) if config.lora else None
+    schedulers = [Scheduler(built.scheduler, built.cache, slots) for _ in range(config.dp_size)]
     runner = built.runner if followers is None else LeadingRunner(built.runner, followers)
     engine = Engine(runner, DataParallelScheduler(schedulers), built.model.vocab_size)
     return BuiltEngine(engine, info, compiles, followers)
@@ -186,7 +191,9 @@ def _open(config: EngineConfig) -> Generator[TensorSource | OrbaxCheckpoint, Non
 def _digest(source: TensorSource | OrbaxCheckpoint, config: EngineConfig) -> str:
     """See `model_digest`; an Orbax folder's tensors cannot be read before they are restored."""
     tensors = None if isinstance(source, OrbaxCheckpoint) else source
-    return model_digest(source.config, tensors, None if config.merge_lora is None else Path(config.merge_lora))
+    merged = [] if config.merge_lora is None else [config.merge_lora]
+    served = [] if config.lora is None else list(config.lora.paths.values())
+    return model_digest(source.config, tensors, map(Path, merged + served))
 
 
 def build_runner(config: EngineConfig, bar: ProgressBar) -> BuiltRunner:
@@ -206,16 +213,23 @@ def _build_runner(config: EngineConfig, source: TensorSource | OrbaxCheckpoint, 
         weights = _load(source, design, bar)
         if config.merge_lora is not None:
             weights = _merge(weights, Path(config.merge_lora), design)
+    deltas = _read_adapters(config.lora, design) if config.lora is not None else {}
+    adapters = None
+    if config.lora is not None:
+        adapters = layout_for(list(deltas.values()), config.lora.max_loras_per_batch, config.lora.max_rank)
         size = sum(leaf.nbytes for leaf in jax.tree.leaves(weights))
         phase.detail = f", {size / 1e6:.0f} MB of {design.dtype} on {design.mesh.size} {platform} device(s)"
-    engine = lay_out(config, design, _pool_bytes(config, platform))
+    pool_bytes = _pool_bytes(config, platform)
+    if adapters is not None and platform != "cpu":
+        pool_bytes -= bank_bytes(design.decoder, adapters, design.mesh)
+    engine = lay_out(config, design, pool_bytes, adapters)
     logger.info(
         "key/value pool: %d pages of %d tokens, %.0f MB on each device",
         engine.cache.num_pages,
         engine.cache.page_size,
         engine.pool_bytes / 1e6,
     )
-    runner = ModelRunner(engine.step, weights)
+    runner = ModelRunner(engine.step, weights, deltas)
     return BuiltRunner(runner, design.checkpoint, engine.cache, engine.scheduler, design.dtype)
 
 
@@ -239,6 +253,20 @@ def _merge(weights: Weights, adapter: Path, design: ModelDesign) -> Weights:
         return merge_adapter(weights, read_delta(adapter, design.decoder, names, design.checkpoint))
     except AdapterError as error:
         raise LaunchError(f"--merge-lora: {error}") from None
+
+
+def _read_adapters(config: LoraConfig, design: ModelDesign) -> dict[str, AdapterDelta]:
+    names = design.architecture.tensor_names(design.checkpoint)
+    deltas: dict[str, AdapterDelta] = {}
+    for name, folder in config.paths.items():
+        try:
+            delta = read_delta(Path(folder), design.decoder, names, design.checkpoint)
+        except AdapterError as error:
+            raise LaunchError(f"--lora-paths {name}: {error}") from None
+        if config.max_rank is not None and delta.rank > config.max_rank:
+            raise LaunchError(f"--lora-paths {name}: rank {delta.rank} is more than --max-lora-rank {config.max_rank}")
+        deltas[name] = delta
+    return deltas
 
 
 def _pool_bytes(config: EngineConfig, platform: str) -> int:

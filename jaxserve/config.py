@@ -13,6 +13,7 @@ from jaxserve.errors import LaunchError
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 KvCacheDtype = Literal["auto", "bf16", "bfloat16", "fp8_e4m3"]
 SchedulePolicy = Literal["fcfs", "lpm", "priority"]
+LoraEvictionPolicy = Literal["lru", "fifo"]
 
 
 class _Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -144,6 +145,31 @@ class SchedulerConfig(_Config, frozen=True):
             )
 
 
+class LoraConfig(_Config, frozen=True):
+    """Adapters that requests can ask for.
+
+    Attributes:
+        paths: folder by name.
+        max_loras_per_batch: slots on the device, the base model's included.
+        max_rank: of a slot; None for that of the widest adapter.
+        eviction_policy: which idle adapter gives its slot up.
+    """
+
+    paths: dict[str, str] = {}
+    max_loras_per_batch: int = 8
+    max_rank: int | None = None
+    eviction_policy: LoraEvictionPolicy = "lru"
+
+    def __post_init__(self) -> None:
+        if self.max_loras_per_batch < 2:
+            raise LaunchError(
+                "--max-loras-per-batch must be at least 2, the base model and an adapter, got "
+                f"{self.max_loras_per_batch}"
+            )
+        if self.max_rank is not None and self.max_rank < 1:
+            raise LaunchError(f"--max-lora-rank must be at least 1, got {self.max_rank}")
+
+
 class EngineConfig(_Config, frozen=True):
     """What the engine process is told at its start.
 
@@ -169,6 +195,7 @@ class EngineConfig(_Config, frozen=True):
     attention_backend: Literal["auto", "tpu", "gpu", "xla"] = "auto"
     deterministic: bool = False
     merge_lora: str | None = None
+    lora: LoraConfig | None = None
     nnodes: int = 1
     node_rank: int = 0
     dist_init_addr: str | None = None

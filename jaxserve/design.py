@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 
 from jaxserve.config import CacheConfig, EngineConfig, ModelConfig, SchedulerConfig
 from jaxserve.errors import LaunchError
+from jaxserve.lora.bank import BankLayout
 from jaxserve.mesh import kv_head_copies, named_sharding
 from jaxserve.models.architecture import Architecture, BuildModel
 from jaxserve.models.decoder import Decoder, ParamSpec
@@ -123,13 +124,16 @@ def design_model(config: EngineConfig, hf_config: Mapping[str, Any], mesh: Mesh)
     )
 
 
-def lay_out(config: EngineConfig, design: ModelDesign, pool_bytes: int) -> EngineDesign:
+def lay_out(
+    config: EngineConfig, design: ModelDesign, pool_bytes: int, adapters: BankLayout | None = None
+) -> EngineDesign:
     """Size the pool and shape the step.
 
     Args:
         config: the settings.
         design: the model.
         pool_bytes: for keys and values, on each device.
+        adapters: slots of LoRA adapters, if they can be asked for.
 
     Raises:
         LaunchError: the pool is too small, or the attention backend that was named cannot serve the model.
@@ -158,7 +162,7 @@ def lay_out(config: EngineConfig, design: ModelDesign, pool_bytes: int) -> Engin
     )
     on_cpu = design.mesh.devices.flat[0].platform == "cpu"
     buckets = make_buckets(scheduler, CPU_STEPS if on_cpu else ACCELERATOR_STEPS)
-    step = StepModel(design.decoder, chosen.backend, sampler.sample, design.mesh, layout, buckets)
+    step = StepModel(design.decoder, chosen.backend, sampler.sample, design.mesh, layout, buckets, adapters)
     return EngineDesign(cache, num_pages * page_bytes, scheduler, chosen.name, step)
 
 

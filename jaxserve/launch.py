@@ -31,6 +31,7 @@ from api.http_protocol import BoundedHttpProtocol
 from api.server import ApiSettings, Server
 from jaxserve.arguments import LaunchConfig, parse_arguments
 from jaxserve.client import ProcessEngineClient
+from jaxserve.config import EngineConfig
 from jaxserve.errors import ExitCode, LaunchError
 from jaxserve.generation import Generation, TextOptions
 from jaxserve.generation_config import read_generation_config
@@ -72,8 +73,7 @@ def _follow(config: LaunchConfig) -> int:
     """On another host than 0, which has the API: run the engine's part here until host 0 ends."""
     path = find_model(config.args.model_path, config.args.revision, config.args.download_dir)
     engine = msgspec.structs.replace(config.engine, model_path=str(path))
-    if (merged := _find_merged(config.args)) is not None:
-        engine = msgspec.structs.replace(engine, merge_lora=str(merged.path))
+    engine = _with_adapters(engine, _find_merged(config.args), config.args)
     with subprocess.Popen([sys.executable, "-m", "jaxserve.worker"], stdin=subprocess.PIPE) as process:
         assert process.stdin is not None
         told: list[int] = []
@@ -107,6 +107,16 @@ def _find_merged(args: argparse.Namespace) -> _NamedAdapter | None:
     name, separator, path = args.merge_lora.partition("=")
     folder = find_adapter(path if separator else name, args.download_dir)
     return _NamedAdapter(name if separator else Path(name).name, folder)
+
+
+def _with_adapters(engine: EngineConfig, merged: _NamedAdapter | None, args: argparse.Namespace) -> EngineConfig:
+    """With the folders of all adapters."""
+    if merged is not None:
+        engine = msgspec.structs.replace(engine, merge_lora=str(merged.path))
+    if engine.lora is None:
+        return engine
+    paths = {name: str(find_adapter(path, args.download_dir)) for name, path in engine.lora.paths.items()}
+    return msgspec.structs.replace(engine, lora=msgspec.structs.replace(engine.lora, paths=paths))
 
 
 def _bind(host: str, port: int) -> socket.socket:
@@ -169,8 +179,7 @@ class _Launcher:
         self._template = template
         engine = msgspec.structs.replace(config.engine, model_path=str(path))
         merged = _find_merged(args)
-        if merged is not None:
-            engine = msgspec.structs.replace(engine, merge_lora=str(merged.path))
+        engine = _with_adapters(engine, merged, args)
         self._client = ProcessEngineClient(engine, args.max_queued_requests)
         settings = ApiSettings(
             model_path=args.model_path,
@@ -181,6 +190,7 @@ class _Launcher:
             tool_call_parser=args.tool_call_parser,
             json_style=_json_style(args),
             completion_template=_completion_template(args.completion_template),
+            adapter_paths={} if config.engine.lora is None else config.engine.lora.paths,
             strict_params=args.strict_params,
             server_args={name: value for name, value in vars(args).items() if name != "api_key"},
             log_requests=args.log_requests,

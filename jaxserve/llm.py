@@ -12,7 +12,7 @@ import msgspec
 
 from jaxserve.build import build_engine
 from jaxserve.config import EngineConfig
-from jaxserve.errors import RequestError
+from jaxserve.errors import NotFoundError, RequestError
 from jaxserve.generation import CollectedChoice, Generation, TextOptions, Usage, collect_choices
 from jaxserve.generation_config import read_generation_config
 from jaxserve.in_process import InProcessEngineClient
@@ -97,6 +97,7 @@ class LLM:
         sampling: SamplingParams | None = None,
         *,
         num_choices: int = 1,
+        adapter: str = "",
         options: TextOptions | None = None,
     ) -> list[GenerationOutput]:
         """Continue prompts, all in one batch; outputs are in the order of the prompts.
@@ -105,12 +106,13 @@ class LLM:
             prompts: one text, or several texts or lists of token ids.
             sampling: how to draw, the same for all.
             num_choices: continuations of each prompt.
+            adapter: LoRA adapter to apply, by name.
             options: stop strings and how tokens become text.
 
         Raises:
             RequestError: a prompt or parameter is not valid.
         """
-        return self._wait(self._generate(prompts, sampling, num_choices, options))
+        return self._wait(self._generate(prompts, sampling, options, num_choices=num_choices, adapter=adapter))
 
     async def agenerate(
         self,
@@ -118,10 +120,11 @@ class LLM:
         sampling: SamplingParams | None = None,
         *,
         num_choices: int = 1,
+        adapter: str = "",
         options: TextOptions | None = None,
     ) -> list[GenerationOutput]:
         """`generate` for async callers, on any event loop."""
-        work = self._generate(prompts, sampling, num_choices, options)
+        work = self._generate(prompts, sampling, options, num_choices=num_choices, adapter=adapter)
         return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(work, self._loop))
 
     def chat(
@@ -131,11 +134,12 @@ class LLM:
         *,
         chat_template_kwargs: Mapping[str, Any] | None = None,
         num_choices: int = 1,
+        adapter: str = "",
         options: TextOptions | None = None,
     ) -> GenerationOutput:
         """Answer a conversation through the model's chat template."""
         ids = self._render(messages, chat_template_kwargs)
-        return self.generate([ids], sampling, num_choices=num_choices, options=options)[0]
+        return self.generate([ids], sampling, num_choices=num_choices, adapter=adapter, options=options)[0]
 
     async def achat(
         self,
@@ -144,11 +148,12 @@ class LLM:
         *,
         chat_template_kwargs: Mapping[str, Any] | None = None,
         num_choices: int = 1,
+        adapter: str = "",
         options: TextOptions | None = None,
     ) -> GenerationOutput:
         """`chat` for async callers."""
         ids = self._render(messages, chat_template_kwargs)
-        return (await self.agenerate([ids], sampling, num_choices=num_choices, options=options))[0]
+        return (await self.agenerate([ids], sampling, num_choices=num_choices, adapter=adapter, options=options))[0]
 
     def close(self) -> None:
         """Stop the engine; running calls are dropped."""
@@ -178,14 +183,13 @@ class LLM:
         self,
         prompts: str | Sequence[str | Sequence[int]],
         sampling: SamplingParams | None,
-        num_choices: int,
         options: TextOptions | None,
+        **fields: Any,
     ) -> list[GenerationOutput]:
         sampling = sampling or SamplingParams()
         sampling.check_token_ids(self.info.vocab_size)
         requests = [
-            self._request(prompt, sampling, num_choices)
-            for prompt in ([prompts] if isinstance(prompts, str) else prompts)
+            self._request(prompt, sampling, **fields) for prompt in ([prompts] if isinstance(prompts, str) else prompts)
         ]
         generations = [
             Generation(self._client, self._tokenizer, request, options or TextOptions()) for request in requests
@@ -196,8 +200,13 @@ class LLM:
             for generation in generations:
                 generation.close()
 
-    def _request(self, prompt: str | Sequence[int], sampling: SamplingParams, num_choices: int) -> Request:
+    def _request(
+        self, prompt: str | Sequence[int], sampling: SamplingParams, *, adapter: str, **fields: Any
+    ) -> Request:
         limit = self.info.context_length
+        if adapter and adapter not in (self.info.adapters or ()):
+            loaded = ", ".join(self.info.adapters or ()) or "none"
+            raise NotFoundError(f"the adapter {adapter!r} does not exist; loaded: {loaded}", param="adapter")
         if isinstance(prompt, str):
             prompt = self._tokenizer.encode(prompt, add_special_tokens=True, max_tokens=limit, param="prompts")
         if not prompt or len(prompt) + sampling.max_tokens > limit:
@@ -212,7 +221,8 @@ class LLM:
             prompt_token_ids=tuple(prompt),
             sampling=sampling,
             eos_token_ids=self._eos_token_ids,
-            num_choices=num_choices,
+            adapter=adapter,
+            **fields,
         )
 
 

@@ -15,6 +15,7 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
         eos_token_ids: the model's own end tokens.
         max_rows: choices that run at once.
         device: platform and number of devices, for people.
+        adapters: names of the LoRA adapters; None without LoRA.
     """
 
     architecture: str
@@ -26,6 +27,7 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     dtype: str
     device: str
     eos_token_ids: tuple[int, ...]
+    adapters: tuple[str, ...] | None = None
 
 
 class EngineStats(msgspec.Struct, frozen=True, kw_only=True):

@@ -182,6 +182,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
         priority: higher runs earlier, and is preempted later, under the `priority` policy.
         grammar: what the output must be, in llguidance's form; empty for anything.
         thinking: limit on the output's thinking, if any.
+        adapter: LoRA adapter that is applied, by name; empty for none.
     """
 
     id: str
@@ -193,6 +194,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     priority: int = 0
     grammar: str = ""
     thinking: Thinking | None = None
+    adapter: str = ""
 
     @property
     def constrained(self) -> bool:

@@ -20,6 +20,7 @@ class NewRow(msgspec.Struct, frozen=True, kw_only=True):
         seed: key of the draw, the choice index already folded in; u64.
         eos_token_ids: forbidden until `min_tokens` are out, stop tokens included.
         output_token_ids: tokens drawn before a preemption; penalties count them.
+        adapter_slot: of its LoRA adapter; 0 for none.
     """
 
     row: int
@@ -27,6 +28,14 @@ class NewRow(msgspec.Struct, frozen=True, kw_only=True):
     seed: int
     eos_token_ids: tuple[int, ...] = ()
     output_token_ids: tuple[int, ...] = ()
+    adapter_slot: int = 0
+
+
+class AdapterLoad(msgspec.Struct, frozen=True):
+    """A slot gets another adapter, before the step runs."""
+
+    slot: int
+    adapter: str
 
 
 class ScheduledRow(msgspec.Struct, frozen=True, kw_only=True):
@@ -70,11 +79,13 @@ class SchedulerOutput(msgspec.Struct, frozen=True, kw_only=True):
         step: counts up from 0.
         new_rows: rows whose owner changes with this step.
         rows: what runs.
+        adapter_loads: what is put into slots before.
     """
 
     step: int
     new_rows: tuple[NewRow, ...]
     rows: tuple[ScheduledRow, ...]
+    adapter_loads: tuple[AdapterLoad, ...] = ()
 
     @property
     def num_tokens(self) -> int:

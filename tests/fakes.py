@@ -11,6 +11,7 @@ from jaxserve.engine import Engine, Runner
 from jaxserve.errors import OverloadedError, UnavailableError
 from jaxserve.messages import EngineInfo, EngineStats
 from jaxserve.request import GrammarTokenizer, Request
+from jaxserve.scheduling.adapter_slots import AdapterSlots
 from jaxserve.scheduling.data_parallel import DataParallelScheduler
 from jaxserve.scheduling.scheduler import Scheduler
 from jaxserve.step import ConstrainedRows, Plans, PromptLogprobs, SchedulerOutput, StepOutput
@@ -114,6 +115,7 @@ def make_engine(
     dp_size: int = 1,
     policy: SchedulePolicy = "fcfs",
     vocab_size: int = 256,
+    num_slots: int = 1,
     wrap: Callable[[Runner], Runner] = lambda runner: runner,
 ) -> tuple[Engine, FakeRunner]:
     """An engine over a `FakeRunner`, or over what `wrap` makes of it."""
@@ -122,7 +124,8 @@ def make_engine(
         max_rows=max_rows, max_step_tokens=max_step_tokens, context_length=context_length, policy=policy
     )
     cache = CacheConfig(page_size=page_size, num_pages=num_pages)
-    schedulers = [Scheduler(limits, cache) for _ in range(dp_size)]
+    slots = AdapterSlots(num_slots)
+    schedulers = [Scheduler(limits, cache, slots) for _ in range(dp_size)]
     return Engine(wrap(runner), DataParallelScheduler(schedulers), runner.vocab_size), runner
 
 
@@ -132,9 +135,16 @@ class FakeEngineClient:
     Attributes:
         lost: set to make the engine look dead.
         lose_after: steps after which the engine is lost, or None.
+        submitted: every request, in order.
     """
 
-    def __init__(self, vocab_size: int, context_length: int = 512, max_live: int | None = None) -> None:
+    def __init__(
+        self,
+        vocab_size: int,
+        context_length: int = 512,
+        max_live: int | None = None,
+        adapters: tuple[str, ...] | None = None,
+    ) -> None:
         self._engine, self.runner = make_engine(
             max_rows=8,
             max_step_tokens=64,
@@ -142,7 +152,9 @@ class FakeEngineClient:
             num_pages=256,
             context_length=context_length,
             vocab_size=vocab_size,
+            num_slots=8,
         )
+        self.submitted: list[Request] = []
         self._streams = Streams()
         self._max_live = max_live
         self._task: asyncio.Task[None] | None = None
@@ -158,6 +170,7 @@ class FakeEngineClient:
             dtype="float32",
             device="fake",
             eos_token_ids=(vocab_size - 1,),
+            adapters=adapters,
         )
 
     @property
@@ -187,6 +200,7 @@ class FakeEngineClient:
 
     def submit(self, request: Request) -> TokenStream:
         self.check_room(request.num_choices)
+        self.submitted.append(request)
         stream = self._streams.add(request, self._close)
         self._engine.add(request)
         if self._task is None or self._task.done():

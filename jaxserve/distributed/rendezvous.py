@@ -5,7 +5,7 @@ import hashlib
 import logging
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,10 @@ _HELLO_S = 10.0
 
 def hello(config: EngineConfig, model: str) -> Hello:
     """What a host tells of itself: its settings, and `model_digest`."""
+    if config.lora is not None:  # where the adapters are may differ
+        config = msgspec.structs.replace(
+            config, lora=msgspec.structs.replace(config.lora, paths=dict.fromkeys(config.lora.paths, ""))
+        )  # fmt: skip
     settings = {
         name: msgspec.json.encode(value).decode()
         for name, value in msgspec.structs.asdict(config).items()
@@ -64,22 +68,23 @@ def _versions() -> dict[str, str]:
     return versions
 
 
-def model_digest(hf_config: Mapping[str, Any], source: TensorSource | None, adapter: Path | None = None) -> str:
+def model_digest(hf_config: Mapping[str, Any], source: TensorSource | None, adapters: Iterable[Path] = ()) -> str:
     """Digest of a model.
 
     Args:
         hf_config: its `config.json`.
         source: its tensors, whose names, shapes and first rows are read; None where they cannot be read by name.
             Hosts whose weights differ elsewhere only would still agree on every token, and on wrong ones.
-        adapter: folder of the one that is merged.
+        adapters: folders of those that are merged or served.
     """
     digest = hashlib.sha256(msgspec.json.encode(hf_config, order="sorted"))
     if source is not None:
         for name, shape in sorted(source.shapes.items()):
             digest.update(f"{name}{shape}".encode())
             digest.update(source.read(name, (slice(0, 1),)).tobytes())
-    for file in sorted(adapter.glob("adapter_*")) if adapter is not None else ():
-        digest.update(file.read_bytes())
+    for adapter in adapters:
+        for file in sorted(adapter.glob("adapter_*")):
+            digest.update(file.read_bytes())
     return digest.hexdigest()
 
 

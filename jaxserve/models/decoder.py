@@ -16,6 +16,7 @@ from flax import nnx
 from jax import lax
 
 from jaxserve.config import ModelConfig
+from jaxserve.lora.apply import NO_ADAPTERS, Adapters, attach
 from jaxserve.models.layers import Axes, Embedding, Linear, RMSNorm, SwiGLU
 from jaxserve.models.rope import apply_rope, rope_attention_factor, rope_cos_sin, rope_frequencies
 from jaxserve.models.tokenwise import at_once, in_tiles
@@ -132,29 +133,46 @@ class Decoder:
         positions_T: jax.Array,
         plan: Plan,
         attention: AttentionBackend,
+        adapters: Adapters = NO_ADAPTERS,
     ) -> tuple[jax.Array, Cache]:
         """Run the layers over packed tokens. Returns normalised activations [T, D] and the cache."""
         modules = self._merge(weights)
         layer_graph, _ = nnx.split(modules.layers)
-        x_TD = modules.embed(token_ids_T)
+        x_TD = adapters.embed(modules.embed, token_ids_T)
         cos_TC, sin_TC = rope_cos_sin(positions_T, self._frequencies, self._rope_factor)
 
-        def body(carry: tuple[jax.Array, Cache, jax.Array], layer_weights: Weights) -> tuple[Any, None]:
+        def body(carry: tuple[jax.Array, Cache, jax.Array], layer_weights: tuple[Weights, Weights]) -> tuple[Any, None]:
             x_TD, cache, layer = carry
-            module = nnx.merge(layer_graph, layer_weights)
-            q_TNH, k_TKH, v_TKH = self.tokenwise(module.before_attention, x_TD, cos_TC, sin_TC)
+            weights, bank = layer_weights
+
+            def run(part: str, *arrays: jax.Array) -> Any:
+                return self.tokenwise(
+                    lambda slot_T, *arrays: getattr(attach(nnx.merge(layer_graph, weights), bank, slot_T), part)(
+                        *arrays
+                    ),
+                    adapters.slots_of(x_TD.shape[0]),
+                    *arrays,
+                )
+
+            q_TNH, k_TKH, v_TKH = run("before_attention", x_TD, cos_TC, sin_TC)
             o_TNH, cache = attention.attend(q_TNH, k_TKH, v_TKH, cache, layer, plan)
-            x_TD = self.tokenwise(module.after_attention, x_TD, o_TNH)
+            x_TD = run("after_attention", x_TD, o_TNH)
             return (x_TD, cache, layer + 1), None
 
-        (x_TD, cache, _), _ = lax.scan(body, (x_TD, cache, jnp.int32(0)), weights["layers"])
+        layers = weights["layers"], adapters.bank.get("layers", {})
+        (x_TD, cache, _), _ = lax.scan(body, (x_TD, cache, jnp.int32(0)), layers)
         return x_TD, cache
 
-    def logits(self, weights: Weights, x_BD: jax.Array) -> jax.Array:
-        """Scores over the vocabulary of the given activations, f32[B, V]."""
+    def logits(self, weights: Weights, x_BD: jax.Array, adapters: Adapters = NO_ADAPTERS) -> jax.Array:
+        """Scores over the vocabulary of the given activations, f32[B, V]; slots are of the B rows."""
         modules = self._merge(weights)
         head = modules.embed if self.config.tie_word_embeddings else modules.lm_head
-        return self.tokenwise(lambda x_BD: head.logits(modules.norm(x_BD)), x_BD)
+
+        def score(slot_B: jax.Array, x_BD: jax.Array) -> jax.Array:
+            x_BD = modules.norm(x_BD)
+            return adapters.add_to_logits(head.logits(x_BD), x_BD, slot_B)
+
+        return self.tokenwise(score, adapters.slots_of(x_BD.shape[0]), x_BD)
 
     def _merge(self, weights: Weights) -> _Modules:
         return nnx.merge(self._graph, weights)

@@ -6,6 +6,7 @@ for XLA on CPU. Products accumulate in f32 and return the activations' dtype; no
 Logical axes: `vocab`, `hidden`, `heads` (query heads x head dim), `kv_heads`, `mlp`, `layers`; None is replicated.
 """
 
+from collections.abc import Callable
 from typing import TypeAlias
 
 import jax
@@ -14,6 +15,8 @@ from flax import nnx
 from jax import lax
 
 Axes: TypeAlias = tuple[str | None, ...]
+# What adapters add to the result of a module; set while a step is traced.
+Update: TypeAlias = Callable[[jax.Array], jax.Array]
 
 
 def param(shape: tuple[int, ...], dtype: jnp.dtype, axes: Axes) -> nnx.Param[jax.Array]:
@@ -27,11 +30,14 @@ class Linear(nnx.Module):
     def __init__(self, in_size: int, out_size: int, *, axes: Axes, bias: bool, dtype: jnp.dtype) -> None:
         self.weight = param((out_size, in_size), dtype, axes)
         self.bias = param((out_size,), dtype, axes[:1]) if bias else None
+        self.update: Update | None = None
 
     def __call__(self, x_TI: jax.Array) -> jax.Array:
         """[T, in] -> [T, out]."""
         y_TO = jnp.einsum("ti,oi->to", x_TI, self.weight[...])
-        return y_TO if self.bias is None else y_TO + self.bias[...]
+        if self.bias is not None:
+            y_TO = y_TO + self.bias[...]
+        return y_TO if self.update is None else y_TO + self.update(x_TI).astype(y_TO.dtype)
 
 
 class RMSNorm(nnx.Module):

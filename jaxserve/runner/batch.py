@@ -35,7 +35,7 @@ class DrawBatch(NamedTuple):
     """How a step draws.
 
     Attributes:
-        ints_8B: i32: token index, state row, written row, target, position, top-k, flags, spare.
+        ints_8B: i32: token index, state row, written row, target, position, top-k, flags, adapter slot.
         floats_6B: f32: temperature, top-p, min-p, frequency, presence, repetition.
         seeds_B2: u32.
     """
@@ -72,13 +72,14 @@ class ForwardBatch(NamedTuple):
     """One step's input, padded to its bucket. T tokens, B rows (and as many draws), M pages per row.
 
     Attributes:
-        tokens_3T: i32: token id, or `-1 - row` for the token that the step before drew for a row; position; slot.
+        tokens_4T: i32: token id, or `-1 - row` for the token that the step before drew for a row; position; slot in
+            the cache; adapter slot.
         rows_4B: i32: kv length; end of the row's tokens; the two counts of `distribution` at [2:4, 0].
         page_table_BM: i32.
         draws: how it draws.
     """
 
-    tokens_3T: Array
+    tokens_4T: Array
     rows_4B: Array
     page_table_BM: Array
     draws: DrawBatch
@@ -90,8 +91,8 @@ class ForwardBatch(NamedTuple):
             page_table_BM=self.page_table_BM,
             cu_q_lens_B1=jnp.concatenate([jnp.zeros(1, jnp.int32), self.rows_4B[1]]),
             distribution_2=self.rows_4B[2:4, 0],
-            slot_mapping_T=self.tokens_3T[2],
-            positions_T=self.tokens_3T[1],
+            slot_mapping_T=self.tokens_4T[2],
+            positions_T=self.tokens_4T[1],
         )
 
 
@@ -126,6 +127,7 @@ class RowTable:
         self._top_k_R = np.zeros(num_rows, np.int32)
         self._min_tokens_R = np.zeros(num_rows, np.int32)
         self._flags_R = np.zeros(num_rows, np.int32)
+        self._adapter_slot_R = np.zeros(num_rows, np.int32)
         self._pages_RM = np.zeros((num_rows, layout.pages_per_row), np.int32)
         self._num_pages_R = np.zeros(num_rows, np.int32)
         # The spare row is neutral.
@@ -148,9 +150,14 @@ class RowTable:
         self._seeds_R2[new.row] = seed & 0xFFFFFFFF, seed >> 32
         self._top_k_R[new.row] = sampling.top_k if sampling.top_k > 0 else self._layout.vocab_size
         self._min_tokens_R[new.row] = sampling.min_tokens
+        self._adapter_slot_R[new.row] = new.adapter_slot
         self._flags_R[new.row] = (_BIASED if sampling.logit_bias else 0) | (
             _LOGPROBS if sampling.num_logprobs is not None else 0
         )
+
+    def uses_adapters(self, plan: SchedulerOutput) -> bool:
+        """Whether a row of the plan has one."""
+        return any(self._adapter_slot_R[row.row] for row in plan.rows)
 
     def build(self, plan: SchedulerOutput, bucket: Bucket) -> ForwardBatch:
         """Pad a plan to a bucket."""
@@ -163,15 +170,16 @@ class RowTable:
         total = int(end_b[-1]) if count else 0
         self._add_pages(plan)
 
-        tokens_3T = np.zeros((3, bucket.num_tokens), np.int32)
-        ids_t, position_t, slot_t = tokens_3T[:, :total]
+        tokens_4T = np.zeros((4, bucket.num_tokens), np.int32)
+        ids_t, position_t, slot_t, adapter_slot_t = tokens_4T[:, :total]
         ids_t[:] = np.fromiter(chain.from_iterable(row.token_ids for row in plan.rows), np.int32, total)
         last_b = ids_t[end_b - 1]
         ids_t[end_b - 1] = np.where(last_b < 0, -1 - row_b, last_b)
         position_t[:] = np.arange(total) + np.repeat(start_b - end_b + length_b, length_b)
         page_t = self._pages_RM[np.repeat(row_b, length_b), position_t // layout.page_size]
         slot_t[:] = page_t * layout.page_size + position_t % layout.page_size
-        tokens_3T[2, total:] = layout.num_pages * layout.page_size
+        tokens_4T[2, total:] = layout.num_pages * layout.page_size
+        adapter_slot_t[:] = np.repeat(self._adapter_slot_R[row_b], length_b)
 
         rows_4B = np.zeros((4, bucket.num_rows), np.int32)
         rows_4B[0, :count] = start_b + length_b
@@ -181,7 +189,7 @@ class RowTable:
         page_table_BM = np.zeros((bucket.num_rows, layout.pages_per_row), np.int32)
         page_table_BM[:count] = self._pages_RM[row_b]
 
-        return ForwardBatch(tokens_3T, rows_4B, page_table_BM, self.draws(plan, end_b - length_b, bucket.num_rows))
+        return ForwardBatch(tokens_4T, rows_4B, page_table_BM, self.draws(plan, end_b - length_b, bucket.num_rows))
 
     def _add_pages(self, plan: SchedulerOutput) -> None:
         for row in plan.rows:
@@ -220,4 +228,5 @@ class RowTable:
                 draw += 1
         ints_8B[5] = self._top_k_R[ints_8B[1]]
         ints_8B[6] |= self._flags_R[ints_8B[1]]
+        ints_8B[7] = self._adapter_slot_R[ints_8B[1]]
         return DrawBatch(ints_8B, self._floats_6R[:, ints_8B[1]], self._seeds_R2[ints_8B[1]])

@@ -9,7 +9,7 @@ import os
 import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 
@@ -24,46 +24,54 @@ Progress: TypeAlias = Callable[[Iterable[str]], Iterable[str]]
 _COMPILE_THREADS = max(2, min(8, (os.cpu_count() or 1) // 2))
 
 
+class ForwardShape(NamedTuple):
+    """Which forward pass: its bucket, and whether rows have adapters."""
+
+    bucket: Bucket
+    adapted: bool
+
+
 class CompiledSteps:
     """Programs that are ready to run.
 
     Args:
         buckets: shapes of the forward passes, widest first.
-        lower_forward: of a bucket.
+        lower_forward: of a `ForwardShape`.
         lower_draw: of a number of rows.
+        adapted: steps may have adapters.
     """
 
-    def __init__(self, buckets: tuple[Bucket, ...], lower_forward: Lower, lower_draw: Lower) -> None:
+    def __init__(self, buckets: tuple[Bucket, ...], lower_forward: Lower, lower_draw: Lower, *, adapted: bool) -> None:
         self._buckets = buckets
+        kinds = (False, True) if adapted else (False,)
+        self._shapes = [ForwardShape(bucket, kind) for kind in kinds for bucket in buckets]
         self._rows = sorted({bucket.num_rows for bucket in buckets}, reverse=True)
         self._lower_forward = lower_forward
         self._lower_draw = lower_draw
         self._lower_lock = threading.Lock()
-        self._forwards: dict[Bucket, jax.stages.Compiled] = {}
+        self._forwards: dict[ForwardShape, jax.stages.Compiled] = {}
         self._draws: dict[int, jax.stages.Compiled] = {}
 
     @property
     def num_programs(self) -> int:
         """Programs to compile."""
-        return len(self._buckets) + len(self._rows)
+        return len(self._shapes) + len(self._rows)
 
     def compile_all(self, progress: Progress) -> None:
         """Compile every program, several at a time."""
         with ThreadPoolExecutor(_COMPILE_THREADS, thread_name_prefix="compile") as pool:
-            futures = [
-                pool.submit(self._compile, bucket, self._lower_forward, self._forwards) for bucket in self._buckets
-            ]
+            futures = [pool.submit(self._compile, shape, self._lower_forward, self._forwards) for shape in self._shapes]
             futures += [pool.submit(self._compile, rows, self._lower_draw, self._draws) for rows in self._rows]
             for name in progress(future.result() for future in as_completed(futures)):
                 logger.debug("compiled %s", name)
 
     def pick(self, num_tokens: int, num_rows: int, *, single_tokens: bool) -> Bucket:
         """The smallest compiled shape that holds a step."""
-        return pick_bucket(self._forwards, num_tokens, num_rows, single_tokens=single_tokens)
+        return pick_bucket(self._buckets, num_tokens, num_rows, single_tokens=single_tokens)
 
-    def forward(self, bucket: Bucket) -> Callable[..., Any]:
+    def forward(self, bucket: Bucket, *, adapted: bool) -> Callable[..., Any]:
         """The compiled forward pass of a bucket."""
-        return self._forwards[bucket]
+        return self._forwards[ForwardShape(bucket, adapted)]
 
     def draw(self, num_rows: int) -> Callable[..., Any]:
         """The compiled draws of so many rows."""

@@ -17,8 +17,10 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from jaxserve.lora.apply import Adapters
+from jaxserve.lora.bank import BankLayout, bank_specs, write_slot
 from jaxserve.mesh import named_sharding, partition_spec
-from jaxserve.models.decoder import Decoder, Weights
+from jaxserve.models.decoder import Decoder, ParamSpec, Weights, tree_of
 from jaxserve.request import SamplingParams
 from jaxserve.runner.batch import BatchLayout, DrawBatch, DrawMasks, ForwardBatch, RowTable
 from jaxserve.runner.buckets import Bucket
@@ -45,6 +47,7 @@ class StepModel(NamedTuple):
         mesh: where all of it lives, (data, model).
         layout: sizes of rows, pages and vocabulary.
         buckets: shapes to compile, widest first.
+        adapters: slots of LoRA adapters, if they can be asked for.
     """
 
     decoder: Decoder
@@ -53,6 +56,7 @@ class StepModel(NamedTuple):
     mesh: Mesh
     layout: BatchLayout
     buckets: tuple[Bucket, ...]
+    adapters: BankLayout | None = None
 
 
 class StepPrograms:
@@ -84,10 +88,10 @@ class StepPrograms:
             self._per_copy(
                 partial(_forward, model.decoder, model.attention),
                 {"data"},
-                (P(), P("data"), P("data"), P("data")),
+                (P(), P(), P("data"), P("data"), P("data")),
                 P("data"),
             ),
-            donate_argnums=1,
+            donate_argnums=2,
             out_shardings=(self._cache_shardings(), self._by_id),
             compiler_options=options,
         )
@@ -103,12 +107,22 @@ class StepPrograms:
             compiler_options=options,
         )
         self._write_row = jax.jit(write_row, donate_argnums=0, out_shardings=self._state_sharding)
+        bank_shardings = jax.tree.map(lambda leaf: leaf.sharding, self.bank_shapes())
+        self._write_slot = jax.jit(write_slot, donate_argnums=0, out_shardings=bank_shardings)
 
-    def lower_forward(self, bucket: Bucket) -> jax.stages.Lowered:
-        """`(weights, cache, last_token_R, batch) -> (cache, logits)`; the cache is donated."""
+    def lower_forward(self, bucket: Bucket, *, adapted: bool = False) -> jax.stages.Lowered:
+        """`(weights, bank, cache, last_token_R, batch) -> (cache, logits)`; the cache is donated.
+
+        Args:
+            bucket: shape of the step.
+            adapted: some rows have an adapter; else the bank is empty.
+        """
         batch = RowTable(self._model.layout).build(NOTHING, bucket)
+        bank = self.bank_shapes() if adapted else {}
         state = self.state_shapes()
-        return self._forward.lower(self.weight_shapes(), self.cache_shapes(), state.last_token_R, self._copied(batch))
+        return self._forward.lower(
+            self.weight_shapes(), bank, self.cache_shapes(), state.last_token_R, self._copied(batch)
+        )  # fmt: skip
 
     def lower_draw(self, num_rows: int) -> jax.stages.Lowered:
         """`(logits, state, draws, masks) -> (state, out)`; the state is donated."""
@@ -123,13 +137,27 @@ class StepPrograms:
         contents = row_state(NewRow(row=0, sampling=SamplingParams(), seed=0), self._model.layout.vocab_size)
         return self._write_row.lower(self.state_shapes(), np.int32(0), contents)
 
+    def lower_write_slot(self) -> jax.stages.Lowered:
+        """`(bank, slot, contents) -> bank`; the bank is donated."""
+        contents = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct((*leaf.shape[:-3], *leaf.shape[-2:]), jnp.float32), self.bank_shapes()
+        )
+        return self._write_slot.lower(self.bank_shapes(), np.int32(0), contents)
+
+    def bank_shapes(self) -> Weights:
+        """Shapes, dtypes and shardings of the adapters' bank."""
+        if self._model.adapters is None:
+            return {}
+        specs = bank_specs(self._model.decoder, self._model.adapters)
+        return tree_of((path, self._shape_of(spec)) for path, spec in specs.items())
+
     def weight_shapes(self) -> Weights:
         """Shapes, dtypes and shardings of the weights."""
-        return self._model.decoder.weight_tree(
-            lambda spec: jax.ShapeDtypeStruct(
-                spec.shape, spec.dtype, sharding=named_sharding(spec.axes, spec.shape, self._model.mesh)
-            )
-        )
+        return self._model.decoder.weight_tree(self._shape_of)
+
+    def _shape_of(self, spec: ParamSpec) -> jax.ShapeDtypeStruct:
+        sharding = named_sharding(spec.axes, spec.shape, self._model.mesh)
+        return jax.ShapeDtypeStruct(spec.shape, spec.dtype, sharding=sharding)
 
     def logits_shape(self, num_rows: int) -> jax.ShapeDtypeStruct:
         """What a forward pass of that many rows a copy ends with, f32."""
@@ -186,19 +214,22 @@ def _forward(
     decoder: Decoder,
     attention: AttentionBackend,
     weights: Weights,
+    bank: Weights,
     cache: Cache,
     last_token_R: jax.Array,
     batch: ForwardBatch,
 ) -> tuple[Cache, jax.Array]:
     """One copy's forward pass: embed, layers, logits of the drawn tokens only."""
     batch = jax.tree.map(lambda array: array[0], batch)
-    token_ids_T, positions_T, _ = batch.tokens_3T
+    token_ids_T, positions_T, _, adapter_slot_T = batch.tokens_4T
+    token_index_B, adapter_slot_B = batch.draws.ints_8B[0], batch.draws.ints_8B[7]
     pending_T = token_ids_T < 0
     last_T = last_token_R[jnp.where(pending_T, -1 - token_ids_T, 0)]
     token_ids_T = jnp.where(pending_T, last_T, token_ids_T)
     plan = attention.plan(batch.attention_meta())
-    x_TD, cache = decoder.forward(weights, cache, token_ids_T, positions_T, plan, attention)
-    return cache, decoder.logits(weights, x_TD[batch.draws.ints_8B[0]])
+    adapters = Adapters(bank, adapter_slot_T)
+    x_TD, cache = decoder.forward(weights, cache, token_ids_T, positions_T, plan, attention, adapters)
+    return cache, decoder.logits(weights, x_TD[token_index_B], adapters._replace(slot_T=adapter_slot_B))
 
 
 def _draw(

@@ -6,7 +6,7 @@ waits for the device in `PendingStep.result` only.
 See `runner.programs` for what a step is made of.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -14,13 +14,15 @@ import jax.numpy as jnp
 import msgspec
 import numpy as np
 
+from jaxserve.lora.bank import bank_specs, empty_bank, slot_contents
+from jaxserve.lora.delta import AdapterDelta
 from jaxserve.models.decoder import Weights
 from jaxserve.runner.batch import DrawBatch, DrawMasks, ForwardBatch, RowTable
 from jaxserve.runner.buckets import Bucket
 from jaxserve.runner.compiled import CompiledSteps, Progress
 from jaxserve.runner.programs import NOTHING, StepModel, StepPrograms
 from jaxserve.runner.state import needs_row_state, row_state
-from jaxserve.step import ConstrainedRows, NewRow, Plans, PromptLogprobs, SchedulerOutput, StepOutput
+from jaxserve.step import AdapterLoad, ConstrainedRows, NewRow, Plans, PromptLogprobs, SchedulerOutput, StepOutput
 from kernels_pallas.paged_attention.api import Cache
 from kernels_pallas.sampling.api import SampleOutput, mask_words
 
@@ -102,9 +104,10 @@ class ModelRunner:
     Args:
         model: what a step is made of.
         weights: its parameters, on the mesh.
+        adapters: LoRA adapters by name, on the host.
     """
 
-    def __init__(self, model: StepModel, weights: Weights) -> None:
+    def __init__(self, model: StepModel, weights: Weights, adapters: Mapping[str, AdapterDelta] | None = None) -> None:
         self._model = model
         self._weights = weights
         self._lowering = StepPrograms(model)
@@ -113,8 +116,16 @@ class ModelRunner:
         self._rows = [RowTable(model.layout) for _ in range(self._copies)]
         self._cache = self._empty_cache()
         self._state = self._lowering.empty_state()
-        self._programs = CompiledSteps(model.buckets, self._lowering.lower_forward, self._lowering.lower_draw)
+        self._adapters = adapters or {}
+        self._bank = empty_bank(self._lowering.bank_shapes())
+        self._programs = CompiledSteps(
+            model.buckets,
+            lambda shape: self._lowering.lower_forward(shape.bucket, adapted=shape.adapted),
+            self._lowering.lower_draw,
+            adapted=model.adapters is not None,
+        )
         self._write_row: Any = None
+        self._write_slot: Any = None
         self._no_masks: dict[int, DrawMasks] = {}
 
     @property
@@ -126,6 +137,8 @@ class ModelRunner:
         """Compile every program, and run each once on padding: the real path with nothing in it."""
         self._programs.compile_all(progress)
         self._write_row = self._lowering.lower_write_row().compile()
+        if self._model.adapters is not None:
+            self._write_slot = self._lowering.lower_write_slot().compile()
         nothing = (None,) * self._copies
         self._no_masks = {
             bucket.num_rows: self._to_devices(self._masks(nothing, nothing, bucket.num_rows))
@@ -133,11 +146,15 @@ class ModelRunner:
         }
         for bucket in self._model.buckets:
             self._run_empty(bucket)
+            if self._model.adapters is not None:
+                self._run_empty(bucket, adapted=True)
         jax.block_until_ready(self._state)
 
     def forward(self, plans: Plans) -> ForwardedStep:
         """Send the forward pass of a step of every copy to the devices and return at once."""
         for copy, plan in enumerate(plans):
+            for load in plan.adapter_loads if plan is not None else ():
+                self._load(load)
             for new in plan.new_rows if plan is not None else ():
                 self._admit(copy, new)
         running = [plan for plan in plans if plan is not None]
@@ -147,7 +164,10 @@ class ModelRunner:
             max(plan.num_draws for plan in running),
             single_tokens=all(row.num_tokens == 1 for plan in running for row in plan.rows),
         )
-        return self._run_forward(bucket, plans)
+        adapted = any(
+            rows.uses_adapters(plan) for rows, plan in zip(self._rows, plans, strict=True) if plan is not None
+        )
+        return self._run_forward(bucket, plans, adapted=adapted)
 
     def draw(
         self,
@@ -173,6 +193,8 @@ class ModelRunner:
         # The old ones may be alive, if the failure came before they were donated; two do not fit.
         self._cache = {}
         del self._state
+        self._bank = {}
+        self._bank = empty_bank(self._lowering.bank_shapes())
         self._cache = self._empty_cache()
         self._state = self._lowering.empty_state()
         self._run_empty(self._model.buckets[-1]).result()
@@ -184,10 +206,18 @@ class ModelRunner:
             row = copy * (self._model.layout.max_rows + 1) + new.row
             self._state = self._write_row(self._state, np.int32(row), row_state(new, self._model.layout.vocab_size))
 
-    def _run_forward(self, bucket: Bucket, plans: Plans) -> ForwardedStep:
+    def _load(self, load: AdapterLoad) -> None:
+        """A slot gets another adapter. Steps that are on their way are before it in the devices' queue."""
+        assert self._model.adapters is not None
+        specs = bank_specs(self._model.decoder, self._model.adapters)
+        contents = slot_contents(self._adapters[load.adapter], specs)
+        self._bank = self._write_slot(self._bank, np.int32(load.slot), contents)
+
+    def _run_forward(self, bucket: Bucket, plans: Plans, *, adapted: bool) -> ForwardedStep:
         batch = self._to_devices(self._batch(bucket, plans))
-        forward = self._programs.forward(bucket)
-        self._cache, logits = forward(self._weights, self._cache, self._state.last_token_R, batch)
+        forward = self._programs.forward(bucket, adapted=adapted)
+        bank = self._bank if adapted else {}
+        self._cache, logits = forward(self._weights, bank, self._cache, self._state.last_token_R, batch)
         return ForwardedStep(self, plans, batch.draws, logits)
 
     def _to_devices(self, arrays: T) -> T:
@@ -199,9 +229,9 @@ class ModelRunner:
             lambda array: jax.make_array_from_callback(array.shape, self._by_copy, array.__getitem__), arrays
         )
 
-    def _run_empty(self, bucket: Bucket) -> PendingStep:
+    def _run_empty(self, bucket: Bucket, *, adapted: bool = False) -> PendingStep:
         nothing = (None,) * self._copies
-        return self._run_forward(bucket, nothing).draw(nothing)
+        return self._run_forward(bucket, nothing, adapted=adapted).draw(nothing)
 
     def _batch(self, bucket: Bucket, plans: Plans) -> ForwardBatch:
         """The copies' batches, stacked."""

@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 from jaxserve.config import CacheConfig, SchedulerConfig
 from jaxserve.request import FinishReason, Request, TokenDelta, TokenLogprobs
+from jaxserve.scheduling.adapter_slots import AdapterSlots
 from jaxserve.scheduling.constraint import Constraint
 from jaxserve.scheduling.pages import PagePool
 from jaxserve.scheduling.prefix_cache import PrefixCache
@@ -75,11 +76,18 @@ def _forced(sequence: Sequence, token_id: int) -> _NewToken:
 
 
 class Scheduler:
-    """The waiting queue, the running sequences and their pages."""
+    """The waiting queue, the running sequences and their pages.
 
-    def __init__(self, config: SchedulerConfig, cache: CacheConfig) -> None:
+    Args:
+        config: limits.
+        cache: the pool.
+        adapters: slots of LoRA adapters, which the schedulers of all copies share.
+    """
+
+    def __init__(self, config: SchedulerConfig, cache: CacheConfig, adapters: AdapterSlots | None = None) -> None:
         self._config = config
         self._page_size = cache.page_size
+        self._adapters = adapters or AdapterSlots(1)
         self._pool = PagePool(cache.num_pages)
         self._prefixes = PrefixCache(self._pool, cache.page_size, enabled=cache.prefix_caching)
         self._waiting: deque[Sequence] = deque()
@@ -162,7 +170,7 @@ class Scheduler:
             self._admit(step)
         if not step.rows:
             return None
-        plan = step.finish(self._step)
+        plan = step.finish(self._step, self._adapters.take_loads())
         self._step += 1
         self._in_flight.append(
             _InFlight(plan, tuple(step.sequences), tuple(sequence.num_preemptions for sequence in step.sequences))
@@ -246,6 +254,7 @@ class Scheduler:
         for sequence in reversed(self._running.copy()):
             self._preempt(sequence)
         self._prefixes.flush()
+        self._adapters.clear()
         if alone and len(in_flight) == 1:
             [sequence] = in_flight
             sequence.num_failed_steps += 1
@@ -320,12 +329,14 @@ class Scheduler:
                 return
             if sequence.num_in_flight or self._waits_for_prefix(sequence):
                 continue
+            if not self._adapters.has_room(sequence.request.adapter):
+                continue  # those behind it may have room
             if not self._start(sequence, step):
                 return
 
     def _start(self, sequence: Sequence, step: StepBuilder) -> bool:
         """Give a waiting sequence a row and pages, and run it in this step; False when there are none."""
-        if not self._free_rows:
+        if not self._free_rows or not self._adapters.has_room(sequence.request.adapter):
             return False
         sequence.pages = self._match(sequence)
         sequence.num_indexed_pages = len(sequence.pages)
@@ -345,7 +356,7 @@ class Scheduler:
             if sequence.choice == 0:
                 self._num_prompt_tokens += sequence.num_prompt_tokens
                 self._num_cached_tokens += sequence.num_cached_tokens
-        step.admit(sequence)
+        step.admit(sequence, self._adapters.hold(sequence.request.adapter))
         step.add(sequence, count)
         return True
 
@@ -413,6 +424,7 @@ class Scheduler:
         self._running.remove(sequence)
         assert sequence.row is not None
         self._free_rows.append(sequence.row)
+        self._adapters.release(sequence.request.adapter)
         sequence.row = None
         self._prefixes.release(sequence.pages)
         sequence.pages = []

@@ -19,7 +19,7 @@ def choice_seed(seed: int, choice: int) -> int:
 
 def namespace_of(request: Request) -> Namespace:
     """Which requests may share its pages: those of the same namespace."""
-    return (request.cache_salt,)
+    return (request.adapter, request.cache_salt)
 
 
 class Sequence:

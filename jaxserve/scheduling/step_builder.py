@@ -2,7 +2,7 @@
 
 from jaxserve.config import SchedulerConfig
 from jaxserve.scheduling.sequence import Sequence
-from jaxserve.step import NewRow, ScheduledRow, SchedulerOutput
+from jaxserve.step import AdapterLoad, NewRow, ScheduledRow, SchedulerOutput
 
 
 class StepBuilder:
@@ -22,7 +22,7 @@ class StepBuilder:
         count = min(sequence.num_uncomputed_tokens, self.num_tokens_left)
         return min(count, self.num_draws_left) if sequence.collects_prompt_logprobs else count
 
-    def admit(self, sequence: Sequence) -> None:
+    def admit(self, sequence: Sequence, adapter_slot: int) -> None:
         """A sequence takes a row with this step."""
         assert sequence.row is not None
         self._new_rows.append(
@@ -32,6 +32,7 @@ class StepBuilder:
                 seed=sequence.seed,
                 eos_token_ids=sequence.request.eos_token_ids,
                 output_token_ids=tuple(sequence.output_token_ids),
+                adapter_slot=adapter_slot,
             )
         )
 
@@ -74,9 +75,11 @@ class StepBuilder:
         self.num_tokens_left += row.num_tokens
         self.num_draws_left += row.num_draws
 
-    def finish(self, step: int) -> SchedulerOutput:
+    def finish(self, step: int, adapter_loads: tuple[AdapterLoad, ...]) -> SchedulerOutput:
         """Order the rows: single tokens first."""
         order = sorted(range(len(self.rows)), key=lambda index: self.rows[index].num_tokens > 1)
         self.rows = [self.rows[index] for index in order]
         self.sequences = [self.sequences[index] for index in order]
-        return SchedulerOutput(step=step, new_rows=tuple(self._new_rows), rows=tuple(self.rows))
+        return SchedulerOutput(
+            step=step, new_rows=tuple(self._new_rows), rows=tuple(self.rows), adapter_loads=adapter_loads
+        )

@@ -15,6 +15,7 @@ import platform
 import random
 import statistics
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -119,8 +120,8 @@ async def stream(url: str, model: str, load: Load, rng: random.Random, run: Run)
         run.num_errors += 1
 
 
-async def drive(url: str, model: str, load: Load, num_requests: int, seed: int) -> Run:
-    """A closed loop of `num_requests` in all."""
+async def drive(url: str, models: Sequence[str], load: Load, num_requests: int, seed: int) -> Run:
+    """A closed loop of `num_requests` in all, to each of the models in turn."""
     run = Run()
     rng = random.Random(seed)
     left = num_requests
@@ -129,7 +130,7 @@ async def drive(url: str, model: str, load: Load, num_requests: int, seed: int) 
         nonlocal left
         while left > 0:
             left -= 1
-            await stream(url, model, load, rng, run)
+            await stream(url, models[left % len(models)], load, rng, run)
 
     start = time.perf_counter()
     await asyncio.gather(*(client() for _ in range(load.concurrency)))
@@ -155,7 +156,7 @@ def main() -> None:
     """Parse arguments, run, print, save."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--url", default="http://127.0.0.1:30000/v1")
-    parser.add_argument("--model", default="demo")
+    parser.add_argument("--model", nargs="+", default=["demo"], help="several, such as adapters, get requests in turn")
     parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--input", type=int, default=128)
     parser.add_argument("--output", type=int, default=128)

@@ -149,9 +149,7 @@ async def test_internal_errors_tell_nothing(http: Http, server: Server, monkeypa
     assert "ZeroDivision" not in error["message"]
 
 
-@pytest.mark.parametrize(
-    ("field", "value"), [("lora_path", "a"), ("functions", [{"name": "f"}]), ("modalities", ["audio"])]
-)
+@pytest.mark.parametrize(("field", "value"), [("functions", [{"name": "f"}]), ("modalities", ["audio"])])
 async def test_fields_that_cannot_be_honoured_are_refused(http: Http, field: str, value: Any) -> None:
     for path in ("/v1/chat/completions", "/v1/completions"):
         body = {"messages": MESSAGES} if "chat" in path else {"prompt": "x"}

@@ -1,8 +1,12 @@
 """Adapters, as a user serves them."""
 
+import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
+import openai
+import pytest
 
 from jaxserve.errors import ExitCode
 from tests.e2e.conftest import ServerProcess
@@ -32,3 +36,44 @@ def test_an_adapter_of_another_model_is_told_at_the_start(flags: list[str], tmp_
     process = ServerProcess(*flags, "--merge-lora", str(adapter), log=tmp_path / "log")
     assert process.process.wait(60) == ExitCode.BAD_CONFIG
     assert "--merge-lora: the adapter does not fit the model" in process.log.read_text()
+
+
+def test_adapters_are_served_beside_the_base(flags: list[str], server: ServerProcess, tmp_path: Path) -> None:
+    """More of them than slots, all at once, by every name; each answers as the model that it is merged into."""
+    paths = {name: write_adapter(tmp_path / name, seed=seed, rank=2 + seed) for seed, name in enumerate("abc")}
+    as_json = json.dumps({"lora_name": "c", "lora_path": str(paths["c"])})
+    lora = ["--lora-paths", f"a={paths['a']}", f"b={paths['b']}", as_json, "--max-loras-per-batch", "3"]
+    process = ServerProcess(*flags, *lora, log=tmp_path / "log").wait_ready()
+    cards = httpx.get(f"{process.url}/v1/models").json()["data"]
+    assert [(card["id"], card["parent"]) for card in cards] == [("tiny", None), *((name, "tiny") for name in "abc")]
+    models = ["tiny", "a", "tiny:b", "c", "tiny:c"]
+    alone = {model: complete(process, model) for model in models}
+    assert alone["tiny"] == complete(server, "tiny")
+    assert alone["c"] == alone["tiny:c"]
+    assert len(set(alone.values())) == 4
+    with ThreadPoolExecutor(20) as pool:
+        together = pool.map(lambda model: (model, complete(process, model)), models * 8)
+        assert all(text == alone[model] for model, text in together)
+    client = openai.OpenAI(base_url=f"{process.url}/v1", api_key="none")
+    answer = client.completions.create(
+        model="tiny", prompt=[1, 2, 3], max_tokens=16, temperature=0, extra_body={"lora_path": "b", "ignore_eos": True}
+    )
+    assert answer.choices[0].text == alone["tiny:b"]
+    assert "jaxserve_compiles_after_ready_total 0.0" in httpx.get(f"{process.url}/metrics").text
+    assert process.stop() == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--lora-paths", "a=/nowhere"], "adapter /nowhere: no such folder"),
+        (["--lora-paths", "a=x/y", "a=x/z"], "two adapters are called 'a'"),
+        (["--lora-paths", "a:b=x/y"], "a name must not be empty, nor hold a colon"),
+        (["--lora-paths", '{"lora_name": "a"}'], "Object missing required field `lora_path`"),
+        (["--enable-lora", "--max-loras-per-batch", "1"], "--max-loras-per-batch must be at least 2"),
+    ],
+)
+def test_wrong_flags_are_told_at_once(flags: list[str], arguments: list[str], message: str, tmp_path: Path) -> None:
+    process = ServerProcess(*flags, *arguments, log=tmp_path / "log")
+    assert process.process.wait(60) == ExitCode.BAD_CONFIG
+    assert message in process.log.read_text()

@@ -10,6 +10,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from jaxserve.config import CacheConfig, SchedulerConfig
 from jaxserve.request import FinishReason, Request, SamplingParams
+from jaxserve.scheduling.adapter_slots import AdapterSlots
 from jaxserve.scheduling.scheduler import Scheduler
 from jaxserve.step import PromptLogprobs, SchedulerOutput, StepOutput
 
@@ -69,9 +70,20 @@ class SchedulerMachine(RuleBasedStateMachine):
         spare_tokens=st.integers(0, 12),
         policy=st.sampled_from(["fcfs", "lpm", "priority"]),
         caching=st.booleans(),
+        num_slots=st.integers(2, 4),
+        eviction=st.sampled_from(["lru", "fifo"]),
     )
     def start(
-        self, page_size: int, num_pages: int, max_rows: int, spare_tokens: int, policy: str, caching: bool
+        self,
+        *,
+        page_size: int,
+        num_pages: int,
+        max_rows: int,
+        spare_tokens: int,
+        policy: str,
+        caching: bool,
+        num_slots: int,
+        eviction: Any,
     ) -> None:
         self.context = page_size * num_pages
         self.config = SchedulerConfig(
@@ -82,9 +94,13 @@ class SchedulerMachine(RuleBasedStateMachine):
         )
         self.page_size = page_size
         self.num_pages = num_pages
+        self.adapters = AdapterSlots(num_slots, eviction)
         self.scheduler = Scheduler(
-            self.config, CacheConfig(page_size=page_size, num_pages=num_pages, prefix_caching=caching)
+            self.config, CacheConfig(page_size=page_size, num_pages=num_pages, prefix_caching=caching), self.adapters
         )
+        # What the device has in its slots, and the slots of its rows.
+        self.slots = {0: ""}
+        self.slot_of_row: dict[int, int] = {}
         self.in_flight: deque[SchedulerOutput] = deque()
         self.requests: dict[str, Request] = {}
         self.ends: dict[tuple[str, int], list[FinishReason]] = {}
@@ -100,6 +116,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         num_choices=st.sampled_from([1, 1, 1, 3]),
         options=OPTIONS,
         priority=st.integers(0, 2),
+        adapter=st.sampled_from(["", "", "a", "b", "c", "d"]),
         script=st.none() | st.lists(st.frozensets(st.integers(0, EOS), min_size=1, max_size=2), min_size=1, max_size=8),
     )
     def add(
@@ -109,6 +126,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         num_choices: int,
         options: dict[str, Any],
         priority: int,
+        adapter: str,
         script: list[frozenset[int]] | None,
     ) -> None:
         prompt = prompt[: self.context - 1]
@@ -123,6 +141,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             eos_token_ids=(EOS,),
             num_choices=num_choices,
             priority=priority,
+            adapter=adapter,
         )
         self.requests[request.id] = request
         for choice in range(num_choices):
@@ -148,6 +167,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             return
         self.in_flight.append(plan)
         self._tell_masks()
+        self._check_adapters(plan)
         assert plan.num_tokens <= self.config.max_step_tokens
         assert sum(row.num_draws for row in plan.rows) <= self.config.max_rows
         assert len({row.row for row in plan.rows}) == len(plan.rows)
@@ -169,6 +189,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     def lose_the_cache(self, alone: bool) -> None:
         self.in_flight.clear()
         self.masks = {}
+        self.slots = {0: ""}
         self.scheduler.restart_running(alone=alone)
 
     @invariant()
@@ -218,6 +239,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert self.scheduler.idle, "every request ends"
         for name, choice in self.ends:
             self.ended_as_it_should(name, choice)
+        assert not any(self.adapters._num_rows.values())
         assert self.scheduler.flush_cache()
         assert self.scheduler._pool.num_free == self.num_pages
 
@@ -241,6 +263,15 @@ class SchedulerMachine(RuleBasedStateMachine):
             assert self.scripts[name][choice].taken == output
         if sampling.prompt_logprobs and choice == 0 and reasons[0] in (FinishReason.LENGTH, FinishReason.STOP):
             assert self.prompt_logprobs[name] == len(self.requests[name].prompt_token_ids) - 1
+
+    def _check_adapters(self, plan: SchedulerOutput) -> None:
+        """Every row finds its own adapter in its slot."""
+        for load in plan.adapter_loads:
+            assert 0 < load.slot < self.adapters._num_slots
+            self.slots[load.slot] = load.adapter
+        self.slot_of_row |= {new.row: new.adapter_slot for new in plan.new_rows}
+        for row, sequence in zip(plan.rows, self.scheduler._in_flight[-1].sequences, strict=True):
+            assert self.slots[self.slot_of_row[row.row]] == sequence.request.adapter
 
     def _tell_masks(self) -> None:
         """What the draws of the only step in flight may be."""

@@ -7,13 +7,19 @@ from tests.fakes import make_engine
 
 
 def request(
-    name: str, prompt: tuple[int, ...] = (1, 2, 3), max_tokens: int = 4, priority: int = 0, **options: object
+    name: str,
+    prompt: tuple[int, ...] = (1, 2, 3),
+    max_tokens: int = 4,
+    priority: int = 0,
+    adapter: str = "",
+    **options: object,
 ) -> Request:
     return Request(
         id=name,
         prompt_token_ids=prompt,
         sampling=SamplingParams(max_tokens=max_tokens, **options),  # type: ignore[arg-type]
         priority=priority,
+        adapter=adapter,
     )
 
 

@@ -1,0 +1,88 @@
+"""The adapters that a step can use: factors of all slots side by side, by module of the model.
+
+A bank is a tree of the model's modules with two arrays at each that adapters may change. Slot 0, of rows without an
+adapter, takes no room: slot s is at s - 1.
+
+Dimension key: L layers, S slots, R rank, I inputs, O outputs.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from jaxserve.lora.delta import AdapterDelta, adaptable
+from jaxserve.mesh import named_sharding
+from jaxserve.models.decoder import Decoder, ParamSpec, Path, Weights, tree_of
+
+
+class BankLayout(NamedTuple):
+    """Sizes of a bank.
+
+    Attributes:
+        num_slots: slot 0 included.
+        rank: of every slot; adapters of a lower one are filled up with zeros.
+        paths: weights that adapters may change.
+    """
+
+    num_slots: int
+    rank: int
+    paths: tuple[Path, ...]
+
+
+def layout_for(deltas: Sequence[AdapterDelta], num_slots: int, rank: int | None) -> BankLayout:
+    """What holds these adapters."""
+    paths = {path for delta in deltas for path in delta.factors}
+    return BankLayout(num_slots, rank or max((delta.rank for delta in deltas), default=1), tuple(sorted(paths)))
+
+
+def bank_specs(decoder: Decoder, layout: BankLayout) -> dict[Path, ParamSpec]:
+    """Of a module's `a` [(L,) S, R, I] and `b` [(L,) S, R, O]: split over devices as the weight's own axes are."""
+    specs: dict[Path, ParamSpec] = {}
+    for path in layout.paths:
+        base = adaptable(decoder)[path]
+        lead = base.shape[:-2]
+        for name, axis in (("a", -1), ("b", -2)):
+            shape = (*lead, layout.num_slots - 1, layout.rank, base.shape[axis])
+            axes = (*base.axes[:-2], None, None, base.axes[axis])
+            specs[*path[:-1], name] = ParamSpec(shape, base.dtype, axes, base.stacked)
+    return specs
+
+
+def bank_bytes(decoder: Decoder, layout: BankLayout, mesh: Mesh) -> int:
+    """Of a bank, on each device."""
+    return sum(
+        math.prod(named_sharding(spec.axes, spec.shape, mesh).shard_shape(spec.shape)) * spec.dtype.itemsize
+        for spec in bank_specs(decoder, layout).values()
+    )
+
+
+def slot_contents(delta: AdapterDelta, specs: Mapping[Path, ParamSpec]) -> Weights:
+    """An adapter as a slot holds it, f32 on the host: `a` [(L,) R, I] and scale * `b` [(L,) R, O]."""
+    leaves: dict[Path, np.ndarray] = {}
+    for path, spec in specs.items():
+        *lead, _, rank, size = spec.shape
+        leaves[path] = np.zeros((*lead, rank, size), np.float32)
+        factor = delta.factors.get((*path[:-1], "weight"))
+        if factor is not None:
+            values = factor.a if path[-1] == "a" else np.swapaxes(factor.b, -1, -2) * factor.scale[..., None, None]
+            leaves[path][..., : delta.rank, :] = values
+    return tree_of(leaves.items())
+
+
+def write_slot(bank: Weights, slot: jax.Array, contents: Weights) -> Weights:
+    """Put an adapter into a slot."""
+    return jax.tree.map(
+        lambda leaf, new: jax.lax.dynamic_update_index_in_dim(leaf, new.astype(leaf.dtype), slot - 1, leaf.ndim - 3),
+        bank,
+        contents,
+    )
+
+
+def empty_bank(shapes: Weights) -> Weights:
+    """Slots that change nothing."""
+    return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype, device=leaf.sharding), shapes)

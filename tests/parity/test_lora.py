@@ -1,0 +1,119 @@
+"""Many adapters at once: each row gets what a model with its adapter merged gives it."""
+
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from jaxserve import LLM, SamplingParams
+from jaxserve.config import LoraConfig
+from jaxserve.errors import LaunchError, NotFoundError
+from tests.parity.test_lora_merge import EVERYTHING, FAMILIES, SMALL
+from tests.tiny import CONFIG, write_adapter, write_checkpoint
+
+SIZES = SMALL | {"max_running_requests": 4, "max_total_tokens": 2048, "chunked_prefill_size": 32}
+GREEDY = SamplingParams(temperature=0, max_tokens=16, ignore_eos=True)
+PROMPTS = [[1, 2, 3], [7] * 40, [5]]
+
+
+def generated(llm: LLM, adapter: str = "") -> list[tuple[int, ...]]:
+    return [output.choices[0].token_ids for output in llm.generate(PROMPTS, GREEDY, adapter=adapter)]
+
+
+def served(base: Path, paths: dict[str, Path], *, slots: int = 3, **options: Any) -> LLM:
+    lora = LoraConfig(paths={name: str(path) for name, path in paths.items()}, max_loras_per_batch=slots)
+    return LLM(str(base), lora=lora, **(SIZES | options))
+
+
+def merged(base: Path, adapter: Path) -> list[tuple[int, ...]]:
+    with LLM(str(base), merge_lora=str(adapter), **SIZES) as llm:
+        return generated(llm)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_rows_get_what_their_merged_models_give(family: str, tmp_path: Path) -> None:
+    """More adapters than slots, of different ranks and modules; afterwards the base is what it was."""
+    base = write_checkpoint(tmp_path / "base", architectures=[family])
+    adapters = {
+        "all": write_adapter(tmp_path / "all", modules=EVERYTHING, rank=4, seed=1),
+        "narrow": write_adapter(tmp_path / "narrow", modules=["q_proj", "down_proj"], rank=2, seed=2, use_rslora=True),
+        "head": write_adapter(tmp_path / "head", modules=["lm_head"], rank=8, seed=3),
+    }
+    want = {name: merged(base, path) for name, path in adapters.items()}
+    with LLM(str(base), **SIZES) as llm:
+        want[""] = generated(llm)
+    assert len({str(tokens) for tokens in want.values()}) == 4
+    with served(base, adapters) as llm:
+        for name in ("all", "", "narrow", "head", "all", ""):
+            assert generated(llm, name) == want[name], name
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_checkpoint(tmp_path_factory.mktemp("base") / "tiny", vocab_size=264)
+
+
+@pytest.fixture(scope="module")
+def adapters(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("adapters")
+    config = CONFIG | {"vocab_size": 264}
+    return {
+        f"a{seed}": write_adapter(folder / f"a{seed}", config, modules=EVERYTHING, rank=2 + seed, seed=seed)
+        for seed in range(8)
+    }
+
+
+@pytest.fixture(scope="module")
+def alone(base: Path, adapters: dict[str, Path]) -> dict[str, list[tuple[int, ...]]]:
+    """Of the base and each adapter, one after the other."""
+    with served(base, adapters, slots=2) as llm:
+        return {name: generated(llm, name) for name in ("", *adapters)}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"tp_size": 8}, {"dp_size": 2, "tp_size": 2}, {"deterministic": True}, {"enough_pages_for_two": True}],
+    ids=str,
+)
+def test_a_mixed_batch_is_each_alone(
+    base: Path, adapters: dict[str, Path], alone: dict[str, list[tuple[int, ...]]], options: dict[str, Any]
+) -> None:
+    """Eight adapters and the base at once, over devices, in tiles, and with rows that lose their pages."""
+    if options.pop("enough_pages_for_two", False):
+        options = {"max_total_tokens": 144, "context_length": 64}
+    with served(base, adapters, slots=9, **(SIZES | {"max_running_requests": 9} | options)) as llm:
+        names = ["", *adapters]
+        with ThreadPoolExecutor(len(names)) as pool:
+            got = dict(zip(names, pool.map(lambda name: generated(llm, name), names), strict=True))
+        assert llm.stats.num_compiles_after_ready == 0
+        assert ("context_length" in options) == (llm.stats.num_preemptions > 0)
+    assert got == alone
+    assert len({str(tokens) for tokens in alone.values()}) == len(alone)
+
+
+def test_choices_grammars_and_logprobs_work_with_adapters(base: Path, adapters: dict[str, Path]) -> None:
+    sampling = SamplingParams(seed=3, max_tokens=8, num_logprobs=2, ignore_eos=True)
+    with served(base, adapters) as llm:
+        [output] = llm.generate([[1, 2]], sampling, num_choices=3, adapter="a3")
+        assert len({choice.token_ids for choice in output.choices}) == 3
+    with LLM(str(base), merge_lora=str(adapters["a3"]), **SIZES) as llm:
+        [want] = llm.generate([[1, 2]], sampling, num_choices=3)
+    for got_choice, want_choice in zip(output.choices, want.choices, strict=True):
+        assert got_choice.token_ids == want_choice.token_ids
+        np.testing.assert_allclose(got_choice.logprobs, want_choice.logprobs, atol=1e-4)
+
+
+def test_an_unknown_adapter_is_told_with_the_loaded_ones(base: Path, adapters: dict[str, Path]) -> None:
+    with (
+        served(base, {"a1": adapters["a1"]}) as llm,
+        pytest.raises(NotFoundError, match="'b' does not exist; loaded: a1"),
+    ):
+        llm.generate("x", adapter="b")
+
+
+def test_an_adapter_that_is_too_wide_is_told_at_the_start(base: Path, adapters: dict[str, Path]) -> None:
+    lora = LoraConfig(paths={"a7": str(adapters["a7"])}, max_rank=8)
+    with pytest.raises(LaunchError, match="--lora-paths a7: rank 9 is more than --max-lora-rank 8"):
+        LLM(str(base), lora=lora, **SIZES)
