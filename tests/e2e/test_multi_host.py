@@ -54,11 +54,12 @@ def two_hosts(
 
 
 def texts(url: str) -> list[str]:
-    """Greedy, seeded, and with a grammar; the last two at once."""
+    """Greedy, seeded several times, with a grammar, and with what lives in a row's state on the devices."""
     bodies: list[dict[str, Any]] = [
         {"prompt": [1, 2, 3], "max_tokens": 24, "temperature": 0, "ignore_eos": True},
         {"prompt": [5, 6], "max_tokens": 24, "seed": 7, "n": 4, "top_p": 0.9, "ignore_eos": True},
         {"prompt": [9], "max_tokens": 24, "temperature": 0, "regex": "(ab|cd)+x"},
+        {"prompt": [4], "max_tokens": 24, "temperature": 0, "frequency_penalty": 1.5, "logit_bias": {"65": 4}},
     ]
     out: list[str] = []
     for body in bodies:
