@@ -15,6 +15,7 @@ from jax.experimental import multihost_utils
 
 from checkpoints.gguf import GGUFCheckpoint
 from checkpoints.huggingface import HuggingFaceCheckpoint, read_json
+from checkpoints.orbax_adapters import read_adapter
 from checkpoints.orbax_io import is_orbax
 from checkpoints.source import CheckpointError, TensorSource
 from jaxserve.config import CacheConfig, EngineConfig, LoraConfig, ModelConfig, SchedulerConfig
@@ -193,7 +194,7 @@ def _digest(source: TensorSource | OrbaxCheckpoint, config: EngineConfig) -> str
     tensors = None if isinstance(source, OrbaxCheckpoint) else source
     merged = [] if config.merge_lora is None else [config.merge_lora]
     served = [] if config.lora is None else list(config.lora.paths.values())
-    return model_digest(source.config, tensors, map(Path, merged + served))
+    return model_digest(source.config, tensors, (read_adapter(Path(folder)) for folder in merged + served))
 
 
 def build_runner(config: EngineConfig, bar: ProgressBar) -> BuiltRunner:

@@ -2,8 +2,8 @@
 
 Usage: python scripts/convert_checkpoint.py SOURCE DESTINATION [--dtype DTYPE] [--merge-lora ADAPTER]
 
-The result is served like any other model: `python -m jaxserve.launch --model-path DESTINATION`. It restores
-straight into the shards of whatever mesh it is served on.
+SOURCE may also be a PEFT adapter. The result is served like any other: `python -m jaxserve.launch --model-path
+DESTINATION`. It restores straight into the shards of whatever mesh it is served on.
 """
 
 import argparse
@@ -15,6 +15,8 @@ from pathlib import Path
 import jax
 
 from checkpoints import orbax_io
+from checkpoints.adapters import read_peft
+from checkpoints.orbax_adapters import save_adapter
 from checkpoints.source import CheckpointError
 from jaxserve.build import OrbaxCheckpoint, open_checkpoint
 from jaxserve.config import EngineConfig
@@ -38,8 +40,7 @@ def convert(name: str, destination: Path, dtype_name: str, adapter: str | None =
         LaunchError: the source or the adapter cannot be read, or the destination is not empty.
         AdapterError: the adapter does not fit the model.
     """
-    if destination.exists() and any(destination.iterdir()):
-        raise LaunchError(f"{destination} is not empty")
+    _check_empty(destination)
     path = find_model(name, None, None)
     source = open_checkpoint(path)
     if isinstance(source, OrbaxCheckpoint):
@@ -67,16 +68,37 @@ def convert(name: str, destination: Path, dtype_name: str, adapter: str | None =
     print(f"wrote {size / 1e6:.0f} MB of {dtype} to {destination}")
 
 
+def convert_adapter(source: Path, destination: Path) -> None:
+    """Convert a PEFT adapter.
+
+    Raises:
+        LaunchError: the destination is not empty.
+        CheckpointError: the source cannot be read.
+    """
+    _check_empty(destination)
+    adapter = read_peft(source)
+    save_adapter(destination, adapter)
+    print(f"wrote {len(adapter.modules)} modules of rank {adapter.rank} at most to {destination}")
+
+
+def _check_empty(destination: Path) -> None:
+    if destination.exists() and any(destination.iterdir()):
+        raise LaunchError(f"{destination} is not empty")
+
+
 def main() -> int:
     """Parse arguments and convert."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("source", help="Hugging Face id, model folder, .gguf file, or 'demo'")
+    parser.add_argument("source", help="Hugging Face id, model folder, .gguf file, 'demo', or PEFT folder")
     parser.add_argument("destination", type=Path, help="folder to write; must be empty or absent")
     parser.add_argument("--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto")
     parser.add_argument("--merge-lora", help="folder or Hugging Face id of an adapter to add to the weights")
     args = parser.parse_args()
     try:
-        convert(args.source, args.destination, args.dtype, args.merge_lora)
+        if (Path(args.source) / "adapter_config.json").is_file():
+            convert_adapter(Path(args.source), args.destination)
+        else:
+            convert(args.source, args.destination, args.dtype, args.merge_lora)
     except (LaunchError, AdapterError, CheckpointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -12,6 +12,7 @@ from typing import Any
 
 import msgspec
 
+from checkpoints.adapters import PeftAdapter
 from checkpoints.source import TensorSource
 from jaxserve.config import EngineConfig
 from jaxserve.distributed.messages import Channel, Hello, Refused, Welcome
@@ -68,14 +69,16 @@ def _versions() -> dict[str, str]:
     return versions
 
 
-def model_digest(hf_config: Mapping[str, Any], source: TensorSource | None, adapters: Iterable[Path] = ()) -> str:
+def model_digest(
+    hf_config: Mapping[str, Any], source: TensorSource | None, adapters: Iterable[PeftAdapter] = ()
+) -> str:
     """Digest of a model.
 
     Args:
         hf_config: its `config.json`.
         source: its tensors, whose names, shapes and first rows are read; None where they cannot be read by name.
             Hosts whose weights differ elsewhere only would still agree on every token, and on wrong ones.
-        adapters: folders of those that are merged or served.
+        adapters: those that are merged or served.
     """
     digest = hashlib.sha256(msgspec.json.encode(hf_config, order="sorted"))
     if source is not None:
@@ -83,8 +86,8 @@ def model_digest(hf_config: Mapping[str, Any], source: TensorSource | None, adap
             digest.update(f"{name}{shape}".encode())
             digest.update(source.read(name, (slice(0, 1),)).tobytes())
     for adapter in adapters:
-        for file in sorted(adapter.glob("adapter_*")):
-            digest.update(file.read_bytes())
+        for name, (a_RI, b_OR, scale) in sorted(adapter.modules.items()):
+            digest.update(f"{name}{scale}".encode() + a_RI.tobytes() + b_OR.tobytes())
     return digest.hexdigest()
 
 

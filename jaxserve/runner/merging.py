@@ -5,7 +5,7 @@ from pathlib import Path
 
 import jax
 
-from checkpoints.adapters import read_peft
+from checkpoints.orbax_adapters import read_adapter
 from checkpoints.source import CheckpointError
 from jaxserve.config import ModelConfig
 from jaxserve.errors import AdapterError
@@ -15,13 +15,13 @@ from jaxserve.models.decoder import Path as TreePath
 
 
 def read_delta(folder: Path, decoder: Decoder, names: Mapping[TreePath, str], checkpoint: ModelConfig) -> AdapterDelta:
-    """Read a PEFT folder for a model; see `make_delta`.
+    """Read an adapter folder for a model; see `make_delta`.
 
     Raises:
         AdapterError: it cannot be read, or does not fit.
     """
     try:
-        return make_delta(read_peft(folder), decoder, names, checkpoint)
+        return make_delta(read_adapter(folder), decoder, names, checkpoint)
     except CheckpointError as error:
         raise AdapterError(str(error)) from None
 

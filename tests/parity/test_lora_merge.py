@@ -102,7 +102,10 @@ def test_a_merged_checkpoint_is_written(tmp_path: Path) -> None:
     adapter = write_adapter(tmp_path / "adapter", modules=EVERYTHING)
     base = write_checkpoint(tmp_path / "base")
     script("convert_checkpoint").convert(str(base), tmp_path / "converted", "auto", str(adapter))
-    close(weights_of(tmp_path / "converted"), weights_of(write_merged(tmp_path / "merged", adapter)))
+    want = weights_of(write_merged(tmp_path / "merged", adapter))
+    close(weights_of(tmp_path / "converted"), want)
+    script("convert_checkpoint").convert_adapter(adapter, tmp_path / "orbax")
+    close(merge_adapter(weights_of(base), delta_of(tmp_path / "orbax")), want)
 
 
 def test_split_takes_out_what_merge_has_put_in(tmp_path: Path) -> None:

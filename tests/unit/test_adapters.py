@@ -10,6 +10,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from checkpoints.adapters import read_peft
+from checkpoints.orbax_adapters import read_adapter, save_adapter
 from checkpoints.source import CheckpointError
 from tests.tiny import CONFIG, LINEAR_MODULES, write_adapter
 
@@ -119,3 +120,33 @@ def test_missing_files_are_told_and_pickles_never_opened(tmp_path: Path) -> None
     save_file({}, tmp_path / "adapter_model.safetensors")
     with pytest.raises(CheckpointError, match="no module is adapted"):
         read_peft(tmp_path)
+
+
+def test_an_orbax_folder_holds_the_same(tmp_path: Path) -> None:
+    adapter = read_peft(
+        write_adapter(tmp_path / "peft", modules=["q_proj", "embed_tokens"], base_model_name_or_path="b")
+    )
+    save_adapter(tmp_path / "orbax", adapter)
+    restored = read_adapter(tmp_path / "orbax")
+    assert restored.base_model == "b"
+    assert restored.modules.keys() == adapter.modules.keys()
+    for name, tensors in adapter.modules.items():
+        for got, want in zip(restored.modules[name], tensors, strict=True):
+            np.testing.assert_array_equal(got, want)
+
+
+@pytest.mark.parametrize(
+    ("broken", "reason"),
+    [
+        (lambda text: text.replace("orbax-adapter", "other"), "format 'other' is not supported"),
+        (lambda text: text.replace('"rank"', '"rang"'), "unknown field `rang`|missing required field"),
+        (lambda text: text.replace('"rank": 4', '"rank": 5'), "factors"),
+        (lambda text: "{", "Input data was truncated"),
+    ],
+)
+def test_a_broken_orbax_folder_is_told(broken: Any, reason: str, tmp_path: Path) -> None:
+    save_adapter(tmp_path / "orbax", read_peft(write_adapter(tmp_path / "peft", modules=["q_proj"])))
+    manifest = tmp_path / "orbax" / "jaxserve-adapter.json"
+    manifest.write_text(broken(manifest.read_text()))
+    with pytest.raises(CheckpointError, match=reason):
+        read_adapter(tmp_path / "orbax")

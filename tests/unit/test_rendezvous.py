@@ -11,6 +11,7 @@ import msgspec
 import numpy as np
 import pytest
 
+from checkpoints.adapters import AdapterTensors, PeftAdapter
 from checkpoints.source import Index
 from jaxserve.config import EngineConfig
 from jaxserve.distributed.messages import Channel, Drawn, Hello, Refused, Welcome
@@ -174,5 +175,10 @@ def test_models_are_told_apart_by_config_names_shapes_and_values() -> None:
         ({"hidden_size": 3}, None),
     ]
     digests = [model_digest(config, source) for config, source in models]
-    assert len(set(digests)) == len(models)
+    adapters = [
+        PeftAdapter(None, {name: AdapterTensors(ones, ones, scale)})
+        for name, scale in (("a", 1.0), ("b", 1.0), ("a", 2.0))
+    ]
+    digests += [model_digest(*models[0], [adapter]) for adapter in adapters]
+    assert len(set(digests)) == len(models) + len(adapters)
     assert digests[0] == model_digest({"hidden_size": 3}, Tensors(a=ones.copy()))
