@@ -15,7 +15,7 @@ from jaxserve.step import Plans, StepOutput
 from tests.fakes import FakeRunner, FakeStep, make_engine
 from tests.unit.test_engine import finish, request, tokens
 
-WAIT_S = 10.0
+WAIT_S = 30.0
 
 
 class HeldStep(FakeStep):
