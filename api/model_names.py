@@ -45,9 +45,7 @@ class ModelNames:
             return [adapter] * num_prompts
         names = [lora_path] * num_prompts if lora_path is None or isinstance(lora_path, str) else list(lora_path)
         if len(names) != num_prompts:
-            raise RequestError(
-                f"lora_path has {len(names)} entries for {num_prompts} prompts", param="lora_path"
-            )  # fmt: skip
+            raise RequestError(f"lora_path has {len(names)} entries for {num_prompts} prompts", param="lora_path")
         return [self._loaded(name.strip(), "lora_path") if name else "" for name in names]
 
     def check(self, model: str | None) -> str:
@@ -81,7 +79,7 @@ class ModelNames:
         if self.adapters is None:
             raise RequestError(
                 f"the adapter {adapter!r} needs a server with --enable-lora or --lora-paths", param=param
-            )  # fmt: skip
+            )
         if adapter not in self.adapters:
             raise NotFoundError(
                 f"the adapter {adapter!r} does not exist; loaded: {', '.join(self.adapters) or 'none'}",

@@ -14,13 +14,12 @@ import numpy as np
 
 from checkpoints.huggingface import read_json
 from checkpoints.safetensors_file import SafetensorsFile
-from checkpoints.source import CheckpointError
+from checkpoints.source import CheckpointError, listed
 
 _CONFIG, _TENSORS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 # lora_A is [r, in], lora_B [out, r]; of an embedding, lora_embedding_A is [r, ids] and lora_embedding_B [out, r].
 _FACTOR = re.compile(r"(?P<module>.+)\.lora_(?P<embedding>embedding_)?(?P<factor>[AB])(?:\.weight)?")
-_MAX_LISTED = 10
 
 
 class _PeftConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -111,8 +110,7 @@ def read_peft(folder: Path) -> PeftAdapter:
         else:
             modules[module] = found
     if problems:
-        more = [f"and {len(problems) - _MAX_LISTED} more"] * (len(problems) > _MAX_LISTED)
-        raise CheckpointError(f"{folder}: " + "; ".join(problems[:_MAX_LISTED] + more))
+        raise CheckpointError(f"{folder}: {listed(problems)}")
     if not modules:
         raise CheckpointError(f"{folder / _TENSORS}: no module is adapted")
     return PeftAdapter(config.base_model_name_or_path, modules)
@@ -171,8 +169,7 @@ def _read_factors(folder: Path) -> dict[str, _Pair]:
     finally:
         file.close()
     if unknown:
-        listed = ", ".join(unknown[:_MAX_LISTED])
-        raise CheckpointError(f"{path}: {len(unknown)} tensors are no factors of a module: {listed}")
+        raise CheckpointError(f"{path}: {len(unknown)} tensors are no factors of a module: {listed(unknown, ', ')}")
     return pairs
 
 

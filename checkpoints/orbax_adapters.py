@@ -5,13 +5,13 @@ factors/                  the arrays, written and restored by Orbax
 """
 
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import numpy as np
 import orbax.checkpoint as ocp
 
 from checkpoints.adapters import AdapterTensors, PeftAdapter, read_peft
+from checkpoints.orbax_io import read_manifest, restore_tree
 from checkpoints.source import CheckpointError
 
 _MANIFEST = "jaxserve-adapter.json"
@@ -76,12 +76,7 @@ def restore_adapter(folder: Path) -> PeftAdapter:
     Raises:
         CheckpointError: the folder is broken, or values are not finite.
     """
-    try:
-        manifest = msgspec.json.decode((folder / _MANIFEST).read_bytes(), type=AdapterManifest)
-    except (OSError, msgspec.DecodeError) as error:
-        raise CheckpointError(f"{folder / _MANIFEST}: {error}") from None
-    if manifest.format != _FORMAT:
-        raise CheckpointError(f"{folder / _MANIFEST}: format {manifest.format!r} is not supported; only {_FORMAT} is")
+    manifest = read_manifest(folder / _MANIFEST, AdapterManifest, _FORMAT)
     # Arrays of numpy are restored as such: adapters stay on the host.
     abstract = {
         name: {
@@ -90,11 +85,7 @@ def restore_adapter(folder: Path) -> PeftAdapter:
         }
         for name, shape in manifest.modules.items()
     }
-    try:
-        with ocp.StandardCheckpointer() as checkpointer:
-            factors: Any = checkpointer.restore(folder.resolve() / _FACTORS, abstract)
-    except (ValueError, KeyError, FileNotFoundError) as error:
-        raise CheckpointError(f"{folder / _FACTORS}: {error}") from None
+    factors = restore_tree(folder / _FACTORS, abstract)
     modules = {
         name: AdapterTensors(np.asarray(factors[name]["a"]), np.asarray(factors[name]["b"]), shape.scale)
         for name, shape in manifest.modules.items()

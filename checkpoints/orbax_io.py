@@ -6,7 +6,7 @@ weights/                          the tree, written and restored by Orbax
 """
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import msgspec
 import orbax.checkpoint as ocp
@@ -16,6 +16,14 @@ from checkpoints.source import CheckpointError
 _MANIFEST = "jaxserve.json"
 _WEIGHTS = "weights"
 _FORMAT = "orbax-stacked"
+
+
+class _HasFormat(Protocol):
+    @property
+    def format(self) -> str: ...
+
+
+M = TypeVar("M", bound=_HasFormat)
 
 
 class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -52,14 +60,33 @@ def restore(folder: Path, abstract: Any) -> Any:
     Raises:
         CheckpointError: the folder does not hold that tree.
     """
+    read_manifest(folder / _MANIFEST, Manifest, _FORMAT)
+    return restore_tree(folder / _WEIGHTS, abstract)
+
+
+def read_manifest(path: Path, kind: type[M], supported: str) -> M:
+    """Read a manifest, whose `format` has to be the supported one.
+
+    Raises:
+        CheckpointError: it is broken, or of another format.
+    """
     try:
-        manifest = msgspec.json.decode((folder / _MANIFEST).read_bytes(), type=Manifest)
+        manifest = msgspec.json.decode(path.read_bytes(), type=kind)
     except (OSError, msgspec.DecodeError) as error:
-        raise CheckpointError(f"{folder / _MANIFEST}: {error}") from None
-    if manifest.format != _FORMAT:
-        raise CheckpointError(f"{folder / _MANIFEST}: format {manifest.format!r} is not supported; only {_FORMAT} is")
+        raise CheckpointError(f"{path}: {error}") from None
+    if manifest.format != supported:
+        raise CheckpointError(f"{path}: format {manifest.format!r} is not supported; only {supported} is")
+    return manifest
+
+
+def restore_tree(folder: Path, abstract: Any) -> Any:
+    """Read a tree that Orbax wrote; see `restore`.
+
+    Raises:
+        CheckpointError: the folder does not hold that tree.
+    """
     try:
         with ocp.StandardCheckpointer() as checkpointer:
-            return checkpointer.restore(folder.resolve() / _WEIGHTS, abstract)
+            return checkpointer.restore(folder.resolve(), abstract)
     except (ValueError, KeyError, FileNotFoundError) as error:
-        raise CheckpointError(f"{folder / _WEIGHTS}: {error}") from None
+        raise CheckpointError(f"{folder}: {error}") from None

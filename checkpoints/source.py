@@ -1,6 +1,6 @@
 """A checkpoint as named tensors. Readers know file formats; they know no model."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, TypeAlias
 
 import numpy as np
@@ -10,6 +10,12 @@ Index: TypeAlias = tuple[slice, ...]
 
 class CheckpointError(ValueError):
     """A checkpoint that cannot be read; the message names the file and what is wrong with it."""
+
+
+def listed(problems: Sequence[str], separator: str = "; ", limit: int = 10) -> str:
+    """The first problems of perhaps many, and how many more there are."""
+    more = [f"and {len(problems) - limit} more"] * (len(problems) > limit)
+    return separator.join([*problems[:limit], *more])
 
 
 class TensorSource(Protocol):

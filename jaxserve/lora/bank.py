@@ -43,8 +43,9 @@ def layout_for(deltas: Sequence[AdapterDelta], num_slots: int, rank: int | None)
 def bank_specs(decoder: Decoder, layout: BankLayout) -> dict[Path, ParamSpec]:
     """Of a module's `a` [(L,) S, R, I] and `b` [(L,) S, R, O]: split over devices as the weight's own axes are."""
     specs: dict[Path, ParamSpec] = {}
+    weights = adaptable(decoder)
     for path in layout.paths:
-        base = adaptable(decoder)[path]
+        base = weights[path]
         lead = base.shape[:-2]
         for name, axis in (("a", -1), ("b", -2)):
             shape = (*lead, layout.num_slots - 1, layout.rank, base.shape[axis])

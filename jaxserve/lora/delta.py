@@ -11,12 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from checkpoints.adapters import AdapterTensors, PeftAdapter
+from checkpoints.source import listed
 from jaxserve.config import ModelConfig
 from jaxserve.errors import AdapterError
 from jaxserve.models.decoder import Decoder, ParamSpec, Path, Weights, tree_of
 from jaxserve.models.kv_heads import kv_head_rows, repeat_heads
 
-_MAX_LISTED = 10
 # What a tied model lacks: its head is the embedding. An adapter may treat the two differently.
 _HEAD = ("lm_head", "weight")
 _EMBEDDING = ("embed", "weight")
@@ -99,8 +99,7 @@ def make_delta(
             continue
         _put(factors, target, spec, tensors._replace(b_OR=b_OR), rank)
     if problems:
-        more = [f"and {len(problems) - _MAX_LISTED} more"] * (len(problems) > _MAX_LISTED)
-        raise AdapterError("the adapter does not fit the model: " + "; ".join(problems[:_MAX_LISTED] + more))
+        raise AdapterError(f"the adapter does not fit the model: {listed(problems)}")
     return AdapterDelta(factors, rank, decoder.config.tie_word_embeddings)
 
 

@@ -141,18 +141,18 @@ class Decoder:
         x_TD = adapters.embed(modules.embed, token_ids_T)
         cos_TC, sin_TC = rope_cos_sin(positions_T, self._frequencies, self._rope_factor)
 
-        def body(carry: tuple[jax.Array, Cache, jax.Array], layer_weights: tuple[Weights, Weights]) -> tuple[Any, None]:
+        slot_T = adapters.slots_of(token_ids_T.shape[0])
+
+        def body(carry: tuple[jax.Array, Cache, jax.Array], of_layer: tuple[Weights, Weights]) -> tuple[Any, None]:
             x_TD, cache, layer = carry
-            weights, bank = layer_weights
+            layer_weights, layer_bank = of_layer
 
             def run(part: str, *arrays: jax.Array) -> Any:
-                return self.tokenwise(
-                    lambda slot_T, *arrays: getattr(attach(nnx.merge(layer_graph, weights), bank, slot_T), part)(
-                        *arrays
-                    ),
-                    adapters.slots_of(x_TD.shape[0]),
-                    *arrays,
-                )
+                def run_tokens(slot_T: jax.Array, *arrays: jax.Array) -> Any:
+                    module = attach(nnx.merge(layer_graph, layer_weights), layer_bank, slot_T)
+                    return getattr(module, part)(*arrays)
+
+                return self.tokenwise(run_tokens, slot_T, *arrays)
 
             q_TNH, k_TKH, v_TKH = run("before_attention", x_TD, cos_TC, sin_TC)
             o_TNH, cache = attention.attend(q_TNH, k_TKH, v_TKH, cache, layer, plan)

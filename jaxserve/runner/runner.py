@@ -117,6 +117,7 @@ class ModelRunner:
         self._cache = self._empty_cache()
         self._state = self._lowering.empty_state()
         self._adapters = adapters or {}
+        self._bank_specs = {} if model.adapters is None else bank_specs(model.decoder, model.adapters)
         self._bank = empty_bank(self._lowering.bank_shapes())
         self._programs = CompiledSteps(
             model.buckets,
@@ -164,7 +165,7 @@ class ModelRunner:
             max(plan.num_draws for plan in running),
             single_tokens=all(row.num_tokens == 1 for plan in running for row in plan.rows),
         )
-        adapted = any(
+        adapted = self._model.adapters is not None and any(
             rows.uses_adapters(plan) for rows, plan in zip(self._rows, plans, strict=True) if plan is not None
         )
         return self._run_forward(bucket, plans, adapted=adapted)
@@ -208,9 +209,7 @@ class ModelRunner:
 
     def _load(self, load: AdapterLoad) -> None:
         """A slot gets another adapter. Steps that are on their way are before it in the devices' queue."""
-        assert self._model.adapters is not None
-        specs = bank_specs(self._model.decoder, self._model.adapters)
-        contents = slot_contents(self._adapters[load.adapter], specs)
+        contents = slot_contents(self._adapters[load.adapter], self._bank_specs)
         self._bank = self._write_slot(self._bank, np.int32(load.slot), contents)
 
     def _run_forward(self, bucket: Bucket, plans: Plans, *, adapted: bool) -> ForwardedStep:
