@@ -9,7 +9,7 @@ from litestar.exceptions import HTTPException
 from litestar.openapi import OpenAPIConfig
 from litestar.openapi.plugins import JsonRenderPlugin
 
-from api import chat, completions, messages, parsers, responses, service
+from api import adapters, chat, completions, messages, parsers, responses, service
 from api.auth import KeyGuard
 from api.errors import error_response, handle
 from api.params import RequestBuilder, SeedSource
@@ -41,6 +41,8 @@ ROUTES = (
     service.server_info,
     service.flush_cache,
     service.abort_request,
+    adapters.load_lora_adapter,
+    adapters.unload_lora_adapter,
 )
 
 
@@ -62,7 +64,7 @@ class _Builders:
 
 def create_app(server: Server, *, random_seed: int | None = None) -> Litestar:
     """Build the application over a server's state."""
-    guard = KeyGuard(server.settings.api_key)
+    guard = KeyGuard(server.settings.api_key, server.settings.admin_api_key)
     builders = _Builders(server, random_seed)
     return Litestar(
         route_handlers=ROUTES,

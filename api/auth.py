@@ -1,32 +1,46 @@
-"""The API key. A route is closed unless it says `OPEN`."""
+"""The API keys. A route is closed unless it says `OPEN`."""
 
 import hashlib
 import hmac
 from typing import Any
 
 from litestar.connection import ASGIConnection
-from litestar.exceptions import NotAuthorizedException
+from litestar.exceptions import NotAuthorizedException, PermissionDeniedException
 from litestar.handlers import BaseRouteHandler
 
 # Set as a handler's `opt`: probes and scrapers carry no key.
 OPEN = {"open": True}
+# Routes that change what the server does for others: the admin's, where there is an admin's key.
+CONTROL = {"control": True}
 
 
 class KeyGuard:
-    """Litestar guard that wants `Authorization: Bearer KEY`; without a key everything is open."""
+    """Litestar guard that wants `Authorization: Bearer KEY`; without a key everything is open.
 
-    def __init__(self, api_key: str | None) -> None:
-        self._digest = None if api_key is None else _digest(api_key.encode())
+    Args:
+        api_key: of every route that is not open.
+        admin_api_key: of control routes, which the other key does not open then; opens the other routes, too.
+    """
+
+    def __init__(self, api_key: str | None, admin_api_key: str | None = None) -> None:
+        self._user = None if api_key is None else _digest(api_key.encode())
+        self._admin = None if admin_api_key is None else _digest(admin_api_key.encode())
 
     def __call__(self, connection: ASGIConnection[Any, Any, Any, Any], handler: BaseRouteHandler) -> None:
-        """Raise 401 unless the key fits. Compares digests in constant time."""
-        if self._digest is None or handler.opt.get("open"):
+        """Raise 401 unless a key fits, 403 where only the admin's would. Compares digests in constant time."""
+        wanted = self._admin if handler.opt.get("control") and self._admin is not None else self._user
+        if wanted is None or handler.opt.get("open"):
             return
         scheme, _, key = connection.headers.get("authorization", "").partition(" ")
         if scheme.lower() != "bearer":
             key = connection.headers.get("x-api-key", "")  # as Anthropic's clients send it
-        if not hmac.compare_digest(_digest(key.encode("latin-1", "replace")), self._digest):
-            raise NotAuthorizedException("missing or wrong API key; send 'Authorization: Bearer KEY'")
+        given = _digest(key.encode("latin-1", "replace"))
+        is_admin = self._admin is not None and hmac.compare_digest(given, self._admin)
+        if is_admin or hmac.compare_digest(given, wanted):
+            return
+        if self._user is not None and hmac.compare_digest(given, self._user):
+            raise PermissionDeniedException("this route needs the admin's API key")
+        raise NotAuthorizedException("missing or wrong API key; send 'Authorization: Bearer KEY'")
 
 
 def _digest(key: bytes) -> bytes:

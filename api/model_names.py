@@ -1,8 +1,9 @@
 """What clients may call the model, and which LoRA adapter they mean by it."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from api.adapter_registry import NamedAdapter
 from jaxserve.errors import NotFoundError, RequestError
 
 
@@ -13,15 +14,15 @@ class ModelNames:
     Attributes:
         served: the model's.
         path: where it came from, which is a name for it, too.
-        adapters: that are loaded; None where the server runs without LoRA.
+        adapters: that are loaded, by name; None where the server runs without LoRA.
     """
 
     served: str
     path: str
-    adapters: Sequence[str] | None
+    adapters: Mapping[str, NamedAdapter] | None
 
     def adapter(self, model: str | None, lora_path: str | Sequence[str | None] | None) -> str:
-        """The adapter of a request with one prompt, empty for none; see `adapters_for`."""
+        """The key of the adapter of a request with one prompt, empty for none; see `adapters_for`."""
         if lora_path is not None and not isinstance(lora_path, str):
             raise RequestError("lora_path must be one adapter's name here", param="lora_path")
         [adapter] = self.adapters_for(model, lora_path, 1)
@@ -30,7 +31,7 @@ class ModelNames:
     def adapters_for(
         self, model: str | None, lora_path: str | Sequence[str | None] | None, num_prompts: int
     ) -> list[str]:
-        """The adapter of each prompt, empty for none.
+        """The key of each prompt's adapter, empty for none.
 
         Args:
             model: `base:adapter` or an adapter's name wins over `lora_path`.
@@ -62,8 +63,8 @@ class ModelNames:
         if self._is_base(model):
             return ""
         assert model is not None
-        if model in (self.adapters or ()):
-            return model
+        if self.adapters is not None and model in self.adapters:
+            return self.adapters[model].key
         base, separator, adapter = (part.strip() for part in model.partition(":"))
         if separator and self._is_base(base):
             return self._loaded(adapter, "model") if adapter else ""
@@ -86,4 +87,4 @@ class ModelNames:
                 param=param,
                 code="adapter_not_found",
             )
-        return adapter
+        return self.adapters[adapter].key

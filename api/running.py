@@ -26,6 +26,7 @@ class RunningRequest:
         prepared: one entry per prompt.
 
     Raises:
+        NotFoundError: an adapter was unloaded since the request named it.
         RequestError: the id is in use, or there are more choices than could ever run or wait.
         OverloadedError, UnavailableError: not all of them could be queued; none is left behind.
     """
@@ -34,6 +35,8 @@ class RunningRequest:
         server.check_accepting()
         if answer_id in server.running:
             raise RequestError(f"request id {answer_id!r} is in use", param="rid")
+        for request, *_ in prepared:
+            server.adapters.check_loaded(request.adapter)
         server.client.check_room(sum(request.num_choices for request, *_ in prepared))
         self._server = server
         self._timer = RequestTimer(server.metrics)

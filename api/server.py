@@ -3,13 +3,16 @@
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+from api.adapter_registry import AdapterRegistry
 from api.metrics import Metrics
 from api.model_names import ModelNames
 from api.params import Prepared, ServedModel
 from api.responses_store import ResponseStore
 from jaxserve.client import EngineClient
+from jaxserve.config import LoraConfig
 from jaxserve.errors import RequestError, UnavailableError
 from jaxserve.generation import Generation
 from jaxserve.generation_config import GenerationConfig
@@ -34,7 +37,9 @@ class ApiSettings:
         tool_call_parser: name of the tool-call format, or `auto`.
         json_style: how constrained JSON may be laid out; None refuses all grammars.
         completion_template: for requests with a suffix; None refuses them.
-        adapter_paths: of the LoRA adapters, by name.
+        admin_api_key: of control routes; None leaves them to `api_key`.
+        lora: adapters of the start and limits of later ones, with the paths as the user gave them; None without LoRA.
+        lora_root: folder whose adapters may be loaded while serving.
         strict_params: refuse fields that are not known.
         log_requests: one log line per request.
         enable_metrics: serve `/metrics`.
@@ -49,7 +54,9 @@ class ApiSettings:
     tool_call_parser: str = "auto"
     json_style: JsonStyle | None = field(default_factory=JsonStyle)
     completion_template: CompletionTemplate | None = None
-    adapter_paths: Mapping[str, str] = field(default_factory=dict[str, str])
+    admin_api_key: str | None = None
+    lora: LoraConfig | None = None
+    lora_root: str | None = None
     strict_params: bool = False
     log_requests: bool = False
     enable_metrics: bool = True
@@ -60,6 +67,7 @@ class Server:
 
     Attributes:
         draining: set on the way down: no new requests.
+        adapters: that requests can name.
         running: generations of what is being answered, by the id of the answer.
         responses: of the Responses protocol.
     """
@@ -72,6 +80,9 @@ class Server:
         self.created = int(time.time())
         self.running: dict[str, list[Generation]] = {}
         self.responses = ResponseStore()
+        reserved = ("default", settings.served_model_name, settings.model_path)
+        root = None if settings.lora_root is None else Path(settings.lora_root)
+        self.adapters = AdapterRegistry(client, settings.lora, root, reserved)
         self._model: ServedModel | None = None
         self._validator: GrammarValidator | None = None
 
@@ -101,7 +112,9 @@ class Server:
             formats=choose_formats(settings.reasoning_parser, settings.tool_call_parser, tokenizer.chat_template),
             json_style=settings.json_style or JsonStyle(),
             completion_template=settings.completion_template,
-            names=ModelNames(served=settings.served_model_name, path=settings.model_path, adapters=info.adapters),
+            names=ModelNames(
+                served=settings.served_model_name, path=settings.model_path, adapters=self.adapters.by_name
+            ),
         )
         if settings.json_style is None and self._model.formats.reasoning is None:
             return  # nothing can be constrained

@@ -10,7 +10,7 @@ from litestar import Request as HttpRequest
 from litestar.di import NamedDependency
 from litestar.params import FromPath, JSONBody
 
-from api.auth import OPEN
+from api.auth import CONTROL, OPEN
 from api.chat_params import tokenize as tokenize_prompt
 from api.fields import check_fields
 from api.openapi import errors
@@ -43,8 +43,8 @@ def _cards(server: Server) -> list[ModelCard]:
         root=settings.model_path,
     )
     adapters = [
-        msgspec.structs.replace(base, id=name, root=path, parent=base.id)
-        for name, path in settings.adapter_paths.items()
+        msgspec.structs.replace(base, id=name, root=adapter.path, parent=base.id)
+        for name, adapter in (server.adapters.by_name or {}).items()
     ]
     return [base, *adapters]
 
@@ -164,7 +164,7 @@ async def server_info(server: NamedDependency[Server]) -> dict[str, Any]:
     }
 
 
-@post("/flush_cache", status_code=200, summary="Forget cached prefixes", responses=errors(body=True))
+@post("/flush_cache", status_code=200, opt=CONTROL, summary="Forget cached prefixes", responses=errors(body=True))
 async def flush_cache(server: NamedDependency[Server]) -> FlushResponse:
     """Empty the prefix cache; 400 while requests run."""
     if not await server.client.flush_cache():
@@ -172,7 +172,7 @@ async def flush_cache(server: NamedDependency[Server]) -> FlushResponse:
     return FlushResponse(flushed=True)
 
 
-@post("/abort_request", status_code=200, summary="End running requests", responses=errors(body=True))
+@post("/abort_request", status_code=200, opt=CONTROL, summary="End running requests", responses=errors(body=True))
 async def abort_request(data: JSONBody[AbortBody], server: NamedDependency[Server]) -> dict[str, int]:
     """Abort by the id of an answer, by the start of such ids, or all."""
     if not data.rid and not data.abort_all:

@@ -19,6 +19,9 @@ from jaxserve.reasoning.registry import REASONING_FORMATS
 from jaxserve.text.completion_template import COMPLETION_TEMPLATES
 from jaxserve.tool_calls.registry import TOOL_CALL_FORMATS
 
+# Flags that are told to nobody.
+SECRETS = ("api_key", "admin_api_key")
+
 
 @dataclass(frozen=True, kw_only=True)
 class LaunchConfig:
@@ -38,6 +41,7 @@ class _LoraPath(msgspec.Struct, forbid_unknown_fields=True):
 
     lora_name: str
     lora_path: str
+    pinned: bool = False
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -96,6 +100,11 @@ def _server_flags(group: argparse._ArgumentGroup) -> None:  # pyright: ignore[re
     group.add_argument("--port", type=int, default=30000, help="port to bind")
     group.add_argument("--served-model-name", help="name in the API; --model-path if unset")
     group.add_argument("--api-key", help="clients must send it; JAXSERVE_API_KEY in the environment if unset")
+    group.add_argument(
+        "--admin-api-key",
+        help="wanted, instead of the API key, by routes that change the server: LoRA, flush_cache, abort_request; "
+        "JAXSERVE_ADMIN_API_KEY in the environment if unset",
+    )
     group.add_argument(
         "--strict-params",
         action="store_true",
@@ -220,12 +229,28 @@ def _lora_flags(group: argparse._ArgumentGroup) -> None:  # pyright: ignore[repo
         nargs="*",
         default=[],
         help="adapters to load: a folder or Hugging Face id, which is its name, too, or name=path, or JSON with "
-        "lora_name and lora_path",
+        "lora_name, lora_path and pinned",
     )
     group.add_argument(
         "--max-loras-per-batch", type=int, default=8, help="adapters in one step, the base model counted as one"
     )
+    group.add_argument(
+        "--max-loaded-loras",
+        type=int,
+        help="adapters in memory; the one used least recently makes room, and is read again when asked for. "
+        "No limit if unset",
+    )
     group.add_argument("--max-lora-rank", type=int, help="of any adapter; that of the widest one loaded if unset")
+    group.add_argument(
+        "--lora-target-modules",
+        nargs="*",
+        help="modules that adapters may change, such as q_proj, 'all-linear' or 'all'; those that --lora-paths change "
+        "if unset",
+    )
+    group.add_argument(
+        "--lora-root",
+        help="folder whose adapters /load_lora_adapter may load; none may be loaded while serving if unset",
+    )
     group.add_argument(
         "--lora-eviction-policy",
         choices=["lru", "fifo"],
@@ -270,8 +295,9 @@ def parse_arguments(argv: Sequence[str]) -> LaunchConfig:
         raise LaunchError(f"--port must be between 0 and 65535, got {args.port}")
     if args.drain_timeout < 0:
         raise LaunchError(f"--drain-timeout must not be negative, got {args.drain_timeout}")
-    if args.api_key is None:
-        args.api_key = os.environ.get("JAXSERVE_API_KEY") or None
+    for name in SECRETS:
+        if getattr(args, name) is None:
+            setattr(args, name, os.environ.get(f"JAXSERVE_{name.upper()}") or None)
     return LaunchConfig(args=args, engine=_engine_config(args))
 
 
@@ -313,32 +339,34 @@ def _engine_config(args: argparse.Namespace) -> EngineConfig:
 def _lora_config(args: argparse.Namespace) -> LoraConfig | None:
     """Adapters as the user named them; the launcher finds their folders."""
     if not (args.enable_lora or args.lora_paths):
+        if args.lora_root is not None:
+            raise LaunchError("--lora-root needs --enable-lora or --lora-paths")
         return None
-    paths: dict[str, str] = {}
-    for text in args.lora_paths:
-        name, path = _named_adapter(text)
-        if name in paths:
-            raise LaunchError(f"--lora-paths: two adapters are called {name!r}")
-        if not name or ":" in name:
-            raise LaunchError(f"--lora-paths {text}: a name must not be empty, nor hold a colon; use name=path")
-        paths[name] = path
+    if args.lora_root is not None and not Path(args.lora_root).is_dir():
+        raise LaunchError(f"--lora-root {args.lora_root}: no such folder")
+    adapters = [_named_adapter(text) for text in args.lora_paths]
+    paths = {adapter.lora_name: adapter.lora_path for adapter in adapters}
+    if len(paths) < len(adapters):
+        raise LaunchError(f"--lora-paths: two adapters have the same name; {', '.join(paths)} are named")
     return LoraConfig(
         paths=paths,
+        pinned=tuple(adapter.lora_name for adapter in adapters if adapter.pinned),
         max_loras_per_batch=args.max_loras_per_batch,
+        max_loaded=args.max_loaded_loras,
         max_rank=args.max_lora_rank,
+        target_modules=None if args.lora_target_modules is None else tuple(args.lora_target_modules),
         eviction_policy=args.lora_eviction_policy,
     )
 
 
-def _named_adapter(text: str) -> tuple[str, str]:
+def _named_adapter(text: str) -> _LoraPath:
     if text.lstrip().startswith("{"):
         try:
-            named = msgspec.json.decode(text, type=_LoraPath)
+            return msgspec.json.decode(text, type=_LoraPath)
         except msgspec.DecodeError as error:
             raise LaunchError(f"--lora-paths {text}: {error}") from None
-        return named.lora_name, named.lora_path
     name, separator, path = text.partition("=")
-    return (name, path) if separator else (text, text)
+    return _LoraPath(name, path if separator else name)
 
 
 def _compilation_cache(args: argparse.Namespace) -> str | None:

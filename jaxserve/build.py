@@ -18,21 +18,24 @@ from checkpoints.huggingface import HuggingFaceCheckpoint, read_json
 from checkpoints.orbax_adapters import read_adapter
 from checkpoints.orbax_io import is_orbax
 from checkpoints.source import CheckpointError, TensorSource
-from jaxserve.config import CacheConfig, EngineConfig, LoraConfig, ModelConfig, SchedulerConfig
+from jaxserve.adapter_store import AdapterStore
+from jaxserve.config import CacheConfig, EngineConfig, ModelConfig, SchedulerConfig
 from jaxserve.design import DEVICE_MEM_FRACTION, ModelDesign, design_model, lay_out
 from jaxserve.distributed.follower import Follower
 from jaxserve.distributed.hosts import meet_followers, meet_leader
 from jaxserve.distributed.leader import Followers, LeadingRunner
 from jaxserve.distributed.rendezvous import model_digest
-from jaxserve.engine import Engine
+from jaxserve.engine import Engine, Runner
 from jaxserve.errors import AdapterError, LaunchError
-from jaxserve.lora.bank import bank_bytes, layout_for
-from jaxserve.lora.delta import AdapterDelta
+from jaxserve.lora.bank import bank_bytes
+from jaxserve.lora.reader import AdapterReader
+from jaxserve.lora.start import FirstAdapters, read_first_adapters
 from jaxserve.mesh import make_mesh
 from jaxserve.messages import EngineInfo
 from jaxserve.models.decoder import Weights
+from jaxserve.request import AdapterSource
 from jaxserve.runner.compile_counter import CompileCounter
-from jaxserve.runner.merging import merge_adapter, read_delta
+from jaxserve.runner.merging import merge_adapter
 from jaxserve.runner.runner import ModelRunner
 from jaxserve.runner.weights import load_weights, restore_weights
 from jaxserve.scheduling.adapter_slots import AdapterSlots
@@ -54,6 +57,7 @@ class BuiltRunner(NamedTuple):
     cache: CacheConfig
     scheduler: SchedulerConfig
     dtype: jnp.dtype
+    adapters: FirstAdapters | None
 
 
 class BuiltEngine(NamedTuple):
@@ -135,11 +139,22 @@ def build_engine(config: EngineConfig, bar: ProgressBar) -> BuiltEngine:
         eos_token_ids=built.model.eos_token_ids,
         adapters=None if config.lora is None else tuple(config.lora.paths),
     )
-    slots = AdapterSlots(config.lora.max_loras_per_batch, config.lora.eviction_policy) if config.lora else None
-    schedulers = [Scheduler(built.scheduler, built.cache, slots) for _ in range(config.dp_size)]
     runner = built.runner if followers is None else LeadingRunner(built.runner, followers)
-    engine = Engine(runner, DataParallelScheduler(schedulers), built.model.vocab_size)
+    slots = AdapterSlots(config.lora.max_loras_per_batch, config.lora.eviction_policy) if config.lora else None
+    store = None if slots is None else _adapter_store(config, built, runner, slots)
+    schedulers = [Scheduler(built.scheduler, built.cache, slots) for _ in range(config.dp_size)]
+    engine = Engine(runner, DataParallelScheduler(schedulers), built.model.vocab_size, store)
     return BuiltEngine(engine, info, compiles, followers)
+
+
+def _adapter_store(config: EngineConfig, built: BuiltRunner, runner: Runner, slots: AdapterSlots) -> AdapterStore:
+    assert config.lora is not None
+    assert built.adapters is not None
+    store = AdapterStore(built.adapters.reader, runner, slots, config.lora.max_loaded)
+    for name, folder in config.lora.paths.items():
+        source = AdapterSource(key=name, folder=folder, pinned=name in config.lora.pinned)
+        store.add(source, built.adapters.by_name[name])
+    return store
 
 
 def build_follower(config: EngineConfig, bar: ProgressBar) -> Follower:
@@ -210,28 +225,30 @@ def build_runner(config: EngineConfig, bar: ProgressBar) -> BuiltRunner:
 def _build_runner(config: EngineConfig, source: TensorSource | OrbaxCheckpoint, bar: ProgressBar) -> BuiltRunner:
     design = design_model(config, source.config, make_mesh(config.tp_size, config.dp_size))
     platform = design.mesh.devices.flat[0].platform
+    names = design.architecture.tensor_names(design.checkpoint)
+    reader = AdapterReader(design.decoder, names, design.checkpoint)
     with Phase("weights") as phase:
         weights = _load(source, design, bar)
         if config.merge_lora is not None:
-            weights = _merge(weights, Path(config.merge_lora), design)
-    deltas = _read_adapters(config.lora, design) if config.lora is not None else {}
-    adapters = None
-    if config.lora is not None:
-        adapters = layout_for(list(deltas.values()), config.lora.max_loras_per_batch, config.lora.max_rank)
+            weights = _merge(weights, Path(config.merge_lora), reader)
         size = sum(leaf.nbytes for leaf in jax.tree.leaves(weights))
         phase.detail = f", {size / 1e6:.0f} MB of {design.dtype} on {design.mesh.size} {platform} device(s)"
+    first = None if config.lora is None else read_first_adapters(config.lora, reader)
+    layout = None if first is None else first.layout
     pool_bytes = _pool_bytes(config, platform)
-    if adapters is not None and platform != "cpu":
-        pool_bytes -= bank_bytes(design.decoder, adapters, design.mesh)
-    engine = lay_out(config, design, pool_bytes, adapters)
+    if layout is not None and platform != "cpu":
+        pool_bytes -= bank_bytes(design.decoder, layout, design.mesh)
+    engine = lay_out(config, design, pool_bytes, layout)
     logger.info(
         "key/value pool: %d pages of %d tokens, %.0f MB on each device",
         engine.cache.num_pages,
         engine.cache.page_size,
         engine.pool_bytes / 1e6,
     )
-    runner = ModelRunner(engine.step, weights, deltas)
-    return BuiltRunner(runner, design.checkpoint, engine.cache, engine.scheduler, design.dtype)
+    runner = ModelRunner(engine.step, weights)
+    for name, adapter in first.by_name.items() if first is not None else ():
+        runner.hold_adapter(name, adapter)
+    return BuiltRunner(runner, design.checkpoint, engine.cache, engine.scheduler, design.dtype, first)
 
 
 def _load(source: TensorSource | OrbaxCheckpoint, design: ModelDesign, bar: ProgressBar) -> Weights:
@@ -248,26 +265,11 @@ def _load(source: TensorSource | OrbaxCheckpoint, design: ModelDesign, bar: Prog
     )
 
 
-def _merge(weights: Weights, adapter: Path, design: ModelDesign) -> Weights:
-    names = design.architecture.tensor_names(design.checkpoint)
+def _merge(weights: Weights, adapter: Path, reader: AdapterReader) -> Weights:
     try:
-        return merge_adapter(weights, read_delta(adapter, design.decoder, names, design.checkpoint))
+        return merge_adapter(weights, reader.read(adapter))
     except AdapterError as error:
         raise LaunchError(f"--merge-lora: {error}") from None
-
-
-def _read_adapters(config: LoraConfig, design: ModelDesign) -> dict[str, AdapterDelta]:
-    names = design.architecture.tensor_names(design.checkpoint)
-    deltas: dict[str, AdapterDelta] = {}
-    for name, folder in config.paths.items():
-        try:
-            delta = read_delta(Path(folder), design.decoder, names, design.checkpoint)
-        except AdapterError as error:
-            raise LaunchError(f"--lora-paths {name}: {error}") from None
-        if config.max_rank is not None and delta.rank > config.max_rank:
-            raise LaunchError(f"--lora-paths {name}: rank {delta.rank} is more than --max-lora-rank {config.max_rank}")
-        deltas[name] = delta
-    return deltas
 
 
 def _pool_bytes(config: EngineConfig, platform: str) -> int:

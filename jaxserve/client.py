@@ -16,24 +16,27 @@ import zmq
 import zmq.asyncio
 
 from jaxserve.config import EngineConfig
-from jaxserve.errors import ExitCode, LaunchError, OverloadedError, RequestError, UnavailableError
+from jaxserve.errors import AdapterError, ExitCode, LaunchError, OverloadedError, RequestError, UnavailableError
 from jaxserve.messages import (
     Abort,
+    AdapterAnswer,
     CacheFlushed,
     Deltas,
     EngineInfo,
     EngineStats,
     FlushCache,
+    LoadAdapter,
     Ready,
     Shutdown,
     StartFailed,
     Submit,
     ToEngine,
+    UnloadAdapter,
     UseTokenizer,
     decode_from_engine,
     encode,
 )
-from jaxserve.request import FinishReason, GrammarTokenizer, Request, TokenDelta
+from jaxserve.request import AdapterSource, FinishReason, GrammarTokenizer, Request, TokenDelta
 
 logger = logging.getLogger(__name__)
 
@@ -91,6 +94,24 @@ class EngineClient(Protocol):
 
     async def flush_cache(self) -> bool:
         """Forget cached prefixes; False while requests run."""
+        ...
+
+    async def load_adapter(self, source: AdapterSource) -> None:
+        """Read a LoRA adapter; requests may have its key from then on.
+
+        Raises:
+            AdapterError: it cannot be read, or does not fit the model.
+            UnavailableError: the engine is not there.
+        """
+        ...
+
+    async def unload_adapter(self, key: str) -> None:
+        """Let a LoRA adapter go after the last request that was submitted with it.
+
+        Raises:
+            AdapterError: it is not loaded.
+            UnavailableError: the engine is not there.
+        """
         ...
 
 
@@ -191,6 +212,8 @@ class ProcessEngineClient:
         self._stats = EngineStats()
         self._lost: str | None = None
         self._flushes: list[asyncio.Future[bool]] = []
+        # By the adapter's key, of whoever loads or unloads it.
+        self._adapter_answers: dict[str, asyncio.Future[str | None]] = {}
         self._folder = tempfile.mkdtemp(prefix="jaxserve-")
         self._context = zmq.asyncio.Context()
         self._socket: zmq.asyncio.Socket = self._context.socket(zmq.PAIR)
@@ -287,6 +310,14 @@ class ProcessEngineClient:
         self._send(FlushCache())
         return await future
 
+    async def load_adapter(self, source: AdapterSource) -> None:
+        """See `EngineClient`."""
+        await self._ask_about_adapter(source.key, LoadAdapter(source))
+
+    async def unload_adapter(self, key: str) -> None:
+        """See `EngineClient`."""
+        await self._ask_about_adapter(key, UnloadAdapter(key))
+
     async def stop(self) -> None:
         """End the process, by force if it does not end by itself."""
         process = self._process
@@ -313,6 +344,14 @@ class ProcessEngineClient:
     def _close(self, request_id: str) -> None:
         if self._streams.remove(request_id):
             self._send(Abort(request_id=request_id))
+
+    async def _ask_about_adapter(self, key: str, message: ToEngine) -> None:
+        self.check_ready()
+        future: asyncio.Future[str | None] = asyncio.get_running_loop().create_future()
+        self._adapter_answers[key] = future
+        self._send(message)
+        if (error := await future) is not None:
+            raise AdapterError(error)
 
     def _send(self, message: ToEngine) -> None:
         # Not awaited: with no high-water mark the send is done when the call returns, so this works while a task is
@@ -341,6 +380,9 @@ class ProcessEngineClient:
                     ready.set_exception(LaunchError(error))
                 case CacheFlushed(flushed=flushed):
                     self._flushes.pop(0).set_result(flushed)
+                case AdapterAnswer(key=key, error=error):
+                    if not (answer := self._adapter_answers.pop(key)).done():
+                        answer.set_result(error)
 
     async def _watch(self, ready: "asyncio.Future[EngineInfo]") -> None:
         """Notice the end of the process within a moment, without a thread."""
@@ -360,7 +402,7 @@ class ProcessEngineClient:
         if not ready.done():
             ready.set_exception(LaunchError(self._lost, exit_code=ExitCode.ENGINE_LOST))
         self._streams.fail_all(self._lost)
-        for future in self._flushes:
+        for future in (*self._flushes, *self._adapter_answers.values()):
             if not future.done():
                 future.set_exception(UnavailableError(self._lost))
         self.exited.set()

@@ -15,6 +15,8 @@ KvCacheDtype = Literal["auto", "bf16", "bfloat16", "fp8_e4m3"]
 SchedulePolicy = Literal["fcfs", "lpm", "priority"]
 LoraEvictionPolicy = Literal["lru", "fifo"]
 
+_MAX_ADAPTER_NAME = 256
+
 
 class _Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Base of every config: frozen, keyword-only, serialisable to the engine process."""
@@ -145,22 +147,40 @@ class SchedulerConfig(_Config, frozen=True):
             )
 
 
+def adapter_name_problem(name: str) -> str | None:
+    """What keeps an adapter from being called so, if anything."""
+    if name and len(name) <= _MAX_ADAPTER_NAME and name == name.strip() and ":" not in name and name.isprintable():
+        return None
+    return (
+        f"an adapter's name must be 1 to {_MAX_ADAPTER_NAME} printable characters without a colon or spaces around "
+        f"them, got {name[:_MAX_ADAPTER_NAME]!r}"
+    )
+
+
 class LoraConfig(_Config, frozen=True):
     """Adapters that requests can ask for.
 
     Attributes:
         paths: folder by name.
+        pinned: names of those that never leave memory or their slot.
         max_loras_per_batch: slots on the device, the base model's included.
+        max_loaded: adapters in host memory; None for no limit.
         max_rank: of a slot; None for that of the widest adapter.
+        target_modules: that adapters may change, as PEFT names them; None for those that the adapters change.
         eviction_policy: which idle adapter gives its slot up.
     """
 
     paths: dict[str, str] = {}
+    pinned: tuple[str, ...] = ()
     max_loras_per_batch: int = 8
+    max_loaded: int | None = None
     max_rank: int | None = None
+    target_modules: tuple[str, ...] | None = None
     eviction_policy: LoraEvictionPolicy = "lru"
 
     def __post_init__(self) -> None:
+        for problem in filter(None, map(adapter_name_problem, self.paths)):
+            raise LaunchError(f"--lora-paths: {problem}")
         if self.max_loras_per_batch < 2:
             raise LaunchError(
                 "--max-loras-per-batch must be at least 2, the base model and an adapter, got "
@@ -168,6 +188,21 @@ class LoraConfig(_Config, frozen=True):
             )
         if self.max_rank is not None and self.max_rank < 1:
             raise LaunchError(f"--max-lora-rank must be at least 1, got {self.max_rank}")
+        if self.max_loaded is not None:
+            for flag, value in (("--max-loras-per-batch", self.max_loras_per_batch), ("--lora-paths", len(self.paths))):
+                if self.max_loaded < value:
+                    raise LaunchError(f"--max-loaded-loras must be at least {value} ({flag}), got {self.max_loaded}")
+        if not self.paths and (self.max_rank is None or self.target_modules is None):
+            raise LaunchError("--enable-lora without --lora-paths needs --max-lora-rank and --lora-target-modules")
+        if not self.fits_slots(num_pinned=len(self.pinned), num_others=len(self.paths) - len(self.pinned)):
+            raise LaunchError(
+                f"--lora-paths: {len(self.pinned)} of {len(self.paths)} adapters are pinned, which leaves no slot of "
+                f"--max-loras-per-batch {self.max_loras_per_batch} to the others"
+            )
+
+    def fits_slots(self, *, num_pinned: int, num_others: int) -> bool:
+        """Whether adapters that are not pinned find a slot that they can share."""
+        return num_pinned + min(num_others, 1) < self.max_loras_per_batch
 
 
 class EngineConfig(_Config, frozen=True):

@@ -13,7 +13,8 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from jaxserve.request import FinishReason, GrammarTokenizer, Request, TokenDelta
+from jaxserve.adapter_store import AdapterHolder, AdapterStore, Answer
+from jaxserve.request import AdapterSource, FinishReason, GrammarTokenizer, Request, TokenDelta
 from jaxserve.scheduling.data_parallel import DataParallelScheduler
 from jaxserve.scheduling.scheduler import SchedulerStats
 from jaxserve.step import ConstrainedRows, Plans, StepOutput
@@ -43,8 +44,8 @@ class Forwarded(Protocol):
         ...
 
 
-class Runner(Protocol):
-    """What the engine needs of a model runner."""
+class Runner(AdapterHolder, Protocol):
+    """What the engine needs of a model runner; it also has the adapters whose keys plans name."""
 
     def forward(self, plans: Plans) -> Forwarded:
         """Send a step's forward pass to the devices; at least one of the plans is not None."""
@@ -67,12 +68,20 @@ class Engine:
         runner: of the model.
         scheduler: decides what it runs.
         vocab_size: of the model.
+        adapters: LoRA adapters that requests may name; None where they may name none.
     """
 
-    def __init__(self, runner: Runner, scheduler: DataParallelScheduler, vocab_size: int) -> None:
+    def __init__(
+        self,
+        runner: Runner,
+        scheduler: DataParallelScheduler,
+        vocab_size: int,
+        adapters: AdapterStore | None = None,
+    ) -> None:
         self._runner = runner
         self._scheduler = scheduler
         self._vocab_size = vocab_size
+        self._adapters = adapters
         self._pending: Pending | None = None
         self._grammars: GrammarCompiler | None = None
         # Requests whose grammars are being compiled, by id.
@@ -82,18 +91,35 @@ class Engine:
     @property
     def idle(self) -> bool:
         """Whether `step` would do nothing."""
-        return self._scheduler.idle and not self._compiling and not self._outbox
+        adapters_idle = self._adapters is None or self._adapters.idle
+        return self._scheduler.idle and adapters_idle and not self._compiling and not self._outbox
 
     @property
     def stats(self) -> SchedulerStats:
         """Gauges and counters."""
         stats = self._scheduler.stats
         waiting = sum(compiling.request.num_choices for compiling in self._compiling.values())
+        if self._adapters is not None:
+            waiting += self._adapters.num_parked
         return stats._replace(num_waiting=stats.num_waiting + waiting)
 
     def use_tokenizer(self, tokenizer: GrammarTokenizer) -> None:
         """Take constrained requests from now on."""
         self._grammars = GrammarCompiler(tokenizer, self._vocab_size)
+
+    def load_adapter(self, source: AdapterSource, answer: Answer) -> None:
+        """Read a LoRA adapter while requests run; `answer` is told, in a later step, what was wrong with it."""
+        if self._adapters is None:
+            answer("the engine runs without LoRA")
+        else:
+            self._adapters.load(source, answer)
+
+    def unload_adapter(self, key: str, answer: Answer) -> None:
+        """Take no more requests with an adapter, and let it go after the last one; `answer` is told then."""
+        if self._adapters is None:
+            answer("the engine runs without LoRA")
+        else:
+            self._adapters.unload(key, answer)
 
     def add(self, request: Request) -> None:
         """Queue a request.
@@ -101,8 +127,11 @@ class Engine:
         Raises:
             RuntimeError: it is constrained, and `use_tokenizer` was not called.
         """
+        if request.adapter and (self._adapters is None or not self._adapters.begin(request)):
+            self._end(request, FinishReason.ERROR, error=f"the adapter {request.adapter!r} is not loaded", refused=True)
+            return
         if not request.constrained:
-            self._scheduler.add(request)
+            self._enter(request)
             return
         if self._grammars is None:
             raise RuntimeError("a constrained request needs a tokenizer")
@@ -111,12 +140,17 @@ class Engine:
     def abort(self, request_id: str, choice: int | None = None) -> None:
         """End a request, or one choice of it."""
         compiling = self._compiling.get(request_id)
-        if compiling is None:
+        if compiling is not None:
+            if choice is None:  # a choice cannot have been told anything yet
+                del self._compiling[request_id]
+                compiling.constraints.cancel()
+                self._end(compiling.request, FinishReason.ABORT)
+            return
+        parked = self._adapters.cancel(request_id) if self._adapters is not None and choice is None else None
+        if parked is not None:
+            self._end(parked, FinishReason.ABORT)
+        else:
             self._scheduler.abort(request_id, choice)
-        elif choice is None:  # a choice cannot have been told anything yet
-            del self._compiling[request_id]
-            compiling.constraints.cancel()
-            self._end(compiling.request, FinishReason.ABORT)
 
     def flush_cache(self) -> bool:
         """Forget cached prefixes; False while requests run."""
@@ -129,6 +163,8 @@ class Engine:
             Exception: what the step raised, when the devices cannot even run an empty one any more.
         """
         self._take_compiled()
+        if self._adapters is not None:
+            self._adapters.work(wait_for_reading=self._scheduler.idle)
         try:
             plans = self._scheduler.schedule()
             forwarded = None if plans is None else self._runner.forward(plans)
@@ -139,8 +175,11 @@ class Engine:
                 self._pending = forwarded.draw(self._constrained(plans))
         except Exception as error:
             self._recover(error)
-        deltas, self._outbox = self._outbox, []
-        return deltas + self._scheduler.take_deltas()
+        deltas, self._outbox = self._outbox + self._scheduler.take_deltas(), []
+        if self._adapters is not None:
+            for delta in deltas:
+                self._adapters.note_end(delta)
+        return deltas
 
     def _take_compiled(self) -> None:
         """Schedule requests whose grammars are ready; end those whose grammars are not."""
@@ -155,10 +194,24 @@ class Engine:
             del self._compiling[request.id]
             error = constraints.exception()
             if error is None:
-                self._scheduler.add(request, constraints.result())
+                self._enter(request, constraints.result())
             else:
                 logger.warning("a grammar that was valid cannot be compiled: %s", error)
                 self._end(request, FinishReason.ERROR, error=f"grammar: {error}", refused=True)
+
+    def _enter(self, request: Request, constraints: Sequence[OutputConstraint] = ()) -> None:
+        """Schedule a request, once its adapter is in memory."""
+        if self._adapters is None or not request.adapter:
+            self._scheduler.add(request, constraints)
+            return
+
+        def start(error: str | None) -> None:
+            if error is None:
+                self._scheduler.add(request, constraints)
+            else:
+                self._end(request, FinishReason.ERROR, error=error)
+
+        self._adapters.enter(request, start)
 
     def _end(self, request: Request, reason: FinishReason, **fields: Any) -> None:
         self._outbox += [

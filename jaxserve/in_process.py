@@ -3,12 +3,24 @@
 import asyncio
 import queue
 import threading
+from functools import partial
 
 from jaxserve.client import Streams, TokenStream
 from jaxserve.engine import Engine
-from jaxserve.errors import UnavailableError
-from jaxserve.messages import Abort, EngineInfo, EngineStats, FlushCache, Shutdown, Submit, ToEngine, UseTokenizer
-from jaxserve.request import GrammarTokenizer, Request, TokenDelta
+from jaxserve.errors import AdapterError, UnavailableError
+from jaxserve.messages import (
+    Abort,
+    EngineInfo,
+    EngineStats,
+    FlushCache,
+    LoadAdapter,
+    Shutdown,
+    Submit,
+    ToEngine,
+    UnloadAdapter,
+    UseTokenizer,
+)
+from jaxserve.request import AdapterSource, GrammarTokenizer, Request, TokenDelta
 
 
 class InProcessEngineClient:
@@ -26,6 +38,8 @@ class InProcessEngineClient:
         self._streams = Streams()
         self._inbox: queue.SimpleQueue[ToEngine] = queue.SimpleQueue()
         self._flushed: queue.SimpleQueue[bool] = queue.SimpleQueue()
+        # By the adapter's key, of whoever loads or unloads it.
+        self._adapter_answers: dict[str, asyncio.Future[str | None]] = {}
         self._lost: str | None = None
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
@@ -75,6 +89,14 @@ class InProcessEngineClient:
         self._inbox.put(FlushCache())
         return await self._loop.run_in_executor(None, self._flushed.get)
 
+    async def load_adapter(self, source: AdapterSource) -> None:
+        """See `EngineClient`."""
+        await self._ask_about_adapter(source.key, LoadAdapter(source))
+
+    async def unload_adapter(self, key: str) -> None:
+        """See `EngineClient`."""
+        await self._ask_about_adapter(key, UnloadAdapter(key))
+
     def stop(self) -> None:
         """End the thread; what still runs ends with an error."""
         self._inbox.put(Shutdown())
@@ -85,6 +107,18 @@ class InProcessEngineClient:
     def _close(self, request_id: str) -> None:
         if self._streams.remove(request_id):
             self._inbox.put(Abort(request_id=request_id))
+
+    async def _ask_about_adapter(self, key: str, message: ToEngine) -> None:
+        self.check_ready()
+        future: asyncio.Future[str | None] = self._loop.create_future()
+        self._adapter_answers[key] = future
+        self._inbox.put(message)
+        if (error := await future) is not None:
+            raise AdapterError(error)
+
+    def _answer(self, key: str, error: str | None) -> None:
+        """On the engine's thread."""
+        self._loop.call_soon_threadsafe(self._adapter_answers.pop(key).set_result, error)
 
     def _run(self) -> None:
         try:
@@ -108,6 +142,10 @@ class InProcessEngineClient:
                     self._engine.abort(request_id, choice)
                 case FlushCache():
                     self._flushed.put(self._engine.flush_cache())
+                case LoadAdapter(source=source):
+                    self._engine.load_adapter(source, partial(self._answer, source.key))
+                case UnloadAdapter(key=key):
+                    self._engine.unload_adapter(key, partial(self._answer, key))
                 case Shutdown():
                     return False
         return True

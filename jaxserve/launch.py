@@ -29,7 +29,7 @@ import uvloop
 from api.app import create_app
 from api.http_protocol import BoundedHttpProtocol
 from api.server import ApiSettings, Server
-from jaxserve.arguments import LaunchConfig, parse_arguments
+from jaxserve.arguments import SECRETS, LaunchConfig, parse_arguments
 from jaxserve.client import ProcessEngineClient
 from jaxserve.config import EngineConfig
 from jaxserve.errors import ExitCode, LaunchError
@@ -185,14 +185,16 @@ class _Launcher:
             model_path=args.model_path,
             served_model_name=args.served_model_name or (merged.name if merged is not None else args.model_path),
             api_key=args.api_key,
+            admin_api_key=args.admin_api_key,
             generation=read_generation_config(path),
             reasoning_parser=args.reasoning_parser,
             tool_call_parser=args.tool_call_parser,
             json_style=_json_style(args),
             completion_template=_completion_template(args.completion_template),
-            adapter_paths={} if config.engine.lora is None else config.engine.lora.paths,
+            lora=config.engine.lora,
+            lora_root=args.lora_root,
             strict_params=args.strict_params,
-            server_args={name: value for name, value in vars(args).items() if name != "api_key"},
+            server_args={name: value for name, value in vars(args).items() if name not in SECRETS},
             log_requests=args.log_requests,
             enable_metrics=args.enable_metrics,
         )

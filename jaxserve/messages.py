@@ -4,7 +4,7 @@ from typing import Any, TypeAlias
 
 import msgspec
 
-from jaxserve.request import GrammarTokenizer, Request, TokenDelta
+from jaxserve.request import AdapterSource, GrammarTokenizer, Request, TokenDelta
 
 
 class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
@@ -15,7 +15,7 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
         eos_token_ids: the model's own end tokens.
         max_rows: choices that run at once.
         device: platform and number of devices, for people.
-        adapters: names of the LoRA adapters; None without LoRA.
+        adapters: keys of the LoRA adapters that were loaded at the start; None without LoRA.
     """
 
     architecture: str
@@ -67,6 +67,18 @@ class FlushCache(msgspec.Struct, frozen=True, tag=True):
     """Forget cached prefixes; answered by `CacheFlushed`."""
 
 
+class LoadAdapter(msgspec.Struct, frozen=True, tag=True):
+    """Read a LoRA adapter; answered by `AdapterAnswer`."""
+
+    source: AdapterSource
+
+
+class UnloadAdapter(msgspec.Struct, frozen=True, tag=True):
+    """Let a LoRA adapter go after its last request; answered by `AdapterAnswer`."""
+
+    key: str
+
+
 class Shutdown(msgspec.Struct, frozen=True, tag=True):
     """Leave the loop and exit 0."""
 
@@ -96,14 +108,23 @@ class CacheFlushed(msgspec.Struct, frozen=True, tag=True):
     flushed: bool
 
 
-ToEngine: TypeAlias = UseTokenizer | Submit | Abort | FlushCache | Shutdown
-FromEngine: TypeAlias = Ready | StartFailed | Deltas | CacheFlushed
+class AdapterAnswer(msgspec.Struct, frozen=True, tag=True):
+    """Answer to `LoadAdapter` and `UnloadAdapter`: what is wrong, or None."""
+
+    key: str
+    error: str | None
+
+
+ToEngine: TypeAlias = UseTokenizer | Submit | Abort | FlushCache | LoadAdapter | UnloadAdapter | Shutdown
+FromEngine: TypeAlias = Ready | StartFailed | Deltas | CacheFlushed | AdapterAnswer
 
 _encoder = msgspec.msgpack.Encoder()
 _to_engine: msgspec.msgpack.Decoder[Any] = msgspec.msgpack.Decoder(
-    UseTokenizer | Submit | Abort | FlushCache | Shutdown
+    UseTokenizer | Submit | Abort | FlushCache | LoadAdapter | UnloadAdapter | Shutdown
 )
-_from_engine: msgspec.msgpack.Decoder[Any] = msgspec.msgpack.Decoder(Ready | StartFailed | Deltas | CacheFlushed)
+_from_engine: msgspec.msgpack.Decoder[Any] = msgspec.msgpack.Decoder(
+    Ready | StartFailed | Deltas | CacheFlushed | AdapterAnswer
+)
 
 
 def encode(message: "ToEngine | FromEngine") -> bytes:

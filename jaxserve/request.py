@@ -169,6 +169,20 @@ class Thinking(msgspec.Struct, frozen=True, kw_only=True):
     end_token_ids: tuple[int, ...]
 
 
+class AdapterSource(msgspec.Struct, frozen=True, kw_only=True):
+    """A LoRA adapter that is to be loaded.
+
+    Attributes:
+        key: what requests call it in `Request.adapter`; never used twice, so that one may replace another of its name.
+        folder: where its files are.
+        pinned: never leaves memory or its slot on the device.
+    """
+
+    key: str
+    folder: str
+    pinned: bool = False
+
+
 class Request(msgspec.Struct, frozen=True, kw_only=True):
     """One prompt to continue `num_choices` times.
 
@@ -182,7 +196,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
         priority: higher runs earlier, and is preempted later, under the `priority` policy.
         grammar: what the output must be, in llguidance's form; empty for anything.
         thinking: limit on the output's thinking, if any.
-        adapter: LoRA adapter that is applied, by name; empty for none.
+        adapter: LoRA adapter that is applied, by key; empty for none.
     """
 
     id: str

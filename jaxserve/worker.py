@@ -10,6 +10,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -19,15 +20,18 @@ from jaxserve.config import EngineConfig
 from jaxserve.errors import ExitCode, LaunchError
 from jaxserve.messages import (
     Abort,
+    AdapterAnswer,
     CacheFlushed,
     Deltas,
     EngineStats,
     FlushCache,
     FromEngine,
+    LoadAdapter,
     Ready,
     Shutdown,
     StartFailed,
     Submit,
+    UnloadAdapter,
     UseTokenizer,
     decode_to_engine,
     encode,
@@ -134,6 +138,10 @@ class _Worker:
                 self._engine.abort(request_id, choice)
             case FlushCache():
                 self._send(CacheFlushed(flushed=self._engine.flush_cache()))
+            case LoadAdapter(source=source):
+                self._engine.load_adapter(source, partial(self._answer, source.key))
+            case UnloadAdapter(key=key):
+                self._engine.unload_adapter(key, partial(self._answer, key))
             case Shutdown():
                 if self._built.followers is not None:
                     self._built.followers.finish()
@@ -142,6 +150,9 @@ class _Worker:
 
     def _stats(self) -> EngineStats:
         return EngineStats(**self._engine.stats._asdict(), **self._built.compiles.counts())
+
+    def _answer(self, key: str, error: str | None) -> None:
+        self._send(AdapterAnswer(key, error))
 
     def _send(self, message: FromEngine) -> None:
         self._socket.send(encode(message))

@@ -22,11 +22,12 @@ from jaxserve.build import OrbaxCheckpoint, open_checkpoint
 from jaxserve.config import EngineConfig
 from jaxserve.design import pick_dtype
 from jaxserve.errors import AdapterError, LaunchError
+from jaxserve.lora.reader import AdapterReader
 from jaxserve.mesh import make_mesh
 from jaxserve.model_source import find_adapter, find_model
 from jaxserve.models.architecture import BuildModel
 from jaxserve.models.registry import find_architecture
-from jaxserve.runner.merging import merge_adapter, read_delta
+from jaxserve.runner.merging import merge_adapter
 from jaxserve.runner.weights import load_weights
 from jaxserve.text.tokenizer import load_tokenizer
 
@@ -53,7 +54,7 @@ def convert(name: str, destination: Path, dtype_name: str, adapter: str | None =
     weights = load_weights(source, decoder, names, model, make_mesh(1), lambda paths: paths)
     source.close()
     if adapter is not None:
-        weights = merge_adapter(weights, read_delta(find_adapter(adapter, None), decoder, names, model))
+        weights = merge_adapter(weights, AdapterReader(decoder, names, model).read(find_adapter(adapter, None)))
 
     destination.mkdir(parents=True, exist_ok=True)
     (destination / "config.json").write_text(json.dumps({**source.config, "dtype": str(dtype)}, indent=2))

@@ -2,15 +2,18 @@
 
 import asyncio
 from collections.abc import Callable, Sequence
+from concurrent.futures import Executor, Future
+from typing import Any
 
 import numpy as np
 
+from jaxserve.adapter_store import AdapterStore, Answer, HostAdapter
 from jaxserve.client import Streams, TokenStream
 from jaxserve.config import CacheConfig, SchedulePolicy, SchedulerConfig
 from jaxserve.engine import Engine, Runner
-from jaxserve.errors import OverloadedError, UnavailableError
+from jaxserve.errors import AdapterError, OverloadedError, UnavailableError
 from jaxserve.messages import EngineInfo, EngineStats
-from jaxserve.request import GrammarTokenizer, Request
+from jaxserve.request import AdapterSource, GrammarTokenizer, Request
 from jaxserve.scheduling.adapter_slots import AdapterSlots
 from jaxserve.scheduling.data_parallel import DataParallelScheduler
 from jaxserve.scheduling.scheduler import Scheduler
@@ -42,8 +45,25 @@ class FakeStep:
         return self._outputs
 
 
+class InlineExecutor(Executor):
+    """Does at once what it is given."""
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        future: Future[Any] = Future()
+        try:
+            future.set_result(fn(*args, **kwargs))
+        except Exception as error:
+            future.set_exception(error)
+        return future
+
+
+def shift_adapter(shift: int) -> HostAdapter:
+    """An adapter for `FakeRunner`."""
+    return HostAdapter({("shift",): np.array(shift)}, shift)
+
+
 class FakeRunner:
-    """Draws `last token + 1` modulo the vocabulary, so every output can be told in advance.
+    """Draws `last token + 1` modulo the vocabulary, and more where an adapter says so: every output can be told before.
 
     Attributes:
         plans: what was sent, copy after copy.
@@ -51,11 +71,17 @@ class FakeRunner:
         poison: a token id that makes every step it is in raise.
         poison_draws: also where the token was drawn by the step before.
         not_finite: rows of state whose logits are NaN.
+        adapters: that are held, by key.
+        slots: what was loaded into each.
+        slot_of: of a copy's row.
     """
 
     def __init__(self, vocab_size: int = 256) -> None:
         self.vocab_size = vocab_size
         self.last: dict[tuple[int, int], int] = {}
+        self.adapters: dict[str, HostAdapter] = {}
+        self.slots: dict[int, HostAdapter] = {}
+        self.slot_of: dict[tuple[int, int], int] = {}
         self.plans: list[SchedulerOutput] = []
         self.fail_next = 0
         self.poison: int | None = None
@@ -66,6 +92,10 @@ class FakeRunner:
     def forward(self, plans: Plans) -> FakeStep:
         assert any(plan is not None for plan in plans)
         self.plans += [plan for plan in plans if plan is not None]
+        for load in (load for plan in plans if plan is not None for load in plan.adapter_loads):
+            self.slots[load.slot] = self.adapters[load.adapter]
+        for copy, plan in enumerate(plans):
+            self.slot_of |= {(copy, new.row): new.adapter_slot for new in plan.new_rows} if plan is not None else {}
         if self.fail_next:
             self.fail_next -= 1
             raise RuntimeError("the device is on fire")
@@ -80,7 +110,9 @@ class FakeRunner:
             last = row.token_ids[-1] if row.token_ids[-1] >= 0 else self.last[copy, row.row]
             if self.poison_draws and last == self.poison:
                 raise RuntimeError("a poisoned draw")
-            tokens.append((last + 1) % self.vocab_size)
+            slot = self.slot_of[copy, row.row]
+            shift = int(self.slots[slot].leaves["shift",]) if slot else 0
+            tokens.append((last + 1 + shift) % self.vocab_size)
             if row.samples:
                 self.last[copy, row.row] = tokens[-1]
             if row.prompt_targets:
@@ -98,8 +130,15 @@ class FakeRunner:
             prompt=prompt,
         )
 
+    def hold_adapter(self, key: str, adapter: HostAdapter) -> None:
+        self.adapters[key] = adapter
+
+    def drop_adapter(self, key: str) -> None:
+        del self.adapters[key]
+
     def reset(self) -> None:
         self.num_resets += 1
+        self.slots.clear()
         if self.fail_next:
             self.fail_next -= 1
             raise RuntimeError("the device is on fire")
@@ -116,6 +155,9 @@ def make_engine(
     policy: SchedulePolicy = "fcfs",
     vocab_size: int = 256,
     num_slots: int = 1,
+    adapters: Sequence[str] = (),
+    max_loaded: int | None = None,
+    read: Callable[[str], HostAdapter] = lambda folder: shift_adapter(0),
     wrap: Callable[[Runner], Runner] = lambda runner: runner,
 ) -> tuple[Engine, FakeRunner]:
     """An engine over a `FakeRunner`, or over what `wrap` makes of it."""
@@ -126,7 +168,13 @@ def make_engine(
     cache = CacheConfig(page_size=page_size, num_pages=num_pages)
     slots = AdapterSlots(num_slots)
     schedulers = [Scheduler(limits, cache, slots) for _ in range(dp_size)]
-    return Engine(wrap(runner), DataParallelScheduler(schedulers), runner.vocab_size), runner
+    wrapped = wrap(runner)
+    store = AdapterStore(read, wrapped, slots, max_loaded, InlineExecutor()) if num_slots > 1 else None
+    for key in adapters:
+        assert store is not None
+        wrapped.hold_adapter(key, read(key))
+        store.add(AdapterSource(key=key, folder=key), read(key))
+    return Engine(wrapped, DataParallelScheduler(schedulers), runner.vocab_size, store), runner
 
 
 class FakeEngineClient:
@@ -143,7 +191,8 @@ class FakeEngineClient:
         vocab_size: int,
         context_length: int = 512,
         max_live: int | None = None,
-        adapters: tuple[str, ...] | None = None,
+        adapters: tuple[str, ...] = (),
+        **options: Any,
     ) -> None:
         self._engine, self.runner = make_engine(
             max_rows=8,
@@ -153,6 +202,8 @@ class FakeEngineClient:
             context_length=context_length,
             vocab_size=vocab_size,
             num_slots=8,
+            adapters=adapters,
+            **options,
         )
         self.submitted: list[Request] = []
         self._streams = Streams()
@@ -170,7 +221,6 @@ class FakeEngineClient:
             dtype="float32",
             device="fake",
             eos_token_ids=(vocab_size - 1,),
-            adapters=adapters,
         )
 
     @property
@@ -203,8 +253,7 @@ class FakeEngineClient:
         self.submitted.append(request)
         stream = self._streams.add(request, self._close)
         self._engine.add(request)
-        if self._task is None or self._task.done():
-            self._task = asyncio.get_running_loop().create_task(self._run())
+        self._wake()
         return stream
 
     def abort(self, request_id: str, choice: int | None = None) -> None:
@@ -212,6 +261,23 @@ class FakeEngineClient:
 
     async def flush_cache(self) -> bool:
         return self._engine.flush_cache()
+
+    async def load_adapter(self, source: AdapterSource) -> None:
+        await self._ask(lambda answer: self._engine.load_adapter(source, answer))
+
+    async def unload_adapter(self, key: str) -> None:
+        await self._ask(lambda answer: self._engine.unload_adapter(key, answer))
+
+    async def _ask(self, ask: Callable[[Answer], None]) -> None:
+        future: asyncio.Future[str | None] = asyncio.get_running_loop().create_future()
+        ask(future.set_result)
+        self._wake()
+        if (error := await future) is not None:
+            raise AdapterError(error)
+
+    def _wake(self) -> None:
+        if self._task is None or self._task.done():
+            self._task = asyncio.get_running_loop().create_task(self._run())
 
     def lose(self, reason: str) -> None:
         """The engine process is gone."""

@@ -5,9 +5,22 @@ import queue
 import threading
 from typing import TypeAlias
 
+from jaxserve.distributed.adapters import AdapterReceiver
 from jaxserve.distributed.leader import digest_of
 from jaxserve.distributed.loss import GiveUp, end_process
-from jaxserve.distributed.messages import Channel, Draw, Drawn, Failed, Finish, Forward, FromLeader, Reset
+from jaxserve.distributed.messages import (
+    AdapterBytes,
+    Channel,
+    Draw,
+    Drawn,
+    DropAdapter,
+    Failed,
+    Finish,
+    Forward,
+    FromLeader,
+    HoldAdapter,
+    Reset,
+)
 from jaxserve.engine import Forwarded, Pending, Runner
 from jaxserve.step import ConstrainedRows
 
@@ -70,6 +83,7 @@ class Follower:
         self._leader = leader
         self._step = 0
         self._forwarded: Forwarded | None = None
+        self._adapters = AdapterReceiver()
         self._reports: _Reports = queue.SimpleQueue()
 
     def run(self) -> None:
@@ -78,11 +92,11 @@ class Follower:
         reporter.start()
         failed = False
         while not isinstance(message := self._leader.receive(), Finish):
-            if failed and not isinstance(message, Reset):
+            if failed and isinstance(message, Forward | Draw):
                 continue  # what host 0 sent before it knew
             try:
                 self._handle(message)
-                failed = False
+                failed = failed and not isinstance(message, Reset)
             except Exception as error:
                 failed = True
                 self._fail(self._step, error)
@@ -98,6 +112,12 @@ class Follower:
                 assert self._forwarded is not None
                 rows = [None if bits is None else ConstrainedRows(bits.rows, bits.bits_CW()) for bits in constrained]
                 self._reports.put((self._step, self._forwarded.draw(rows)))
+            case AdapterBytes(data=data):
+                self._adapters.take(data)
+            case HoldAdapter(key=key):
+                self._runner.hold_adapter(key, self._adapters.finish(message))
+            case DropAdapter(key=key):
+                self._runner.drop_adapter(key)
             case Reset(step=step):
                 self._step = step
                 self._runner.reset()

@@ -8,12 +8,15 @@ from collections.abc import Generator, Sequence
 
 import numpy as np
 
+from jaxserve.adapter_store import HostAdapter
+from jaxserve.distributed.adapters import adapter_messages
 from jaxserve.distributed.loss import GiveUp, end_process
 from jaxserve.distributed.messages import (
     Channel,
     ConstrainedBits,
     Draw,
     Drawn,
+    DropAdapter,
     Failed,
     Finish,
     Forward,
@@ -144,6 +147,17 @@ class LeadingRunner:
         step = self._next_step()
         self._followers.tell(Forward(step, plans))
         return _Forwarded(self._followers, step, self._runner.forward(plans))
+
+    def hold_adapter(self, key: str, adapter: HostAdapter) -> None:
+        """See `Runner`. The others get the adapter itself: only this host need have its files."""
+        for message in adapter_messages(key, adapter):
+            self._followers.tell(message)
+        self._runner.hold_adapter(key, adapter)
+
+    def drop_adapter(self, key: str) -> None:
+        """See `Runner`."""
+        self._followers.tell(DropAdapter(key))
+        self._runner.drop_adapter(key)
 
     def reset(self) -> None:
         """See `Runner`."""

@@ -72,6 +72,34 @@ class ConstrainedBits(msgspec.Struct, frozen=True):
         return np.frombuffer(self.bits, np.int32).reshape(len(self.rows), -1)
 
 
+class AdapterBytes(msgspec.Struct, frozen=True, tag=True):
+    """The next bytes of the adapter that `HoldAdapter` will name."""
+
+    data: bytes
+
+
+class AdapterLeaf(msgspec.Struct, frozen=True):
+    """One array of an adapter, as a slot of the bank holds it."""
+
+    path: tuple[str, ...]
+    shape: tuple[int, ...]
+    dtype: str
+
+
+class HoldAdapter(msgspec.Struct, frozen=True, tag=True):
+    """Keep a LoRA adapter, for steps to load. The leaves' bytes came before, one after the other."""
+
+    key: str
+    leaves: tuple[AdapterLeaf, ...]
+    digest: int
+
+
+class DropAdapter(msgspec.Struct, frozen=True, tag=True):
+    """Keep it no longer."""
+
+    key: str
+
+
 class Draw(msgspec.Struct, frozen=True, tag=True):
     """Send the draws of the step that was forwarded last."""
 
@@ -102,7 +130,7 @@ class Failed(msgspec.Struct, frozen=True, tag=True):
     reason: str
 
 
-FromLeader = Welcome | Refused | Forward | Draw | Reset | Finish
+FromLeader = Welcome | Refused | Forward | Draw | Reset | AdapterBytes | HoldAdapter | DropAdapter | Finish
 FromFollower = Hello | Drawn | Failed
 
 _encoder = msgspec.msgpack.Encoder()

@@ -7,7 +7,7 @@ Dimension key: L layers, S slots, R rank, I inputs, O outputs.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import jax
@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 
 from jaxserve.lora.delta import AdapterDelta, adaptable
 from jaxserve.mesh import named_sharding
-from jaxserve.models.decoder import Decoder, ParamSpec, Path, Weights, tree_of
+from jaxserve.models.decoder import Decoder, ParamSpec, Path, Weights
 
 
 class BankLayout(NamedTuple):
@@ -32,12 +32,6 @@ class BankLayout(NamedTuple):
     num_slots: int
     rank: int
     paths: tuple[Path, ...]
-
-
-def layout_for(deltas: Sequence[AdapterDelta], num_slots: int, rank: int | None) -> BankLayout:
-    """What holds these adapters."""
-    paths = {path for delta in deltas for path in delta.factors}
-    return BankLayout(num_slots, rank or max((delta.rank for delta in deltas), default=1), tuple(sorted(paths)))
 
 
 def bank_specs(decoder: Decoder, layout: BankLayout) -> dict[Path, ParamSpec]:
@@ -62,25 +56,23 @@ def bank_bytes(decoder: Decoder, layout: BankLayout, mesh: Mesh) -> int:
     )
 
 
-def slot_contents(delta: AdapterDelta, specs: Mapping[Path, ParamSpec]) -> Weights:
-    """An adapter as a slot holds it, f32 on the host: `a` [(L,) R, I] and scale * `b` [(L,) R, O]."""
+def slot_leaves(delta: AdapterDelta, specs: Mapping[Path, ParamSpec]) -> dict[Path, np.ndarray]:
+    """An adapter as a slot holds it, on the host: `a` [(L,) R, I] and scale * `b` [(L,) R, O] of each module."""
     leaves: dict[Path, np.ndarray] = {}
     for path, spec in specs.items():
         *lead, _, rank, size = spec.shape
-        leaves[path] = np.zeros((*lead, rank, size), np.float32)
+        leaves[path] = np.zeros((*lead, rank, size), spec.dtype)
         factor = delta.factors.get((*path[:-1], "weight"))
         if factor is not None:
             values = factor.a if path[-1] == "a" else np.swapaxes(factor.b, -1, -2) * factor.scale[..., None, None]
             leaves[path][..., : delta.rank, :] = values
-    return tree_of(leaves.items())
+    return leaves
 
 
 def write_slot(bank: Weights, slot: jax.Array, contents: Weights) -> Weights:
     """Put an adapter into a slot."""
     return jax.tree.map(
-        lambda leaf, new: jax.lax.dynamic_update_index_in_dim(leaf, new.astype(leaf.dtype), slot - 1, leaf.ndim - 3),
-        bank,
-        contents,
+        lambda leaf, new: jax.lax.dynamic_update_index_in_dim(leaf, new, slot - 1, leaf.ndim - 3), bank, contents
     )
 
 

@@ -103,6 +103,11 @@ def make_delta(
     return AdapterDelta(factors, rank, decoder.config.tie_word_embeddings)
 
 
+def module_name(path: Path, names: Mapping[Path, str]) -> str:
+    """The module of a weight as checkpoints name it; a tied head has no weight of its own."""
+    return names.get(path, "lm_head.weight").removesuffix(".weight")
+
+
 def adaptable(decoder: Decoder) -> dict[Path, ParamSpec]:
     """The weights that an adapter can change: matrices, and the head also where it is the embedding."""
     specs = {path: spec for path, spec in decoder.param_specs.items() if len(spec.shape) - spec.stacked == 2}
@@ -112,7 +117,7 @@ def adaptable(decoder: Decoder) -> dict[Path, ParamSpec]:
 def _targets(decoder: Decoder, specs: Mapping[Path, ParamSpec], names: Mapping[Path, str]) -> dict[str, _Target]:
     targets: dict[str, _Target] = {}
     for path, spec in specs.items():
-        module = names.get(path, "lm_head.weight").removesuffix(".weight")
+        module = module_name(path, names)
         if not spec.stacked:
             targets[module] = _Target(path, None)
         for layer in range(decoder.config.num_layers if spec.stacked else 0):

@@ -139,10 +139,7 @@ class StepPrograms:
 
     def lower_write_slot(self) -> jax.stages.Lowered:
         """`(bank, slot, contents) -> bank`; the bank is donated."""
-        contents = jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct((*leaf.shape[:-3], *leaf.shape[-2:]), jnp.float32), self.bank_shapes()
-        )
-        return self._write_slot.lower(self.bank_shapes(), np.int32(0), contents)
+        return self._write_slot.lower(self.bank_shapes(), np.int32(0), self.slot_shapes())
 
     def bank_shapes(self) -> Weights:
         """Shapes, dtypes and shardings of the adapters' bank."""
@@ -150,6 +147,17 @@ class StepPrograms:
             return {}
         specs = bank_specs(self._model.decoder, self._model.adapters)
         return tree_of((path, self._shape_of(spec)) for path, spec in specs.items())
+
+    def slot_shapes(self) -> Weights:
+        """Shapes, dtypes and shardings of what one slot of the bank holds."""
+
+        def slot(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+            sharding: Any = leaf.sharding
+            spec = P(*sharding.spec[:-3], *sharding.spec[-2:])
+            shape = (*leaf.shape[:-3], *leaf.shape[-2:])
+            return jax.ShapeDtypeStruct(shape, leaf.dtype, sharding=NamedSharding(self._model.mesh, spec))
+
+        return jax.tree.map(slot, self.bank_shapes())
 
     def weight_shapes(self) -> Weights:
         """Shapes, dtypes and shardings of the weights."""

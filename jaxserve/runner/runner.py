@@ -6,17 +6,18 @@ waits for the device in `PendingStep.result` only.
 See `runner.programs` for what a step is made of.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 import msgspec
 import numpy as np
+from jax.sharding import Sharding
 
-from jaxserve.lora.bank import bank_specs, empty_bank, slot_contents
-from jaxserve.lora.delta import AdapterDelta
-from jaxserve.models.decoder import Weights
+from jaxserve.adapter_store import HostAdapter
+from jaxserve.lora.bank import empty_bank
+from jaxserve.models.decoder import Weights, tree_of
 from jaxserve.runner.batch import DrawBatch, DrawMasks, ForwardBatch, RowTable
 from jaxserve.runner.buckets import Bucket
 from jaxserve.runner.compiled import CompiledSteps, Progress
@@ -104,10 +105,9 @@ class ModelRunner:
     Args:
         model: what a step is made of.
         weights: its parameters, on the mesh.
-        adapters: LoRA adapters by name, on the host.
     """
 
-    def __init__(self, model: StepModel, weights: Weights, adapters: Mapping[str, AdapterDelta] | None = None) -> None:
+    def __init__(self, model: StepModel, weights: Weights) -> None:
         self._model = model
         self._weights = weights
         self._lowering = StepPrograms(model)
@@ -116,9 +116,9 @@ class ModelRunner:
         self._rows = [RowTable(model.layout) for _ in range(self._copies)]
         self._cache = self._empty_cache()
         self._state = self._lowering.empty_state()
-        self._adapters = adapters or {}
-        self._bank_specs = {} if model.adapters is None else bank_specs(model.decoder, model.adapters)
+        self._adapters: dict[str, HostAdapter] = {}
         self._bank = empty_bank(self._lowering.bank_shapes())
+        self._slot_shardings = jax.tree.map(lambda leaf: leaf.sharding, self._lowering.slot_shapes())
         self._programs = CompiledSteps(
             model.buckets,
             lambda shape: self._lowering.lower_forward(shape.bucket, adapted=shape.adapted),
@@ -150,6 +150,14 @@ class ModelRunner:
             if self._model.adapters is not None:
                 self._run_empty(bucket, adapted=True)
         jax.block_until_ready(self._state)
+
+    def hold_adapter(self, key: str, adapter: HostAdapter) -> None:
+        """See `AdapterHolder`."""
+        self._adapters[key] = adapter
+
+    def drop_adapter(self, key: str) -> None:
+        """See `AdapterHolder`."""
+        del self._adapters[key]
 
     def forward(self, plans: Plans) -> ForwardedStep:
         """Send the forward pass of a step of every copy to the devices and return at once."""
@@ -209,7 +217,8 @@ class ModelRunner:
 
     def _load(self, load: AdapterLoad) -> None:
         """A slot gets another adapter. Steps that are on their way are before it in the devices' queue."""
-        contents = slot_contents(self._adapters[load.adapter], self._bank_specs)
+        leaves = self._adapters[load.adapter].leaves
+        contents = jax.tree.map(self._put, tree_of(leaves.items()), self._slot_shardings)
         self._bank = self._write_slot(self._bank, np.int32(load.slot), contents)
 
     def _run_forward(self, bucket: Bucket, plans: Plans, *, adapted: bool) -> ForwardedStep:
@@ -222,11 +231,12 @@ class ModelRunner:
     def _to_devices(self, arrays: T) -> T:
         """Send the copies' arrays, stacked."""
         if not self._model.mesh.is_multi_process:
-            return jax.device_put(arrays, self._by_copy)
-        # Every host has the whole array and sends what its own devices hold.
-        return jax.tree.map(
-            lambda array: jax.make_array_from_callback(array.shape, self._by_copy, array.__getitem__), arrays
-        )
+            return jax.device_put(arrays, self._by_copy)  # all at once
+        return jax.tree.map(lambda array: self._put(array, self._by_copy), arrays)
+
+    def _put(self, array: np.ndarray, sharding: Sharding) -> jax.Array:
+        """Every host has the whole array and sends what its own devices hold."""
+        return jax.make_array_from_callback(array.shape, sharding, array.__getitem__)
 
     def _run_empty(self, bucket: Bucket, *, adapted: bool = False) -> PendingStep:
         nothing = (None,) * self._copies

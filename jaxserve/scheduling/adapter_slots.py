@@ -19,6 +19,7 @@ class AdapterSlots:
     def __init__(self, num_slots: int, policy: LoraEvictionPolicy = "lru") -> None:
         self._num_slots = num_slots
         self._policy = policy
+        self._pinned: set[str] = set()
         self.clear()
 
     def clear(self) -> None:
@@ -54,10 +55,23 @@ class AdapterSlots:
         if adapter:
             self._num_rows[adapter] -= 1
 
+    def pin(self, adapter: str) -> None:
+        """Never give the adapter's slot to another one."""
+        self._pinned.add(adapter)
+
+    def forget(self, adapter: str) -> None:
+        """The adapter is gone: its slot is free. No row uses it."""
+        assert not self._num_rows.pop(adapter, 0)
+        self._pinned.discard(adapter)
+        if (slot := self._slots.pop(adapter, None)) is not None:
+            self._free.append(slot)
+            self._loads = [load for load in self._loads if load.adapter != adapter]
+
     def take_loads(self) -> tuple[AdapterLoad, ...]:
         """What the next step has to load, since the last call."""
         loads, self._loads = tuple(self._loads), []
         return loads
 
     def _idle(self) -> str | None:
-        return next((adapter for adapter in self._slots if not self._num_rows[adapter]), None)
+        movable = (adapter for adapter in self._slots if adapter not in self._pinned)
+        return next((adapter for adapter in movable if not self._num_rows[adapter]), None)

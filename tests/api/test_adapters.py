@@ -8,6 +8,7 @@ from litestar import Litestar
 from litestar.testing import AsyncTestClient
 
 from api.app import create_app
+from jaxserve.config import LoraConfig
 from tests.api.conftest import make_server
 from tests.fakes import FakeEngineClient
 from tests.tiny import VOCAB_SIZE
@@ -22,7 +23,7 @@ def engine() -> FakeEngineClient:
 
 @pytest.fixture
 async def http(engine: FakeEngineClient) -> AsyncIterator[AsyncTestClient[Litestar]]:
-    server = make_server(engine, adapter_paths={"poet": "/adapters/poet", "pirate": "org/pirate"})
+    server = make_server(engine, lora=LoraConfig(paths={"poet": "/adapters/poet", "pirate": "org/pirate"}))
     async with AsyncTestClient(create_app(server)) as client:
         yield client
 

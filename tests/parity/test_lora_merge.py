@@ -15,9 +15,10 @@ from jaxserve.build import build_runner
 from jaxserve.config import EngineConfig
 from jaxserve.errors import AdapterError, LaunchError
 from jaxserve.lora.delta import add_low_rank, merge, split
+from jaxserve.lora.reader import AdapterReader
 from jaxserve.models.architecture import BuildModel
 from jaxserve.models.registry import find_architecture
-from jaxserve.runner.merging import merge_adapter, read_delta
+from jaxserve.runner.merging import merge_adapter
 from tests.parity.test_orbax_and_llm import script
 from tests.tiny import CONFIG, LINEAR_MODULES, write_adapter, write_checkpoint
 
@@ -40,7 +41,7 @@ def delta_of(adapter: Path, *, copies: int = 1, **changes: Any) -> Any:
         hf_config | {"num_key_value_heads": checkpoint.num_kv_heads * copies, "head_dim": checkpoint.head_dim}
     )
     decoder = architecture.build(BuildModel(repeated, jnp.dtype(jnp.float32)))
-    return read_delta(adapter, decoder, architecture.tensor_names(checkpoint), checkpoint)
+    return AdapterReader(decoder, architecture.tensor_names(checkpoint), checkpoint).read(adapter)
 
 
 def write_merged(folder: Path, adapter: Path, **changes: Any) -> Path:

@@ -45,7 +45,7 @@ def test_an_adapter_stays_until_its_slot_is_needed() -> None:
 
 
 def test_a_row_that_waits_for_a_slot_blocks_no_other() -> None:
-    engine, runner = make_engine(num_slots=2)
+    engine, runner = make_engine(num_slots=2, adapters="ab")
     engine.add(request("first", max_tokens=30, adapter="a"))
     engine.step()
     engine.add(request("second", max_tokens=2, adapter="b"))
@@ -61,7 +61,7 @@ def test_a_row_that_waits_for_a_slot_blocks_no_other() -> None:
 
 
 def test_prefixes_are_not_shared_between_adapters() -> None:
-    engine, _ = make_engine(num_slots=3, max_step_tokens=64)
+    engine, _ = make_engine(num_slots=3, adapters="ab", max_step_tokens=64)
     prompt = (7,) * 33
     cached = []
     for name, adapter in (("base", ""), ("one", "a"), ("other", "b"), ("again", "a")):

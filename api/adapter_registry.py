@@ -1,0 +1,144 @@
+"""The LoRA adapters that requests can name: those of the start, and those that are loaded and unloaded meanwhile."""
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+
+from jaxserve.client import EngineClient
+from jaxserve.config import LoraConfig, adapter_name_problem
+from jaxserve.errors import AdapterError, LaunchError, NotFoundError
+from jaxserve.request import AdapterSource
+
+
+@dataclass(frozen=True)
+class NamedAdapter:
+    """An adapter that is loaded.
+
+    Attributes:
+        key: what the engine calls it.
+        path: as the user gave it.
+        pinned: never makes room for another one.
+    """
+
+    key: str
+    path: str
+    pinned: bool
+
+
+class AdapterRegistry:
+    """Adapters by name.
+
+    Args:
+        client: the engine.
+        config: what the server was started with; None where it runs without LoRA.
+        root: the folder whose adapters may be loaded; None where none may.
+        reserved: names of the model itself.
+
+    Raises:
+        LaunchError: an adapter is called what the model is called.
+    """
+
+    def __init__(
+        self, client: EngineClient, config: LoraConfig | None, root: Path | None, reserved: Collection[str]
+    ) -> None:
+        self._client = client
+        self._config = config
+        self._root = root
+        self._reserved = reserved
+        self._adapters: dict[str, NamedAdapter] = {}
+        if config is not None:
+            if taken := [name for name in config.paths if name in reserved]:
+                raise LaunchError(f"--lora-paths: {taken[0]!r} is a name of the model itself")
+            self._adapters = {
+                name: NamedAdapter(name, path, name in config.pinned) for name, path in config.paths.items()
+            }
+        # Being loaded now: whether they are pinned.
+        self._loading: dict[str, bool] = {}
+        self._num_loads = 0
+
+    @property
+    def by_name(self) -> Mapping[str, NamedAdapter] | None:
+        """In the order in which they came; a view. None where the server runs without LoRA."""
+        return None if self._config is None else MappingProxyType(self._adapters)
+
+    async def load(self, name: str, path: str, *, pinned: bool) -> None:
+        """Load an adapter; requests may name it when this returns.
+
+        Raises:
+            AdapterError: what is wrong with the name, the path or the adapter; nothing has changed then.
+            UnavailableError: the engine is not there.
+        """
+        config = self._require_config()
+        self._check_name(name)
+        self._check_slots(config, pinned=pinned)
+        folder = confined(path, self._root)
+        self._num_loads += 1
+        key = f"{name}:{self._num_loads}"  # no name has a colon
+        self._loading[name] = pinned
+        try:
+            await self._client.load_adapter(AdapterSource(key=key, folder=str(folder), pinned=pinned))
+        finally:
+            del self._loading[name]
+        self._adapters[name] = NamedAdapter(key, path, pinned)
+
+    async def unload(self, name: str) -> None:
+        """Hide an adapter from new requests at once; this returns when the last one that has it has ended.
+
+        Raises:
+            AdapterError: it is not loaded.
+            UnavailableError: the engine is not there.
+        """
+        self._require_config()
+        adapter = self._adapters.pop(name, None)
+        if adapter is None:
+            raise AdapterError(f"the adapter {name!r} is not loaded", param="lora_name")
+        await self._client.unload_adapter(adapter.key)
+
+    def check_loaded(self, key: str) -> None:
+        """Raise NotFoundError when an adapter has gone since its name was looked up."""
+        if key and not any(adapter.key == key for adapter in self._adapters.values()):
+            raise NotFoundError("the adapter has just been unloaded", param="model", code="adapter_not_found")
+
+    def _require_config(self) -> LoraConfig:
+        if self._config is None:
+            raise AdapterError("the server runs without LoRA; start it with --enable-lora or --lora-paths")
+        return self._config
+
+    def _check_name(self, name: str) -> None:
+        if (problem := adapter_name_problem(name)) is not None:
+            raise AdapterError(problem, param="lora_name")
+        if name in self._reserved:
+            raise AdapterError(f"{name!r} is a name of the model itself", param="lora_name")
+        if name in self._adapters or name in self._loading:
+            raise AdapterError(f"an adapter {name!r} is loaded already; unload it first", param="lora_name")
+
+    def _check_slots(self, config: LoraConfig, *, pinned: bool) -> None:
+        pins = [pinned, *self._loading.values(), *(adapter.pinned for adapter in self._adapters.values())]
+        if not config.fits_slots(num_pinned=sum(pins), num_others=len(pins) - sum(pins)):
+            raise AdapterError(
+                f"{sum(pins)} of {len(pins)} adapters would be pinned, which leaves no slot of "
+                f"--max-loras-per-batch {config.max_loras_per_batch} to the others",
+                param="pinned",
+            )
+
+
+def confined(path: str, root: Path | None) -> Path:
+    """The folder of an adapter below the root, by its real path.
+
+    Raises:
+        AdapterError: it is elsewhere, or a file in it is, or there is no such folder.
+    """
+    if root is None:
+        raise AdapterError("adapters can be loaded on a server with --lora-root only", param="lora_path")
+    outside = AdapterError(f"{path!r} is no folder below --lora-root", param="lora_path")
+    try:
+        root = root.resolve(strict=True)
+        folder = (root / path).resolve(strict=True)
+        inside = folder != root and folder.is_dir() and folder.is_relative_to(root)
+        # A link inside may lead out.
+        if not inside or not all(file.resolve(strict=True).is_relative_to(root) for file in folder.rglob("*")):
+            raise outside
+    except (OSError, ValueError, RuntimeError):  # no such file, a NUL in the name, links in a circle
+        raise outside from None
+    return folder

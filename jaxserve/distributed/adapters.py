@@ -1,0 +1,43 @@
+"""LoRA adapters from host 0 to the others: an adapter may be larger than a message."""
+
+from collections.abc import Generator
+
+import numpy as np
+
+from jaxserve.adapter_store import HostAdapter
+from jaxserve.distributed.messages import AdapterBytes, AdapterLeaf, HoldAdapter
+
+_PART_BYTES = 32 << 20
+
+
+def adapter_messages(key: str, adapter: HostAdapter) -> Generator[AdapterBytes | HoldAdapter, None, None]:
+    """What tells another host of an adapter, in order."""
+    for array in adapter.leaves.values():
+        data = array.reshape(-1).view(np.uint8)
+        for start in range(0, data.size, _PART_BYTES):
+            yield AdapterBytes(data[start : start + _PART_BYTES].tobytes())
+    leaves = (AdapterLeaf(path, array.shape, str(array.dtype)) for path, array in adapter.leaves.items())
+    yield HoldAdapter(key, tuple(leaves), adapter.digest)
+
+
+class AdapterReceiver:
+    """Puts adapters together again."""
+
+    def __init__(self) -> None:
+        self._parts: list[bytes] = []
+
+    def take(self, data: bytes) -> None:
+        """The next bytes."""
+        self._parts.append(data)
+
+    def finish(self, message: HoldAdapter) -> HostAdapter:
+        """The adapter that the bytes make."""
+        data, self._parts = np.frombuffer(b"".join(self._parts), np.uint8), []
+        leaves: dict[tuple[str, ...], np.ndarray] = {}
+        start = 0
+        for leaf in message.leaves:
+            dtype = np.dtype(leaf.dtype)
+            end = start + int(np.prod(leaf.shape)) * dtype.itemsize
+            leaves[leaf.path] = data[start:end].view(dtype).reshape(leaf.shape)
+            start = end
+        return HostAdapter(leaves, message.digest)

@@ -1,0 +1,109 @@
+"""Adapter folders, fitted to a model and to its slots."""
+
+import zlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from checkpoints.orbax_adapters import read_adapter
+from checkpoints.source import CheckpointError
+from jaxserve.adapter_store import HostAdapter
+from jaxserve.config import ModelConfig
+from jaxserve.errors import AdapterError, LaunchError
+from jaxserve.lora.bank import BankLayout, bank_specs, slot_leaves
+from jaxserve.lora.delta import AdapterDelta, adaptable, make_delta, module_name
+from jaxserve.models.decoder import Decoder
+from jaxserve.models.decoder import Path as TreePath
+
+# PEFT's word for all linear modules but the head, and SGLang's for all modules and for projections that it fuses.
+_ALL_LINEAR, _ALL = "all-linear", "all"
+_FUSED: Mapping[str, Sequence[str]] = {
+    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
+    "gate_up_proj": ("gate_proj", "up_proj"),
+}
+_NOT_LINEAR = ("embed_tokens", "lm_head")
+
+
+class AdapterReader(NamedTuple):
+    """Reads adapters for one model.
+
+    Attributes:
+        decoder: the model; its key/value heads may be a multiple of the checkpoint's.
+        names: path in the tree -> tensor name, `{layer}` for the layer's number.
+        checkpoint: the model as its maker describes it.
+    """
+
+    decoder: Decoder
+    names: Mapping[TreePath, str]
+    checkpoint: ModelConfig
+
+    def read(self, folder: Path) -> AdapterDelta:
+        """See `make_delta`.
+
+        Raises:
+            AdapterError: the folder cannot be read, or does not fit the model.
+        """
+        try:
+            return make_delta(read_adapter(folder), self.decoder, self.names, self.checkpoint)
+        except CheckpointError as error:
+            raise AdapterError(str(error)) from None
+
+    def target_paths(self, modules: Sequence[str]) -> set[TreePath]:
+        """Weights of modules as PEFT and SGLang name them, such as `q_proj`, `all-linear` and `all`.
+
+        Raises:
+            LaunchError: the model has no such module.
+        """
+        paths: dict[str, set[TreePath]] = {}
+        for path in adaptable(self.decoder):
+            paths.setdefault(module_name(path, self.names).rpartition(".")[-1], set()).add(path)
+        linear = [name for name in paths if name not in _NOT_LINEAR]
+        several = {**_FUSED, _ALL_LINEAR: linear, _ALL: list(paths)}
+        wanted = [name for module in modules for name in several.get(module, [module])]
+        if unknown := [name for name in wanted if name not in paths]:
+            raise LaunchError(
+                f"--lora-target-modules {unknown[0]}: the model has {', '.join(sorted(paths))}; also known: "
+                f"{', '.join(several)}"
+            )
+        return {path for name in wanted for path in paths[name]}
+
+
+class SlotReader:
+    """Reads adapters as the slots of a bank hold them.
+
+    Args:
+        reader: of the model.
+        layout: of the bank.
+    """
+
+    def __init__(self, reader: AdapterReader, layout: BankLayout) -> None:
+        self._reader = reader
+        self._layout = layout
+        self._specs = bank_specs(reader.decoder, layout)
+
+    def __call__(self, folder: str) -> HostAdapter:
+        """Read a folder.
+
+        Raises:
+            AdapterError: it cannot be read, or does not fit the model or a slot.
+        """
+        return self.fit(self._reader.read(Path(folder)))
+
+    def fit(self, delta: AdapterDelta) -> HostAdapter:
+        """Lay an adapter out as a slot.
+
+        Raises:
+            AdapterError: it is too wide, or changes modules that slots have no room for.
+        """
+        if delta.rank > self._layout.rank:
+            raise AdapterError(f"rank {delta.rank} is more than --max-lora-rank {self._layout.rank}")
+        if others := sorted(delta.factors.keys() - set(self._layout.paths)):
+            names = ", ".join(module_name(path, self._reader.names).rpartition(".")[-1] for path in others)
+            raise AdapterError(f"it changes {names}, which are not among --lora-target-modules")
+        leaves = slot_leaves(delta, self._specs)
+        digest = 0
+        for leaf in leaves.values():
+            digest = zlib.crc32(leaf.view(np.uint8), digest)
+        return HostAdapter(leaves, digest)
