@@ -3,6 +3,7 @@
 import argparse
 import hashlib
 import os
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import metadata
@@ -347,7 +348,8 @@ def _lora_config(args: argparse.Namespace) -> LoraConfig | None:
     adapters = [_named_adapter(text) for text in args.lora_paths]
     paths = {adapter.lora_name: adapter.lora_path for adapter in adapters}
     if len(paths) < len(adapters):
-        raise LaunchError(f"--lora-paths: two adapters have the same name; {', '.join(paths)} are named")
+        [(name, _)] = Counter(adapter.lora_name for adapter in adapters).most_common(1)
+        raise LaunchError(f"--lora-paths: two adapters are called {name!r}")
     return LoraConfig(
         paths=paths,
         pinned=tuple(adapter.lora_name for adapter in adapters if adapter.pinned),

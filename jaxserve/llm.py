@@ -1,6 +1,7 @@
 """Offline use of the engine: `LLM("demo").generate(["Hello"], SamplingParams(max_tokens=8))`."""
 
 import asyncio
+import os
 import threading
 import uuid
 from collections.abc import Coroutine, Mapping, Sequence
@@ -12,13 +13,13 @@ import msgspec
 
 from jaxserve.build import build_engine
 from jaxserve.config import EngineConfig
-from jaxserve.errors import NotFoundError, RequestError
+from jaxserve.errors import AdapterError, NotFoundError, RequestError
 from jaxserve.generation import CollectedChoice, Generation, TextOptions, Usage, collect_choices
 from jaxserve.generation_config import read_generation_config
 from jaxserve.in_process import InProcessEngineClient
 from jaxserve.messages import EngineStats
 from jaxserve.model_source import find_model
-from jaxserve.request import FinishReason, Request, SamplingParams
+from jaxserve.request import AdapterSource, FinishReason, Request, SamplingParams
 from jaxserve.text.tokenizer import load_tokenizer
 
 T = TypeVar("T")
@@ -75,6 +76,8 @@ class LLM:
         self._tokenizer = load_tokenizer(path, chat_template)
         built = build_engine(msgspec.structs.replace(config, model_path=str(path)), lambda items, *_: items)
         self.info = built.info
+        # Keys by name.
+        self._adapters = {key: key for key in built.info.adapters or ()}
         own_ends = read_generation_config(path).eos_token_ids
         self._eos_token_ids = tuple(sorted({*built.info.eos_token_ids, *self._tokenizer.eos_token_ids, *own_ends}))
         self._loop = asyncio.new_event_loop()
@@ -155,6 +158,28 @@ class LLM:
         ids = self._render(messages, chat_template_kwargs)
         return (await self.agenerate([ids], sampling, num_choices=num_choices, adapter=adapter, options=options))[0]
 
+    def load_adapter(self, name: str, folder: str | os.PathLike[str]) -> None:
+        """Load a LoRA adapter that fits the slots of `LoraConfig`; `generate` takes its name from then on.
+
+        Raises:
+            AdapterError: it cannot be read, does not fit, or the name is taken.
+        """
+        if name in self._adapters:
+            raise AdapterError(f"an adapter {name!r} is loaded already")
+        key = f"{name}:{uuid.uuid4().hex}"
+        self._wait(self._client.load_adapter(AdapterSource(key=key, folder=str(folder))))
+        self._adapters[name] = key
+
+    def unload_adapter(self, name: str) -> None:
+        """Let an adapter go; returns when the last call that uses it has ended.
+
+        Raises:
+            NotFoundError: it is not loaded.
+        """
+        key = self._adapter_key(name)
+        del self._adapters[name]
+        self._wait(self._client.unload_adapter(key))
+
     def close(self) -> None:
         """Stop the engine; running calls are dropped."""
         self._client.stop()
@@ -204,9 +229,6 @@ class LLM:
         self, prompt: str | Sequence[int], sampling: SamplingParams, *, adapter: str, **fields: Any
     ) -> Request:
         limit = self.info.context_length
-        if adapter and adapter not in (self.info.adapters or ()):
-            loaded = ", ".join(self.info.adapters or ()) or "none"
-            raise NotFoundError(f"the adapter {adapter!r} does not exist; loaded: {loaded}", param="adapter")
         if isinstance(prompt, str):
             prompt = self._tokenizer.encode(prompt, add_special_tokens=True, max_tokens=limit, param="prompts")
         if not prompt or len(prompt) + sampling.max_tokens > limit:
@@ -221,9 +243,15 @@ class LLM:
             prompt_token_ids=tuple(prompt),
             sampling=sampling,
             eos_token_ids=self._eos_token_ids,
-            adapter=adapter,
+            adapter=self._adapter_key(adapter) if adapter else "",
             **fields,
         )
+
+    def _adapter_key(self, name: str) -> str:
+        if name not in self._adapters:
+            loaded = ", ".join(self._adapters) or "none"
+            raise NotFoundError(f"the adapter {name!r} does not exist; loaded: {loaded}", param="adapter")
+        return self._adapters[name]
 
 
 async def _collect(generation: Generation) -> GenerationOutput:

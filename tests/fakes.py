@@ -57,6 +57,9 @@ class InlineExecutor(Executor):
         return future
 
 
+_INLINE = InlineExecutor()
+
+
 def shift_adapter(shift: int) -> HostAdapter:
     """An adapter for `FakeRunner`."""
     return HostAdapter({("shift",): np.array(shift)}, shift)
@@ -158,6 +161,7 @@ def make_engine(
     adapters: Sequence[str] = (),
     max_loaded: int | None = None,
     read: Callable[[str], HostAdapter] = lambda folder: shift_adapter(0),
+    executor: Executor | None = _INLINE,
     wrap: Callable[[Runner], Runner] = lambda runner: runner,
 ) -> tuple[Engine, FakeRunner]:
     """An engine over a `FakeRunner`, or over what `wrap` makes of it."""
@@ -169,7 +173,7 @@ def make_engine(
     slots = AdapterSlots(num_slots)
     schedulers = [Scheduler(limits, cache, slots) for _ in range(dp_size)]
     wrapped = wrap(runner)
-    store = AdapterStore(read, wrapped, slots, max_loaded, InlineExecutor()) if num_slots > 1 else None
+    store = AdapterStore(read, wrapped, slots, max_loaded, executor) if num_slots > 1 else None
     for key in adapters:
         assert store is not None
         wrapped.hold_adapter(key, read(key))

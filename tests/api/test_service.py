@@ -42,6 +42,36 @@ async def test_health_generate(http: Http) -> None:
     assert (await http.get("/health_generate")).status_code == 200
 
 
+@pytest.mark.parametrize(
+    ("keys", "sent", "statuses"),
+    [
+        ({}, None, (200, 200)),
+        ({"api_key": "user"}, None, (401, 401)),
+        ({"api_key": "user"}, "user", (200, 200)),
+        ({"admin_api_key": "admin"}, None, (200, 401)),
+        ({"admin_api_key": "admin"}, "admin", (200, 200)),
+        ({"api_key": "user", "admin_api_key": "admin"}, None, (401, 401)),
+        ({"api_key": "user", "admin_api_key": "admin"}, "other", (401, 401)),
+        ({"api_key": "user", "admin_api_key": "admin"}, "user", (200, 403)),
+        ({"api_key": "user", "admin_api_key": "admin"}, "admin", (200, 200)),
+    ],
+)
+async def test_control_routes_want_the_admins_key_where_there_is_one(
+    engine: FakeEngineClient, keys: dict[str, str], sent: str | None, statuses: tuple[int, int]
+) -> None:
+    headers = {} if sent is None else {"authorization": f"Bearer {sent}"}
+    async with AsyncTestClient(create_app(make_server(engine, **keys))) as http:
+        assert (await http.get("/v1/models", headers=headers)).status_code == statuses[0]
+        for path, body in (
+            ("/flush_cache", {}),
+            ("/abort_request", {"rid": "x"}),
+            ("/load_lora_adapter", {"lora_name": "a", "lora_path": "a"}),
+            ("/unload_lora_adapter", {"lora_name": "a"}),
+        ):
+            answer = await http.post(path, json=body, headers=headers)
+            assert answer.status_code == (400 if "lora" in path and statuses[1] == 200 else statuses[1])
+
+
 async def test_flush_and_abort(http: Http) -> None:
     assert (await http.post("/flush_cache", json={})).json() == {"flushed": True}
     assert (await http.post("/abort_request", json={"abort_all": True})).json() == {"aborted": 0}

@@ -4,12 +4,17 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from jaxserve import LLM, SamplingParams
 from jaxserve.config import LoraConfig
 from jaxserve.errors import LaunchError, NotFoundError
+from jaxserve.lora.delta import adaptable
+from jaxserve.lora.reader import AdapterReader
+from jaxserve.models.architecture import BuildModel
+from jaxserve.models.registry import find_architecture
 from tests.parity.test_lora_merge import EVERYTHING, FAMILIES, SMALL
 from tests.tiny import CONFIG, write_adapter, write_checkpoint
 
@@ -111,6 +116,46 @@ def test_an_unknown_adapter_is_told_with_the_loaded_ones(base: Path, adapters: d
         pytest.raises(NotFoundError, match="'b' does not exist; loaded: a1"),
     ):
         llm.generate("x", adapter="b")
+
+
+def test_adapters_come_and_go(base: Path, adapters: dict[str, Path], alone: dict[str, list[tuple[int, ...]]]) -> None:
+    """Under one name, over two devices; what was cached of the one is not the other's."""
+    lora = LoraConfig(max_rank=9, target_modules=("all",))
+    with LLM(str(base), lora=lora, tp_size=2, **SIZES) as llm:
+        for key in ("a1", "a7"):
+            llm.load_adapter("a", adapters[key])
+            assert generated(llm, "a") == alone[key]
+            llm.unload_adapter("a")
+        assert generated(llm) == alone[""]
+        with pytest.raises(NotFoundError, match="'a' does not exist; loaded: none"):
+            llm.unload_adapter("a")
+
+
+@pytest.mark.parametrize(
+    ("modules", "message"),
+    [
+        (("q_proj", "down_proj"), "it changes .*embed_tokens.*, which are not among --lora-target-modules"),
+        (("qkv_proj", "sail"), "--lora-target-modules sail: the model has down_proj, embed_tokens"),
+    ],
+)
+def test_modules_that_were_not_asked_for(
+    base: Path, adapters: dict[str, Path], modules: tuple[str, ...], message: str
+) -> None:
+    lora = LoraConfig(paths={"a1": str(adapters["a1"])}, target_modules=modules)
+    with pytest.raises(LaunchError, match=message):
+        LLM(str(base), lora=lora, **SIZES)
+
+
+def test_names_of_modules(base: Path) -> None:
+    architecture = find_architecture(CONFIG)
+    config = architecture.read_config(CONFIG)
+    decoder = architecture.build(BuildModel(config, jnp.dtype(jnp.float32)))
+    reader = AdapterReader(decoder, architecture.tensor_names(config), config)
+    linear = {path for path in adaptable(decoder) if path[0] == "layers"}
+    assert reader.target_paths(["all-linear"]) == linear
+    assert reader.target_paths(["all"]) == linear | {("embed", "weight"), ("lm_head", "weight")}
+    fused = reader.target_paths(["qkv_proj", "gate_up_proj"])
+    assert {path[-2] for path in fused} == {"q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"}
 
 
 def test_an_adapter_that_is_too_wide_is_told_at_the_start(base: Path, adapters: dict[str, Path]) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from jaxserve.arguments import build_parser, parse_arguments
+from jaxserve.config import LoraConfig
 from jaxserve.errors import LaunchError
 from jaxserve.generation_config import GenerationConfig, parse_generation_config, read_generation_config
 from jaxserve.models.registry import architecture_name, find_architecture
@@ -97,9 +98,39 @@ def test_bad_config_files(tmp_path: Path, text: str, message: str) -> None:
         parse_arguments(["--config", str(file)])
 
 
-def test_key_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_keys_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("JAXSERVE_API_KEY", "secret")
-    assert parse_arguments(["--model", "demo"]).args.api_key == "secret"
+    monkeypatch.setenv("JAXSERVE_ADMIN_API_KEY", "more secret")
+    args = parse_arguments(["--model", "demo"]).args
+    assert (args.api_key, args.admin_api_key) == ("secret", "more secret")
+
+
+def test_adapters_of_the_start() -> None:
+    as_json = '{"lora_name": "c", "lora_path": "org/c", "pinned": true}'
+    lora = parse_arguments(["--model", "demo", "--lora-paths", "org/a", "b=./b", as_json]).engine.lora
+    assert lora == LoraConfig(paths={"org/a": "org/a", "b": "./b", "c": "org/c"}, pinned=("c",))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--lora-paths a=x/y a=x/z", "two adapters are called 'a'"),
+        ("--lora-paths a:b=x/y", "an adapter's name must be 1 to 256 printable characters without a colon"),
+        ("--lora-paths =x/y", "an adapter's name must be"),
+        ('--lora-paths {"lora_name":"a"}', "Object missing required field `lora_path`"),
+        ("--enable-lora", "needs --max-lora-rank and --lora-target-modules"),
+        ("--enable-lora --max-loras-per-batch 1", "--max-loras-per-batch must be at least 2"),
+        ("--lora-paths a=x --max-lora-rank 0", "--max-lora-rank must be at least 1"),
+        ("--lora-paths a=x --max-loaded-loras 7", "--max-loaded-loras must be at least 8"),
+        ("--lora-paths a=x b=y c=z --max-loras-per-batch 2 --max-loaded-loras 2", "at least 3 .--lora-paths."),
+        ('--lora-paths a=x {"lora_name":"b","lora_path":"y","pinned":true} --max-loras-per-batch 2', "leaves no slot"),
+        ("--lora-root .", "--lora-root needs --enable-lora"),
+        ("--lora-paths a=x --lora-root /nowhere", "--lora-root /nowhere: no such folder"),
+    ],
+)
+def test_bad_adapter_flags(arguments: str, message: str) -> None:
+    with pytest.raises(LaunchError, match=message):
+        parse_arguments(["--model", "demo", *arguments.split()])
 
 
 def test_help_gives_each_default() -> None:

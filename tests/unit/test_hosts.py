@@ -8,11 +8,13 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
+from jaxserve.adapter_store import HostAdapter
 from jaxserve.distributed.follower import Follower, Leader
 from jaxserve.distributed.leader import Followers, LeadingRunner
 from jaxserve.distributed.messages import Channel
+from jaxserve.request import AdapterSource
 from jaxserve.step import Plans, StepOutput
-from tests.fakes import FakeRunner, FakeStep, make_engine
+from tests.fakes import FakeRunner, FakeStep, make_engine, shift_adapter
 from tests.unit.test_engine import finish, request, tokens
 
 WAIT_S = 30.0
@@ -41,6 +43,10 @@ class HeldRunner(FakeRunner):
         return HeldStep(self, plans, step._outputs)
 
 
+def read_shift(folder: str) -> HostAdapter:
+    return shift_adapter(len(folder))
+
+
 def tcp_pair() -> tuple[socket.socket, socket.socket]:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         there = socket.create_connection(listener.getsockname())
@@ -67,7 +73,9 @@ class Hosts:
         ]
         for thread in self.threads:
             thread.start()
-        self.engine, self.runner = make_engine(wrap=lambda runner: LeadingRunner(leading or runner, self.followers))
+        self.engine, self.runner = make_engine(
+            wrap=lambda runner: LeadingRunner(leading or runner, self.followers), num_slots=2, read=read_shift
+        )
 
     def finish(self) -> None:
         """Let the followers go; they must end."""
@@ -119,6 +127,29 @@ def test_an_abort_in_flight_is_repeated(make_hosts: Callable[..., Hosts]) -> Non
     hosts.finish()
     assert other.plans == hosts.runner.plans
     assert hosts.losses.empty()
+
+
+def test_adapters_are_told_to_the_others(make_hosts: Callable[..., Hosts], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their arrays, in parts; also after a step that raised."""
+    monkeypatch.setattr("jaxserve.distributed.adapters._PART_BYTES", 3)
+    others = FakeRunner(), FakeRunner()
+    hosts = make_hosts(*others)
+    for key, folder in (("a", "x"), ("b", "xxx")):
+        for runner in (hosts.runner, *others):
+            runner.fail_next = 1
+        hosts.engine.add(request(f"before {key}"))
+        hosts.engine.load_adapter(AdapterSource(key=key, folder=folder), lambda error: None)
+        finish(hosts.engine)
+        hosts.engine.add(request(key, adapter=key))
+        assert tokens(finish(hosts.engine), key)[0] == 4 + len(folder)
+    hosts.engine.unload_adapter("a", lambda error: None)
+    finish(hosts.engine)
+    hosts.finish()
+    for other in others:
+        [(key, (leaves, digest))] = other.adapters.items()
+        assert (key, digest, leaves["shift",].shape, int(leaves["shift",])) == ("b", 3, (), 3)
+    assert hosts.losses.empty()
+    assert hosts.losses_there.empty()
 
 
 def test_a_step_that_raises_everywhere_is_started_over(make_hosts: Callable[..., Hosts]) -> None:
