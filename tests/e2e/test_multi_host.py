@@ -16,8 +16,9 @@ import pytest
 from jaxserve.errors import ExitCode
 from tests.e2e.conftest import ServerProcess
 from tests.e2e.test_lifecycle import start_stream
+from tests.e2e.test_lora import complete
 from tests.ports import free_port
-from tests.tiny import write_checkpoint
+from tests.tiny import write_adapter, write_checkpoint
 
 
 class Follower:
@@ -34,15 +35,20 @@ class Follower:
 
 @contextlib.contextmanager
 def two_hosts(
-    flags: list[str], folder: Path, *, dp_size: int, there: list[str] | None = None
+    flags: list[str],
+    folder: Path,
+    *,
+    dp_size: int,
+    here: list[str] | None = None,
+    there: list[str] | None = None,
 ) -> Iterator[tuple[ServerProcess, Follower]]:
-    """Two hosts that are starting; `there` are flags that only the second has."""
+    """Two hosts that are starting; `here` are flags that only the first has, `there` those of the second."""
     shared = [
         *flags, "--nnodes", "2", "--dist-init-addr", f"127.0.0.1:{free_port()}",
         "--tp-size", str(8 // dp_size), "--dp-size", str(dp_size),
         "--max-running-requests", "4", "--chunked-prefill-size", "32",  # few programs to compile
     ]  # fmt: skip
-    leader = ServerProcess(*shared, log=folder / "host-0", devices=4)
+    leader = ServerProcess(*shared, *(here or []), log=folder / "host-0", devices=4)
     follower = Follower(*shared, "--node-rank", "1", *(there or []), log=folder / "host-1")
     try:
         yield leader, follower
@@ -83,8 +89,20 @@ def test_two_hosts_with_a_copy_each_give_the_tokens_of_one(flags: list[str], wan
 
 
 def test_two_hosts_share_a_copy_until_one_is_lost(flags: list[str], want: list[str], tmp_path: Path) -> None:
-    with two_hosts(flags, tmp_path, dp_size=1) as (leader, follower):
+    """With one adapter that both have from the start, and one that only host 0 has the files of."""
+    first, later = write_adapter(tmp_path / "first", seed=1), write_adapter(tmp_path / "root" / "later", seed=2)
+    merged = ServerProcess(*flags, "--merge-lora", str(later), log=tmp_path / "merged").wait_ready()
+    want_later = complete(merged, "tiny")
+    merged.stop()
+    lora = ["--lora-paths", f"first={first}", "--max-loras-per-batch", "2"]
+    here = ["--lora-root", str(tmp_path / "root")]
+    with two_hosts([*flags, *lora], tmp_path, dp_size=1, here=here) as (leader, follower):
         assert texts(leader.wait_ready().url) == want
+        first_text = complete(leader, "first")
+        body = {"lora_name": "later", "lora_path": "later"}
+        assert httpx.post(f"{leader.url}/load_lora_adapter", json=body, timeout=60).status_code == 200
+        assert complete(leader, "later") == want_later != first_text
+        assert complete(leader, "first") == first_text
         thread, lines = start_stream(leader, 4000)
         killed = time.monotonic()
         kill_engine(follower.process.pid)
