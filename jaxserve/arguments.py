@@ -64,7 +64,9 @@ def build_parser() -> argparse.ArgumentParser:
     devices = parser.add_argument_group("devices")
     device_flags(devices)
     _host_flags(devices)
-    _lora_flags(parser.add_argument_group("LoRA"))
+    lora = parser.add_argument_group("LoRA")
+    lora_slot_flags(lora)
+    _lora_flags(lora)
     _log_flags(parser.add_argument_group("logs and metrics"))
     return parser
 
@@ -221,10 +223,24 @@ def _host_flags(group: argparse._ArgumentGroup) -> None:  # pyright: ignore[repo
     )
 
 
-def _lora_flags(group: argparse._ArgumentGroup) -> None:  # pyright: ignore[reportPrivateUsage]
+def lora_slot_flags(group: argparse._ArgumentGroup) -> None:  # pyright: ignore[reportPrivateUsage]
+    """What shapes the adapters' part of a step."""
     group.add_argument(
         "--enable-lora", action="store_true", help="take requests with LoRA adapters; on where --lora-paths are given"
     )
+    group.add_argument(
+        "--max-loras-per-batch", type=int, default=8, help="adapters in one step, the base model counted as one"
+    )
+    group.add_argument("--max-lora-rank", type=int, help="of any adapter; that of the widest one loaded if unset")
+    group.add_argument(
+        "--lora-target-modules",
+        nargs="*",
+        help="modules that adapters may change, such as q_proj, 'all-linear' or 'all'; those that --lora-paths change "
+        "if unset",
+    )
+
+
+def _lora_flags(group: argparse._ArgumentGroup) -> None:  # pyright: ignore[reportPrivateUsage]
     group.add_argument(
         "--lora-paths",
         nargs="*",
@@ -233,20 +249,10 @@ def _lora_flags(group: argparse._ArgumentGroup) -> None:  # pyright: ignore[repo
         "lora_name, lora_path and pinned",
     )
     group.add_argument(
-        "--max-loras-per-batch", type=int, default=8, help="adapters in one step, the base model counted as one"
-    )
-    group.add_argument(
         "--max-loaded-loras",
         type=int,
         help="adapters in memory; the one used least recently makes room, and is read again when asked for. "
         "No limit if unset",
-    )
-    group.add_argument("--max-lora-rank", type=int, help="of any adapter; that of the widest one loaded if unset")
-    group.add_argument(
-        "--lora-target-modules",
-        nargs="*",
-        help="modules that adapters may change, such as q_proj, 'all-linear' or 'all'; those that --lora-paths change "
-        "if unset",
     )
     group.add_argument(
         "--lora-root",
@@ -321,6 +327,15 @@ def step_settings(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def lora_slots(args: argparse.Namespace) -> dict[str, Any]:
+    """Fields of `LoraConfig` that `lora_slot_flags` set."""
+    return {
+        "max_loras_per_batch": args.max_loras_per_batch,
+        "max_rank": args.max_lora_rank,
+        "target_modules": None if args.lora_target_modules is None else tuple(args.lora_target_modules),
+    }
+
+
 def _engine_config(args: argparse.Namespace) -> EngineConfig:
     return EngineConfig(
         **step_settings(args),
@@ -351,12 +366,10 @@ def _lora_config(args: argparse.Namespace) -> LoraConfig | None:
         [(name, _)] = Counter(adapter.lora_name for adapter in adapters).most_common(1)
         raise LaunchError(f"--lora-paths: two adapters are called {name!r}")
     return LoraConfig(
+        **lora_slots(args),
         paths=paths,
         pinned=tuple(adapter.lora_name for adapter in adapters if adapter.pinned),
-        max_loras_per_batch=args.max_loras_per_batch,
         max_loaded=args.max_loaded_loras,
-        max_rank=args.max_lora_rank,
-        target_modules=None if args.lora_target_modules is None else tuple(args.lora_target_modules),
         eviction_policy=args.lora_eviction_policy,
     )
 

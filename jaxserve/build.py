@@ -41,6 +41,7 @@ from jaxserve.runner.weights import load_weights, restore_weights
 from jaxserve.scheduling.adapter_slots import AdapterSlots
 from jaxserve.scheduling.data_parallel import DataParallelScheduler
 from jaxserve.scheduling.scheduler import Scheduler
+from kernels_pallas.dispatch import lora_rank_multiple
 
 logger = logging.getLogger(__name__)
 
@@ -233,7 +234,7 @@ def _build_runner(config: EngineConfig, source: TensorSource | OrbaxCheckpoint, 
             weights = _merge(weights, Path(config.merge_lora), reader)
         size = sum(leaf.nbytes for leaf in jax.tree.leaves(weights))
         phase.detail = f", {size / 1e6:.0f} MB of {design.dtype} on {design.mesh.size} {platform} device(s)"
-    first = None if config.lora is None else read_first_adapters(config.lora, reader)
+    first = None if config.lora is None else read_first_adapters(config.lora, reader, lora_rank_multiple(design.mesh))
     layout = None if first is None else first.layout
     pool_bytes = _pool_bytes(config, platform)
     if layout is not None and platform != "cpu":

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 
 from jaxserve.config import CacheConfig, EngineConfig, ModelConfig, SchedulerConfig
 from jaxserve.errors import LaunchError
-from jaxserve.lora.bank import BankLayout
+from jaxserve.lora.bank import BankLayout, lora_modules
 from jaxserve.mesh import kv_head_copies, named_sharding
 from jaxserve.models.architecture import Architecture, BuildModel
 from jaxserve.models.decoder import Decoder, ParamSpec
@@ -22,7 +22,7 @@ from jaxserve.models.registry import find_architecture
 from jaxserve.runner.batch import BatchLayout
 from jaxserve.runner.buckets import ACCELERATOR_STEPS, CPU_STEPS, make_buckets
 from jaxserve.runner.programs import StepModel
-from kernels_pallas.dispatch import ChosenAttention, choose_attention, choose_sampler
+from kernels_pallas.dispatch import ChosenAttention, choose_attention, choose_lora, choose_sampler
 from kernels_pallas.paged_attention.api import AttentionConfig, CacheSpec
 
 logger = logging.getLogger(__name__)
@@ -150,7 +150,9 @@ def lay_out(
     scheduler = _fit_context(scheduler, cache)
     chosen = _attention(config, design, page_size, num_pages)
     sampler = choose_sampler(design.mesh)
-    for op, choice in (("attention", chosen), ("sampling", sampler)):
+    lora = choose_lora(lora_modules(design.decoder, adapters, design.mesh) if adapters is not None else [], design.mesh)
+    choices = [("attention", chosen), ("sampling", sampler)] + ([("LoRA", lora)] if adapters is not None else [])
+    for op, choice in choices:
         level = logging.WARNING if choice.lacking else logging.INFO
         logger.log(level, "%s backend: %s, %s", op, choice.name, choice.reason)
     layout = BatchLayout(
@@ -162,7 +164,9 @@ def lay_out(
     )
     on_cpu = design.mesh.devices.flat[0].platform == "cpu"
     buckets = make_buckets(scheduler, CPU_STEPS if on_cpu else ACCELERATOR_STEPS)
-    step = StepModel(design.decoder, chosen.backend, sampler.sample, design.mesh, layout, buckets, adapters)
+    step = StepModel(
+        design.decoder, chosen.backend, sampler.sample, design.mesh, layout, buckets, adapters, lora.matmul
+    )
     return EngineDesign(cache, num_pages * page_bytes, scheduler, chosen.name, step)
 
 

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 
 import msgspec
 
-from jaxserve.arguments import device_flags, memory_flags, model_flags, step_settings
-from jaxserve.config import EngineConfig
+from jaxserve.arguments import device_flags, lora_slot_flags, lora_slots, memory_flags, model_flags, step_settings
+from jaxserve.config import EngineConfig, LoraConfig
 from jaxserve.errors import ExitCode, LaunchError
 from jaxserve.model_source import find_config
 from jaxserve.targets import Target, parse_target, prepare_environment
@@ -51,6 +51,7 @@ def _parser() -> argparse.ArgumentParser:
     model_flags(parser.add_argument_group("model"))
     memory_flags(parser.add_argument_group("memory and batching"))
     device_flags(parser.add_argument_group("devices"))
+    lora_slot_flags(parser.add_argument_group("LoRA"))
     parser.set_defaults(tp_size=None)
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.add_argument("--log-level", choices=["debug", "info", "warning", "error"], default="warning")
@@ -68,7 +69,8 @@ def _engine_config(args: argparse.Namespace, target: Target) -> EngineConfig:
             f"--tp-size {tp_size} and --dp-size {args.dp_size} need {tp_size * args.dp_size} devices, "
             f"--target {target.text} has {target.num_devices}"
         )
-    return EngineConfig(**step_settings(args) | {"tp_size": tp_size})
+    lora = LoraConfig(**lora_slots(args)) if args.enable_lora else None
+    return EngineConfig(**step_settings(args) | {"tp_size": tp_size}, lora=lora)
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ class Memory(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         total: of the device, or None where it is not known.
-        weights, kv_pool: what they take.
+        weights, adapters, kv_pool: what they take; of adapters, those in slots.
         state: of the requests that run, and the logits of two steps.
         temporaries: of the program that needs most.
         programs: all of them.
@@ -40,6 +40,7 @@ class Memory(msgspec.Struct, frozen=True, kw_only=True):
 
     total: int | None
     weights: int
+    adapters: int
     kv_pool: int
     state: int
     temporaries: int
@@ -48,7 +49,7 @@ class Memory(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def used(self) -> int:
         """Sum of the parts."""
-        return self.weights + self.kv_pool + self.state + self.temporaries + self.programs
+        return self.weights + self.adapters + self.kv_pool + self.state + self.temporaries + self.programs
 
     @property
     def fits(self) -> bool:
@@ -123,7 +124,9 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
 
     def _memory_rows(self) -> list[tuple[str, str]]:
         memory = self.memory
-        parts = [("weights", memory.weights), ("KV pool", memory.kv_pool), ("state, logits", memory.state)]
+        parts = [("weights", memory.weights)]
+        parts += [("adapters", memory.adapters)] if memory.adapters else []
+        parts += [("KV pool", memory.kv_pool), ("state, logits", memory.state)]
         parts += [("temporaries", memory.temporaries), ("programs", memory.programs), ("total", memory.used)]
         rows = [(name, f"{size / 2**30:8.2f} GiB on each device") for name, size in parts]
         if memory.total is not None:

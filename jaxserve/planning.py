@@ -10,14 +10,18 @@ from typing import Any, NamedTuple, TypeAlias
 
 import jax
 
-from jaxserve.config import EngineConfig
+from jaxserve.config import EngineConfig, LoraConfig
 from jaxserve.design import DEVICE_MEM_FRACTION, EngineDesign, ModelDesign, design_model, lay_out
 from jaxserve.errors import LaunchError
 from jaxserve.hlo import find_collectives, num_kernels
+from jaxserve.lora.bank import BankLayout, bank_bytes
+from jaxserve.lora.reader import AdapterReader
+from jaxserve.lora.start import bank_layout
 from jaxserve.mesh import kv_head_copies, mesh_of
 from jaxserve.plan_report import Load, Memory, Program, Report, bound
 from jaxserve.runner.programs import StepPrograms
 from jaxserve.targets import Target, target_devices
+from kernels_pallas.dispatch import lora_rank_multiple
 
 _COMPILE_THREADS = 2
 # The next forward pass runs while tokens are drawn from the logits of the last.
@@ -50,11 +54,23 @@ def make_plan(config: EngineConfig, hf_config: Mapping[str, Any], target: Target
     mesh = mesh_of(target_devices(target), config.tp_size, config.dp_size)
     design = design_model(config, hf_config, mesh)
     total = target.device.memory_bytes
-    left = total - design.device_weight_bytes if total else _UNKNOWN_POOL_BYTES
+    adapters = None if config.lora is None else _adapter_slots(config.lora, design)
+    held = design.device_weight_bytes + _bank_bytes(design, adapters)
+    left = total - held if total else _UNKNOWN_POOL_BYTES
     if left <= 0:
-        return _too_heavy(config, design, target)
-    engine = lay_out(config, design, int(left * (config.mem_fraction_static or DEVICE_MEM_FRACTION)))
+        return _too_heavy(config, design, adapters, target)
+    engine = lay_out(config, design, int(left * (config.mem_fraction_static or DEVICE_MEM_FRACTION)), adapters)
     return _report(config, design, engine, target, _compile(engine, design.model.num_layers))
+
+
+def _adapter_slots(config: LoraConfig, design: ModelDesign) -> BankLayout:
+    """Slots for adapters that are not there yet."""
+    reader = AdapterReader(design.decoder, design.architecture.tensor_names(design.checkpoint), design.checkpoint)
+    return bank_layout(config, reader, {}, lora_rank_multiple(design.mesh))
+
+
+def _bank_bytes(design: ModelDesign, adapters: BankLayout | None) -> int:
+    return 0 if adapters is None else bank_bytes(design.decoder, adapters, design.mesh)
 
 
 def _compile(engine: EngineDesign, num_layers: int) -> Outcome:
@@ -80,8 +96,13 @@ def _compile(engine: EngineDesign, num_layers: int) -> Outcome:
             collectives=find_collectives(text).per_step(num_loops),
         )
 
+    kinds = {"forward": False} | ({} if engine.step.adapters is None else {"forward with adapters": True})
     jobs: dict[str, Job] = {
-        f"forward {bucket.num_tokens} tokens, {bucket.num_rows} rows": (partial(step.lower_forward, bucket), num_layers)
+        f"{kind} {bucket.num_tokens} tokens, {bucket.num_rows} rows": (
+            partial(step.lower_forward, bucket, adapted=adapted),
+            num_layers,
+        )
+        for kind, adapted in kinds.items()
         for bucket in engine.step.buckets
     }
     for rows in sorted({bucket.num_rows for bucket in engine.step.buckets}, reverse=True):
@@ -98,11 +119,12 @@ def _compile(engine: EngineDesign, num_layers: int) -> Outcome:
     return Outcome(programs, time.perf_counter() - started)
 
 
-def _too_heavy(config: EngineConfig, design: ModelDesign, target: Target) -> Report:
+def _too_heavy(config: EngineConfig, design: ModelDesign, adapters: BankLayout | None, target: Target) -> Report:
     """The weights alone do not fit: nothing to compile."""
     memory = Memory(
         total=target.device.memory_bytes,
         weights=design.device_weight_bytes,
+        adapters=_bank_bytes(design, adapters),
         kv_pool=0,
         state=0,
         temporaries=0,
@@ -173,6 +195,7 @@ def _memory(design: ModelDesign, engine: EngineDesign, target: Target, programs:
     return Memory(
         total=target.device.memory_bytes or None,
         weights=design.device_weight_bytes,
+        adapters=_bank_bytes(design, engine.step.adapters),
         kv_pool=engine.pool_bytes,
         state=state + _STEPS_IN_FLIGHT * logits,
         temporaries=max((program.temporary_bytes for program in programs), default=0),

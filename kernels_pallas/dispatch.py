@@ -5,13 +5,14 @@ named is an error instead.
 """
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
 
 import jax
 from jax.sharding import Mesh
 
+from kernels_pallas.lora_matmul.api import LoraMatmul, LoraModule
 from kernels_pallas.paged_attention.api import AttentionBackend, AttentionConfig
 from kernels_pallas.paged_attention.xla import XlaAttention
 from kernels_pallas.sampling.api import SampleOutput, SamplingInputs, SamplingState
@@ -51,6 +52,15 @@ class ChosenSampler(NamedTuple):
     lacking: bool = False
 
 
+class ChosenLora(NamedTuple):
+    """Low-rank updates, their name, and why they were chosen; `lacking` tells that they are not the platform's own."""
+
+    matmul: LoraMatmul
+    name: str
+    reason: str
+    lacking: bool = False
+
+
 def choose_attention(name: BackendName, config: AttentionConfig, mesh: Mesh) -> ChosenAttention:
     """The attention backend for a mesh.
 
@@ -80,6 +90,21 @@ def choose_sampler(mesh: Mesh) -> ChosenSampler:
         return ChosenSampler(_SAMPLERS[own](device), own, f"made for {device.platform}")
     except NotImplementedError as error:
         return ChosenSampler(_xla_sampler(device), "xla", f"the {own} kernel cannot: {error}", lacking=True)
+
+
+def choose_lora(modules: Collection[LoraModule], mesh: Mesh) -> ChosenLora:
+    """Low-rank updates of these modules on a mesh."""
+    platform = mesh.devices.flat[0].platform
+    own = PLATFORM_BACKENDS.get(platform, "xla")
+    try:
+        return ChosenLora(_LORA[own](modules, mesh), own, f"made for {platform}")
+    except NotImplementedError as error:
+        return ChosenLora(_xla_lora(modules, mesh), "xla", f"the {own} kernel cannot: {error}", lacking=True)
+
+
+def lora_rank_multiple(mesh: Mesh) -> int:
+    """What the rank of factors on these devices is filled up to a multiple of."""
+    return _LORA_RANK_MULTIPLES.get(PLATFORM_BACKENDS.get(mesh.devices.flat[0].platform, "xla"), 1)
 
 
 def _tpu_attention(config: AttentionConfig, mesh: Mesh) -> AttentionBackend:
@@ -125,6 +150,30 @@ def _xla_sampler(_: Any) -> Sampler:
     return sample
 
 
+def _tpu_lora(modules: Collection[LoraModule], mesh: Mesh) -> LoraMatmul:
+    from kernels_pallas.lora_matmul.tpu import check_inputs, make_lora_matmul  # noqa: PLC0415
+
+    for module in modules:
+        check_inputs(module.num_inputs)
+    return make_lora_matmul(mesh)
+
+
+def _gpu_lora(modules: Collection[LoraModule], mesh: Mesh) -> LoraMatmul:
+    device = mesh.devices.flat[0]
+    _require_hopper(device)
+    from kernels_pallas.lora_matmul.gpu import check_module, make_lora_matmul  # noqa: PLC0415
+
+    for module in modules:
+        check_module(module)
+    return make_lora_matmul(mesh, num_cores=getattr(device, "core_count", HOPPER_CORES))
+
+
+def _xla_lora(_: Collection[LoraModule], __: Mesh) -> LoraMatmul:
+    from kernels_pallas.lora_matmul.xla import lora_matmul  # noqa: PLC0415
+
+    return lora_matmul
+
+
 # Multiprocessors of an H100 or H200; devices of a topology do not tell.
 HOPPER_CORES = 132
 
@@ -134,6 +183,13 @@ _ATTENTION: Mapping[BackendName, Callable[[AttentionConfig, Mesh], AttentionBack
     "gpu": _gpu_attention,
     "xla": XlaAttention,
 }
+_LORA: Mapping[BackendName, Callable[[Collection[LoraModule], Mesh], LoraMatmul]] = {
+    "tpu": _tpu_lora,
+    "gpu": _gpu_lora,
+    "xla": _xla_lora,
+}
+# What Hopper's tensor cores take at a time.
+_LORA_RANK_MULTIPLES: Mapping[BackendName, int] = {"gpu": 16}
 _SAMPLERS: Mapping[BackendName, Callable[[Any], Sampler]] = {
     "tpu": _tpu_sampler,
     "gpu": _gpu_sampler,

@@ -15,9 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxserve.lora.delta import AdapterDelta, adaptable
-from jaxserve.mesh import named_sharding
+from jaxserve.lora.delta import EMBEDDING, AdapterDelta, adaptable
+from jaxserve.mesh import named_sharding, partition_spec
 from jaxserve.models.decoder import Decoder, ParamSpec, Path, Weights
+from kernels_pallas.lora_matmul.api import LoraModule, Split
 
 
 class BankLayout(NamedTuple):
@@ -25,13 +26,20 @@ class BankLayout(NamedTuple):
 
     Attributes:
         num_slots: slot 0 included.
-        rank: of every slot; adapters of a lower one are filled up with zeros.
+        rank: of any adapter, at most; those of a lower one are filled up with zeros.
         paths: weights that adapters may change.
+        rank_multiple: that the devices want of the factors in the bank.
     """
 
     num_slots: int
     rank: int
     paths: tuple[Path, ...]
+    rank_multiple: int = 1
+
+    @property
+    def padded_rank(self) -> int:
+        """Of the factors in the bank."""
+        return -(-self.rank // self.rank_multiple) * self.rank_multiple
 
 
 def bank_specs(decoder: Decoder, layout: BankLayout) -> dict[Path, ParamSpec]:
@@ -42,10 +50,35 @@ def bank_specs(decoder: Decoder, layout: BankLayout) -> dict[Path, ParamSpec]:
         base = weights[path]
         lead = base.shape[:-2]
         for name, axis in (("a", -1), ("b", -2)):
-            shape = (*lead, layout.num_slots - 1, layout.rank, base.shape[axis])
+            shape = (*lead, layout.num_slots - 1, layout.padded_rank, base.shape[axis])
             axes = (*base.axes[:-2], None, None, base.axes[axis])
             specs[*path[:-1], name] = ParamSpec(shape, base.dtype, axes, base.stacked)
     return specs
+
+
+def bank_splits(decoder: Decoder, layout: BankLayout, mesh: Mesh) -> dict[Path, Split]:
+    """Which axis of each weight the mesh axis `model` splits, by the module's path."""
+    weights = adaptable(decoder)
+    splits: dict[Path, Split] = {}
+    for path in layout.paths:
+        axes = partition_spec(weights[path].axes[-2:], weights[path].shape[-2:], mesh)
+        splits[path[:-1]] = "outputs" if axes[0] else "inputs" if axes[1] else None
+    return splits
+
+
+def lora_modules(decoder: Decoder, layout: BankLayout, mesh: Mesh) -> list[LoraModule]:
+    """The linear modules that adapters may change, as one device has them."""
+    specs = bank_specs(decoder, layout)
+    modules: list[LoraModule] = []
+    for path in layout.paths:
+        if path == EMBEDDING:  # rows of it are looked up
+            continue
+        (inputs, _), (outputs, dtype) = (
+            (named_sharding(spec.axes, spec.shape, mesh).shard_shape(spec.shape)[-1], spec.dtype)
+            for spec in (specs[*path[:-1], name] for name in "ab")
+        )
+        modules.append(LoraModule(inputs, outputs, layout.padded_rank, dtype))
+    return modules
 
 
 def bank_bytes(decoder: Decoder, layout: BankLayout, mesh: Mesh) -> int:

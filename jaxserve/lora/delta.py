@@ -19,7 +19,7 @@ from jaxserve.models.kv_heads import kv_head_rows, repeat_heads
 
 # What a tied model lacks: its head is the embedding. An adapter may treat the two differently.
 _HEAD = ("lm_head", "weight")
-_EMBEDDING = ("embed", "weight")
+EMBEDDING = ("embed", "weight")
 
 
 class LowRank(NamedTuple):
@@ -111,7 +111,7 @@ def module_name(path: Path, names: Mapping[Path, str]) -> str:
 def adaptable(decoder: Decoder) -> dict[Path, ParamSpec]:
     """The weights that an adapter can change: matrices, and the head also where it is the embedding."""
     specs = {path: spec for path, spec in decoder.param_specs.items() if len(spec.shape) - spec.stacked == 2}
-    return {_HEAD: specs[_EMBEDDING], **specs}
+    return {_HEAD: specs[EMBEDDING], **specs}
 
 
 def _targets(decoder: Decoder, specs: Mapping[Path, ParamSpec], names: Mapping[Path, str]) -> dict[str, _Target]:
@@ -148,7 +148,7 @@ def merge(weights: Weights, delta: AdapterDelta, add: Callable[[jax.Array, LowRa
     Raises:
         AdapterError: the embedding is the head as well, and the adapter changes one of them only.
     """
-    if delta.tied_head and not delta.factors.keys().isdisjoint({_HEAD, _EMBEDDING}):
+    if delta.tied_head and not delta.factors.keys().isdisjoint({_HEAD, EMBEDDING}):
         raise AdapterError(
             "the model's head is its embedding, and the adapter changes one of them: it can be served, not merged"
         )

@@ -26,8 +26,13 @@ class FirstAdapters(NamedTuple):
     by_name: Mapping[str, HostAdapter]
 
 
-def read_first_adapters(config: LoraConfig, reader: AdapterReader) -> FirstAdapters:
+def read_first_adapters(config: LoraConfig, reader: AdapterReader, rank_multiple: int) -> FirstAdapters:
     """Read the adapters of `--lora-paths`; what is not set is what they need.
+
+    Args:
+        config: the settings.
+        reader: of the model.
+        rank_multiple: that the devices want of the factors in the bank.
 
     Raises:
         LaunchError: an adapter cannot be read or does not fit, or a module is not known.
@@ -38,7 +43,7 @@ def read_first_adapters(config: LoraConfig, reader: AdapterReader) -> FirstAdapt
             deltas[name] = reader.read(Path(folder))
         except AdapterError as error:
             raise LaunchError(f"--lora-paths {name}: {error}") from None
-    layout = bank_layout(config, reader, deltas)
+    layout = bank_layout(config, reader, deltas, rank_multiple)
     slots = SlotReader(reader, layout)
     adapters: dict[str, HostAdapter] = {}
     for name, delta in deltas.items():
@@ -49,11 +54,13 @@ def read_first_adapters(config: LoraConfig, reader: AdapterReader) -> FirstAdapt
     return FirstAdapters(layout, slots, adapters)
 
 
-def bank_layout(config: LoraConfig, reader: AdapterReader, deltas: Mapping[str, AdapterDelta]) -> BankLayout:
+def bank_layout(
+    config: LoraConfig, reader: AdapterReader, deltas: Mapping[str, AdapterDelta], rank_multiple: int
+) -> BankLayout:
     """What holds these adapters, and others of the rank and modules that were asked for."""
     if config.target_modules is None:
         paths = {path for delta in deltas.values() for path in delta.factors}
     else:
         paths = reader.target_paths(config.target_modules)
     rank = config.max_rank or max(delta.rank for delta in deltas.values())
-    return BankLayout(config.max_loras_per_batch, rank, tuple(sorted(paths)))
+    return BankLayout(config.max_loras_per_batch, rank, tuple(sorted(paths)), rank_multiple)

@@ -16,7 +16,7 @@ from flax import nnx
 from jax import lax
 
 from jaxserve.config import ModelConfig
-from jaxserve.lora.apply import NO_ADAPTERS, Adapters, attach
+from jaxserve.lora.apply import NO_ADAPTERS, Adapters
 from jaxserve.models.layers import Axes, Embedding, Linear, RMSNorm, SwiGLU
 from jaxserve.models.rope import apply_rope, rope_attention_factor, rope_cos_sin, rope_frequencies
 from jaxserve.models.tokenwise import at_once, in_tiles
@@ -149,7 +149,8 @@ class Decoder:
 
             def run(part: str, *arrays: jax.Array) -> Any:
                 def run_tokens(slot_T: jax.Array, *arrays: jax.Array) -> Any:
-                    module = attach(nnx.merge(layer_graph, layer_weights), layer_bank, slot_T)
+                    module = nnx.merge(layer_graph, layer_weights)
+                    adapters.attach(module, layer_bank, slot_T, ("layers",))
                     return getattr(module, part)(*arrays)
 
                 return self.tokenwise(run_tokens, slot_T, *arrays)

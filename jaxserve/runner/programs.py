@@ -17,8 +17,8 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxserve.lora.apply import Adapters
-from jaxserve.lora.bank import BankLayout, bank_specs, write_slot
+from jaxserve.lora.apply import Adapters, LoraMaths
+from jaxserve.lora.bank import BankLayout, bank_specs, bank_splits, write_slot
 from jaxserve.mesh import named_sharding, partition_spec
 from jaxserve.models.decoder import Decoder, ParamSpec, Weights, tree_of
 from jaxserve.request import SamplingParams
@@ -28,6 +28,8 @@ from jaxserve.runner.compiler_options import compiler_options
 from jaxserve.runner.state import DeviceState, empty_state, row_state, write_row
 from jaxserve.step import NewRow, SchedulerOutput
 from kernels_pallas.dispatch import Sampler
+from kernels_pallas.lora_matmul.api import LoraMatmul
+from kernels_pallas.lora_matmul.xla import lora_matmul
 from kernels_pallas.paged_attention.api import AttentionBackend, Cache
 from kernels_pallas.sampling.api import SampleOutput, SamplingInputs, SamplingState, mask_words
 from kernels_pallas.sampling.summary import Shard
@@ -48,6 +50,7 @@ class StepModel(NamedTuple):
         layout: sizes of rows, pages and vocabulary.
         buckets: shapes to compile, widest first.
         adapters: slots of LoRA adapters, if they can be asked for.
+        lora: applies them.
     """
 
     decoder: Decoder
@@ -57,6 +60,7 @@ class StepModel(NamedTuple):
     layout: BatchLayout
     buckets: tuple[Bucket, ...]
     adapters: BankLayout | None = None
+    lora: LoraMatmul = lora_matmul
 
 
 class StepPrograms:
@@ -83,10 +87,12 @@ class StepPrograms:
         self._state_sharding = DeviceState(*arrays)
         state = jax.tree.map(lambda sharding: sharding.spec, self._state_sharding)
         options = compiler_options(model.mesh)
+        splits = {} if model.adapters is None else bank_splits(model.decoder, model.adapters, model.mesh)
+        maths = LoraMaths(model.lora, splits)
         self._forward = jax.jit(
             # Over `model` the compiler splits what is in the function.
             self._per_copy(
-                partial(_forward, model.decoder, model.attention),
+                partial(_forward, model, maths),
                 {"data"},
                 (P(), P(), P("data"), P("data"), P("data")),
                 P("data"),
@@ -219,8 +225,8 @@ class StepPrograms:
 
 
 def _forward(
-    decoder: Decoder,
-    attention: AttentionBackend,
+    model: StepModel,
+    maths: LoraMaths,
     weights: Weights,
     bank: Weights,
     cache: Cache,
@@ -234,10 +240,10 @@ def _forward(
     pending_T = token_ids_T < 0
     last_T = last_token_R[jnp.where(pending_T, -1 - token_ids_T, 0)]
     token_ids_T = jnp.where(pending_T, last_T, token_ids_T)
-    plan = attention.plan(batch.attention_meta())
-    adapters = Adapters(bank, adapter_slot_T)
-    x_TD, cache = decoder.forward(weights, cache, token_ids_T, positions_T, plan, attention, adapters)
-    return cache, decoder.logits(weights, x_TD[token_index_B], adapters._replace(slot_T=adapter_slot_B))
+    plan = model.attention.plan(batch.attention_meta())
+    adapters = Adapters(bank, adapter_slot_T, maths)
+    x_TD, cache = model.decoder.forward(weights, cache, token_ids_T, positions_T, plan, model.attention, adapters)
+    return cache, model.decoder.logits(weights, x_TD[token_index_B], adapters._replace(slot_T=adapter_slot_B))
 
 
 def _draw(

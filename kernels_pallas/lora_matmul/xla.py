@@ -3,15 +3,22 @@
 It multiplies by every slot's factors and keeps a token's own. On a CPU that is faster than bringing each group of
 tokens its factors: the products are small beside those of the layer, a gather of factors is not.
 
+The compiler finds by itself how to split it over a mesh.
+
 Dimension key: T tokens, S slots (slot s at s - 1), R rank, P = S * R, I inputs, O outputs.
 """
 
 import jax
 import jax.numpy as jnp
 
+from kernels_pallas.lora_matmul.api import Split
 
-def lora_matmul(x_TI: jax.Array, a_SRI: jax.Array, b_SRO: jax.Array, slot_T: jax.Array) -> jax.Array:
-    """[T, O]: (x A^T) B of each token's slot, 0 for slot 0. Sums in f32, results in x's dtype."""
+
+def lora_matmul(
+    x_TI: jax.Array, a_SRI: jax.Array, b_SRO: jax.Array, slot_T: jax.Array, split: Split = None
+) -> jax.Array:
+    """See `LoraMatmul`."""
+    del split
     a_PI = a_SRI.reshape(-1, a_SRI.shape[-1])
     h_TP = jnp.einsum("ti,pi->tp", x_TI, a_PI)
     return _expand(h_TP, b_SRO, slot_T)

@@ -38,9 +38,10 @@ from kernels_pallas.paged_attention.gpu_stream import (
     page_numbers,
     stage_types,
 )
-from kernels_pallas.paged_attention.gpu_tile import WARPGROUP_ROWS, Tile, smem
+from kernels_pallas.paged_attention.gpu_tile import Tile
 from kernels_pallas.paged_attention.partial_softmax import MASKED
 from kernels_pallas.pallas import pl, plgpu
+from kernels_pallas.warpgroup import WARPGROUP_ROWS, smem
 
 # Thread blocks per multiprocessor to aim for.
 _BLOCKS_PER_CORE = 2

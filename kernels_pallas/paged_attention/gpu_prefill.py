@@ -21,7 +21,6 @@ from kernels_pallas.paged_attention.gpu_softmax import (
     Converted,
     Softmax,
     Workspace,
-    along_rows,
     attend_block,
     empty_softmax,
     key_iota,
@@ -37,10 +36,11 @@ from kernels_pallas.paged_attention.gpu_stream import (
     live_keys,
     stage_types,
 )
-from kernels_pallas.paged_attention.gpu_tile import WARPGROUP_ROWS, Tile, smem
+from kernels_pallas.paged_attention.gpu_tile import Tile
 from kernels_pallas.paged_attention.partial_softmax import MASKED
 from kernels_pallas.paged_attention.token_blocks import rows_of_blocks
 from kernels_pallas.pallas import pl, plgpu
+from kernels_pallas.warpgroup import WARPGROUP_ROWS, along_rows, smem
 
 # Registers per thread with two warpgroups that compute; together they may not exceed 3 * 168.
 _COMPUTE_REGISTERS, _MEMORY_REGISTERS = 240, 24

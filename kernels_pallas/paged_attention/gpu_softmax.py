@@ -11,21 +11,19 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from kernels_pallas.paged_attention.api import AttentionConfig
 from kernels_pallas.paged_attention.gpu_stream import LiveKeys, Stages
-from kernels_pallas.paged_attention.gpu_tile import WARPGROUP_ROWS, Tile
+from kernels_pallas.paged_attention.gpu_tile import Tile
 from kernels_pallas.paged_attention.partial_softmax import LOWEST, MASKED
 from kernels_pallas.pallas import pl, plgpu
+from kernels_pallas.warpgroup import MATRIX, ROWS, WARPGROUP_ROWS, along_rows, product
 
 LOG2E = math.log2(math.e)
 
 
 # Columns that the registers hold beside a softmax.
 _PIECE_WIDTH = 64
-MATRIX = plgpu.Layout.WGMMA
-ROWS = plgpu.Layout.WGMMA.reduce(1)
 
 
 class Softmax(NamedTuple):
@@ -95,11 +93,6 @@ def key_iota(keys: int) -> jax.Array:
     return plgpu.broadcasted_iota(jnp.int32, (WARPGROUP_ROWS, keys), 1, layout=MATRIX)
 
 
-def along_rows(x_m: jax.Array, width: int) -> jax.Array:
-    """The same value across each query row."""
-    return lax.broadcast_in_dim(x_m, (WARPGROUP_ROWS, width), [0])
-
-
 def empty_softmax(tile: Tile, head_dim: int) -> Softmax:
     """The state before any key."""
 
@@ -122,7 +115,7 @@ def attend_block(config: AttentionConfig, tile: Tile, work: Workspace, block: Bl
         _convert(tile, work, block)
         block.keys_read()
         block.values_read()
-    scores_ms = _product(work.queries, keys.T, tile.keys)
+    scores_ms = product(work.queries, keys.T, tile.keys)
     if work.converted is None:
         block.keys_read()
     scores_ms = block.mask(_logits(config, scores_ms, work.key_scale))
@@ -157,20 +150,12 @@ def _weigh(
             total.append(pl.run_state(multiply)(plgpu.WGMMAAccumulatorRef.init(shrunk_mh)))
         else:
             # What the interpreter can do: operands in shared memory, accumulators that start at 0.
-            total.append(shrunk_mh + _product(work.weights, values.at[:, part], tile.width))
+            total.append(shrunk_mh + product(work.weights, values.at[:, part], tile.width))
     return tuple(total)
 
 
 def _multiply(accumulator: Any, left: Any, right: Any) -> None:
     plgpu.wgmma(accumulator, left, right)
-
-
-def _product(left: Any, right: Any, width: int) -> jax.Array:
-    def multiply(accumulator: Any) -> jax.Array:
-        plgpu.wgmma(accumulator, left, right)
-        return accumulator[...]
-
-    return pl.run_scoped(multiply, plgpu.WGMMAAccumulatorRef((WARPGROUP_ROWS, width), jnp.float32))
 
 
 def _logits(config: AttentionConfig, scores_ms: jax.Array, key_scale: jax.Array | None) -> jax.Array:

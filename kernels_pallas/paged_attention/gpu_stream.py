@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from kernels_pallas.paged_attention.gpu_tile import Tile, smem
+from kernels_pallas.paged_attention.gpu_tile import Tile
 from kernels_pallas.pallas import pl, plgpu
+from kernels_pallas.warpgroup import smem
 
 
 class KeyBlocks(NamedTuple):

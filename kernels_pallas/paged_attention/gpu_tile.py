@@ -5,10 +5,8 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from kernels_pallas.pallas import plgpu
+from kernels_pallas.warpgroup import WARPGROUP_ROWS
 
-# Rows of a warpgroup's matrix product, fixed by the hardware.
-WARPGROUP_ROWS = 64
 # What a thread block may use on Hopper.
 HOPPER_SMEM_BYTES = 232_448
 # Shared memory is handed out in multiples of this.
@@ -74,7 +72,6 @@ _PREFILL = {
     256: Tile(warpgroups=2, keys=64, stages=3, width=256),
 }
 _MIN_STAGES = 2
-_MIN_SWIZZLE = 32
 
 
 def choose_tile(head_dim: int, cache_dtype: Any, *, decode: bool, smem_bytes: int = HOPPER_SMEM_BYTES) -> Tile:
@@ -102,17 +99,3 @@ def choose_tile(head_dim: int, cache_dtype: Any, *, decode: bool, smem_bytes: in
                 return tile
     need = tiles[-1].smem_bytes(head_dim, cache_dtype, decode=decode)
     raise NotImplementedError(f"head dim {head_dim} needs {need} bytes of shared memory, the device has {smem_bytes}")
-
-
-def smem(shape: tuple[int, ...], dtype: Any) -> Any:
-    """Shared memory in the tiled, swizzled form that the tensor cores read; tiled over the last two axes."""
-    bits = jnp.dtype(dtype).itemsize * 8
-    # Wider than 64 bytes, stretches of 8-bit numbers could not be read in pieces of 64 columns.
-    swizzle = min(plgpu.find_swizzle(shape[-1] * bits), 64 if bits == 8 else 128)
-    if swizzle < _MIN_SWIZZLE:
-        return plgpu.SMEM(shape, dtype)
-    transforms = (
-        plgpu.TilingTransform((8, 8 * swizzle // bits)),  # pyright: ignore[reportAbstractUsage]
-        plgpu.SwizzleTransform(swizzle),  # pyright: ignore[reportAbstractUsage]
-    )
-    return plgpu.SMEM(shape, dtype, transforms=transforms)

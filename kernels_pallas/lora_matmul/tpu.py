@@ -1,0 +1,143 @@
+"""Low-rank updates on TPU: two kernels over pairs of a block of tokens and one of its slots.
+
+Factors are fetched for slots that tokens have, and for no others. A block's pairs follow each other, so its result
+stays in VMEM while each slot's rows are put in.
+
+Dimension key: T tokens, t tokens of a block, S slots (without slot 0), R rank, I inputs, O outputs, i and o blocks of
+them.
+"""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from kernels_pallas.lora_matmul.api import LoraMatmul, in_two
+from kernels_pallas.lora_matmul.slot_blocks import SlotPairs, slot_pairs
+from kernels_pallas.pallas import pl, pltpu
+
+_LANES = 128
+_BLOCK_TOKENS = 256
+# Of inputs and of outputs: with 256 tokens in bf16 a block takes 1 MiB, and there are two of each.
+_BLOCK_COLUMNS = 2048
+# Inputs that do not divide into blocks of lanes are taken whole.
+_WHOLE_COLUMNS = 8192
+
+
+def make_lora_matmul(mesh: Mesh, interpret: Any = False) -> LoraMatmul:
+    """The kernels on a mesh.
+
+    Args:
+        mesh: of the devices.
+        interpret: parameters of the TPU interpret mode, or False to compile.
+    """
+    return in_two(partial(shrink, interpret=interpret), partial(expand, interpret=interpret), mesh)
+
+
+def check_inputs(num_inputs: int) -> None:
+    """Raise NotImplementedError for inputs of one device that the kernel cannot cut into blocks."""
+    if num_inputs % _LANES and num_inputs > _WHOLE_COLUMNS:
+        raise NotImplementedError(
+            f"{num_inputs} inputs on a device: more than {_WHOLE_COLUMNS} must be a multiple of {_LANES}"
+        )
+
+
+def shrink(x_TI: jax.Array, a_SRI: jax.Array, slot_T: jax.Array, *, interpret: Any = False) -> jax.Array:
+    """(x A^T) of each token's slot, f32[T, R]; rows of slot 0 hold anything."""
+    (num_tokens, num_inputs), (num_slots, rank, _) = x_TI.shape, a_SRI.shape
+    block_tokens, block_inputs = min(num_tokens, _BLOCK_TOKENS), _block_inputs(num_inputs)
+    pairs = slot_pairs(slot_T, num_slots, block_tokens)
+    num_steps = num_inputs // block_inputs
+    return pl.pallas_call(
+        partial(_shrink_pair, num_steps=num_steps),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=len(SlotPairs._fields),
+            grid=(pairs.num_1[0], num_steps),
+            in_specs=[
+                pl.BlockSpec((block_tokens, 1), lambda u, i, block_U, *_: (block_U[u], 0)),
+                pl.BlockSpec((block_tokens, block_inputs), lambda u, i, block_U, *_: (block_U[u], i)),
+                pl.BlockSpec((1, rank, block_inputs), lambda u, i, block_U, slot_U, _: (slot_U[u], 0, i)),
+            ],
+            out_specs=pl.BlockSpec((block_tokens, rank), lambda u, i, block_U, *_: (block_U[u], 0)),
+            scratch_shapes=[pltpu.VMEM((block_tokens, rank), jnp.float32)],
+        ),
+        out_shape=jax.ShapeDtypeStruct((num_tokens, rank), jnp.float32),
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("arbitrary", "arbitrary")),
+        interpret=interpret,
+        name="lora_shrink",
+    )(*pairs, slot_T[:, None], x_TI, a_SRI)
+
+
+def _shrink_pair(
+    block_U: Any,
+    slot_U: Any,
+    num_1: Any,
+    slot_t1: Any,
+    x_ti: Any,
+    a_1Ri: Any,
+    h_tR: Any,
+    sum_tR: Any,
+    *,
+    num_steps: int,
+) -> None:
+    pair, step = pl.program_id(0), pl.program_id(1)
+
+    @pl.when(step == 0)
+    def _start() -> None:
+        sum_tR[...] = jnp.zeros_like(sum_tR)
+
+    sum_tR[...] += _dot(x_ti[...], a_1Ri[0], contract=1)
+
+    @pl.when(step == num_steps - 1)
+    def _put() -> None:
+        h_tR[...] = jnp.where(slot_t1[...] == slot_U[pair] + 1, sum_tR[...], h_tR[...])
+
+
+def expand(h_TR: jax.Array, b_SRO: jax.Array, slot_T: jax.Array, *, interpret: Any = False) -> jax.Array:
+    """(h B) of each token's slot, [T, O] in h's dtype, and 0 for slot 0."""
+    (num_tokens, rank), (num_slots, _, num_outputs) = h_TR.shape, b_SRO.shape
+    block_tokens, block_outputs = min(num_tokens, _BLOCK_TOKENS), min(num_outputs, _BLOCK_COLUMNS)
+    pairs = slot_pairs(slot_T, num_slots, block_tokens)
+    out_TO = pl.pallas_call(
+        _expand_pair,
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=len(SlotPairs._fields),
+            grid=(pl.cdiv(num_outputs, block_outputs), pairs.num_1[0]),
+            in_specs=[
+                pl.BlockSpec((block_tokens, 1), lambda o, u, block_U, *_: (block_U[u], 0)),
+                pl.BlockSpec((block_tokens, rank), lambda o, u, block_U, *_: (block_U[u], 0)),
+                pl.BlockSpec((1, rank, block_outputs), lambda o, u, block_U, slot_U, _: (slot_U[u], 0, o)),
+            ],
+            out_specs=pl.BlockSpec((block_tokens, block_outputs), lambda o, u, block_U, *_: (block_U[u], o)),
+        ),
+        out_shape=jax.ShapeDtypeStruct((num_tokens, num_outputs), h_TR.dtype),
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
+        interpret=interpret,
+        name="lora_expand",
+    )(*pairs, slot_T[:, None], h_TR, b_SRO)
+    # Rows without an adapter were not written.
+    return jnp.where(slot_T[:, None] > 0, out_TO, jnp.zeros_like(out_TO))
+
+
+def _expand_pair(_: Any, slot_U: Any, __: Any, slot_t1: Any, h_tR: Any, b_1Ro: Any, out_to: Any) -> None:
+    own_t1 = slot_t1[...] == slot_U[pl.program_id(1)] + 1
+    new_to = _dot(h_tR[...], b_1Ro[0], contract=0).astype(out_to.dtype)
+    out_to[...] = jnp.where(own_t1, new_to, out_to[...])
+
+
+def _dot(left: jax.Array, right: jax.Array, *, contract: int) -> jax.Array:
+    """Sums in f32; f32 itself is not rounded to bf16 first, as the MXU would."""
+    precision = jax.lax.Precision.HIGHEST if left.dtype == jnp.float32 else None
+    return jax.lax.dot_general(
+        left, right, (((1,), (contract,)), ((), ())), precision=precision, preferred_element_type=jnp.float32
+    )
+
+
+def _block_inputs(num_inputs: int) -> int:
+    """The widest that divides them."""
+    check_inputs(num_inputs)
+    if num_inputs % _LANES:
+        return num_inputs
+    return max(size for size in range(_LANES, _BLOCK_COLUMNS + 1, _LANES) if num_inputs % size == 0)

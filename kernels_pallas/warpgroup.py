@@ -1,0 +1,55 @@
+"""A warpgroup of a Hopper GPU: the matrices it multiplies, where they are kept, and what it knows by rows.
+
+Needs JAX 0.11 or newer, as `kernels_pallas.pallas` does.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from kernels_pallas.pallas import pl, plgpu
+
+# Rows of a warpgroup's matrix product, fixed by the hardware.
+WARPGROUP_ROWS = 64
+# How results lie in its registers, and one number for each of their rows.
+MATRIX = plgpu.Layout.WGMMA
+ROWS = plgpu.Layout.WGMMA.reduce(1)
+
+_MIN_SWIZZLE = 32
+
+
+def smem(shape: tuple[int, ...], dtype: Any, like: int | None = None) -> Any:
+    """Shared memory in the tiled, swizzled form that the tensor cores read; tiled over the last two axes.
+
+    Args:
+        shape: of the array.
+        dtype: of the array.
+        like: columns of the array that it is multiplied with, where those are fewer: both must be swizzled alike.
+    """
+    bits = jnp.dtype(dtype).itemsize * 8
+    # Wider than 64 bytes, stretches of 8-bit numbers could not be read in pieces of 64 columns.
+    swizzle = min(plgpu.find_swizzle((like or shape[-1]) * bits), 64 if bits == 8 else 128)
+    if swizzle < _MIN_SWIZZLE:
+        return plgpu.SMEM(shape, dtype)
+    transforms = (
+        plgpu.TilingTransform((8, 8 * swizzle // bits)),  # pyright: ignore[reportAbstractUsage]
+        plgpu.SwizzleTransform(swizzle),  # pyright: ignore[reportAbstractUsage]
+    )
+    return plgpu.SMEM(shape, dtype, transforms=transforms)
+
+
+def product(left: Any, right: Any, width: int) -> jax.Array:
+    """[64, k] times [k, width], f32, of operands in shared memory."""
+
+    def multiply(accumulator: Any) -> jax.Array:
+        plgpu.wgmma(accumulator, left, right)
+        return accumulator[...]
+
+    return pl.run_scoped(multiply, plgpu.WGMMAAccumulatorRef((WARPGROUP_ROWS, width), jnp.float32))
+
+
+def along_rows(x_m: jax.Array, width: int) -> jax.Array:
+    """The same value across each row."""
+    return lax.broadcast_in_dim(x_m, (WARPGROUP_ROWS, width), [0])
