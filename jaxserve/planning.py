@@ -54,7 +54,7 @@ def make_plan(config: EngineConfig, hf_config: Mapping[str, Any], target: Target
     mesh = mesh_of(target_devices(target), config.tp_size, config.dp_size)
     design = design_model(config, hf_config, mesh)
     total = target.device.memory_bytes
-    adapters = None if config.lora is None else _adapter_slots(config.lora, design)
+    adapters = None if config.lora is None else adapter_slots(config.lora, design)
     held = design.device_weight_bytes + _bank_bytes(design, adapters)
     left = total - held if total else _UNKNOWN_POOL_BYTES
     if left <= 0:
@@ -63,7 +63,7 @@ def make_plan(config: EngineConfig, hf_config: Mapping[str, Any], target: Target
     return _report(config, design, engine, target, _compile(engine, design.model.num_layers))
 
 
-def _adapter_slots(config: LoraConfig, design: ModelDesign) -> BankLayout:
+def adapter_slots(config: LoraConfig, design: ModelDesign) -> BankLayout:
     """Slots for adapters that are not there yet."""
     reader = AdapterReader(design.decoder, design.architecture.tensor_names(design.checkpoint), design.checkpoint)
     return bank_layout(config, reader, {}, lora_rank_multiple(design.mesh))

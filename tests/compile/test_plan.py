@@ -124,10 +124,14 @@ def test_gpu_kernels_keep_to_registers_and_use_the_tensor_cores(tmp_path: Path) 
     dump = tmp_path / "dump"
     dump.mkdir()
     environment = {"MOSAIC_GPU_DUMP_TO": str(dump), "MOSAIC_GPU_DUMP_PTXAS": "1"}
-    done = plan(QWEN3_4B, tmp_path, "--target", "h100:1", "--json", "--context-length", "8192", *SMALL, **environment)
+    lora = ("--enable-lora", "--max-lora-rank", "16", "--lora-target-modules", "all")
+    flags = ("--target", "h100:1", "--json", "--context-length", "8192", *SMALL, *lora)
+    done = plan(QWEN3_4B, tmp_path, *flags, **environment)
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
-    assert [program["kernels"] for program in report["programs"]] == [3, 2, 3]
+    # Two kernels for each of seven modules, and the head.
+    assert [program["kernels"] for program in report["programs"]] == [3, 2, 3 + 16, 2 + 16, 3]
+    assert report["memory"]["adapters"] > 0
     tensor_core = {}
     for assembled in dump.glob("*.ptxas"):
         text = assembled.read_text()
@@ -137,6 +141,7 @@ def test_gpu_kernels_keep_to_registers_and_use_the_tensor_cores(tmp_path: Path) 
         code = assembled.with_suffix(".sass_ctrl").read_text()
         assert not re.search(r"\b(LDL|STL)\b", code), assembled.name
         tensor_core[assembled.stem] = code.count("HGMMA")
-    assert {name.rsplit("_", 1)[0] for name in tensor_core} >= {"kv_update", "paged_decode", "paged_prefill"}
+    names = {name.rsplit("_", 1)[0] for name in tensor_core}
+    assert names >= {"kv_update", "paged_decode", "paged_prefill", "lora_shrink", "lora_expand"}
     for name, count in tensor_core.items():
-        assert (count > 0) == name.startswith("paged"), name
+        assert (count > 0) == name.startswith(("paged", "lora")), name

@@ -14,11 +14,12 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from jaxserve.config import EngineConfig
+from jaxserve.config import EngineConfig, LoraConfig
 from jaxserve.design import DEVICE_MEM_FRACTION, EngineDesign, design_model, lay_out
 from jaxserve.errors import LaunchError
 from jaxserve.hlo import Collectives, find_collectives, num_kernels
 from jaxserve.mesh import mesh_of
+from jaxserve.planning import adapter_slots
 from jaxserve.runner.buckets import Bucket
 from jaxserve.runner.programs import StepPrograms
 from jaxserve.targets import parse_target, prepare_environment, target_devices
@@ -65,7 +66,8 @@ def lay_out_for(target_text: str, model: str, tp_size: int, **options: Any) -> t
     config = EngineConfig(model_path=model, tp_size=tp_size, **options)
     design = design_model(config, MODELS[model], mesh_of(target_devices(target), tp_size, config.dp_size))
     left = target.device.memory_bytes - design.device_weight_bytes
-    return lay_out(config, design, int(left * DEVICE_MEM_FRACTION)), design.device_weight_bytes
+    adapters = None if config.lora is None else adapter_slots(config.lora, design)
+    return lay_out(config, design, int(left * DEVICE_MEM_FRACTION), adapters), design.device_weight_bytes
 
 
 def check_program(
@@ -152,6 +154,27 @@ def test_copies_share_nothing(target: str, record_property: Callable[..., None])
     assert find_collectives(text) == Collectives({"all-reduce": 2}, {"all-reduce": 1})
     # Four groups of two neighbours: the mesh is (data, model), and its last axis runs fastest.
     assert set(re.findall(r"replica_groups=(\S+?),? ", text)) == {"[4,2]<=[8]"}
+
+
+@pytest.mark.parametrize(
+    ("target", "model", "tp_size"), [("v6e:2x4", "llama-3.1-8b", 4), ("h100:8", "llama-3.3-70b", 8)]
+)
+def test_step_with_adapters(target: str, model: str, tp_size: int, record_property: Callable[..., None]) -> None:
+    """Factors are split with their weights: small all-reduces after those of the base, and nothing else crosses."""
+    lora = LoraConfig(max_rank=16, target_modules=("all-linear",))
+    # Hopper's compiler would compute updates twice, were the device fuller than it likes.
+    engine, weight_bytes = lay_out_for(target, model, tp_size, lora=lora, max_total_tokens=262144)
+    step, memory_bytes = StepPrograms(engine.step), parse_target(target).device.memory_bytes
+    text, memory = check_program(
+        engine,
+        lambda: step.lower_forward(engine.step.buckets[0], adapted=True),
+        memory_bytes,
+        record_property,
+    )
+    assert num_kernels(text) == (3 if target.startswith("h") else 2) + 2 * 7
+    assert memory.temp_size_in_bytes < weight_bytes / 4
+    assert memory.alias_size_in_bytes >= engine.pool_bytes
+    assert find_collectives(text) == Collectives({"all-reduce": 4}, {"all-reduce": 1})
 
 
 @pytest.mark.parametrize("target", ["v6e:2x4", "h100:1"])
