@@ -1,5 +1,6 @@
 """Many adapters at once: each row gets what a model with its adapter merged gives it."""
 
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,9 @@ from jaxserve.lora.reader import AdapterReader
 from jaxserve.models.architecture import BuildModel
 from jaxserve.models.registry import find_architecture
 from tests.parity.test_lora_merge import EVERYTHING, FAMILIES, SMALL
-from tests.tiny import CONFIG, write_adapter, write_checkpoint
+from tests.tiny import CONFIG, write_adapter, write_checkpoint, write_tokenizer
 
+GOLDEN = Path(__file__).parent.parent / "golden"
 SIZES = SMALL | {"max_running_requests": 4, "max_total_tokens": 2048, "chunked_prefill_size": 32}
 GREEDY = SamplingParams(temperature=0, max_tokens=16, ignore_eos=True)
 PROMPTS = [[1, 2, 3], [7] * 40, [5]]
@@ -108,6 +110,27 @@ def test_choices_grammars_and_logprobs_work_with_adapters(base: Path, adapters: 
     for got_choice, want_choice in zip(output.choices, want.choices, strict=True):
         assert got_choice.token_ids == want_choice.token_ids
         np.testing.assert_allclose(got_choice.logprobs, want_choice.logprobs, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "qwen3"])
+def test_adapters_that_peft_wrote_say_what_they_say_there(name: str, tmp_path: Path) -> None:
+    """Beside the base, and in it; with patterns of ranks and alphas, all linear modules, embedding and head."""
+    folders = {folder.name: str(folder) for folder in (GOLDEN / name / "adapters").iterdir()}
+    base = shutil.copytree(GOLDEN / name, tmp_path / "base")
+    write_tokenizer(base)
+    with LLM(str(base), lora=LoraConfig(paths=folders), **SIZES) as llm:
+        for adapter, folder in folders.items():
+            check_transcripts(llm, Path(folder), adapter)
+    if name != "llama":  # both are merged alike
+        with LLM(str(base), merge_lora=folders[max(folders)], **SIZES) as llm:
+            check_transcripts(llm, Path(folders[max(folders)]))
+
+
+def check_transcripts(llm: LLM, folder: Path, adapter: str = "") -> None:
+    golden = np.load(folder / "golden.npz")
+    sampling = SamplingParams(temperature=0, max_tokens=golden["transcripts"].shape[1], ignore_eos=True)
+    outputs = llm.generate(golden["prompts"].tolist(), sampling, adapter=adapter)
+    assert [list(output.choices[0].token_ids) for output in outputs] == golden["transcripts"].tolist()
 
 
 def test_an_unknown_adapter_is_told_with_the_loaded_ones(base: Path, adapters: dict[str, Path]) -> None:
