@@ -1,6 +1,8 @@
 """The LoRA adapters that requests can name: those of the start, and those that are loaded and unloaded meanwhile."""
 
-from collections.abc import Collection, Mapping
+import asyncio
+import os
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -9,6 +11,9 @@ from jaxserve.client import EngineClient
 from jaxserve.config import LoraConfig, adapter_name_problem
 from jaxserve.errors import AdapterError, LaunchError, NotFoundError
 from jaxserve.request import AdapterSource
+
+# PEFT writes three, Orbax a few dozen.
+_MAX_FILES = 1000
 
 
 @dataclass(frozen=True)
@@ -44,7 +49,7 @@ class AdapterRegistry:
     ) -> None:
         self._client = client
         self._config = config
-        self._root = root
+        self._root = None if root is None else root.resolve()
         self._reserved = reserved
         self._adapters: dict[str, NamedAdapter] = {}
         if config is not None:
@@ -53,8 +58,9 @@ class AdapterRegistry:
             self._adapters = {
                 name: NamedAdapter(name, path, name in config.pinned) for name, path in config.paths.items()
             }
-        # Being loaded now: whether they are pinned.
+        # Being loaded now, by name, and being unloaded, by key: whether they are pinned. Both need a slot.
         self._loading: dict[str, bool] = {}
+        self._unloading: dict[str, bool] = {}
         self._num_loads = 0
 
     @property
@@ -72,12 +78,15 @@ class AdapterRegistry:
         config = self._require_config()
         self._check_name(name)
         self._check_slots(config, pinned=pinned)
-        folder = confined(path, self._root)
         self._num_loads += 1
         key = f"{name}:{self._num_loads}"  # no name has a colon
         self._loading[name] = pinned
         try:
+            folder = await asyncio.to_thread(confined, path, self._root)
             await self._client.load_adapter(AdapterSource(key=key, folder=str(folder), pinned=pinned))
+        except AdapterError as error:
+            # Where the root is, clients need not know.
+            raise AdapterError(str(error).replace(f"{self._root}/", ""), param=error.param) from None
         finally:
             del self._loading[name]
         self._adapters[name] = NamedAdapter(key, path, pinned)
@@ -93,7 +102,11 @@ class AdapterRegistry:
         adapter = self._adapters.pop(name, None)
         if adapter is None:
             raise AdapterError(f"the adapter {name!r} is not loaded", param="lora_name")
-        await self._client.unload_adapter(adapter.key)
+        self._unloading[adapter.key] = adapter.pinned
+        try:
+            await self._client.unload_adapter(adapter.key)
+        finally:
+            del self._unloading[adapter.key]
 
     def check_loaded(self, key: str) -> None:
         """Raise NotFoundError when an adapter has gone since its name was looked up."""
@@ -114,7 +127,8 @@ class AdapterRegistry:
             raise AdapterError(f"an adapter {name!r} is loaded already; unload it first", param="lora_name")
 
     def _check_slots(self, config: LoraConfig, *, pinned: bool) -> None:
-        pins = [pinned, *self._loading.values(), *(adapter.pinned for adapter in self._adapters.values())]
+        pins = [pinned, *self._loading.values(), *self._unloading.values()]
+        pins += [adapter.pinned for adapter in self._adapters.values()]
         if not config.fits_slots(num_pinned=sum(pins), num_others=len(pins) - sum(pins)):
             raise AdapterError(
                 f"{sum(pins)} of {len(pins)} adapters would be pinned, which leaves no slot of "
@@ -135,10 +149,19 @@ def confined(path: str, root: Path | None) -> Path:
     try:
         root = root.resolve(strict=True)
         folder = (root / path).resolve(strict=True)
-        inside = folder != root and folder.is_dir() and folder.is_relative_to(root)
-        # A link inside may lead out.
-        if not inside or not all(file.resolve(strict=True).is_relative_to(root) for file in folder.rglob("*")):
+        if folder == root or not folder.is_dir() or not folder.is_relative_to(root):
             raise outside
+        for count, file in enumerate(_files(folder)):
+            if count == _MAX_FILES:
+                raise AdapterError(f"{path!r} has more than {_MAX_FILES} files", param="lora_path")
+            if not file.resolve(strict=True).is_relative_to(root):
+                raise outside
     except (OSError, ValueError, RuntimeError):  # no such file, a NUL in the name, links in a circle
         raise outside from None
     return folder
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    """All below it, behind links, too; links in a circle have no end."""
+    for path, folders, files in os.walk(folder, followlinks=True):
+        yield from (Path(path) / name for name in (*folders, *files))

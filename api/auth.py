@@ -35,12 +35,14 @@ class KeyGuard:
         if scheme.lower() != "bearer":
             key = connection.headers.get("x-api-key", "")  # as Anthropic's clients send it
         given = _digest(key.encode("latin-1", "replace"))
+        if not key:
+            raise NotAuthorizedException("missing API key; send 'Authorization: Bearer KEY'")
         is_admin = self._admin is not None and hmac.compare_digest(given, self._admin)
         if is_admin or hmac.compare_digest(given, wanted):
             return
         if self._user is not None and hmac.compare_digest(given, self._user):
             raise PermissionDeniedException("this route needs the admin's API key")
-        raise NotAuthorizedException("missing or wrong API key; send 'Authorization: Bearer KEY'")
+        raise NotAuthorizedException("wrong API key; send 'Authorization: Bearer KEY'")
 
 
 def _digest(key: bytes) -> bytes:

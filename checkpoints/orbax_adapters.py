@@ -42,13 +42,18 @@ class AdapterManifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     format: str = _FORMAT
 
 
+def is_orbax_adapter(folder: Path) -> bool:
+    """Whether `save_adapter` wrote the folder."""
+    return (folder / _MANIFEST).is_file()
+
+
 def read_adapter(folder: Path) -> PeftAdapter:
     """Read an adapter folder of either kind.
 
     Raises:
         CheckpointError: it is broken, or asks for what is not supported.
     """
-    return restore_adapter(folder) if (folder / _MANIFEST).is_file() else read_peft(folder)
+    return restore_adapter(folder) if is_orbax_adapter(folder) else read_peft(folder)
 
 
 def save_adapter(folder: Path, adapter: PeftAdapter) -> None:

@@ -1,6 +1,7 @@
 """LoRA adapters on the host: which are in memory, which are read again when they are asked for, and who uses them."""
 
 import logging
+import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from concurrent.futures import Executor, Future, ThreadPoolExecutor, wait
@@ -31,6 +32,14 @@ class HostAdapter(NamedTuple):
 
     leaves: Mapping[tuple[str, ...], np.ndarray]
     digest: int
+
+
+def host_adapter(leaves: Mapping[tuple[str, ...], np.ndarray]) -> HostAdapter:
+    """With its digest, a CRC-32 of the leaves in their order."""
+    digest = 0
+    for leaf in leaves.values():
+        digest = zlib.crc32(np.ascontiguousarray(leaf).reshape(-1).view(np.uint8), digest)
+    return HostAdapter(leaves, digest)
 
 
 class AdapterHolder(Protocol):

@@ -305,6 +305,8 @@ def parse_arguments(argv: Sequence[str]) -> LaunchConfig:
     for name in SECRETS:
         if getattr(args, name) is None:
             setattr(args, name, os.environ.get(f"JAXSERVE_{name.upper()}") or None)
+        elif not getattr(args, name):
+            raise LaunchError(f"--{name.replace('_', '-')} must not be empty")
     return LaunchConfig(args=args, engine=_engine_config(args))
 
 
@@ -355,10 +357,11 @@ def _engine_config(args: argparse.Namespace) -> EngineConfig:
 def _lora_config(args: argparse.Namespace) -> LoraConfig | None:
     """Adapters as the user named them; the launcher finds their folders."""
     if not (args.enable_lora or args.lora_paths):
-        if args.lora_root is not None:
-            raise LaunchError("--lora-root needs --enable-lora or --lora-paths")
+        for name in ("max_lora_rank", "lora_target_modules", "max_loaded_loras", "lora_root"):
+            if getattr(args, name) is not None:
+                raise LaunchError(f"--{name.replace('_', '-')} needs --enable-lora or --lora-paths")
         return None
-    if args.lora_root is not None and not Path(args.lora_root).is_dir():
+    if args.node_rank == 0 and args.lora_root is not None and not Path(args.lora_root).is_dir():
         raise LaunchError(f"--lora-root {args.lora_root}: no such folder")
     adapters = [_named_adapter(text) for text in args.lora_paths]
     paths = {adapter.lora_name: adapter.lora_path for adapter in adapters}

@@ -13,9 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
+from checkpoints.adapters import read_peft
 from checkpoints.gguf import GGUFCheckpoint
 from checkpoints.huggingface import HuggingFaceCheckpoint, read_json
-from checkpoints.orbax_adapters import read_adapter
+from checkpoints.orbax_adapters import is_orbax_adapter
 from checkpoints.orbax_io import is_orbax
 from checkpoints.source import CheckpointError, TensorSource
 from jaxserve.adapter_store import AdapterStore
@@ -210,7 +211,9 @@ def _digest(source: TensorSource | OrbaxCheckpoint, config: EngineConfig) -> str
     tensors = None if isinstance(source, OrbaxCheckpoint) else source
     merged = [] if config.merge_lora is None else [config.merge_lora]
     served = [] if config.lora is None else list(config.lora.paths.values())
-    return model_digest(source.config, tensors, (read_adapter(Path(folder)) for folder in merged + served))
+    # Orbax would start JAX before the hosts have met; such adapters are refused later.
+    folders = [folder for folder in map(Path, merged + served) if not is_orbax_adapter(folder)]
+    return model_digest(source.config, tensors, map(read_peft, folders))
 
 
 def build_runner(config: EngineConfig, bar: ProgressBar) -> BuiltRunner:
@@ -227,7 +230,7 @@ def _build_runner(config: EngineConfig, source: TensorSource | OrbaxCheckpoint, 
     design = design_model(config, source.config, make_mesh(config.tp_size, config.dp_size))
     platform = design.mesh.devices.flat[0].platform
     names = design.architecture.tensor_names(design.checkpoint)
-    reader = AdapterReader(design.decoder, names, design.checkpoint)
+    reader = AdapterReader(design.decoder, names, design.checkpoint, config.nnodes)
     with Phase("weights") as phase:
         weights = _load(source, design, bar)
         if config.merge_lora is not None:
@@ -236,10 +239,8 @@ def _build_runner(config: EngineConfig, source: TensorSource | OrbaxCheckpoint, 
         phase.detail = f", {size / 1e6:.0f} MB of {design.dtype} on {design.mesh.size} {platform} device(s)"
     first = None if config.lora is None else read_first_adapters(config.lora, reader, lora_rank_multiple(design.mesh))
     layout = None if first is None else first.layout
-    pool_bytes = _pool_bytes(config, platform)
-    if layout is not None and platform != "cpu":
-        pool_bytes -= bank_bytes(design.decoder, layout, design.mesh)
-    engine = lay_out(config, design, pool_bytes, layout)
+    slot_bytes = 0 if layout is None else bank_bytes(design.decoder, layout, design.mesh)
+    engine = lay_out(config, design, _pool_bytes(config, platform, slot_bytes), layout)
     logger.info(
         "key/value pool: %d pages of %d tokens, %.0f MB on each device",
         engine.cache.num_pages,
@@ -273,13 +274,13 @@ def _merge(weights: Weights, adapter: Path, reader: AdapterReader) -> Weights:
         raise LaunchError(f"--merge-lora: {error}") from None
 
 
-def _pool_bytes(config: EngineConfig, platform: str) -> int:
-    """Bytes for the pool on one device."""
+def _pool_bytes(config: EngineConfig, platform: str, slot_bytes: int) -> int:
+    """Bytes for the pool on one device, on which adapters' slots will take some, too."""
     stats = jax.local_devices()[0].memory_stats() if platform != "cpu" else None
     if stats is None:
         pool_bytes = _CPU_POOL_BYTES if config.mem_fraction_static is None else _host_pool_bytes(config)
     else:
-        free = stats["bytes_limit"] - stats["bytes_in_use"]
+        free = stats["bytes_limit"] - stats["bytes_in_use"] - slot_bytes
         pool_bytes = int(free * (config.mem_fraction_static or DEVICE_MEM_FRACTION))
     if jax.process_count() > 1:
         # All hosts run the same shapes: the one with the least room decides.

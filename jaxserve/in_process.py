@@ -102,7 +102,7 @@ class InProcessEngineClient:
         self._inbox.put(Shutdown())
         self._thread.join()
         self._lost = self._lost or "the engine was stopped"
-        self._loop.call_soon_threadsafe(self._streams.fail_all, self._lost)
+        self._loop.call_soon_threadsafe(self._fail_all, self._lost)
 
     def _close(self, request_id: str) -> None:
         if self._streams.remove(request_id):
@@ -118,7 +118,13 @@ class InProcessEngineClient:
 
     def _answer(self, key: str, error: str | None) -> None:
         """On the engine's thread."""
-        self._loop.call_soon_threadsafe(self._adapter_answers.pop(key).set_result, error)
+
+        def tell() -> None:
+            answer = self._adapter_answers.pop(key, None)
+            if answer is not None and not answer.done():
+                answer.set_result(error)
+
+        self._loop.call_soon_threadsafe(tell)
 
     def _run(self) -> None:
         try:
@@ -128,7 +134,14 @@ class InProcessEngineClient:
                     self._loop.call_soon_threadsafe(self._deliver, deltas)
         except Exception as error:
             self._lost = f"the engine failed: {error}"
-            self._loop.call_soon_threadsafe(self._streams.fail_all, self._lost)
+            self._loop.call_soon_threadsafe(self._fail_all, self._lost)
+
+    def _fail_all(self, lost: str) -> None:
+        self._streams.fail_all(lost)
+        for answer in self._adapter_answers.values():
+            if not answer.done():
+                answer.set_exception(UnavailableError(lost))
+        self._adapter_answers.clear()
 
     def _take_messages(self) -> bool:
         """Handle what waits, or wait for something to handle; False to end."""

@@ -12,7 +12,7 @@ from typing import Any, Self, TypeVar
 import msgspec
 
 from jaxserve.build import build_engine
-from jaxserve.config import EngineConfig
+from jaxserve.config import EngineConfig, adapter_name_problem
 from jaxserve.errors import AdapterError, NotFoundError, RequestError
 from jaxserve.generation import CollectedChoice, Generation, TextOptions, Usage, collect_choices
 from jaxserve.generation_config import read_generation_config
@@ -76,6 +76,7 @@ class LLM:
         self._tokenizer = load_tokenizer(path, chat_template)
         built = build_engine(msgspec.structs.replace(config, model_path=str(path)), lambda items, *_: items)
         self.info = built.info
+        self._lora = config.lora
         # Keys by name.
         self._adapters = {key: key for key in built.info.adapters or ()}
         own_ends = read_generation_config(path).eos_token_ids
@@ -164,11 +165,9 @@ class LLM:
         Raises:
             AdapterError: it cannot be read, does not fit, or the name is taken.
         """
-        if name in self._adapters:
-            raise AdapterError(f"an adapter {name!r} is loaded already")
-        key = f"{name}:{uuid.uuid4().hex}"
-        self._wait(self._client.load_adapter(AdapterSource(key=key, folder=str(folder))))
-        self._adapters[name] = key
+        if (problem := adapter_name_problem(name)) is not None:
+            raise AdapterError(problem)
+        self._wait(self._load_adapter(name, str(folder)))
 
     def unload_adapter(self, name: str) -> None:
         """Let an adapter go; returns when the last call that uses it has ended.
@@ -246,6 +245,19 @@ class LLM:
             adapter=self._adapter_key(adapter) if adapter else "",
             **fields,
         )
+
+    async def _load_adapter(self, name: str, folder: str) -> None:
+        if name in self._adapters:
+            raise AdapterError(f"an adapter {name!r} is loaded already")
+        if self._lora is not None and not self._lora.fits_slots(num_pinned=len(self._lora.pinned), num_others=1):
+            raise AdapterError("all slots are those of pinned adapters")
+        key = f"{name}:{uuid.uuid4().hex}"
+        self._adapters[name] = key  # taken while it is loaded
+        try:
+            await self._client.load_adapter(AdapterSource(key=key, folder=folder))
+        except BaseException:
+            del self._adapters[name]
+            raise
 
     def _adapter_key(self, name: str) -> str:
         if name not in self._adapters:

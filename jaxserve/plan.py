@@ -69,6 +69,8 @@ def _engine_config(args: argparse.Namespace, target: Target) -> EngineConfig:
             f"--tp-size {tp_size} and --dp-size {args.dp_size} need {tp_size * args.dp_size} devices, "
             f"--target {target.text} has {target.num_devices}"
         )
+    if not args.enable_lora and (args.max_lora_rank is not None or args.lora_target_modules is not None):
+        raise LaunchError("--max-lora-rank and --lora-target-modules need --enable-lora")
     lora = LoraConfig(**lora_slots(args)) if args.enable_lora else None
     return EngineConfig(**step_settings(args) | {"tp_size": tp_size}, lora=lora)
 

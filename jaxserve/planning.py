@@ -28,6 +28,7 @@ _COMPILE_THREADS = 2
 _STEPS_IN_FLIGHT = 2
 # Of a device's memory, where more devices are advised.
 _WEIGHTS_AT_MOST = 0.8
+_FEWER_SLOTS = "adapters' slots take room, too: --max-loras-per-batch, --max-lora-rank, --lora-target-modules"
 # For devices whose memory we do not know.
 _UNKNOWN_POOL_BYTES = 512 << 20
 
@@ -120,7 +121,7 @@ def _compile(engine: EngineDesign, num_layers: int) -> Outcome:
 
 
 def _too_heavy(config: EngineConfig, design: ModelDesign, adapters: BankLayout | None, target: Target) -> Report:
-    """The weights alone do not fit: nothing to compile."""
+    """The weights, with adapters' slots, do not fit: nothing to compile."""
     memory = Memory(
         total=target.device.memory_bytes,
         weights=design.device_weight_bytes,
@@ -134,7 +135,7 @@ def _too_heavy(config: EngineConfig, design: ModelDesign, adapters: BankLayout |
         **_names(config, design, target),
         attention_backend="not compiled",
         fits=False,
-        advice=[_more_devices(design, target)],
+        advice=[_more_devices(design, target), *([] if adapters is None else [_FEWER_SLOTS])],
         memory=memory,
         context_length=design.scheduler.context_length,
         kv_tokens=0,

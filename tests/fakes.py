@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxserve.adapter_store import AdapterStore, Answer, HostAdapter
+from jaxserve.adapter_store import AdapterStore, Answer, HostAdapter, host_adapter
 from jaxserve.client import Streams, TokenStream
 from jaxserve.config import CacheConfig, SchedulePolicy, SchedulerConfig
 from jaxserve.engine import Engine, Runner
@@ -62,7 +62,7 @@ _INLINE = InlineExecutor()
 
 def shift_adapter(shift: int) -> HostAdapter:
     """An adapter for `FakeRunner`."""
-    return HostAdapter({("shift",): np.array(shift)}, shift)
+    return host_adapter({("shift",): np.array(shift)})
 
 
 class FakeRunner:

@@ -4,7 +4,7 @@ from collections.abc import Generator
 
 import numpy as np
 
-from jaxserve.adapter_store import HostAdapter
+from jaxserve.adapter_store import HostAdapter, host_adapter
 from jaxserve.distributed.messages import AdapterBytes, AdapterLeaf, HoldAdapter
 
 _PART_BYTES = 32 << 20
@@ -40,4 +40,7 @@ class AdapterReceiver:
             end = start + int(np.prod(leaf.shape)) * dtype.itemsize
             leaves[leaf.path] = data[start:end].view(dtype).reshape(leaf.shape)
             start = end
-        return HostAdapter(leaves, message.digest)
+        adapter = host_adapter(leaves)
+        if adapter.digest != message.digest:
+            raise RuntimeError(f"the adapter {message.key!r} did not arrive as it was sent")
+        return adapter

@@ -97,8 +97,9 @@ def slot_leaves(delta: AdapterDelta, specs: Mapping[Path, ParamSpec]) -> dict[Pa
         leaves[path] = np.zeros((*lead, rank, size), spec.dtype)
         factor = delta.factors.get((*path[:-1], "weight"))
         if factor is not None:
-            values = factor.a if path[-1] == "a" else np.swapaxes(factor.b, -1, -2) * factor.scale[..., None, None]
-            leaves[path][..., : delta.rank, :] = values
+            with np.errstate(over="ignore", invalid="ignore"):  # the caller looks at the values
+                values = factor.a if path[-1] == "a" else np.swapaxes(factor.b, -1, -2) * factor.scale[..., None, None]
+                leaves[path][..., : delta.rank, :] = values
     return leaves
 
 

@@ -1,15 +1,14 @@
 """Adapter folders, fitted to a model and to its slots."""
 
-import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from checkpoints.orbax_adapters import read_adapter
+from checkpoints.orbax_adapters import is_orbax_adapter, read_adapter
 from checkpoints.source import CheckpointError
-from jaxserve.adapter_store import HostAdapter
+from jaxserve.adapter_store import HostAdapter, host_adapter
 from jaxserve.config import ModelConfig
 from jaxserve.errors import AdapterError, LaunchError
 from jaxserve.lora.bank import BankLayout, bank_specs, slot_leaves
@@ -33,11 +32,13 @@ class AdapterReader(NamedTuple):
         decoder: the model; its key/value heads may be a multiple of the checkpoint's.
         names: path in the tree -> tensor name, `{layer}` for the layer's number.
         checkpoint: the model as its maker describes it.
+        num_hosts: that run the model together.
     """
 
     decoder: Decoder
     names: Mapping[TreePath, str]
     checkpoint: ModelConfig
+    num_hosts: int = 1
 
     def read(self, folder: Path) -> AdapterDelta:
         """See `make_delta`.
@@ -45,6 +46,9 @@ class AdapterReader(NamedTuple):
         Raises:
             AdapterError: the folder cannot be read, or does not fit the model.
         """
+        if self.num_hosts > 1 and is_orbax_adapter(folder):
+            # Orbax restores on all hosts together, and only host 0 may know of this one.
+            raise AdapterError(f"{folder} is an Orbax folder, which several hosts cannot read; use the PEFT folder")
         try:
             return make_delta(read_adapter(folder), self.decoder, self.names, self.checkpoint)
         except CheckpointError as error:
@@ -103,7 +107,8 @@ class SlotReader:
             names = ", ".join(module_name(path, self._reader.names).rpartition(".")[-1] for path in others)
             raise AdapterError(f"it changes {names}, which are not among --lora-target-modules")
         leaves = slot_leaves(delta, self._specs)
-        digest = 0
-        for leaf in leaves.values():
-            digest = zlib.crc32(leaf.view(np.uint8), digest)
-        return HostAdapter(leaves, digest)
+        for path, leaf in leaves.items():
+            # Where all slots are multiplied, one that is not finite would reach the rows of others.
+            if not np.isfinite(leaf.astype(np.float32)).all():
+                raise AdapterError(f"{'.'.join(path)}: its values times alpha / r are too large for {leaf.dtype}")
+        return host_adapter(leaves)

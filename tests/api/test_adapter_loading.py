@@ -9,10 +9,12 @@ import pytest
 from litestar import Litestar
 from litestar.testing import AsyncTestClient
 
+from api.adapter_registry import AdapterRegistry
 from api.app import create_app
 from jaxserve.adapter_store import HostAdapter
 from jaxserve.config import LoraConfig
 from jaxserve.errors import AdapterError, LaunchError
+from jaxserve.request import AdapterSource
 from tests.api.conftest import make_server
 from tests.fakes import FakeEngineClient, shift_adapter
 from tests.tiny import VOCAB_SIZE
@@ -43,6 +45,11 @@ def root(tmp_path: Path) -> Path:
     (root / "out").symlink_to(tmp_path / "b")
     (root / "circle").symlink_to(root / "circle")
     (root / "within").symlink_to(root / "poet")
+    (root / "hop").mkdir()
+    (root / "hop" / "shift").symlink_to(root / "poet" / "shift")
+    (root / "hop" / "folder").symlink_to(root / "mixed")
+    (root / "ring").mkdir()
+    (root / "ring" / "again").symlink_to(root / "ring")
     (root / "mixed").mkdir()
     (root / "mixed" / "shift").symlink_to(tmp_path / "b" / "shift")
     return root
@@ -110,6 +117,8 @@ async def test_load_use_unload_and_load_another_under_the_name(http: Http, engin
         ("x", "/etc", "'/etc' is no folder below"),
         ("x", "out", "'out' is no folder below"),
         ("x", "mixed", "'mixed' is no folder below"),
+        ("x", "hop", "'hop' is no folder below"),
+        ("x", "ring", "No such file"),
         ("x", "circle", "'circle' is no folder below"),
         ("x", "poet/shift", "is no folder below"),
         ("x", "", "'' is no folder below"),
@@ -180,6 +189,31 @@ async def test_pinned_adapters_leave_a_slot_to_the_others(http: Http) -> None:
     await http.post("/unload_lora_adapter", json={"lora_name": "first"})
     await load(http, "q", "poet", pinned=True)
     await load(http, "x", "poet", 400)
+
+
+class SlowClient:
+    """An engine whose unloading waits."""
+
+    def __init__(self) -> None:
+        self.ended = asyncio.Event()
+
+    async def load_adapter(self, source: AdapterSource) -> None:
+        pass
+
+    async def unload_adapter(self, key: str) -> None:
+        await self.ended.wait()
+
+
+async def test_what_is_being_unloaded_needs_its_slot_still(root: Path) -> None:
+    client = SlowClient()
+    registry = AdapterRegistry(client, config(max_loras_per_batch=2), root, ())  # type: ignore[arg-type]
+    unloading = asyncio.create_task(registry.unload("first"))
+    await asyncio.sleep(0)
+    with pytest.raises(AdapterError, match="leaves no slot"):
+        await registry.load("p", "poet", pinned=True)
+    client.ended.set()
+    await unloading
+    await registry.load("p", "poet", pinned=True)
 
 
 @pytest.mark.parametrize(

@@ -97,6 +97,7 @@ def test_adapters_that_cannot_be_served_change_nothing(
     write_adapter(root / "wide", rank=9)
     write_adapter(root / "other-base", CONFIG | {"hidden_size": 32})
     write_adapter(root / "dora", use_dora=True)
+    write_adapter(root / "huge", lora_alpha=1e300)
     (write_adapter(root / "empty") / "adapter_model.safetensors").unlink()
     (write_adapter(root / "pickle") / "adapter_model.safetensors").rename(root / "pickle" / "adapter_model.bin")
     broken = write_adapter(root / "nan") / "adapter_model.safetensors"
@@ -111,6 +112,7 @@ def test_adapters_that_cannot_be_served_change_nothing(
         "dora": "use_dora is True",
         "empty": "adapter_model.safetensors does not exist",
         "pickle": "is a pickle file",
+        "huge": "are too large for float32",
         "nan": "values that are not finite",
         "cut": "adapter_model.safetensors",
         "../adapters": "no folder below --lora-root",
@@ -118,6 +120,7 @@ def test_adapters_that_cannot_be_served_change_nothing(
         status, error, loaded = change(lora_server, "load", lora_name="bad", lora_path=folder)
         assert (status, loaded) == (400, ["good"])
         assert message in (error or "")
+        assert str(root) not in (error or "")
         assert complete(lora_server, "good") == alone["b"]
     assert complete(lora_server, "tiny") == alone[""]
     unload(lora_server, "good")

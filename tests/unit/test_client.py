@@ -1,7 +1,16 @@
 """Streams of deltas: each choice ends once, whoever ends it."""
 
+import asyncio
+import threading
+
+import pytest
+
+from jaxserve.adapter_store import HostAdapter
 from jaxserve.client import Streams
-from jaxserve.request import FinishReason, Request, SamplingParams, TokenDelta
+from jaxserve.errors import UnavailableError
+from jaxserve.in_process import InProcessEngineClient
+from jaxserve.request import AdapterSource, FinishReason, Request, SamplingParams, TokenDelta
+from tests.fakes import FakeEngineClient, make_engine, shift_adapter
 
 
 async def test_a_failure_ends_the_open_choices_only() -> None:
@@ -15,3 +24,21 @@ async def test_a_failure_ends_the_open_choices_only() -> None:
     assert ends == [(1, FinishReason.STOP), (0, FinishReason.ERROR), (2, FinishReason.ERROR)]
     assert streams.num_live == 0
     assert not streams.remove("a")
+
+
+async def test_who_waits_for_an_adapter_is_told_when_the_engine_ends() -> None:
+    go_on = threading.Event()
+
+    def read(folder: str) -> HostAdapter:
+        assert go_on.wait(30)
+        return shift_adapter(0)
+
+    engine, _ = make_engine(num_slots=2, read=read, executor=None)
+    client = InProcessEngineClient(engine, FakeEngineClient(256).info)
+    loading = asyncio.create_task(client.load_adapter(AdapterSource(key="a", folder="a")))
+    await asyncio.sleep(0.05)
+    assert not loading.done()
+    await asyncio.to_thread(client.stop)
+    go_on.set()
+    with pytest.raises(UnavailableError, match="the engine was stopped"):
+        await loading

@@ -105,6 +105,12 @@ def test_keys_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (args.api_key, args.admin_api_key) == ("secret", "more secret")
 
 
+@pytest.mark.parametrize("flag", ["--api-key", "--admin-api-key"])
+def test_an_empty_key_would_open_everything(flag: str) -> None:
+    with pytest.raises(LaunchError, match=f"{flag} must not be empty"):
+        parse_arguments(["--model", "demo", flag, ""])
+
+
 def test_adapters_of_the_start() -> None:
     as_json = '{"lora_name": "c", "lora_path": "org/c", "pinned": true}'
     lora = parse_arguments(["--model", "demo", "--lora-paths", "org/a", "b=./b", as_json]).engine.lora
@@ -125,6 +131,7 @@ def test_adapters_of_the_start() -> None:
         ("--lora-paths a=x b=y c=z --max-loras-per-batch 2 --max-loaded-loras 2", "at least 3 .--lora-paths."),
         ('--lora-paths a=x {"lora_name":"b","lora_path":"y","pinned":true} --max-loras-per-batch 2', "leaves no slot"),
         ("--lora-root .", "--lora-root needs --enable-lora"),
+        ("--max-lora-rank 4", "--max-lora-rank needs --enable-lora"),
         ("--lora-paths a=x --lora-root /nowhere", "--lora-root /nowhere: no such folder"),
     ],
 )
