@@ -15,7 +15,7 @@ from api.schemas import AdapterAnswer, ErrorBody, LoadAdapterBody, UnloadAdapter
 from api.server import Server
 from jaxserve.errors import AdapterError
 
-_ERRORS = errors(body=True) | {400: ResponseSpec(AdapterAnswer | ErrorBody, generate_examples=False)}
+_ERRORS = errors(403, body=True) | {400: ResponseSpec(AdapterAnswer | ErrorBody, generate_examples=False)}
 
 
 @post(

@@ -164,7 +164,7 @@ async def server_info(server: NamedDependency[Server]) -> dict[str, Any]:
     }
 
 
-@post("/flush_cache", status_code=200, opt=CONTROL, summary="Forget cached prefixes", responses=errors(body=True))
+@post("/flush_cache", status_code=200, opt=CONTROL, summary="Forget cached prefixes", responses=errors(403, body=True))
 async def flush_cache(server: NamedDependency[Server]) -> FlushResponse:
     """Empty the prefix cache; 400 while requests run."""
     if not await server.client.flush_cache():
@@ -172,7 +172,7 @@ async def flush_cache(server: NamedDependency[Server]) -> FlushResponse:
     return FlushResponse(flushed=True)
 
 
-@post("/abort_request", status_code=200, opt=CONTROL, summary="End running requests", responses=errors(body=True))
+@post("/abort_request", status_code=200, opt=CONTROL, summary="End running requests", responses=errors(403, body=True))
 async def abort_request(data: JSONBody[AbortBody], server: NamedDependency[Server]) -> dict[str, int]:
     """Abort by the id of an answer, by the start of such ids, or all."""
     if not data.rid and not data.abort_all:

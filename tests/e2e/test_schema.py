@@ -32,17 +32,21 @@ OPERATIONS = (
     "POST /abort_request",
     "POST /detokenize",
     "POST /flush_cache",
+    "POST /load_lora_adapter",
     "POST /parse_function_call",
     "POST /separate_reasoning",
     "POST /tokenize",
+    "POST /unload_lora_adapter",
     "POST /v1/chat/completions",
     "POST /v1/completions",
     "POST /v1/detokenize",
+    "POST /v1/load_lora_adapter",
     "POST /v1/messages",
     "POST /v1/messages/count_tokens",
     "POST /v1/responses",
     "POST /v1/responses/{response_id}/cancel",
     "POST /v1/tokenize",
+    "POST /v1/unload_lora_adapter",
 )
 
 
