@@ -196,6 +196,39 @@ class Streams:
             stream.fail(error)
 
 
+class AdapterAnswers:
+    """Who waits for what becomes of an adapter, by the adapter's key; of one event loop."""
+
+    def __init__(self) -> None:
+        self._futures: dict[str, asyncio.Future[str | None]] = {}
+
+    async def ask(self, key: str, send: Callable[[], None]) -> None:
+        """Send a question and wait for its answer.
+
+        Raises:
+            AdapterError: the answer is that something is wrong.
+            UnavailableError: there will be no answer.
+        """
+        future: asyncio.Future[str | None] = asyncio.get_running_loop().create_future()
+        self._futures[key] = future
+        send()
+        if (error := await future) is not None:
+            raise AdapterError(error)
+
+    def tell(self, key: str, error: str | None) -> None:
+        """What is wrong, or None."""
+        future = self._futures.pop(key, None)
+        if future is not None and not future.done():
+            future.set_result(error)
+
+    def fail_all(self, lost: str) -> None:
+        """The engine is gone."""
+        for future in self._futures.values():
+            if not future.done():
+                future.set_exception(UnavailableError(lost))
+        self._futures.clear()
+
+
 class ProcessEngineClient:
     """An engine in a process of its own.
 
@@ -212,8 +245,7 @@ class ProcessEngineClient:
         self._stats = EngineStats()
         self._lost: str | None = None
         self._flushes: list[asyncio.Future[bool]] = []
-        # By the adapter's key, of whoever loads or unloads it.
-        self._adapter_answers: dict[str, asyncio.Future[str | None]] = {}
+        self._adapter_answers = AdapterAnswers()
         self._folder = tempfile.mkdtemp(prefix="jaxserve-")
         self._context = zmq.asyncio.Context()
         self._socket: zmq.asyncio.Socket = self._context.socket(zmq.PAIR)
@@ -312,11 +344,13 @@ class ProcessEngineClient:
 
     async def load_adapter(self, source: AdapterSource) -> None:
         """See `EngineClient`."""
-        await self._ask_about_adapter(source.key, LoadAdapter(source))
+        self.check_ready()
+        await self._adapter_answers.ask(source.key, lambda: self._send(LoadAdapter(source)))
 
     async def unload_adapter(self, key: str) -> None:
         """See `EngineClient`."""
-        await self._ask_about_adapter(key, UnloadAdapter(key))
+        self.check_ready()
+        await self._adapter_answers.ask(key, lambda: self._send(UnloadAdapter(key)))
 
     async def stop(self) -> None:
         """End the process, by force if it does not end by itself."""
@@ -344,14 +378,6 @@ class ProcessEngineClient:
     def _close(self, request_id: str) -> None:
         if self._streams.remove(request_id):
             self._send(Abort(request_id=request_id))
-
-    async def _ask_about_adapter(self, key: str, message: ToEngine) -> None:
-        self.check_ready()
-        future: asyncio.Future[str | None] = asyncio.get_running_loop().create_future()
-        self._adapter_answers[key] = future
-        self._send(message)
-        if (error := await future) is not None:
-            raise AdapterError(error)
 
     def _send(self, message: ToEngine) -> None:
         # Not awaited: with no high-water mark the send is done when the call returns, so this works while a task is
@@ -381,8 +407,7 @@ class ProcessEngineClient:
                 case CacheFlushed(flushed=flushed):
                     self._flushes.pop(0).set_result(flushed)
                 case AdapterAnswer(key=key, error=error):
-                    if not (answer := self._adapter_answers.pop(key)).done():
-                        answer.set_result(error)
+                    self._adapter_answers.tell(key, error)
 
     async def _watch(self, ready: "asyncio.Future[EngineInfo]") -> None:
         """Notice the end of the process within a moment, without a thread."""
@@ -402,7 +427,8 @@ class ProcessEngineClient:
         if not ready.done():
             ready.set_exception(LaunchError(self._lost, exit_code=ExitCode.ENGINE_LOST))
         self._streams.fail_all(self._lost)
-        for future in (*self._flushes, *self._adapter_answers.values()):
+        self._adapter_answers.fail_all(self._lost)
+        for future in self._flushes:
             if not future.done():
                 future.set_exception(UnavailableError(self._lost))
         self.exited.set()

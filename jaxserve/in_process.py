@@ -5,9 +5,9 @@ import queue
 import threading
 from functools import partial
 
-from jaxserve.client import Streams, TokenStream
+from jaxserve.client import AdapterAnswers, Streams, TokenStream
 from jaxserve.engine import Engine
-from jaxserve.errors import AdapterError, UnavailableError
+from jaxserve.errors import UnavailableError
 from jaxserve.messages import (
     Abort,
     EngineInfo,
@@ -38,8 +38,7 @@ class InProcessEngineClient:
         self._streams = Streams()
         self._inbox: queue.SimpleQueue[ToEngine] = queue.SimpleQueue()
         self._flushed: queue.SimpleQueue[bool] = queue.SimpleQueue()
-        # By the adapter's key, of whoever loads or unloads it.
-        self._adapter_answers: dict[str, asyncio.Future[str | None]] = {}
+        self._adapter_answers = AdapterAnswers()
         self._lost: str | None = None
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
@@ -91,11 +90,13 @@ class InProcessEngineClient:
 
     async def load_adapter(self, source: AdapterSource) -> None:
         """See `EngineClient`."""
-        await self._ask_about_adapter(source.key, LoadAdapter(source))
+        self.check_ready()
+        await self._adapter_answers.ask(source.key, lambda: self._inbox.put(LoadAdapter(source)))
 
     async def unload_adapter(self, key: str) -> None:
         """See `EngineClient`."""
-        await self._ask_about_adapter(key, UnloadAdapter(key))
+        self.check_ready()
+        await self._adapter_answers.ask(key, lambda: self._inbox.put(UnloadAdapter(key)))
 
     def stop(self) -> None:
         """End the thread; what still runs ends with an error."""
@@ -108,23 +109,9 @@ class InProcessEngineClient:
         if self._streams.remove(request_id):
             self._inbox.put(Abort(request_id=request_id))
 
-    async def _ask_about_adapter(self, key: str, message: ToEngine) -> None:
-        self.check_ready()
-        future: asyncio.Future[str | None] = self._loop.create_future()
-        self._adapter_answers[key] = future
-        self._inbox.put(message)
-        if (error := await future) is not None:
-            raise AdapterError(error)
-
     def _answer(self, key: str, error: str | None) -> None:
         """On the engine's thread."""
-
-        def tell() -> None:
-            answer = self._adapter_answers.pop(key, None)
-            if answer is not None and not answer.done():
-                answer.set_result(error)
-
-        self._loop.call_soon_threadsafe(tell)
+        self._loop.call_soon_threadsafe(self._adapter_answers.tell, key, error)
 
     def _run(self) -> None:
         try:
@@ -138,10 +125,7 @@ class InProcessEngineClient:
 
     def _fail_all(self, lost: str) -> None:
         self._streams.fail_all(lost)
-        for answer in self._adapter_answers.values():
-            if not answer.done():
-                answer.set_exception(UnavailableError(lost))
-        self._adapter_answers.clear()
+        self._adapter_answers.fail_all(lost)
 
     def _take_messages(self) -> bool:
         """Handle what waits, or wait for something to handle; False to end."""

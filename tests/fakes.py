@@ -3,15 +3,16 @@
 import asyncio
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, Future
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from jaxserve.adapter_store import AdapterStore, Answer, HostAdapter, host_adapter
-from jaxserve.client import Streams, TokenStream
+from jaxserve.client import AdapterAnswers, Streams, TokenStream
 from jaxserve.config import CacheConfig, SchedulePolicy, SchedulerConfig
 from jaxserve.engine import Engine, Runner
-from jaxserve.errors import AdapterError, OverloadedError, UnavailableError
+from jaxserve.errors import OverloadedError, UnavailableError
 from jaxserve.messages import EngineInfo, EngineStats
 from jaxserve.request import AdapterSource, GrammarTokenizer, Request
 from jaxserve.scheduling.adapter_slots import AdapterSlots
@@ -211,6 +212,7 @@ class FakeEngineClient:
         )
         self.submitted: list[Request] = []
         self._streams = Streams()
+        self._adapter_answers = AdapterAnswers()
         self._max_live = max_live
         self._task: asyncio.Task[None] | None = None
         self.lost: str | None = None
@@ -267,17 +269,17 @@ class FakeEngineClient:
         return self._engine.flush_cache()
 
     async def load_adapter(self, source: AdapterSource) -> None:
-        await self._ask(lambda answer: self._engine.load_adapter(source, answer))
+        await self._ask(source.key, partial(self._engine.load_adapter, source))
 
     async def unload_adapter(self, key: str) -> None:
-        await self._ask(lambda answer: self._engine.unload_adapter(key, answer))
+        await self._ask(key, partial(self._engine.unload_adapter, key))
 
-    async def _ask(self, ask: Callable[[Answer], None]) -> None:
-        future: asyncio.Future[str | None] = asyncio.get_running_loop().create_future()
-        ask(future.set_result)
-        self._wake()
-        if (error := await future) is not None:
-            raise AdapterError(error)
+    async def _ask(self, key: str, ask: Callable[[Answer], None]) -> None:
+        def send() -> None:
+            ask(partial(self._adapter_answers.tell, key))
+            self._wake()
+
+        await self._adapter_answers.ask(key, send)
 
     def _wake(self) -> None:
         if self._task is None or self._task.done():
