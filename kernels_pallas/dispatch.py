@@ -169,9 +169,9 @@ def _gpu_lora(modules: Collection[LoraModule], mesh: Mesh) -> LoraMatmul:
 
 
 def _xla_lora(_: Collection[LoraModule], __: Mesh) -> LoraMatmul:
-    from kernels_pallas.lora_matmul.xla import lora_matmul  # noqa: PLC0415
+    from kernels_pallas.lora_matmul.xla import XlaLora  # noqa: PLC0415
 
-    return lora_matmul
+    return XlaLora()
 
 
 # Multiprocessors of an H100 or H200; devices of a topology do not tell.

@@ -1,9 +1,11 @@
 """The adapters that a step can use: factors of all slots side by side, by module of the model.
 
-A bank is a tree of the model's modules with two arrays at each that adapters may change. Slot 0, of rows without an
-adapter, takes no room: slot s is at s - 1.
+A bank is a tree of the model's modules. Where adapters may change linear modules it has a node for each group of them
+that reads the same activations: one array `a` of their first factors, one below the other in the order of the modules'
+names, and in `b` each one's second factor by its name. Slot 0, of rows without an adapter, takes no room: slot s is at
+s - 1.
 
-Dimension key: L layers, S slots, R rank, I inputs, O outputs.
+Dimension key: L layers, S slots, R rank, I inputs, O outputs, J = modules of a group * R.
 """
 
 import math
@@ -15,10 +17,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from jaxserve.lora.apply import GroupSplit
 from jaxserve.lora.delta import EMBEDDING, AdapterDelta, adaptable
 from jaxserve.mesh import named_sharding, partition_spec
 from jaxserve.models.decoder import Decoder, ParamSpec, Path, Weights
-from kernels_pallas.lora_matmul.api import LoraModule, Split
+from kernels_pallas.lora_matmul.api import LoraModule
 
 
 class BankLayout(NamedTuple):
@@ -43,42 +46,59 @@ class BankLayout(NamedTuple):
 
 
 def bank_specs(decoder: Decoder, layout: BankLayout) -> dict[Path, ParamSpec]:
-    """Of a module's `a` [(L,) S, R, I] and `b` [(L,) S, R, O]: split over devices as the weight's own axes are."""
+    """Of a group's `a` [(L,) S, J, I] and each `b` [(L,) S, R, O]: split over devices as the weights' own axes are."""
     specs: dict[Path, ParamSpec] = {}
     weights = adaptable(decoder)
-    for path in layout.paths:
-        base = weights[path]
-        lead = base.shape[:-2]
-        for name, axis in (("a", -1), ("b", -2)):
-            shape = (*lead, layout.num_slots - 1, layout.padded_rank, base.shape[axis])
-            axes = (*base.axes[:-2], None, None, base.axes[axis])
-            specs[*path[:-1], name] = ParamSpec(shape, base.dtype, axes, base.stacked)
+
+    def factor(base: ParamSpec, rank: int, axis: int) -> ParamSpec:
+        shape = (*base.shape[:-2], layout.num_slots - 1, rank, base.shape[axis])
+        return ParamSpec(shape, base.dtype, (*base.axes[:-2], None, None, base.axes[axis]), base.stacked)
+
+    for group, paths in _groups(decoder, layout).items():
+        specs[*group, "a"] = factor(weights[paths[0]], len(paths) * layout.padded_rank, -1)
+        for path in paths:
+            specs[*group, "b", path[-2]] = factor(weights[path], layout.padded_rank, -2)
     return specs
 
 
-def bank_splits(decoder: Decoder, layout: BankLayout, mesh: Mesh) -> dict[Path, Split]:
-    """Which axis of each weight the mesh axis `model` splits, by the module's path."""
-    weights = adaptable(decoder)
-    splits: dict[Path, Split] = {}
-    for path in layout.paths:
-        axes = partition_spec(weights[path].axes[-2:], weights[path].shape[-2:], mesh)
-        splits[path[:-1]] = "outputs" if axes[0] else "inputs" if axes[1] else None
-    return splits
+def bank_splits(decoder: Decoder, layout: BankLayout, mesh: Mesh) -> dict[Path, GroupSplit]:
+    """How each group lies on a mesh."""
+    specs = bank_specs(decoder, layout)
+
+    def split(path: Path) -> bool:
+        return partition_spec(specs[path].axes, specs[path].shape, mesh)[-1] is not None
+
+    return {
+        group: GroupSplit(split((*group, "a")), {path[-2]: split((*group, "b", path[-2])) for path in paths})
+        for group, paths in _groups(decoder, layout).items()
+    }
 
 
 def lora_modules(decoder: Decoder, layout: BankLayout, mesh: Mesh) -> list[LoraModule]:
     """The linear modules that adapters may change, as one device has them."""
     specs = bank_specs(decoder, layout)
-    modules: list[LoraModule] = []
-    for path in layout.paths:
-        if path == EMBEDDING:  # rows of it are looked up
-            continue
-        (inputs, _), (outputs, dtype) = (
-            (named_sharding(spec.axes, spec.shape, mesh).shard_shape(spec.shape)[-1], spec.dtype)
-            for spec in (specs[*path[:-1], name] for name in "ab")
+
+    def size(path: Path) -> int:
+        return named_sharding(specs[path].axes, specs[path].shape, mesh).shard_shape(specs[path].shape)[-1]
+
+    return [
+        LoraModule(
+            size((*group, "a")), size(factor := (*group, "b", path[-2])), layout.padded_rank, specs[factor].dtype
         )
-        modules.append(LoraModule(inputs, outputs, layout.padded_rank, dtype))
-    return modules
+        for group, paths in _groups(decoder, layout).items()
+        for path in paths
+        if path != EMBEDDING  # rows of it are looked up
+    ]
+
+
+def _groups(decoder: Decoder, layout: BankLayout) -> dict[Path, list[Path]]:
+    """Nodes of the bank and the weights of their modules, in the order of their names."""
+    groups: dict[Path, list[Path]] = {}
+    for path in sorted(layout.paths):
+        parent = path[:-2]
+        names = (other for other in decoder.same_inputs(path[:-1]) if (*parent, other, "weight") in layout.paths)
+        groups.setdefault((*parent, "+".join(sorted(names))), []).append(path)
+    return groups
 
 
 def bank_bytes(decoder: Decoder, layout: BankLayout, mesh: Mesh) -> int:
@@ -90,16 +110,19 @@ def bank_bytes(decoder: Decoder, layout: BankLayout, mesh: Mesh) -> int:
 
 
 def slot_leaves(delta: AdapterDelta, specs: Mapping[Path, ParamSpec]) -> dict[Path, np.ndarray]:
-    """An adapter as a slot holds it, on the host: `a` [(L,) R, I] and scale * `b` [(L,) R, O] of each module."""
-    leaves: dict[Path, np.ndarray] = {}
-    for path, spec in specs.items():
-        *lead, _, rank, size = spec.shape
-        leaves[path] = np.zeros((*lead, rank, size), spec.dtype)
-        factor = delta.factors.get((*path[:-1], "weight"))
-        if factor is not None:
-            with np.errstate(over="ignore", invalid="ignore"):  # the caller looks at the values
-                values = factor.a if path[-1] == "a" else np.swapaxes(factor.b, -1, -2) * factor.scale[..., None, None]
-                leaves[path][..., : delta.rank, :] = values
+    """An adapter as a slot holds it, on the host: `a` [(L,) J, I] and scale * each `b` [(L,) R, O] of each group."""
+    leaves = {path: np.zeros((*spec.shape[:-3], *spec.shape[-2:]), spec.dtype) for path, spec in specs.items()}
+    for path, leaf in leaves.items():
+        if path[-1] == "a":
+            continue
+        *group, _, name = path
+        factor = delta.factors.get((*group[:-1], name, "weight"))
+        if factor is None:
+            continue
+        first = leaf.shape[-2] * group[-1].split("+").index(name)
+        with np.errstate(over="ignore", invalid="ignore"):  # the caller looks at the values
+            leaves[*group, "a"][..., first : first + delta.rank, :] = factor.a
+            leaf[..., : delta.rank, :] = np.swapaxes(factor.b, -1, -2) * factor.scale[..., None, None]
     return leaves
 
 

@@ -7,8 +7,8 @@ step sees a plain dict of arrays and merges modules only while it is traced.
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
-from typing import Any, TypeAlias
+from functools import cached_property, reduce
+from typing import Any, ClassVar, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,7 @@ from jaxserve.config import ModelConfig
 from jaxserve.lora.apply import NO_ADAPTERS, Adapters
 from jaxserve.models.layers import Axes, Embedding, Linear, RMSNorm, SwiGLU
 from jaxserve.models.rope import apply_rope, rope_attention_factor, rope_cos_sin, rope_frequencies
-from jaxserve.models.tokenwise import at_once, in_tiles
+from jaxserve.models.tokenwise import AtOnce, InTiles, Tokenwise
 from kernels_pallas.paged_attention.api import AttentionBackend, Cache, Plan
 
 Weights: TypeAlias = dict[str, Any]
@@ -38,6 +38,8 @@ class ParamSpec:
 
 class Attention(nnx.Module):
     """Projections around the attention backend."""
+
+    same_inputs: ClassVar[tuple[str, ...]] = ("q_proj", "k_proj", "v_proj")
 
     def __init__(self, config: ModelConfig, dtype: jnp.dtype) -> None:
         c = config
@@ -103,11 +105,11 @@ class Decoder:
 
     def __init__(self, config: ModelConfig, dtype: jnp.dtype, *, batch_invariant: bool = False) -> None:
         self.config = config
-        self.tokenwise = in_tiles if batch_invariant else at_once
+        self.tokenwise: Tokenwise = InTiles() if batch_invariant else AtOnce()
         self._frequencies = rope_frequencies(config.rope, config.head_dim)
         self._rope_factor = rope_attention_factor(config.rope)
-        abstract = nnx.eval_shape(lambda: _Modules(config, dtype))
-        self._graph, self._state = nnx.split(abstract)
+        self._abstract = nnx.eval_shape(lambda: _Modules(config, dtype))
+        self._graph, self._state = nnx.split(self._abstract)
 
     @cached_property
     def param_specs(self) -> dict[Path, ParamSpec]:
@@ -125,6 +127,12 @@ class Decoder:
         """The tree with `leaf` of each weight."""
         return tree_of((path, leaf(spec)) for path, spec in self.param_specs.items())
 
+    def same_inputs(self, module: Path) -> tuple[str, ...]:
+        """Names of the modules beside `module` that read the same activations, and its own."""
+        parent: Any = reduce(getattr, module[:-1], self._abstract)
+        names: tuple[str, ...] = getattr(parent, "same_inputs", ())
+        return names if module[-1] in names else module[-1:]
+
     def forward(
         self,
         weights: Weights,
@@ -141,19 +149,19 @@ class Decoder:
         x_TD = adapters.embed(modules.embed, token_ids_T)
         cos_TC, sin_TC = rope_cos_sin(positions_T, self._frequencies, self._rope_factor)
 
-        slot_T = adapters.slots_of(token_ids_T.shape[0])
+        slots = self.tokenwise.prepare(adapters.plan, adapters.slots_of(token_ids_T.shape[0]))
 
         def body(carry: tuple[jax.Array, Cache, jax.Array], of_layer: tuple[Weights, Weights]) -> tuple[Any, None]:
             x_TD, cache, layer = carry
             layer_weights, layer_bank = of_layer
 
             def run(part: str, *arrays: jax.Array) -> Any:
-                def run_tokens(slot_T: jax.Array, *arrays: jax.Array) -> Any:
+                def run_tokens(slots: Any, *arrays: jax.Array) -> Any:
                     module = nnx.merge(layer_graph, layer_weights)
-                    adapters.attach(module, layer_bank, slot_T, ("layers",))
+                    adapters.attach(module, layer_bank, slots, ("layers",))
                     return getattr(module, part)(*arrays)
 
-                return self.tokenwise(run_tokens, slot_T, *arrays)
+                return self.tokenwise(run_tokens, *arrays, shared=(slots,))
 
             q_TNH, k_TKH, v_TKH = run("before_attention", x_TD, cos_TC, sin_TC)
             o_TNH, cache = attention.attend(q_TNH, k_TKH, v_TKH, cache, layer, plan)
@@ -169,11 +177,12 @@ class Decoder:
         modules = self._merge(weights)
         head = modules.embed if self.config.tie_word_embeddings else modules.lm_head
 
-        def score(slot_B: jax.Array, x_BD: jax.Array) -> jax.Array:
+        def score(slots: Any, x_BD: jax.Array) -> jax.Array:
             x_BD = modules.norm(x_BD)
-            return adapters.add_to_logits(head.logits(x_BD), x_BD, slot_B)
+            return adapters.add_to_logits(head.logits(x_BD), x_BD, slots)
 
-        return self.tokenwise(score, adapters.slots_of(x_BD.shape[0]), x_BD)
+        slots = self.tokenwise.prepare(adapters.plan, adapters.slots_of(x_BD.shape[0]))
+        return self.tokenwise(score, x_BD, shared=(slots,))
 
     def _merge(self, weights: Weights) -> _Modules:
         return nnx.merge(self._graph, weights)

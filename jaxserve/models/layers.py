@@ -7,7 +7,7 @@ Logical axes: `vocab`, `hidden`, `heads` (query heads x head dim), `kv_heads`, `
 """
 
 from collections.abc import Callable
-from typing import TypeAlias
+from typing import ClassVar, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -71,6 +71,8 @@ class Embedding(nnx.Module):
 
 class SwiGLU(nnx.Module):
     """down(silu(gate(x)) * up(x)) (arXiv:2002.05202)."""
+
+    same_inputs: ClassVar[tuple[str, ...]] = ("gate_proj", "up_proj")
 
     def __init__(self, hidden_size: int, intermediate_size: int, *, bias: bool, dtype: jnp.dtype) -> None:
         self.gate_proj = Linear(hidden_size, intermediate_size, axes=("mlp", "hidden"), bias=bias, dtype=dtype)

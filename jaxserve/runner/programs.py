@@ -17,7 +17,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxserve.lora.apply import Adapters, LoraMaths
+from jaxserve.lora.apply import NO_ADAPTERS, Adapters, LoraMaths
 from jaxserve.lora.bank import BankLayout, bank_specs, bank_splits, write_slot
 from jaxserve.mesh import named_sharding, partition_spec
 from jaxserve.models.decoder import Decoder, ParamSpec, Weights, tree_of
@@ -29,7 +29,7 @@ from jaxserve.runner.state import DeviceState, empty_state, row_state, write_row
 from jaxserve.step import NewRow, SchedulerOutput
 from kernels_pallas.dispatch import Sampler
 from kernels_pallas.lora_matmul.api import LoraMatmul
-from kernels_pallas.lora_matmul.xla import lora_matmul
+from kernels_pallas.lora_matmul.xla import XlaLora
 from kernels_pallas.paged_attention.api import AttentionBackend, Cache
 from kernels_pallas.sampling.api import SampleOutput, SamplingInputs, SamplingState, mask_words
 from kernels_pallas.sampling.summary import Shard
@@ -60,7 +60,7 @@ class StepModel(NamedTuple):
     layout: BatchLayout
     buckets: tuple[Bucket, ...]
     adapters: BankLayout | None = None
-    lora: LoraMatmul = lora_matmul
+    lora: LoraMatmul = XlaLora()
 
 
 class StepPrograms:
@@ -87,8 +87,9 @@ class StepPrograms:
         self._state_sharding = DeviceState(*arrays)
         state = jax.tree.map(lambda sharding: sharding.spec, self._state_sharding)
         options = compiler_options(model.mesh)
-        splits = {} if model.adapters is None else bank_splits(model.decoder, model.adapters, model.mesh)
-        maths = LoraMaths(model.lora, splits)
+        maths = NO_ADAPTERS.maths
+        if (bank := model.adapters) is not None:
+            maths = LoraMaths(model.lora, bank.num_slots - 1, bank_splits(model.decoder, bank, model.mesh))
         self._forward = jax.jit(
             # Over `model` the compiler splits what is in the function.
             self._per_copy(

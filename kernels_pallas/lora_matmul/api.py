@@ -1,21 +1,16 @@
-"""The interface of low-rank updates: what each token's own adapter adds to a linear module (arXiv:2106.09685).
+"""The interface of low-rank updates: what each token's own adapter adds to linear modules (arXiv:2106.09685).
 
-Dimension key: T tokens, S slots (slot s at s - 1), R rank, I inputs, O outputs.
+Modules that read the same activations, such as the projections of queries, keys and values, have their first factors
+one below the other, so that they are multiplied at once.
+
+Dimension key: T tokens, S slots (slot s at s - 1), R rank, I inputs, O outputs, G modules with the same inputs,
+J = G * R.
 """
 
-from collections.abc import Callable
-from typing import Literal, NamedTuple, Protocol, TypeAlias
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
-from jax import lax
-from jax.sharding import Mesh
-from jax.sharding import PartitionSpec as P
-
-from kernels_pallas.shards import over_model
-
-# Which axis of the base weight the mesh axis `model` splits; a factor is split with it (S-LoRA, arXiv:2311.03285).
-Split: TypeAlias = Literal["inputs", "outputs"] | None
 
 
 class LoraModule(NamedTuple):
@@ -34,49 +29,46 @@ class LoraModule(NamedTuple):
 
 
 class LoraMatmul(Protocol):
-    """An implementation."""
+    """An implementation of (x A^T) B with the factors of each token's slot, and 0 for slot 0.
 
-    def __call__(
-        self, x_TI: jax.Array, a_SRI: jax.Array, b_SRO: jax.Array, slot_T: jax.Array, split: Split
-    ) -> jax.Array:
-        """(x A^T) B of each token's slot, and 0 for slot 0.
+    Arrays may be split over the mesh axis `model`: an adapter's factor with that axis of its base weight (S-LoRA,
+    arXiv:2311.03285).
+    """
+
+    def plan(self, slot_T: jax.Array, num_slots: int) -> Any:
+        """What all layers need to know of the tokens' slots.
 
         Args:
-            x_TI: activations.
-            a_SRI: first factors, in x's dtype.
-            b_SRO: second factors, in x's dtype, the scale in them.
             slot_T: i32, in [0, S].
-            split: how the arrays lie on the mesh.
-
-        Returns:
-            [T, O] in x's dtype; sums are in f32, and x A^T is rounded to x's dtype in between.
+            num_slots: S.
         """
         ...
 
+    def shrink(self, x_TI: jax.Array, a_SJI: jax.Array, plan: Any, *, split: bool) -> jax.Array:
+        """Multiply by the first factors: x A^T.
 
-def in_two(
-    shrink: Callable[[jax.Array, jax.Array, jax.Array], jax.Array],
-    expand: Callable[[jax.Array, jax.Array, jax.Array], jax.Array],
-    mesh: Mesh,
-) -> LoraMatmul:
-    """A `LoraMatmul` of two kernels, each on one device's shard.
+        Args:
+            x_TI: activations.
+            a_SJI: first factors, in x's dtype.
+            plan: of the tokens.
+            split: the inputs lie over `model`.
 
-    Args:
-        shrink: (x_TI, a_SRI, slot_T) -> f32[T, R].
-        expand: (h_TR, b_SRO, slot_T) -> [T, O] in h's dtype.
-        mesh: of the devices.
-    """
+        Returns:
+            What `expand` takes, in x's dtype; sums are in f32.
+        """
+        ...
 
-    def matmul(x_TI: jax.Array, a_SRI: jax.Array, b_SRO: jax.Array, slot_T: jax.Array, split: Split) -> jax.Array:
-        def run(x_TI: jax.Array, a_SRI: jax.Array, b_SRO: jax.Array, slot_T: jax.Array) -> jax.Array:
-            h_TR = shrink(x_TI, a_SRI, slot_T)
-            if split == "inputs":
-                h_TR = lax.psum(h_TR, "model")
-            return expand(h_TR.astype(x_TI.dtype), b_SRO, slot_T)
+    def expand(self, h: jax.Array, b_SRO: jax.Array, plan: Any, *, member: int, split: bool) -> jax.Array:
+        """The update of one of the modules.
 
-        inputs = "model" if split == "inputs" else None
-        outputs = "model" if split == "outputs" else None
-        in_specs = (P(None, inputs), P(None, None, inputs), P(None, None, outputs), P())
-        return over_model(run, mesh, in_specs, P(None, outputs))(x_TI, a_SRI, b_SRO, slot_T)
+        Args:
+            h: from `shrink`.
+            b_SRO: second factors, in h's dtype, the scale in them.
+            plan: of the tokens.
+            member: which module, in [0, G).
+            split: the outputs lie over `model`.
 
-    return matmul
+        Returns:
+            [T, O] in h's dtype; sums are in f32.
+        """
+        ...

@@ -4,17 +4,17 @@ Factors are fetched for slots that tokens have, and for no others. A block's pai
 stays in VMEM while each slot's rows are put in.
 
 Dimension key: T tokens, t tokens of a block, S slots (without slot 0), R rank, I inputs, O outputs, i and o blocks of
-them.
+them, J = modules with the same inputs * R.
 """
 
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from kernels_pallas.lora_matmul.api import LoraMatmul, in_two
+from kernels_pallas.lora_matmul.sharded import Kernels, ShardedLora
 from kernels_pallas.lora_matmul.slot_blocks import SlotPairs, slot_pairs
 from kernels_pallas.pallas import pl, pltpu
 
@@ -26,14 +26,26 @@ _BLOCK_COLUMNS = 2048
 _WHOLE_COLUMNS = 8192
 
 
-def make_lora_matmul(mesh: Mesh, interpret: Any = False) -> LoraMatmul:
+class TokenSlots(NamedTuple):
+    """The tokens' slots, by token and by block.
+
+    Attributes:
+        slot_T1: i32.
+        pairs: of blocks and their slots.
+    """
+
+    slot_T1: jax.Array
+    pairs: SlotPairs
+
+
+def make_lora_matmul(mesh: Mesh, interpret: Any = False) -> ShardedLora:
     """The kernels on a mesh.
 
     Args:
         mesh: of the devices.
         interpret: parameters of the TPU interpret mode, or False to compile.
     """
-    return in_two(partial(shrink, interpret=interpret), partial(expand, interpret=interpret), mesh)
+    return ShardedLora(Kernels(plan, partial(shrink, interpret=interpret), partial(expand, interpret=interpret)), mesh)
 
 
 def check_inputs(num_inputs: int) -> None:
@@ -44,30 +56,34 @@ def check_inputs(num_inputs: int) -> None:
         )
 
 
-def shrink(x_TI: jax.Array, a_SRI: jax.Array, slot_T: jax.Array, *, interpret: Any = False) -> jax.Array:
-    """(x A^T) of each token's slot, f32[T, R]; rows of slot 0 hold anything."""
-    (num_tokens, num_inputs), (num_slots, rank, _) = x_TI.shape, a_SRI.shape
+def plan(slot_T: jax.Array, num_slots: int) -> TokenSlots:
+    """Find the slots of each block."""
+    return TokenSlots(slot_T[:, None], slot_pairs(slot_T, num_slots, min(slot_T.shape[0], _BLOCK_TOKENS)))
+
+
+def shrink(x_TI: jax.Array, a_SJI: jax.Array, plan: TokenSlots, *, interpret: Any = False) -> jax.Array:
+    """(x A^T) of each token's slot, f32[T, J]; rows of slot 0 hold anything."""
+    (num_tokens, num_inputs), joint_rank = x_TI.shape, a_SJI.shape[1]
     block_tokens, block_inputs = min(num_tokens, _BLOCK_TOKENS), _block_inputs(num_inputs)
-    pairs = slot_pairs(slot_T, num_slots, block_tokens)
     num_steps = num_inputs // block_inputs
     return pl.pallas_call(
         partial(_shrink_pair, num_steps=num_steps),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=len(SlotPairs._fields),
-            grid=(pairs.num_1[0], num_steps),
+            grid=(plan.pairs.num_1[0], num_steps),
             in_specs=[
                 pl.BlockSpec((block_tokens, 1), lambda u, i, block_U, *_: (block_U[u], 0)),
                 pl.BlockSpec((block_tokens, block_inputs), lambda u, i, block_U, *_: (block_U[u], i)),
-                pl.BlockSpec((1, rank, block_inputs), lambda u, i, block_U, slot_U, _: (slot_U[u], 0, i)),
+                pl.BlockSpec((1, joint_rank, block_inputs), lambda u, i, block_U, slot_U, _: (slot_U[u], 0, i)),
             ],
-            out_specs=pl.BlockSpec((block_tokens, rank), lambda u, i, block_U, *_: (block_U[u], 0)),
-            scratch_shapes=[pltpu.VMEM((block_tokens, rank), jnp.float32)],
+            out_specs=pl.BlockSpec((block_tokens, joint_rank), lambda u, i, block_U, *_: (block_U[u], 0)),
+            scratch_shapes=[pltpu.VMEM((block_tokens, joint_rank), jnp.float32)],
         ),
-        out_shape=jax.ShapeDtypeStruct((num_tokens, rank), jnp.float32),
+        out_shape=jax.ShapeDtypeStruct((num_tokens, joint_rank), jnp.float32),
         compiler_params=pltpu.CompilerParams(dimension_semantics=("arbitrary", "arbitrary")),
         interpret=interpret,
         name="lora_shrink",
-    )(*pairs, slot_T[:, None], x_TI, a_SRI)
+    )(*plan.pairs, plan.slot_T1, x_TI, a_SJI)
 
 
 def _shrink_pair(
@@ -76,9 +92,9 @@ def _shrink_pair(
     num_1: Any,
     slot_t1: Any,
     x_ti: Any,
-    a_1Ri: Any,
-    h_tR: Any,
-    sum_tR: Any,
+    a_1Ji: Any,
+    h_tJ: Any,
+    sum_tJ: Any,
     *,
     num_steps: int,
 ) -> None:
@@ -86,25 +102,27 @@ def _shrink_pair(
 
     @pl.when(step == 0)
     def _start() -> None:
-        sum_tR[...] = jnp.zeros_like(sum_tR)
+        sum_tJ[...] = jnp.zeros_like(sum_tJ)
 
-    sum_tR[...] += _dot(x_ti[...], a_1Ri[0], contract=1)
+    sum_tJ[...] += _dot(x_ti[...], a_1Ji[0], contract=1)
 
     @pl.when(step == num_steps - 1)
     def _put() -> None:
-        h_tR[...] = jnp.where(slot_t1[...] == slot_U[pair] + 1, sum_tR[...], h_tR[...])
+        h_tJ[...] = jnp.where(slot_t1[...] == slot_U[pair] + 1, sum_tJ[...], h_tJ[...])
 
 
-def expand(h_TR: jax.Array, b_SRO: jax.Array, slot_T: jax.Array, *, interpret: Any = False) -> jax.Array:
-    """(h B) of each token's slot, [T, O] in h's dtype, and 0 for slot 0."""
-    (num_tokens, rank), (num_slots, _, num_outputs) = h_TR.shape, b_SRO.shape
+def expand(
+    h_TJ: jax.Array, b_SRO: jax.Array, plan: TokenSlots, member: int = 0, *, interpret: Any = False
+) -> jax.Array:
+    """(h B) of each token's slot, [T, O] in h's dtype, and 0 for slot 0; h is the `member`-th of the modules' in J."""
+    num_tokens, (_, rank, num_outputs) = h_TJ.shape[0], b_SRO.shape
+    h_TR = h_TJ[:, member * rank : (member + 1) * rank]
     block_tokens, block_outputs = min(num_tokens, _BLOCK_TOKENS), min(num_outputs, _BLOCK_COLUMNS)
-    pairs = slot_pairs(slot_T, num_slots, block_tokens)
     out_TO = pl.pallas_call(
         _expand_pair,
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=len(SlotPairs._fields),
-            grid=(pl.cdiv(num_outputs, block_outputs), pairs.num_1[0]),
+            grid=(pl.cdiv(num_outputs, block_outputs), plan.pairs.num_1[0]),
             in_specs=[
                 pl.BlockSpec((block_tokens, 1), lambda o, u, block_U, *_: (block_U[u], 0)),
                 pl.BlockSpec((block_tokens, rank), lambda o, u, block_U, *_: (block_U[u], 0)),
@@ -116,9 +134,9 @@ def expand(h_TR: jax.Array, b_SRO: jax.Array, slot_T: jax.Array, *, interpret: A
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
         interpret=interpret,
         name="lora_expand",
-    )(*pairs, slot_T[:, None], h_TR, b_SRO)
+    )(*plan.pairs, plan.slot_T1, h_TR, b_SRO)
     # Rows without an adapter were not written.
-    return jnp.where(slot_T[:, None] > 0, out_TO, jnp.zeros_like(out_TO))
+    return jnp.where(plan.slot_T1 > 0, out_TO, jnp.zeros_like(out_TO))
 
 
 def _expand_pair(_: Any, slot_U: Any, __: Any, slot_t1: Any, h_tR: Any, b_1Ro: Any, out_to: Any) -> None:

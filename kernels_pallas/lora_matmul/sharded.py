@@ -1,0 +1,64 @@
+"""Low-rank updates by kernels that each work on one device's shard.
+
+Dimension key: T tokens, S slots, R rank, I inputs, O outputs, J = modules with the same inputs * R.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+from jax import lax
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+
+from kernels_pallas.shards import over_model
+
+
+class Kernels(NamedTuple):
+    """What one device does.
+
+    Attributes:
+        plan: (slot_T, num_slots) -> a tree of arrays.
+        shrink: (x_TI, a_SJI, plan) -> f32[T, J].
+        expand: (h_TJ, b_SRO, plan, member) -> [T, O] in h's dtype.
+    """
+
+    plan: Callable[[jax.Array, int], Any]
+    shrink: Callable[[jax.Array, jax.Array, Any], jax.Array]
+    expand: Callable[[jax.Array, jax.Array, Any, int], jax.Array]
+
+
+class ShardedLora:
+    """A `LoraMatmul`.
+
+    Args:
+        kernels: of a device.
+        mesh: of the devices.
+    """
+
+    def __init__(self, kernels: Kernels, mesh: Mesh) -> None:
+        self._kernels = kernels
+        self._mesh = mesh
+
+    def plan(self, slot_T: jax.Array, num_slots: int) -> Any:
+        """See `LoraMatmul`."""
+        return self._kernels.plan(slot_T, num_slots)
+
+    def shrink(self, x_TI: jax.Array, a_SJI: jax.Array, plan: Any, *, split: bool) -> jax.Array:
+        """See `LoraMatmul`; [T, J]."""
+        axis = "model" if split else None
+
+        def run(x_TI: jax.Array, a_SJI: jax.Array, plan: Any) -> jax.Array:
+            h_TJ = self._kernels.shrink(x_TI, a_SJI, plan)
+            return (lax.psum(h_TJ, axis) if axis else h_TJ).astype(x_TI.dtype)
+
+        return over_model(run, self._mesh, (P(None, axis), P(None, None, axis), P()), P())(x_TI, a_SJI, plan)
+
+    def expand(self, h: jax.Array, b_SRO: jax.Array, plan: Any, *, member: int, split: bool) -> jax.Array:
+        """See `LoraMatmul`."""
+        axis = "model" if split else None
+
+        def run(h_TJ: jax.Array, b_SRO: jax.Array, plan: Any) -> jax.Array:
+            return self._kernels.expand(h_TJ, b_SRO, plan, member)
+
+        return over_model(run, self._mesh, (P(), P(None, None, axis), P()), P(None, axis))(h, b_SRO, plan)
