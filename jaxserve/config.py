@@ -15,6 +15,8 @@ KvCacheDtype = Literal["auto", "bf16", "bfloat16", "fp8_e4m3"]
 SchedulePolicy = Literal["fcfs", "lpm", "priority"]
 LoraEvictionPolicy = Literal["lru", "fifo"]
 
+Activation = Literal["silu", "gelu_tanh"]
+
 _MAX_ADAPTER_NAME = 256
 
 
@@ -50,13 +52,31 @@ class RopeConfig(_Config, frozen=True):
     frequency_divisors: tuple[float, ...] | None = None
 
 
+class LayerConfig(_Config, frozen=True):
+    """What layers of one model may differ in.
+
+    Attributes:
+        window: keys a query can see counting itself, or None for all.
+        rope: which of the model's rotary embeddings turns queries and keys; None for no positions.
+    """
+
+    window: int | None = None
+    rope: Literal["global", "local"] | None = "global"
+
+
 class ModelConfig(_Config, frozen=True):
     """A decoder-only transformer's shape, from the checkpoint's `config.json`.
 
     Attributes:
         architecture: Hugging Face class name; a key of `jaxserve.models.registry`.
+        layers: of the model, in order.
         max_position: context the weights are good for, in tokens.
-        sliding_window: keys a query can see counting itself, or None for all.
+        local_rope: of the layers that say so.
+        embedding_scale: multiplies rows of the embedding.
+        attention_scale: multiplies scores; None for 1 / sqrt(head_dim).
+        activation: of the MLP.
+        qk_norm: how queries and keys are normalised: each head, or the whole projection.
+        norm_offset: added to the norms' weights.
         dtype: dtype the checkpoint declares.
         eos_token_ids: the model's own end tokens.
     """
@@ -65,21 +85,35 @@ class ModelConfig(_Config, frozen=True):
     vocab_size: int
     hidden_size: int
     intermediate_size: int
-    num_layers: int
+    layers: tuple[LayerConfig, ...]
     num_q_heads: int
     num_kv_heads: int
     head_dim: int
     max_position: int
     rms_norm_eps: float = 1e-6
     rope: RopeConfig = RopeConfig()
+    local_rope: RopeConfig | None = None
+    embedding_scale: float = 1.0
+    attention_scale: float | None = None
+    activation: Activation = "silu"
     tie_word_embeddings: bool = False
     attention_bias: bool = False
     attention_out_bias: bool = False
     mlp_bias: bool = False
-    qk_norm: bool = False
-    sliding_window: int | None = None
+    qk_norm: Literal["head", "projection"] | None = None
+    norm_offset: float = 0.0
     dtype: Dtype = "float32"
     eos_token_ids: tuple[int, ...] = ()
+
+    @property
+    def num_layers(self) -> int:
+        """How many there are."""
+        return len(self.layers)
+
+    @property
+    def windows(self) -> tuple[int | None, ...]:
+        """Those of the layers, each once."""
+        return tuple(dict.fromkeys(layer.window for layer in self.layers))
 
     def __post_init__(self) -> None:
         for name in (

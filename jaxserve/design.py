@@ -207,8 +207,8 @@ def _attention(config: EngineConfig, design: ModelDesign, page_size: int, num_pa
         page_size=page_size,
         num_pages=num_pages,
         dtype=design.kv_dtype,
-        scale=model.head_dim**-0.5,
-        window=model.sliding_window,
+        scale=model.attention_scale or model.head_dim**-0.5,
+        window=model.windows[0],
         batch_invariant=config.deterministic,
     )
     try:

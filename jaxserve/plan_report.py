@@ -183,7 +183,8 @@ def bound(model: ModelConfig, device: DeviceSpec, load: Load) -> Bounds | None:
     if not device.bytes_per_s:
         return None
     flops = device.flops * load.tp_size
-    seen = min(load.context, model.sliding_window or load.context)
+    # On average over the layers.
+    seen = sum(min(load.context, layer.window or load.context) for layer in model.layers) / model.num_layers
     attention_flops = 4 * model.num_layers * model.num_q_heads * model.head_dim
 
     def step_s(rows: int) -> float:

@@ -47,6 +47,27 @@ MODELS = {
     "llama_yarn": {"model_type": "llama", "rope_parameters": YARN},
     "qwen2": {"model_type": "qwen2", "tie_word_embeddings": True},
     "qwen3": {"model_type": "qwen3", "head_dim": 16},
+    "qwen2_windows": {
+        "model_type": "qwen2",
+        "num_hidden_layers": 3,
+        "use_sliding_window": True,
+        "sliding_window": 12,
+        "max_window_layers": 1,
+    },
+    "gemma3": {
+        "model_type": "gemma3_text",
+        "num_hidden_layers": 5,
+        "head_dim": 16,
+        "query_pre_attn_scalar": 12,
+        "sliding_window": 10,
+        "layer_types": ["sliding_attention", "full_attention"] * 2 + ["sliding_attention"],
+        "rope_parameters": {
+            "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1000.0},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+        },
+    },
+    "olmo2": {"model_type": "olmo2"},
+    "smollm3": {"model_type": "smollm3", "num_hidden_layers": 4, "no_rope_layer_interval": 2, "pad_token_id": 0},
     "mistral": {"model_type": "mistral", "head_dim": 8, "sliding_window": 12},
 }
 # One of them in several files, with an index.
@@ -57,7 +78,7 @@ def make(name: str) -> None:
     """Build one checkpoint with random weights and run it."""
     torch.manual_seed(sum(name.encode()))
     settings = dict(MODELS[name])
-    config = AutoConfig.for_model(settings.pop("model_type"), **SIZES, **settings)
+    config = AutoConfig.for_model(settings.pop("model_type"), **(SIZES | settings))
     config._attn_implementation = "eager"  # noqa: SLF001
     model = AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():

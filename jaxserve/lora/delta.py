@@ -59,7 +59,7 @@ class _Target(NamedTuple):
     """Where a module's factors belong."""
 
     path: Path
-    layer: int | None
+    place: int | None
 
 
 def make_delta(
@@ -88,7 +88,7 @@ def make_delta(
             problems.append(f"{module}: the model has no such module, or it is not linear")
             continue
         spec = specs[target.path]
-        head_rows, times = kv_head_rows(target.path, checkpoint, copies)
+        head_rows, times = kv_head_rows(spec, checkpoint, copies)
         b_OR = repeat_heads(tensors.b_OR, 0, head_rows, times) if times > 1 else tensors.b_OR
         shape = spec.shape[-2:]
         if (b_OR.shape[0], tensors.a_RI.shape[1]) != shape:
@@ -120,8 +120,8 @@ def _targets(decoder: Decoder, specs: Mapping[Path, ParamSpec], names: Mapping[P
         module = module_name(path, names)
         if not spec.stacked:
             targets[module] = _Target(path, None)
-        for layer in range(decoder.config.num_layers if spec.stacked else 0):
-            targets[module.format(layer=layer)] = _Target(path, layer)
+        for place, layer in enumerate(spec.layers):
+            targets[module.format(layer=layer)] = _Target(path, place)
     return targets
 
 
@@ -131,7 +131,7 @@ def _put(factors: dict[Path, LowRank], target: _Target, spec: ParamSpec, tensors
         zeros = [np.zeros((*lead, *shape), np.float32) for shape in ((rank, inputs), (outputs, rank), ())]
         factors[target.path] = LowRank(*zeros)
     factor, own = factors[target.path], tensors.a_RI.shape[0]
-    at = () if target.layer is None else (target.layer,)
+    at = () if target.place is None else (target.place,)
     factor.a[(*at, slice(own))] = tensors.a_RI
     factor.b[(*at, slice(None), slice(own))] = tensors.b_OR
     factor.scale[at] = tensors.scale

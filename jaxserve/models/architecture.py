@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 
 from jaxserve.config import ModelConfig
-from jaxserve.models.decoder import Decoder, Path
+from jaxserve.models.decoder import BuildLayer, Decoder, DecoderLayer, Path
 
 
 class BuildModel(NamedTuple):
@@ -31,6 +31,6 @@ class Architecture(NamedTuple):
     build: Callable[[BuildModel], Decoder]
 
 
-def build_decoder(args: BuildModel) -> Decoder:
-    """Build the dense decoder."""
-    return Decoder(args.config, args.dtype, batch_invariant=args.batch_invariant)
+def build_decoder(args: BuildModel, *, build_layer: BuildLayer = DecoderLayer) -> Decoder:
+    """Build a decoder of these layers."""
+    return Decoder(args.config, args.dtype, build_layer=build_layer, batch_invariant=args.batch_invariant)

@@ -1,4 +1,4 @@
-"""The dense decoder-only transformer: RMSNorm, rotary grouped-query attention, SwiGLU.
+"""The dense decoder-only transformer: RMSNorm, rotary grouped-query attention, gated MLP.
 
 The NNX modules build and name one layer; the weights of all layers are stacked along a leading axis and the
 layers are scanned, so a step's program holds the layer once. Nothing of NNX passes through the hot `jit`: the
@@ -7,20 +7,21 @@ step sees a plain dict of arrays and merges modules only while it is traced.
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from functools import cached_property, reduce
-from typing import Any, ClassVar, TypeAlias
+from functools import cached_property, partial, reduce
+from typing import Any, ClassVar, NamedTuple, Protocol, TypeAlias
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
-from jaxserve.config import ModelConfig
+from jaxserve.config import LayerConfig, ModelConfig
 from jaxserve.lora.apply import NO_ADAPTERS, Adapters
-from jaxserve.models.layers import Axes, Embedding, Linear, RMSNorm, SwiGLU
-from jaxserve.models.rope import apply_rope, rope_attention_factor, rope_cos_sin, rope_frequencies
+from jaxserve.models.layer_groups import LayerGroup, group_layers
+from jaxserve.models.layers import Axes, Embedding, GatedMLP, Linear, RMSNorm
+from jaxserve.models.rope import apply_rope, rope_cos_sin
 from jaxserve.models.tokenwise import AtOnce, InTiles, Tokenwise
-from kernels_pallas.paged_attention.api import AttentionBackend, Cache, Plan
+from kernels_pallas.paged_attention.api import AttentionBackend, AttentionMeta, Cache, Plan
 
 Weights: TypeAlias = dict[str, Any]
 Path: TypeAlias = tuple[str, ...]
@@ -28,12 +29,24 @@ Path: TypeAlias = tuple[str, ...]
 
 @dataclass(frozen=True)
 class ParamSpec:
-    """Shape, dtype and logical axes of one weight; `stacked` weights have all layers along axis 0."""
+    """One weight of the tree.
+
+    Attributes:
+        shape: with the layers that have such a weight along axis 0.
+        dtype: of its values.
+        axes: logical ones.
+        layers: their numbers, in order; empty for what no layer has.
+    """
 
     shape: tuple[int, ...]
     dtype: jnp.dtype
     axes: Axes
-    stacked: bool
+    layers: tuple[int, ...] = ()
+
+    @property
+    def stacked(self) -> bool:
+        """Whether axis 0 is layers."""
+        return bool(self.layers)
 
 
 class Attention(nnx.Module):
@@ -48,35 +61,58 @@ class Attention(nnx.Module):
         self.k_proj = Linear(c.hidden_size, kv_size, axes=("kv_heads", "hidden"), bias=c.attention_bias, dtype=dtype)
         self.v_proj = Linear(c.hidden_size, kv_size, axes=("kv_heads", "hidden"), bias=c.attention_bias, dtype=dtype)
         self.o_proj = Linear(q_size, c.hidden_size, axes=("hidden", "heads"), bias=c.attention_out_bias, dtype=dtype)
-        self.q_norm = RMSNorm(c.head_dim, eps=c.rms_norm_eps, dtype=dtype) if c.qk_norm else None
-        self.k_norm = RMSNorm(c.head_dim, eps=c.rms_norm_eps, dtype=dtype) if c.qk_norm else None
+        self.q_norm = self._norm(c, "heads", c.num_q_heads, dtype)
+        self.k_norm = self._norm(c, "kv_heads", c.num_kv_heads, dtype)
+        self._qk_norm = c.qk_norm
         self._head_dim = c.head_dim
 
-    def project(self, x_TD: jax.Array, cos_TC: jax.Array, sin_TC: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Rotated queries and keys, and values: [T, N, H], [T, K, H], [T, K, H]."""
+    def _norm(self, config: ModelConfig, axis: str, num_heads: int, dtype: jnp.dtype) -> Any:
+        """Of queries or keys, if they have one; whole projections are split as their heads are."""
+        c = config
+        if c.qk_norm is None:
+            return None
+        size, axes = (c.head_dim, (None,)) if c.qk_norm == "head" else (num_heads * c.head_dim, (axis,))
+        return RMSNorm(size, eps=c.rms_norm_eps, dtype=dtype, offset=c.norm_offset, axes=axes)
+
+    def project(self, x_TD: jax.Array, *rope_TC: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Rotated queries and keys, and values: [T, N, H], [T, K, H], [T, K, H]; without `rope_TC`, not rotated."""
         heads = (x_TD.shape[0], -1, self._head_dim)
-        q_TNH, k_TKH = self.q_proj(x_TD).reshape(heads), self.k_proj(x_TD).reshape(heads)
-        v_TKH = self.v_proj(x_TD).reshape(heads)
-        if self.q_norm is not None and self.k_norm is not None:
+        q_TM, k_TM, v_TKH = self.q_proj(x_TD), self.k_proj(x_TD), self.v_proj(x_TD).reshape(heads)
+        if self._qk_norm == "projection":
+            q_TM, k_TM = self.q_norm(q_TM), self.k_norm(k_TM)
+        q_TNH, k_TKH = q_TM.reshape(heads), k_TM.reshape(heads)
+        if self._qk_norm == "head":
             q_TNH, k_TKH = self.q_norm(q_TNH), self.k_norm(k_TKH)
-        return apply_rope(q_TNH, cos_TC, sin_TC), apply_rope(k_TKH, cos_TC, sin_TC), v_TKH
+        if rope_TC:
+            q_TNH, k_TKH = apply_rope(q_TNH, *rope_TC), apply_rope(k_TKH, *rope_TC)
+        return q_TNH, k_TKH, v_TKH
+
+
+def hidden_norm(config: ModelConfig, dtype: jnp.dtype) -> RMSNorm:
+    """A norm of the residual stream or of what is added to it."""
+    return RMSNorm(config.hidden_size, eps=config.rms_norm_eps, dtype=dtype, offset=config.norm_offset)
+
+
+def gated_mlp(config: ModelConfig, dtype: jnp.dtype) -> GatedMLP:
+    """The MLP of a dense layer."""
+    c = config
+    return GatedMLP(c.hidden_size, c.intermediate_size, bias=c.mlp_bias, dtype=dtype, activation=c.activation)
 
 
 class DecoderLayer(nnx.Module):
     """x + attention(norm(x)), then x + mlp(norm(x)); cut where the attention backend comes in."""
 
-    def __init__(self, config: ModelConfig, dtype: jnp.dtype) -> None:
+    def __init__(self, config: ModelConfig, layer: LayerConfig, dtype: jnp.dtype) -> None:
+        del layer  # its window and its rope are the decoder's matter
         c = config
-        self.input_norm = RMSNorm(c.hidden_size, eps=c.rms_norm_eps, dtype=dtype)
+        self.input_norm = hidden_norm(c, dtype)
         self.attention = Attention(c, dtype)
-        self.post_attention_norm = RMSNorm(c.hidden_size, eps=c.rms_norm_eps, dtype=dtype)
-        self.mlp = SwiGLU(c.hidden_size, c.intermediate_size, bias=c.mlp_bias, dtype=dtype)
+        self.post_attention_norm = hidden_norm(c, dtype)
+        self.mlp = GatedMLP(c.hidden_size, c.intermediate_size, bias=c.mlp_bias, dtype=dtype, activation=c.activation)
 
-    def before_attention(
-        self, x_TD: jax.Array, cos_TC: jax.Array, sin_TC: jax.Array
-    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def before_attention(self, x_TD: jax.Array, *rope_TC: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Queries, keys and values of normalised activations."""
-        return self.attention.project(self.input_norm(x_TD), cos_TC, sin_TC)
+        return self.attention.project(self.input_norm(x_TD), *rope_TC)
 
     def after_attention(self, x_TD: jax.Array, o_TNH: jax.Array) -> jax.Array:
         """Output projection and MLP with their residuals."""
@@ -84,11 +120,25 @@ class DecoderLayer(nnx.Module):
         return x_TD + self.mlp(self.post_attention_norm(x_TD))
 
 
+class Layer(Protocol):
+    """A layer's module, cut where the attention backend comes in. Its children are stacked over the layers."""
+
+    def before_attention(self, x_TD: jax.Array, *rope_TC: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Queries [T, N, H], keys and values [T, K, H]; `rope_TC` is cos and sin where the layer has positions."""
+        ...
+
+    def after_attention(self, x_TD: jax.Array, o_TNH: jax.Array) -> jax.Array:
+        """The layer's result, from its input and what attention gave."""
+        ...
+
+
+BuildLayer: TypeAlias = Callable[[ModelConfig, LayerConfig, jnp.dtype], Layer]
+
+
 class _Modules(nnx.Module):
     def __init__(self, config: ModelConfig, dtype: jnp.dtype) -> None:
         self.embed = Embedding(config.vocab_size, config.hidden_size, dtype=dtype)
-        self.layers = DecoderLayer(config, dtype)
-        self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps, dtype=dtype)
+        self.norm = hidden_norm(config, dtype)
         if not config.tie_word_embeddings:
             self.lm_head = Embedding(config.vocab_size, config.hidden_size, dtype=dtype)
 
@@ -99,28 +149,49 @@ class Decoder:
     Args:
         config: shape of the model.
         dtype: of weights and activations.
+        build_layer: a layer's module.
         batch_invariant: run token-wise maths in fixed tiles, so that a token's result does not depend on how
             many others share its step.
     """
 
-    def __init__(self, config: ModelConfig, dtype: jnp.dtype, *, batch_invariant: bool = False) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        dtype: jnp.dtype,
+        *,
+        build_layer: BuildLayer = DecoderLayer,
+        batch_invariant: bool = False,
+    ) -> None:
         self.config = config
         self.tokenwise: Tokenwise = InTiles() if batch_invariant else AtOnce()
-        self._frequencies = rope_frequencies(config.rope, config.head_dim)
-        self._rope_factor = rope_attention_factor(config.rope)
-        self._abstract = nnx.eval_shape(lambda: _Modules(config, dtype))
-        self._graph, self._state = nnx.split(self._abstract)
+        self._abstract: Any = nnx.eval_shape(lambda: _Modules(config, dtype))
+        self._kinds: dict[LayerConfig, Any] = {
+            kind: nnx.eval_shape(partial(build_layer, config, kind, dtype)) for kind in dict.fromkeys(config.layers)
+        }
+        # By the name of a layer's child, the layers that have it.
+        self._layers: dict[str, tuple[int, ...]] = {
+            name: tuple(index for index, kind in enumerate(config.layers) if hasattr(self._kinds[kind], name))
+            for module in self._kinds.values()
+            for name in _children(module)
+        }
 
     @cached_property
     def param_specs(self) -> dict[Path, ParamSpec]:
         """Every weight of the tree by its path."""
         specs: dict[Path, ParamSpec] = {}
-        for path, variable in nnx.to_flat_state(self._state):
-            stacked = path[0] == "layers"
-            lead = (self.config.num_layers,) if stacked else ()
-            axes: Axes = (*("layers",) * stacked, *variable.get_metadata()["logical_axes"])
-            value = variable.get_value()
-            specs[tuple(str(part) for part in path)] = ParamSpec((*lead, *value.shape), value.dtype, axes, stacked)
+
+        def add(module: Any, prefix: Path) -> None:
+            for path, variable in nnx.to_flat_state(nnx.state(module)):
+                layers = self._layers[str(path[0])] if prefix else ()
+                lead = (len(layers),) * bool(layers)
+                axes: Axes = (*("layers",) * bool(layers), *variable.get_metadata()["logical_axes"])
+                value = variable.get_value()
+                spec = ParamSpec((*lead, *value.shape), value.dtype, axes, layers)
+                specs[*prefix, *(str(part) for part in path)] = spec
+
+        add(self._abstract, ())
+        for module in self._kinds.values():
+            add(module, ("layers",))
         return specs
 
     def weight_tree(self, leaf: Callable[[ParamSpec], Any]) -> Weights:
@@ -129,7 +200,10 @@ class Decoder:
 
     def same_inputs(self, module: Path) -> tuple[str, ...]:
         """Names of the modules beside `module` that read the same activations, and its own."""
-        parent: Any = reduce(getattr, module[:-1], self._abstract)
+        parent: Any = self._abstract
+        if module[0] == "layers":
+            parent = self._kinds[self.config.layers[self._layers[module[1]][0]]]
+        parent = reduce(getattr, module[module[0] == "layers" : -1], parent)
         names: tuple[str, ...] = getattr(parent, "same_inputs", ())
         return names if module[-1] in names else module[-1:]
 
@@ -139,38 +213,72 @@ class Decoder:
         cache: Cache,
         token_ids_T: jax.Array,
         positions_T: jax.Array,
-        plan: Plan,
+        meta: AttentionMeta,
         attention: AttentionBackend,
         adapters: Adapters = NO_ADAPTERS,
     ) -> tuple[jax.Array, Cache]:
-        """Run the layers over packed tokens. Returns normalised activations [T, D] and the cache."""
-        modules = self._merge(weights)
-        layer_graph, _ = nnx.split(modules.layers)
-        x_TD = adapters.embed(modules.embed, token_ids_T)
-        cos_TC, sin_TC = rope_cos_sin(positions_T, self._frequencies, self._rope_factor)
-
-        slots = self.tokenwise.prepare(adapters.plan, adapters.slots_of(token_ids_T.shape[0]))
-
-        def body(carry: tuple[jax.Array, Cache, jax.Array], of_layer: tuple[Weights, Weights]) -> tuple[Any, None]:
-            x_TD, cache, layer = carry
-            layer_weights, layer_bank = of_layer
-
-            def run(part: str, *arrays: jax.Array) -> Any:
-                def run_tokens(slots: Any, *arrays: jax.Array) -> Any:
-                    module = nnx.merge(layer_graph, layer_weights)
-                    adapters.attach(module, layer_bank, slots, ("layers",))
-                    return getattr(module, part)(*arrays)
-
-                return self.tokenwise(run_tokens, *arrays, shared=(slots,))
-
-            q_TNH, k_TKH, v_TKH = run("before_attention", x_TD, cos_TC, sin_TC)
-            o_TNH, cache = attention.attend(q_TNH, k_TKH, v_TKH, cache, layer, plan)
-            x_TD = run("after_attention", x_TD, o_TNH)
-            return (x_TD, cache, layer + 1), None
-
-        layers = weights["layers"], adapters.bank.get("layers", {})
-        (x_TD, cache, _), _ = lax.scan(body, (x_TD, cache, jnp.int32(0)), layers)
+        """Run the layers over packed tokens. Returns activations [T, D] before the last norm, and the cache."""
+        x_TD = adapters.embed(self._merge(weights).embed, token_ids_T)
+        if self.config.embedding_scale != 1:
+            # The scale is rounded to the dtype, as the models were trained with it.
+            x_TD = x_TD * jnp.asarray(self.config.embedding_scale, x_TD.dtype)
+        backends = {window: attention.with_window(window) for window in self.config.windows}
+        ropes = {"global": self.config.rope, "local": self.config.local_rope}
+        step = _Step(
+            weights=weights["layers"],
+            bank=adapters.bank.get("layers", {}),
+            adapters=adapters,
+            slots=self.tokenwise.prepare(adapters.plan, adapters.slots_of(token_ids_T.shape[0])),
+            ropes={
+                name: rope_cos_sin(positions_T, rope, self.config.head_dim)
+                for name, rope in ropes.items()
+                if rope is not None
+            },
+            attention={window: (backend, backend.plan(meta)) for window, backend in backends.items()},
+        )
+        for group in group_layers(self.config.layers):
+            body = partial(self._run_group, step, group)
+            (x_TD, cache), _ = lax.scan(body, (x_TD, cache), jnp.arange(group.repeats, dtype=jnp.int32))
         return x_TD, cache
+
+    def _run_group(
+        self, step: "_Step", group: LayerGroup[LayerConfig], carry: tuple[jax.Array, Cache], turn: jax.Array
+    ) -> tuple[tuple[jax.Array, Cache], None]:
+        """Run the group's layers the `turn`-th time."""
+        for offset in range(len(group.kinds)):
+            carry = self._run_layer(step, _LayerAt(group, offset, turn), *carry)
+        return carry, None
+
+    def _run_layer(self, step: "_Step", layer: "_LayerAt", x_TD: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
+        graph, _ = nnx.split(self._kinds[layer.kind])
+        weights, bank = self._of_layer(step.weights, layer), self._of_layer(step.bank, layer)
+
+        def run(part: str, *arrays: jax.Array) -> Any:
+            def run_tokens(slots: Any, *arrays: jax.Array) -> Any:
+                module = nnx.merge(graph, weights)
+                step.adapters.attach(module, bank, slots, ("layers",))
+                return getattr(module, part)(*arrays)
+
+            return self.tokenwise(run_tokens, *arrays, shared=(step.slots,))
+
+        rope_TC = () if layer.kind.rope is None else step.ropes[layer.kind.rope]
+        backend, plan = step.attention[layer.kind.window]
+        q_TNH, k_TKH, v_TKH = run("before_attention", x_TD, *rope_TC)
+        o_TNH, cache = backend.attend(q_TNH, k_TKH, v_TKH, cache, layer.number, plan)
+        return run("after_attention", x_TD, o_TNH), cache
+
+    def _of_layer(self, stacked: Mapping[str, Any], layer: "_LayerAt") -> Weights:
+        """A layer's own part of trees that are stacked over the layers that have them."""
+        group, own = layer.group, {}
+        for name, tree in stacked.items():
+            if not hasattr(self._kinds[layer.kind], name):
+                continue
+            # Its place among those that have it, and how many of them are repeated together.
+            first = self._layers[name].index(group.first + layer.offset)
+            stride = sum(hasattr(self._kinds[kind], name) for kind in group.kinds)
+            place = first + layer.turn * stride
+            own[name] = jax.tree.map(partial(lax.dynamic_index_in_dim, index=place, keepdims=False), tree)
+        return own
 
     def logits(self, weights: Weights, x_BD: jax.Array, adapters: Adapters = NO_ADAPTERS) -> jax.Array:
         """Scores over the vocabulary of the given activations, f32[B, V]; slots are of the B rows."""
@@ -185,7 +293,48 @@ class Decoder:
         return self.tokenwise(score, x_BD, shared=(slots,))
 
     def _merge(self, weights: Weights) -> _Modules:
-        return nnx.merge(self._graph, weights)
+        graph, _ = nnx.split(self._abstract)
+        return nnx.merge(graph, {name: part for name, part in weights.items() if name != "layers"})
+
+
+class _Step(NamedTuple):
+    """What the layers of a step share.
+
+    Attributes:
+        weights, bank: stacked over the layers that have them.
+        adapters: of the tokens.
+        slots: what the tokens' slots decide.
+        ropes: cos and sin by name, f32[T, H/2].
+        attention: backend and plan by window.
+    """
+
+    weights: Weights
+    bank: Mapping[str, Any]
+    adapters: Adapters
+    slots: Any
+    ropes: Mapping[str, tuple[jax.Array, jax.Array]]
+    attention: Mapping[int | None, tuple[AttentionBackend, Plan]]
+
+
+class _LayerAt(NamedTuple):
+    """A layer of a group, the `turn`-th time that the group is run."""
+
+    group: LayerGroup[LayerConfig]
+    offset: int
+    turn: jax.Array
+
+    @property
+    def kind(self) -> LayerConfig:
+        return self.group.kinds[self.offset]
+
+    @property
+    def number(self) -> jax.Array:
+        return self.group.first + self.offset + self.turn * len(self.group.kinds)
+
+
+def _children(module: nnx.Module) -> list[str]:
+    """Names of a layer's modules."""
+    return list(dict.fromkeys(str(path[0]) for path, _ in nnx.to_flat_state(nnx.state(module))))
 
 
 def tree_of(leaves: Iterable[tuple[Path, Any]]) -> Weights:

@@ -2,17 +2,25 @@
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
-from jaxserve.config import Dtype, ModelConfig, RopeConfig
+from jaxserve.config import Activation, Dtype, LayerConfig, ModelConfig, RopeConfig
 from jaxserve.errors import LaunchError
 
 _ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 _DTYPES: dict[str, Dtype] = {"float32": "float32", "bfloat16": "bfloat16", "float16": "float16"}
+_MAX_LAYERS = 1024
+_ACTIVATIONS: dict[str, Activation] = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
+_REFUSED_CAPS = ("attn_logit_softcapping", "final_logit_softcapping", "use_bidirectional_attention")
 _REFUSED_KEYS = ("auto_map", "trust_remote_code", "_attn_implementation_internal")
 
 
-def _rope_from_hf(config: Mapping[str, Any], max_position: int) -> RopeConfig:
+def read_rope(config: Mapping[str, Any], max_position: int) -> RopeConfig:
+    """Read what a `config.json` says of rotary embeddings.
+
+    Raises:
+        LaunchError: it asks for a kind that is not supported.
+    """
     # transformers 5 writes `rope_parameters`; older files have `rope_theta` beside `rope_scaling`.
     scaling: dict[str, Any] = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
     kind = scaling.get("rope_type", scaling.get("type", "default"))
@@ -49,18 +57,19 @@ def _mscale(factor: float, mscale: float) -> float:
     return 1.0 if factor <= 1 or not mscale else 0.1 * mscale * math.log(factor) + 1.0
 
 
-def _sliding_window(config: Mapping[str, Any], num_layers: int) -> int | None:
+def _read_layers(config: Mapping[str, Any], num_layers: int) -> tuple[LayerConfig, ...]:
     window = config.get("sliding_window")
     if not window or config.get("use_sliding_window") is False:
-        return None
-    kinds = set(config.get("layer_types") or ["sliding_attention"])
-    if "layer_types" not in config and config.get("max_window_layers", 0) not in (0, None):
-        kinds = {"full_attention"} if config["max_window_layers"] >= num_layers else {"full", "sliding"}
-    if kinds == {"full_attention"}:
-        return None
-    if len(kinds) > 1:
-        raise LaunchError("config.json: layers that mix window and full attention are not supported yet")
-    return int(window)
+        return (LayerConfig(),) * num_layers
+    kinds = config.get("layer_types")
+    if kinds is None:
+        first = int(config.get("max_window_layers") or 0)
+        kinds = ["full_attention"] * min(first, num_layers) + ["sliding_attention"] * (num_layers - first)
+    if len(kinds) != num_layers:
+        raise LaunchError(f"config.json: {len(kinds)} layer_types for {num_layers} layers")
+    if unknown := sorted(set(kinds) - {"full_attention", "sliding_attention"}):
+        raise LaunchError(f"config.json: layers of {unknown[0]} are not supported")
+    return tuple(LayerConfig(window=int(window) if kind == "sliding_attention" else None) for kind in kinds)
 
 
 def read_dense_config(
@@ -68,7 +77,7 @@ def read_dense_config(
     *,
     attention_bias: bool | None = None,
     attention_out_bias: bool | None = None,
-    qk_norm: bool = False,
+    qk_norm: Literal["head", "projection"] | None = None,
 ) -> ModelConfig:
     """Read a Hugging Face `config.json`.
 
@@ -76,7 +85,7 @@ def read_dense_config(
         config: the parsed file.
         attention_bias: whether q, k and v have a bias; None reads `attention_bias`.
         attention_out_bias: the same for the output projection.
-        qk_norm: whether q and k are normalised per head.
+        qk_norm: how queries and keys are normalised.
 
     Raises:
         LaunchError: a field is missing, out of range, or asks for what the dense decoder does not do.
@@ -88,9 +97,14 @@ def read_dense_config(
     if len(architectures) != 1:
         raise LaunchError(f"config.json: expected one entry in 'architectures', got {architectures!r}")
     architecture = str(architectures[0])
-    activation = config.get("hidden_act", config.get("hidden_activation", "silu"))
-    if activation not in ("silu", "swish"):
-        raise LaunchError(f"config.json: activation {activation!r} is not supported; supported: silu")
+    activation = str(config.get("hidden_act") or config.get("hidden_activation") or "silu")
+    if activation not in _ACTIVATIONS:
+        raise LaunchError(
+            f"config.json: activation {activation!r} is not supported; supported: {', '.join(sorted(_ACTIVATIONS))}"
+        )
+    for key in _REFUSED_CAPS:
+        if config.get(key):
+            raise LaunchError(f"config.json: {key} is not supported")
     if config.get("quantization_config"):
         method = config["quantization_config"].get("quant_method", "unknown")
         raise LaunchError(f"config.json: quantised checkpoints ({method}) are not supported yet")
@@ -98,6 +112,8 @@ def read_dense_config(
         num_q_heads = int(config["num_attention_heads"])
         max_position = int(config["max_position_embeddings"])
         num_layers = int(config["num_hidden_layers"])
+        if not 0 < num_layers <= _MAX_LAYERS:
+            raise LaunchError(f"config.json: num_hidden_layers must be 1 to {_MAX_LAYERS}, got {num_layers}")
         eos = config.get("eos_token_id")
         declared_bias = bool(config.get("attention_bias", False))
         return ModelConfig(
@@ -105,19 +121,19 @@ def read_dense_config(
             vocab_size=int(config["vocab_size"]),
             hidden_size=int(config["hidden_size"]),
             intermediate_size=int(config["intermediate_size"]),
-            num_layers=num_layers,
+            layers=_read_layers(config, num_layers),
             num_q_heads=num_q_heads,
             num_kv_heads=int(config.get("num_key_value_heads") or num_q_heads),
             head_dim=int(config.get("head_dim") or int(config["hidden_size"]) // num_q_heads),
             max_position=max_position,
             rms_norm_eps=float(config.get("rms_norm_eps", 1e-6)),
-            rope=_rope_from_hf(config, max_position),
+            rope=read_rope(config, max_position),
             tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
             attention_bias=declared_bias if attention_bias is None else attention_bias,
             attention_out_bias=declared_bias if attention_out_bias is None else attention_out_bias,
+            activation=_ACTIVATIONS[activation],
             mlp_bias=bool(config.get("mlp_bias", False)),
             qk_norm=qk_norm,
-            sliding_window=_sliding_window(config, num_layers),
             dtype=_DTYPES.get(str(config.get("dtype") or config.get("torch_dtype") or "float32"), "float32"),
             eos_token_ids=tuple(eos) if isinstance(eos, list) else () if eos is None else (int(eos),),
         )

@@ -6,7 +6,8 @@ for XLA on CPU. Products accumulate in f32 and return the activations' dtype; no
 Logical axes: `vocab`, `hidden`, `heads` (query heads x head dim), `kv_heads`, `mlp`, `layers`; None is replicated.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import ClassVar, TypeAlias
 
 import jax
@@ -15,6 +16,10 @@ from flax import nnx
 from jax import lax
 
 Axes: TypeAlias = tuple[str | None, ...]
+ACTIVATIONS: Mapping[str, Callable[[jax.Array], jax.Array]] = {
+    "silu": jax.nn.silu,
+    "gelu_tanh": partial(jax.nn.gelu, approximate=True),
+}
 # What adapters add to the result of a module; set while a step is traced.
 Update: TypeAlias = Callable[[jax.Array], jax.Array]
 
@@ -41,17 +46,18 @@ class Linear(nnx.Module):
 
 
 class RMSNorm(nnx.Module):
-    """x / rms(x) * weight over the last axis (arXiv:1910.07467), in f32."""
+    """x / rms(x) * (weight + offset) over the last axis (arXiv:1910.07467), in f32."""
 
-    def __init__(self, size: int, *, eps: float, dtype: jnp.dtype) -> None:
-        self.weight = param((size,), dtype, (None,))
+    def __init__(self, size: int, *, eps: float, dtype: jnp.dtype, offset: float = 0.0, axes: Axes = (None,)) -> None:
+        self.weight = param((size,), dtype, axes)
         self._eps = eps
+        self._offset = offset
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Any leading axes; returns x's dtype."""
         x32 = x.astype(jnp.float32)
         x32 = x32 * lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self._eps)
-        return (x32 * self.weight[...].astype(jnp.float32)).astype(x.dtype)
+        return (x32 * (self.weight[...].astype(jnp.float32) + self._offset)).astype(x.dtype)
 
 
 class Embedding(nnx.Module):
@@ -69,16 +75,19 @@ class Embedding(nnx.Module):
         return jnp.einsum("bd,vd->bv", x_BD, self.weight[...], preferred_element_type=jnp.float32)
 
 
-class SwiGLU(nnx.Module):
-    """down(silu(gate(x)) * up(x)) (arXiv:2002.05202)."""
+class GatedMLP(nnx.Module):
+    """down(act(gate(x)) * up(x)): SwiGLU with silu, GeGLU with gelu (arXiv:2002.05202)."""
 
     same_inputs: ClassVar[tuple[str, ...]] = ("gate_proj", "up_proj")
 
-    def __init__(self, hidden_size: int, intermediate_size: int, *, bias: bool, dtype: jnp.dtype) -> None:
+    def __init__(
+        self, hidden_size: int, intermediate_size: int, *, bias: bool, dtype: jnp.dtype, activation: str = "silu"
+    ) -> None:
         self.gate_proj = Linear(hidden_size, intermediate_size, axes=("mlp", "hidden"), bias=bias, dtype=dtype)
         self.up_proj = Linear(hidden_size, intermediate_size, axes=("mlp", "hidden"), bias=bias, dtype=dtype)
         self.down_proj = Linear(intermediate_size, hidden_size, axes=("hidden", "mlp"), bias=bias, dtype=dtype)
+        self._activation = ACTIVATIONS[activation]
 
     def __call__(self, x_TD: jax.Array) -> jax.Array:
         """[T, D] -> [T, D]."""
-        return self.down_proj(jax.nn.silu(self.gate_proj(x_TD)) * self.up_proj(x_TD))
+        return self.down_proj(self._activation(self.gate_proj(x_TD)) * self.up_proj(x_TD))

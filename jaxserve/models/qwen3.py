@@ -7,7 +7,7 @@ from jaxserve.models.decoder import dense_tensor_names
 from jaxserve.models.hf_config import read_dense_config
 
 ARCHITECTURE = Architecture(
-    read_config=partial(read_dense_config, qk_norm=True),
+    read_config=partial(read_dense_config, qk_norm="head"),
     tensor_names=dense_tensor_names,
     build=build_decoder,
 )

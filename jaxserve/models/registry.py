@@ -13,10 +13,13 @@ if TYPE_CHECKING:
     from jaxserve.models.architecture import Architecture
 
 _MODULES: Mapping[str, str] = {
+    "Gemma3ForCausalLM": "jaxserve.models.gemma3",
     "LlamaForCausalLM": "jaxserve.models.llama",
     "MistralForCausalLM": "jaxserve.models.mistral",
+    "Olmo2ForCausalLM": "jaxserve.models.olmo2",
     "Qwen2ForCausalLM": "jaxserve.models.qwen2",
     "Qwen3ForCausalLM": "jaxserve.models.qwen3",
+    "SmolLM3ForCausalLM": "jaxserve.models.smollm3",
 }
 
 

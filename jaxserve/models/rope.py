@@ -57,9 +57,10 @@ def _yarn(rope: RopeConfig, frequency: np.ndarray, head_dim: int) -> np.ndarray:
     return frequency / rope.factor * ramp + frequency * (1 - ramp)
 
 
-def rope_cos_sin(positions_T: jax.Array, frequencies: np.ndarray, factor: float) -> tuple[jax.Array, jax.Array]:
+def rope_cos_sin(positions_T: jax.Array, rope: RopeConfig, head_dim: int) -> tuple[jax.Array, jax.Array]:
     """Cos and sin of each token's angles, f32[T, H/2]."""
-    angles = positions_T.astype(jnp.float32)[:, None] * jnp.asarray(frequencies)
+    factor = rope_attention_factor(rope)
+    angles = positions_T.astype(jnp.float32)[:, None] * jnp.asarray(rope_frequencies(rope, head_dim))
     return jnp.cos(angles) * factor, jnp.sin(angles) * factor
 
 

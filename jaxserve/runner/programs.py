@@ -241,9 +241,9 @@ def _forward(
     pending_T = token_ids_T < 0
     last_T = last_token_R[jnp.where(pending_T, -1 - token_ids_T, 0)]
     token_ids_T = jnp.where(pending_T, last_T, token_ids_T)
-    plan = model.attention.plan(batch.attention_meta())
     adapters = Adapters(bank, adapter_slot_T, maths)
-    x_TD, cache = model.decoder.forward(weights, cache, token_ids_T, positions_T, plan, model.attention, adapters)
+    meta = batch.attention_meta()
+    x_TD, cache = model.decoder.forward(weights, cache, token_ids_T, positions_T, meta, model.attention, adapters)
     return cache, model.decoder.logits(weights, x_TD[token_index_B], adapters._replace(slot_T=adapter_slot_B))
 
 

@@ -20,7 +20,7 @@ from jaxserve.config import ModelConfig
 from jaxserve.errors import LaunchError
 from jaxserve.mesh import named_sharding
 from jaxserve.models.decoder import Decoder, ParamSpec, Path, Weights, tree_of
-from jaxserve.models.kv_heads import is_kv_projection, kv_head_rows, repeat_heads
+from jaxserve.models.kv_heads import kv_head_rows, repeat_heads
 
 Progress: TypeAlias = Callable[[Iterable[Path]], Iterable[Path]]
 
@@ -57,7 +57,7 @@ def load_weights(
 
     def load(path: Path) -> jax.Array:
         spec = decoder.param_specs[path]
-        reader = _ParamReader(source, spec, names[path], kv_head_rows(path, checkpoint_config, copies))
+        reader = _ParamReader(source, spec, names[path], kv_head_rows(spec, checkpoint_config, copies))
         sharding = named_sharding(spec.axes, spec.shape, mesh)
         return jax.make_array_from_callback(spec.shape, sharding, reader.read)
 
@@ -74,7 +74,7 @@ def restore_weights(folder: pathlib.Path, decoder: Decoder, checkpoint_config: M
     copies = decoder.config.num_kv_heads // checkpoint_config.num_kv_heads
 
     def saved(path: Path, spec: ParamSpec) -> jax.ShapeDtypeStruct:
-        rows, copied = kv_head_rows(path, checkpoint_config, copies)
+        rows, copied = kv_head_rows(spec, checkpoint_config, copies)
         shape = (spec.shape[0], spec.shape[1] // copied, *spec.shape[2:]) if rows else spec.shape
         # Heads that are to be repeated arrive whole.
         axes = (None,) * len(shape) if rows else spec.axes
@@ -83,7 +83,7 @@ def restore_weights(folder: pathlib.Path, decoder: Decoder, checkpoint_config: M
     abstract = tree_of((path, saved(path, spec)) for path, spec in decoder.param_specs.items())
     weights: Weights = orbax_io.restore(folder, abstract)
     for path, spec in decoder.param_specs.items():
-        rows, copied = kv_head_rows(path, checkpoint_config, copies)
+        rows, copied = kv_head_rows(spec, checkpoint_config, copies)
         if rows:
             node = functools.reduce(operator.getitem, path[:-1], weights)
             repeated = repeat_heads(np.asarray(node[path[-1]]), 1, rows, copied)
@@ -118,7 +118,7 @@ class _ParamReader:
         if not self._spec.stacked:
             self._read_into(out, self._name, index)
             return out
-        for position, layer in enumerate(range(*index[0].indices(self._spec.shape[0]))):
+        for position, layer in enumerate(self._spec.layers[index[0]]):
             self._read_into(out[position], self._name.format(layer=layer), index[1:])
         return out
 
@@ -148,9 +148,9 @@ def _check_tensors(source: TensorSource, decoder: Decoder, names: dict[Path, str
     wanted: dict[str, tuple[int, ...]] = {}
     for path, spec in decoder.param_specs.items():
         shape = list(spec.shape[1:] if spec.stacked else spec.shape)
-        if is_kv_projection(path):
+        if "kv_heads" in spec.axes:
             shape[0] //= copies
-        for layer in range(decoder.config.num_layers if spec.stacked else 1):
+        for layer in spec.layers or (0,):
             wanted[names[path].format(layer=layer)] = tuple(shape)
     found = dict(source.shapes)
     if decoder.config.tie_word_embeddings:

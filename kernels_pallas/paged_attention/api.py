@@ -117,8 +117,12 @@ class AttentionBackend(Protocol):
         """Arrays of the cache; pages are the leading axis of each."""
         ...
 
+    def with_window(self, window: int | None) -> "AttentionBackend":
+        """The same backend and cache for layers with another window."""
+        ...
+
     def plan(self, meta: AttentionMeta) -> Plan:
-        """What `attend` needs of `meta`, computed once per step and shared by all layers."""
+        """What `attend` needs of `meta`, computed once per step and shared by all layers of a window."""
         ...
 
     def attend(

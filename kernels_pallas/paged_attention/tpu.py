@@ -8,6 +8,8 @@ Bytes of a decode step, per layer: every page that a row sees once, and per row 
 and a result. FLOPs: 4 * N * H for each query and key of the buffers that it sees.
 """
 
+import copy
+import dataclasses
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -59,11 +61,16 @@ class TpuAttention:
         self.max_table_entries: int | None = memory.smem_bytes // 2 // 4
         self._layout = TpuLayout(config.head_dim, config.dtype, config.page_size)
         _check(config)
-        self._local = config.split(mesh.shape["model"])
-        self._tiles = choose_tpu_tiles(self._local, self._layout, memory.vmem_bytes)
+        self._tiles = choose_tpu_tiles(config.split(mesh.shape["model"]), self._layout, memory.vmem_bytes)
         self._vmem_bytes = memory.vmem_bytes
         self._mesh = mesh
         self._interpret = interpret
+
+    def with_window(self, window: int | None) -> "TpuAttention":
+        """See `AttentionBackend`."""
+        other = copy.copy(self)
+        other.config = dataclasses.replace(self.config, window=window)
+        return other
 
     def cache_spec(self) -> dict[str, CacheSpec]:
         """See `TpuLayout`."""
@@ -140,7 +147,7 @@ class TpuAttention:
         blocks_2C: jax.Array | None,
     ) -> tuple[jax.Array, jax.Array]:
         """One call of the kernel; without `blocks_2C` the blocks are the rows that run one token."""
-        local = self._local
+        local = self.config.split(self._mesh.shape["model"])
         shape = KernelShape(
             config=local,
             layout=self._layout,

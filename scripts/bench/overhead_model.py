@@ -50,7 +50,7 @@ def main() -> None:
     tensors: dict[str, np.ndarray] = {}
     for path, name in ARCHITECTURE.tensor_names(model).items():
         shape = specs[path].shape[1:] if specs[path].stacked else specs[path].shape
-        for layer in range(model.num_layers if specs[path].stacked else 1):
+        for layer in specs[path].layers or (0,):
             values = np.ones(shape) if "norm" in name else 0.02 * rng.standard_normal(shape)
             tensors[name.format(layer=layer)] = values.astype(jnp.bfloat16)
     save_file(tensors, folder / "model.safetensors")

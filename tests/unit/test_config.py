@@ -26,9 +26,9 @@ def test_reads_a_plain_config() -> None:
 
 def test_architectures_differ_where_they_should() -> None:
     qwen2 = read(architectures=["Qwen2ForCausalLM"])
-    assert (qwen2.attention_bias, qwen2.attention_out_bias, qwen2.qk_norm) == (True, False, False)
-    assert read(architectures=["Qwen3ForCausalLM"]).qk_norm
-    assert read(architectures=["MistralForCausalLM"], sliding_window=64).sliding_window == 64
+    assert (qwen2.attention_bias, qwen2.attention_out_bias, qwen2.qk_norm) == (True, False, None)
+    assert read(architectures=["Qwen3ForCausalLM"]).qk_norm == "head"
+    assert read(architectures=["MistralForCausalLM"], sliding_window=64).windows == (64,)
 
 
 @pytest.mark.parametrize(
@@ -41,7 +41,7 @@ def test_architectures_differ_where_they_should() -> None:
     ],
 )
 def test_sliding_window(changes: dict[str, Any], window: int | None) -> None:
-    assert read(architectures=["Qwen2ForCausalLM"], **changes).sliding_window == window
+    assert read(architectures=["Qwen2ForCausalLM"], **changes).windows == (window,)
 
 
 @pytest.mark.parametrize(
@@ -52,11 +52,13 @@ def test_sliding_window(changes: dict[str, Any], window: int | None) -> None:
         ({"hidden_size": -1}, "hidden_size"),
         ({"vocab_size": 2**31}, "vocab_size"),
         ({"num_hidden_layers": "many"}, "many"),
+        ({"num_hidden_layers": 2**31}, "num_hidden_layers must be 1 to 1024"),
         ({"num_key_value_heads": 3}, "8 query heads"),
         ({"hidden_act": "gelu"}, "gelu"),
         ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "dynamic"),
         ({"quantization_config": {"quant_method": "awq"}}, "awq"),
-        ({"sliding_window": 8, "layer_types": ["full_attention", "sliding_attention"]}, "mix"),
+        ({"sliding_window": 8, "layer_types": ["full_attention", "linear_attention"]}, "linear_attention"),
+        ({"sliding_window": 8, "layer_types": ["full_attention"]}, "1 layer_types for 2 layers"),
     ],
     ids=lambda value: str(value)[:50],
 )
@@ -67,7 +69,7 @@ def test_refuses_by_name(changes: dict[str, Any], message: str) -> None:
 
 @pytest.mark.parametrize("names", [None, [], ["Nothing"], ["LlamaForCausalLM", "Other"], "LlamaForCausalLM", [5]])
 def test_unknown_architectures_list_the_known(names: Any) -> None:
-    with pytest.raises(LaunchError, match="supported: LlamaForCausalLM, MistralForCausalLM"):
+    with pytest.raises(LaunchError, match="supported: Gemma3ForCausalLM, LlamaForCausalLM, MistralForCausalLM"):
         architecture_name({"architectures": names})
 
 

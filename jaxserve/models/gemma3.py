@@ -1,0 +1,82 @@
+"""Gemma 3's text models: windows in most layers, with a rotary base of their own, and norms around every block."""
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import msgspec
+from flax import nnx
+
+from jaxserve.config import LayerConfig, ModelConfig
+from jaxserve.models.architecture import Architecture, build_decoder
+from jaxserve.models.decoder import Attention, Path, dense_tensor_names, gated_mlp, hidden_norm
+from jaxserve.models.hf_config import read_dense_config, read_rope
+
+
+class Gemma3Layer(nnx.Module):
+    """x + norm(attention(norm(x))), then x + norm(mlp(norm(x)))."""
+
+    def __init__(self, config: ModelConfig, _: LayerConfig, dtype: jnp.dtype) -> None:
+        self.attention = Attention(config, dtype)
+        self.mlp = gated_mlp(config, dtype)
+        self.input_norm = hidden_norm(config, dtype)
+        self.post_attention_norm = hidden_norm(config, dtype)
+        self.pre_feedforward_norm = hidden_norm(config, dtype)
+        self.post_feedforward_norm = hidden_norm(config, dtype)
+
+    def before_attention(self, x_TD: jax.Array, *rope_TC: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """See `Layer`."""
+        return self.attention.project(self.input_norm(x_TD), *rope_TC)
+
+    def after_attention(self, x_TD: jax.Array, o_TNH: jax.Array) -> jax.Array:
+        """See `Layer`."""
+        x_TD = x_TD + self.post_attention_norm(self.attention.o_proj(o_TNH.reshape(o_TNH.shape[0], -1)))
+        return x_TD + self.post_feedforward_norm(self.mlp(self.pre_feedforward_norm(x_TD)))
+
+
+def read_config(config: Mapping[str, Any]) -> ModelConfig:
+    """Read `config.json`; files from before transformers 5 name the second rotary base and the pattern apart."""
+    ropes = config.get("rope_parameters") or {}
+    if "full_attention" not in ropes:
+        ropes = {
+            "full_attention": {"rope_theta": config.get("rope_theta", 1e6), **(config.get("rope_scaling") or {})},
+            "sliding_attention": {"rope_theta": config.get("rope_local_base_freq", 1e4)},
+        }
+    kinds = config.get("layer_types")
+    if kinds is None:
+        period = int(config.get("sliding_window_pattern", 6))
+        kinds = [
+            "sliding_attention" if (layer + 1) % period else "full_attention"
+            for layer in range(int(config.get("num_hidden_layers", 0)))
+        ]
+    model = read_dense_config(
+        # What Gemma's own class takes where the file says nothing.
+        {"tie_word_embeddings": True, "head_dim": 256, **config}
+        | {"layer_types": kinds, "rope_parameters": ropes["full_attention"]},
+        qk_norm="head",
+    )
+    return msgspec.structs.replace(
+        model,
+        layers=tuple(
+            msgspec.structs.replace(layer, rope="global" if layer.window is None else "local") for layer in model.layers
+        ),
+        local_rope=read_rope({"rope_parameters": ropes["sliding_attention"]}, model.max_position),
+        embedding_scale=model.hidden_size**0.5,
+        attention_scale=float(config.get("query_pre_attn_scalar", 256)) ** -0.5,
+        norm_offset=1.0,
+    )
+
+
+def tensor_names(config: ModelConfig) -> dict[Path, str]:
+    """See `Architecture`."""
+    names = dense_tensor_names(config)
+    for name in ("pre_feedforward", "post_feedforward"):
+        names["layers", f"{name}_norm", "weight"] = f"model.layers.{{layer}}.{name}_layernorm.weight"
+    return names
+
+
+ARCHITECTURE = Architecture(
+    read_config=read_config, tensor_names=tensor_names, build=partial(build_decoder, build_layer=Gemma3Layer)
+)

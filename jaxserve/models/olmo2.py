@@ -1,0 +1,46 @@
+"""OLMo 2: norms after the blocks, not before, and over whole projections of queries and keys (arXiv:2501.00656)."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxserve.config import LayerConfig, ModelConfig
+from jaxserve.models.architecture import Architecture, build_decoder
+from jaxserve.models.decoder import Attention, Path, dense_tensor_names, gated_mlp, hidden_norm
+from jaxserve.models.hf_config import read_dense_config
+
+
+class Olmo2Layer(nnx.Module):
+    """x + norm(attention(x)), then x + norm(mlp(x))."""
+
+    def __init__(self, config: ModelConfig, _: LayerConfig, dtype: jnp.dtype) -> None:
+        self.attention = Attention(config, dtype)
+        self.post_attention_norm = hidden_norm(config, dtype)
+        self.mlp = gated_mlp(config, dtype)
+        self.post_feedforward_norm = hidden_norm(config, dtype)
+
+    def before_attention(self, x_TD: jax.Array, *rope_TC: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """See `Layer`."""
+        return self.attention.project(x_TD, *rope_TC)
+
+    def after_attention(self, x_TD: jax.Array, o_TNH: jax.Array) -> jax.Array:
+        """See `Layer`."""
+        x_TD = x_TD + self.post_attention_norm(self.attention.o_proj(o_TNH.reshape(o_TNH.shape[0], -1)))
+        return x_TD + self.post_feedforward_norm(self.mlp(x_TD))
+
+
+def tensor_names(config: ModelConfig) -> dict[Path, str]:
+    """See `Architecture`."""
+    names = dense_tensor_names(config)
+    del names["layers", "input_norm", "weight"]
+    names["layers", "post_feedforward_norm", "weight"] = "model.layers.{layer}.post_feedforward_layernorm.weight"
+    return names
+
+
+ARCHITECTURE = Architecture(
+    read_config=partial(read_dense_config, qk_norm="projection"),
+    tensor_names=tensor_names,
+    build=partial(build_decoder, build_layer=Olmo2Layer),
+)

@@ -1,0 +1,29 @@
+"""SmolLM3: Llama's layers, every fourth of them without positions (NoPE, arXiv:2501.18795)."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import msgspec
+
+from jaxserve.config import ModelConfig
+from jaxserve.errors import LaunchError
+from jaxserve.models.architecture import Architecture, build_decoder
+from jaxserve.models.decoder import dense_tensor_names
+from jaxserve.models.hf_config import read_dense_config
+
+
+def read_config(config: Mapping[str, Any]) -> ModelConfig:
+    """Read `config.json`; `no_rope_layers` has 1 for layers with positions."""
+    model = read_dense_config({"tie_word_embeddings": True, **config})
+    interval = int(config.get("no_rope_layer_interval", 4))
+    rotated = config.get("no_rope_layers") or [(layer + 1) % interval for layer in range(model.num_layers)]
+    if len(rotated) != model.num_layers:
+        raise LaunchError(f"config.json: {len(rotated)} no_rope_layers for {model.num_layers} layers")
+    layers = (
+        layer if own else msgspec.structs.replace(layer, rope=None)
+        for layer, own in zip(model.layers, rotated, strict=True)
+    )
+    return msgspec.structs.replace(model, layers=tuple(layers))
+
+
+ARCHITECTURE = Architecture(read_config=read_config, tensor_names=dense_tensor_names, build=build_decoder)
