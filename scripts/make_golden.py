@@ -67,6 +67,7 @@ MODELS = {
         },
     },
     "olmo2": {"model_type": "olmo2"},
+    "phi3": {"model_type": "phi3", "sliding_window": 20, "pad_token_id": 0},
     "smollm3": {"model_type": "smollm3", "num_hidden_layers": 4, "no_rope_layer_interval": 2, "pad_token_id": 0},
     "mistral": {"model_type": "mistral", "head_dim": 8, "sliding_window": 12},
 }

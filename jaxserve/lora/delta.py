@@ -16,6 +16,7 @@ from jaxserve.config import ModelConfig
 from jaxserve.errors import AdapterError
 from jaxserve.models.decoder import Decoder, ParamSpec, Path, Weights, tree_of
 from jaxserve.models.kv_heads import kv_head_rows, repeat_heads
+from jaxserve.models.tensor_name import TensorName
 
 # What a tied model lacks: its head is the embedding. An adapter may treat the two differently.
 _HEAD = ("lm_head", "weight")
@@ -60,52 +61,56 @@ class _Target(NamedTuple):
 
     path: Path
     place: int | None
+    first_row: int
 
 
 def make_delta(
-    adapter: PeftAdapter, decoder: Decoder, names: Mapping[Path, str], checkpoint: ModelConfig
+    adapter: PeftAdapter, decoder: Decoder, names: Mapping[Path, TensorName], checkpoint: ModelConfig
 ) -> AdapterDelta:
     """Fit an adapter to a model.
 
     Args:
         adapter: as its files have it.
         decoder: the model; its key/value heads may be a multiple of the checkpoint's.
-        names: path in the tree -> tensor name, `{layer}` for the layer's number.
+        names: path in the tree -> where the checkpoint has it.
         checkpoint: the model as its maker describes it.
 
     Raises:
         AdapterError: modules that the model has not, or of another shape; all are listed.
     """
     specs = adaptable(decoder)
-    targets = _targets(decoder, specs, names)
+    targets = _targets(specs, names)
     copies = decoder.config.num_kv_heads // checkpoint.num_kv_heads
     rank = adapter.rank
     factors: dict[Path, LowRank] = {}
     problems: list[str] = []
     for module, tensors in adapter.modules.items():
-        target = targets.get(module)
-        if target is None:
+        if module not in targets:
             problems.append(f"{module}: the model has no such module, or it is not linear")
             continue
-        spec = specs[target.path]
-        head_rows, times = kv_head_rows(spec, checkpoint, copies)
-        b_OR = repeat_heads(tensors.b_OR, 0, head_rows, times) if times > 1 else tensors.b_OR
-        shape = spec.shape[-2:]
-        if (b_OR.shape[0], tensors.a_RI.shape[1]) != shape:
-            wanted = (shape[0] // times, shape[1])
-            problems.append(
-                f"{module}: made for a weight of {(len(tensors.b_OR), tensors.a_RI.shape[1])}, not {wanted}"
-            )
+        heads = [kv_head_rows(specs[target.path], checkpoint, copies) for target in targets[module]]
+        rows = [
+            specs[target.path].shape[-2] // times for target, (_, times) in zip(targets[module], heads, strict=True)
+        ]
+        made_for, wanted = (
+            (len(tensors.b_OR), tensors.a_RI.shape[1]),
+            (sum(rows), specs[targets[module][0].path].shape[-1]),
+        )
+        if made_for != wanted:
+            problems.append(f"{module}: made for a weight of {made_for}, not {wanted}")
             continue
-        _put(factors, target, spec, tensors._replace(b_OR=b_OR), rank)
+        for target, own_rows, (head_rows, times) in zip(targets[module], rows, heads, strict=True):
+            b_OR = tensors.b_OR[target.first_row : target.first_row + own_rows]
+            b_OR = repeat_heads(b_OR, 0, head_rows, times) if times > 1 else b_OR
+            _put(factors, target, specs[target.path], tensors._replace(b_OR=b_OR), rank)
     if problems:
         raise AdapterError(f"the adapter does not fit the model: {listed(problems)}")
     return AdapterDelta(factors, rank, decoder.config.tie_word_embeddings)
 
 
-def module_name(path: Path, names: Mapping[Path, str]) -> str:
+def module_name(path: Path, names: Mapping[Path, TensorName]) -> str:
     """The module of a weight as checkpoints name it; a tied head has no weight of its own."""
-    return names.get(path, "lm_head.weight").removesuffix(".weight")
+    return names[path].pattern.removesuffix(".weight") if path in names else _HEAD[0]
 
 
 def adaptable(decoder: Decoder) -> dict[Path, ParamSpec]:
@@ -114,14 +119,14 @@ def adaptable(decoder: Decoder) -> dict[Path, ParamSpec]:
     return {_HEAD: specs[EMBEDDING], **specs}
 
 
-def _targets(decoder: Decoder, specs: Mapping[Path, ParamSpec], names: Mapping[Path, str]) -> dict[str, _Target]:
-    targets: dict[str, _Target] = {}
+def _targets(specs: Mapping[Path, ParamSpec], names: Mapping[Path, TensorName]) -> dict[str, list[_Target]]:
+    """The weights of each module; those of a fused one by their rows."""
+    targets: dict[str, list[_Target]] = {}
     for path, spec in specs.items():
-        module = module_name(path, names)
-        if not spec.stacked:
-            targets[module] = _Target(path, None)
-        for place, layer in enumerate(spec.layers):
-            targets[module.format(layer=layer)] = _Target(path, place)
+        module, first_row = module_name(path, names), names[path].first_row if path in names else 0
+        for place, layer in enumerate(spec.layers or (None,)):
+            target = _Target(path, None if layer is None else place, first_row)
+            targets.setdefault(module.format(layer=layer), []).append(target)
     return targets
 
 

@@ -15,6 +15,7 @@ from jaxserve.lora.bank import BankLayout, bank_specs, slot_leaves
 from jaxserve.lora.delta import AdapterDelta, adaptable, make_delta, module_name
 from jaxserve.models.decoder import Decoder
 from jaxserve.models.decoder import Path as TreePath
+from jaxserve.models.tensor_name import TensorName
 
 # PEFT's word for all linear modules but the head, and SGLang's for all modules and for projections that it fuses.
 _ALL_LINEAR, _ALL = "all-linear", "all"
@@ -30,13 +31,13 @@ class AdapterReader(NamedTuple):
 
     Attributes:
         decoder: the model; its key/value heads may be a multiple of the checkpoint's.
-        names: path in the tree -> tensor name, `{layer}` for the layer's number.
+        names: path in the tree -> where the checkpoint has it.
         checkpoint: the model as its maker describes it.
         num_hosts: that run the model together.
     """
 
     decoder: Decoder
-    names: Mapping[TreePath, str]
+    names: Mapping[TreePath, TensorName]
     checkpoint: ModelConfig
     num_hosts: int = 1
 
@@ -65,7 +66,9 @@ class AdapterReader(NamedTuple):
             paths.setdefault(module_name(path, self.names).rpartition(".")[-1], set()).add(path)
         linear = [name for name in paths if name not in _NOT_LINEAR]
         several = {**_FUSED, _ALL_LINEAR: linear, _ALL: list(paths)}
-        wanted = [name for module in modules for name in several.get(module, [module])]
+        wanted = [
+            name for module in modules for name in ([module] if module in paths else several.get(module, [module]))
+        ]
         if unknown := [name for name in wanted if name not in paths]:
             raise LaunchError(
                 f"--lora-target-modules {unknown[0]}: the model has {', '.join(sorted(paths))}; also known: "
@@ -104,7 +107,9 @@ class SlotReader:
         if delta.rank > self._layout.rank:
             raise AdapterError(f"rank {delta.rank} is more than --max-lora-rank {self._layout.rank}")
         if others := sorted(delta.factors.keys() - set(self._layout.paths)):
-            names = ", ".join(module_name(path, self._reader.names).rpartition(".")[-1] for path in others)
+            names = ", ".join(
+                dict.fromkeys(module_name(path, self._reader.names).rpartition(".")[-1] for path in others)
+            )
             raise AdapterError(f"it changes {names}, which are not among --lora-target-modules")
         leaves = slot_leaves(delta, self._specs)
         for path, leaf in leaves.items():

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from jaxserve.config import ModelConfig
 from jaxserve.models.decoder import BuildLayer, Decoder, DecoderLayer, Path
+from jaxserve.models.tensor_name import TensorName
 
 
 class BuildModel(NamedTuple):
@@ -22,12 +23,12 @@ class Architecture(NamedTuple):
 
     Attributes:
         read_config: parsed `config.json` -> `ModelConfig`.
-        tensor_names: path in the tree -> Hugging Face tensor name, `{layer}` for the layer's number.
+        tensor_names: path in the tree -> where the checkpoint has it.
         build: the model.
     """
 
     read_config: Callable[[Mapping[str, Any]], ModelConfig]
-    tensor_names: Callable[[ModelConfig], dict[Path, str]]
+    tensor_names: Callable[[ModelConfig], dict[Path, TensorName]]
     build: Callable[[BuildModel], Decoder]
 
 

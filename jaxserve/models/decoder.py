@@ -20,6 +20,7 @@ from jaxserve.lora.apply import NO_ADAPTERS, Adapters
 from jaxserve.models.layer_groups import LayerGroup, group_layers
 from jaxserve.models.layers import Axes, Embedding, GatedMLP, Linear, RMSNorm
 from jaxserve.models.rope import apply_rope, rope_cos_sin
+from jaxserve.models.tensor_name import TensorName
 from jaxserve.models.tokenwise import AtOnce, InTiles, Tokenwise
 from kernels_pallas.paged_attention.api import AttentionBackend, AttentionMeta, Cache, Plan
 
@@ -348,8 +349,8 @@ def tree_of(leaves: Iterable[tuple[Path, Any]]) -> Weights:
     return tree
 
 
-def dense_tensor_names(config: ModelConfig) -> dict[Path, str]:
-    """Path in the tree -> Hugging Face tensor name; `{layer}` stands for the layer's number."""
+def dense_tensor_names(config: ModelConfig) -> dict[Path, TensorName]:
+    """Path in the tree -> where Hugging Face's checkpoints have it."""
     names: dict[Path, str] = {
         ("embed", "weight"): "model.embed_tokens.weight",
         ("norm", "weight"): "model.norm.weight",
@@ -370,4 +371,4 @@ def dense_tensor_names(config: ModelConfig) -> dict[Path, str]:
     for name in ("gate_proj", "up_proj", "down_proj"):
         for kind in ("weight", "bias") if config.mlp_bias else ("weight",):
             names["layers", "mlp", name, kind] = f"model.layers.{{layer}}.mlp.{name}.{kind}"
-    return names
+    return {path: TensorName(name) for path, name in names.items()}

@@ -13,6 +13,7 @@ from jaxserve.config import LayerConfig, ModelConfig
 from jaxserve.models.architecture import Architecture, build_decoder
 from jaxserve.models.decoder import Attention, Path, dense_tensor_names, gated_mlp, hidden_norm
 from jaxserve.models.hf_config import read_dense_config, read_rope
+from jaxserve.models.tensor_name import TensorName
 
 
 class Gemma3Layer(nnx.Module):
@@ -69,11 +70,11 @@ def read_config(config: Mapping[str, Any]) -> ModelConfig:
     )
 
 
-def tensor_names(config: ModelConfig) -> dict[Path, str]:
+def tensor_names(config: ModelConfig) -> dict[Path, TensorName]:
     """See `Architecture`."""
     names = dense_tensor_names(config)
     for name in ("pre_feedforward", "post_feedforward"):
-        names["layers", f"{name}_norm", "weight"] = f"model.layers.{{layer}}.{name}_layernorm.weight"
+        names["layers", f"{name}_norm", "weight"] = TensorName(f"model.layers.{{layer}}.{name}_layernorm.weight")
     return names
 
 

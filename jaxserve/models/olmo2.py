@@ -10,6 +10,7 @@ from jaxserve.config import LayerConfig, ModelConfig
 from jaxserve.models.architecture import Architecture, build_decoder
 from jaxserve.models.decoder import Attention, Path, dense_tensor_names, gated_mlp, hidden_norm
 from jaxserve.models.hf_config import read_dense_config
+from jaxserve.models.tensor_name import TensorName
 
 
 class Olmo2Layer(nnx.Module):
@@ -31,11 +32,13 @@ class Olmo2Layer(nnx.Module):
         return x_TD + self.post_feedforward_norm(self.mlp(x_TD))
 
 
-def tensor_names(config: ModelConfig) -> dict[Path, str]:
+def tensor_names(config: ModelConfig) -> dict[Path, TensorName]:
     """See `Architecture`."""
     names = dense_tensor_names(config)
     del names["layers", "input_norm", "weight"]
-    names["layers", "post_feedforward_norm", "weight"] = "model.layers.{layer}.post_feedforward_layernorm.weight"
+    names["layers", "post_feedforward_norm", "weight"] = TensorName(
+        "model.layers.{layer}.post_feedforward_layernorm.weight"
+    )
     return names
 
 

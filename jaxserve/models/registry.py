@@ -17,6 +17,7 @@ _MODULES: Mapping[str, str] = {
     "LlamaForCausalLM": "jaxserve.models.llama",
     "MistralForCausalLM": "jaxserve.models.mistral",
     "Olmo2ForCausalLM": "jaxserve.models.olmo2",
+    "Phi3ForCausalLM": "jaxserve.models.phi3",
     "Qwen2ForCausalLM": "jaxserve.models.qwen2",
     "Qwen3ForCausalLM": "jaxserve.models.qwen3",
     "SmolLM3ForCausalLM": "jaxserve.models.smollm3",

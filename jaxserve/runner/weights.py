@@ -21,6 +21,7 @@ from jaxserve.errors import LaunchError
 from jaxserve.mesh import named_sharding
 from jaxserve.models.decoder import Decoder, ParamSpec, Path, Weights, tree_of
 from jaxserve.models.kv_heads import kv_head_rows, repeat_heads
+from jaxserve.models.tensor_name import TensorName
 
 Progress: TypeAlias = Callable[[Iterable[Path]], Iterable[Path]]
 
@@ -34,7 +35,7 @@ _ALIGNMENT = 64
 def load_weights(
     source: TensorSource,
     decoder: Decoder,
-    names: dict[Path, str],
+    names: dict[Path, TensorName],
     checkpoint_config: ModelConfig,
     mesh: Mesh,
     progress: Progress,
@@ -44,7 +45,7 @@ def load_weights(
     Args:
         source: the open checkpoint.
         decoder: the model; its key/value heads may be a multiple of the checkpoint's.
-        names: path in the tree -> tensor name, `{layer}` for the layer's number.
+        names: path in the tree -> where the checkpoint has it.
         checkpoint_config: the model as the checkpoint has it.
         mesh: where the weights go.
         progress: wraps the list of paths, to draw a bar.
@@ -94,7 +95,7 @@ def restore_weights(folder: pathlib.Path, decoder: Decoder, checkpoint_config: M
 class _ParamReader:
     """Reads any shard of one parameter."""
 
-    def __init__(self, source: TensorSource, spec: ParamSpec, name: str, heads: tuple[int, int]) -> None:
+    def __init__(self, source: TensorSource, spec: ParamSpec, name: TensorName, heads: tuple[int, int]) -> None:
         self._source = source
         self._spec = spec
         self._name = name
@@ -116,23 +117,24 @@ class _ParamReader:
         shape = tuple(len(range(*part.indices(size))) for part, size in zip(index, self._spec.shape, strict=True))
         out = _aligned_empty(shape, self._spec.dtype)
         if not self._spec.stacked:
-            self._read_into(out, self._name, index)
+            self._read_into(out, self._name.pattern, index)
             return out
         for position, layer in enumerate(self._spec.layers[index[0]]):
-            self._read_into(out[position], self._name.format(layer=layer), index[1:])
+            self._read_into(out[position], self._name.of_layer(layer), index[1:])
         return out
 
     def _read_into(self, out: np.ndarray, name: str, index: Index) -> None:
         """Read one tensor's part, a few rows at a time: it is seldom in the right dtype already."""
+        first_row, num_rows = self._name.first_row, self._spec.shape[self._spec.stacked] // self._copies
         if self._copies > 1:
-            whole = self._source.read(name, (slice(None),))
+            whole = self._source.read(name, (slice(first_row, first_row + num_rows),))
             out[...] = repeat_heads(whole, 0, self._head_rows, self._copies)[index]
             return
-        rows = index[0].indices(self._source.shapes[name][0])
+        start_row, end_row, _ = index[0].indices(num_rows)
         step = max(1, _PIECE_BYTES * len(out) // max(1, out.nbytes))
         for start in range(0, len(out), step):
-            first = rows[0] + start
-            part = slice(first, min(first + step, rows[1]))
+            first = first_row + start_row + start
+            part = slice(first, min(first + step, first_row + end_row))
             out[start : start + step] = self._source.read(name, (part, *index[1:]))
 
 
@@ -144,14 +146,17 @@ def _aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     return memory[start : start + size].view(dtype).reshape(shape)
 
 
-def _check_tensors(source: TensorSource, decoder: Decoder, names: dict[Path, str], copies: int) -> None:
+def _check_tensors(source: TensorSource, decoder: Decoder, names: dict[Path, TensorName], copies: int) -> None:
     wanted: dict[str, tuple[int, ...]] = {}
     for path, spec in decoder.param_specs.items():
         shape = list(spec.shape[1:] if spec.stacked else spec.shape)
         if "kv_heads" in spec.axes:
             shape[0] //= copies
         for layer in spec.layers or (0,):
-            wanted[names[path].format(layer=layer)] = tuple(shape)
+            name = names[path].of_layer(layer)
+            # A tensor of several weights is as long as all of them.
+            rows = shape[0] + (wanted[name][0] if name in wanted else 0)
+            wanted[name] = (rows, *shape[1:])
     found = dict(source.shapes)
     if decoder.config.tie_word_embeddings:
         found.pop("lm_head.weight", None)

@@ -52,7 +52,7 @@ def main() -> None:
         shape = specs[path].shape[1:] if specs[path].stacked else specs[path].shape
         for layer in specs[path].layers or (0,):
             values = np.ones(shape) if "norm" in name else 0.02 * rng.standard_normal(shape)
-            tensors[name.format(layer=layer)] = values.astype(jnp.bfloat16)
+            tensors[name.of_layer(layer)] = values.astype(jnp.bfloat16)
     save_file(tensors, folder / "model.safetensors")
 
 
