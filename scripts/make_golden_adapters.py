@@ -1,9 +1,10 @@
 """Trains nothing, but writes LoRA adapters as PEFT does, beside the checkpoints of tests/golden, and what they say.
 
 Run by a maintainer where torch, transformers and peft are installed; the results are committed. Nothing here runs in
-the tests. Usage: python scripts/make_golden_adapters.py
+the tests. Usage: python scripts/make_golden_adapters.py [MODEL ...]
 """
 
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +26,8 @@ ADAPTERS = {
         "alpha_pattern": {"up_proj": 3, "layers.0.self_attn.q_proj": 12},
     },
     ("llama", "linear"): {"r": 8, "lora_alpha": 4, "target_modules": "all-linear"},
+    ("gemma3", "linear"): {"r": 4, "lora_alpha": 6, "target_modules": [*LINEAR, "embed_tokens"]},
+    ("phi3", "fused"): {"r": 4, "lora_alpha": 6, "target_modules": ["qkv_proj", "o_proj", "gate_up_proj"]},
     ("mistral", "mlp"): {"r": 3, "lora_alpha": 6, "target_modules": ["gate_proj", "up_proj", "down_proj"]},
 }
 NUM_TOKENS = 32
@@ -86,4 +89,5 @@ def _continue(model: torch.nn.Module, prompts: torch.Tensor) -> torch.Tensor:
 
 if __name__ == "__main__":
     for wanted in ADAPTERS:
-        make(*wanted)
+        if wanted[0] in (sys.argv[1:] or [wanted[0]]):
+            make(*wanted)
