@@ -13,30 +13,16 @@ import numpy as np
 from gguf import GGUFReader, GGUFValueType, ReaderTensor
 from gguf.quants import dequantize
 
+from checkpoints.gguf_architectures import ARCHITECTURES
 from checkpoints.source import CheckpointError, Index
 
-# llama.cpp's architecture -> Hugging Face's class. Mistral files say `llama`.
-_ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 _NAMES = {
     "token_embd.weight": "model.embed_tokens.weight",
     "output_norm.weight": "model.norm.weight",
     "output.weight": "lm_head.weight",
 }
-_LAYER_NAMES = {
-    "attn_norm": "input_layernorm",
-    "ffn_norm": "post_attention_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "attn_q_norm": "self_attn.q_norm",
-    "attn_k_norm": "self_attn.k_norm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
-_IGNORED_TENSORS = ("rope_freqs.weight",)
-
+# They are part of what the config says of rotary embeddings.
+_IGNORED_TENSORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
 
 _PERMUTED = ("q_proj.weight", "k_proj.weight", "q_proj.bias", "k_proj.bias")
 
@@ -56,14 +42,15 @@ class GGUFCheckpoint:
         self._path = path
         self._config: dict[str, Any] | None = None
         self._arch = str(self.metadata.get("general.architecture"))
-        if self._arch not in _ARCHITECTURES:
+        if self._arch not in ARCHITECTURES:
             raise CheckpointError(
-                f"{path}: architecture {self._arch!r} is not supported; supported: {', '.join(_ARCHITECTURES)}"
+                f"{path}: architecture {self._arch!r} is not supported; supported: {', '.join(ARCHITECTURES)}"
             )
+        self._architecture = ARCHITECTURES[self._arch]
         self._tensors: dict[str, ReaderTensor] = {}
         for tensor in self._reader.tensors:
             if tensor.name not in _IGNORED_TENSORS:
-                self._tensors[_huggingface_name(path, tensor.name)] = tensor
+                self._tensors[self._huggingface_name(tensor.name)] = tensor
         self._shapes = {
             name: tuple(int(size) for size in reversed(tensor.shape)) for name, tensor in self._tensors.items()
         }
@@ -113,6 +100,8 @@ class GGUFCheckpoint:
                 f"{self._path}: tensor {tensor.name} has type {tensor.tensor_type.name}, which is not supported"
             ) from None
         values = values.reshape(last - first, *shape[1:])
+        if name.endswith("norm.weight") and self._architecture.norm_shift:
+            values = values - np.float32(self._architecture.norm_shift)
         if self._is_permuted(name):
             values = _unpermute(values, (last - first) // self._head_rows(name))
         # The file is mapped; what was read need not stay resident.
@@ -126,7 +115,17 @@ class GGUFCheckpoint:
         vars(self).pop("_reader", None)
 
     def _is_permuted(self, name: str) -> bool:
-        return self._arch == "llama" and name.endswith(_PERMUTED)
+        return self._architecture.permuted and name.endswith(_PERMUTED)
+
+    def _huggingface_name(self, name: str) -> str:
+        if name in _NAMES:
+            return _NAMES[name]
+        block, _, rest = name.removeprefix("blk.").partition(".")
+        stem, _, kind = rest.rpartition(".")
+        own = self._architecture.layer_names.get(stem)
+        if not name.startswith("blk.") or own is None or kind not in ("weight", "bias"):
+            raise CheckpointError(f"{self._path}: tensor {name!r} has no place in this architecture")
+        return f"model.layers.{block}.{own}.{kind}"
 
     def _head_rows(self, name: str) -> int:
         """Rows that belong together."""
@@ -142,16 +141,17 @@ class GGUFCheckpoint:
         arch, meta = self._arch, self.metadata
         vocab_size, hidden_size = self.shapes["model.embed_tokens.weight"]
         num_heads = self._heads("attention.head_count")
+        head_dim = int(meta.get(f"{arch}.attention.key_length") or hidden_size // num_heads)
         ends = {meta.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")}
-        return {
-            "architectures": [_ARCHITECTURES[arch]],
+        config: dict[str, Any] = {
+            "architectures": [self._architecture.huggingface],
             "vocab_size": vocab_size,
             "hidden_size": hidden_size,
             "intermediate_size": int(meta[f"{arch}.feed_forward_length"]),
             "num_hidden_layers": int(meta[f"{arch}.block_count"]),
             "num_attention_heads": num_heads,
             "num_key_value_heads": self._heads("attention.head_count_kv"),
-            "head_dim": int(meta.get(f"{arch}.attention.key_length") or hidden_size // num_heads),
+            "head_dim": head_dim,
             "max_position_embeddings": int(meta[f"{arch}.context_length"]),
             # Metadata is f32; 1e-05 was meant where 9.99999974e-06 stands.
             "rms_norm_eps": float(f"{meta[f'{arch}.attention.layer_norm_rms_epsilon']:.6g}"),
@@ -164,6 +164,7 @@ class GGUFCheckpoint:
             "eos_token_id": sorted(int(end) for end in ends if end is not None),
             "dtype": "bfloat16",
         }
+        return config | self._architecture.config(lambda key, default: meta.get(f"{arch}.{key}", default), config)
 
     def _rope(self) -> dict[str, Any]:
         arch, meta = self._arch, self.metadata
@@ -182,17 +183,9 @@ class GGUFCheckpoint:
             if tensor.name == "rope_freqs.weight":
                 # Llama 3's scaling comes as the finished divisor of each frequency.
                 rope["frequency_divisors"] = [float(value) for value in np.asarray(tensor.data).reshape(-1)]
+            elif tensor.name.startswith("rope_factors_"):
+                rope["rope_type"] = "longrope"
         return rope
-
-
-def _huggingface_name(path: Path, name: str) -> str:
-    if name in _NAMES:
-        return _NAMES[name]
-    block, _, rest = name.removeprefix("blk.").partition(".")
-    stem, _, kind = rest.rpartition(".")
-    if name.startswith("blk.") and stem in _LAYER_NAMES and kind in ("weight", "bias"):
-        return f"model.layers.{block}.{_LAYER_NAMES[stem]}.{kind}"
-    raise CheckpointError(f"{path}: tensor {name!r} has no place in this architecture")
 
 
 def _unpermute(values: np.ndarray, num_heads: int) -> np.ndarray:

@@ -109,7 +109,7 @@ class DecoderLayer(nnx.Module):
         self.input_norm = hidden_norm(c, dtype)
         self.attention = Attention(c, dtype)
         self.post_attention_norm = hidden_norm(c, dtype)
-        self.mlp = GatedMLP(c.hidden_size, c.intermediate_size, bias=c.mlp_bias, dtype=dtype, activation=c.activation)
+        self.mlp = gated_mlp(c, dtype)
 
     def before_attention(self, x_TD: jax.Array, *rope_TC: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Queries, keys and values of normalised activations."""

@@ -1,0 +1,120 @@
+"""The golden checkpoints as llama.cpp would write them, by its own table of names, are read back as they were."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import gguf
+import msgspec
+import numpy as np
+import pytest
+from gguf.constants import MODEL_ARCH_NAMES
+
+from checkpoints.gguf import GGUFCheckpoint
+from checkpoints.huggingface import HuggingFaceCheckpoint
+from checkpoints.source import CheckpointError
+from jaxserve.errors import LaunchError
+from jaxserve.models.registry import find_architecture
+
+GOLDEN = Path(__file__).parent.parent / "golden"
+# llama.cpp's name of each architecture, and what a file says beside its shape.
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "qwen2": {},
+    "qwen3": {},
+    "phi3": {},
+    "olmo2": {},
+    "smollm3": {},
+    "gemma3": {
+        "attention.sliding_window_pattern": 2,
+        "rope.freq_base_swa": 100.0,
+        "rope.scaling.type": "linear",
+        "rope.scaling.factor": 8.0,
+    },
+}
+NUM_HEADS, NUM_KV_HEADS = 4, 2
+
+
+def pairs_as_neighbours(array: np.ndarray, num_heads: int) -> np.ndarray:
+    """As the converter reorders the rows of queries and keys for Llama's way of rotating."""
+    halves = array.reshape(num_heads, 2, -1, *array.shape[1:])
+    return halves.swapaxes(1, 2).reshape(array.shape)
+
+
+def write(path: Path, family: str, extra: dict[str, np.ndarray] | None = None) -> dict[str, np.ndarray]:
+    """Returns the tensors under Hugging Face's names."""
+    source = HuggingFaceCheckpoint(GOLDEN / family)
+    config = dict(source.config)
+    tensors = {name: source.read(name, (slice(None),) * len(shape)) for name, shape in source.shapes.items()}
+    source.close()
+    writer = gguf.GGUFWriter(path, family)
+    writer.add_block_count(config["num_hidden_layers"])
+    writer.add_context_length(config["max_position_embeddings"])
+    writer.add_embedding_length(config["hidden_size"])
+    writer.add_feed_forward_length(config["intermediate_size"])
+    writer.add_head_count(NUM_HEADS)
+    writer.add_head_count_kv(NUM_KV_HEADS)
+    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+    rope = config["rope_parameters"]
+    writer.add_rope_freq_base(rope.get("full_attention", rope)["rope_theta"])
+    if config.get("head_dim"):
+        writer.add_key_length(config["head_dim"])
+    if config.get("sliding_window"):
+        writer.add_sliding_window(config["sliding_window"])
+    for key, value in FAMILIES[family].items():
+        {str: writer.add_string, int: writer.add_uint32, float: writer.add_float32}[type(value)](
+            f"{family}.{key}", value
+        )
+    arch = next(arch for arch, name in MODEL_ARCH_NAMES.items() if name == family)
+    names = gguf.get_tensor_name_map(arch, config["num_hidden_layers"])
+    for name, array in tensors.items():
+        stored = array.astype(np.float32)
+        if family in ("llama", "smollm3") and ("q_proj" in name or "k_proj" in name):
+            stored = pairs_as_neighbours(stored, NUM_HEADS if "q_proj" in name else NUM_KV_HEADS)
+        if family == "gemma3" and name.endswith("norm.weight"):
+            stored = stored + 1
+        writer.add_tensor(names.get_name(name, try_suffixes=(".weight", ".bias")), stored)
+    for name, array in (extra or {}).items():
+        writer.add_tensor(name, array)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return tensors
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_weights_and_config_come_back(family: str, tmp_path: Path) -> None:
+    tensors = write(tmp_path / "x.gguf", family)
+    file = GGUFCheckpoint(tmp_path / "x.gguf")
+    assert file.shapes == {name: array.shape for name, array in tensors.items()}
+    for name, array in tensors.items():
+        got = file.read(name, (slice(None),) * array.ndim)
+        np.testing.assert_allclose(got, array, atol=1e-6 if family == "gemma3" else 0, err_msg=name)
+    config = json.loads((GOLDEN / family / "config.json").read_text())
+    architecture = find_architecture(file.config)
+    want, got_config = architecture.read_config(config), architecture.read_config(file.config)
+    # Files do not say what a head's scores are divided by, and always ask for bf16.
+    same = {"dtype": want.dtype, "eos_token_ids": want.eos_token_ids, "attention_scale": want.attention_scale}
+    if family == "phi3":  # and not what a rotary embedding that is not stretched was trained with
+        same["rope"] = msgspec.structs.replace(got_config.rope, original_max_position=want.rope.original_max_position)
+    if family == "smollm3":  # files have no place for it: every fourth layer is meant
+        same["layers"] = want.layers
+    assert msgspec.structs.replace(got_config, **same) == want
+    if family == "gemma3":
+        assert got_config.attention_scale == config["head_dim"] ** -0.5
+    if family == "smollm3":
+        assert [layer.rope for layer in got_config.layers] == ["global"] * 3 + [None]
+
+
+def test_longrope_is_refused(tmp_path: Path) -> None:
+    write(tmp_path / "x.gguf", "phi3", {"rope_factors_long.weight": np.ones(4, np.float32)})
+    file = GGUFCheckpoint(tmp_path / "x.gguf")
+    with pytest.raises(LaunchError, match="'longrope' is not supported"):
+        find_architecture(file.config).read_config(file.config)
+
+
+def test_a_tensor_of_another_architecture_is_refused(tmp_path: Path) -> None:
+    write(tmp_path / "x.gguf", "qwen3", {"blk.0.post_ffw_norm.weight": np.ones(32, np.float32)})
+    with pytest.raises(CheckpointError, match=r"blk\.0\.post_ffw_norm\.weight' has no place"):
+        GGUFCheckpoint(tmp_path / "x.gguf")
