@@ -12,7 +12,7 @@ from flax import nnx
 from jaxserve.config import LayerConfig, ModelConfig
 from jaxserve.models.architecture import Architecture, build_decoder
 from jaxserve.models.decoder import Attention, Path, dense_tensor_names, gated_mlp, hidden_norm
-from jaxserve.models.hf_config import read_dense_config, read_rope
+from jaxserve.models.hf_config import read_dense_config, read_num_layers, read_rope, refuse_bad_fields
 from jaxserve.models.tensor_name import TensorName
 
 
@@ -37,6 +37,7 @@ class Gemma3Layer(nnx.Module):
         return x_TD + self.post_feedforward_norm(self.mlp(self.pre_feedforward_norm(x_TD)))
 
 
+@refuse_bad_fields
 def read_config(config: Mapping[str, Any]) -> ModelConfig:
     """Read `config.json`; files from before transformers 5 name the second rotary base and the pattern apart."""
     ropes = config.get("rope_parameters") or {}
@@ -50,7 +51,7 @@ def read_config(config: Mapping[str, Any]) -> ModelConfig:
         period = int(config.get("sliding_window_pattern", 6))
         kinds = [
             "sliding_attention" if (layer + 1) % period else "full_attention"
-            for layer in range(int(config.get("num_hidden_layers", 0)))
+            for layer in range(read_num_layers(config))
         ]
     model = read_dense_config(
         # What Gemma's own class takes where the file says nothing.

@@ -1,11 +1,14 @@
 """Reading Hugging Face's `config.json` for dense decoders. Host data only: knows no jax."""
 
+import functools
 import math
-from collections.abc import Mapping
-from typing import Any, Literal
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, ParamSpec
 
 from jaxserve.config import Activation, Dtype, LayerConfig, ModelConfig, RopeConfig
 from jaxserve.errors import LaunchError
+
+P = ParamSpec("P")
 
 _ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 _DTYPES: dict[str, Dtype] = {"float32": "float32", "bfloat16": "bfloat16", "float16": "float16"}
@@ -13,6 +16,23 @@ _MAX_LAYERS = 1024
 _ACTIVATIONS: dict[str, Activation] = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
 _REFUSED_CAPS = ("attn_logit_softcapping", "final_logit_softcapping", "use_bidirectional_attention")
 _REFUSED_KEYS = ("auto_map", "trust_remote_code", "_attn_implementation_internal")
+
+
+def refuse_bad_fields(read: Callable[P, ModelConfig]) -> Callable[P, ModelConfig]:
+    """Let a reader of `config.json` raise LaunchError for whatever a field that is missing or of another type does."""
+
+    @functools.wraps(read)
+    def checked(*args: P.args, **kwargs: P.kwargs) -> ModelConfig:
+        try:
+            return read(*args, **kwargs)
+        except LaunchError:
+            raise
+        except KeyError as error:
+            raise LaunchError(f"config.json: {error.args[0]} is missing") from None
+        except (TypeError, ValueError, AttributeError, ArithmeticError) as error:
+            raise LaunchError(f"config.json: {error}") from None
+
+    return checked
 
 
 def read_rope(config: Mapping[str, Any], max_position: int) -> RopeConfig:
@@ -72,6 +92,19 @@ def _read_layers(config: Mapping[str, Any], num_layers: int) -> tuple[LayerConfi
     return tuple(LayerConfig(window=int(window) if kind == "sliding_attention" else None) for kind in kinds)
 
 
+def read_num_layers(config: Mapping[str, Any]) -> int:
+    """How many layers there are.
+
+    Raises:
+        LaunchError: none, or so many that nobody means it.
+    """
+    num_layers = int(config["num_hidden_layers"])
+    if not 0 < num_layers <= _MAX_LAYERS:
+        raise LaunchError(f"config.json: num_hidden_layers must be 1 to {_MAX_LAYERS}, got {num_layers}")
+    return num_layers
+
+
+@refuse_bad_fields
 def read_dense_config(
     config: Mapping[str, Any],
     *,
@@ -108,36 +141,29 @@ def read_dense_config(
     if config.get("quantization_config"):
         method = config["quantization_config"].get("quant_method", "unknown")
         raise LaunchError(f"config.json: quantised checkpoints ({method}) are not supported yet")
-    try:
-        num_q_heads = int(config["num_attention_heads"])
-        max_position = int(config["max_position_embeddings"])
-        num_layers = int(config["num_hidden_layers"])
-        if not 0 < num_layers <= _MAX_LAYERS:
-            raise LaunchError(f"config.json: num_hidden_layers must be 1 to {_MAX_LAYERS}, got {num_layers}")
-        eos = config.get("eos_token_id")
-        declared_bias = bool(config.get("attention_bias", False))
-        return ModelConfig(
-            architecture=architecture,
-            vocab_size=int(config["vocab_size"]),
-            hidden_size=int(config["hidden_size"]),
-            intermediate_size=int(config["intermediate_size"]),
-            layers=_read_layers(config, num_layers),
-            num_q_heads=num_q_heads,
-            num_kv_heads=int(config.get("num_key_value_heads") or num_q_heads),
-            head_dim=int(config.get("head_dim") or int(config["hidden_size"]) // num_q_heads),
-            max_position=max_position,
-            rms_norm_eps=float(config.get("rms_norm_eps", 1e-6)),
-            rope=read_rope(config, max_position),
-            tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
-            attention_bias=declared_bias if attention_bias is None else attention_bias,
-            attention_out_bias=declared_bias if attention_out_bias is None else attention_out_bias,
-            activation=_ACTIVATIONS[activation],
-            mlp_bias=bool(config.get("mlp_bias", False)),
-            qk_norm=qk_norm,
-            dtype=_DTYPES.get(str(config.get("dtype") or config.get("torch_dtype") or "float32"), "float32"),
-            eos_token_ids=tuple(eos) if isinstance(eos, list) else () if eos is None else (int(eos),),
-        )
-    except KeyError as error:
-        raise LaunchError(f"config.json: {error.args[0]} is missing") from None
-    except (TypeError, ValueError) as error:
-        raise LaunchError(f"config.json: {error}") from None
+    num_q_heads = int(config["num_attention_heads"])
+    max_position = int(config["max_position_embeddings"])
+    num_layers = read_num_layers(config)
+    eos = config.get("eos_token_id")
+    declared_bias = bool(config.get("attention_bias", False))
+    return ModelConfig(
+        architecture=architecture,
+        vocab_size=int(config["vocab_size"]),
+        hidden_size=int(config["hidden_size"]),
+        intermediate_size=int(config["intermediate_size"]),
+        layers=_read_layers(config, num_layers),
+        num_q_heads=num_q_heads,
+        num_kv_heads=int(config.get("num_key_value_heads") or num_q_heads),
+        head_dim=int(config.get("head_dim") or int(config["hidden_size"]) // num_q_heads),
+        max_position=max_position,
+        rms_norm_eps=float(config.get("rms_norm_eps", 1e-6)),
+        rope=read_rope(config, max_position),
+        tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
+        attention_bias=declared_bias if attention_bias is None else attention_bias,
+        attention_out_bias=declared_bias if attention_out_bias is None else attention_out_bias,
+        activation=_ACTIVATIONS[activation],
+        mlp_bias=bool(config.get("mlp_bias", False)),
+        qk_norm=qk_norm,
+        dtype=_DTYPES.get(str(config.get("dtype") or config.get("torch_dtype") or "float32"), "float32"),
+        eos_token_ids=tuple(eos) if isinstance(eos, list) else () if eos is None else (int(eos),),
+    )

@@ -9,9 +9,10 @@ from jaxserve.config import ModelConfig
 from jaxserve.errors import LaunchError
 from jaxserve.models.architecture import Architecture, build_decoder
 from jaxserve.models.decoder import dense_tensor_names
-from jaxserve.models.hf_config import read_dense_config
+from jaxserve.models.hf_config import read_dense_config, refuse_bad_fields
 
 
+@refuse_bad_fields
 def read_config(config: Mapping[str, Any]) -> ModelConfig:
     """Read `config.json`; `no_rope_layers` has 1 for layers with positions."""
     model = read_dense_config({"tie_word_embeddings": True, **config})
