@@ -15,7 +15,7 @@ _DTYPES: dict[str, Dtype] = {"float32": "float32", "bfloat16": "bfloat16", "floa
 _MAX_LAYERS = 1024
 _ACTIVATIONS: dict[str, Activation] = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
 _REFUSED_CAPS = ("attn_logit_softcapping", "final_logit_softcapping", "use_bidirectional_attention")
-_REFUSED_KEYS = ("auto_map", "trust_remote_code", "_attn_implementation_internal")
+_REFUSED_KEYS = ("trust_remote_code", "_attn_implementation_internal")
 
 
 def refuse_bad_fields(read: Callable[P, ModelConfig]) -> Callable[P, ModelConfig]:
@@ -126,6 +126,9 @@ def read_dense_config(
     for key in _REFUSED_KEYS:
         if config.get(key):
             raise LaunchError(f"config.json: {key} would run code from the checkpoint; it is refused")
+    # Phi 3, DeepSeek and Kimi name Python files of their own beside weights that are computed here: they are not opened.
+    if "--" in str(config.get("auto_map")):
+        raise LaunchError("config.json: auto_map names code of another repository; it is refused")
     architectures = config.get("architectures") or []
     if len(architectures) != 1:
         raise LaunchError(f"config.json: expected one entry in 'architectures', got {architectures!r}")

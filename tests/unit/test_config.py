@@ -24,6 +24,12 @@ def test_reads_a_plain_config() -> None:
     assert model.rope.theta == 10000.0
 
 
+def test_code_beside_the_weights_is_not_opened() -> None:
+    """Makers publish such files; the architecture is known without them."""
+    code = {"AutoConfig": "configuration_phi3.Phi3Config", "AutoModelForCausalLM": "modeling_phi3.Phi3ForCausalLM"}
+    assert read(architectures=["Phi3ForCausalLM"], auto_map=code) == read(architectures=["Phi3ForCausalLM"])
+
+
 def test_architectures_differ_where_they_should() -> None:
     qwen2 = read(architectures=["Qwen2ForCausalLM"])
     assert (qwen2.attention_bias, qwen2.attention_out_bias, qwen2.qk_norm) == (True, False, None)
@@ -47,7 +53,7 @@ def test_sliding_window(changes: dict[str, Any], window: int | None) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"auto_map": {"AutoModel": "evil.Model"}}, "auto_map"),
+        ({"auto_map": {"AutoModel": "someone/evil--modeling.Model"}}, "auto_map"),
         ({"trust_remote_code": True}, "trust_remote_code"),
         ({"hidden_size": -1}, "hidden_size"),
         ({"vocab_size": 2**31}, "vocab_size"),
