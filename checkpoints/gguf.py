@@ -77,6 +77,10 @@ class GGUFCheckpoint:
                 self._config = self._read_config()
             except KeyError as error:
                 raise CheckpointError(f"{self._path}: metadata {error.args[0]} is missing") from None
+            except CheckpointError as error:
+                raise CheckpointError(f"{self._path}: {error}") from None
+            except (TypeError, ValueError, ArithmeticError) as error:
+                raise CheckpointError(f"{self._path}: metadata cannot be read: {error}") from None
         return self._config
 
     @property

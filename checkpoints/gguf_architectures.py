@@ -3,6 +3,8 @@
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+from checkpoints.source import CheckpointError
+
 Metadata = Callable[[str, Any], Any]
 
 
@@ -46,6 +48,7 @@ def _gemma3(metadata: Metadata, config: Mapping[str, Any]) -> dict[str, Any]:
     layers, heads = config["num_hidden_layers"], config["num_attention_heads"]
     return {
         "hidden_activation": "gelu_pytorch_tanh",
+        "final_logit_softcapping": metadata("final_logit_softcapping", None),
         "sliding_window_pattern": int(metadata("attention.sliding_window_pattern", 6)),
         "query_pre_attn_scalar": config["hidden_size"] // heads if layers == _GEMMA3_27B_LAYERS else config["head_dim"],
         "rope_parameters": {
@@ -53,6 +56,12 @@ def _gemma3(metadata: Metadata, config: Mapping[str, Any]) -> dict[str, Any]:
             "sliding_attention": {"rope_theta": float(metadata("rope.freq_base_swa", 10_000.0))},
         },
     }
+
+
+def _olmo2(metadata: Metadata, _: Mapping[str, Any]) -> dict[str, Any]:
+    if metadata("attention.sliding_window", None) is not None:
+        raise CheckpointError("a model with windows under the name olmo2 is OLMo 3, which is not supported")
+    return {}
 
 
 def _phi3(metadata: Metadata, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -66,7 +75,7 @@ ARCHITECTURES: Mapping[str, GGUFArchitecture] = {
     "qwen2": GGUFArchitecture("Qwen2ForCausalLM", _LLAMA),
     "qwen3": GGUFArchitecture("Qwen3ForCausalLM", _LLAMA),
     "smollm3": GGUFArchitecture("SmolLM3ForCausalLM", _LLAMA, permuted=True),
-    "olmo2": GGUFArchitecture("Olmo2ForCausalLM", {**_LLAMA, **_POST_NORMS}),
+    "olmo2": GGUFArchitecture("Olmo2ForCausalLM", {**_LLAMA, **_POST_NORMS}, config=_olmo2),
     "gemma3": GGUFArchitecture(
         "Gemma3ForCausalLM",
         {**_LLAMA, **_POST_NORMS, "ffn_norm": "pre_feedforward_layernorm"},

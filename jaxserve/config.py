@@ -63,6 +63,10 @@ class LayerConfig(_Config, frozen=True):
     window: int | None = None
     rope: Literal["global", "local"] | None = "global"
 
+    def __post_init__(self) -> None:
+        if self.window is not None and self.window < 1:
+            raise LaunchError(f"config.json: sliding_window must be at least 1, got {self.window}")
+
 
 class ModelConfig(_Config, frozen=True):
     """A decoder-only transformer's shape, from the checkpoint's `config.json`.

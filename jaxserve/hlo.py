@@ -3,6 +3,7 @@
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from fractions import Fraction
 from typing import NamedTuple
 
 _COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
@@ -19,24 +20,28 @@ class Collectives(NamedTuple):
     """Collectives of a program, by kind.
 
     Attributes:
-        per_layer: in the body of the loop over layers.
+        per_layer: in the bodies of the loops over layers.
         once: outside of it.
     """
 
     per_layer: Mapping[str, int]
     once: Mapping[str, int]
 
-    def per_step(self, num_layers: int) -> dict[str, int]:
-        """How often a step runs each kind."""
+    def per_step(self, turns: Fraction) -> dict[str, int]:
+        """How often a step runs each kind.
+
+        Args:
+            turns: how often a layer of the bodies is run, on average.
+        """
         kinds = [kind for kind in _COLLECTIVES if kind in self.per_layer or kind in self.once]
-        counts = {kind: self.per_layer.get(kind, 0) * num_layers + self.once.get(kind, 0) for kind in kinds}
+        counts = {kind: round(self.per_layer.get(kind, 0) * turns) + self.once.get(kind, 0) for kind in kinds}
         return {kind: count for kind, count in counts.items() if count}
 
 
 def find_collectives(text: str) -> Collectives:
     """Count the collectives in `Compiled.as_text()`.
 
-    The loop over layers is the outermost loop; a program without one has everything in `once`.
+    The outermost loops are those over layers; a program without one has everything in `once`.
     """
     computations = dict(_computations(text))
     in_loops: set[str] = set()

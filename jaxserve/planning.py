@@ -3,14 +3,15 @@
 import math
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from fractions import Fraction
 from functools import partial
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
 
-from jaxserve.config import EngineConfig, LoraConfig
+from jaxserve.config import EngineConfig, LayerConfig, LoraConfig
 from jaxserve.design import DEVICE_MEM_FRACTION, EngineDesign, ModelDesign, design_model, lay_out
 from jaxserve.errors import LaunchError
 from jaxserve.hlo import find_collectives, num_kernels
@@ -18,6 +19,7 @@ from jaxserve.lora.bank import BankLayout, bank_bytes
 from jaxserve.lora.reader import AdapterReader
 from jaxserve.lora.start import bank_layout
 from jaxserve.mesh import kv_head_copies, mesh_of
+from jaxserve.models.layer_groups import group_layers
 from jaxserve.plan_report import Load, Memory, Program, Report, bound
 from jaxserve.runner.programs import StepPrograms
 from jaxserve.targets import Target, target_devices
@@ -33,8 +35,8 @@ _FEWER_SLOTS = "adapters' slots take room, too: --max-loras-per-batch, --max-lor
 _UNKNOWN_POOL_BYTES = 512 << 20
 
 
-# How to lower a program, and how often a step runs the body of its loop.
-Job: TypeAlias = tuple[Callable[[], jax.stages.Lowered], int]
+# How to lower a program, and how often a step runs a layer in the bodies of its loops.
+Job: TypeAlias = tuple[Callable[[], jax.stages.Lowered], Fraction]
 
 
 class Outcome(NamedTuple):
@@ -61,7 +63,7 @@ def make_plan(config: EngineConfig, hf_config: Mapping[str, Any], target: Target
     if left <= 0:
         return _too_heavy(config, design, adapters, target)
     engine = lay_out(config, design, int(left * (config.mem_fraction_static or DEVICE_MEM_FRACTION)), adapters)
-    return _report(config, design, engine, target, _compile(engine, design.model.num_layers))
+    return _report(config, design, engine, target, _compile(engine, design.model.layers))
 
 
 def adapter_slots(config: LoraConfig, design: ModelDesign) -> BankLayout:
@@ -74,13 +76,16 @@ def _bank_bytes(design: ModelDesign, adapters: BankLayout | None) -> int:
     return 0 if adapters is None else bank_bytes(design.decoder, adapters, design.mesh)
 
 
-def _compile(engine: EngineDesign, num_layers: int) -> Outcome:
+def _compile(engine: EngineDesign, layers: Sequence[LayerConfig]) -> Outcome:
     """Compile every program of a step, two at a time."""
     step = StepPrograms(engine.step)
     lock = threading.Lock()
+    # Groups that are run once are not loops any more.
+    loops = [(len(group.kinds), group.repeats) for group in group_layers(layers) if group.repeats > 1]
+    turns = Fraction(sum(size * repeats for size, repeats in loops), max(1, sum(size for size, _ in loops)))
 
     def compile_one(name: str, job: Job) -> Program:
-        lower, num_loops = job
+        lower, turns = job
         with lock:  # tracing is not for threads
             lowered = lower()
         started = time.perf_counter()
@@ -94,21 +99,21 @@ def _compile(engine: EngineDesign, num_layers: int) -> Outcome:
             temporary_bytes=memory.temp_size_in_bytes,
             code_bytes=memory.generated_code_size_in_bytes,
             kernels=num_kernels(text),
-            collectives=find_collectives(text).per_step(num_loops),
+            collectives=find_collectives(text).per_step(turns),
         )
 
     kinds = {"forward": False} | ({} if engine.step.adapters is None else {"forward with adapters": True})
     jobs: dict[str, Job] = {
         f"{kind} {bucket.num_tokens} tokens, {bucket.num_rows} rows": (
             partial(step.lower_forward, bucket, adapted=adapted),
-            num_layers,
+            turns,
         )
         for kind, adapted in kinds.items()
         for bucket in engine.step.buckets
     }
     for rows in sorted({bucket.num_rows for bucket in engine.step.buckets}, reverse=True):
         # Its loops search what the candidates do not decide, which is rare.
-        jobs[f"draw {rows} rows"] = partial(step.lower_draw, rows), 0
+        jobs[f"draw {rows} rows"] = partial(step.lower_draw, rows), Fraction(0)
     started = time.perf_counter()
     with ThreadPoolExecutor(_COMPILE_THREADS) as pool:
         try:

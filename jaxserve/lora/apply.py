@@ -32,12 +32,12 @@ class LoraMaths(NamedTuple):
 
     Attributes:
         matmul: the kernels.
-        num_slots: of the bank, slot 0 not among them.
+        num_adapters: that the bank has room for.
         splits: how modules lie on the mesh, by the path of their group.
     """
 
     matmul: LoraMatmul
-    num_slots: int
+    num_adapters: int
     splits: Mapping[tuple[str, ...], GroupSplit]
 
 
@@ -86,7 +86,7 @@ class Adapters(NamedTuple):
 
     def plan(self, slot_T: jax.Array) -> Any:
         """What the layers need to know of these tokens' slots."""
-        return self.maths.matmul.plan(slot_T, self.maths.num_slots) if self.bank else None
+        return self.maths.matmul.plan(slot_T, self.maths.num_adapters) if self.bank else None
 
     def embed(self, embedding: Embedding, token_ids_T: jax.Array) -> jax.Array:
         """Rows of an embedding and of what adapters add to it."""

@@ -24,7 +24,7 @@ EMBEDDING = ("embed", "weight")
 
 
 class LowRank(NamedTuple):
-    """delta W = scale * B A. Weights that have all layers along axis 0 have them here, too, zeros where there is none.
+    """delta W = scale * B A. Weights that have layers along axis 0 have them here, too, zeros where there is none.
 
     Attributes:
         a: f32[(L,) R, I].

@@ -1,8 +1,8 @@
-"""The dense decoder-only transformer: RMSNorm, rotary grouped-query attention, gated MLP.
+"""The decoder-only transformer: RMSNorm, rotary grouped-query attention, gated MLP.
 
-The NNX modules build and name one layer; the weights of all layers are stacked along a leading axis and the
-layers are scanned, so a step's program holds the layer once. Nothing of NNX passes through the hot `jit`: the
-step sees a plain dict of arrays and merges modules only while it is traced.
+The NNX modules build and name each kind of layer. The weights of a layer's child are stacked along a leading axis over
+the layers that have it, and layers that repeat are scanned, so a step's program holds each group once. Nothing of NNX
+passes through the hot `jit`: the step sees a plain dict of arrays and merges modules only while it is traced.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -22,7 +22,7 @@ from jaxserve.models.layers import Axes, Embedding, GatedMLP, Linear, RMSNorm
 from jaxserve.models.rope import apply_rope, rope_cos_sin
 from jaxserve.models.tensor_name import TensorName
 from jaxserve.models.tokenwise import AtOnce, InTiles, Tokenwise
-from kernels_pallas.paged_attention.api import AttentionBackend, AttentionMeta, Cache, Plan
+from kernels_pallas.paged_attention.api import AttentionBackend, AttentionMeta, Cache, Plan, with_window
 
 Weights: TypeAlias = dict[str, Any]
 Path: TypeAlias = tuple[str, ...]
@@ -223,7 +223,7 @@ class Decoder:
         if self.config.embedding_scale != 1:
             # The scale is rounded to the dtype, as the models were trained with it.
             x_TD = x_TD * jnp.asarray(self.config.embedding_scale, x_TD.dtype)
-        backends = {window: attention.with_window(window) for window in self.config.windows}
+        backends = {window: with_window(attention, window) for window in self.config.windows}
         ropes = {"global": self.config.rope, "local": self.config.local_rope}
         step = _Step(
             weights=weights["layers"],

@@ -10,6 +10,7 @@ import msgspec
 from flax import nnx
 
 from jaxserve.config import LayerConfig, ModelConfig
+from jaxserve.errors import LaunchError
 from jaxserve.models.architecture import Architecture, build_decoder
 from jaxserve.models.decoder import Attention, Path, dense_tensor_names, gated_mlp, hidden_norm
 from jaxserve.models.hf_config import read_dense_config, read_num_layers, read_rope, refuse_bad_fields
@@ -40,12 +41,17 @@ class Gemma3Layer(nnx.Module):
 @refuse_bad_fields
 def read_config(config: Mapping[str, Any]) -> ModelConfig:
     """Read `config.json`; files from before transformers 5 name the second rotary base and the pattern apart."""
-    ropes = config.get("rope_parameters") or {}
-    if "full_attention" not in ropes:
+    ropes = dict(config.get("rope_parameters") or {})
+    if not ropes:
         ropes = {
             "full_attention": {"rope_theta": config.get("rope_theta", 1e6), **(config.get("rope_scaling") or {})},
             "sliding_attention": {"rope_theta": config.get("rope_local_base_freq", 1e4)},
         }
+    if ropes.keys() != {"full_attention", "sliding_attention"}:
+        raise LaunchError("config.json: rope_parameters must have full_attention and sliding_attention")
+    scale = float(config.get("query_pre_attn_scalar", 256))
+    if not scale > 0:
+        raise LaunchError(f"config.json: query_pre_attn_scalar must be positive, got {scale}")
     kinds = config.get("layer_types")
     if kinds is None:
         period = int(config.get("sliding_window_pattern", 6))
@@ -55,18 +61,26 @@ def read_config(config: Mapping[str, Any]) -> ModelConfig:
         ]
     model = read_dense_config(
         # What Gemma's own class takes where the file says nothing.
-        {"tie_word_embeddings": True, "head_dim": 256, **config}
-        | {"layer_types": kinds, "rope_parameters": ropes["full_attention"]},
+        {
+            "tie_word_embeddings": True,
+            "head_dim": 256,
+            "hidden_activation": "gelu_pytorch_tanh",
+            "sliding_window": 4096,
+            **config,
+            "layer_types": kinds,
+            "rope_parameters": {"rope_theta": 1e6, **ropes["full_attention"]},
+        },
         qk_norm="head",
     )
     return msgspec.structs.replace(
         model,
         layers=tuple(
-            msgspec.structs.replace(layer, rope="global" if layer.window is None else "local") for layer in model.layers
+            msgspec.structs.replace(layer, rope="global" if kind == "full_attention" else "local")
+            for layer, kind in zip(model.layers, kinds, strict=True)
         ),
         local_rope=read_rope({"rope_parameters": ropes["sliding_attention"]}, model.max_position),
         embedding_scale=model.hidden_size**0.5,
-        attention_scale=float(config.get("query_pre_attn_scalar", 256)) ** -0.5,
+        attention_scale=scale**-0.5,
         norm_offset=1.0,
     )
 

@@ -14,7 +14,7 @@ _ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 _DTYPES: dict[str, Dtype] = {"float32": "float32", "bfloat16": "bfloat16", "float16": "float16"}
 _MAX_LAYERS = 1024
 _ACTIVATIONS: dict[str, Activation] = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
-_REFUSED_CAPS = ("attn_logit_softcapping", "final_logit_softcapping", "use_bidirectional_attention")
+_UNSUPPORTED_KEYS = ("attn_logit_softcapping", "final_logit_softcapping", "use_bidirectional_attention")
 _REFUSED_KEYS = ("trust_remote_code", "_attn_implementation_internal")
 
 
@@ -44,9 +44,11 @@ def read_rope(config: Mapping[str, Any], max_position: int) -> RopeConfig:
     # transformers 5 writes `rope_parameters`; older files have `rope_theta` beside `rope_scaling`.
     scaling: dict[str, Any] = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
     kind = scaling.get("rope_type", scaling.get("type", "default"))
+    if "long_factor" in scaling:  # whatever the file calls it
+        kind = "longrope"
     if kind not in _ROPE_TYPES:
         raise LaunchError(f"config.json: rope scaling {kind!r} is not supported; supported: {', '.join(_ROPE_TYPES)}")
-    if partial := scaling.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0)) != 1.0:
+    if (partial := scaling.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))) != 1.0:
         raise LaunchError(f"config.json: partial_rotary_factor {partial} is not supported by this architecture")
     attention_factor = scaling.get("attention_factor")
     if attention_factor is None and (scaling.get("mscale") or scaling.get("mscale_all_dim")):
@@ -78,9 +80,7 @@ def _mscale(factor: float, mscale: float) -> float:
 
 
 def _read_layers(config: Mapping[str, Any], num_layers: int) -> tuple[LayerConfig, ...]:
-    window = config.get("sliding_window")
-    if not window or config.get("use_sliding_window") is False:
-        return (LayerConfig(),) * num_layers
+    window = config.get("sliding_window") if config.get("use_sliding_window") is not False else None
     kinds = config.get("layer_types")
     if kinds is None:
         first = int(config.get("max_window_layers") or 0)
@@ -89,7 +89,7 @@ def _read_layers(config: Mapping[str, Any], num_layers: int) -> tuple[LayerConfi
         raise LaunchError(f"config.json: {len(kinds)} layer_types for {num_layers} layers")
     if unknown := sorted(set(kinds) - {"full_attention", "sliding_attention"}):
         raise LaunchError(f"config.json: layers of {unknown[0]} are not supported")
-    return tuple(LayerConfig(window=int(window) if kind == "sliding_attention" else None) for kind in kinds)
+    return tuple(LayerConfig(window=int(window) if window and kind == "sliding_attention" else None) for kind in kinds)
 
 
 def read_num_layers(config: Mapping[str, Any]) -> int:
@@ -126,7 +126,7 @@ def read_dense_config(
     for key in _REFUSED_KEYS:
         if config.get(key):
             raise LaunchError(f"config.json: {key} would run code from the checkpoint; it is refused")
-    # Phi 3, DeepSeek and Kimi name Python files of their own beside weights that are computed here: they are not opened.
+    # Phi 3, DeepSeek and Kimi name Python files beside weights that are computed here: they are not opened.
     if "--" in str(config.get("auto_map")):
         raise LaunchError("config.json: auto_map names code of another repository; it is refused")
     architectures = config.get("architectures") or []
@@ -138,7 +138,7 @@ def read_dense_config(
         raise LaunchError(
             f"config.json: activation {activation!r} is not supported; supported: {', '.join(sorted(_ACTIVATIONS))}"
         )
-    for key in _REFUSED_CAPS:
+    for key in _UNSUPPORTED_KEYS:
         if config.get(key):
             raise LaunchError(f"config.json: {key} is not supported")
     if config.get("quantization_config"):

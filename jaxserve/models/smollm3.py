@@ -15,11 +15,15 @@ from jaxserve.models.hf_config import read_dense_config, refuse_bad_fields
 @refuse_bad_fields
 def read_config(config: Mapping[str, Any]) -> ModelConfig:
     """Read `config.json`; `no_rope_layers` has 1 for layers with positions."""
-    model = read_dense_config({"tie_word_embeddings": True, **config})
+    model = read_dense_config({"tie_word_embeddings": True, "use_sliding_window": False, **config})
+    if model.windows != (None,) and config.get("layer_types") is None:
+        raise LaunchError("config.json: sliding_window without layer_types is not supported by this architecture")
     interval = int(config.get("no_rope_layer_interval", 4))
     rotated = config.get("no_rope_layers") or [(layer + 1) % interval for layer in range(model.num_layers)]
     if len(rotated) != model.num_layers:
         raise LaunchError(f"config.json: {len(rotated)} no_rope_layers for {model.num_layers} layers")
+    if not set(rotated) <= {0, 1} and config.get("no_rope_layers"):
+        raise LaunchError("config.json: no_rope_layers must be a list of 0 and 1")
     layers = (
         layer if own else msgspec.structs.replace(layer, rope=None)
         for layer, own in zip(model.layers, rotated, strict=True)

@@ -53,6 +53,7 @@ _PRE_TOKENIZERS: Mapping[str, Any] = {
     "llama-v3": lambda: _split(_DIGIT_GROUPS),
     "llama-bpe": lambda: _split(_DIGIT_GROUPS),
     "smaug-bpe": lambda: _split(_DIGIT_GROUPS),
+    "dbrx": lambda: _split(_DIGIT_GROUPS),
     "qwen2": lambda: _split(_SINGLE_DIGITS),
     "deepseek-r1-qwen": lambda: _split(_SINGLE_DIGITS),
     "stablelm2": lambda: _split(_SINGLE_DIGITS),

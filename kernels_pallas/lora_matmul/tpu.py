@@ -22,6 +22,8 @@ _LANES = 128
 _BLOCK_TOKENS = 256
 # Of inputs and of outputs: with 256 tokens in bf16 a block takes 1 MiB, and there are two of each.
 _BLOCK_COLUMNS = 2048
+# Of a block of joint factors: a few MiB, and there are two.
+_BLOCK_NUMBERS = 1 << 20
 # Inputs that do not divide into blocks of lanes are taken whole.
 _WHOLE_COLUMNS = 8192
 
@@ -64,7 +66,7 @@ def plan(slot_T: jax.Array, num_slots: int) -> TokenSlots:
 def shrink(x_TI: jax.Array, a_SJI: jax.Array, plan: TokenSlots, *, interpret: Any = False) -> jax.Array:
     """(x A^T) of each token's slot, f32[T, J]; rows of slot 0 hold anything."""
     (num_tokens, num_inputs), joint_rank = x_TI.shape, a_SJI.shape[1]
-    block_tokens, block_inputs = min(num_tokens, _BLOCK_TOKENS), _block_inputs(num_inputs)
+    block_tokens, block_inputs = min(num_tokens, _BLOCK_TOKENS), _block_inputs(num_inputs, joint_rank)
     num_steps = num_inputs // block_inputs
     return pl.pallas_call(
         partial(_shrink_pair, num_steps=num_steps),
@@ -153,9 +155,10 @@ def _dot(left: jax.Array, right: jax.Array, *, contract: int) -> jax.Array:
     )
 
 
-def _block_inputs(num_inputs: int) -> int:
+def _block_inputs(num_inputs: int, joint_rank: int) -> int:
     """The widest that divides them."""
     check_inputs(num_inputs)
     if num_inputs % _LANES:
         return num_inputs
-    return max(size for size in range(_LANES, _BLOCK_COLUMNS + 1, _LANES) if num_inputs % size == 0)
+    most = max(_LANES, min(_BLOCK_COLUMNS, _BLOCK_NUMBERS // joint_rank))
+    return max(size for size in range(_LANES, most + 1, _LANES) if num_inputs % size == 0)

@@ -8,6 +8,7 @@ Dimension key: T packed tokens, B rows, M pages per row, N query heads, K key/va
 S page size, L layers, P pages of one layer.
 """
 
+import copy
 import dataclasses
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, TypeAlias
@@ -117,10 +118,6 @@ class AttentionBackend(Protocol):
         """Arrays of the cache; pages are the leading axis of each."""
         ...
 
-    def with_window(self, window: int | None) -> "AttentionBackend":
-        """The same backend and cache for layers with another window."""
-        ...
-
     def plan(self, meta: AttentionMeta) -> Plan:
         """What `attend` needs of `meta`, computed once per step and shared by all layers of a window."""
         ...
@@ -155,3 +152,10 @@ class AttentionBackend(Protocol):
             o_TNH in q's dtype (padding tokens hold anything finite) and the cache.
         """
         ...
+
+
+def with_window(backend: AttentionBackend, window: int | None) -> AttentionBackend:
+    """The same backend and cache for layers with another window."""
+    other = copy.copy(backend)
+    other.config = dataclasses.replace(backend.config, window=window)
+    return other

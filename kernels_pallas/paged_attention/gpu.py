@@ -4,8 +4,6 @@ Keys and values of a step are scattered into their pages first. Rows that run on
 each; both read pages through the tensor memory accelerator and multiply on the tensor cores.
 """
 
-import copy
-import dataclasses
 import math
 from typing import Any, NamedTuple
 
@@ -75,12 +73,6 @@ class GpuAttention:
             choose_tile(config.head_dim, config.dtype, decode=False, smem_bytes=smem_bytes),
         )
         self._group = padded_group(config.num_q_heads, config.num_kv_heads)
-
-    def with_window(self, window: int | None) -> "GpuAttention":
-        """See `AttentionBackend`."""
-        other = copy.copy(self)
-        other.config = dataclasses.replace(self.config, window=window)
-        return other
 
     def cache_spec(self) -> dict[str, CacheSpec]:
         """Keys and values apart, head-major pages: a page of a head is one copy of the memory accelerator."""

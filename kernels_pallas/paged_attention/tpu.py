@@ -8,8 +8,6 @@ Bytes of a decode step, per layer: every page that a row sees once, and per row 
 and a result. FLOPs: 4 * N * H for each query and key of the buffers that it sees.
 """
 
-import copy
-import dataclasses
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -65,12 +63,6 @@ class TpuAttention:
         self._vmem_bytes = memory.vmem_bytes
         self._mesh = mesh
         self._interpret = interpret
-
-    def with_window(self, window: int | None) -> "TpuAttention":
-        """See `AttentionBackend`."""
-        other = copy.copy(self)
-        other.config = dataclasses.replace(self.config, window=window)
-        return other
 
     def cache_spec(self) -> dict[str, CacheSpec]:
         """See `TpuLayout`."""

@@ -5,8 +5,6 @@ longer rows (prefill) tiles of queries. Gathered pages are few enough to stay in
 contexts first costs more than the attention itself.
 """
 
-import copy
-import dataclasses
 from typing import NamedTuple
 
 import jax
@@ -41,12 +39,6 @@ class XlaAttention:
         self.config = config
         self.max_table_entries: int | None = None
         self._mesh = mesh
-
-    def with_window(self, window: int | None) -> "XlaAttention":
-        """See `AttentionBackend`."""
-        other = copy.copy(self)
-        other.config = dataclasses.replace(self.config, window=window)
-        return other
 
     def cache_spec(self) -> dict[str, CacheSpec]:
         """Keys and values apart, head-major pages: the layout whose batched products need no transpose."""

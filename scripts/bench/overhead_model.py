@@ -51,7 +51,7 @@ def main() -> None:
     for path, name in ARCHITECTURE.tensor_names(model).items():
         shape = specs[path].shape[1:] if specs[path].stacked else specs[path].shape
         for layer in specs[path].layers or (0,):
-            values = np.ones(shape) if "norm" in name else 0.02 * rng.standard_normal(shape)
+            values = np.ones(shape) if "norm" in name.pattern else 0.02 * rng.standard_normal(shape)
             tensors[name.of_layer(layer)] = values.astype(jnp.bfloat16)
     save_file(tensors, folder / "model.safetensors")
 

@@ -30,6 +30,19 @@ def test_code_beside_the_weights_is_not_opened() -> None:
     assert read(architectures=["Phi3ForCausalLM"], auto_map=code) == read(architectures=["Phi3ForCausalLM"])
 
 
+def test_what_a_file_leaves_out_is_what_the_makers_class_takes() -> None:
+    qwen = read(architectures=["Qwen2ForCausalLM"], sliding_window=64)
+    assert qwen.windows == (None,)
+    assert read(architectures=["Qwen3ForCausalLM"], sliding_window=64, use_sliding_window=True).windows == (None,)
+    gemma = read(architectures=["Gemma3ForCausalLM"], num_hidden_layers=6, hidden_act=None)
+    assert gemma.activation == "gelu_tanh"
+    assert [(layer.window, layer.rope) for layer in gemma.layers] == [(4096, "local")] * 5 + [(None, "global")]
+    whole = read(
+        architectures=["Gemma3ForCausalLM"], sliding_window=None, layer_types=["full_attention", "sliding_attention"]
+    )
+    assert [(layer.window, layer.rope) for layer in whole.layers] == [(None, "global"), (None, "local")]
+
+
 def test_architectures_differ_where_they_should() -> None:
     qwen2 = read(architectures=["Qwen2ForCausalLM"])
     assert (qwen2.attention_bias, qwen2.attention_out_bias, qwen2.qk_norm) == (True, False, None)
@@ -43,7 +56,7 @@ def test_architectures_differ_where_they_should() -> None:
         ({"sliding_window": 64, "use_sliding_window": False}, None),
         ({"sliding_window": 64, "use_sliding_window": True, "max_window_layers": 2}, None),
         ({"sliding_window": 64, "layer_types": ["full_attention"] * 2}, None),
-        ({"sliding_window": 64, "layer_types": ["sliding_attention"] * 2}, 64),
+        ({"sliding_window": 64, "use_sliding_window": True, "layer_types": ["sliding_attention"] * 2}, 64),
     ],
 )
 def test_sliding_window(changes: dict[str, Any], window: int | None) -> None:
@@ -67,6 +80,14 @@ def test_sliding_window(changes: dict[str, Any], window: int | None) -> None:
         ({"architectures": ["Gemma3ForCausalLM"], "rope_scaling": "much"}, "mapping"),
         ({"architectures": ["SmolLM3ForCausalLM"], "no_rope_layer_interval": 0}, "zero"),
         ({"architectures": ["SmolLM3ForCausalLM"], "no_rope_layers": [1]}, "1 no_rope_layers for 2 layers"),
+        ({"architectures": ["SmolLM3ForCausalLM"], "no_rope_layers": "10"}, "must be a list of 0 and 1"),
+        ({"architectures": ["SmolLM3ForCausalLM"], "use_sliding_window": True, "sliding_window": 8}, "layer_types"),
+        ({"architectures": ["Gemma3ForCausalLM"], "query_pre_attn_scalar": -1}, "query_pre_attn_scalar"),
+        ({"architectures": ["Gemma3ForCausalLM"], "rope_parameters": {"factor": 8.0}}, "full_attention"),
+        ({"architectures": ["MistralForCausalLM"], "sliding_window": -4}, "at least 1"),
+        ({"architectures": ["Phi3ForCausalLM"], "rope_scaling": {"type": "yarn", "long_factor": [1.0]}}, "longrope"),
+        ({"layer_types": ["chunked_attention"] * 2}, "chunked_attention"),
+        ({"partial_rotary_factor": 0.75}, "partial_rotary_factor 0.75"),
         ({"hidden_act": "gelu"}, "gelu"),
         ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "dynamic"),
         ({"quantization_config": {"quant_method": "awq"}}, "awq"),

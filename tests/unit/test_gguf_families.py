@@ -114,6 +114,22 @@ def test_longrope_is_refused(tmp_path: Path) -> None:
         find_architecture(file.config).read_config(file.config)
 
 
+def test_metadata_that_cannot_be_meant_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for family, key, value, message in (
+        ("olmo2", "attention.sliding_window", 128, "OLMo 3"),
+        ("gemma3", "rope.freq_base_swa", "much", "could not convert"),
+    ):
+        monkeypatch.setitem(FAMILIES, family, {key: value})
+        write(tmp_path / f"{family}.gguf", family)
+        with pytest.raises(CheckpointError, match=message):
+            _ = GGUFCheckpoint(tmp_path / f"{family}.gguf").config
+    monkeypatch.setitem(FAMILIES, "gemma3", {"final_logit_softcapping": 30.0})
+    write(tmp_path / "capped.gguf", "gemma3")
+    file = GGUFCheckpoint(tmp_path / "capped.gguf")
+    with pytest.raises(LaunchError, match="final_logit_softcapping is not supported"):
+        find_architecture(file.config).read_config(file.config)
+
+
 def test_a_tensor_of_another_architecture_is_refused(tmp_path: Path) -> None:
     write(tmp_path / "x.gguf", "qwen3", {"blk.0.post_ffw_norm.weight": np.ones(32, np.float32)})
     with pytest.raises(CheckpointError, match=r"blk\.0\.post_ffw_norm\.weight' has no place"):

@@ -1,5 +1,7 @@
 """Reading collectives and kernels out of a compiled program's text."""
 
+from fractions import Fraction
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -33,7 +35,9 @@ def compiled(*, loop: bool) -> str:
 def test_collectives_of_a_loop_count_for_each_layer() -> None:
     found = find_collectives(compiled(loop=True))
     assert found == Collectives({"all-reduce": 2}, {"all-gather": 1})
-    assert found.per_step(3) == {"all-reduce": 6, "all-gather": 1}
+    assert found.per_step(Fraction(3)) == {"all-reduce": 6, "all-gather": 1}
+    # Four times five layers and one, and twice one more: 26 layers of seven in bodies.
+    assert Collectives({"all-reduce": 14}, {}).per_step(Fraction(26, 7)) == {"all-reduce": 52}
 
 
 def test_collectives_outside_of_loops() -> None:
