@@ -200,6 +200,14 @@ def device_flags(group: argparse._ArgumentGroup) -> None:  # pyright: ignore[rep
         "--dp-size", "--dp", type=int, default=1, help="copies of the model, each with its own rows and pool"
     )
     group.add_argument(
+        "--ep-size",
+        "--ep",
+        "--expert-parallel-size",
+        type=int,
+        default=1,
+        help="groups of those devices that have experts of their own; the devices of a group share each expert",
+    )
+    group.add_argument(
         "--attention-backend",
         choices=["auto", "tpu", "gpu", "xla"],
         default="auto",
@@ -318,6 +326,7 @@ def step_settings(args: argparse.Namespace) -> dict[str, Any]:
         "context_length": args.context_length,
         "tp_size": args.tp_size,
         "dp_size": args.dp_size,
+        "ep_size": args.ep_size,
         "page_size": args.page_size,
         "mem_fraction_static": args.mem_fraction_static,
         "max_total_tokens": args.max_total_tokens,

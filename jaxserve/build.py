@@ -227,7 +227,7 @@ def build_runner(config: EngineConfig, bar: ProgressBar) -> BuiltRunner:
 
 
 def _build_runner(config: EngineConfig, source: TensorSource | OrbaxCheckpoint, bar: ProgressBar) -> BuiltRunner:
-    design = design_model(config, source.config, make_mesh(config.tp_size, config.dp_size))
+    design = design_model(config, source.config, make_mesh(config.tp_size, config.dp_size, config.ep_size))
     platform = design.mesh.devices.flat[0].platform
     names = design.architecture.tensor_names(design.checkpoint)
     reader = AdapterReader(design.decoder, names, design.checkpoint, config.nnodes)

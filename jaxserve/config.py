@@ -16,6 +16,7 @@ SchedulePolicy = Literal["fcfs", "lpm", "priority"]
 LoraEvictionPolicy = Literal["lru", "fifo"]
 
 Activation = Literal["silu", "gelu_tanh"]
+RouterScores = Literal["softmax", "softmax_of_chosen"]
 
 _MAX_ADAPTER_NAME = 256
 
@@ -58,14 +59,54 @@ class LayerConfig(_Config, frozen=True):
     Attributes:
         window: keys a query can see counting itself, or None for all.
         rope: which of the model's rotary embeddings turns queries and keys; None for no positions.
+        mlp: one for all tokens, or experts of which each token has a few.
     """
 
     window: int | None = None
     rope: Literal["global", "local"] | None = "global"
+    mlp: Literal["dense", "experts"] = "dense"
 
     def __post_init__(self) -> None:
         if self.window is not None and self.window < 1:
             raise LaunchError(f"config.json: sliding_window must be at least 1, got {self.window}")
+
+
+class ExpertsConfig(_Config, frozen=True):
+    """A mixture of experts (arXiv:1701.06538).
+
+    Attributes:
+        num_experts: in each layer that has them.
+        top_k: of a token.
+        intermediate_size: of one expert.
+        scores: what a token's experts are weighed by: softmax over all experts, or over those chosen.
+        normalize: the weights of a token's experts are divided by their sum.
+        bias: router and experts have biases.
+        swiglu_limit: gate and up are cut to it, and multiplied as gpt-oss does.
+        swiglu_alpha: of that product.
+        shared_intermediate_size: of an expert that all tokens have, weighed by a gate of its own; None for none.
+    """
+
+    num_experts: int
+    top_k: int
+    intermediate_size: int
+    scores: RouterScores = "softmax"
+    normalize: bool = True
+    bias: bool = False
+    swiglu_limit: float | None = None
+    swiglu_alpha: float = 1.702
+    shared_intermediate_size: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("num_experts", "intermediate_size", "shared_intermediate_size"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < 2**31:
+                raise LaunchError(f"config.json: {name} of experts must be a positive 32-bit number, got {value}")
+        if not 1 <= self.top_k <= self.num_experts:
+            raise LaunchError(
+                f"config.json: num_experts_per_tok must be 1 to {self.num_experts} experts, got {self.top_k}"
+            )
+        if self.swiglu_limit is not None and not self.swiglu_limit > 0:
+            raise LaunchError(f"config.json: swiglu_limit must be positive, got {self.swiglu_limit}")
 
 
 class ModelConfig(_Config, frozen=True):
@@ -79,6 +120,8 @@ class ModelConfig(_Config, frozen=True):
         embedding_scale: multiplies rows of the embedding.
         attention_scale: multiplies scores; None for 1 / sqrt(head_dim).
         activation: of the MLP.
+        experts: of the layers that have them.
+        attention_sinks: every head has an extra score that takes probability and no value.
         qk_norm: how queries and keys are normalised: each head, or the whole projection.
         norm_offset: added to the norms' weights.
         dtype: dtype the checkpoint declares.
@@ -100,6 +143,8 @@ class ModelConfig(_Config, frozen=True):
     embedding_scale: float = 1.0
     attention_scale: float | None = None
     activation: Activation = "silu"
+    experts: ExpertsConfig | None = None
+    attention_sinks: bool = False
     tie_word_embeddings: bool = False
     attention_bias: bool = False
     attention_out_bias: bool = False
@@ -256,6 +301,7 @@ class EngineConfig(_Config, frozen=True):
     context_length: int | None = None
     tp_size: int = 1
     dp_size: int = 1
+    ep_size: int = 1
     page_size: int | None = None
     mem_fraction_static: float | None = None
     max_total_tokens: int | None = None
@@ -282,6 +328,7 @@ class EngineConfig(_Config, frozen=True):
             ("context_length", "--context-length"),
             ("tp_size", "--tp-size"),
             ("dp_size", "--dp-size"),
+            ("ep_size", "--ep-size"),
             ("page_size", "--page-size"),
             ("max_total_tokens", "--max-total-tokens"),
             ("max_running_requests", "--max-running-requests"),
@@ -291,6 +338,8 @@ class EngineConfig(_Config, frozen=True):
             value = getattr(self, name)
             if value is not None and not 1 <= value < 2**31:
                 raise LaunchError(f"{flag} must be at least 1, got {value}")
+        if self.tp_size % self.ep_size:
+            raise LaunchError(f"--ep-size {self.ep_size} does not divide --tp-size {self.tp_size}")
         if not 0 <= self.node_rank < self.nnodes:
             raise LaunchError(
                 f"--node-rank must be 0 to {self.nnodes - 1} with --nnodes {self.nnodes}, got {self.node_rank}"

@@ -24,6 +24,7 @@ from jaxserve.runner.buckets import ACCELERATOR_STEPS, CPU_STEPS, make_buckets
 from jaxserve.runner.programs import StepModel
 from kernels_pallas.dispatch import ChosenAttention, choose_attention, choose_lora, choose_sampler
 from kernels_pallas.paged_attention.api import AttentionConfig, CacheSpec
+from kernels_pallas.shards import MODEL
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +48,7 @@ class ModelDesign(NamedTuple):
         decoder: the model.
         scheduler: limits of a step.
         page_sizes: tokens per page, to choose from: the smallest whose page table the device can hold.
-        mesh: (data, model).
+        mesh: of the devices, see `jaxserve.mesh`.
     """
 
     architecture: Architecture
@@ -108,7 +109,7 @@ def design_model(config: EngineConfig, hf_config: Mapping[str, Any], mesh: Mesh)
     architecture = find_architecture(hf_config)
     checkpoint = architecture.read_config(hf_config)
     platform = mesh.devices.flat[0].platform
-    copies = kv_head_copies(checkpoint, config.tp_size)
+    copies = kv_head_copies(checkpoint, config.tp_size, config.ep_size)
     model = msgspec.structs.replace(checkpoint, num_kv_heads=checkpoint.num_kv_heads * copies)
     dtype = pick_dtype(config, checkpoint)
     return ModelDesign(
@@ -220,7 +221,7 @@ def _attention(config: EngineConfig, design: ModelDesign, page_size: int, num_pa
 def _device_bytes(specs: Mapping[str, CacheSpec], tp_size: int) -> int:
     """Bytes of a copy's cache on each of its devices."""
     return sum(
-        math.prod(spec.shape) * jnp.dtype(spec.dtype).itemsize // (tp_size if "model" in spec.partition else 1)
+        math.prod(spec.shape) * jnp.dtype(spec.dtype).itemsize // (tp_size if MODEL in spec.partition else 1)
         for spec in specs.values()
     )
 

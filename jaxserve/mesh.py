@@ -8,25 +8,29 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from jaxserve.config import ModelConfig
+from jaxserve.config import ExpertsConfig, ModelConfig
 from jaxserve.errors import LaunchError
+from kernels_pallas.shards import EXPERT, IN_EXPERT, MODEL, model_size
 
 logger = logging.getLogger(__name__)
 
-# Tensor parallelism splits heads, MLP and vocabulary over `model`; everything else is replicated. Weights are
-# never split over `data`: each copy of the model there has its own requests.
-SHARDING_RULES: dict[str, str | None] = {
-    "vocab": "model",
-    "heads": "model",
-    "kv_heads": "model",
-    "mlp": "model",
+# Tensor parallelism splits heads, MLP and vocabulary over all devices of a copy; everything else is replicated.
+# Experts are split over the first axis of those, and inside over the second. Weights are never split over `data`: each
+# copy of the model there has its own requests.
+SHARDING_RULES: dict[str, str | tuple[str, ...] | None] = {
+    "vocab": MODEL,
+    "heads": MODEL,
+    "kv_heads": MODEL,
+    "mlp": MODEL,
+    "experts": EXPERT,
+    "expert_mlp": IN_EXPERT,
     "hidden": None,
     "layers": None,
 }
 
 
-def make_mesh(tp_size: int, dp_size: int = 1) -> Mesh:
-    """A (data, model) mesh over the first `dp_size * tp_size` devices.
+def make_mesh(tp_size: int, dp_size: int = 1, ep_size: int = 1) -> Mesh:
+    """A mesh over the first `dp_size * tp_size` devices; see `mesh_of`.
 
     Raises:
         LaunchError: there are not that many devices.
@@ -43,22 +47,29 @@ def make_mesh(tp_size: int, dp_size: int = 1) -> Mesh:
             f"--tp-size {tp_size} and --dp-size {dp_size} use {count} of the {len(devices)} devices of all hosts; "
             "with --nnodes they must use all"
         )
-    return mesh_of(devices, tp_size, dp_size)
+    return mesh_of(devices, tp_size, dp_size, ep_size)
 
 
-def mesh_of(devices: Sequence[Any], tp_size: int, dp_size: int = 1) -> Mesh:
-    """A (data, model) mesh over the first `dp_size * tp_size` of the devices, which need not be there."""
-    grid = np.array(devices[: dp_size * tp_size]).reshape(dp_size, tp_size)
-    return Mesh(grid, ("data", "model"), axis_types=(AxisType.Auto, AxisType.Auto))
+def mesh_of(devices: Sequence[Any], tp_size: int, dp_size: int = 1, ep_size: int = 1) -> Mesh:
+    """A (data, expert, model) mesh over the first `dp_size * tp_size` of the devices, which need not be there.
+
+    Args:
+        devices: to choose from.
+        tp_size: devices of a copy.
+        dp_size: copies of the model.
+        ep_size: devices of a copy, or groups of them, that each have experts of their own; divides `tp_size`.
+    """
+    grid = np.array(devices[: dp_size * tp_size]).reshape(dp_size, ep_size, tp_size // ep_size)
+    return Mesh(grid, ("data", *MODEL), axis_types=(AxisType.Auto,) * grid.ndim)
 
 
 def partition_spec(axes: tuple[str | None, ...], shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
     """Mesh axes of an array's logical axes; a vocabulary that does not divide stays whole."""
-    spec: list[str | None] = []
+    spec: list[str | tuple[str, ...] | None] = []
     for axis, size in zip(axes, shape, strict=True):
         mesh_axis = SHARDING_RULES[axis] if axis is not None else None
-        if mesh_axis is not None and axis == "vocab" and size % mesh.shape[mesh_axis]:
-            logger.warning("vocabulary of %d does not divide by %d: it is replicated", size, mesh.shape[mesh_axis])
+        if axis == "vocab" and size % (parts := model_size(mesh)):
+            logger.warning("vocabulary of %d does not divide by %d: it is replicated", size, parts)
             mesh_axis = None
         spec.append(mesh_axis)
     return PartitionSpec(*spec)
@@ -69,18 +80,34 @@ def named_sharding(axes: tuple[str | None, ...], shape: tuple[int, ...], mesh: M
     return NamedSharding(mesh, partition_spec(axes, shape, mesh))
 
 
-def kv_head_copies(config: ModelConfig, tp_size: int) -> int:
-    """How often each key/value head is repeated so that every device has one; checks that all heads divide.
+def kv_head_copies(config: ModelConfig, tp_size: int, ep_size: int = 1) -> int:
+    """How often each key/value head is repeated so that every device has one; checks that all else divides.
 
     Raises:
-        LaunchError: heads or MLP columns do not divide by `tp_size`.
+        LaunchError: heads, MLP columns or experts do not divide.
     """
     if config.num_q_heads % tp_size:
         raise LaunchError(f"--tp-size {tp_size} does not divide the model's {config.num_q_heads} attention heads")
-    if config.intermediate_size % tp_size:
+    if any(layer.mlp == "dense" for layer in config.layers) and config.intermediate_size % tp_size:
         raise LaunchError(f"--tp-size {tp_size} does not divide the model's MLP size {config.intermediate_size}")
+    if config.experts is not None:
+        _check_experts(config.experts, tp_size, ep_size)
+    elif ep_size > 1:
+        raise LaunchError(f"--ep-size {ep_size}: the model has no experts")
     if config.num_kv_heads % tp_size == 0:
         return 1
     if tp_size % config.num_kv_heads:
         raise LaunchError(f"--tp-size {tp_size} and the model's {config.num_kv_heads} key heads do not divide")
     return tp_size // config.num_kv_heads
+
+
+def _check_experts(experts: ExpertsConfig, tp_size: int, ep_size: int) -> None:
+    if experts.num_experts % ep_size:
+        raise LaunchError(f"--ep-size {ep_size} does not divide the model's {experts.num_experts} experts")
+    if experts.intermediate_size % (inside := tp_size // ep_size):
+        raise LaunchError(
+            f"--tp-size {tp_size} with --ep-size {ep_size} splits each expert in {inside}, which does not divide its "
+            f"size {experts.intermediate_size}"
+        )
+    if (shared := experts.shared_intermediate_size) is not None and shared % tp_size:
+        raise LaunchError(f"--tp-size {tp_size} does not divide the size {shared} of the model's shared expert")

@@ -24,6 +24,7 @@ from jaxserve.plan_report import Load, Memory, Program, Report, bound
 from jaxserve.runner.programs import StepPrograms
 from jaxserve.targets import Target, target_devices
 from kernels_pallas.dispatch import lora_rank_multiple
+from kernels_pallas.shards import model_size
 
 _COMPILE_THREADS = 2
 # The next forward pass runs while tokens are drawn from the logits of the last.
@@ -54,7 +55,7 @@ def make_plan(config: EngineConfig, hf_config: Mapping[str, Any], target: Target
         LaunchError: settings, model and target do not fit together, or there is no compiler for the target.
     """
     jax.config.update("jax_numpy_dtype_promotion", "strict")
-    mesh = mesh_of(target_devices(target), config.tp_size, config.dp_size)
+    mesh = mesh_of(target_devices(target), config.tp_size, config.dp_size, config.ep_size)
     design = design_model(config, hf_config, mesh)
     total = target.device.memory_bytes
     adapters = None if config.lora is None else adapter_slots(config.lora, design)
@@ -230,7 +231,7 @@ def _advice(design: ModelDesign, engine: EngineDesign, target: Target, outcome: 
 
 def _more_devices(design: ModelDesign, target: Target) -> str:
     """How many devices of this kind would hold the weights, with room for the rest of a step."""
-    now, total = design.mesh.shape["model"], target.device.memory_bytes
+    now, total = model_size(design.mesh), target.device.memory_bytes
     held = (
         f"weights are {design.device_weight_bytes / 2**30:.1f} GiB on each of {now} devices of {total / 2**30:.1f} GiB"
     )

@@ -1,10 +1,24 @@
-"""Running a function on each shard of the mesh axis `model`."""
+"""Running a function on each shard of a copy of the model.
 
+Two mesh axes split a copy, `expert` and `model`. Experts lie over the first, and each of them over the second;
+everything else knows them as one.
+"""
+
+import math
 from collections.abc import Callable
 from typing import Any
 
 import jax
 from jax.sharding import Mesh
+
+EXPERT = "expert"
+IN_EXPERT = "model"
+MODEL = (EXPERT, IN_EXPERT)
+
+
+def model_size(mesh: Mesh) -> int:
+    """Devices of one copy of the model."""
+    return math.prod(mesh.shape[axis] for axis in MODEL)
 
 
 def over_model(function: Callable[..., Any], mesh: Mesh, in_specs: Any, out_specs: Any) -> Callable[..., Any]:

@@ -70,6 +70,38 @@ MODELS = {
     "phi3": {"model_type": "phi3", "sliding_window": 20, "pad_token_id": 0},
     "smollm3": {"model_type": "smollm3", "num_hidden_layers": 4, "no_rope_layer_interval": 2, "pad_token_id": 0},
     "mistral": {"model_type": "mistral", "head_dim": 8, "sliding_window": 12},
+    "mixtral": {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2},
+    "qwen2_moe": {
+        "model_type": "qwen2_moe",
+        "num_hidden_layers": 3,
+        "decoder_sparse_step": 2,
+        "moe_intermediate_size": 16,
+        "shared_expert_intermediate_size": 24,
+        "num_experts": 8,
+        "num_experts_per_tok": 3,
+    },
+    "qwen3_moe": {
+        "model_type": "qwen3_moe",
+        "num_hidden_layers": 3,
+        "mlp_only_layers": [0],
+        "head_dim": 16,
+        "moe_intermediate_size": 16,
+        "num_experts": 8,
+        "num_experts_per_tok": 3,
+        "norm_topk_prob": True,
+    },
+    "gpt_oss": {
+        "model_type": "gpt_oss",
+        "num_hidden_layers": 4,
+        "head_dim": 16,
+        "intermediate_size": 24,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "swiglu_limit": 0.75,
+        "swiglu_alpha": 1.5,
+        "sliding_window": 16,
+        "rope_parameters": {**YARN, "truncate": False},
+    },
 }
 # One of them in several files, with an index.
 SHARDED = "qwen3"

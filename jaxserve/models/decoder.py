@@ -14,11 +14,13 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
+from jax.tree_util import DictKey
 
 from jaxserve.config import LayerConfig, ModelConfig
 from jaxserve.lora.apply import NO_ADAPTERS, Adapters
+from jaxserve.models.experts import ExpertMaths, MoE
 from jaxserve.models.layer_groups import LayerGroup, group_layers
-from jaxserve.models.layers import Axes, Embedding, GatedMLP, Linear, RMSNorm
+from jaxserve.models.layers import Axes, Embedding, GatedMLP, InStack, Linear, RMSNorm, param
 from jaxserve.models.rope import apply_rope, rope_cos_sin
 from jaxserve.models.tensor_name import TensorName
 from jaxserve.models.tokenwise import AtOnce, InTiles, Tokenwise
@@ -37,17 +39,24 @@ class ParamSpec:
         dtype: of its values.
         axes: logical ones.
         layers: their numbers, in order; empty for what no layer has.
+        in_stack: a layer gets it as `InStack`.
     """
 
     shape: tuple[int, ...]
     dtype: jnp.dtype
     axes: Axes
     layers: tuple[int, ...] = ()
+    in_stack: bool = False
 
     @property
     def stacked(self) -> bool:
         """Whether axis 0 is layers."""
         return bool(self.layers)
+
+    @property
+    def of_experts(self) -> bool:
+        """Whether the first axis after that is experts."""
+        return self.axes[self.stacked : self.stacked + 1] == ("experts",)
 
 
 class Attention(nnx.Module):
@@ -64,8 +73,13 @@ class Attention(nnx.Module):
         self.o_proj = Linear(q_size, c.hidden_size, axes=("hidden", "heads"), bias=c.attention_out_bias, dtype=dtype)
         self.q_norm = self._norm(c, "heads", c.num_q_heads, dtype)
         self.k_norm = self._norm(c, "kv_heads", c.num_kv_heads, dtype)
+        self.sinks = param((c.num_q_heads,), dtype, ("heads",)) if c.attention_sinks else None
         self._qk_norm = c.qk_norm
         self._head_dim = c.head_dim
+
+    def sinks_N(self) -> jax.Array | None:
+        """Each head's score that takes probability and no value, f32, if there are any."""
+        return None if self.sinks is None else self.sinks[...].astype(jnp.float32)
 
     def _norm(self, config: ModelConfig, axis: str, num_heads: int, dtype: jnp.dtype) -> Any:
         """Of queries or keys, if they have one; whole projections are split as their heads are."""
@@ -104,12 +118,15 @@ class DecoderLayer(nnx.Module):
     """x + attention(norm(x)), then x + mlp(norm(x)); cut where the attention backend comes in."""
 
     def __init__(self, config: ModelConfig, layer: LayerConfig, dtype: jnp.dtype) -> None:
-        del layer  # its window and its rope are the decoder's matter
         c = config
         self.input_norm = hidden_norm(c, dtype)
         self.attention = Attention(c, dtype)
         self.post_attention_norm = hidden_norm(c, dtype)
-        self.mlp = gated_mlp(c, dtype)
+        if layer.mlp == "experts":
+            self.moe = MoE(c, dtype)
+        else:
+            self.mlp = gated_mlp(c, dtype)
+        self._mlp = layer.mlp
 
     def before_attention(self, x_TD: jax.Array, *rope_TC: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Queries, keys and values of normalised activations."""
@@ -118,11 +135,14 @@ class DecoderLayer(nnx.Module):
     def after_attention(self, x_TD: jax.Array, o_TNH: jax.Array) -> jax.Array:
         """Output projection and MLP with their residuals."""
         x_TD = x_TD + self.attention.o_proj(o_TNH.reshape(o_TNH.shape[0], -1))
-        return x_TD + self.mlp(self.post_attention_norm(x_TD))
+        mlp = self.moe if self._mlp == "experts" else self.mlp
+        return x_TD + mlp(self.post_attention_norm(x_TD))
 
 
 class Layer(Protocol):
     """A layer's module, cut where the attention backend comes in. Its children are stacked over the layers."""
+
+    attention: Attention
 
     def before_attention(self, x_TD: jax.Array, *rope_TC: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Queries [T, N, H], keys and values [T, K, H]; `rope_TC` is cos and sin where the layer has positions."""
@@ -187,7 +207,8 @@ class Decoder:
                 lead = (len(layers),) * bool(layers)
                 axes: Axes = (*("layers",) * bool(layers), *variable.get_metadata()["logical_axes"])
                 value = variable.get_value()
-                spec = ParamSpec((*lead, *value.shape), value.dtype, axes, layers)
+                in_stack = variable.get_metadata()["in_stack"]
+                spec = ParamSpec((*lead, *value.shape), value.dtype, axes, layers, in_stack)
                 specs[*prefix, *(str(part) for part in path)] = spec
 
         add(self._abstract, ())
@@ -215,7 +236,7 @@ class Decoder:
         token_ids_T: jax.Array,
         positions_T: jax.Array,
         meta: AttentionMeta,
-        attention: AttentionBackend,
+        ops: "StepOps",
         adapters: Adapters = NO_ADAPTERS,
     ) -> tuple[jax.Array, Cache]:
         """Run the layers over packed tokens. Returns activations [T, D] before the last norm, and the cache."""
@@ -223,7 +244,7 @@ class Decoder:
         if self.config.embedding_scale != 1:
             # The scale is rounded to the dtype, as the models were trained with it.
             x_TD = x_TD * jnp.asarray(self.config.embedding_scale, x_TD.dtype)
-        backends = {window: with_window(attention, window) for window in self.config.windows}
+        backends = {window: with_window(ops.attention, window) for window in self.config.windows}
         ropes = {"global": self.config.rope, "local": self.config.local_rope}
         step = _Step(
             weights=weights["layers"],
@@ -236,6 +257,7 @@ class Decoder:
                 if rope is not None
             },
             attention={window: (backend, backend.plan(meta)) for window, backend in backends.items()},
+            experts=ops.experts,
         )
         for group in group_layers(self.config.layers):
             body = partial(self._run_group, step, group)
@@ -258,6 +280,8 @@ class Decoder:
             def run_tokens(slots: Any, *arrays: jax.Array) -> Any:
                 module = nnx.merge(graph, weights)
                 step.adapters.attach(module, bank, slots, ("layers",))
+                if layer.kind.mlp == "experts":
+                    module.moe.experts.maths = step.experts
                 return getattr(module, part)(*arrays)
 
             return self.tokenwise(run_tokens, *arrays, shared=(step.slots,))
@@ -265,7 +289,8 @@ class Decoder:
         rope_TC = () if layer.kind.rope is None else step.ropes[layer.kind.rope]
         backend, plan = step.attention[layer.kind.window]
         q_TNH, k_TKH, v_TKH = run("before_attention", x_TD, *rope_TC)
-        o_TNH, cache = backend.attend(q_TNH, k_TKH, v_TKH, cache, layer.number, plan)
+        sinks_N = nnx.merge(graph, weights).attention.sinks_N()
+        o_TNH, cache = backend.attend(q_TNH, k_TKH, v_TKH, cache, layer.number, plan, sinks_N)
         return run("after_attention", x_TD, o_TNH), cache
 
     def _of_layer(self, stacked: Mapping[str, Any], layer: "_LayerAt") -> Weights:
@@ -278,8 +303,14 @@ class Decoder:
             first = self._layers[name].index(group.first + layer.offset)
             stride = sum(hasattr(self._kinds[kind], name) for kind in group.kinds)
             place = first + layer.turn * stride
-            own[name] = jax.tree.map(partial(lax.dynamic_index_in_dim, index=place, keepdims=False), tree)
+            own[name] = jax.tree_util.tree_map_with_path(partial(self._of_stack, ("layers", name), place), tree)
         return own
+
+    def _of_stack(self, parent: Path, place: jax.Array, path: tuple[DictKey, ...], stack: jax.Array) -> Any:
+        spec = self.param_specs.get((*parent, *(key.key for key in path)))
+        if spec is not None and spec.in_stack:
+            return InStack(stack, place)
+        return lax.dynamic_index_in_dim(stack, place, keepdims=False)
 
     def logits(self, weights: Weights, x_BD: jax.Array, adapters: Adapters = NO_ADAPTERS) -> jax.Array:
         """Scores over the vocabulary of the given activations, f32[B, V]; slots are of the B rows."""
@@ -298,6 +329,18 @@ class Decoder:
         return nnx.merge(graph, {name: part for name, part in weights.items() if name != "layers"})
 
 
+class StepOps(NamedTuple):
+    """What the platform does for a step.
+
+    Attributes:
+        attention: the backend.
+        experts: how they are computed.
+    """
+
+    attention: AttentionBackend
+    experts: ExpertMaths
+
+
 class _Step(NamedTuple):
     """What the layers of a step share.
 
@@ -307,6 +350,7 @@ class _Step(NamedTuple):
         slots: what the tokens' slots decide.
         ropes: cos and sin by name, f32[T, H/2].
         attention: backend and plan by window.
+        experts: how they are computed.
     """
 
     weights: Weights
@@ -315,6 +359,7 @@ class _Step(NamedTuple):
     slots: Any
     ropes: Mapping[str, tuple[jax.Array, jax.Array]]
     attention: Mapping[int | None, tuple[AttentionBackend, Plan]]
+    experts: ExpertMaths
 
 
 class _LayerAt(NamedTuple):
@@ -368,7 +413,9 @@ def dense_tensor_names(config: ModelConfig) -> dict[Path, TensorName]:
     for name, bias in biased.items():
         for kind in ("weight", "bias") if bias else ("weight",):
             names["layers", "attention", name, kind] = f"model.layers.{{layer}}.self_attn.{name}.{kind}"
-    for name in ("gate_proj", "up_proj", "down_proj"):
+    if config.attention_sinks:
+        names["layers", "attention", "sinks"] = "model.layers.{layer}.self_attn.sinks"
+    for name in ("gate_proj", "up_proj", "down_proj") if any(layer.mlp == "dense" for layer in config.layers) else ():
         for kind in ("weight", "bias") if config.mlp_bias else ("weight",):
             names["layers", "mlp", name, kind] = f"model.layers.{{layer}}.mlp.{name}.{kind}"
     return {path: TensorName(name) for path, name in names.items()}

@@ -2,10 +2,12 @@
 
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from typing import Any, Literal, ParamSpec
 
-from jaxserve.config import Activation, Dtype, LayerConfig, ModelConfig, RopeConfig
+import msgspec
+
+from jaxserve.config import Activation, Dtype, ExpertsConfig, LayerConfig, ModelConfig, RopeConfig
 from jaxserve.errors import LaunchError
 
 P = ParamSpec("P")
@@ -102,6 +104,15 @@ def read_num_layers(config: Mapping[str, Any]) -> int:
     if not 0 < num_layers <= _MAX_LAYERS:
         raise LaunchError(f"config.json: num_hidden_layers must be 1 to {_MAX_LAYERS}, got {num_layers}")
     return num_layers
+
+
+def with_experts(model: ModelConfig, experts: ExpertsConfig, dense_layers: Container[int] = ()) -> ModelConfig:
+    """The model with experts in all layers but some."""
+    layers = tuple(
+        layer if number in dense_layers else msgspec.structs.replace(layer, mlp="experts")
+        for number, layer in enumerate(model.layers)
+    )
+    return msgspec.structs.replace(model, layers=layers, experts=experts)
 
 
 @refuse_bad_fields

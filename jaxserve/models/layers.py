@@ -3,17 +3,19 @@
 Weights keep Hugging Face's orientation, [out, in]: nothing is transposed while loading, and it is the faster one
 for XLA on CPU. Products accumulate in f32 and return the activations' dtype; norms run in f32.
 
-Logical axes: `vocab`, `hidden`, `heads` (query heads x head dim), `kv_heads`, `mlp`, `layers`; None is replicated.
+Logical axes: `vocab`, `hidden`, `heads` (query heads x head dim), `kv_heads`, `mlp`, `experts`,
+`expert_mlp`, `layers`; None is replicated.
 """
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import ClassVar, TypeAlias
+from typing import ClassVar, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
+from jax.typing import DTypeLike
 
 Axes: TypeAlias = tuple[str | None, ...]
 ACTIVATIONS: Mapping[str, Callable[[jax.Array], jax.Array]] = {
@@ -24,24 +26,53 @@ ACTIVATIONS: Mapping[str, Callable[[jax.Array], jax.Array]] = {
 Update: TypeAlias = Callable[[jax.Array], jax.Array]
 
 
-def param(shape: tuple[int, ...], dtype: jnp.dtype, axes: Axes) -> nnx.Param[jax.Array]:
-    """A named weight; only its shape matters, since models are built abstractly."""
-    return nnx.Param(jnp.zeros(shape, dtype), logical_axes=axes)
+class InStack(NamedTuple):
+    """A layer's weight that is not cut out of the stack of all layers.
+
+    Attributes:
+        stack: with the layers that have such a weight along axis 0.
+        place: i32 scalar, this layer's.
+    """
+
+    stack: jax.Array
+    place: jax.Array
+
+
+def param(shape: tuple[int, ...], dtype: jnp.dtype, axes: Axes, *, in_stack: bool = False) -> nnx.Param[jax.Array]:
+    """A named weight; only its shape matters, since models are built abstractly.
+
+    Args:
+        shape: of it, in one layer.
+        dtype: of its values.
+        axes: logical ones.
+        in_stack: a layer gets it as `InStack`.
+    """
+    return nnx.Param(jnp.zeros(shape, dtype), logical_axes=axes, in_stack=in_stack)
 
 
 class Linear(nnx.Module):
     """y = x W^T + b."""
 
-    def __init__(self, in_size: int, out_size: int, *, axes: Axes, bias: bool, dtype: jnp.dtype) -> None:
+    def __init__(
+        self,
+        in_size: int,
+        out_size: int,
+        *,
+        axes: Axes,
+        bias: bool,
+        dtype: jnp.dtype,
+        out_dtype: DTypeLike | None = None,
+    ) -> None:
         self.weight = param((out_size, in_size), dtype, axes)
         self.bias = param((out_size,), dtype, axes[:1]) if bias else None
+        self._out_dtype = out_dtype
         self.update: Update | None = None
 
     def __call__(self, x_TI: jax.Array) -> jax.Array:
         """[T, in] -> [T, out]."""
-        y_TO = jnp.einsum("ti,oi->to", x_TI, self.weight[...])
+        y_TO = jnp.einsum("ti,oi->to", x_TI, self.weight[...], preferred_element_type=self._out_dtype)
         if self.bias is not None:
-            y_TO = y_TO + self.bias[...]
+            y_TO = y_TO + self.bias[...].astype(y_TO.dtype)
         return y_TO if self.update is None else y_TO + self.update(x_TI).astype(y_TO.dtype)
 
 

@@ -14,12 +14,16 @@ if TYPE_CHECKING:
 
 _MODULES: Mapping[str, str] = {
     "Gemma3ForCausalLM": "jaxserve.models.gemma3",
+    "GptOssForCausalLM": "jaxserve.models.gpt_oss",
     "LlamaForCausalLM": "jaxserve.models.llama",
     "MistralForCausalLM": "jaxserve.models.mistral",
+    "MixtralForCausalLM": "jaxserve.models.mixtral",
     "Olmo2ForCausalLM": "jaxserve.models.olmo2",
     "Phi3ForCausalLM": "jaxserve.models.phi3",
     "Qwen2ForCausalLM": "jaxserve.models.qwen2",
+    "Qwen2MoeForCausalLM": "jaxserve.models.qwen2_moe",
     "Qwen3ForCausalLM": "jaxserve.models.qwen3",
+    "Qwen3MoeForCausalLM": "jaxserve.models.qwen3_moe",
     "SmolLM3ForCausalLM": "jaxserve.models.smollm3",
 }
 

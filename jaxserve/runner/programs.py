@@ -20,7 +20,8 @@ from jax.sharding import PartitionSpec as P
 from jaxserve.lora.apply import NO_ADAPTERS, Adapters, LoraMaths
 from jaxserve.lora.bank import BankLayout, bank_specs, bank_splits, write_slot
 from jaxserve.mesh import named_sharding, partition_spec
-from jaxserve.models.decoder import Decoder, ParamSpec, Weights, tree_of
+from jaxserve.models.decoder import Decoder, ParamSpec, StepOps, Weights, tree_of
+from jaxserve.models.experts import ExpertMaths
 from jaxserve.request import SamplingParams
 from jaxserve.runner.batch import BatchLayout, DrawBatch, DrawMasks, ForwardBatch, RowTable
 from jaxserve.runner.buckets import Bucket
@@ -28,11 +29,14 @@ from jaxserve.runner.compiler_options import compiler_options
 from jaxserve.runner.state import DeviceState, empty_state, row_state, write_row
 from jaxserve.step import NewRow, SchedulerOutput
 from kernels_pallas.dispatch import Sampler
+from kernels_pallas.grouped_matmul.api import GroupedMatmul
+from kernels_pallas.grouped_matmul.xla import XlaGroupedMatmul
 from kernels_pallas.lora_matmul.api import LoraMatmul
 from kernels_pallas.lora_matmul.xla import XlaLora
 from kernels_pallas.paged_attention.api import AttentionBackend, Cache
 from kernels_pallas.sampling.api import SampleOutput, SamplingInputs, SamplingState, mask_words
 from kernels_pallas.sampling.summary import Shard
+from kernels_pallas.shards import MODEL, model_size
 
 T = TypeVar("T")
 
@@ -46,11 +50,12 @@ class StepModel(NamedTuple):
         decoder: the model.
         attention: the attention backend, which shapes the cache.
         sampler: draws tokens from logits.
-        mesh: where all of it lives, (data, model).
+        mesh: where all of it lives.
         layout: sizes of rows, pages and vocabulary.
         buckets: shapes to compile, widest first.
         adapters: slots of LoRA adapters, if they can be asked for.
         lora: applies them.
+        grouped_matmul: multiplies tokens with their experts.
     """
 
     decoder: Decoder
@@ -61,6 +66,12 @@ class StepModel(NamedTuple):
     buckets: tuple[Bucket, ...]
     adapters: BankLayout | None = None
     lora: LoraMatmul = XlaLora()
+    grouped_matmul: GroupedMatmul = XlaGroupedMatmul()
+
+    @property
+    def ops(self) -> StepOps:
+        """What the layers compute with."""
+        return StepOps(self.attention, ExpertMaths(self.grouped_matmul, self.mesh))
 
 
 class StepPrograms:
@@ -79,7 +90,7 @@ class StepPrograms:
         out = NamedSharding(model.mesh, P()) if model.mesh.is_multi_process else self.by_copy
         # Logits stay where they are made: split over the vocabulary, as the output head is.
         vocab_axis = partition_spec(("vocab",), (model.layout.vocab_size,), model.mesh)[0]
-        self._shard = Shard(model.layout.vocab_size, vocab_axis if model.mesh.shape["model"] > 1 else None)
+        self._shard = Shard(model.layout.vocab_size, vocab_axis if model_size(model.mesh) > 1 else None)
         by_id = P("data", self._shard.axis_name)
         self._by_id = NamedSharding(model.mesh, by_id)
         sampling: list[Any] = [self._by_id, self.by_copy, self.by_copy, self.by_copy]
@@ -105,7 +116,7 @@ class StepPrograms:
         self._draw = jax.jit(
             self._per_copy(
                 partial(_draw, model.decoder, model.sampler, self._shard),
-                {"data", "model"},
+                {"data", *MODEL},
                 (by_id, state, P("data"), P("data")),
                 (state, P("data")),
             ),
@@ -243,7 +254,7 @@ def _forward(
     token_ids_T = jnp.where(pending_T, last_T, token_ids_T)
     adapters = Adapters(bank, adapter_slot_T, maths)
     meta = batch.attention_meta()
-    x_TD, cache = model.decoder.forward(weights, cache, token_ids_T, positions_T, meta, model.attention, adapters)
+    x_TD, cache = model.decoder.forward(weights, cache, token_ids_T, positions_T, meta, model.ops, adapters)
     return cache, model.decoder.logits(weights, x_TD[token_index_B], adapters._replace(slot_T=adapter_slot_B))
 
 

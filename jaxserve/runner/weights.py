@@ -7,7 +7,7 @@ import functools
 import math
 import operator
 import pathlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import TypeAlias
 
 import jax
@@ -120,8 +120,24 @@ class _ParamReader:
             self._read_into(out, self._name.pattern, index)
             return out
         for position, layer in enumerate(self._spec.layers[index[0]]):
-            self._read_into(out[position], self._name.of_layer(layer), index[1:])
+            if self._spec.of_experts:
+                self._read_experts(out[position], layer, index[1:])
+            else:
+                self._read_into(out[position], self._name.of_layer(layer), index[1:])
         return out
+
+    def _read_experts(self, out: np.ndarray, layer: int, index: Index) -> None:
+        """Read some experts' parts of a layer, one after the other."""
+        name, num_rows = self._name, self._spec.shape[2]
+        start, stop, _ = index[1].indices(num_rows)
+        rows = slice(name.first_row + start * name.row_step, name.first_row + stop * name.row_step, name.row_step)
+        part = (*index[2:], rows) if name.transposed else (rows, *index[2:])
+        for place, expert in enumerate(range(self._spec.shape[1])[index[0]]):
+            if name.by_expert:
+                values = self._source.read(name.of_layer(layer, expert), part)
+            else:
+                values = self._source.read(name.of_layer(layer), (slice(expert, expert + 1), *part))[0]
+            out[place] = values.T if name.transposed else values
 
     def _read_into(self, out: np.ndarray, name: str, index: Index) -> None:
         """Read one tensor's part, a few rows at a time: it is seldom in the right dtype already."""
@@ -149,14 +165,10 @@ def _aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
 def _check_tensors(source: TensorSource, decoder: Decoder, names: dict[Path, TensorName], copies: int) -> None:
     wanted: dict[str, tuple[int, ...]] = {}
     for path, spec in decoder.param_specs.items():
-        shape = list(spec.shape[1:] if spec.stacked else spec.shape)
-        if "kv_heads" in spec.axes:
-            shape[0] //= copies
-        for layer in spec.layers or (0,):
-            name = names[path].of_layer(layer)
+        for name, shape, rows_axis in _tensors_of(spec, names[path], copies):
             # A tensor of several weights is as long as all of them.
-            rows = shape[0] + (wanted[name][0] if name in wanted else 0)
-            wanted[name] = (rows, *shape[1:])
+            others = wanted[name][rows_axis] if name in wanted else 0
+            wanted[name] = (*shape[:rows_axis], shape[rows_axis] + others, *shape[rows_axis + 1 :])
     found = dict(source.shapes)
     if decoder.config.tie_word_embeddings:
         found.pop("lm_head.weight", None)
@@ -171,3 +183,19 @@ def _check_tensors(source: TensorSource, decoder: Decoder, names: dict[Path, Ten
         more = f"\n  and {len(problems) - _MAX_LISTED} more" if len(problems) > _MAX_LISTED else ""
         listed = "".join(f"\n  {problem}" for problem in problems[:_MAX_LISTED])
         raise LaunchError(f"the checkpoint's tensors do not fit its config ({len(problems)} problems):{listed}{more}")
+
+
+def _tensors_of(spec: ParamSpec, name: TensorName, copies: int) -> Iterator[tuple[str, tuple[int, ...], int]]:
+    """Names and shapes of the tensors that have a weight, and the axis of its rows."""
+    shape = spec.shape[spec.stacked :]
+    if "kv_heads" in spec.axes:
+        shape = (shape[0] // copies, *shape[1:])
+    if name.transposed:
+        shape = (*shape[:-2], shape[-1], shape[-2])
+    rows_axis = len(shape) - 1 if name.transposed else int(spec.of_experts)
+    for layer in spec.layers or (0,):
+        if not name.by_expert:
+            yield name.of_layer(layer), shape, rows_axis
+            continue
+        for expert in range(shape[0]):
+            yield name.of_layer(layer, expert), shape[1:], rows_axis - 1

@@ -11,7 +11,7 @@ from jax import lax
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from kernels_pallas.shards import over_model
+from kernels_pallas.shards import MODEL, over_model
 
 
 class Kernels(NamedTuple):
@@ -46,7 +46,7 @@ class ShardedLora:
 
     def shrink(self, x_TI: jax.Array, a_SJI: jax.Array, plan: Any, *, split: bool) -> jax.Array:
         """See `LoraMatmul`; [T, J]."""
-        axis = "model" if split else None
+        axis = MODEL if split else None
 
         def run(x_TI: jax.Array, a_SJI: jax.Array, plan: Any) -> jax.Array:
             h_TJ = self._kernels.shrink(x_TI, a_SJI, plan)
@@ -56,7 +56,7 @@ class ShardedLora:
 
     def expand(self, h: jax.Array, b_SRO: jax.Array, plan: Any, *, member: int, split: bool) -> jax.Array:
         """See `LoraMatmul`."""
-        axis = "model" if split else None
+        axis = MODEL if split else None
 
         def run(h_TJ: jax.Array, b_SRO: jax.Array, plan: Any) -> jax.Array:
             return self._kernels.expand(h_TJ, b_SRO, plan, member)

@@ -31,7 +31,7 @@ class GpuPlan(NamedTuple):
 
 
 class GpuAttention:
-    """Backend `gpu`. Heads are split over the mesh axis `model`; every shard attends on its own."""
+    """Backend `gpu`. Heads are split over the devices of a copy; every shard attends on its own."""
 
     def __init__(
         self,
@@ -47,7 +47,7 @@ class GpuAttention:
 
         Args:
             config: of the model.
-            mesh: with an axis `model`.
+            mesh: of the devices.
             num_cores: multiprocessors of the device.
             smem_bytes: shared memory that a thread block may use.
             tiles: of decode and prefill, in place of those chosen for the device.

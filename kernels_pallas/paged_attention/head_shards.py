@@ -1,4 +1,4 @@
-"""What the backends share: heads split over the mesh axis `model`, and the head-major layout of pages."""
+"""What the backends share: heads split over the devices of a copy, and the head-major layout of pages."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -7,10 +7,10 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from kernels_pallas.paged_attention.api import AttentionConfig, CacheSpec
-from kernels_pallas.shards import over_model
+from kernels_pallas.shards import MODEL, over_model
 
 # Pages of every layout: [pages, key heads, tokens, numbers].
-PAGES_PARTITION = P(None, "model", None, None)
+PAGES_PARTITION = P(None, MODEL, None, None)
 
 
 def head_major_spec(config: AttentionConfig) -> dict[str, CacheSpec]:
@@ -23,6 +23,6 @@ def head_major_spec(config: AttentionConfig) -> dict[str, CacheSpec]:
 
 def over_heads(attend: Callable[..., Any], mesh: Mesh, cache: Iterable[str]) -> Callable[..., Any]:
     """`AttentionBackend.attend` on every shard of the heads; `cache` names the cache's arrays."""
-    heads, pages = P(None, "model", None), dict.fromkeys(cache, PAGES_PARTITION)
-    in_specs = (heads, heads, heads, pages, P(), P(), P("model"), P(None, "model"))
+    heads, pages = P(None, MODEL, None), dict.fromkeys(cache, PAGES_PARTITION)
+    in_specs = (heads, heads, heads, pages, P(), P(), P(MODEL), P(None, MODEL))
     return over_model(attend, mesh, in_specs, (heads, pages))

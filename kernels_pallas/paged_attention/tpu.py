@@ -23,6 +23,7 @@ from kernels_pallas.paged_attention.tpu_layout import LANES, TpuLayout
 from kernels_pallas.paged_attention.tpu_schedule import KernelShape, Scalars
 from kernels_pallas.paged_attention.tuning import VMEM_FRACTION, choose_tpu_tiles
 from kernels_pallas.pallas import TpuMemory, pl, pltpu
+from kernels_pallas.shards import model_size
 
 # Tokens of a bf16 tile.
 _MIN_PAGE_SIZE = 16
@@ -41,11 +42,11 @@ class TpuPlan(NamedTuple):
 
 
 class TpuAttention:
-    """Backend `tpu`. Heads are split over the mesh axis `model`; every shard attends on its own.
+    """Backend `tpu`. Heads are split over the devices of a copy; every shard attends on its own.
 
     Args:
         config: of the whole model.
-        mesh: with the axis `model`.
+        mesh: of the devices.
         memory: of the chip.
         interpret: `pltpu.InterpretParams` to run the kernel on a CPU, or False.
 
@@ -59,7 +60,7 @@ class TpuAttention:
         self.max_table_entries: int | None = memory.smem_bytes // 2 // 4
         self._layout = TpuLayout(config.head_dim, config.dtype, config.page_size)
         _check(config)
-        self._tiles = choose_tpu_tiles(config.split(mesh.shape["model"]), self._layout, memory.vmem_bytes)
+        self._tiles = choose_tpu_tiles(config.split(model_size(mesh)), self._layout, memory.vmem_bytes)
         self._vmem_bytes = memory.vmem_bytes
         self._mesh = mesh
         self._interpret = interpret
@@ -139,7 +140,7 @@ class TpuAttention:
         blocks_2C: jax.Array | None,
     ) -> tuple[jax.Array, jax.Array]:
         """One call of the kernel; without `blocks_2C` the blocks are the rows that run one token."""
-        local = self.config.split(self._mesh.shape["model"])
+        local = self.config.split(model_size(self._mesh))
         shape = KernelShape(
             config=local,
             layout=self._layout,

@@ -19,11 +19,11 @@ class Shard(NamedTuple):
 
     Attributes:
         vocab_size: of the whole vocabulary; the last shards may hold padding past it.
-        axis_name: mesh axis the vocabulary is split over; None where it is whole.
+        axis_name: mesh axis, or axes, the vocabulary is split over; None where it is whole.
     """
 
     vocab_size: int
-    axis_name: str | None = None
+    axis_name: str | tuple[str, ...] | None = None
 
     def num_shards(self) -> int:
         """Number of shards."""

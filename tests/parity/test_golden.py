@@ -44,7 +44,7 @@ def load(name: str, **changes: object) -> Model:
 
 @partial(jax.jit, static_argnums=0)
 def forward(model: StepModel, weights: object, cache: object, batch: ForwardBatch) -> tuple[jax.Array, object]:
-    x_TD, cache = model.decoder.forward(weights, cache, *batch.tokens_4T[:2], batch.attention_meta(), model.attention)
+    x_TD, cache = model.decoder.forward(weights, cache, *batch.tokens_4T[:2], batch.attention_meta(), model.ops)
     return model.decoder.logits(weights, x_TD), cache
 
 

@@ -1,0 +1,192 @@
+"""Mixtures of experts: a router gives each token a few of many MLPs (arXiv:1701.06538, arXiv:2101.03961).
+
+Tokens are sorted by their experts once, multiplied in blocks of one expert each, and brought back. Every device has
+some of the experts, or a part of each, and adds what its own make of the tokens to the sum over all.
+
+Dimension key: E experts, U experts of a token, F an expert's hidden size, P places of tokens in blocks.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+
+from jaxserve.config import ExpertsConfig, ModelConfig
+from jaxserve.mesh import partition_spec
+from jaxserve.models.layers import ACTIVATIONS, Axes, GatedMLP, InStack, Linear, param
+from kernels_pallas.grouped_matmul.api import GroupedMatmul
+from kernels_pallas.grouped_matmul.blocks import Blocks, sort_into_blocks
+from kernels_pallas.shards import EXPERT, MODEL, over_model
+
+# (gate, up) -> what the second product takes.
+Gated: TypeAlias = Callable[[jax.Array, jax.Array], jax.Array]
+
+
+class ExpertMaths(NamedTuple):
+    """How experts are computed.
+
+    Attributes:
+        matmul: the product of one device.
+        mesh: that experts lie on.
+    """
+
+    matmul: GroupedMatmul
+    mesh: Mesh
+
+
+class Choice(NamedTuple):
+    """The experts of each token.
+
+    Attributes:
+        id_TU: i32.
+        weight_TU: f32, of each expert's result in their sum.
+    """
+
+    id_TU: jax.Array
+    weight_TU: jax.Array
+
+
+def choose_experts(logits_TE: jax.Array, config: ExpertsConfig) -> Choice:
+    """The experts with the highest scores; of equal ones the first."""
+    scores_TE = jax.nn.softmax(logits_TE, axis=-1) if config.scores == "softmax" else logits_TE
+    weight_TU, id_TU = lax.top_k(scores_TE, config.top_k)
+    if config.scores == "softmax_of_chosen":
+        weight_TU = jax.nn.softmax(weight_TU, axis=-1)
+    elif config.normalize:
+        weight_TU = weight_TU / jnp.sum(weight_TU, axis=-1, keepdims=True)
+    return Choice(id_TU, weight_TU)
+
+
+class _Local(NamedTuple):
+    """The weights of a linear map of each expert, as a step uses them.
+
+    Attributes:
+        stack: [L, E, out, in], of all layers that have experts.
+        place: i32 scalar, of this layer's in the stack.
+        bias: [E, out], or none.
+    """
+
+    stack: Any
+    place: Any
+    bias: Any
+
+    def multiply(self, matmul: GroupedMatmul, x_PI: jax.Array, blocks: Blocks) -> jax.Array:
+        """Rows of blocks, whose groups are the experts that are here, with their experts."""
+        _, num_experts, num_outputs, num_inputs = self.stack.shape
+        matrices = self.stack.reshape(-1, num_outputs, num_inputs)
+        y_PO = matmul(x_PI, matrices, blocks._replace(group_C=blocks.group_C + self.place * num_experts))
+        if self.bias is None:
+            return y_PO
+        by_block_CWO = y_PO.reshape(blocks.group_C.shape[0], -1, num_outputs)
+        return (by_block_CWO + self.bias[blocks.group_C][:, None]).reshape(y_PO.shape)
+
+
+class ExpertLinear(nnx.Module):
+    """A linear map of each expert: weights [E, out, in], and biases [E, out] or none."""
+
+    def __init__(self, shape: tuple[int, int, int], *, axes: Axes, bias: bool, dtype: jnp.dtype) -> None:
+        # A step reads the experts that have tokens: cut out of the stack, all of them would be copied.
+        self.weight = param(shape, dtype, axes, in_stack=True)
+        self.bias = param(shape[:2], dtype, axes[:2]) if bias else None
+        self._axes, self._shape = axes, shape
+
+    def arrays(self) -> _Local:
+        """The weights of all experts."""
+        weight: InStack = self.weight.get_value()
+        return _Local(weight.stack, weight.place, None if self.bias is None else self.bias[...])
+
+    def specs(self, mesh: Mesh) -> _Local:
+        """How they lie on a mesh."""
+        stack = partition_spec(("layers", *self._axes), (1, *self._shape), mesh)
+        return _Local(stack, P(), None if self.bias is None else P(*stack[1:3]))
+
+
+class Experts(nnx.Module):
+    """The MLPs."""
+
+    def __init__(self, config: ModelConfig, experts: ExpertsConfig, dtype: jnp.dtype) -> None:
+        number, inner, outer = experts.num_experts, experts.intermediate_size, config.hidden_size
+        make = partial(ExpertLinear, bias=experts.bias, dtype=dtype)
+        self.gate_proj = make((number, inner, outer), axes=("experts", "expert_mlp", "hidden"))
+        self.up_proj = make((number, inner, outer), axes=("experts", "expert_mlp", "hidden"))
+        self.down_proj = make((number, outer, inner), axes=("experts", "hidden", "expert_mlp"))
+        self._gated = _gated(config, experts)
+        # Set while a step is traced.
+        self.maths: ExpertMaths | None = None
+
+    def __call__(self, x_TD: jax.Array, choice: Choice) -> jax.Array:
+        """Weighted sum of each token's experts, [T, D] in x's dtype."""
+        assert self.maths is not None
+        mesh = self.maths.mesh
+        # The last bias is added once, and not by every device that has a part of the expert.
+        layers = (self.gate_proj, self.up_proj, self.down_proj)
+        arrays = [layer.arrays() for layer in layers]
+        specs = [layer.specs(mesh) for layer in layers]
+        arrays[2], specs[2] = arrays[2]._replace(bias=None), specs[2]._replace(bias=None)
+        run = over_model(self._run_local, mesh, (P(), P(), *specs), P())
+        y_TD = run(x_TD, choice, *arrays)
+        if self.down_proj.bias is None:
+            return y_TD
+        bias_TUD = self.down_proj.bias[...].astype(jnp.float32)[choice.id_TU]
+        return y_TD + jnp.einsum("tu,tud->td", choice.weight_TU, bias_TUD).astype(y_TD.dtype)
+
+    def _run_local(self, x_TD: jax.Array, choice: Choice, gate: _Local, up: _Local, down: _Local) -> jax.Array:
+        """What the experts of all devices make of the tokens, from those of one."""
+        assert self.maths is not None
+        matmul = self.maths.matmul
+        num_tokens, top_k = choice.id_TU.shape
+        num_experts = gate.stack.shape[1]
+        own_TU = choice.id_TU - lax.axis_index(EXPERT) * num_experts
+        own_TU = jnp.where((own_TU >= 0) & (own_TU < num_experts), own_TU, num_experts)
+        block_rows = matmul.block_rows(num_tokens * top_k, num_experts)
+        blocks, places = sort_into_blocks(own_TU.reshape(-1), num_experts, block_rows)
+        x_PD = x_TD[places.row_P // top_k]
+        h_PF = self._gated(gate.multiply(matmul, x_PD, blocks), up.multiply(matmul, x_PD, blocks))
+        y_PD = down.multiply(matmul, h_PF, blocks)
+        # Those whose expert is elsewhere have no place.
+        y_TUD = y_PD.at[places.place_R.reshape(num_tokens, top_k)].get(mode="fill", fill_value=0)
+        y_TD = jnp.einsum("tud,tu->td", y_TUD.astype(jnp.float32), choice.weight_TU)
+        return lax.psum(y_TD.astype(x_TD.dtype), MODEL)
+
+
+def _gated(config: ModelConfig, experts: ExpertsConfig) -> Gated:
+    """What is made of gate and up."""
+    activation, limit = ACTIVATIONS[config.activation], experts.swiglu_limit
+    if limit is None:
+        return lambda gate, up: activation(gate) * up
+
+    def clamped(gate: jax.Array, up: jax.Array) -> jax.Array:
+        """gpt-oss's: gelu by a sigmoid (arXiv:1606.08415), times one more than up."""
+        gate, up = jnp.minimum(gate, limit), jnp.clip(up, -limit, limit)
+        return gate * jax.nn.sigmoid(experts.swiglu_alpha * gate) * (up + 1)
+
+    return clamped
+
+
+class MoE(nnx.Module):
+    """Experts with their router, and an expert of all tokens where there is one."""
+
+    def __init__(self, config: ModelConfig, dtype: jnp.dtype) -> None:
+        experts, size = config.experts, config.hidden_size
+        assert experts is not None
+        make_gate = partial(Linear, size, dtype=dtype, out_dtype=jnp.float32)
+        self.router = make_gate(experts.num_experts, axes=(None, "hidden"), bias=experts.bias)
+        self.experts = Experts(config, experts, dtype)
+        if (shared := experts.shared_intermediate_size) is not None:
+            self.shared_expert = GatedMLP(size, shared, bias=False, dtype=dtype, activation=config.activation)
+            self.shared_expert_gate = make_gate(1, axes=(None, "hidden"), bias=False)
+        self._config = experts
+
+    def __call__(self, x_TD: jax.Array) -> jax.Array:
+        """[T, D] -> [T, D]."""
+        y_TD = self.experts(x_TD, choose_experts(self.router(x_TD), self._config))
+        if self._config.shared_intermediate_size is not None:
+            weight_T1 = jax.nn.sigmoid(self.shared_expert_gate(x_TD)).astype(x_TD.dtype)
+            y_TD = y_TD + weight_T1 * self.shared_expert(x_TD)
+        return y_TD

@@ -1,0 +1,1 @@
+"""Products of sorted rows with a matrix of their own group."""

@@ -1,0 +1,70 @@
+"""Rows sorted into blocks that have one group each, as the kernels want them.
+
+The rows of a group fill whole blocks, the last of them with padding, so a kernel multiplies every block by one matrix
+and a matrix that no row has is never read.
+
+Dimension key: R rows, C blocks, P = C * rows of a block: places.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+
+class Blocks(NamedTuple):
+    """Which group each block is of.
+
+    Attributes:
+        group_C: i32; blocks that do not count repeat the last that does.
+        num_1: i32, how many count: the first ones.
+    """
+
+    group_C: jax.Array
+    num_1: jax.Array
+
+
+class Places(NamedTuple):
+    """Where rows are among the blocks.
+
+    Attributes:
+        row_P: i32, the row at each place; some row where there is padding.
+        place_R: i32, the place of each row; P for rows of no group.
+    """
+
+    row_P: jax.Array
+    place_R: jax.Array
+
+
+def most_blocks(num_rows: int, num_groups: int, block_rows: int) -> int:
+    """How many blocks rows can need, however they fall into groups."""
+    # Every group that has rows fills all but its last block.
+    return (num_rows + min(num_rows, num_groups) * (block_rows - 1)) // block_rows
+
+
+def sort_into_blocks(group_R: jax.Array, num_groups: int, block_rows: int) -> tuple[Blocks, Places]:
+    """Sort rows by their groups; those of one group keep their order.
+
+    Args:
+        group_R: i32, of each row; `num_groups` for none.
+        num_groups: how many there are.
+        block_rows: rows of a block.
+    """
+    num_rows = group_R.shape[0]
+    num_blocks = most_blocks(num_rows, num_groups, block_rows)
+    order_R = jnp.argsort(group_R, stable=True).astype(jnp.int32)
+    size_G = jnp.zeros(num_groups, jnp.int32).at[group_R].add(1, mode="drop")
+    end_G = jnp.cumsum(size_G)
+    end_block_G = jnp.cumsum(-(-size_G // block_rows))
+    sorted_R = group_R[order_R]
+    known_R = jnp.minimum(sorted_R, num_groups - 1)
+    first_place_G = (end_block_G - -(-size_G // block_rows)) * block_rows
+    place_R = first_place_G[known_R] + jnp.arange(num_rows, dtype=jnp.int32) - (end_G - size_G)[known_R]
+    place_R = jnp.where(sorted_R < num_groups, place_R, num_blocks * block_rows)
+    row_P = jnp.zeros(num_blocks * block_rows, jnp.int32).at[place_R].set(order_R, mode="drop")
+    num = end_block_G[-1]
+    block_C = jnp.minimum(jnp.arange(num_blocks, dtype=jnp.int32), jnp.maximum(num - 1, 0))
+    group_C = jnp.searchsorted(end_block_G, block_C, side="right").astype(jnp.int32)
+    # Without any row there is no last group either.
+    group_C = jnp.minimum(group_C, num_groups - 1)
+    return Blocks(group_C, num[None]), Places(row_P, jnp.zeros_like(place_R).at[order_R].set(place_R))

@@ -1,0 +1,36 @@
+"""Grouped products in portable XLA: a loop over the blocks that count."""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from kernels_pallas.grouped_matmul.blocks import Blocks
+
+# Products of fewer rows are no cheaper.
+_FEWEST_ROWS = 8
+_MOST_ROWS = 128
+
+
+class XlaGroupedMatmul:
+    """A `GroupedMatmul`."""
+
+    def block_rows(self, num_rows: int, num_groups: int) -> int:
+        """The power of two that the rows of a group fill on average."""
+        rows = _FEWEST_ROWS
+        while rows < min(_MOST_ROWS, num_rows // num_groups):
+            rows *= 2
+        return rows
+
+    def __call__(self, x_PI: jax.Array, w_XOI: jax.Array, blocks: Blocks) -> jax.Array:
+        """See `GroupedMatmul`; blocks that do not count are zeros."""
+        num_places, num_inputs = x_PI.shape
+        block_rows = num_places // blocks.group_C.shape[0]
+
+        def multiply(block: jax.Array, y_PO: jax.Array) -> jax.Array:
+            x_WI = lax.dynamic_slice(x_PI, (block * block_rows, 0), (block_rows, num_inputs))
+            w_OI = lax.dynamic_index_in_dim(w_XOI, blocks.group_C[block], keepdims=False)
+            y_WO = jnp.einsum("wi,oi->wo", x_WI, w_OI)
+            return lax.dynamic_update_slice(y_PO, y_WO, (block * block_rows, 0))
+
+        y_PO = jnp.zeros((num_places, w_XOI.shape[1]), x_PI.dtype)
+        return lax.fori_loop(0, blocks.num_1[0], multiply, y_PO)
