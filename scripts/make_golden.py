@@ -84,7 +84,8 @@ MODELS = {
         "model_type": "qwen3_moe",
         "num_hidden_layers": 3,
         "mlp_only_layers": [0],
-        "head_dim": 16,
+        "num_attention_heads": 8,
+        "head_dim": 8,
         "moe_intermediate_size": 16,
         "num_experts": 8,
         "num_experts_per_tok": 3,
@@ -115,8 +116,10 @@ def make(name: str) -> None:
     config._attn_implementation = "eager"  # noqa: SLF001
     model = AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim == 1:  # norms and biases start as ones and zeros, which would hide mistakes
+        for key, parameter in model.named_parameters():
+            if parameter.ndim == 1 or key.endswith(
+                "bias"
+            ):  # norms and biases start as ones and zeros, which would hide mistakes
                 parameter.add_(torch.randn_like(parameter) * 0.2)
     folder = GOLDEN / name
     folder.mkdir(parents=True, exist_ok=True)

@@ -14,7 +14,6 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
-from jax.tree_util import DictKey
 
 from jaxserve.config import LayerConfig, ModelConfig
 from jaxserve.lora.apply import NO_ADAPTERS, Adapters
@@ -306,7 +305,7 @@ class Decoder:
             own[name] = jax.tree_util.tree_map_with_path(partial(self._of_stack, ("layers", name), place), tree)
         return own
 
-    def _of_stack(self, parent: Path, place: jax.Array, path: tuple[DictKey, ...], stack: jax.Array) -> Any:
+    def _of_stack(self, parent: Path, place: jax.Array, path: tuple[Any, ...], stack: jax.Array) -> Any:
         spec = self.param_specs.get((*parent, *(key.key for key in path)))
         if spec is not None and spec.in_stack:
             return InStack(stack, place)

@@ -19,7 +19,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxserve.config import ExpertsConfig, ModelConfig
 from jaxserve.mesh import partition_spec
-from jaxserve.models.layers import ACTIVATIONS, Axes, GatedMLP, InStack, Linear, param
+from jaxserve.models.layers import ACTIVATIONS, Axes, GatedMLP, Linear, param
 from kernels_pallas.grouped_matmul.api import GroupedMatmul
 from kernels_pallas.grouped_matmul.blocks import Blocks, sort_into_blocks
 from kernels_pallas.shards import EXPERT, MODEL, over_model
@@ -98,7 +98,7 @@ class ExpertLinear(nnx.Module):
 
     def arrays(self) -> _Local:
         """The weights of all experts."""
-        weight: InStack = self.weight.get_value()
+        weight: Any = self.weight.get_value()  # an InStack
         return _Local(weight.stack, weight.place, None if self.bias is None else self.bias[...])
 
     def specs(self, mesh: Mesh) -> _Local:

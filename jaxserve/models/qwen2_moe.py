@@ -23,7 +23,7 @@ def expert_layers(model: ModelConfig, config: Mapping[str, Any]) -> ModelConfig:
         normalize=bool(config.get("norm_topk_prob", False)),
     )
     step = int(config.get("decoder_sparse_step") or 1)
-    named = set(config.get("mlp_only_layers") or ())
+    named: list[int] = config.get("mlp_only_layers") or []
     dense = [layer for layer in range(model.num_layers) if layer in named or (layer + 1) % step]
     return with_experts(model, experts, dense)
 

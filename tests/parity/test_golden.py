@@ -105,6 +105,13 @@ def test_sharded(name: str, tp_size: int) -> None:
     close(logits.reshape(model.logits.shape), model.logits)
 
 
+@pytest.mark.parametrize("ep_size", [1, 2, 4, 8])
+def test_experts_on_devices_of_their_own(ep_size: int) -> None:
+    model = load("qwen3_moe", tp_size=8, ep_size=ep_size)
+    logits = run(model.runner, [row(i, ids, 0, 60) for i, ids in enumerate(model.token_ids)])
+    close(logits.reshape(model.logits.shape), model.logits)
+
+
 # The fewest programs that can run two prompts.
 FEW_PROGRAMS = {"max_running_requests": 2, "chunked_prefill_size": 64}
 
