@@ -1,9 +1,11 @@
-"""A warpgroup of a Hopper GPU: the matrices it multiplies, where they are kept, and what it knows by rows.
+"""A warpgroup of a Hopper GPU: the matrices it multiplies, where they lie, what it knows by rows and waits for.
 
 Needs JAX 0.11 or newer, as `kernels_pallas.pallas` does.
 """
 
-from typing import Any
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -53,3 +55,31 @@ def product(left: Any, right: Any, width: int) -> jax.Array:
 def along_rows(x_m: jax.Array, width: int) -> jax.Array:
     """The same value across each row."""
     return lax.broadcast_in_dim(x_m, (WARPGROUP_ROWS, width), [0])
+
+
+class Stages(NamedTuple):
+    """Steps whose operands arrive while those before are worked on; a step's stage is free when its work is done.
+
+    Attributes:
+        num_steps: how many there are.
+        copy: (step, stage): sends for the operands of a step.
+        arrived: barriers of the stages.
+    """
+
+    num_steps: jax.Array | int
+    copy: Callable[[jax.Array, jax.Array], None]
+    arrived: Any
+
+    def start(self) -> None:
+        """Send for the first steps."""
+        for step in range(self.arrived.shape[0] - 1):
+            pl.when(step < self.num_steps)(partial(self.copy, jnp.int32(step), jnp.int32(step)))
+
+    def next(self, step: jax.Array) -> jax.Array:
+        """Wait for a step, the work of the one before being done; returns its stage."""
+        num_stages = self.arrived.shape[0]
+        ahead = step + num_stages - 1
+        pl.when(ahead < self.num_steps)(partial(self.copy, ahead, lax.rem(ahead, num_stages)))
+        stage = lax.rem(step, num_stages)
+        plgpu.barrier_wait(self.arrived.at[stage])
+        return stage

@@ -6,11 +6,19 @@ stack they would be copied, and with them those that no token has.
 Dimension key: C blocks, P places of rows in blocks, X matrices, I inputs, O outputs.
 """
 
-from typing import Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 
 from kernels_pallas.grouped_matmul.blocks import Blocks
+
+
+class ExpertShape(NamedTuple):
+    """Of the matrices that one device multiplies with."""
+
+    num_outputs: int
+    num_inputs: int
+    dtype: Any
 
 
 class GroupedMatmul(Protocol):

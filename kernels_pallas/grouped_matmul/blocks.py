@@ -36,6 +36,14 @@ class Places(NamedTuple):
     place_R: jax.Array
 
 
+def rows_of_blocks(num_rows: int, num_groups: int, *, fewest: int, most: int) -> int:
+    """The power of two that a group's rows fill on average, between powers of two."""
+    rows = fewest
+    while rows < min(most, num_rows // num_groups):
+        rows *= 2
+    return rows
+
+
 def most_blocks(num_rows: int, num_groups: int, block_rows: int) -> int:
     """How many blocks rows can need, however they fall into groups."""
     # Every group that has rows fills all but its last block.

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from kernels_pallas.grouped_matmul.blocks import Blocks
+from kernels_pallas.grouped_matmul.blocks import Blocks, rows_of_blocks
 
 # Products of fewer rows are no cheaper.
 _FEWEST_ROWS = 8
@@ -15,11 +15,8 @@ class XlaGroupedMatmul:
     """A `GroupedMatmul`."""
 
     def block_rows(self, num_rows: int, num_groups: int) -> int:
-        """The power of two that the rows of a group fill on average."""
-        rows = _FEWEST_ROWS
-        while rows < min(_MOST_ROWS, num_rows // num_groups):
-            rows *= 2
-        return rows
+        """See `GroupedMatmul`."""
+        return rows_of_blocks(num_rows, num_groups, fewest=_FEWEST_ROWS, most=_MOST_ROWS)
 
     def __call__(self, x_PI: jax.Array, w_XOI: jax.Array, blocks: Blocks) -> jax.Array:
         """See `GroupedMatmul`; blocks that do not count are zeros."""

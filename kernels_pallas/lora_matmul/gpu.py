@@ -7,7 +7,6 @@ Dimension key: T tokens, m tokens of a block (64), C blocks, S slots (without sl
 i and o blocks of them, K parts that the inputs are cut to, J = modules with the same inputs * R, j a part of it.
 """
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -20,7 +19,7 @@ from kernels_pallas.lora_matmul.api import LoraModule
 from kernels_pallas.lora_matmul.sharded import Kernels, ShardedLora
 from kernels_pallas.lora_matmul.slot_blocks import SlotLists, slot_lists
 from kernels_pallas.pallas import pl, plgpu
-from kernels_pallas.warpgroup import MATRIX, WARPGROUP_ROWS, along_rows, product, smem
+from kernels_pallas.warpgroup import MATRIX, WARPGROUP_ROWS, Stages, along_rows, product, smem
 
 # Inputs of a step: a row of the tokens' tile and of a factor's are then 128 bytes, which one swizzle spans.
 _STEP_INPUTS = 64
@@ -140,7 +139,7 @@ def _shrink_block(
     slot_m = plgpu.load(slot_Cm.at[block], optimized=False)
     zeros_mj = plgpu.layout_cast(jnp.zeros((WARPGROUP_ROWS, part_rank), jnp.float32), MATRIX)
     num_slots = slots.num_C[block]
-    stages = _Stages(num_slots * num_own, copy, scratch.arrived)
+    stages = Stages(num_slots * num_own, copy, scratch.arrived)
     stages.start()
 
     def take_slot(index: jax.Array, h_mj: jax.Array) -> jax.Array:
@@ -217,7 +216,7 @@ def _expand_block(
 
     slot_m = plgpu.load(slot_Cm.at[block], optimized=False)
     num_slots = slots.num_C[block]
-    stages = _Stages(num_slots, copy, scratch.arrived)
+    stages = Stages(num_slots, copy, scratch.arrived)
     stages.start()
 
     def take_slot(index: jax.Array, out_mo: jax.Array) -> jax.Array:
@@ -232,34 +231,6 @@ def _expand_block(
     plgpu.commit_smem()
     plgpu.copy_smem_to_gmem(scratch.out_mo, out_CmO.at[block, :, columns])
     plgpu.wait_smem_to_gmem(0)
-
-
-class _Stages(NamedTuple):
-    """Steps whose operands arrive while those before are worked on; a step's stage is free when its work is done.
-
-    Attributes:
-        num_steps: i32.
-        copy: (step, stage): sends for the operands of a step.
-        arrived: barriers of the stages.
-    """
-
-    num_steps: jax.Array
-    copy: Callable[[jax.Array, jax.Array], None]
-    arrived: Any
-
-    def start(self) -> None:
-        """Send for the first steps."""
-        for step in range(self.arrived.shape[0] - 1):
-            pl.when(step < self.num_steps)(partial(self.copy, jnp.int32(step), jnp.int32(step)))
-
-    def next(self, step: jax.Array) -> jax.Array:
-        """Wait for a step, the work of the one before being done; returns its stage."""
-        num_stages = self.arrived.shape[0]
-        ahead = step + num_stages - 1
-        pl.when(ahead < self.num_steps)(partial(self.copy, ahead, lax.rem(ahead, num_stages)))
-        stage = lax.rem(step, num_stages)
-        plgpu.barrier_wait(self.arrived.at[stage])
-        return stage
 
 
 def _to_blocks(array: jax.Array) -> jax.Array:

@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 
 from kernels_pallas.lora_matmul.sharded import Kernels, ShardedLora
 from kernels_pallas.lora_matmul.slot_blocks import SlotPairs, slot_pairs
+from kernels_pallas.mxu import mxu_dot
 from kernels_pallas.pallas import pl, pltpu
 
 _LANES = 128
@@ -106,7 +107,7 @@ def _shrink_pair(
     def _start() -> None:
         sum_tJ[...] = jnp.zeros_like(sum_tJ)
 
-    sum_tJ[...] += _dot(x_ti[...], a_1Ji[0], contract=1)
+    sum_tJ[...] += mxu_dot(x_ti[...], a_1Ji[0], contract=1)
 
     @pl.when(step == num_steps - 1)
     def _put() -> None:
@@ -143,16 +144,8 @@ def expand(
 
 def _expand_pair(_: Any, slot_U: Any, __: Any, slot_t1: Any, h_tR: Any, b_1Ro: Any, out_to: Any) -> None:
     own_t1 = slot_t1[...] == slot_U[pl.program_id(1)] + 1
-    new_to = _dot(h_tR[...], b_1Ro[0], contract=0).astype(out_to.dtype)
+    new_to = mxu_dot(h_tR[...], b_1Ro[0], contract=0).astype(out_to.dtype)
     out_to[...] = jnp.where(own_t1, new_to, out_to[...])
-
-
-def _dot(left: jax.Array, right: jax.Array, *, contract: int) -> jax.Array:
-    """Sums in f32; f32 itself is not rounded to bf16 first, as the MXU would."""
-    precision = jax.lax.Precision.HIGHEST if left.dtype == jnp.float32 else None
-    return jax.lax.dot_general(
-        left, right, (((1,), (contract,)), ((), ())), precision=precision, preferred_element_type=jnp.float32
-    )
 
 
 def _block_inputs(num_inputs: int, joint_rank: int) -> int:

@@ -1,0 +1,140 @@
+"""Grouped products against numpy in float64; the Pallas kernels run interpreted, with their races watched."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kernels_pallas.grouped_matmul.api import ExpertShape, GroupedMatmul
+from kernels_pallas.grouped_matmul.blocks import most_blocks, sort_into_blocks
+from kernels_pallas.grouped_matmul.reference import grouped_matmul
+from kernels_pallas.grouped_matmul.xla import XlaGroupedMatmul
+
+needs_pallas = pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="the kernels need JAX 0.11")
+KERNELS = [pytest.param("tpu", marks=needs_pallas), pytest.param("gpu", marks=needs_pallas)]
+
+
+def implementation(name: str) -> GroupedMatmul:
+    if name == "xla":
+        return XlaGroupedMatmul()
+    if name == "tpu":
+        from jax.experimental.pallas import tpu as pltpu
+
+        from kernels_pallas.grouped_matmul.tpu import TpuGroupedMatmul
+
+        return TpuGroupedMatmul(
+            pltpu.InterpretParams(detect_races=True, out_of_bounds_reads="raise", uninitialized_memory="nan")
+        )
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    from kernels_pallas.grouped_matmul.gpu import GpuGroupedMatmul
+
+    return GpuGroupedMatmul(plgpu.InterpretGPUParams(detect_races=True))
+
+
+def check(name: str, group_R: np.ndarray, num_groups: int, sizes: tuple[int, int], dtype: Any) -> None:
+    """Rows in place, times the matrices of the second of three layers, brought back."""
+    matmul, (num_outputs, num_inputs) = implementation(name), sizes
+    num_rows = len(group_R)
+    rng = np.random.default_rng(num_rows)
+    x_RI = jnp.asarray(rng.standard_normal((num_rows, num_inputs)), dtype)
+    w_LGOI = rng.standard_normal((3, num_groups, num_outputs, num_inputs)) / num_inputs**0.5
+    # Matrices that no row has must not be looked at.
+    unused = np.setdiff1d(np.arange(num_groups), group_R)
+    w_LGOI[[0, 2]] = np.nan
+    w_LGOI[1, unused] = np.nan
+    w_XOI = jnp.asarray(w_LGOI.reshape(-1, *sizes), dtype)
+
+    @jax.jit
+    def run(x_RI: jax.Array, w_XOI: jax.Array, group_R: jax.Array) -> jax.Array:
+        blocks, places = sort_into_blocks(group_R, num_groups, matmul.block_rows(num_rows, num_groups))
+        y_PO = matmul(x_RI[places.row_P], w_XOI, blocks._replace(group_C=blocks.group_C + num_groups))
+        return y_PO.at[places.place_R].get(mode="fill", fill_value=0)
+
+    got = run(x_RI, w_XOI, jnp.asarray(group_R, jnp.int32))
+    assert got.dtype == dtype
+    here = group_R < num_groups
+    want = grouped_matmul(
+        np.asarray(x_RI, np.float64)[here], np.asarray(w_XOI[num_groups : 2 * num_groups], np.float64), group_R[here]
+    )
+    got = np.asarray(got, np.float64)
+    np.testing.assert_allclose(got[here], want, atol=1e-5 if dtype == jnp.float32 else 0.04)
+    assert not np.any(got[~here])
+
+
+def spread(num_groups: int, num_rows: int) -> np.ndarray:
+    return np.random.default_rng(2).integers(0, num_groups, num_rows)
+
+
+def some_elsewhere(num_groups: int, num_rows: int) -> np.ndarray:
+    """Rows of no group, as of experts on other devices, between the others."""
+    return np.random.default_rng(3).integers(0, 2 * num_groups, num_rows).clip(max=num_groups)
+
+
+def all_in_one(num_groups: int, num_rows: int) -> np.ndarray:
+    return np.full(num_rows, num_groups - 2)
+
+
+def all_elsewhere(num_groups: int, num_rows: int) -> np.ndarray:
+    return np.full(num_rows, num_groups)
+
+
+@pytest.mark.parametrize("groups", [spread, some_elsewhere, all_in_one, all_elsewhere])
+@pytest.mark.parametrize("sizes", [(64, 128), (384, 64)])
+@pytest.mark.parametrize("name", ["xla", *KERNELS])
+def test_each_row_meets_its_own_matrix(name: str, sizes: tuple[int, int], groups: Any) -> None:
+    check(name, groups(5, 200), 5, sizes, jnp.bfloat16)
+
+
+@pytest.mark.parametrize("name", ["xla", *KERNELS])
+def test_fewer_rows_than_groups(name: str) -> None:
+    check(name, spread(40, 12), 40, (128, 64), jnp.bfloat16)
+
+
+@needs_pallas
+def test_tpus_take_any_size_and_float32() -> None:
+    """More blocks of outputs than one, the last of which is cut, and inputs that are no multiple of 128."""
+    check("tpu", spread(3, 20), 3, (300, 8200), jnp.float32)
+
+
+@needs_pallas
+@pytest.mark.parametrize(
+    ("shape", "problem"),
+    [
+        (ExpertShape(128, 96, jnp.dtype(jnp.bfloat16)), "96 inputs"),
+        (ExpertShape(360, 128, jnp.dtype(jnp.bfloat16)), "360 outputs"),
+        (ExpertShape(128, 128, jnp.dtype(jnp.float32)), "float32"),
+    ],
+)
+def test_what_the_gpu_kernel_cannot_do(shape: ExpertShape, problem: str) -> None:
+    from kernels_pallas.grouped_matmul.gpu import check_shape
+
+    with pytest.raises(NotImplementedError, match=problem):
+        check_shape(shape)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    groups=st.lists(st.integers(0, 6), min_size=1, max_size=40),
+    num_groups=st.integers(1, 6),
+    block_rows=st.sampled_from([1, 4, 16]),
+)
+def test_blocks_hold_every_row_once_beside_its_own(groups: list[int], num_groups: int, block_rows: int) -> None:
+    group_R = np.minimum(groups, num_groups)
+    blocks, places = sort_into_blocks(jnp.asarray(group_R, jnp.int32), num_groups, block_rows)
+    group_C, num = np.asarray(blocks.group_C), int(blocks.num_1[0])
+    row_P, place_R = np.asarray(places.row_P), np.asarray(places.place_R)
+    assert len(row_P) == len(group_C) * block_rows == most_blocks(len(groups), num_groups, block_rows) * block_rows
+    here = np.flatnonzero(group_R < num_groups)
+    np.testing.assert_array_equal(row_P[place_R[here]], here)
+    np.testing.assert_array_equal(group_C[place_R[here] // block_rows], group_R[here])
+    assert np.all(place_R[group_R == num_groups] == len(row_P))
+    # No block is empty, and a group's follow each other.
+    assert num == sum(-(-np.sum(group_R == group) // block_rows) for group in range(num_groups))
+    assert np.all(np.diff(group_C[:num]) >= 0)
+    assert set(place_R[here] // block_rows) == set(range(num))
+    assert np.all(group_C[num:] == group_C[max(num - 1, 0)])
