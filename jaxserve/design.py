@@ -22,7 +22,14 @@ from jaxserve.models.registry import find_architecture
 from jaxserve.runner.batch import BatchLayout
 from jaxserve.runner.buckets import ACCELERATOR_STEPS, CPU_STEPS, make_buckets
 from jaxserve.runner.programs import StepModel
-from kernels_pallas.dispatch import ChosenAttention, choose_attention, choose_lora, choose_sampler
+from kernels_pallas.dispatch import (
+    ChosenAttention,
+    choose_attention,
+    choose_grouped_matmul,
+    choose_lora,
+    choose_sampler,
+)
+from kernels_pallas.grouped_matmul.api import ExpertShape
 from kernels_pallas.paged_attention.api import AttentionConfig, CacheSpec
 from kernels_pallas.shards import MODEL
 
@@ -68,9 +75,17 @@ class ModelDesign(NamedTuple):
 
     @property
     def device_read_bytes(self) -> int:
-        """Of the weights that a step reads whole, on each device; an embedding that is not the head is not."""
+        """Of the weights that a step reads whole, on each device.
+
+        Those of experts are read where they have tokens, an embedding that is not the head by rows.
+        """
         embed = 0 if self.model.tie_word_embeddings else self._device_bytes(self.decoder.param_specs["embed", "weight"])
-        return self.device_weight_bytes - embed
+        return self.device_weight_bytes - embed - self.device_expert_bytes
+
+    @property
+    def device_expert_bytes(self) -> int:
+        """Of the experts' weights, on each device."""
+        return sum(self._device_bytes(spec) for spec in self.decoder.param_specs.values() if spec.of_experts)
 
     def _device_bytes(self, spec: ParamSpec) -> int:
         shard = named_sharding(spec.axes, spec.shape, self.mesh).shard_shape(spec.shape)
@@ -152,7 +167,9 @@ def lay_out(
     chosen = _attention(config, design, page_size, num_pages)
     sampler = choose_sampler(design.mesh)
     lora = choose_lora(lora_modules(design.decoder, adapters, design.mesh) if adapters is not None else [], design.mesh)
+    experts = choose_grouped_matmul(_expert_shapes(design), design.mesh)
     choices = [("attention", chosen), ("sampling", sampler)] + ([("LoRA", lora)] if adapters is not None else [])
+    choices += [("experts", experts)] if design.model.experts is not None else []
     for op, choice in choices:
         level = logging.WARNING if choice.lacking else logging.INFO
         logger.log(level, "%s backend: %s, %s", op, choice.name, choice.reason)
@@ -166,9 +183,24 @@ def lay_out(
     on_cpu = design.mesh.devices.flat[0].platform == "cpu"
     buckets = make_buckets(scheduler, CPU_STEPS if on_cpu else ACCELERATOR_STEPS)
     step = StepModel(
-        design.decoder, chosen.backend, sampler.sample, design.mesh, layout, buckets, adapters, lora.matmul
+        decoder=design.decoder,
+        attention=chosen.backend,
+        sampler=sampler.sample,
+        mesh=design.mesh,
+        layout=layout,
+        buckets=buckets,
+        adapters=adapters,
+        lora=lora.matmul,
+        grouped_matmul=experts.matmul,
     )
     return EngineDesign(cache, num_pages * page_bytes, scheduler, chosen.name, step)
+
+
+def _expert_shapes(design: ModelDesign) -> set[ExpertShape]:
+    """Of the experts' matrices on one device."""
+    specs = [spec for spec in design.decoder.param_specs.values() if spec.in_stack]
+    shards = [named_sharding(spec.axes, spec.shape, design.mesh).shard_shape(spec.shape) for spec in specs]
+    return {ExpertShape(*shard[-2:], spec.dtype) for shard, spec in zip(shards, specs, strict=True)}
 
 
 def _fit_table(config: EngineConfig, design: ModelDesign) -> tuple[int, SchedulerConfig]:

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental.layout import Format, Layout
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxserve.config import ExpertsConfig, ModelConfig
@@ -78,6 +79,15 @@ def partition_spec(axes: tuple[str | None, ...], shape: tuple[int, ...], mesh: M
 def named_sharding(axes: tuple[str | None, ...], shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:
     """`partition_spec` on a mesh."""
     return NamedSharding(mesh, partition_spec(axes, shape, mesh))
+
+
+def weight_format(axes: tuple[str | None, ...], shape: tuple[int, ...], mesh: Mesh) -> Format:
+    """How a weight lies in memory: split as `named_sharding` says, its last axis contiguous.
+
+    Left to themselves, TPUs turn arrays whose last axis is no multiple of 128 round, and every step that hands one to a
+    kernel, or reads rows of it, would first copy it whole.
+    """
+    return Format(Layout(tuple(range(len(shape)))), named_sharding(axes, shape, mesh))
 
 
 def kv_head_copies(config: ModelConfig, tp_size: int, ep_size: int = 1) -> int:

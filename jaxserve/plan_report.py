@@ -165,6 +165,7 @@ class Load(NamedTuple):
 
     Attributes:
         weight_bytes: of one device, those that a step reads.
+        expert_bytes: of one device, all experts.
         key_bytes: of one cached token on one device.
         rows: requests.
         context: keys of each.
@@ -172,6 +173,7 @@ class Load(NamedTuple):
     """
 
     weight_bytes: int
+    expert_bytes: int
     key_bytes: float
     rows: int
     context: int
@@ -179,7 +181,7 @@ class Load(NamedTuple):
 
 
 def bound(model: ModelConfig, device: DeviceSpec, load: Load) -> Bounds | None:
-    """Roofline bounds: every weight and every live key read once a step, every multiplication at full speed."""
+    """Roofline bounds: every weight that is used and every live key read once, every multiplication at full speed."""
     if not device.bytes_per_s:
         return None
     flops = device.flops * load.tp_size
@@ -188,7 +190,8 @@ def bound(model: ModelConfig, device: DeviceSpec, load: Load) -> Bounds | None:
     attention_flops = 4 * model.num_layers * model.num_q_heads * model.head_dim
 
     def step_s(rows: int) -> float:
-        memory_s = (load.weight_bytes + rows * seen * load.key_bytes) / device.bytes_per_s
+        weight_bytes = load.weight_bytes + load.expert_bytes * experts_read(model, rows)
+        memory_s = (weight_bytes + rows * seen * load.key_bytes) / device.bytes_per_s
         arithmetic_s = rows * (2 * num_multiplied(model) + attention_flops * seen) / flops
         return max(memory_s, arithmetic_s)
 
@@ -205,7 +208,18 @@ def bound(model: ModelConfig, device: DeviceSpec, load: Load) -> Bounds | None:
 
 
 def num_multiplied(model: ModelConfig) -> int:
-    """Weights that a token is multiplied with: all but the input embedding and the norms."""
+    """Weights that a token is multiplied with: all but the input embedding and the norms, and its own experts."""
     heads = model.head_dim * (2 * model.num_q_heads + 2 * model.num_kv_heads)
-    layer = model.hidden_size * (heads + 3 * model.intermediate_size)
-    return model.num_layers * layer + model.vocab_size * model.hidden_size
+    rows = {"dense": 3 * model.intermediate_size}
+    if (experts := model.experts) is not None:
+        own = experts.top_k * experts.intermediate_size + (experts.shared_intermediate_size or 0)
+        rows["experts"] = 3 * own + experts.num_experts
+    layers = sum(heads + rows[layer.mlp] for layer in model.layers)
+    return (layers + model.vocab_size) * model.hidden_size
+
+
+def experts_read(model: ModelConfig, rows: int) -> float:
+    """Share of the experts that a step of so many tokens uses, if the router prefers none."""
+    if model.experts is None:
+        return 0.0
+    return 1 - (1 - model.experts.top_k / model.experts.num_experts) ** rows

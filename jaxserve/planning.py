@@ -163,6 +163,7 @@ def _report(
     rows = max(1, min(engine.scheduler.max_rows, kv_tokens // config.dp_size * 2 // engine.scheduler.context_length))
     load = Load(
         weight_bytes=design.device_read_bytes,
+        expert_bytes=design.device_expert_bytes,
         key_bytes=engine.pool_bytes / (engine.cache.num_pages * engine.cache.page_size),
         rows=rows,
         context=engine.scheduler.context_length // 2,

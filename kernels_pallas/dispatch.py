@@ -12,6 +12,8 @@ from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
 import jax
 from jax.sharding import Mesh
 
+from kernels_pallas.grouped_matmul.api import ExpertShape, GroupedMatmul
+from kernels_pallas.grouped_matmul.xla import XlaGroupedMatmul
 from kernels_pallas.lora_matmul.api import LoraMatmul, LoraModule
 from kernels_pallas.paged_attention.api import AttentionBackend, AttentionConfig
 from kernels_pallas.paged_attention.xla import XlaAttention
@@ -61,6 +63,15 @@ class ChosenLora(NamedTuple):
     lacking: bool = False
 
 
+class ChosenGroupedMatmul(NamedTuple):
+    """Products with experts, their name, and why they were chosen; `lacking` tells that they are not the platform's."""
+
+    matmul: GroupedMatmul
+    name: str
+    reason: str
+    lacking: bool = False
+
+
 def choose_attention(name: BackendName, config: AttentionConfig, mesh: Mesh) -> ChosenAttention:
     """The attention backend for a mesh.
 
@@ -100,6 +111,16 @@ def choose_lora(modules: Collection[LoraModule], mesh: Mesh) -> ChosenLora:
         return ChosenLora(_LORA[own](modules, mesh), own, f"made for {platform}")
     except NotImplementedError as error:
         return ChosenLora(_xla_lora(modules, mesh), "xla", f"the {own} kernel cannot: {error}", lacking=True)
+
+
+def choose_grouped_matmul(shapes: Collection[ExpertShape], mesh: Mesh) -> ChosenGroupedMatmul:
+    """Products with experts of these shapes on a mesh."""
+    device = mesh.devices.flat[0]
+    own = PLATFORM_BACKENDS.get(device.platform, "xla")
+    try:
+        return ChosenGroupedMatmul(_GROUPED[own](shapes, device), own, f"made for {device.platform}")
+    except NotImplementedError as error:
+        return ChosenGroupedMatmul(XlaGroupedMatmul(), "xla", f"the {own} kernel cannot: {error}", lacking=True)
 
 
 def lora_rank_multiple(mesh: Mesh) -> int:
@@ -174,6 +195,25 @@ def _xla_lora(_: Collection[LoraModule], __: Mesh) -> LoraMatmul:
     return XlaLora()
 
 
+def _tpu_grouped(_: Collection[ExpertShape], __: Any) -> GroupedMatmul:
+    from kernels_pallas.grouped_matmul.tpu import TpuGroupedMatmul  # noqa: PLC0415
+
+    return TpuGroupedMatmul()
+
+
+def _gpu_grouped(shapes: Collection[ExpertShape], device: Any) -> GroupedMatmul:
+    _require_hopper(device)
+    from kernels_pallas.grouped_matmul.gpu import GpuGroupedMatmul, check_shape  # noqa: PLC0415
+
+    for shape in shapes:
+        check_shape(shape)
+    return GpuGroupedMatmul()
+
+
+def _xla_grouped(_: Collection[ExpertShape], __: Any) -> GroupedMatmul:
+    return XlaGroupedMatmul()
+
+
 # Multiprocessors of an H100 or H200; devices of a topology do not tell.
 HOPPER_CORES = 132
 
@@ -187,6 +227,11 @@ _LORA: Mapping[BackendName, Callable[[Collection[LoraModule], Mesh], LoraMatmul]
     "tpu": _tpu_lora,
     "gpu": _gpu_lora,
     "xla": _xla_lora,
+}
+_GROUPED: Mapping[BackendName, Callable[[Collection[ExpertShape], Any], GroupedMatmul]] = {
+    "tpu": _tpu_grouped,
+    "gpu": _gpu_grouped,
+    "xla": _xla_grouped,
 }
 # What Hopper's tensor cores take at a time.
 _LORA_RANK_MULTIPLES: Mapping[BackendName, int] = {"gpu": 16}

@@ -22,7 +22,7 @@ from jaxserve.mesh import partition_spec
 from jaxserve.models.layers import ACTIVATIONS, Axes, GatedMLP, Linear, param
 from kernels_pallas.grouped_matmul.api import GroupedMatmul
 from kernels_pallas.grouped_matmul.blocks import Blocks, sort_into_blocks
-from kernels_pallas.shards import EXPERT, MODEL, over_model
+from kernels_pallas.shards import EXPERT, IN_EXPERT, MODEL, over_model
 
 # (gate, up) -> what the second product takes.
 Gated: TypeAlias = Callable[[jax.Array, jax.Array], jax.Array]
@@ -124,17 +124,9 @@ class Experts(nnx.Module):
         """Weighted sum of each token's experts, [T, D] in x's dtype."""
         assert self.maths is not None
         mesh = self.maths.mesh
-        # The last bias is added once, and not by every device that has a part of the expert.
         layers = (self.gate_proj, self.up_proj, self.down_proj)
-        arrays = [layer.arrays() for layer in layers]
-        specs = [layer.specs(mesh) for layer in layers]
-        arrays[2], specs[2] = arrays[2]._replace(bias=None), specs[2]._replace(bias=None)
-        run = over_model(self._run_local, mesh, (P(), P(), *specs), P())
-        y_TD = run(x_TD, choice, *arrays)
-        if self.down_proj.bias is None:
-            return y_TD
-        bias_TUD = self.down_proj.bias[...].astype(jnp.float32)[choice.id_TU]
-        return y_TD + jnp.einsum("tu,tud->td", choice.weight_TU, bias_TUD).astype(y_TD.dtype)
+        run = over_model(self._run_local, mesh, (P(), P(), *(layer.specs(mesh) for layer in layers)), P())
+        return run(x_TD, choice, *(layer.arrays() for layer in layers))
 
     def _run_local(self, x_TD: jax.Array, choice: Choice, gate: _Local, up: _Local, down: _Local) -> jax.Array:
         """What the experts of all devices make of the tokens, from those of one."""
@@ -148,6 +140,9 @@ class Experts(nnx.Module):
         blocks, places = sort_into_blocks(own_TU.reshape(-1), num_experts, block_rows)
         x_PD = x_TD[places.row_P // top_k]
         h_PF = self._gated(gate.multiply(matmul, x_PD, blocks), up.multiply(matmul, x_PD, blocks))
+        if down.bias is not None:
+            # Once, and not by every device that has a part of the expert.
+            down = down._replace(bias=jnp.where(lax.axis_index(IN_EXPERT) == 0, down.bias, jnp.zeros_like(down.bias)))
         y_PD = down.multiply(matmul, h_PF, blocks)
         # Those whose expert is elsewhere have no place.
         y_TUD = y_PD.at[places.place_R.reshape(num_tokens, top_k)].get(mode="fill", fill_value=0)

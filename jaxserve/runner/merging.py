@@ -14,6 +14,6 @@ def merge_adapter(weights: Weights, delta: AdapterDelta) -> Weights:
     """
 
     def add(base: jax.Array, factor: LowRank) -> jax.Array:
-        return jax.jit(add_low_rank, donate_argnums=0, out_shardings=base.sharding)(base, factor)
+        return jax.jit(add_low_rank, donate_argnums=0, out_shardings=base.format)(base, factor)
 
     return merge(weights, delta, add)

@@ -19,7 +19,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxserve.lora.apply import NO_ADAPTERS, Adapters, LoraMaths
 from jaxserve.lora.bank import BankLayout, bank_specs, bank_splits, write_slot
-from jaxserve.mesh import named_sharding, partition_spec
+from jaxserve.mesh import named_sharding, partition_spec, weight_format
 from jaxserve.models.decoder import Decoder, ParamSpec, StepOps, Weights, tree_of
 from jaxserve.models.experts import ExpertMaths
 from jaxserve.request import SamplingParams
@@ -178,8 +178,13 @@ class StepPrograms:
         return jax.tree.map(slot, self.bank_shapes())
 
     def weight_shapes(self) -> Weights:
-        """Shapes, dtypes and shardings of the weights."""
-        return self._model.decoder.weight_tree(self._shape_of)
+        """Shapes, dtypes, shardings and layouts of the weights."""
+        mesh = self._model.mesh
+        return self._model.decoder.weight_tree(
+            lambda spec: jax.ShapeDtypeStruct(
+                spec.shape, spec.dtype, sharding=weight_format(spec.axes, spec.shape, mesh)
+            )
+        )
 
     def _shape_of(self, spec: ParamSpec) -> jax.ShapeDtypeStruct:
         sharding = named_sharding(spec.axes, spec.shape, self._model.mesh)

@@ -18,7 +18,7 @@ from checkpoints import orbax_io
 from checkpoints.source import Index, TensorSource
 from jaxserve.config import ModelConfig
 from jaxserve.errors import LaunchError
-from jaxserve.mesh import named_sharding
+from jaxserve.mesh import named_sharding, weight_format
 from jaxserve.models.decoder import Decoder, ParamSpec, Path, Weights, tree_of
 from jaxserve.models.kv_heads import kv_head_rows, repeat_heads
 from jaxserve.models.tensor_name import TensorName
@@ -59,8 +59,7 @@ def load_weights(
     def load(path: Path) -> jax.Array:
         spec = decoder.param_specs[path]
         reader = _ParamReader(source, spec, names[path], kv_head_rows(spec, checkpoint_config, copies))
-        sharding = named_sharding(spec.axes, spec.shape, mesh)
-        return jax.make_array_from_callback(spec.shape, sharding, reader.read)
+        return jax.make_array_from_callback(spec.shape, weight_format(spec.axes, spec.shape, mesh), reader.read)
 
     weights = tree_of((path, load(path)) for path in progress(list(decoder.param_specs)))
     return jax.block_until_ready(weights)
@@ -85,10 +84,9 @@ def restore_weights(folder: pathlib.Path, decoder: Decoder, checkpoint_config: M
     weights: Weights = orbax_io.restore(folder, abstract)
     for path, spec in decoder.param_specs.items():
         rows, copied = kv_head_rows(spec, checkpoint_config, copies)
-        if rows:
-            node = functools.reduce(operator.getitem, path[:-1], weights)
-            repeated = repeat_heads(np.asarray(node[path[-1]]), 1, rows, copied)
-            node[path[-1]] = jax.device_put(repeated, named_sharding(spec.axes, spec.shape, mesh))
+        node = functools.reduce(operator.getitem, path[:-1], weights)
+        restored = repeat_heads(np.asarray(node[path[-1]]), 1, rows, copied) if rows else node[path[-1]]
+        node[path[-1]] = jax.device_put(restored, weight_format(spec.axes, spec.shape, mesh))
     return weights
 
 

@@ -23,11 +23,27 @@ from jaxserve.planning import adapter_slots
 from jaxserve.runner.buckets import Bucket
 from jaxserve.runner.programs import StepPrograms
 from jaxserve.targets import parse_target, prepare_environment, target_devices
-from tests.compile.models import LLAMA31_8B, LLAMA33_70B, QWEN3_4B, QWEN25_05B
+from tests.compile.models import (
+    GPT_OSS_20B,
+    LLAMA31_8B,
+    LLAMA33_70B,
+    QWEN3_4B,
+    QWEN3_30B_A3B,
+    QWEN3_235B_A22B,
+    QWEN25_05B,
+)
 
 pytestmark = pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="the kernels need JAX 0.11")
 
-MODELS = {"qwen2.5-0.5b": QWEN25_05B, "qwen3-4b": QWEN3_4B, "llama-3.1-8b": LLAMA31_8B, "llama-3.3-70b": LLAMA33_70B}
+MODELS = {
+    "qwen2.5-0.5b": QWEN25_05B,
+    "qwen3-4b": QWEN3_4B,
+    "llama-3.1-8b": LLAMA31_8B,
+    "llama-3.3-70b": LLAMA33_70B,
+    "qwen3-30b-a3b": QWEN3_30B_A3B,
+    "qwen3-235b-a22b": QWEN3_235B_A22B,
+    "gpt-oss-20b": GPT_OSS_20B,
+}
 CONTEXT = 16384
 # Llama-3.1-8B does not fit one v5e, 70B no less than eight of the smaller devices.
 STEPS = [
@@ -64,7 +80,9 @@ def lay_out_for(target_text: str, model: str, tp_size: int, **options: Any) -> t
     prepare_environment(target)
     options = {"context_length": CONTEXT, **options}
     config = EngineConfig(model_path=model, tp_size=tp_size, **options)
-    design = design_model(config, MODELS[model], mesh_of(target_devices(target), tp_size, config.dp_size))
+    design = design_model(
+        config, MODELS[model], mesh_of(target_devices(target), tp_size, config.dp_size, config.ep_size)
+    )
     left = target.device.memory_bytes - design.device_weight_bytes
     adapters = None if config.lora is None else adapter_slots(config.lora, design)
     return lay_out(config, design, int(left * DEVICE_MEM_FRACTION), adapters), design.device_weight_bytes
@@ -88,15 +106,19 @@ def check_program(
     return text, memory
 
 
-def check_forward(engine: EngineDesign, text: str, memory: Any, tp_size: int) -> None:
-    """The cache is updated in place, and two all-reduces a layer are all that crosses the devices."""
+def check_forward(engine: EngineDesign, text: str, memory: Any, tp_size: int, *, layers: int = 1) -> None:
+    """The cache is updated in place, and two all-reduces a layer are all that crosses the devices.
+
+    Args:
+        layers: that are repeated together.
+    """
     assert memory.alias_size_in_bytes >= engine.pool_bytes
     for name, spec in engine.step.attention.cache_spec().items():
         pages = f"[{spec.shape[0]},"
         copies = [line for line in text.splitlines() if re.search(r" copy(-start)?\(", line) and pages in line]
         assert not copies, f"{name} is copied: {copies[0]}"
     # The embedding's rows are on different shards: one more, outside of the loop.
-    expected = Collectives({"all-reduce": 2}, {"all-reduce": 1}) if tp_size > 1 else Collectives({}, {})
+    expected = Collectives({"all-reduce": 2 * layers}, {"all-reduce": 1}) if tp_size > 1 else Collectives({}, {})
     assert find_collectives(text) == expected
 
 
@@ -134,6 +156,37 @@ def test_decode_step_and_draws(target: str, model: str, tp_size: int, record_pro
     _check_gathers(text, rows, tp_size)
 
 
+@pytest.mark.parametrize(
+    ("target", "model", "tp_size", "ep_size"),
+    [
+        ("v6e:2x4", "qwen3-30b-a3b", 8, 2),
+        ("h100:1", "qwen3-30b-a3b", 1, 1),
+        ("h100:8", "qwen3-235b-a22b", 8, 8),
+        ("v6e:2x4", "gpt-oss-20b", 4, 4),
+        ("h100:8", "gpt-oss-20b", 4, 4),
+    ],
+)
+def test_step_with_experts(
+    target: str, model: str, tp_size: int, ep_size: int, record_property: Callable[..., None]
+) -> None:
+    """Experts stay in the stack of all layers: cut out, one layer's would show among the temporaries."""
+    engine, _ = lay_out_for(target, model, tp_size, ep_size=ep_size)
+    on_gpu = parse_target(target).device.platform == "gpu"
+    step, memory_bytes = StepPrograms(engine.step), parse_target(target).device.memory_bytes
+    text, memory = check_program(
+        engine, lambda: step.lower_forward(engine.step.buckets[0]), memory_bytes, record_property
+    )
+    # gpt-oss has layers of two kinds in turn.
+    layers = 2 if model == "gpt-oss-20b" else 1
+    assert num_kernels(text) == layers * (3 + (3 if on_gpu else 2))
+    check_forward(engine, text, memory, tp_size, layers=layers)
+    experts = [spec for spec in engine.step.decoder.param_specs.values() if spec.in_stack]
+    one_layer = sum(math.prod(spec.shape[1:]) for spec in experts) * 2 / tp_size
+    rows = engine.scheduler.max_rows
+    _, memory = check_program(engine, lambda: step.lower_forward(Bucket(rows, rows)), memory_bytes, record_property)
+    assert memory.temp_size_in_bytes < one_layer
+
+
 def _check_gathers(text: str, rows: int, tp_size: int) -> None:
     """What crosses the devices in a draw is candidates, a few hundred words a row, and no logits."""
     sizes = [
@@ -152,7 +205,7 @@ def test_copies_share_nothing(target: str, record_property: Callable[..., None])
     step, memory_bytes = StepPrograms(engine.step), parse_target(target).device.memory_bytes
     text, _ = check_program(engine, lambda: step.lower_forward(engine.step.buckets[-1]), memory_bytes, record_property)
     assert find_collectives(text) == Collectives({"all-reduce": 2}, {"all-reduce": 1})
-    # Four groups of two neighbours: the mesh is (data, model), and its last axis runs fastest.
+    # Four groups of two neighbours: the mesh is (data, expert, model), and its last axis runs fastest.
     assert set(re.findall(r"replica_groups=(\S+?),? ", text)) == {"[4,2]<=[8]"}
 
 
