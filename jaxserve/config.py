@@ -16,9 +16,11 @@ SchedulePolicy = Literal["fcfs", "lpm", "priority"]
 LoraEvictionPolicy = Literal["lru", "fifo"]
 
 Activation = Literal["silu", "gelu_tanh"]
-RouterScores = Literal["softmax", "softmax_of_chosen"]
+RouterScores = Literal["softmax", "softmax_of_chosen", "sigmoid"]
 
 _MAX_ADAPTER_NAME = 256
+# Scores of a group of experts that count.
+_GROUP_SCORES = 2
 
 
 class _Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -78,12 +80,18 @@ class ExpertsConfig(_Config, frozen=True):
         num_experts: in each layer that has them.
         top_k: of a token.
         intermediate_size: of one expert.
-        scores: what a token's experts are weighed by: softmax over all experts, or over those chosen.
+        scores: what a token's experts are weighed by: softmax over all experts, or over those chosen, or sigmoid.
         normalize: the weights of a token's experts are divided by their sum.
+        scale: multiplies the weights.
+        correction: the choice, but not the weights, is by scores to which a number of each expert is added
+            (arXiv:2408.15664).
+        num_groups, top_groups: groups of neighbours, and how many of them a token's experts are from: those whose two
+            best scores have the highest sum (arXiv:2412.19437, section 2.1.2).
         bias: router and experts have biases.
         swiglu_limit: gate and up are cut to it, and multiplied as gpt-oss does.
         swiglu_alpha: of that product.
-        shared_intermediate_size: of an expert that all tokens have, weighed by a gate of its own; None for none.
+        shared_intermediate_size: of an expert that all tokens have; None for none.
+        shared_gate: which is weighed by a gate of its own.
     """
 
     num_experts: int
@@ -91,10 +99,15 @@ class ExpertsConfig(_Config, frozen=True):
     intermediate_size: int
     scores: RouterScores = "softmax"
     normalize: bool = True
+    scale: float = 1.0
+    correction: bool = False
+    num_groups: int = 1
+    top_groups: int = 1
     bias: bool = False
     swiglu_limit: float | None = None
     swiglu_alpha: float = 1.702
     shared_intermediate_size: int | None = None
+    shared_gate: bool = False
 
     def __post_init__(self) -> None:
         for name in ("num_experts", "intermediate_size", "shared_intermediate_size"):
@@ -105,8 +118,43 @@ class ExpertsConfig(_Config, frozen=True):
             raise LaunchError(
                 f"config.json: num_experts_per_tok must be 1 to {self.num_experts} experts, got {self.top_k}"
             )
+        if self.num_groups < 1 or self.num_experts % self.num_groups:
+            raise LaunchError(f"config.json: {self.num_experts} experts do not divide into {self.num_groups} groups")
+        own = self.num_experts // self.num_groups
+        if self.num_groups > 1 and own < _GROUP_SCORES:
+            raise LaunchError(f"config.json: groups need at least {_GROUP_SCORES} experts, these have {own}")
+        if not 1 <= self.top_groups <= self.num_groups or self.top_groups * own < self.top_k:
+            raise LaunchError(
+                f"config.json: topk_group must be 1 to {self.num_groups} and give {self.top_k} experts, "
+                f"got {self.top_groups}"
+            )
         if self.swiglu_limit is not None and not self.swiglu_limit > 0:
             raise LaunchError(f"config.json: swiglu_limit must be positive, got {self.swiglu_limit}")
+
+
+class LatentConfig(_Config, frozen=True):
+    """Attention over a latent vector that all heads share (MLA, arXiv:2405.04434, section 2.1).
+
+    Attributes:
+        q_rank: of the queries' projection, which is one matrix where it is None.
+        kv_rank: numbers of the latent vector.
+        rope_dim: numbers of a key, the same for all heads, that are rotated.
+        key_dim, value_dim: numbers of a head that come from the latent vector.
+        interleaved: rotated pairs are neighbours.
+    """
+
+    q_rank: int | None
+    kv_rank: int
+    rope_dim: int
+    key_dim: int
+    value_dim: int
+    interleaved: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("q_rank", "kv_rank", "rope_dim", "key_dim", "value_dim"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < 2**31:
+                raise LaunchError(f"config.json: {name} of latent attention must be positive, got {value}")
 
 
 class ModelConfig(_Config, frozen=True):
@@ -121,6 +169,8 @@ class ModelConfig(_Config, frozen=True):
         attention_scale: multiplies scores; None for 1 / sqrt(head_dim).
         activation: of the MLP.
         experts: of the layers that have them.
+        latent: attention over a latent vector: its key is the only one, and its value a part of that.
+        num_mtp_layers: layers behind these that guess further tokens; they are not loaded.
         attention_sinks: every head has an extra score that takes probability and no value.
         qk_norm: how queries and keys are normalised: each head, or the whole projection.
         norm_offset: added to the norms' weights.
@@ -144,6 +194,8 @@ class ModelConfig(_Config, frozen=True):
     attention_scale: float | None = None
     activation: Activation = "silu"
     experts: ExpertsConfig | None = None
+    latent: LatentConfig | None = None
+    num_mtp_layers: int = 0
     attention_sinks: bool = False
     tie_word_embeddings: bool = False
     attention_bias: bool = False
@@ -158,6 +210,11 @@ class ModelConfig(_Config, frozen=True):
     def num_layers(self) -> int:
         """How many there are."""
         return len(self.layers)
+
+    @property
+    def rope_dim(self) -> int:
+        """Numbers of a head that are rotated."""
+        return self.head_dim if self.latent is None else self.latent.rope_dim
 
     @property
     def windows(self) -> tuple[int | None, ...]:
@@ -182,8 +239,8 @@ class ModelConfig(_Config, frozen=True):
             raise LaunchError(
                 f"config.json: {self.num_q_heads} query heads do not divide into {self.num_kv_heads} key heads"
             )
-        if self.head_dim % 2:
-            raise LaunchError(f"config.json: head_dim must be even for rotary embedding, got {self.head_dim}")
+        if self.rope_dim % 2:
+            raise LaunchError(f"config.json: head_dim must be even for rotary embedding, got {self.rope_dim}")
 
 
 class CacheConfig(_Config, frozen=True):

@@ -242,6 +242,7 @@ def _attention(config: EngineConfig, design: ModelDesign, page_size: int, num_pa
         dtype=design.kv_dtype,
         scale=model.attention_scale or model.head_dim**-0.5,
         window=model.windows[0],
+        value_dim=None if model.latent is None else model.latent.kv_rank,
         batch_invariant=config.deterministic,
     )
     try:

@@ -91,6 +91,42 @@ MODELS = {
         "num_experts_per_tok": 3,
         "norm_topk_prob": True,
     },
+    "deepseek_v3": {
+        "model_type": "deepseek_v3",
+        "num_hidden_layers": 4,
+        "num_key_value_heads": 4,
+        "first_k_dense_replace": 2,
+        "q_lora_rank": 24,
+        "kv_lora_rank": 16,
+        "qk_rope_head_dim": 8,
+        "qk_nope_head_dim": 12,
+        "v_head_dim": 10,
+        "moe_intermediate_size": 16,
+        "n_routed_experts": 8,
+        "n_shared_experts": 2,
+        "n_group": 4,
+        "topk_group": 2,
+        "num_experts_per_tok": 3,
+        "routed_scaling_factor": 1.5,
+        "rope_parameters": {**YARN, "mscale": 0.8, "mscale_all_dim": 1.2},
+    },
+    "deepseek_v3_whole_queries": {
+        "model_type": "deepseek_v3",
+        "num_key_value_heads": 4,
+        "first_k_dense_replace": 1,
+        "q_lora_rank": None,
+        "kv_lora_rank": 16,
+        "qk_rope_head_dim": 8,
+        "qk_nope_head_dim": 16,
+        "v_head_dim": 16,
+        "attention_bias": True,
+        "moe_intermediate_size": 16,
+        "n_routed_experts": 4,
+        "n_group": 1,
+        "topk_group": 1,
+        "num_experts_per_tok": 2,
+        "rope_interleave": False,
+    },
     "gpt_oss": {
         "model_type": "gpt_oss",
         "num_hidden_layers": 4,
@@ -116,7 +152,9 @@ def make(name: str) -> None:
     config._attn_implementation = "eager"  # noqa: SLF001
     model = AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():
-        for key, parameter in model.named_parameters():
+        for key, parameter in (*model.named_parameters(), *model.named_buffers()):
+            if key.endswith("inv_freq"):
+                continue
             if parameter.ndim == 1 or key.endswith(
                 "bias"
             ):  # norms and biases start as ones and zeros, which would hide mistakes

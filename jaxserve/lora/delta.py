@@ -115,8 +115,12 @@ def module_name(path: Path, names: Mapping[Path, TensorName]) -> str:
 
 def adaptable(decoder: Decoder) -> dict[Path, ParamSpec]:
     """The weights that an adapter can change: matrices, and the head also where it is the embedding."""
-    specs = {path: spec for path, spec in decoder.param_specs.items() if len(spec.shape) - spec.stacked == 2}
+    specs = {path: spec for path, spec in decoder.param_specs.items() if _is_linear(spec)}
     return {_HEAD: specs[EMBEDDING], **specs}
+
+
+def _is_linear(spec: ParamSpec) -> bool:
+    return spec.adaptable and len(spec.shape) - spec.stacked == 2
 
 
 def _targets(specs: Mapping[Path, ParamSpec], names: Mapping[Path, TensorName]) -> dict[str, list[_Target]]:

@@ -18,6 +18,7 @@ from jax import lax
 from jaxserve.config import LayerConfig, ModelConfig
 from jaxserve.lora.apply import NO_ADAPTERS, Adapters
 from jaxserve.models.experts import ExpertMaths, MoE
+from jaxserve.models.latent_attention import LatentAttention
 from jaxserve.models.layer_groups import LayerGroup, group_layers
 from jaxserve.models.layers import Axes, Embedding, GatedMLP, InStack, Linear, RMSNorm, param
 from jaxserve.models.rope import apply_rope, rope_cos_sin
@@ -39,6 +40,7 @@ class ParamSpec:
         axes: logical ones.
         layers: their numbers, in order; empty for what no layer has.
         in_stack: a layer gets it as `InStack`.
+        adaptable: adapters can change it, if it is a matrix.
     """
 
     shape: tuple[int, ...]
@@ -46,6 +48,7 @@ class ParamSpec:
     axes: Axes
     layers: tuple[int, ...] = ()
     in_stack: bool = False
+    adaptable: bool = True
 
     @property
     def stacked(self) -> bool:
@@ -101,6 +104,10 @@ class Attention(nnx.Module):
             q_TNH, k_TKH = apply_rope(q_TNH, *rope_TC), apply_rope(k_TKH, *rope_TC)
         return q_TNH, k_TKH, v_TKH
 
+    def output(self, o_TNH: jax.Array) -> jax.Array:
+        """[T, N, H] -> [T, D]."""
+        return self.o_proj(o_TNH.reshape(o_TNH.shape[0], -1))
+
 
 def hidden_norm(config: ModelConfig, dtype: jnp.dtype) -> RMSNorm:
     """A norm of the residual stream or of what is added to it."""
@@ -119,7 +126,7 @@ class DecoderLayer(nnx.Module):
     def __init__(self, config: ModelConfig, layer: LayerConfig, dtype: jnp.dtype) -> None:
         c = config
         self.input_norm = hidden_norm(c, dtype)
-        self.attention = Attention(c, dtype)
+        self.attention = Attention(c, dtype) if c.latent is None else LatentAttention(c, c.latent, dtype)
         self.post_attention_norm = hidden_norm(c, dtype)
         if layer.mlp == "experts":
             self.moe = MoE(c, dtype)
@@ -133,7 +140,7 @@ class DecoderLayer(nnx.Module):
 
     def after_attention(self, x_TD: jax.Array, o_TNH: jax.Array) -> jax.Array:
         """Output projection and MLP with their residuals."""
-        x_TD = x_TD + self.attention.o_proj(o_TNH.reshape(o_TNH.shape[0], -1))
+        x_TD = x_TD + self.attention.output(o_TNH)
         mlp = self.moe if self._mlp == "experts" else self.mlp
         return x_TD + mlp(self.post_attention_norm(x_TD))
 
@@ -141,7 +148,7 @@ class DecoderLayer(nnx.Module):
 class Layer(Protocol):
     """A layer's module, cut where the attention backend comes in. Its children are stacked over the layers."""
 
-    attention: Attention
+    attention: Attention | LatentAttention
 
     def before_attention(self, x_TD: jax.Array, *rope_TC: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Queries [T, N, H], keys and values [T, K, H]; `rope_TC` is cos and sin where the layer has positions."""
@@ -206,8 +213,8 @@ class Decoder:
                 lead = (len(layers),) * bool(layers)
                 axes: Axes = (*("layers",) * bool(layers), *variable.get_metadata()["logical_axes"])
                 value = variable.get_value()
-                in_stack = variable.get_metadata()["in_stack"]
-                spec = ParamSpec((*lead, *value.shape), value.dtype, axes, layers, in_stack)
+                flags = {name: variable.get_metadata()[name] for name in ("in_stack", "adaptable")}
+                spec = ParamSpec((*lead, *value.shape), value.dtype, axes, layers, **flags)
                 specs[*prefix, *(str(part) for part in path)] = spec
 
         add(self._abstract, ())
@@ -251,7 +258,7 @@ class Decoder:
             adapters=adapters,
             slots=self.tokenwise.prepare(adapters.plan, adapters.slots_of(token_ids_T.shape[0])),
             ropes={
-                name: rope_cos_sin(positions_T, rope, self.config.head_dim)
+                name: rope_cos_sin(positions_T, rope, self.config.rope_dim)
                 for name, rope in ropes.items()
                 if rope is not None
             },

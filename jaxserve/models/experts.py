@@ -6,7 +6,7 @@ some of the experts, or a part of each, and adds what its own make of the tokens
 Dimension key: E experts, U experts of a token, F an expert's hidden size, P places of tokens in blocks.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NamedTuple, TypeAlias
 
@@ -17,13 +17,15 @@ from jax import lax
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from jaxserve.config import ExpertsConfig, ModelConfig
+from jaxserve.config import ExpertsConfig, ModelConfig, RouterScores
 from jaxserve.mesh import partition_spec
 from jaxserve.models.layers import ACTIVATIONS, Axes, GatedMLP, Linear, param
 from kernels_pallas.grouped_matmul.api import GroupedMatmul
 from kernels_pallas.grouped_matmul.blocks import Blocks, sort_into_blocks
 from kernels_pallas.shards import EXPERT, IN_EXPERT, MODEL, over_model
 
+# Sigmoids may all be nothing.
+_SMALLEST_SUM = 1e-20
 # (gate, up) -> what the second product takes.
 Gated: TypeAlias = Callable[[jax.Array, jax.Array], jax.Array]
 
@@ -52,15 +54,41 @@ class Choice(NamedTuple):
     weight_TU: jax.Array
 
 
-def choose_experts(logits_TE: jax.Array, config: ExpertsConfig) -> Choice:
-    """The experts with the highest scores; of equal ones the first."""
-    scores_TE = jax.nn.softmax(logits_TE, axis=-1) if config.scores == "softmax" else logits_TE
-    weight_TU, id_TU = lax.top_k(scores_TE, config.top_k)
+_SCORES: Mapping[RouterScores, Callable[[jax.Array], jax.Array]] = {
+    "softmax": partial(jax.nn.softmax, axis=-1),
+    "softmax_of_chosen": lambda logits: logits,
+    "sigmoid": jax.nn.sigmoid,
+}
+
+
+def choose_experts(logits_TE: jax.Array, config: ExpertsConfig, correction_E: jax.Array | None = None) -> Choice:
+    """The experts with the highest scores; of equal ones the first.
+
+    Args:
+        logits_TE: f32, from the router.
+        config: what is made of them.
+        correction_E: f32, added to the scores for the choice only.
+    """
+    scores_TE = _SCORES[config.scores](logits_TE)
+    ranked_TE = scores_TE if correction_E is None else scores_TE + correction_E
+    if config.top_groups < config.num_groups:
+        ranked_TE = jnp.where(_in_best_groups(ranked_TE, config), ranked_TE, -jnp.inf)
+    _, id_TU = lax.top_k(ranked_TE, config.top_k)
+    weight_TU = jnp.take_along_axis(scores_TE, id_TU, axis=-1)
     if config.scores == "softmax_of_chosen":
         weight_TU = jax.nn.softmax(weight_TU, axis=-1)
     elif config.normalize:
-        weight_TU = weight_TU / jnp.sum(weight_TU, axis=-1, keepdims=True)
-    return Choice(id_TU, weight_TU)
+        weight_TU = weight_TU / jnp.maximum(jnp.sum(weight_TU, axis=-1, keepdims=True), _SMALLEST_SUM)
+    return Choice(id_TU, weight_TU * config.scale)
+
+
+def _in_best_groups(scores_TE: jax.Array, config: ExpertsConfig) -> jax.Array:
+    """Whether an expert is in one of the token's groups, bool[T, E]."""
+    num_tokens, num_experts = scores_TE.shape
+    best_TGU, _ = lax.top_k(scores_TE.reshape(num_tokens, config.num_groups, -1), 2)
+    _, group_TU = lax.top_k(jnp.sum(best_TGU, axis=-1), config.top_groups)
+    chosen_TG = jnp.any(group_TU[:, :, None] == jnp.arange(config.num_groups), axis=1)
+    return jnp.repeat(chosen_TG, num_experts // config.num_groups, axis=1)
 
 
 class _Local(NamedTuple):
@@ -175,13 +203,18 @@ class MoE(nnx.Module):
         self.experts = Experts(config, experts, dtype)
         if (shared := experts.shared_intermediate_size) is not None:
             self.shared_expert = GatedMLP(size, shared, bias=False, dtype=dtype, activation=config.activation)
+        if experts.shared_gate:
             self.shared_expert_gate = make_gate(1, axes=(None, "hidden"), bias=False)
+        self.correction = param((experts.num_experts,), jnp.dtype(jnp.float32), (None,)) if experts.correction else None
         self._config = experts
 
     def __call__(self, x_TD: jax.Array) -> jax.Array:
         """[T, D] -> [T, D]."""
-        y_TD = self.experts(x_TD, choose_experts(self.router(x_TD), self._config))
-        if self._config.shared_intermediate_size is not None:
-            weight_T1 = jax.nn.sigmoid(self.shared_expert_gate(x_TD)).astype(x_TD.dtype)
-            y_TD = y_TD + weight_T1 * self.shared_expert(x_TD)
-        return y_TD
+        correction_E = None if self.correction is None else self.correction[...]
+        y_TD = self.experts(x_TD, choose_experts(self.router(x_TD), self._config, correction_E))
+        if self._config.shared_intermediate_size is None:
+            return y_TD
+        shared_TD = self.shared_expert(x_TD)
+        if self._config.shared_gate:
+            shared_TD = jax.nn.sigmoid(self.shared_expert_gate(x_TD)).astype(x_TD.dtype) * shared_TD
+        return y_TD + shared_TD

@@ -55,7 +55,7 @@ def read_rope(config: Mapping[str, Any], max_position: int) -> RopeConfig:
     attention_factor = scaling.get("attention_factor")
     if attention_factor is None and (scaling.get("mscale") or scaling.get("mscale_all_dim")):
         factor = float(scaling.get("factor", 1.0))
-        attention_factor = _mscale(factor, float(scaling.get("mscale", 1.0))) / _mscale(
+        attention_factor = mscale(factor, float(scaling.get("mscale", 1.0))) / mscale(
             factor, float(scaling.get("mscale_all_dim", 0.0))
         )
     return RopeConfig(
@@ -77,8 +77,9 @@ def read_rope(config: Mapping[str, Any], max_position: int) -> RopeConfig:
     )
 
 
-def _mscale(factor: float, mscale: float) -> float:
-    return 1.0 if factor <= 1 or not mscale else 0.1 * mscale * math.log(factor) + 1.0
+def mscale(factor: float, weight: float) -> float:
+    """YaRN's correction of attention for a context that is stretched (arXiv:2309.00071, section 3.4)."""
+    return 1.0 if factor <= 1 or not weight else 0.1 * weight * math.log(factor) + 1.0
 
 
 def _read_layers(config: Mapping[str, Any], num_layers: int) -> tuple[LayerConfig, ...]:

@@ -38,7 +38,9 @@ class InStack(NamedTuple):
     place: jax.Array
 
 
-def param(shape: tuple[int, ...], dtype: jnp.dtype, axes: Axes, *, in_stack: bool = False) -> nnx.Param[jax.Array]:
+def param(
+    shape: tuple[int, ...], dtype: jnp.dtype, axes: Axes, *, in_stack: bool = False, adaptable: bool = True
+) -> nnx.Param[jax.Array]:
     """A named weight; only its shape matters, since models are built abstractly.
 
     Args:
@@ -46,8 +48,9 @@ def param(shape: tuple[int, ...], dtype: jnp.dtype, axes: Axes, *, in_stack: boo
         dtype: of its values.
         axes: logical ones.
         in_stack: a layer gets it as `InStack`.
+        adaptable: adapters can change it, if it is a matrix.
     """
-    return nnx.Param(jnp.zeros(shape, dtype), logical_axes=axes, in_stack=in_stack)
+    return nnx.Param(jnp.zeros(shape, dtype), logical_axes=axes, in_stack=in_stack, adaptable=adaptable)
 
 
 class Linear(nnx.Module):

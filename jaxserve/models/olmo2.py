@@ -28,7 +28,7 @@ class Olmo2Layer(nnx.Module):
 
     def after_attention(self, x_TD: jax.Array, o_TNH: jax.Array) -> jax.Array:
         """See `Layer`."""
-        x_TD = x_TD + self.post_attention_norm(self.attention.o_proj(o_TNH.reshape(o_TNH.shape[0], -1)))
+        x_TD = x_TD + self.post_attention_norm(self.attention.output(o_TNH))
         return x_TD + self.post_feedforward_norm(self.mlp(x_TD))
 
 

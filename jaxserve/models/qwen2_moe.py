@@ -34,7 +34,7 @@ def read_config(config: Mapping[str, Any]) -> ModelConfig:
     model = expert_layers(qwen2.read_config(config), config)
     assert model.experts is not None
     shared = int(config["shared_expert_intermediate_size"])
-    experts = msgspec.structs.replace(model.experts, shared_intermediate_size=shared)
+    experts = msgspec.structs.replace(model.experts, shared_intermediate_size=shared, shared_gate=True)
     return msgspec.structs.replace(model, experts=experts)
 
 

@@ -170,6 +170,9 @@ def _check_tensors(source: TensorSource, decoder: Decoder, names: dict[Path, Ten
     found = dict(source.shapes)
     if decoder.config.tie_word_embeddings:
         found.pop("lm_head.weight", None)
+    first = decoder.config.num_layers
+    unused = tuple(f"model.layers.{layer}." for layer in range(first, first + decoder.config.num_mtp_layers))
+    found = {name: shape for name, shape in found.items() if not name.startswith(unused)} if unused else found
     problems = [f"missing: {name}" for name in wanted if name not in found]
     problems += [f"unknown: {name}" for name in found if name not in wanted and not name.endswith(_IGNORED_SUFFIXES)]
     problems += [

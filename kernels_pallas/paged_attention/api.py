@@ -55,6 +55,8 @@ class AttentionConfig:
         scale: multiplies the scores.
         window: keys a query sees counting itself, or None for all before it.
         soft_cap: scores become `soft_cap * tanh(scores / soft_cap)`, or None.
+        value_dim: values are the first so many numbers of their keys, and not cached beside them; None for values of
+            their own, of `head_dim` numbers.
         batch_invariant: compute every row in shapes that do not depend on the other rows.
     """
 
@@ -68,12 +70,18 @@ class AttentionConfig:
     scale: float
     window: int | None = None
     soft_cap: float | None = None
+    value_dim: int | None = None
     batch_invariant: bool = False
 
     @property
     def compute_dtype(self) -> Any:
         """Dtype of queries, and of keys and values once they are read: the cache's, or bf16 where that has 8 bits."""
         return self.dtype if jnp.dtype(self.dtype).itemsize > 1 else jnp.bfloat16
+
+    @property
+    def out_dim(self) -> int:
+        """Numbers of a head's result."""
+        return self.head_dim if self.value_dim is None else self.value_dim
 
     def split(self, parts: int) -> "AttentionConfig":
         """The heads of one of `parts` shards."""
@@ -141,7 +149,7 @@ class AttentionBackend(Protocol):
         Args:
             q_TNH: rotated queries; padding tokens hold anything.
             k_TKH: rotated keys.
-            v_TKH: values.
+            v_TKH: values; not looked at where they are part of the keys.
             cache: as `cache_spec` says.
             layer: i32 scalar, may be traced.
             plan: from `plan`.

@@ -14,11 +14,11 @@ PAGES_PARTITION = P(None, MODEL, None, None)
 
 
 def head_major_spec(config: AttentionConfig) -> dict[str, CacheSpec]:
-    """Keys and values apart, [L * P, K, S, H]."""
+    """Keys and values apart, [L * P, K, S, H]; values that are part of the keys have no array."""
     c = config
     shape = (c.num_layers * c.num_pages, c.num_kv_heads, c.page_size, c.head_dim)
     spec = CacheSpec(shape, c.dtype, PAGES_PARTITION)
-    return {"k": spec, "v": spec}
+    return {"k": spec, "v": spec} if c.value_dim is None else {"k": spec}
 
 
 def over_heads(attend: Callable[..., Any], mesh: Mesh, cache: Iterable[str]) -> Callable[..., Any]:

@@ -103,19 +103,21 @@ class XlaAttention:
         page_T = jnp.where(
             slot_T < c.num_pages * c.page_size, slot_T // c.page_size + first_page, c.num_layers * c.num_pages
         )
-        cache = {
-            "k": write_tokens(cache["k"], page_T, slot_T % c.page_size, c.to_cache(k_TKH, k_scale_K)),
-            "v": write_tokens(cache["v"], page_T, slot_T % c.page_size, c.to_cache(v_TKH, v_scale_K)),
-        }
+        new = {"k": c.to_cache(k_TKH, k_scale_K)}
+        if c.value_dim is None:
+            new["v"] = c.to_cache(v_TKH, v_scale_K)
+        else:
+            v_scale_K = k_scale_K
+        cache = {name: write_tokens(cache[name], page_T, slot_T % c.page_size, x) for name, x in new.items()}
         layer_inputs = LayerInputs(
             q_TKGH=q_TKGH.astype(c.compute_dtype),
             keys_PKSH=cache["k"],
-            values_PKSH=cache["v"],
+            values_PKSH=cache.get("v"),
             first_page=first_page,
             sinks_KG=sinks_N.reshape(k_TKH.shape[1], -1),
         )
         if plan.items is None:
-            o_TKGH = jnp.zeros(layer_inputs.q_TKGH.shape, jnp.float32)
+            o_TKGH = jnp.zeros((*layer_inputs.q_TKGH.shape[:3], c.out_dim), jnp.float32)
         else:
             o_TKGH = attend_decode(c, layer_inputs, plan.items)
         # Smallest first: the tail of a row's last tile reaches into the next rows, whose own tiles overwrite it.
@@ -123,4 +125,4 @@ class XlaAttention:
             o_TKGH = attend_tiles(c, layer_inputs, plan.meta, tiles, size, o_TKGH)
         if v_scale_K is not None:
             o_TKGH *= v_scale_K[:, None, None]
-        return o_TKGH.reshape(q_TNH.shape).astype(q_TNH.dtype), cache
+        return o_TKGH.reshape(*q_TNH.shape[:2], c.out_dim).astype(q_TNH.dtype), cache

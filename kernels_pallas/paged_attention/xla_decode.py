@@ -10,7 +10,7 @@ from jax import lax
 
 from kernels_pallas.paged_attention.api import AttentionConfig, AttentionMeta
 from kernels_pallas.paged_attention.partial_softmax import MASKED, PartialSoftmax, attend_part, from_sinks
-from kernels_pallas.paged_attention.xla_pages import LayerInputs, expand, group_pages, take_pages
+from kernels_pallas.paged_attention.xla_pages import LayerInputs, expand, group_pages, take_keys_and_values
 
 # Keys of an item: enough that a product is worth its call, few enough that little is padding.
 _ITEM_TOKENS = 256
@@ -57,7 +57,7 @@ def attend_decode(config: AttentionConfig, layer: LayerInputs, items: DecodeItem
     num_rows, num_items = items.kv_len_B.shape[0], items.row_I.shape[0]
     chunk = min(num_rows, _MAX_ITEMS, num_items)
     key_s = jnp.arange(items.pages_IW.shape[1] * config.page_size)
-    q_BKGH, dtype = layer.q_TKGH[:num_rows], layer.q_TKGH.dtype
+    q_BKGH = layer.q_TKGH[:num_rows]
 
     def body(index: jax.Array, state: PartialSoftmax) -> PartialSoftmax:
         # The last chunk is moved back into the list; the items it repeats are masked out.
@@ -70,18 +70,19 @@ def attend_decode(config: AttentionConfig, layer: LayerInputs, items: DecodeItem
         live_Es = ((item_E >= index * chunk) & (item_E < items.num_live))[:, None] & (position_Es < kv_len_E1)
         if config.window is not None:
             live_Es &= position_Es >= kv_len_E1 - config.window
-        scores_EKGs = config.scores("ekgh,eksh->ekgs", q_BKGH[row_E], take_pages(layer.keys_PKSH, pages_EW, dtype))
+        keys_EKSH, values_EKSH = take_keys_and_values(layer, config, pages_EW)
+        scores_EKGs = config.scores("ekgh,eksh->ekgs", q_BKGH[row_E], keys_EKSH)
         part = attend_part(
             scores_EKGs,
             live_Es[:, None, None, :],
-            take_pages(layer.values_PKSH, pages_EW, dtype),
+            values_EKSH,
             "ekgs,eksh->ekgh",
             live_Es[:, None, :, None],
         )
         return _merge_rows(state, part, row_E)
 
     # Room after the rows for a chunk that starts at the last one.
-    state = from_sinks(layer.sinks_KG, (num_rows + chunk, *q_BKGH.shape[1:]))
+    state = from_sinks(layer.sinks_KG, (num_rows + chunk, *q_BKGH.shape[1:3], config.out_dim))
     state = lax.fori_loop(0, -(-items.num_live // chunk), body, state)
     o_BKGH = state.values()[:num_rows]
     return jnp.pad(o_BKGH, ((0, layer.q_TKGH.shape[0] - num_rows), (0, 0), (0, 0), (0, 0)))

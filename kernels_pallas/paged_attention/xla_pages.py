@@ -6,22 +6,36 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from kernels_pallas.paged_attention.api import AttentionConfig
+
 
 class LayerInputs(NamedTuple):
     """What one layer attends with, on one shard.
 
     Attributes:
         q_TKGH: queries by key head, in the dtype of the computation.
-        keys_PKSH, values_PKSH: pages of all layers, this step's tokens written.
+        keys_PKSH, values_PKSH: pages of all layers, this step's tokens written; no values where they are the first
+            numbers of the keys.
         first_page: i32, first page of the layer.
         sinks_KG: f32 scores of the sinks.
     """
 
     q_TKGH: jax.Array
     keys_PKSH: jax.Array
-    values_PKSH: jax.Array
+    values_PKSH: jax.Array | None
     first_page: jax.Array
     sinks_KG: jax.Array
+
+
+def take_keys_and_values(
+    layer: LayerInputs, config: AttentionConfig, page_EW: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """See `take_pages`."""
+    dtype = layer.q_TKGH.dtype
+    keys_EKSH = take_pages(layer.keys_PKSH, page_EW, dtype)
+    if layer.values_PKSH is None:
+        return keys_EKSH, keys_EKSH[..., : config.out_dim]
+    return keys_EKSH, take_pages(layer.values_PKSH, page_EW, dtype)
 
 
 def take_pages(pages_PKSH: jax.Array, page_EW: jax.Array, dtype: Any) -> jax.Array:

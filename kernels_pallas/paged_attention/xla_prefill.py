@@ -8,7 +8,7 @@ from jax import lax
 
 from kernels_pallas.paged_attention.api import AttentionConfig, AttentionMeta
 from kernels_pallas.paged_attention.partial_softmax import PartialSoftmax, attend_part, from_sinks, merge
-from kernels_pallas.paged_attention.xla_pages import LayerInputs, expand, group_pages, take_pages
+from kernels_pallas.paged_attention.xla_pages import LayerInputs, expand, group_pages, take_keys_and_values
 
 # Keys at a time. Large tiles start a prompt, where more would mostly be masked; small ones end it, often after a
 # long cached prefix, where fewer would not pay for a pass.
@@ -65,7 +65,7 @@ def attend_tiles(
 
     Returns `o_TKGH` with their tokens' results in it; a row's last tile may spoil up to `size - 1` tokens after it.
     """
-    num_tokens, num_heads, group, head_dim = layer.q_TKGH.shape
+    num_tokens, num_heads, group, _ = layer.q_TKGH.shape
     padding = ((0, size), (0, 0), (0, 0), (0, 0))
     q_TKGH = jnp.pad(layer.q_TKGH, padding)
     pages_per_chunk = max(1, (_LARGE_TILE_KEYS if size >= _LARGE_TILE else _SMALL_TILE_KEYS) // config.page_size)
@@ -86,13 +86,12 @@ def attend_tiles(
             live_ts = (position_s <= position_t[:, None]) & (position_s < kv_len)
             if config.window is not None:
                 live_ts &= position_s > position_t[:, None] - config.window
-            scores_KtGs = config.scores(
-                "tkgh,ksh->ktgs", q_tKGH, take_pages(layer.keys_PKSH, pages_1W, q_tKGH.dtype)[0]
-            )
+            keys_1KSH, values_1KSH = take_keys_and_values(layer, config, pages_1W)
+            scores_KtGs = config.scores("tkgh,ksh->ktgs", q_tKGH, keys_1KSH[0])
             part = attend_part(
                 scores_KtGs,
                 live_ts[None, :, None, :],
-                take_pages(layer.values_PKSH, pages_1W, q_tKGH.dtype)[0],
+                values_1KSH[0],
                 "ktgs,ksh->ktgh",
                 (position_s < kv_len)[:, None],
             )
@@ -101,7 +100,7 @@ def attend_tiles(
         first = 0
         if config.window is not None:
             first = jnp.maximum(position_t[0] + 1 - config.window, 0) // chunk
-        state = from_sinks(layer.sinks_KG[:, None], (num_heads, size, group, head_dim))
+        state = from_sinks(layer.sinks_KG[:, None], (num_heads, size, group, config.out_dim))
         state = lax.fori_loop(first, -(-kv_len // chunk), body, state)
         return lax.dynamic_update_slice_in_dim(o_TKGH, jnp.moveaxis(state.values(), 0, 1), token, 0)
 

@@ -107,11 +107,7 @@ def check_program(
 
 
 def check_forward(engine: EngineDesign, text: str, memory: Any, tp_size: int, *, layers: int = 1) -> None:
-    """The cache is updated in place, and two all-reduces a layer are all that crosses the devices.
-
-    Args:
-        layers: that are repeated together.
-    """
+    """The cache is updated in place, and two all-reduces a layer, of those repeated together, cross the devices."""
     assert memory.alias_size_in_bytes >= engine.pool_bytes
     for name, spec in engine.step.attention.cache_spec().items():
         pages = f"[{spec.shape[0]},"

@@ -1,0 +1,97 @@
+"""DeepSeek V3, R1 and Kimi K2: latent attention, and experts in groups (arXiv:2412.19437)."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import msgspec
+
+from jaxserve.config import ExpertsConfig, LatentConfig, ModelConfig
+from jaxserve.errors import LaunchError
+from jaxserve.models.architecture import Architecture, build_decoder
+from jaxserve.models.decoder import Path, dense_tensor_names
+from jaxserve.models.hf_config import mscale, read_dense_config, refuse_bad_fields, with_experts
+from jaxserve.models.tensor_name import TensorName
+
+
+@refuse_bad_fields
+def read_config(config: Mapping[str, Any]) -> ModelConfig:
+    """Read `config.json`."""
+    for key, supported in (("scoring_func", "sigmoid"), ("topk_method", "noaux_tc")):
+        if config.get(key, supported) != supported:
+            raise LaunchError(f"config.json: {key} {config[key]!r} is not supported; supported: {supported}")
+    if int(config.get("moe_layer_freq") or 1) != 1:
+        raise LaunchError(f"config.json: moe_layer_freq must be 1, got {config['moe_layer_freq']}")
+    q_rank = config.get("q_lora_rank")
+    latent = LatentConfig(
+        q_rank=None if q_rank is None else int(q_rank),
+        kv_rank=int(config["kv_lora_rank"]),
+        rope_dim=int(config["qk_rope_head_dim"]),
+        key_dim=int(config["qk_nope_head_dim"]),
+        value_dim=int(config["v_head_dim"]),
+        interleaved=bool(config.get("rope_interleave", True)),
+    )
+    model = read_dense_config(
+        # One key for all heads: the latent vector and what is rotated.
+        {**config, "num_key_value_heads": 1, "head_dim": latent.kv_rank + latent.rope_dim}
+    )
+    expert_size, num_shared = int(config["moe_intermediate_size"]), int(config.get("n_shared_experts") or 0)
+    num_experts = config.get("n_routed_experts", config.get("num_local_experts"))
+    experts = ExpertsConfig(
+        num_experts=int(config["n_routed_experts"] if num_experts is None else num_experts),
+        top_k=int(config["num_experts_per_tok"]),
+        intermediate_size=expert_size,
+        scores="sigmoid",
+        normalize=bool(config.get("norm_topk_prob", True)),
+        scale=float(config.get("routed_scaling_factor", 1.0)),
+        correction=True,
+        num_groups=int(config.get("n_group") or 1),
+        top_groups=int(config.get("topk_group") or 1),
+        shared_intermediate_size=expert_size * num_shared or None,
+    )
+    mtp = config.get("num_nextn_predict_layers", config.get("num_mtp_layers"))
+    model = msgspec.structs.replace(
+        model,
+        latent=latent,
+        attention_scale=(latent.key_dim + latent.rope_dim) ** -0.5 * _stretch(config) ** 2,
+        num_mtp_layers=int(mtp or 0),
+    )
+    return with_experts(model, experts, range(int(config.get("first_k_dense_replace") or 0)))
+
+
+def _stretch(config: Mapping[str, Any]) -> float:
+    """What queries and keys are each multiplied with for a stretched context."""
+    scaling: Mapping[str, Any] = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if scaling.get("rope_type", scaling.get("type", "default")) == "default":
+        return 1.0
+    return mscale(float(scaling.get("factor") or 1.0), float(scaling.get("mscale_all_dim") or 0.0))
+
+
+def tensor_names(config: ModelConfig) -> dict[Path, TensorName]:
+    """See `Architecture`."""
+    names = dense_tensor_names(config)
+    attention, mlp = "model.layers.{layer}.self_attn", "model.layers.{layer}.mlp"
+    for name in ("q_proj", "k_proj", "v_proj"):
+        for kind in ("weight", "bias"):
+            names.pop(("layers", "attention", name, kind), None)
+    assert config.latent is not None
+    whole = config.latent.q_rank is None
+    for name in ("q_proj",) if whole else ("q_a_proj", "q_b_proj"):
+        names["layers", "attention", name, "weight"] = TensorName(f"{attention}.{name}.weight")
+    names["layers", "attention", "kv_a_proj", "weight"] = TensorName(f"{attention}.kv_a_proj_with_mqa.weight")
+    if config.attention_bias:
+        names["layers", "attention", "kv_a_proj", "bias"] = TensorName(f"{attention}.kv_a_proj_with_mqa.bias")
+        if not whole:
+            names["layers", "attention", "q_a_proj", "bias"] = TensorName(f"{attention}.q_a_proj.bias")
+    for name in ("kv_a",) if whole else ("q_a", "kv_a"):
+        names["layers", "attention", f"{name}_norm", "weight"] = TensorName(f"{attention}.{name}_layernorm.weight")
+    names["layers", "attention", "kv_b"] = TensorName(f"{attention}.kv_b_proj.weight")
+    names["layers", "moe", "router", "weight"] = TensorName(f"{mlp}.gate.weight")
+    names["layers", "moe", "correction"] = TensorName(f"{mlp}.gate.e_score_correction_bias")
+    for name in ("gate_proj", "up_proj", "down_proj"):
+        names["layers", "moe", "experts", name, "weight"] = TensorName(f"{mlp}.experts.{{expert}}.{name}.weight")
+        shared = TensorName(f"{mlp}.shared_experts.{name}.weight")
+        names["layers", "moe", "shared_expert", name, "weight"] = shared
+    return names
+
+
+ARCHITECTURE = Architecture(read_config=read_config, tensor_names=tensor_names, build=build_decoder)
