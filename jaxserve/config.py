@@ -132,6 +132,20 @@ class ExpertsConfig(_Config, frozen=True):
             raise LaunchError(f"config.json: swiglu_limit must be positive, got {self.swiglu_limit}")
 
 
+class QuantizationConfig(_Config, frozen=True):
+    """How a checkpoint has the weights of linear maps: as float8_e4m3fn, with an f32 factor for each block of them.
+
+    Attributes:
+        block: rows and columns of a block; the last ones may have fewer.
+    """
+
+    block: tuple[int, int]
+
+    def __post_init__(self) -> None:
+        if min(self.block) < 1:
+            raise LaunchError(f"config.json: weight_block_size must be positive, got {self.block}")
+
+
 class LatentConfig(_Config, frozen=True):
     """Attention over a latent vector that all heads share (MLA, arXiv:2405.04434, section 2.1).
 
@@ -170,6 +184,7 @@ class ModelConfig(_Config, frozen=True):
         activation: of the MLP.
         experts: of the layers that have them.
         latent: attention over a latent vector: its key is the only one, and its value a part of that.
+        quantization: of the weights of attention, MLPs and experts.
         num_mtp_layers: layers behind these that guess further tokens; they are not loaded.
         attention_sinks: every head has an extra score that takes probability and no value.
         qk_norm: how queries and keys are normalised: each head, or the whole projection.
@@ -195,6 +210,7 @@ class ModelConfig(_Config, frozen=True):
     activation: Activation = "silu"
     experts: ExpertsConfig | None = None
     latent: LatentConfig | None = None
+    quantization: QuantizationConfig | None = None
     num_mtp_layers: int = 0
     attention_sinks: bool = False
     tie_word_embeddings: bool = False

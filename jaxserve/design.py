@@ -10,12 +10,13 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import msgspec
+import numpy as np
 from jax.sharding import Mesh
 
 from jaxserve.config import CacheConfig, EngineConfig, ModelConfig, SchedulerConfig
 from jaxserve.errors import LaunchError
 from jaxserve.lora.bank import BankLayout, lora_modules
-from jaxserve.mesh import kv_head_copies, named_sharding
+from jaxserve.mesh import kv_head_copies, named_sharding, partition_spec
 from jaxserve.models.architecture import Architecture, BuildModel
 from jaxserve.models.decoder import Decoder, ParamSpec
 from jaxserve.models.registry import find_architecture
@@ -127,17 +128,42 @@ def design_model(config: EngineConfig, hf_config: Mapping[str, Any], mesh: Mesh)
     copies = kv_head_copies(checkpoint, config.tp_size, config.ep_size)
     model = msgspec.structs.replace(checkpoint, num_kv_heads=checkpoint.num_kv_heads * copies)
     dtype = pick_dtype(config, checkpoint)
+    decoder = architecture.build(BuildModel(model, dtype, batch_invariant=config.deterministic))
+    _check_blocks(decoder, mesh)
     return ModelDesign(
         architecture=architecture,
         checkpoint=checkpoint,
         model=model,
         dtype=dtype,
         kv_dtype=dtype if config.kv_cache_dtype == "auto" else jnp.dtype(_KV_DTYPES[config.kv_cache_dtype]),
-        decoder=architecture.build(BuildModel(model, dtype, batch_invariant=config.deterministic)),
+        decoder=decoder,
         scheduler=_scheduler_config(config, checkpoint, platform),
         page_sizes=(config.page_size,) if config.page_size else _PAGE_SIZES.get(platform, (128,)),
         mesh=mesh,
     )
+
+
+def _check_blocks(decoder: Decoder, mesh: Mesh) -> None:
+    """Raise LaunchError where devices would share a block of a quantised weight."""
+    quantization = decoder.config.quantization
+    if quantization is None:
+        return
+    for path, spec in decoder.param_specs.items():
+        if (*path[:-1], "scale") not in decoder.param_specs or path[-1] != "weight":
+            continue
+        parts = partition_spec(spec.axes, spec.shape, mesh)
+        for size, axes, block in zip(spec.shape[-2:], parts[-2:], quantization.block, strict=True):
+            num_parts = 1 if axes is None else math.prod(mesh.shape[axis] for axis in np.atleast_1d(axes))
+            if num_parts > 1 and size % (num_parts * block):
+                raise LaunchError(
+                    f"{'.'.join(path)}: {size} numbers in blocks of {block} do not divide over {num_parts} devices; "
+                    "try another --tp-size or --ep-size"
+                )
+    rows = quantization.block[0]
+    if "kv_heads" in {axis for spec in decoder.param_specs.values() for axis in spec.axes} and (
+        decoder.config.head_dim % rows
+    ):
+        raise LaunchError(f"heads of {decoder.config.head_dim} do not divide into quantised blocks of {rows} rows")
 
 
 def lay_out(
@@ -198,9 +224,15 @@ def lay_out(
 
 def _expert_shapes(design: ModelDesign) -> set[ExpertShape]:
     """Of the experts' matrices on one device."""
-    specs = [spec for spec in design.decoder.param_specs.values() if spec.in_stack]
-    shards = [named_sharding(spec.axes, spec.shape, design.mesh).shard_shape(spec.shape) for spec in specs]
-    return {ExpertShape(*shard[-2:], spec.dtype) for shard, spec in zip(shards, specs, strict=True)}
+    specs = design.decoder.param_specs
+    quantization = design.model.quantization
+    shapes: set[ExpertShape] = set()
+    for path, spec in specs.items():
+        if spec.in_stack and path[-1] == "weight":
+            shard = named_sharding(spec.axes, spec.shape, design.mesh).shard_shape(spec.shape)
+            block = None if quantization is None else quantization.block
+            shapes.add(ExpertShape(shard[-2], shard[-1], spec.dtype, block))
+    return shapes
 
 
 def _fit_table(config: EngineConfig, design: ModelDesign) -> tuple[int, SchedulerConfig]:

@@ -195,9 +195,11 @@ def _xla_lora(_: Collection[LoraModule], __: Mesh) -> LoraMatmul:
     return XlaLora()
 
 
-def _tpu_grouped(_: Collection[ExpertShape], __: Any) -> GroupedMatmul:
-    from kernels_pallas.grouped_matmul.tpu import TpuGroupedMatmul  # noqa: PLC0415
+def _tpu_grouped(shapes: Collection[ExpertShape], _: Any) -> GroupedMatmul:
+    from kernels_pallas.grouped_matmul.tpu import TpuGroupedMatmul, check_shape  # noqa: PLC0415
 
+    for shape in shapes:
+        check_shape(shape)
     return TpuGroupedMatmul()
 
 

@@ -4,11 +4,14 @@ Run by a maintainer where torch and transformers are installed; the results are 
 the tests. Usage: python scripts/make_golden.py [NAME ...]
 """
 
+import json
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 GOLDEN = Path(__file__).parent.parent / "tests" / "golden"
@@ -127,6 +130,24 @@ MODELS = {
         "num_experts_per_tok": 2,
         "rope_interleave": False,
     },
+    "qwen3_fp8": {"model_type": "qwen3", "head_dim": 16, "intermediate_size": 64, "fp8_block": 8},
+    "deepseek_v3_fp8": {
+        "model_type": "deepseek_v3",
+        "num_key_value_heads": 4,
+        "intermediate_size": 64,
+        "first_k_dense_replace": 1,
+        "q_lora_rank": 24,
+        "kv_lora_rank": 16,
+        "qk_rope_head_dim": 8,
+        "qk_nope_head_dim": 16,
+        "v_head_dim": 16,
+        "moe_intermediate_size": 32,
+        "n_routed_experts": 4,
+        "n_group": 2,
+        "topk_group": 1,
+        "num_experts_per_tok": 2,
+        "fp8_block": 8,
+    },
     "gpt_oss": {
         "model_type": "gpt_oss",
         "num_hidden_layers": 4,
@@ -144,10 +165,50 @@ MODELS = {
 SHARDED = "qwen3"
 
 
+def quantize(folder: Path, block: int) -> None:
+    """Rewrite a checkpoint as DeepSeek's are: linear maps in float8_e4m3fn, with an f32 factor for each block."""
+    path, tensors = folder / "model.safetensors", {}
+    for name, tensor in load_file(path).items():
+        if not name.endswith("_proj.weight") and not name.endswith("kv_a_proj_with_mqa.weight"):
+            tensors[name] = tensor
+            continue
+        scale = tensor.unfold(0, block, block).unfold(1, block, block).abs().amax((2, 3)) / 448
+        tensors[f"{name}_scale_inv"] = scale
+        tensors[name] = (tensor / expand(scale, block)).to(torch.float8_e4m3fn)
+    save_file(tensors, path, metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {
+        "quant_method": "fp8",
+        "fmt": "e4m3",
+        "activation_scheme": "dynamic",
+        "weight_block_size": [block, block],
+    }
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def dequantize(folder: Path, plain: Path, block: int) -> None:
+    """The inverse, into another folder."""
+    tensors = load_file(folder / "model.safetensors")
+    scales = {name: tensors.pop(name) for name in list(tensors) if name.endswith("_scale_inv")}
+    for name, scale in scales.items():
+        weight = name.removesuffix("_scale_inv")
+        tensors[weight] = tensors[weight].float() * expand(scale, block)
+    save_file(tensors, plain / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    del config["quantization_config"]
+    (plain / "config.json").write_text(json.dumps(config))
+
+
+def expand(scale: torch.Tensor, block: int) -> torch.Tensor:
+    """A factor for each number of a matrix."""
+    return scale.repeat_interleave(block, 0).repeat_interleave(block, 1)
+
+
 def make(name: str) -> None:
     """Build one checkpoint with random weights and run it."""
     torch.manual_seed(sum(name.encode()))
     settings = dict(MODELS[name])
+    block = settings.pop("fp8_block", None)
     config = AutoConfig.for_model(settings.pop("model_type"), **(SIZES | settings))
     config._attn_implementation = "eager"  # noqa: SLF001
     model = AutoModelForCausalLM.from_config(config).eval()
@@ -162,6 +223,12 @@ def make(name: str) -> None:
     folder = GOLDEN / name
     folder.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(folder, max_shard_size="40KB" if name == SHARDED else "5GB")
+    if block is not None:
+        quantize(folder, block)
+        # What the file holds, multiplied out.
+        with tempfile.TemporaryDirectory() as plain:
+            dequantize(folder, Path(plain), block)
+            model = AutoModelForCausalLM.from_pretrained(plain, attn_implementation="eager").eval()
     ids = torch.randint(0, config.vocab_size, (2, 60))
     with torch.no_grad():
         logits = model(ids).logits

@@ -52,7 +52,7 @@ def bank_specs(decoder: Decoder, layout: BankLayout) -> dict[Path, ParamSpec]:
 
     def factor(base: ParamSpec, rank: int, axis: int) -> ParamSpec:
         shape = (*base.shape[:-2], layout.num_slots - 1, rank, base.shape[axis])
-        return ParamSpec(shape, base.dtype, (*base.axes[:-2], None, None, base.axes[axis]), base.layers)
+        return ParamSpec(shape, decoder.dtype, (*base.axes[:-2], None, None, base.axes[axis]), base.layers)
 
     for group, paths in _groups(decoder, layout).items():
         specs[*group, "a"] = factor(weights[paths[0]], len(paths) * layout.padded_rank, -1)

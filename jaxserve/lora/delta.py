@@ -16,6 +16,7 @@ from jaxserve.config import ModelConfig
 from jaxserve.errors import AdapterError
 from jaxserve.models.decoder import Decoder, ParamSpec, Path, Weights, tree_of
 from jaxserve.models.kv_heads import kv_head_rows, repeat_heads
+from jaxserve.models.layers import QUANTIZED
 from jaxserve.models.tensor_name import TensorName
 
 # What a tied model lacks: its head is the embedding. An adapter may treat the two differently.
@@ -155,12 +156,14 @@ def merge(weights: Weights, delta: AdapterDelta, add: Callable[[jax.Array, LowRa
         add: `add_low_rank`, compiled or not.
 
     Raises:
-        AdapterError: the embedding is the head as well, and the adapter changes one of them only.
+        AdapterError: the weights are quantised, or the embedding is the head as well, and the adapter changes one only.
     """
     if delta.tied_head and not delta.factors.keys().isdisjoint({_HEAD, EMBEDDING}):
         raise AdapterError(
             "the model's head is its embedding, and the adapter changes one of them: it can be served, not merged"
         )
+    if any(leaf.dtype == QUANTIZED for leaf in jax.tree.leaves(weights)):
+        raise AdapterError("the model's weights are quantised: an adapter can be served with them, not merged")
     changes = tree_of(delta.factors.items())
 
     def walk(base: Any, change: Any) -> Any:

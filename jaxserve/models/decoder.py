@@ -26,6 +26,8 @@ from jaxserve.models.tensor_name import TensorName
 from jaxserve.models.tokenwise import AtOnce, InTiles, Tokenwise
 from kernels_pallas.paged_attention.api import AttentionBackend, AttentionMeta, Cache, Plan, with_window
 
+# Of `param`, which weights of the tree have as well.
+_FLAGS = ("in_stack", "adaptable", "block_rows")
 Weights: TypeAlias = dict[str, Any]
 Path: TypeAlias = tuple[str, ...]
 
@@ -41,6 +43,7 @@ class ParamSpec:
         layers: their numbers, in order; empty for what no layer has.
         in_stack: a layer gets it as `InStack`.
         adaptable: adapters can change it, if it is a matrix.
+        block_rows: rows of another weight that a row of this is of.
     """
 
     shape: tuple[int, ...]
@@ -49,6 +52,7 @@ class ParamSpec:
     layers: tuple[int, ...] = ()
     in_stack: bool = False
     adaptable: bool = True
+    block_rows: int = 1
 
     @property
     def stacked(self) -> bool:
@@ -69,10 +73,11 @@ class Attention(nnx.Module):
     def __init__(self, config: ModelConfig, dtype: jnp.dtype) -> None:
         c = config
         q_size, kv_size = c.num_q_heads * c.head_dim, c.num_kv_heads * c.head_dim
-        self.q_proj = Linear(c.hidden_size, q_size, axes=("heads", "hidden"), bias=c.attention_bias, dtype=dtype)
-        self.k_proj = Linear(c.hidden_size, kv_size, axes=("kv_heads", "hidden"), bias=c.attention_bias, dtype=dtype)
-        self.v_proj = Linear(c.hidden_size, kv_size, axes=("kv_heads", "hidden"), bias=c.attention_bias, dtype=dtype)
-        self.o_proj = Linear(q_size, c.hidden_size, axes=("hidden", "heads"), bias=c.attention_out_bias, dtype=dtype)
+        make = partial(Linear, dtype=dtype, quantization=c.quantization)
+        self.q_proj = make(c.hidden_size, q_size, axes=("heads", "hidden"), bias=c.attention_bias)
+        self.k_proj = make(c.hidden_size, kv_size, axes=("kv_heads", "hidden"), bias=c.attention_bias)
+        self.v_proj = make(c.hidden_size, kv_size, axes=("kv_heads", "hidden"), bias=c.attention_bias)
+        self.o_proj = make(q_size, c.hidden_size, axes=("hidden", "heads"), bias=c.attention_out_bias)
         self.q_norm = self._norm(c, "heads", c.num_q_heads, dtype)
         self.k_norm = self._norm(c, "kv_heads", c.num_kv_heads, dtype)
         self.sinks = param((c.num_q_heads,), dtype, ("heads",)) if c.attention_sinks else None
@@ -117,7 +122,14 @@ def hidden_norm(config: ModelConfig, dtype: jnp.dtype) -> RMSNorm:
 def gated_mlp(config: ModelConfig, dtype: jnp.dtype) -> GatedMLP:
     """The MLP of a dense layer."""
     c = config
-    return GatedMLP(c.hidden_size, c.intermediate_size, bias=c.mlp_bias, dtype=dtype, activation=c.activation)
+    return GatedMLP(
+        c.hidden_size,
+        c.intermediate_size,
+        bias=c.mlp_bias,
+        dtype=dtype,
+        activation=c.activation,
+        quantization=c.quantization,
+    )
 
 
 class DecoderLayer(nnx.Module):
@@ -148,7 +160,10 @@ class DecoderLayer(nnx.Module):
 class Layer(Protocol):
     """A layer's module, cut where the attention backend comes in. Its children are stacked over the layers."""
 
-    attention: Attention | LatentAttention
+    @property
+    def attention(self) -> Attention | LatentAttention:
+        """Its projections."""
+        ...
 
     def before_attention(self, x_TD: jax.Array, *rope_TC: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Queries [T, N, H], keys and values [T, K, H]; `rope_TC` is cos and sin where the layer has positions."""
@@ -190,6 +205,7 @@ class Decoder:
         batch_invariant: bool = False,
     ) -> None:
         self.config = config
+        self.dtype = dtype
         self.tokenwise: Tokenwise = InTiles() if batch_invariant else AtOnce()
         self._abstract: Any = nnx.eval_shape(lambda: _Modules(config, dtype))
         self._kinds: dict[LayerConfig, Any] = {
@@ -213,7 +229,7 @@ class Decoder:
                 lead = (len(layers),) * bool(layers)
                 axes: Axes = (*("layers",) * bool(layers), *variable.get_metadata()["logical_axes"])
                 value = variable.get_value()
-                flags = {name: variable.get_metadata()[name] for name in ("in_stack", "adaptable")}
+                flags = {name: variable.get_metadata()[name] for name in _FLAGS}
                 spec = ParamSpec((*lead, *value.shape), value.dtype, axes, layers, **flags)
                 specs[*prefix, *(str(part) for part in path)] = spec
 

@@ -84,7 +84,7 @@ def tensor_names(config: ModelConfig) -> dict[Path, TensorName]:
             names["layers", "attention", "q_a_proj", "bias"] = TensorName(f"{attention}.q_a_proj.bias")
     for name in ("kv_a",) if whole else ("q_a", "kv_a"):
         names["layers", "attention", f"{name}_norm", "weight"] = TensorName(f"{attention}.{name}_layernorm.weight")
-    names["layers", "attention", "kv_b"] = TensorName(f"{attention}.kv_b_proj.weight")
+    names["layers", "attention", "kv_b_proj", "weight"] = TensorName(f"{attention}.kv_b_proj.weight")
     names["layers", "moe", "router", "weight"] = TensorName(f"{mlp}.gate.weight")
     names["layers", "moe", "correction"] = TensorName(f"{mlp}.gate.e_score_correction_bias")
     for name in ("gate_proj", "up_proj", "down_proj"):

@@ -17,10 +17,10 @@ from jax import lax
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from jaxserve.config import ExpertsConfig, ModelConfig, RouterScores
+from jaxserve.config import ExpertsConfig, ModelConfig, QuantizationConfig, RouterScores
 from jaxserve.mesh import partition_spec
-from jaxserve.models.layers import ACTIVATIONS, Axes, GatedMLP, Linear, param
-from kernels_pallas.grouped_matmul.api import GroupedMatmul
+from jaxserve.models.layers import ACTIVATIONS, QUANTIZED, Axes, GatedMLP, Linear, param, scale_param
+from kernels_pallas.grouped_matmul.api import GroupedMatmul, Matrices
 from kernels_pallas.grouped_matmul.blocks import Blocks, sort_into_blocks
 from kernels_pallas.shards import EXPERT, IN_EXPERT, MODEL, over_model
 
@@ -96,18 +96,30 @@ class _Local(NamedTuple):
 
     Attributes:
         stack: [L, E, out, in], of all layers that have experts.
+        scale: f32, of its blocks where it is quantised.
         place: i32 scalar, of this layer's in the stack.
         bias: [E, out], or none.
     """
 
     stack: Any
+    scale: Any
     place: Any
     bias: Any
 
-    def multiply(self, matmul: GroupedMatmul, x_PI: jax.Array, blocks: Blocks) -> jax.Array:
-        """Rows of blocks, whose groups are the experts that are here, with their experts."""
+    def multiply(
+        self, matmul: GroupedMatmul, x_PI: jax.Array, blocks: Blocks, block: tuple[int, int] | None
+    ) -> jax.Array:
+        """Rows of blocks, whose groups are the experts that are here, with their experts.
+
+        Args:
+            matmul: the product.
+            x_PI: the rows.
+            blocks: what they are made of.
+            block: of quantised weights.
+        """
         _, num_experts, num_outputs, num_inputs = self.stack.shape
-        matrices = self.stack.reshape(-1, num_outputs, num_inputs)
+        scale_Xoi = None if self.scale is None else self.scale.reshape(-1, *self.scale.shape[2:])
+        matrices = Matrices(self.stack.reshape(-1, num_outputs, num_inputs), scale_Xoi, block)
         y_PO = matmul(x_PI, matrices, blocks._replace(group_C=blocks.group_C + self.place * num_experts))
         if self.bias is None:
             return y_PO
@@ -118,21 +130,32 @@ class _Local(NamedTuple):
 class ExpertLinear(nnx.Module):
     """A linear map of each expert: weights [E, out, in], and biases [E, out] or none."""
 
-    def __init__(self, shape: tuple[int, int, int], *, axes: Axes, bias: bool, dtype: jnp.dtype) -> None:
+    def __init__(
+        self,
+        shape: tuple[int, int, int],
+        *,
+        axes: Axes,
+        bias: bool,
+        dtype: jnp.dtype,
+        quantization: QuantizationConfig | None,
+    ) -> None:
         # A step reads the experts that have tokens: cut out of the stack, all of them would be copied.
-        self.weight = param(shape, dtype, axes, in_stack=True)
+        self.weight = param(shape, dtype if quantization is None else QUANTIZED, axes, in_stack=True)
+        self.scale = None if quantization is None else scale_param(shape, axes, quantization, in_stack=True)
         self.bias = param(shape[:2], dtype, axes[:2]) if bias else None
         self._axes, self._shape = axes, shape
 
     def arrays(self) -> _Local:
         """The weights of all experts."""
         weight: Any = self.weight.get_value()  # an InStack
-        return _Local(weight.stack, weight.place, None if self.bias is None else self.bias[...])
+        scale: Any = None if self.scale is None else self.scale.get_value()
+        bias = None if self.bias is None else self.bias[...]
+        return _Local(weight.stack, None if scale is None else scale.stack, weight.place, bias)
 
     def specs(self, mesh: Mesh) -> _Local:
         """How they lie on a mesh."""
         stack = partition_spec(("layers", *self._axes), (1, *self._shape), mesh)
-        return _Local(stack, P(), None if self.bias is None else P(*stack[1:3]))
+        return _Local(stack, None if self.scale is None else stack, P(), None if self.bias is None else P(*stack[1:3]))
 
 
 class Experts(nnx.Module):
@@ -140,7 +163,8 @@ class Experts(nnx.Module):
 
     def __init__(self, config: ModelConfig, experts: ExpertsConfig, dtype: jnp.dtype) -> None:
         number, inner, outer = experts.num_experts, experts.intermediate_size, config.hidden_size
-        make = partial(ExpertLinear, bias=experts.bias, dtype=dtype)
+        make = partial(ExpertLinear, bias=experts.bias, dtype=dtype, quantization=config.quantization)
+        self._block = None if config.quantization is None else config.quantization.block
         self.gate_proj = make((number, inner, outer), axes=("experts", "expert_mlp", "hidden"))
         self.up_proj = make((number, inner, outer), axes=("experts", "expert_mlp", "hidden"))
         self.down_proj = make((number, outer, inner), axes=("experts", "hidden", "expert_mlp"))
@@ -167,11 +191,12 @@ class Experts(nnx.Module):
         block_rows = matmul.block_rows(num_tokens * top_k, num_experts)
         blocks, places = sort_into_blocks(own_TU.reshape(-1), num_experts, block_rows)
         x_PD = x_TD[places.row_P // top_k]
-        h_PF = self._gated(gate.multiply(matmul, x_PD, blocks), up.multiply(matmul, x_PD, blocks))
+        gate_PF, up_PF = (each.multiply(matmul, x_PD, blocks, self._block) for each in (gate, up))
+        h_PF = self._gated(gate_PF, up_PF)
         if down.bias is not None:
             # Once, and not by every device that has a part of the expert.
             down = down._replace(bias=jnp.where(lax.axis_index(IN_EXPERT) == 0, down.bias, jnp.zeros_like(down.bias)))
-        y_PD = down.multiply(matmul, h_PF, blocks)
+        y_PD = down.multiply(matmul, h_PF, blocks, self._block)
         # Those whose expert is elsewhere have no place.
         y_TUD = y_PD.at[places.place_R.reshape(num_tokens, top_k)].get(mode="fill", fill_value=0)
         y_TD = jnp.einsum("tud,tu->td", y_TUD.astype(jnp.float32), choice.weight_TU)
@@ -192,17 +217,30 @@ def _gated(config: ModelConfig, experts: ExpertsConfig) -> Gated:
     return clamped
 
 
+class Gate(Linear):
+    """Scores, which are not rounded."""
+
+    out_dtype = jnp.float32
+
+
 class MoE(nnx.Module):
     """Experts with their router, and an expert of all tokens where there is one."""
 
     def __init__(self, config: ModelConfig, dtype: jnp.dtype) -> None:
         experts, size = config.experts, config.hidden_size
         assert experts is not None
-        make_gate = partial(Linear, size, dtype=dtype, out_dtype=jnp.float32)
+        make_gate = partial(Gate, size, dtype=dtype)
         self.router = make_gate(experts.num_experts, axes=(None, "hidden"), bias=experts.bias)
         self.experts = Experts(config, experts, dtype)
         if (shared := experts.shared_intermediate_size) is not None:
-            self.shared_expert = GatedMLP(size, shared, bias=False, dtype=dtype, activation=config.activation)
+            self.shared_expert = GatedMLP(
+                size,
+                shared,
+                bias=False,
+                dtype=dtype,
+                activation=config.activation,
+                quantization=config.quantization,
+            )
         if experts.shared_gate:
             self.shared_expert_gate = make_gate(1, axes=(None, "hidden"), bias=False)
         self.correction = param((experts.num_experts,), jnp.dtype(jnp.float32), (None,)) if experts.correction else None

@@ -8,7 +8,7 @@ from jaxserve.models.decoder import ParamSpec
 
 def kv_head_rows(spec: ParamSpec, config: ModelConfig, copies: int) -> tuple[int, int]:
     """(rows of one head, copies of each head) of a weight whose rows are key/value heads, else (0, 1)."""
-    return (config.head_dim, copies) if copies > 1 and "kv_heads" in spec.axes else (0, 1)
+    return (config.head_dim // spec.block_rows, copies) if copies > 1 and "kv_heads" in spec.axes else (0, 1)
 
 
 def repeat_heads(array: np.ndarray, axis: int, rows: int, copies: int) -> np.ndarray:

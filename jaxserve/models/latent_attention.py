@@ -7,16 +7,24 @@ one key head of `kv_rank + rope_dim` numbers, the first `kv_rank` of which are i
 Dimension key: C latent vector, R rotated numbers, H those of a head's key that are not, V a head's value.
 """
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from jaxserve.config import LatentConfig, ModelConfig
-from jaxserve.models.layers import Linear, RMSNorm, param
+from jaxserve.models.layers import Linear, RMSNorm
 from jaxserve.models.rope import apply_rope
 
 # Of the norms inside, whatever the others have.
 _EPS = 1e-6
+
+
+class Expansion(Linear):
+    """Makes keys and values of latent vectors; taken apart and never applied, so no adapter can change it."""
+
+    adaptable = False
 
 
 class LatentAttention(nnx.Module):
@@ -24,22 +32,23 @@ class LatentAttention(nnx.Module):
 
     def __init__(self, config: ModelConfig, latent: LatentConfig, dtype: jnp.dtype) -> None:
         c, a = config, latent
+        make = partial(Linear, dtype=dtype, quantization=c.quantization)
         q_size = c.num_q_heads * (a.key_dim + a.rope_dim)
         if a.q_rank is None:
-            self.q_proj = Linear(c.hidden_size, q_size, axes=("heads", "hidden"), bias=False, dtype=dtype)
+            self.q_proj = make(c.hidden_size, q_size, axes=("heads", "hidden"), bias=False)
         else:
-            bias = c.attention_bias
-            self.q_a_proj = Linear(c.hidden_size, a.q_rank, axes=(None, "hidden"), bias=bias, dtype=dtype)
+            self.q_a_proj = make(c.hidden_size, a.q_rank, axes=(None, "hidden"), bias=c.attention_bias)
             self.q_a_norm = RMSNorm(a.q_rank, eps=_EPS, dtype=dtype)
-            self.q_b_proj = Linear(a.q_rank, q_size, axes=("heads", None), bias=False, dtype=dtype)
+            self.q_b_proj = make(a.q_rank, q_size, axes=("heads", None), bias=False)
         kv_size = a.kv_rank + a.rope_dim
-        self.kv_a_proj = Linear(c.hidden_size, kv_size, axes=(None, "hidden"), bias=c.attention_bias, dtype=dtype)
+        self.kv_a_proj = make(c.hidden_size, kv_size, axes=(None, "hidden"), bias=c.attention_bias)
         self.kv_a_norm = RMSNorm(a.kv_rank, eps=_EPS, dtype=dtype)
-        # Not applied to what comes in, so no adapter can change it.
         expanded = c.num_q_heads * (a.key_dim + a.value_dim)
-        self.kv_b = param((expanded, a.kv_rank), dtype, ("heads", None), adaptable=False)
+        self.kv_b_proj = Expansion(
+            a.kv_rank, expanded, axes=("heads", None), bias=False, dtype=dtype, quantization=c.quantization
+        )
         o_size = c.num_q_heads * a.value_dim
-        self.o_proj = Linear(o_size, c.hidden_size, axes=("hidden", "heads"), bias=c.attention_out_bias, dtype=dtype)
+        self.o_proj = make(o_size, c.hidden_size, axes=("hidden", "heads"), bias=c.attention_out_bias)
         self._latent = latent
         self._num_keys = c.num_kv_heads
 
@@ -57,7 +66,7 @@ class LatentAttention(nnx.Module):
         k_T1R = kv_TS[:, None, a.kv_rank :]
         if rope_TC:
             q_TNR, k_T1R = (apply_rope(self._in_halves(x), *rope_TC) for x in (q_TNR, k_T1R))
-        keys_NHC, _ = self._by_head()
+        keys_NHC, _ = self._by_head(x_TD.dtype)
         q_TNC = jnp.einsum("tnh,nhc->tnc", q_TNH, keys_NHC)
         key_T1S = jnp.concatenate([latent_T1C, k_T1R], axis=-1)
         key_TKS = jnp.broadcast_to(key_T1S, (num_tokens, self._num_keys, key_T1S.shape[-1]))
@@ -65,14 +74,14 @@ class LatentAttention(nnx.Module):
 
     def output(self, o_TNC: jax.Array) -> jax.Array:
         """[T, N, C] -> [T, D]."""
-        _, values_NVC = self._by_head()
+        _, values_NVC = self._by_head(o_TNC.dtype)
         o_TNV = jnp.einsum("tnc,nvc->tnv", o_TNC, values_NVC)
         return self.o_proj(o_TNV.reshape(o_TNV.shape[0], -1))
 
-    def _by_head(self) -> tuple[jax.Array, jax.Array]:
+    def _by_head(self, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
         """[N, H, C] and [N, V, C], which make keys and values of a latent vector."""
         a = self._latent
-        both = self.kv_b[...].reshape(-1, a.key_dim + a.value_dim, a.kv_rank)
+        both = self.kv_b_proj.matrix(dtype).reshape(-1, a.key_dim + a.value_dim, a.kv_rank)
         return both[:, : a.key_dim], both[:, a.key_dim :]
 
     def _in_halves(self, x: jax.Array) -> jax.Array:

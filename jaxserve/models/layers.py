@@ -17,7 +17,12 @@ from flax import nnx
 from jax import lax
 from jax.typing import DTypeLike
 
+from jaxserve.config import QuantizationConfig
+from kernels_pallas.block_scales import dequantize_blocks
+
 Axes: TypeAlias = tuple[str | None, ...]
+# The dtype of quantised weights.
+QUANTIZED = jnp.dtype(jnp.float8_e4m3fn)
 ACTIVATIONS: Mapping[str, Callable[[jax.Array], jax.Array]] = {
     "silu": jax.nn.silu,
     "gelu_tanh": partial(jax.nn.gelu, approximate=True),
@@ -39,7 +44,13 @@ class InStack(NamedTuple):
 
 
 def param(
-    shape: tuple[int, ...], dtype: jnp.dtype, axes: Axes, *, in_stack: bool = False, adaptable: bool = True
+    shape: tuple[int, ...],
+    dtype: jnp.dtype,
+    axes: Axes,
+    *,
+    in_stack: bool = False,
+    adaptable: bool = True,
+    block_rows: int = 1,
 ) -> nnx.Param[jax.Array]:
     """A named weight; only its shape matters, since models are built abstractly.
 
@@ -49,12 +60,29 @@ def param(
         axes: logical ones.
         in_stack: a layer gets it as `InStack`.
         adaptable: adapters can change it, if it is a matrix.
+        block_rows: rows of another weight that a row of this is of.
     """
-    return nnx.Param(jnp.zeros(shape, dtype), logical_axes=axes, in_stack=in_stack, adaptable=adaptable)
+    flags = {"in_stack": in_stack, "adaptable": adaptable, "block_rows": block_rows}
+    return nnx.Param(jnp.zeros(shape, dtype), logical_axes=axes, **flags)
+
+
+def scale_param(
+    shape: tuple[int, ...], axes: Axes, quantization: QuantizationConfig, *, in_stack: bool = False
+) -> nnx.Param[jax.Array]:
+    """The factors of a quantised weight's blocks, f32; see `param`."""
+    *lead, num_rows, num_columns = shape
+    rows, columns = quantization.block
+    blocks = (*lead, -(-num_rows // rows), -(-num_columns // columns))
+    return param(blocks, jnp.dtype(jnp.float32), axes, in_stack=in_stack, adaptable=False, block_rows=rows)
 
 
 class Linear(nnx.Module):
     """y = x W^T + b."""
+
+    # Of the result; None for the activations'.
+    out_dtype: ClassVar[DTypeLike | None] = None
+    # Whether adapters can change it.
+    adaptable: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -64,19 +92,27 @@ class Linear(nnx.Module):
         axes: Axes,
         bias: bool,
         dtype: jnp.dtype,
-        out_dtype: DTypeLike | None = None,
+        quantization: QuantizationConfig | None = None,
     ) -> None:
-        self.weight = param((out_size, in_size), dtype, axes)
+        shape = (out_size, in_size)
+        self.weight = param(shape, dtype if quantization is None else QUANTIZED, axes, adaptable=self.adaptable)
+        self.scale = None if quantization is None else scale_param(shape, axes, quantization)
         self.bias = param((out_size,), dtype, axes[:1]) if bias else None
-        self._out_dtype = out_dtype
+        self._quantization = quantization
         self.update: Update | None = None
 
     def __call__(self, x_TI: jax.Array) -> jax.Array:
         """[T, in] -> [T, out]."""
-        y_TO = jnp.einsum("ti,oi->to", x_TI, self.weight[...], preferred_element_type=self._out_dtype)
+        y_TO = jnp.einsum("ti,oi->to", x_TI, self.matrix(x_TI.dtype), preferred_element_type=self.out_dtype)
         if self.bias is not None:
             y_TO = y_TO + self.bias[...].astype(y_TO.dtype)
         return y_TO if self.update is None else y_TO + self.update(x_TI).astype(y_TO.dtype)
+
+    def matrix(self, dtype: jnp.dtype) -> jax.Array:
+        """The weight in the activations' dtype, [out, in]."""
+        if self.scale is None or self._quantization is None:
+            return self.weight[...]
+        return dequantize_blocks(self.weight[...], self.scale[...], self._quantization.block, dtype)
 
 
 class RMSNorm(nnx.Module):
@@ -115,11 +151,19 @@ class GatedMLP(nnx.Module):
     same_inputs: ClassVar[tuple[str, ...]] = ("gate_proj", "up_proj")
 
     def __init__(
-        self, hidden_size: int, intermediate_size: int, *, bias: bool, dtype: jnp.dtype, activation: str = "silu"
+        self,
+        hidden_size: int,
+        intermediate_size: int,
+        *,
+        bias: bool,
+        dtype: jnp.dtype,
+        activation: str = "silu",
+        quantization: QuantizationConfig | None = None,
     ) -> None:
-        self.gate_proj = Linear(hidden_size, intermediate_size, axes=("mlp", "hidden"), bias=bias, dtype=dtype)
-        self.up_proj = Linear(hidden_size, intermediate_size, axes=("mlp", "hidden"), bias=bias, dtype=dtype)
-        self.down_proj = Linear(intermediate_size, hidden_size, axes=("hidden", "mlp"), bias=bias, dtype=dtype)
+        make = partial(Linear, bias=bias, dtype=dtype, quantization=quantization)
+        self.gate_proj = make(hidden_size, intermediate_size, axes=("mlp", "hidden"))
+        self.up_proj = make(hidden_size, intermediate_size, axes=("mlp", "hidden"))
+        self.down_proj = make(intermediate_size, hidden_size, axes=("hidden", "mlp"))
         self._activation = ACTIVATIONS[activation]
 
     def __call__(self, x_TD: jax.Array) -> jax.Array:

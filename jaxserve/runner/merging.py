@@ -1,5 +1,7 @@
 """Adapters into the weights before anything is served: the model is then as fast as its base."""
 
+from typing import Any
+
 import jax
 
 from jaxserve.lora.delta import AdapterDelta, LowRank, add_low_rank, merge
@@ -14,6 +16,7 @@ def merge_adapter(weights: Weights, delta: AdapterDelta) -> Weights:
     """
 
     def add(base: jax.Array, factor: LowRank) -> jax.Array:
-        return jax.jit(add_low_rank, donate_argnums=0, out_shardings=base.format)(base, factor)
+        layout: Any = base  # whose type does not tell it
+        return jax.jit(add_low_rank, donate_argnums=0, out_shardings=layout.format)(base, factor)
 
     return merge(weights, delta, add)

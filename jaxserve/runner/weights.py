@@ -21,6 +21,7 @@ from jaxserve.errors import LaunchError
 from jaxserve.mesh import named_sharding, weight_format
 from jaxserve.models.decoder import Decoder, ParamSpec, Path, Weights, tree_of
 from jaxserve.models.kv_heads import kv_head_rows, repeat_heads
+from jaxserve.models.layers import QUANTIZED
 from jaxserve.models.tensor_name import TensorName
 
 Progress: TypeAlias = Callable[[Iterable[Path]], Iterable[Path]]
@@ -54,6 +55,7 @@ def load_weights(
         LaunchError: tensors are missing, unknown or of another shape; all are listed.
     """
     copies = decoder.config.num_kv_heads // checkpoint_config.num_kv_heads
+    names = {**names, **_scale_names(decoder, names)}
     _check_tensors(source, decoder, names, copies)
 
     def load(path: Path) -> jax.Array:
@@ -132,16 +134,16 @@ class _ParamReader:
         part = (*index[2:], rows) if name.transposed else (rows, *index[2:])
         for place, expert in enumerate(range(self._spec.shape[1])[index[0]]):
             if name.by_expert:
-                values = self._source.read(name.of_layer(layer, expert), part)
+                values = self._read(name.of_layer(layer, expert), part)
             else:
-                values = self._source.read(name.of_layer(layer), (slice(expert, expert + 1), *part))[0]
+                values = self._read(name.of_layer(layer), (slice(expert, expert + 1), *part))[0]
             out[place] = values.T if name.transposed else values
 
     def _read_into(self, out: np.ndarray, name: str, index: Index) -> None:
         """Read one tensor's part, a few rows at a time: it is seldom in the right dtype already."""
         first_row, num_rows = self._name.first_row, self._spec.shape[self._spec.stacked] // self._copies
         if self._copies > 1:
-            whole = self._source.read(name, (slice(first_row, first_row + num_rows),))
+            whole = self._read(name, (slice(first_row, first_row + num_rows),))
             out[...] = repeat_heads(whole, 0, self._head_rows, self._copies)[index]
             return
         start_row, end_row, _ = index[0].indices(num_rows)
@@ -149,7 +151,13 @@ class _ParamReader:
         for start in range(0, len(out), step):
             first = first_row + start_row + start
             part = slice(first, min(first + step, first_row + end_row))
-            out[start : start + step] = self._source.read(name, (part, *index[1:]))
+            out[start : start + step] = self._read(name, (part, *index[1:]))
+
+    def _read(self, name: str, index: Index) -> np.ndarray:
+        values = self._source.read(name, index)
+        if self._spec.dtype == QUANTIZED != values.dtype:
+            raise LaunchError(f"the checkpoint's {name} is {values.dtype}, the config says that it is {QUANTIZED}")
+        return values
 
 
 def _aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
@@ -158,6 +166,17 @@ def _aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     memory = np.empty(size + _ALIGNMENT, np.uint8)
     start = -memory.ctypes.data % _ALIGNMENT
     return memory[start : start + size].view(dtype).reshape(shape)
+
+
+def _scale_names(decoder: Decoder, names: dict[Path, TensorName]) -> dict[Path, TensorName]:
+    """Where the factors of quantised weights are: beside the weights."""
+    scales: dict[Path, TensorName] = {}
+    for path, spec in decoder.param_specs.items():
+        if path[-1] == "scale":
+            weight = names[*path[:-1], "weight"]
+            first_row = weight.first_row // spec.block_rows
+            scales[path] = weight._replace(pattern=f"{weight.pattern}_scale_inv", first_row=first_row)
+    return scales
 
 
 def _check_tensors(source: TensorSource, decoder: Decoder, names: dict[Path, TensorName], copies: int) -> None:

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from kernels_pallas.grouped_matmul.api import ExpertShape
+from kernels_pallas.grouped_matmul.api import ExpertShape, Matrices
 from kernels_pallas.grouped_matmul.blocks import Blocks
 from kernels_pallas.pallas import pl, plgpu
 from kernels_pallas.warpgroup import WARPGROUP_ROWS, Stages, smem
@@ -66,8 +66,9 @@ class GpuGroupedMatmul:
         del num_rows, num_groups
         return WARPGROUP_ROWS
 
-    def __call__(self, x_PI: jax.Array, w_XOI: jax.Array, blocks: Blocks) -> jax.Array:
+    def __call__(self, x_PI: jax.Array, matrices: Matrices, blocks: Blocks) -> jax.Array:
         """See `GroupedMatmul`."""
+        w_XOI = matrices.values_XOI
         (num_places, num_inputs), num_outputs = x_PI.shape, w_XOI.shape[1]
         num_blocks = num_places // WARPGROUP_ROWS
         block_outputs = next(size for size in _BLOCK_OUTPUTS if num_outputs % size == 0)

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from kernels_pallas.grouped_matmul.api import Matrices
 from kernels_pallas.grouped_matmul.blocks import Blocks, rows_of_blocks
 
 # Products of fewer rows are no cheaper.
@@ -18,16 +19,16 @@ class XlaGroupedMatmul:
         """See `GroupedMatmul`."""
         return rows_of_blocks(num_rows, num_groups, fewest=_FEWEST_ROWS, most=_MOST_ROWS)
 
-    def __call__(self, x_PI: jax.Array, w_XOI: jax.Array, blocks: Blocks) -> jax.Array:
+    def __call__(self, x_PI: jax.Array, matrices: Matrices, blocks: Blocks) -> jax.Array:
         """See `GroupedMatmul`; blocks that do not count are zeros."""
         num_places, num_inputs = x_PI.shape
         block_rows = num_places // blocks.group_C.shape[0]
 
         def multiply(block: jax.Array, y_PO: jax.Array) -> jax.Array:
             x_WI = lax.dynamic_slice(x_PI, (block * block_rows, 0), (block_rows, num_inputs))
-            w_OI = lax.dynamic_index_in_dim(w_XOI, blocks.group_C[block], keepdims=False)
+            w_OI = matrices.matrix(blocks.group_C[block], x_PI.dtype)
             y_WO = jnp.einsum("wi,oi->wo", x_WI, w_OI)
             return lax.dynamic_update_slice(y_PO, y_WO, (block * block_rows, 0))
 
-        y_PO = jnp.zeros((num_places, w_XOI.shape[1]), x_PI.dtype)
+        y_PO = jnp.zeros((num_places, matrices.values_XOI.shape[1]), x_PI.dtype)
         return lax.fori_loop(0, blocks.num_1[0], multiply, y_PO)

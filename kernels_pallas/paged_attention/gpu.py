@@ -56,6 +56,8 @@ class GpuAttention:
         Raises:
             NotImplementedError: for what the kernels cannot do, with the reason.
         """
+        if config.value_dim is not None:
+            raise NotImplementedError("the GPU kernels know no values that are a part of their keys")
         if config.dtype not in _CACHE_DTYPES:
             raise NotImplementedError(
                 f"a cache of {jnp.dtype(config.dtype)}: Hopper's tensor cores multiply float32 only as TF32, with 10 "

@@ -236,6 +236,8 @@ def _from_blocks(x_CKQZ: jax.Array, block_tokens: int) -> jax.Array:
 
 
 def _check(config: AttentionConfig) -> None:
+    if config.value_dim is not None:
+        raise NotImplementedError("the TPU kernel knows no values that are a part of their keys")
     if config.dtype == jnp.float16:
         raise NotImplementedError("the TPU kernel has no float16: the MXU has none")
     if config.page_size % _MIN_PAGE_SIZE:

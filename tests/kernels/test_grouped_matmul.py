@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernels_pallas.grouped_matmul.api import ExpertShape, GroupedMatmul
+from kernels_pallas.grouped_matmul.api import ExpertShape, GroupedMatmul, Matrices
 from kernels_pallas.grouped_matmul.blocks import most_blocks, sort_into_blocks
 from kernels_pallas.grouped_matmul.reference import grouped_matmul
 from kernels_pallas.grouped_matmul.xla import XlaGroupedMatmul
@@ -36,6 +36,30 @@ def implementation(name: str) -> GroupedMatmul:
     return GpuGroupedMatmul(plgpu.InterpretGPUParams(detect_races=True))
 
 
+def check_quantized(name: str, group_R: np.ndarray, num_groups: int, sizes: tuple[int, int]) -> None:
+    """The same with matrices of 8 bits in blocks of 128."""
+    matmul, (num_outputs, num_inputs) = implementation(name), sizes
+    rng = np.random.default_rng(4)
+    x_RI = jnp.asarray(rng.standard_normal((len(group_R), num_inputs)), jnp.bfloat16)
+    w_XOI = jnp.asarray(rng.standard_normal((2 * num_groups, *sizes)), jnp.float8_e4m3fn)
+    scale_Xoi = rng.uniform(0.5, 2, (2 * num_groups, num_outputs // 128, num_inputs // 128)) / num_inputs**0.5
+    scale_Xoi = jnp.asarray(scale_Xoi, jnp.float32)
+
+    @jax.jit
+    def run(x_RI: jax.Array, w_XOI: jax.Array, scale_Xoi: jax.Array, group_R: jax.Array) -> jax.Array:
+        blocks, places = sort_into_blocks(group_R, num_groups, matmul.block_rows(len(group_R), num_groups))
+        matrices = Matrices(w_XOI, scale_Xoi, (128, 128))
+        return matmul(x_RI[places.row_P], matrices, blocks._replace(group_C=blocks.group_C + num_groups))[
+            places.place_R
+        ]
+
+    got = run(x_RI, w_XOI, scale_Xoi, jnp.asarray(group_R, jnp.int32))
+    scale_XOI = np.repeat(np.repeat(np.asarray(scale_Xoi, np.float64), 128, 1), 128, 2)
+    w64_XOI = np.asarray(w_XOI, np.float64) * scale_XOI
+    want = grouped_matmul(np.asarray(x_RI, np.float64), w64_XOI[num_groups:], group_R)
+    np.testing.assert_allclose(np.asarray(got, np.float64), want, atol=0.06)
+
+
 def check(name: str, group_R: np.ndarray, num_groups: int, sizes: tuple[int, int], dtype: Any) -> None:
     """Rows in place, times the matrices of the second of three layers, brought back."""
     matmul, (num_outputs, num_inputs) = implementation(name), sizes
@@ -52,7 +76,7 @@ def check(name: str, group_R: np.ndarray, num_groups: int, sizes: tuple[int, int
     @jax.jit
     def run(x_RI: jax.Array, w_XOI: jax.Array, group_R: jax.Array) -> jax.Array:
         blocks, places = sort_into_blocks(group_R, num_groups, matmul.block_rows(num_rows, num_groups))
-        y_PO = matmul(x_RI[places.row_P], w_XOI, blocks._replace(group_C=blocks.group_C + num_groups))
+        y_PO = matmul(x_RI[places.row_P], Matrices(w_XOI), blocks._replace(group_C=blocks.group_C + num_groups))
         return y_PO.at[places.place_R].get(mode="fill", fill_value=0)
 
     got = run(x_RI, w_XOI, jnp.asarray(group_R, jnp.int32))
@@ -93,6 +117,18 @@ def test_each_row_meets_its_own_matrix(name: str, sizes: tuple[int, int], groups
 @pytest.mark.parametrize("name", ["xla", *KERNELS])
 def test_fewer_rows_than_groups(name: str) -> None:
     check(name, spread(40, 12), 40, (128, 64), jnp.bfloat16)
+
+
+@pytest.mark.parametrize("sizes", [(128, 384), (384, 128)])
+@pytest.mark.parametrize("name", ["xla", *KERNELS])
+def test_matrices_of_8_bits(name: str, sizes: tuple[int, int]) -> None:
+    check_quantized(name, spread(4, 90), 4, sizes)
+
+
+@needs_pallas
+def test_a_cut_block_of_8_bits() -> None:
+    """2,176 outputs of 4,096 inputs are two blocks of 1,024 and one of 128."""
+    check_quantized("tpu", spread(2, 20), 2, (2176, 4096))
 
 
 @needs_pallas
