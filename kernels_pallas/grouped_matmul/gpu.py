@@ -14,23 +14,28 @@ from jax import lax
 from kernels_pallas.grouped_matmul.api import ExpertShape, Matrices
 from kernels_pallas.grouped_matmul.blocks import Blocks
 from kernels_pallas.pallas import pl, plgpu
-from kernels_pallas.warpgroup import WARPGROUP_ROWS, Stages, smem
+from kernels_pallas.warpgroup import MATRIX, WARPGROUP_ROWS, Stages, product, smem
 
 # Inputs of a step: a row of either operand is then 128 bytes, which one swizzle spans.
 _STEP_INPUTS = 64
 _STAGES = 4
 _BLOCK_OUTPUTS = (128, 64)
+# Of quantised matrices: two steps of one block of outputs.
+_SCALED_BLOCK = (128, 128)
 
 
 def check_shape(shape: ExpertShape) -> None:
     """Raise NotImplementedError for matrices that the kernel cannot multiply."""
-    num_outputs, num_inputs, dtype = shape
-    if dtype != jnp.bfloat16:
+    num_outputs, num_inputs, dtype, block = shape
+    if block is None and dtype != jnp.bfloat16:
         raise NotImplementedError(f"experts in {dtype}: the kernel multiplies bfloat16")
-    if num_inputs % _STEP_INPUTS or num_outputs % _BLOCK_OUTPUTS[-1]:
+    if block not in (None, _SCALED_BLOCK):
+        raise NotImplementedError(f"experts in quantised blocks of {block}: the kernel wants {_SCALED_BLOCK}")
+    inputs, outputs = (_STEP_INPUTS, _BLOCK_OUTPUTS[-1]) if block is None else _SCALED_BLOCK
+    if num_inputs % inputs or num_outputs % outputs:
         raise NotImplementedError(
             f"experts of {num_inputs} inputs and {num_outputs} outputs on a device: the kernel wants multiples of "
-            f"{_STEP_INPUTS} and {_BLOCK_OUTPUTS[-1]}"
+            f"{inputs} and {outputs}"
         )
 
 
@@ -40,15 +45,21 @@ class _Inputs(NamedTuple):
     blocks: Blocks
     x_CmI: Any
     w_XOI: Any
+    scale_Xoi: Any
 
 
 class _Scratch(NamedTuple):
-    """Stages of both operands, the barriers of their arrival, and the result on its way out."""
+    """Stages of both operands, the barriers of their arrival, and the result on its way out.
+
+    Attributes:
+        converted_oi: a stage of a quantised matrix, in the rows' dtype; else None.
+    """
 
     x_mi: Any
     w_oi: Any
     arrived: Any
     out_mo: Any
+    converted_oi: Any
 
 
 class GpuGroupedMatmul:
@@ -68,7 +79,7 @@ class GpuGroupedMatmul:
 
     def __call__(self, x_PI: jax.Array, matrices: Matrices, blocks: Blocks) -> jax.Array:
         """See `GroupedMatmul`."""
-        w_XOI = matrices.values_XOI
+        w_XOI, scale_Xoi, _ = matrices
         (num_places, num_inputs), num_outputs = x_PI.shape, w_XOI.shape[1]
         num_blocks = num_places // WARPGROUP_ROWS
         block_outputs = next(size for size in _BLOCK_OUTPUTS if num_outputs % size == 0)
@@ -78,9 +89,10 @@ class GpuGroupedMatmul:
             scratch_types=[
                 _Scratch(
                     x_mi=smem((_STAGES, WARPGROUP_ROWS, _STEP_INPUTS), x_PI.dtype),
-                    w_oi=smem((_STAGES, block_outputs, _STEP_INPUTS), x_PI.dtype),
+                    w_oi=smem((_STAGES, block_outputs, _STEP_INPUTS), w_XOI.dtype),
                     arrived=plgpu.Barrier(num_arrivals=2, num_barriers=_STAGES),
                     out_mo=smem((WARPGROUP_ROWS, block_outputs), x_PI.dtype),
+                    converted_oi=None if scale_Xoi is None else smem((block_outputs, _STEP_INPUTS), x_PI.dtype),
                 )
             ],
             grid=(num_outputs // block_outputs, num_blocks),
@@ -89,7 +101,7 @@ class GpuGroupedMatmul:
             interpret=self._interpret,
         )
         x_CmI = x_PI.reshape(num_blocks, WARPGROUP_ROWS, num_inputs)
-        return kernel(_Inputs(blocks, x_CmI, w_XOI)).reshape(num_places, num_outputs)
+        return kernel(_Inputs(blocks, x_CmI, w_XOI, scale_Xoi)).reshape(num_places, num_outputs)
 
 
 def _multiply_block(inputs: _Inputs, out_CmO: Any, scratch: _Scratch, *, num_steps: int) -> None:
@@ -108,17 +120,44 @@ def _multiply_block(inputs: _Inputs, out_CmO: Any, scratch: _Scratch, *, num_ste
         stages = Stages(num_steps, copy, scratch.arrived)
         stages.start()
 
-        def sum_up(sum_mo: Any) -> jax.Array:
-            @pl.loop(0, num_steps)
-            def _step(step: jax.Array) -> None:
-                stage = stages.next(step)
-                plgpu.wgmma(sum_mo, scratch.x_mi.at[stage], scratch.w_oi.at[stage].T)
-                plgpu.wgmma_wait(0)
-
-            return sum_mo[...]
-
-        sum_mo = pl.run_scoped(sum_up, plgpu.WGMMAAccumulatorRef(scratch.out_mo.shape, jnp.float32))
+        sum_mo = (_sum_up if inputs.scale_Xoi is None else _sum_up_scaled)(inputs, scratch, stages, group)
         scratch.out_mo[...] = sum_mo.astype(scratch.out_mo.dtype)
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(scratch.out_mo, out_CmO.at[block, :, outputs])
         plgpu.wait_smem_to_gmem(0)
+
+
+def _sum_up(_: _Inputs, scratch: _Scratch, stages: Stages, __: jax.Array) -> jax.Array:
+    """The product of all steps, f32[m, o]."""
+
+    def accumulate(sum_mo: Any) -> jax.Array:
+        @pl.loop(0, stages.num_steps)
+        def _step(step: jax.Array) -> None:
+            stage = stages.next(step)
+            plgpu.wgmma(sum_mo, scratch.x_mi.at[stage], scratch.w_oi.at[stage].T)
+            plgpu.wgmma_wait(0)
+
+        return sum_mo[...]
+
+    return pl.run_scoped(accumulate, plgpu.WGMMAAccumulatorRef(scratch.out_mo.shape, jnp.float32))
+
+
+def _sum_up_scaled(inputs: _Inputs, scratch: _Scratch, stages: Stages, group: jax.Array) -> jax.Array:
+    """The same of a quantised matrix: a step's numbers are converted, and its result is scaled."""
+    shape, row = scratch.out_mo.shape, lax.axis_index("outputs")
+
+    def multiply(step: jax.Array, sum_mo: jax.Array) -> jax.Array:
+        stage = stages.next(step)
+        for start in range(0, shape[1], WARPGROUP_ROWS):
+            rows = slice(start, start + WARPGROUP_ROWS)
+            source = scratch.w_oi.at[stage, rows]
+            # Hopper has no instruction from 8 to 16 bits of this kind; both steps are exact.
+            w_oi = plgpu.load(source, layout=plgpu.Layout.WGMMA_UPCAST_2X, optimized=False).astype(jnp.float32)
+            scratch.converted_oi.at[rows][...] = plgpu.layout_cast(w_oi.astype(scratch.converted_oi.dtype), MATRIX)
+        plgpu.commit_smem()
+        part_mo = product(scratch.x_mi.at[stage], scratch.converted_oi.T, shape[1])
+        scale = inputs.scale_Xoi[group, row, lax.div(step, _SCALED_BLOCK[1] // _STEP_INPUTS)]
+        return sum_mo + part_mo * plgpu.layout_cast(lax.broadcast_in_dim(scale, shape, ()), MATRIX)
+
+    zeros_mo = plgpu.layout_cast(jnp.zeros(shape, jnp.float32), MATRIX)
+    return lax.fori_loop(0, stages.num_steps, multiply, zeros_mo)
