@@ -1,8 +1,9 @@
-"""What NVIDIA's assembler makes of the attention kernels: registers, and tensor cores."""
+"""What NVIDIA's assembler makes of the kernels: registers, and tensor cores."""
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,12 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxserve.mesh import mesh_of
 from jaxserve.targets import parse_target, target_devices
 from kernels_pallas.dispatch import choose_attention
+from kernels_pallas.grouped_matmul.api import Matrices
+from kernels_pallas.grouped_matmul.blocks import Blocks
 from kernels_pallas.paged_attention.api import AttentionBackend, AttentionConfig, AttentionMeta, Cache
+
+if jax.__version_info__ >= (0, 11):
+    from kernels_pallas.grouped_matmul.gpu import GpuGroupedMatmul
 
 pytestmark = pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="the kernels need JAX 0.11")
 
@@ -64,6 +70,23 @@ def compile_attention(head_dim: int, dtype: str) -> None:
     jax.jit(attend).lower((q_TNH, k_TKH, k_TKH), cache, array(()), meta, optional).compile()
 
 
+class Kernel(NamedTuple):
+    """What the assembler said of one."""
+
+    name: str
+    spilled_bytes: int
+    uses_tensor_cores: bool
+
+
+def assembled(folder: Path) -> Iterator[Kernel]:
+    """The kernels whose dumps lie in a folder."""
+    for path in folder.glob("*.ptxas"):
+        spilled = re.findall(r"(\d+) bytes (?:stack frame|spill stores|spill loads)", path.read_text())
+        assert spilled, path.read_text()
+        code = path.with_suffix(".sass_ctrl").read_text()
+        yield Kernel(path.stem.rsplit("_", 1)[0], max(map(int, spilled)), "HGMMA" in code)
+
+
 @pytest.mark.parametrize(("head_dim", "dtype"), CASES)
 def test_attention_keeps_to_registers_and_uses_the_tensor_cores(
     head_dim: int, dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -71,14 +94,32 @@ def test_attention_keeps_to_registers_and_uses_the_tensor_cores(
     monkeypatch.setenv("MOSAIC_GPU_DUMP_TO", str(tmp_path))
     monkeypatch.setenv("MOSAIC_GPU_DUMP_PTXAS", "1")
     compile_attention(head_dim, dtype)
-    seen: set[str] = set()
-    for assembled in tmp_path.glob("*.ptxas"):
-        name, text = assembled.stem.rsplit("_", 1)[0], assembled.read_text()
-        seen.add(name)
-        spilled = [int(size) for size in re.findall(r"(\d+) bytes (?:stack frame|spill stores|spill loads)", text)]
-        assert spilled, text
-        assert max(spilled) <= (MOST_SPILLED.get((head_dim, dtype), 0) if name == "paged_prefill" else 0), (name, text)
-        code = assembled.with_suffix(".sass_ctrl").read_text()
-        assert ("HGMMA" in code) == name.startswith("paged"), name
+    kernels = {kernel.name: kernel for kernel in assembled(tmp_path)}
+    for name, kernel in kernels.items():
+        most = MOST_SPILLED.get((head_dim, dtype), 0) if name == "paged_prefill" else 0
+        assert kernel.spilled_bytes <= most, kernel
+        assert kernel.uses_tensor_cores == name.startswith("paged"), name
     # The write of keys and values is the same for several of them, and compiled once.
-    assert seen >= {"paged_decode", "paged_prefill"}
+    assert kernels.keys() >= {"paged_decode", "paged_prefill"}
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float8_e4m3fn"])
+def test_experts_keep_to_registers_and_use_the_tensor_cores(
+    dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MOSAIC_GPU_DUMP_TO", str(tmp_path))
+    monkeypatch.setenv("MOSAIC_GPU_DUMP_PTXAS", "1")
+    sharding = NamedSharding(mesh_of(target_devices(parse_target("h100:1")), 1, 1), PartitionSpec())
+
+    def array(shape: tuple[int, ...], dtype: str = "int32") -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype), sharding=sharding)
+
+    matrices = Matrices(array((8, 256, 512), dtype))
+    if dtype == "float8_e4m3fn":
+        matrices = matrices._replace(scale_Xoi=array((8, 2, 4), "float32"))
+    blocks = Blocks(array((5,)), array((1,)))
+    jax.jit(GpuGroupedMatmul()).lower(array((320, 512), "bfloat16"), matrices, blocks).compile()
+    (kernel,) = assembled(tmp_path)
+    assert kernel.name == "grouped_matmul"
+    assert kernel.uses_tensor_cores
+    assert not kernel.spilled_bytes

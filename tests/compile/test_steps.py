@@ -19,16 +19,19 @@ from jaxserve.design import DEVICE_MEM_FRACTION, EngineDesign, design_model, lay
 from jaxserve.errors import LaunchError
 from jaxserve.hlo import Collectives, find_collectives, num_kernels
 from jaxserve.mesh import mesh_of
+from jaxserve.models.layer_groups import group_layers
 from jaxserve.planning import adapter_slots
 from jaxserve.runner.buckets import Bucket
 from jaxserve.runner.programs import StepPrograms
 from jaxserve.targets import parse_target, prepare_environment, target_devices
 from tests.compile.models import (
+    DEEPSEEK_V31,
     GPT_OSS_20B,
     LLAMA31_8B,
     LLAMA33_70B,
     QWEN3_4B,
     QWEN3_30B_A3B,
+    QWEN3_30B_A3B_FP8,
     QWEN3_235B_A22B,
     QWEN25_05B,
 )
@@ -43,6 +46,8 @@ MODELS = {
     "qwen3-30b-a3b": QWEN3_30B_A3B,
     "qwen3-235b-a22b": QWEN3_235B_A22B,
     "gpt-oss-20b": GPT_OSS_20B,
+    "qwen3-30b-a3b-fp8": QWEN3_30B_A3B_FP8,
+    "deepseek-v3.1": DEEPSEEK_V31,
 }
 CONTEXT = 16384
 # Llama-3.1-8B does not fit one v5e, 70B no less than eight of the smaller devices.
@@ -160,6 +165,9 @@ def test_decode_step_and_draws(target: str, model: str, tp_size: int, record_pro
         ("h100:8", "qwen3-235b-a22b", 8, 8),
         ("v6e:2x4", "gpt-oss-20b", 4, 4),
         ("h100:8", "gpt-oss-20b", 4, 4),
+        ("v6e:2x4", "qwen3-30b-a3b-fp8", 4, 4),
+        ("h100:1", "qwen3-30b-a3b-fp8", 1, 1),
+        ("h200:8", "deepseek-v3.1", 8, 8),
     ],
 )
 def test_step_with_experts(
@@ -172,12 +180,13 @@ def test_step_with_experts(
     text, memory = check_program(
         engine, lambda: step.lower_forward(engine.step.buckets[0]), memory_bytes, record_property
     )
-    # gpt-oss has layers of two kinds in turn.
-    layers = 2 if model == "gpt-oss-20b" else 1
-    assert num_kernels(text) == layers * (3 + (3 if on_gpu else 2))
-    check_forward(engine, text, memory, tp_size, layers=layers)
+    # gpt-oss has layers of two kinds in turn, DeepSeek some without experts before the others. Its attention is XLA's.
+    groups, layers = len(group_layers(engine.step.decoder.config.layers)), 2 if model == "gpt-oss-20b" else 1
+    attention = 0 if engine.attention_name == "xla" else 3 if on_gpu else 2
+    assert num_kernels(text) == layers * (3 + attention)
+    check_forward(engine, text, memory, tp_size, layers=layers * groups)
     experts = [spec for spec in engine.step.decoder.param_specs.values() if spec.in_stack]
-    one_layer = sum(math.prod(spec.shape[1:]) for spec in experts) * 2 / tp_size
+    one_layer = sum(math.prod(spec.shape[1:]) * spec.dtype.itemsize for spec in experts) / tp_size
     rows = engine.scheduler.max_rows
     _, memory = check_program(engine, lambda: step.lower_forward(Bucket(rows, rows)), memory_bytes, record_property)
     assert memory.temp_size_in_bytes < one_layer
