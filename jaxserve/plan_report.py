@@ -187,7 +187,8 @@ def bound(model: ModelConfig, device: DeviceSpec, load: Load) -> Bounds | None:
     flops = device.flops * load.tp_size
     # On average over the layers.
     seen = sum(min(load.context, layer.window or load.context) for layer in model.layers) / model.num_layers
-    attention_flops = 4 * model.num_layers * model.num_q_heads * model.head_dim
+    value_dim = model.head_dim if model.latent is None else model.latent.kv_rank
+    attention_flops = 2 * model.num_layers * model.num_q_heads * (model.head_dim + value_dim)
 
     def step_s(rows: int) -> float:
         weight_bytes = load.weight_bytes + load.expert_bytes * experts_read(model, rows)
@@ -209,13 +210,23 @@ def bound(model: ModelConfig, device: DeviceSpec, load: Load) -> Bounds | None:
 
 def num_multiplied(model: ModelConfig) -> int:
     """Weights that a token is multiplied with: all but the input embedding and the norms, and its own experts."""
-    heads = model.head_dim * (2 * model.num_q_heads + 2 * model.num_kv_heads)
     rows = {"dense": 3 * model.intermediate_size}
     if (experts := model.experts) is not None:
         own = experts.top_k * experts.intermediate_size + (experts.shared_intermediate_size or 0)
         rows["experts"] = 3 * own + experts.num_experts
-    layers = sum(heads + rows[layer.mlp] for layer in model.layers)
-    return (layers + model.vocab_size) * model.hidden_size
+    mlps = sum(rows[layer.mlp] for layer in model.layers) * model.hidden_size
+    return mlps + model.num_layers * _attention_multiplied(model) + model.vocab_size * model.hidden_size
+
+
+def _attention_multiplied(model: ModelConfig) -> int:
+    """Weights of a layer's projections."""
+    heads, hidden = model.num_q_heads, model.hidden_size
+    if (latent := model.latent) is None:
+        return hidden * model.head_dim * (2 * heads + 2 * model.num_kv_heads)
+    q_size = heads * (latent.key_dim + latent.rope_dim)
+    queries = hidden * q_size if latent.q_rank is None else latent.q_rank * (hidden + q_size)
+    expansion = heads * (latent.key_dim + latent.value_dim) * latent.kv_rank
+    return queries + hidden * model.head_dim + expansion + heads * latent.value_dim * hidden
 
 
 def experts_read(model: ModelConfig, rows: int) -> float:

@@ -50,6 +50,29 @@ def test_architectures_differ_where_they_should() -> None:
     assert read(architectures=["MistralForCausalLM"], sliding_window=64).windows == (64,)
 
 
+FP8 = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
+MIXTRAL = {"architectures": ["MixtralForCausalLM"], "num_local_experts": 8, "num_experts_per_tok": 2}
+QWEN3_MOE = {
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "num_experts": 8,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16,
+}
+DEEPSEEK = {
+    "architectures": ["DeepseekV3ForCausalLM"],
+    "q_lora_rank": None,
+    "kv_lora_rank": 16,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 8,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 16,
+    "n_group": 4,
+    "topk_group": 2,
+}
+
+
 @pytest.mark.parametrize(
     ("changes", "window"),
     [
@@ -90,7 +113,26 @@ def test_sliding_window(changes: dict[str, Any], window: int | None) -> None:
         ({"partial_rotary_factor": 0.75}, "partial_rotary_factor 0.75"),
         ({"hidden_act": "gelu"}, "gelu"),
         ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "dynamic"),
-        ({"quantization_config": {"quant_method": "awq"}}, "awq"),
+        ({"quantization_config": {"quant_method": "awq"}}, "awq.*supported: fp8"),
+        ({"quantization_config": {"quant_method": "fp8"}}, "weight_block_size"),
+        ({"quantization_config": FP8 | {"weight_block_size": [128, 0]}}, "must be positive"),
+        ({"quantization_config": FP8 | {"activation_scheme": "static"}}, "activation_scheme 'static'"),
+        ({"quantization_config": FP8 | {"modules_to_not_convert": ["model.layers.0.mlp.up_proj"]}}, "up_proj"),
+        ({"architectures": ["MixtralForCausalLM"]}, "num_local_experts is missing"),
+        (MIXTRAL | {"num_experts_per_tok": 9}, "num_experts_per_tok must be 1 to 8 experts, got 9"),
+        (MIXTRAL | {"num_local_experts": 0}, "num_experts of experts must be a positive"),
+        (QWEN3_MOE | {"decoder_sparse_step": "two"}, "two"),
+        (QWEN3_MOE | {"moe_intermediate_size": 2**31}, "intermediate_size of experts"),
+        (DEEPSEEK | {"n_group": 3}, "8 experts do not divide into 3 groups"),
+        (DEEPSEEK | {"n_group": 8}, "groups need at least 2 experts"),
+        (DEEPSEEK | {"topk_group": 5}, "topk_group must be 1 to 4"),
+        (DEEPSEEK | {"topk_group": 1}, "topk_group must be 1 to 4 and give 3 experts"),
+        (DEEPSEEK | {"kv_lora_rank": -1}, "kv_rank of latent attention"),
+        (DEEPSEEK | {"qk_rope_head_dim": 7}, "head_dim must be even"),
+        (DEEPSEEK | {"scoring_func": "softmax"}, "scoring_func 'softmax'"),
+        (DEEPSEEK | {"topk_method": "greedy"}, "topk_method 'greedy'"),
+        (DEEPSEEK | {"moe_layer_freq": 2}, "moe_layer_freq must be 1"),
+        ({"architectures": ["GptOssForCausalLM"], "swiglu_limit": 0}, "swiglu_limit must be positive"),
         ({"sliding_window": 8, "layer_types": ["full_attention", "linear_attention"]}, "linear_attention"),
         ({"sliding_window": 8, "layer_types": ["full_attention"]}, "1 layer_types for 2 layers"),
     ],
@@ -101,9 +143,19 @@ def test_refuses_by_name(changes: dict[str, Any], message: str) -> None:
         read(**changes)
 
 
+def test_layers_with_experts() -> None:
+    def kinds(**changes: Any) -> list[str]:
+        return [layer.mlp for layer in read(**changes, num_hidden_layers=4).layers]
+
+    assert kinds(**MIXTRAL) == ["experts"] * 4
+    assert kinds(**QWEN3_MOE, mlp_only_layers=[1]) == ["experts", "dense", "experts", "experts"]
+    assert kinds(**QWEN3_MOE, decoder_sparse_step=2) == ["dense", "experts"] * 2
+    assert kinds(**DEEPSEEK, first_k_dense_replace=1) == ["dense", "experts", "experts", "experts"]
+
+
 @pytest.mark.parametrize("names", [None, [], ["Nothing"], ["LlamaForCausalLM", "Other"], "LlamaForCausalLM", [5]])
 def test_unknown_architectures_list_the_known(names: Any) -> None:
-    with pytest.raises(LaunchError, match="supported: Gemma3ForCausalLM, LlamaForCausalLM, MistralForCausalLM"):
+    with pytest.raises(LaunchError, match="supported: DeepseekV3ForCausalLM, Gemma3ForCausalLM, GptOssForCausalLM"):
         architecture_name({"architectures": names})
 
 
