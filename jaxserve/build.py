@@ -263,7 +263,7 @@ def _load(source: TensorSource | OrbaxCheckpoint, design: ModelDesign, bar: Prog
         names,
         design.checkpoint,
         design.mesh,
-        lambda paths: bar(paths, "loading weights", len(names)),
+        lambda paths: bar(paths, "loading weights", len(design.decoder.param_specs)),
     )
 
 

@@ -19,6 +19,8 @@ Activation = Literal["silu", "gelu_tanh"]
 RouterScores = Literal["softmax", "softmax_of_chosen", "sigmoid"]
 
 _MAX_ADAPTER_NAME = 256
+_MAX_EXPERTS = 4096
+_MAX_MTP_LAYERS = 16
 # Scores of a group of experts that count.
 _GROUP_SCORES = 2
 
@@ -114,6 +116,8 @@ class ExpertsConfig(_Config, frozen=True):
             value = getattr(self, name)
             if value is not None and not 0 < value < 2**31:
                 raise LaunchError(f"config.json: {name} of experts must be a positive 32-bit number, got {value}")
+        if self.num_experts > _MAX_EXPERTS:
+            raise LaunchError(f"config.json: more than {_MAX_EXPERTS} experts a layer, got {self.num_experts}")
         if not 1 <= self.top_k <= self.num_experts:
             raise LaunchError(
                 f"config.json: num_experts_per_tok must be 1 to {self.num_experts} experts, got {self.top_k}"
@@ -254,6 +258,10 @@ class ModelConfig(_Config, frozen=True):
         if self.num_q_heads % self.num_kv_heads:
             raise LaunchError(
                 f"config.json: {self.num_q_heads} query heads do not divide into {self.num_kv_heads} key heads"
+            )
+        if not 0 <= self.num_mtp_layers <= _MAX_MTP_LAYERS:
+            raise LaunchError(
+                f"config.json: num_nextn_predict_layers must be 0 to {_MAX_MTP_LAYERS}, got {self.num_mtp_layers}"
             )
         if self.rope_dim % 2:
             raise LaunchError(f"config.json: head_dim must be even for rotary embedding, got {self.rope_dim}")

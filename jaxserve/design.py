@@ -128,8 +128,10 @@ def design_model(config: EngineConfig, hf_config: Mapping[str, Any], mesh: Mesh)
     copies = kv_head_copies(checkpoint, config.tp_size, config.ep_size)
     model = msgspec.structs.replace(checkpoint, num_kv_heads=checkpoint.num_kv_heads * copies)
     dtype = pick_dtype(config, checkpoint)
+    if config.merge_lora is not None and checkpoint.quantization is not None:
+        raise LaunchError("--merge-lora: the model's weights are quantised: serve the adapter with --lora-paths")
     decoder = architecture.build(BuildModel(model, dtype, batch_invariant=config.deterministic))
-    _check_blocks(decoder, mesh)
+    _check_blocks(decoder, mesh, copies)
     return ModelDesign(
         architecture=architecture,
         checkpoint=checkpoint,
@@ -143,7 +145,7 @@ def design_model(config: EngineConfig, hf_config: Mapping[str, Any], mesh: Mesh)
     )
 
 
-def _check_blocks(decoder: Decoder, mesh: Mesh) -> None:
+def _check_blocks(decoder: Decoder, mesh: Mesh, copies: int) -> None:
     """Raise LaunchError where devices would share a block of a quantised weight."""
     quantization = decoder.config.quantization
     if quantization is None:
@@ -159,11 +161,12 @@ def _check_blocks(decoder: Decoder, mesh: Mesh) -> None:
                     f"{'.'.join(path)}: {size} numbers in blocks of {block} do not divide over {num_parts} devices; "
                     "try another --tp-size or --ep-size"
                 )
-    rows = quantization.block[0]
-    if "kv_heads" in {axis for spec in decoder.param_specs.values() for axis in spec.axes} and (
-        decoder.config.head_dim % rows
-    ):
-        raise LaunchError(f"heads of {decoder.config.head_dim} do not divide into quantised blocks of {rows} rows")
+    head_dim, rows = decoder.config.head_dim, quantization.block[0]
+    if copies > 1 and decoder.config.latent is None and head_dim % rows:
+        raise LaunchError(
+            f"key heads of {head_dim} do not divide into quantised blocks of {rows} rows, so they cannot be repeated: "
+            "try a lower --tp-size"
+        )
 
 
 def lay_out(
@@ -231,7 +234,7 @@ def _expert_shapes(design: ModelDesign) -> set[ExpertShape]:
         if spec.in_stack and path[-1] == "weight":
             shard = named_sharding(spec.axes, spec.shape, design.mesh).shard_shape(spec.shape)
             block = None if quantization is None else quantization.block
-            shapes.add(ExpertShape(shard[-2], shard[-1], spec.dtype, block))
+            shapes.add(ExpertShape(shard[-2], shard[-1], design.dtype, block))
     return shapes
 
 

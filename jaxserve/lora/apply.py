@@ -16,7 +16,7 @@ M = TypeVar("M", bound=nnx.Module)
 
 
 class GroupSplit(NamedTuple):
-    """Which axes of a group's modules the mesh axis `model` splits.
+    """Which axes of a group's modules are split over the devices of a copy.
 
     Attributes:
         inputs: theirs.

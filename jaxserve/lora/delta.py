@@ -87,7 +87,7 @@ def make_delta(
     problems: list[str] = []
     for module, tensors in adapter.modules.items():
         if module not in targets:
-            problems.append(f"{module}: the model has no such module, or it is not linear")
+            problems.append(f"{module}: the model has no such module, or none that adapters can change")
             continue
         heads = [kv_head_rows(specs[target.path], checkpoint, copies) for target in targets[module]]
         rows = [
@@ -116,12 +116,12 @@ def module_name(path: Path, names: Mapping[Path, TensorName]) -> str:
 
 def adaptable(decoder: Decoder) -> dict[Path, ParamSpec]:
     """The weights that an adapter can change: matrices, and the head also where it is the embedding."""
-    specs = {path: spec for path, spec in decoder.param_specs.items() if _is_linear(spec)}
+    specs = {path: spec for path, spec in decoder.param_specs.items() if _is_linear(path, spec)}
     return {_HEAD: specs[EMBEDDING], **specs}
 
 
-def _is_linear(spec: ParamSpec) -> bool:
-    return spec.adaptable and len(spec.shape) - spec.stacked == 2
+def _is_linear(path: Path, spec: ParamSpec) -> bool:
+    return path[-1] == "weight" and spec.adaptable and len(spec.shape) - spec.stacked == 2
 
 
 def _targets(specs: Mapping[Path, ParamSpec], names: Mapping[Path, TensorName]) -> dict[str, list[_Target]]:

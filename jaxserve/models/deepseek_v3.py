@@ -34,7 +34,7 @@ def read_config(config: Mapping[str, Any]) -> ModelConfig:
         # One key for all heads: the latent vector and what is rotated.
         {**config, "num_key_value_heads": 1, "head_dim": latent.kv_rank + latent.rope_dim}
     )
-    expert_size, num_shared = int(config["moe_intermediate_size"]), int(config.get("n_shared_experts") or 0)
+    expert_size, num_shared = int(config["moe_intermediate_size"]), int(config.get("n_shared_experts", 1) or 0)
     num_experts = config.get("n_routed_experts", config.get("num_local_experts"))
     experts = ExpertsConfig(
         num_experts=int(config["n_routed_experts"] if num_experts is None else num_experts),
@@ -42,10 +42,10 @@ def read_config(config: Mapping[str, Any]) -> ModelConfig:
         intermediate_size=expert_size,
         scores="sigmoid",
         normalize=bool(config.get("norm_topk_prob", True)),
-        scale=float(config.get("routed_scaling_factor", 1.0)),
+        scale=float(config.get("routed_scaling_factor", 2.5)),
         correction=True,
-        num_groups=int(config.get("n_group") or 1),
-        top_groups=int(config.get("topk_group") or 1),
+        num_groups=int(config.get("n_group", 8) or 1),
+        top_groups=int(config.get("topk_group", 4) or 1),
         shared_intermediate_size=expert_size * num_shared or None,
     )
     mtp = config.get("num_nextn_predict_layers", config.get("num_mtp_layers"))
@@ -55,7 +55,7 @@ def read_config(config: Mapping[str, Any]) -> ModelConfig:
         attention_scale=(latent.key_dim + latent.rope_dim) ** -0.5 * _stretch(config) ** 2,
         num_mtp_layers=int(mtp or 0),
     )
-    return with_experts(model, experts, range(int(config.get("first_k_dense_replace") or 0)))
+    return with_experts(model, experts, range(int(config.get("first_k_dense_replace", 3) or 0)))
 
 
 def _stretch(config: Mapping[str, Any]) -> float:

@@ -169,6 +169,7 @@ class Experts(nnx.Module):
         self.up_proj = make((number, inner, outer), axes=("experts", "expert_mlp", "hidden"))
         self.down_proj = make((number, outer, inner), axes=("experts", "hidden", "expert_mlp"))
         self._gated = _gated(config, experts)
+        self._num_experts = number
         # Set while a step is traced.
         self.maths: ExpertMaths | None = None
 
@@ -188,7 +189,8 @@ class Experts(nnx.Module):
         num_experts = gate.stack.shape[1]
         own_TU = choice.id_TU - lax.axis_index(EXPERT) * num_experts
         own_TU = jnp.where((own_TU >= 0) & (own_TU < num_experts), own_TU, num_experts)
-        block_rows = matmul.block_rows(num_tokens * top_k, num_experts)
+        # Of all experts: on average those that are here have their share of the tokens.
+        block_rows = matmul.block_rows(num_tokens * top_k, self._num_experts)
         blocks, places = sort_into_blocks(own_TU.reshape(-1), num_experts, block_rows)
         x_PD = x_TD[places.row_P // top_k]
         gate_PF, up_PF = (each.multiply(matmul, x_PD, blocks, self._block) for each in (gate, up))
@@ -218,9 +220,10 @@ def _gated(config: ModelConfig, experts: ExpertsConfig) -> Gated:
 
 
 class Gate(Linear):
-    """Scores, which are not rounded."""
+    """Scores, which are not rounded; no module to adapters, as in transformers."""
 
     out_dtype = jnp.float32
+    adaptable = False
 
 
 class MoE(nnx.Module):

@@ -20,6 +20,8 @@ def read_config(config: Mapping[str, Any]) -> ModelConfig:
         # What gpt-oss's own class takes where the file says nothing.
         {
             "head_dim": 64,
+            "rms_norm_eps": 1e-5,
+            "rope_theta": 150_000.0,
             "sliding_window": 128,
             "layer_types": [kinds[layer % 2] for layer in range(read_num_layers(config))],
             **config,

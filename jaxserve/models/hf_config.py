@@ -1,4 +1,4 @@
-"""Reading Hugging Face's `config.json` for dense decoders. Host data only: knows no jax."""
+"""Reading Hugging Face's `config.json`. Host data only: knows no jax."""
 
 import functools
 import math
@@ -53,11 +53,9 @@ def read_rope(config: Mapping[str, Any], max_position: int) -> RopeConfig:
     if (partial := scaling.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))) != 1.0:
         raise LaunchError(f"config.json: partial_rotary_factor {partial} is not supported by this architecture")
     attention_factor = scaling.get("attention_factor")
-    if attention_factor is None and (scaling.get("mscale") or scaling.get("mscale_all_dim")):
+    if attention_factor is None and scaling.get("mscale") and scaling.get("mscale_all_dim"):
         factor = float(scaling.get("factor", 1.0))
-        attention_factor = mscale(factor, float(scaling.get("mscale", 1.0))) / mscale(
-            factor, float(scaling.get("mscale_all_dim", 0.0))
-        )
+        attention_factor = mscale(factor, float(scaling["mscale"])) / mscale(factor, float(scaling["mscale_all_dim"]))
     return RopeConfig(
         theta=float(scaling.get("rope_theta", config.get("rope_theta", 10_000.0))),
         scaling=kind,

@@ -62,8 +62,8 @@ def param(
         adaptable: adapters can change it, if it is a matrix.
         block_rows: rows of another weight that a row of this is of.
     """
-    flags = {"in_stack": in_stack, "adaptable": adaptable, "block_rows": block_rows}
-    return nnx.Param(jnp.zeros(shape, dtype), logical_axes=axes, **flags)
+    value = jnp.zeros(shape, dtype)
+    return nnx.Param(value, logical_axes=axes, in_stack=in_stack, adaptable=adaptable, block_rows=block_rows)
 
 
 def scale_param(

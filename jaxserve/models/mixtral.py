@@ -13,7 +13,9 @@ from jaxserve.models.tensor_name import TensorName
 @refuse_bad_fields
 def read_config(config: Mapping[str, Any]) -> ModelConfig:
     """Read `config.json`."""
-    model = read_dense_config(config, attention_bias=False, attention_out_bias=False)
+    # What Mixtral's own class takes where the file says nothing.
+    defaults = {"rms_norm_eps": 1e-5, "rope_theta": 1e6}
+    model = read_dense_config({**defaults, **config}, attention_bias=False, attention_out_bias=False)
     experts = ExpertsConfig(
         num_experts=int(config["num_local_experts"]),
         top_k=int(config["num_experts_per_tok"]),

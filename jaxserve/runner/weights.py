@@ -174,6 +174,8 @@ def _scale_names(decoder: Decoder, names: dict[Path, TensorName]) -> dict[Path, 
     for path, spec in decoder.param_specs.items():
         if path[-1] == "scale":
             weight = names[*path[:-1], "weight"]
+            if weight.first_row % spec.block_rows or weight.row_step != 1 or weight.transposed:
+                raise LaunchError(f"{weight.pattern}: its parts do not begin with a quantised block")
             first_row = weight.first_row // spec.block_rows
             scales[path] = weight._replace(pattern=f"{weight.pattern}_scale_inv", first_row=first_row)
     return scales
@@ -190,8 +192,8 @@ def _check_tensors(source: TensorSource, decoder: Decoder, names: dict[Path, Ten
     if decoder.config.tie_word_embeddings:
         found.pop("lm_head.weight", None)
     first = decoder.config.num_layers
-    unused = tuple(f"model.layers.{layer}." for layer in range(first, first + decoder.config.num_mtp_layers))
-    found = {name: shape for name, shape in found.items() if not name.startswith(unused)} if unused else found
+    for layer in range(first, first + decoder.config.num_mtp_layers):
+        found = {name: shape for name, shape in found.items() if not name.startswith(f"model.layers.{layer}.")}
     problems = [f"missing: {name}" for name in wanted if name not in found]
     problems += [f"unknown: {name}" for name in found if name not in wanted and not name.endswith(_IGNORED_SUFFIXES)]
     problems += [

@@ -21,7 +21,7 @@ class ExpertShape(NamedTuple):
 
     num_outputs: int
     num_inputs: int
-    dtype: Any
+    rows_dtype: Any
     block: tuple[int, int] | None = None
 
 

@@ -27,7 +27,7 @@ _SCALED_BLOCK = (128, 128)
 def check_shape(shape: ExpertShape) -> None:
     """Raise NotImplementedError for matrices that the kernel cannot multiply."""
     num_outputs, num_inputs, dtype, block = shape
-    if block is None and dtype != jnp.bfloat16:
+    if dtype != jnp.bfloat16:
         raise NotImplementedError(f"experts in {dtype}: the kernel multiplies bfloat16")
     if block not in (None, _SCALED_BLOCK):
         raise NotImplementedError(f"experts in quantised blocks of {block}: the kernel wants {_SCALED_BLOCK}")

@@ -22,10 +22,14 @@ _FEWEST_ROWS = 16
 _MOST_ROWS = 128
 # Of a matrix's block: there are two of them, beside two of the rows and of the results.
 _BLOCK_BYTES = 4 << 20
+# Of sums, and of f32 operands in parts: more than all blocks where those are f32.
+_SPARE_BYTES = 16 << 20
 
 
 def check_shape(shape: ExpertShape) -> None:
     """Raise NotImplementedError for matrices that the kernel cannot multiply."""
+    if shape.rows_dtype == jnp.float16:
+        raise NotImplementedError("the TPU kernel has no float16: the MXU has none")
     if shape.block is None:
         return
     if shape.block != (_LANES, _LANES) or shape.num_outputs % _LANES or shape.num_inputs % _LANES:
@@ -77,7 +81,10 @@ class TpuGroupedMatmul:
                 out_specs=pl.BlockSpec((block_rows, block_outputs), lambda o, c, _: (c, o)),
             ),
             out_shape=jax.ShapeDtypeStruct((num_places, num_outputs), x_PI.dtype),
-            compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
+            compiler_params=pltpu.CompilerParams(
+                dimension_semantics=("parallel", "arbitrary"),
+                vmem_limit_bytes=_vmem_bytes(block_rows, block_outputs, x_PI, w_XOI),
+            ),
             interpret=self._interpret,
             name="grouped_matmul",
         )(blocks.group_C, *operands)
@@ -102,6 +109,13 @@ def _multiply_scaled_block(_: Any, x_WI: Any, w_1oI: Any, scale_1oi: Any, out_Wo
 
     num_columns = x_WI.shape[1] // _LANES
     out_Wo[...] = lax.fori_loop(0, num_columns, multiply, jnp.zeros(out_Wo.shape, jnp.float32)).astype(out_Wo.dtype)
+
+
+def _vmem_bytes(block_rows: int, block_outputs: int, x_PI: jax.Array, w_XOI: jax.Array) -> int:
+    """Two blocks of all operands and of the results, and what the products need beside them."""
+    num_inputs = x_PI.shape[1]
+    rows = block_rows * (num_inputs + block_outputs) * x_PI.dtype.itemsize
+    return 2 * (rows + block_outputs * num_inputs * w_XOI.dtype.itemsize) + _SPARE_BYTES
 
 
 def _block_outputs(num_outputs: int, row_bytes: int) -> int:

@@ -31,7 +31,7 @@ class LoraModule(NamedTuple):
 class LoraMatmul(Protocol):
     """An implementation of (x A^T) B with the factors of each token's slot, and 0 for slot 0.
 
-    Arrays may be split over the mesh axis `model`: an adapter's factor with that axis of its base weight (S-LoRA,
+    Arrays may be split over the devices of a copy: an adapter's factor with that axis of its base weight (S-LoRA,
     arXiv:2311.03285).
     """
 

@@ -39,6 +39,12 @@ QWEN3_235B_A22B: dict[str, Any] = QWEN3_30B_A3B | {
     "hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 94, "num_attention_heads": 64,
     "moe_intermediate_size": 1536,
 }  # fmt: skip
+MIXTRAL_8X22B: dict[str, Any] = {
+    "architectures": ["MixtralForCausalLM"], "vocab_size": 32768, "hidden_size": 6144, "intermediate_size": 16384,
+    "num_hidden_layers": 56, "num_attention_heads": 48, "num_key_value_heads": 8, "max_position_embeddings": 65536,
+    "rms_norm_eps": 1e-5, "rope_theta": 1e6, "tie_word_embeddings": False, "torch_dtype": "bfloat16",
+    "model_type": "mixtral", "hidden_act": "silu", "num_local_experts": 8, "num_experts_per_tok": 2,
+}  # fmt: skip
 GPT_OSS_20B: dict[str, Any] = {
     "architectures": ["GptOssForCausalLM"], "vocab_size": 201088, "hidden_size": 2880, "intermediate_size": 2880,
     "num_hidden_layers": 24, "num_attention_heads": 64, "num_key_value_heads": 8, "head_dim": 64,

@@ -29,6 +29,7 @@ from tests.compile.models import (
     GPT_OSS_20B,
     LLAMA31_8B,
     LLAMA33_70B,
+    MIXTRAL_8X22B,
     QWEN3_4B,
     QWEN3_30B_A3B,
     QWEN3_30B_A3B_FP8,
@@ -45,6 +46,7 @@ MODELS = {
     "llama-3.3-70b": LLAMA33_70B,
     "qwen3-30b-a3b": QWEN3_30B_A3B,
     "qwen3-235b-a22b": QWEN3_235B_A22B,
+    "mixtral-8x22b": MIXTRAL_8X22B,
     "gpt-oss-20b": GPT_OSS_20B,
     "qwen3-30b-a3b-fp8": QWEN3_30B_A3B_FP8,
     "deepseek-v3.1": DEEPSEEK_V31,
@@ -54,8 +56,7 @@ CONTEXT = 16384
 STEPS = [
     *(("v5e:2x2", *model) for model in (("qwen2.5-0.5b", 1), ("qwen3-4b", 4), ("llama-3.1-8b", 4))),
     *(
-        (target, *model)
-        for target in ("v6e:2x4", "v5p:2x2x2", "tpu7x:2x2x1")
+        ("v6e:2x4", *model)
         for model in (
             ("qwen2.5-0.5b", 1),
             ("qwen3-4b", 1),
@@ -64,6 +65,7 @@ STEPS = [
             ("llama-3.3-70b", 8),
         )
     ),
+    *((target, *model) for target in ("v5p:2x2x2", "tpu7x:2x2x1") for model in (("qwen3-4b", 1), ("llama-3.3-70b", 8))),
     *(("h100:1", name, 1) for name in ("qwen2.5-0.5b", "qwen3-4b", "llama-3.1-8b")),
     *(("h100:8", *model) for model in (("llama-3.1-8b", 4), ("llama-3.3-70b", 8))),
     *(("h200:8", *model) for model in (("qwen3-4b", 1), ("llama-3.1-8b", 4), ("llama-3.3-70b", 8))),
@@ -164,6 +166,7 @@ def test_decode_step_and_draws(target: str, model: str, tp_size: int, record_pro
         ("h100:1", "qwen3-30b-a3b", 1, 1),
         ("h100:8", "qwen3-235b-a22b", 8, 8),
         ("v6e:2x4", "gpt-oss-20b", 4, 4),
+        ("v5p:2x2x2", "mixtral-8x22b", 8, 8),
         ("h100:8", "gpt-oss-20b", 4, 4),
         ("v6e:2x4", "qwen3-30b-a3b-fp8", 4, 4),
         ("h100:1", "qwen3-30b-a3b-fp8", 1, 1),

@@ -72,15 +72,10 @@ def close(got: np.ndarray, want: np.ndarray) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_whole_prompts_in_one_batch(name: str) -> None:
+def test_whole_prompts_in_one_batch_then_chunks_and_single_tokens(name: str) -> None:
     model = load(name)
     logits = run(model.runner, [row(i, ids, 0, 60) for i, ids in enumerate(model.token_ids)])
     close(logits.reshape(model.logits.shape), model.logits)
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_chunks_then_single_tokens(name: str) -> None:
-    model = load(name)
     ids, want = model.token_ids[0], model.logits[0]
     got = [run(model.runner, [row(0, ids, start, end)]) for start, end in ((0, 7), (7, 33), (33, 50))]
     got += [run(model.runner, [row(0, ids, position, position + 1)]) for position in range(50, 60)]
@@ -96,18 +91,22 @@ def test_decode_beside_prefill(name: str) -> None:
     close(logits[1:], model.logits[1])
 
 
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("tp_size", [2, 4])
+@pytest.mark.parametrize(
+    ("name", "tp_size"), [*((name, 4) for name in NAMES), *((name, 2) for name in ("qwen3", "qwen2_moe", "gpt_oss"))]
+)
 def test_sharded(name: str, tp_size: int) -> None:
-    """Four devices on two key heads: heads are repeated."""
+    """Four devices on two key heads: heads are repeated. In the case of latent attention, the only one is."""
     model = load(name, tp_size=tp_size)
     logits = run(model.runner, [row(i, ids, 0, 60) for i, ids in enumerate(model.token_ids)])
     close(logits.reshape(model.logits.shape), model.logits)
 
 
-@pytest.mark.parametrize("ep_size", [1, 2, 4, 8])
-def test_experts_on_devices_of_their_own(ep_size: int) -> None:
-    model = load("qwen3_moe", tp_size=8, ep_size=ep_size)
+@pytest.mark.parametrize(
+    ("name", "tp_size", "ep_size"),
+    [*(("qwen3_moe", 8, ep_size) for ep_size in (1, 2, 4, 8)), ("gpt_oss", 4, 2), ("deepseek_v3_fp8", 4, 2)],
+)
+def test_experts_on_devices_of_their_own(name: str, tp_size: int, ep_size: int) -> None:
+    model = load(name, tp_size=tp_size, ep_size=ep_size)
     logits = run(model.runner, [row(i, ids, 0, 60) for i, ids in enumerate(model.token_ids)])
     close(logits.reshape(model.logits.shape), model.logits)
 

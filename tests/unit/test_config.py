@@ -122,6 +122,8 @@ def test_sliding_window(changes: dict[str, Any], window: int | None) -> None:
         (MIXTRAL | {"num_experts_per_tok": 9}, "num_experts_per_tok must be 1 to 8 experts, got 9"),
         (MIXTRAL | {"num_local_experts": 0}, "num_experts of experts must be a positive"),
         (QWEN3_MOE | {"decoder_sparse_step": "two"}, "two"),
+        (QWEN3_MOE | {"num_experts": 2**31 - 1}, "more than 4096 experts"),
+        (DEEPSEEK | {"num_nextn_predict_layers": 10**12}, "num_nextn_predict_layers must be 0 to 16"),
         (QWEN3_MOE | {"moe_intermediate_size": 2**31}, "intermediate_size of experts"),
         (DEEPSEEK | {"n_group": 3}, "8 experts do not divide into 3 groups"),
         (DEEPSEEK | {"n_group": 8}, "groups need at least 2 experts"),
