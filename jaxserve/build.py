@@ -18,6 +18,7 @@ from checkpoints.gguf import GGUFCheckpoint
 from checkpoints.huggingface import HuggingFaceCheckpoint, read_json
 from checkpoints.orbax_adapters import is_orbax_adapter
 from checkpoints.orbax_io import is_orbax
+from checkpoints.quantized import with_quantized_names
 from checkpoints.source import CheckpointError, TensorSource
 from jaxserve.adapter_store import AdapterStore
 from jaxserve.config import CacheConfig, EngineConfig, ModelConfig, SchedulerConfig
@@ -108,7 +109,7 @@ def open_checkpoint(path: Path) -> TensorSource | OrbaxCheckpoint:
             return GGUFCheckpoint(path)
         if is_orbax(path):
             return OrbaxCheckpoint(path, read_json(path / "config.json"))
-        return HuggingFaceCheckpoint(path)
+        return with_quantized_names(HuggingFaceCheckpoint(path))
     except CheckpointError as error:
         raise LaunchError(str(error)) from None
 

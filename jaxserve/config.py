@@ -17,6 +17,7 @@ LoraEvictionPolicy = Literal["lru", "fifo"]
 
 Activation = Literal["silu", "gelu_tanh"]
 RouterScores = Literal["softmax", "softmax_of_chosen", "sigmoid"]
+QuantizedPart = Literal["attention", "mlp", "shared_expert", "experts"]
 
 _MAX_ADAPTER_NAME = 256
 _MAX_EXPERTS = 4096
@@ -137,17 +138,23 @@ class ExpertsConfig(_Config, frozen=True):
 
 
 class QuantizationConfig(_Config, frozen=True):
-    """How a checkpoint has the weights of linear maps: as float8_e4m3fn, with an f32 factor for each block of them.
+    """How a checkpoint has the weights of linear maps: as small numbers, with a factor for each block of them.
 
     Attributes:
-        block: rows and columns of a block; the last ones may have fewer.
+        numbers: float8_e4m3fn, int8, 4-bit integers or float4_e2m1fn.
+        block: rows and columns of a block; 0 columns are a whole row. The last ones may have fewer.
+        scale_dtype: of the factors; e8m0 are exponents of two.
+        zeros: each block of integers has a zero point.
+        parts: of the model, whose linear maps are quantised.
+        kept: modules that are not, as the checkpoint names them.
     """
 
+    numbers: Literal["fp8", "int8", "int4", "mxfp4"]
     block: tuple[int, int]
-
-    def __post_init__(self) -> None:
-        if min(self.block) < 1:
-            raise LaunchError(f"config.json: weight_block_size must be positive, got {self.block}")
+    scale_dtype: str = "float32"
+    zeros: bool = False
+    parts: tuple[QuantizedPart, ...] = ("attention", "mlp", "shared_expert", "experts")
+    kept: tuple[str, ...] = ()
 
 
 class LatentConfig(_Config, frozen=True):
@@ -188,7 +195,7 @@ class ModelConfig(_Config, frozen=True):
         activation: of the MLP.
         experts: of the layers that have them.
         latent: attention over a latent vector: its key is the only one, and its value a part of that.
-        quantization: of the weights of attention, MLPs and experts.
+        quantization: of the weights of some parts.
         num_mtp_layers: layers behind these that guess further tokens; they are not loaded.
         attention_sinks: every head has an extra score that takes probability and no value.
         qk_norm: how queries and keys are normalised: each head, or the whole projection.
@@ -230,6 +237,10 @@ class ModelConfig(_Config, frozen=True):
     def num_layers(self) -> int:
         """How many there are."""
         return len(self.layers)
+
+    def quantized(self, part: QuantizedPart) -> QuantizationConfig | None:
+        """How a part's linear maps are quantised, if they are."""
+        return self.quantization if self.quantization is not None and part in self.quantization.parts else None
 
     @property
     def rope_dim(self) -> int:

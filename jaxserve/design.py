@@ -19,6 +19,7 @@ from jaxserve.lora.bank import BankLayout, lora_modules
 from jaxserve.mesh import kv_head_copies, named_sharding, partition_spec
 from jaxserve.models.architecture import Architecture, BuildModel
 from jaxserve.models.decoder import Decoder, ParamSpec
+from jaxserve.models.layers import format_of
 from jaxserve.models.registry import find_architecture
 from jaxserve.runner.batch import BatchLayout
 from jaxserve.runner.buckets import ACCELERATOR_STEPS, CPU_STEPS, make_buckets
@@ -123,7 +124,7 @@ def design_model(config: EngineConfig, hf_config: Mapping[str, Any], mesh: Mesh)
         LaunchError: settings, model and devices do not fit together.
     """
     architecture = find_architecture(hf_config)
-    checkpoint = architecture.read_config(hf_config)
+    checkpoint = architecture.model_config(hf_config)
     platform = mesh.devices.flat[0].platform
     copies = kv_head_copies(checkpoint, config.tp_size, config.ep_size)
     model = msgspec.structs.replace(checkpoint, num_kv_heads=checkpoint.num_kv_heads * copies)
@@ -154,7 +155,11 @@ def _check_blocks(decoder: Decoder, mesh: Mesh, copies: int) -> None:
         if (*path[:-1], "scale") not in decoder.param_specs or path[-1] != "weight":
             continue
         parts = partition_spec(spec.axes, spec.shape, mesh)
-        for size, axes, block in zip(spec.shape[-2:], parts[-2:], quantization.block, strict=True):
+        sizes = (spec.shape[-2], spec.num_inputs)
+        rows, columns = quantization.block
+        columns = columns or spec.num_inputs // spec.shape[-1]
+        # Devices that have parts of whole rows all have their factors.
+        for size, axes, block in zip(sizes, parts[-2:], (rows, columns), strict=True):
             num_parts = 1 if axes is None else math.prod(mesh.shape[axis] for axis in np.atleast_1d(axes))
             if num_parts > 1 and size % (num_parts * block):
                 raise LaunchError(
@@ -228,13 +233,14 @@ def lay_out(
 def _expert_shapes(design: ModelDesign) -> set[ExpertShape]:
     """Of the experts' matrices on one device."""
     specs = design.decoder.param_specs
-    quantization = design.model.quantization
+    quantization = design.model.quantized("experts")
+    form = None if quantization is None else format_of(quantization)
+    zeros = quantization is not None and quantization.zeros
     shapes: set[ExpertShape] = set()
     for path, spec in specs.items():
         if spec.in_stack and path[-1] == "weight":
             shard = named_sharding(spec.axes, spec.shape, design.mesh).shard_shape(spec.shape)
-            block = None if quantization is None else quantization.block
-            shapes.add(ExpertShape(shard[-2], shard[-1], design.dtype, block))
+            shapes.add(ExpertShape(shard[-2], spec.num_inputs * shard[-1] // spec.shape[-1], design.dtype, form, zeros))
     return shapes
 
 

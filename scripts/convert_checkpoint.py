@@ -47,7 +47,7 @@ def convert(name: str, destination: Path, dtype_name: str, adapter: str | None =
     if isinstance(source, OrbaxCheckpoint):
         raise LaunchError(f"{path} is an Orbax folder already")
     architecture = find_architecture(source.config)
-    model = architecture.read_config(source.config)
+    model = architecture.model_config(source.config)
     dtype = pick_dtype(EngineConfig(model_path=name, dtype=dtype_name), model)  # type: ignore[arg-type]
     decoder = architecture.build(BuildModel(model, dtype))
     names = architecture.tensor_names(model)

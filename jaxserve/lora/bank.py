@@ -51,7 +51,8 @@ def bank_specs(decoder: Decoder, layout: BankLayout) -> dict[Path, ParamSpec]:
     weights = adaptable(decoder)
 
     def factor(base: ParamSpec, rank: int, axis: int) -> ParamSpec:
-        shape = (*base.shape[:-2], layout.num_slots - 1, rank, base.shape[axis])
+        size = base.num_inputs if axis == -1 else base.shape[axis]
+        shape = (*base.shape[:-2], layout.num_slots - 1, rank, size)
         return ParamSpec(shape, decoder.dtype, (*base.axes[:-2], None, None, base.axes[axis]), base.layers)
 
     for group, paths in _groups(decoder, layout).items():

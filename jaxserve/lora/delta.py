@@ -16,7 +16,6 @@ from jaxserve.config import ModelConfig
 from jaxserve.errors import AdapterError
 from jaxserve.models.decoder import Decoder, ParamSpec, Path, Weights, tree_of
 from jaxserve.models.kv_heads import kv_head_rows, repeat_heads
-from jaxserve.models.layers import QUANTIZED
 from jaxserve.models.tensor_name import TensorName
 
 # What a tied model lacks: its head is the embedding. An adapter may treat the two differently.
@@ -95,7 +94,7 @@ def make_delta(
         ]
         made_for, wanted = (
             (len(tensors.b_OR), tensors.a_RI.shape[1]),
-            (sum(rows), specs[targets[module][0].path].shape[-1]),
+            (sum(rows), specs[targets[module][0].path].num_inputs),
         )
         if made_for != wanted:
             problems.append(f"{module}: made for a weight of {made_for}, not {wanted}")
@@ -136,7 +135,8 @@ def _targets(specs: Mapping[Path, ParamSpec], names: Mapping[Path, TensorName]) 
 
 
 def _put(factors: dict[Path, LowRank], target: _Target, spec: ParamSpec, tensors: AdapterTensors, rank: int) -> None:
-    *lead, outputs, inputs = spec.shape
+    *lead, outputs, _ = spec.shape
+    inputs = spec.num_inputs
     if target.path not in factors:
         zeros = [np.zeros((*lead, *shape), np.float32) for shape in ((rank, inputs), (outputs, rank), ())]
         factors[target.path] = LowRank(*zeros)
@@ -162,7 +162,7 @@ def merge(weights: Weights, delta: AdapterDelta, add: Callable[[jax.Array, LowRa
         raise AdapterError(
             "the model's head is its embedding, and the adapter changes one of them: it can be served, not merged"
         )
-    if any(leaf.dtype == QUANTIZED for leaf in jax.tree.leaves(weights)):
+    if any(leaf.dtype.itemsize == 1 for leaf in jax.tree.leaves(weights)):
         raise AdapterError("the model's weights are quantised: an adapter can be served with them, not merged")
     changes = tree_of(delta.factors.items())
 

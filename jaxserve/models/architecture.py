@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from jaxserve.config import ModelConfig
 from jaxserve.models.decoder import BuildLayer, Decoder, DecoderLayer, Path
+from jaxserve.models.hf_quantization import with_quantized_parts
 from jaxserve.models.tensor_name import TensorName
 
 
@@ -30,6 +31,15 @@ class Architecture(NamedTuple):
     read_config: Callable[[Mapping[str, Any]], ModelConfig]
     tensor_names: Callable[[ModelConfig], dict[Path, TensorName]]
     build: Callable[[BuildModel], Decoder]
+
+    def model_config(self, hf_config: Mapping[str, Any]) -> ModelConfig:
+        """Read `config.json`, with what it says of quantised modules.
+
+        Raises:
+            LaunchError: it asks for what is not supported.
+        """
+        config = self.read_config(hf_config)
+        return with_quantized_parts(config, self.tensor_names(config))
 
 
 def build_decoder(args: BuildModel, *, build_layer: BuildLayer = DecoderLayer) -> Decoder:

@@ -20,14 +20,14 @@ from jaxserve.lora.apply import NO_ADAPTERS, Adapters
 from jaxserve.models.experts import ExpertMaths, MoE
 from jaxserve.models.latent_attention import LatentAttention
 from jaxserve.models.layer_groups import LayerGroup, group_layers
-from jaxserve.models.layers import Axes, Embedding, GatedMLP, InStack, Linear, RMSNorm, param
+from jaxserve.models.layers import Axes, Embedding, GatedMLP, InStack, Linear, RMSNorm, Stored, param
 from jaxserve.models.rope import apply_rope, rope_cos_sin
 from jaxserve.models.tensor_name import TensorName
 from jaxserve.models.tokenwise import AtOnce, InTiles, Tokenwise
 from kernels_pallas.paged_attention.api import AttentionBackend, AttentionMeta, Cache, Plan, with_window
 
 # Of `param`, which weights of the tree have as well.
-_FLAGS = ("in_stack", "adaptable", "block_rows")
+_FLAGS = ("in_stack", "adaptable", "stored")
 Weights: TypeAlias = dict[str, Any]
 Path: TypeAlias = tuple[str, ...]
 
@@ -43,7 +43,7 @@ class ParamSpec:
         layers: their numbers, in order; empty for what no layer has.
         in_stack: a layer gets it as `InStack`.
         adaptable: adapters can change it, if it is a matrix.
-        block_rows: rows of another weight that a row of this is of.
+        stored: of a quantised weight, and of what its blocks have.
     """
 
     shape: tuple[int, ...]
@@ -52,12 +52,17 @@ class ParamSpec:
     layers: tuple[int, ...] = ()
     in_stack: bool = False
     adaptable: bool = True
-    block_rows: int = 1
+    stored: Stored | None = None
 
     @property
     def stacked(self) -> bool:
         """Whether axis 0 is layers."""
         return bool(self.layers)
+
+    @property
+    def num_inputs(self) -> int:
+        """Of a matrix, however it is stored."""
+        return self.shape[-1] * (self.stored or Stored()).per_byte
 
     @property
     def of_experts(self) -> bool:
@@ -73,7 +78,7 @@ class Attention(nnx.Module):
     def __init__(self, config: ModelConfig, dtype: jnp.dtype) -> None:
         c = config
         q_size, kv_size = c.num_q_heads * c.head_dim, c.num_kv_heads * c.head_dim
-        make = partial(Linear, dtype=dtype, quantization=c.quantization)
+        make = partial(Linear, dtype=dtype, quantization=c.quantized("attention"))
         self.q_proj = make(c.hidden_size, q_size, axes=("heads", "hidden"), bias=c.attention_bias)
         self.k_proj = make(c.hidden_size, kv_size, axes=("kv_heads", "hidden"), bias=c.attention_bias)
         self.v_proj = make(c.hidden_size, kv_size, axes=("kv_heads", "hidden"), bias=c.attention_bias)
@@ -128,7 +133,7 @@ def gated_mlp(config: ModelConfig, dtype: jnp.dtype) -> GatedMLP:
         bias=c.mlp_bias,
         dtype=dtype,
         activation=c.activation,
-        quantization=c.quantization,
+        quantization=c.quantized("mlp"),
     )
 
 

@@ -19,9 +19,10 @@ from jax.sharding import PartitionSpec as P
 
 from jaxserve.config import ExpertsConfig, ModelConfig, QuantizationConfig, RouterScores
 from jaxserve.mesh import partition_spec
-from jaxserve.models.layers import ACTIVATIONS, QUANTIZED, Axes, GatedMLP, Linear, param, scale_param
+from jaxserve.models.layers import ACTIVATIONS, Axes, GatedMLP, Linear, format_of, param, weight_params
 from kernels_pallas.grouped_matmul.api import GroupedMatmul, Matrices
 from kernels_pallas.grouped_matmul.blocks import Blocks, sort_into_blocks
+from kernels_pallas.quantized import QuantizedFormat
 from kernels_pallas.shards import EXPERT, IN_EXPERT, MODEL, over_model
 
 # Sigmoids may all be nothing.
@@ -96,18 +97,19 @@ class _Local(NamedTuple):
 
     Attributes:
         stack: [L, E, out, in], of all layers that have experts.
-        scale: f32, of its blocks where it is quantised.
+        scale, zero: of its blocks where it is quantised.
         place: i32 scalar, of this layer's in the stack.
         bias: [E, out], or none.
     """
 
     stack: Any
     scale: Any
+    zero: Any
     place: Any
     bias: Any
 
     def multiply(
-        self, matmul: GroupedMatmul, x_PI: jax.Array, blocks: Blocks, block: tuple[int, int] | None
+        self, matmul: GroupedMatmul, x_PI: jax.Array, blocks: Blocks, form: QuantizedFormat | None
     ) -> jax.Array:
         """Rows of blocks, whose groups are the experts that are here, with their experts.
 
@@ -115,11 +117,13 @@ class _Local(NamedTuple):
             matmul: the product.
             x_PI: the rows.
             blocks: what they are made of.
-            block: of quantised weights.
+            form: of quantised weights.
         """
-        _, num_experts, num_outputs, num_inputs = self.stack.shape
-        scale_Xoi = None if self.scale is None else self.scale.reshape(-1, *self.scale.shape[2:])
-        matrices = Matrices(self.stack.reshape(-1, num_outputs, num_inputs), scale_Xoi, block)
+        _, num_experts, num_outputs, _ = self.stack.shape
+        values, scale, zero = (
+            None if each is None else each.reshape(-1, *each.shape[2:]) for each in (self.stack, self.scale, self.zero)
+        )
+        matrices = Matrices(values, scale, zero, form)  # pyright: ignore[reportArgumentType]  # values are not None
         y_PO = matmul(x_PI, matrices, blocks._replace(group_C=blocks.group_C + self.place * num_experts))
         if self.bias is None:
             return y_PO
@@ -140,22 +144,29 @@ class ExpertLinear(nnx.Module):
         quantization: QuantizationConfig | None,
     ) -> None:
         # A step reads the experts that have tokens: cut out of the stack, all of them would be copied.
-        self.weight = param(shape, dtype if quantization is None else QUANTIZED, axes, in_stack=True)
-        self.scale = None if quantization is None else scale_param(shape, axes, quantization, in_stack=True)
+        self.weight, self.scale, self.zero = weight_params(shape, dtype, axes, quantization, in_stack=True)
         self.bias = param(shape[:2], dtype, axes[:2]) if bias else None
         self._axes, self._shape = axes, shape
 
     def arrays(self) -> _Local:
         """The weights of all experts."""
         weight: Any = self.weight.get_value()  # an InStack
-        scale: Any = None if self.scale is None else self.scale.get_value()
+        scale, zero = (None if each is None else each.get_value().stack for each in self._of_blocks())
         bias = None if self.bias is None else self.bias[...]
-        return _Local(weight.stack, None if scale is None else scale.stack, weight.place, bias)
+        return _Local(weight.stack, scale, zero, weight.place, bias)
 
     def specs(self, mesh: Mesh) -> _Local:
         """How they lie on a mesh."""
         stack = partition_spec(("layers", *self._axes), (1, *self._shape), mesh)
-        return _Local(stack, None if self.scale is None else stack, P(), None if self.bias is None else P(*stack[1:3]))
+        scale, zero = (None if each is None else self._block_specs(each, mesh) for each in self._of_blocks())
+        return _Local(stack, scale, zero, P(), None if self.bias is None else P(*stack[1:3]))
+
+    def _of_blocks(self) -> tuple[Any, Any]:
+        return self.scale, self.zero
+
+    def _block_specs(self, of_blocks: Any, mesh: Mesh) -> P:
+        axes: Axes = of_blocks.get_metadata()["logical_axes"]
+        return partition_spec(("layers", *axes), (1, *self._shape), mesh)
 
 
 class Experts(nnx.Module):
@@ -163,8 +174,9 @@ class Experts(nnx.Module):
 
     def __init__(self, config: ModelConfig, experts: ExpertsConfig, dtype: jnp.dtype) -> None:
         number, inner, outer = experts.num_experts, experts.intermediate_size, config.hidden_size
-        make = partial(ExpertLinear, bias=experts.bias, dtype=dtype, quantization=config.quantization)
-        self._block = None if config.quantization is None else config.quantization.block
+        make = partial(ExpertLinear, bias=experts.bias, dtype=dtype, quantization=config.quantized("experts"))
+        quantization = config.quantized("experts")
+        self._form = None if quantization is None else format_of(quantization)
         self.gate_proj = make((number, inner, outer), axes=("experts", "expert_mlp", "hidden"))
         self.up_proj = make((number, inner, outer), axes=("experts", "expert_mlp", "hidden"))
         self.down_proj = make((number, outer, inner), axes=("experts", "hidden", "expert_mlp"))
@@ -193,12 +205,12 @@ class Experts(nnx.Module):
         block_rows = matmul.block_rows(num_tokens * top_k, self._num_experts)
         blocks, places = sort_into_blocks(own_TU.reshape(-1), num_experts, block_rows)
         x_PD = x_TD[places.row_P // top_k]
-        gate_PF, up_PF = (each.multiply(matmul, x_PD, blocks, self._block) for each in (gate, up))
+        gate_PF, up_PF = (each.multiply(matmul, x_PD, blocks, self._form) for each in (gate, up))
         h_PF = self._gated(gate_PF, up_PF)
         if down.bias is not None:
             # Once, and not by every device that has a part of the expert.
             down = down._replace(bias=jnp.where(lax.axis_index(IN_EXPERT) == 0, down.bias, jnp.zeros_like(down.bias)))
-        y_PD = down.multiply(matmul, h_PF, blocks, self._block)
+        y_PD = down.multiply(matmul, h_PF, blocks, self._form)
         # Those whose expert is elsewhere have no place.
         y_TUD = y_PD.at[places.place_R.reshape(num_tokens, top_k)].get(mode="fill", fill_value=0)
         y_TD = jnp.einsum("tud,tu->td", y_TUD.astype(jnp.float32), choice.weight_TU)
@@ -242,7 +254,7 @@ class MoE(nnx.Module):
                 bias=False,
                 dtype=dtype,
                 activation=config.activation,
-                quantization=config.quantization,
+                quantization=config.quantized("shared_expert"),
             )
         if experts.shared_gate:
             self.shared_expert_gate = make_gate(1, axes=(None, "hidden"), bias=False)

@@ -53,7 +53,8 @@ def tensor_names(config: ModelConfig) -> dict[Path, TensorName]:
         ("down_proj", "down_proj", 0, 1),
     ):
         path, tensor = ("layers", "moe", "experts", own), f"{prefix}.experts.{theirs}"
-        names[*path, "weight"] = TensorName(tensor, row, step, transposed=True)
+        # Quantised ones are published [out, in], plain ones are written [in, out].
+        names[*path, "weight"] = TensorName(tensor, row, step, transposed=config.quantized("experts") is None)
         names[*path, "bias"] = TensorName(f"{tensor}_bias", row, step)
     return names
 

@@ -7,8 +7,9 @@ from typing import Any, Literal, ParamSpec
 
 import msgspec
 
-from jaxserve.config import Activation, Dtype, ExpertsConfig, LayerConfig, ModelConfig, QuantizationConfig, RopeConfig
+from jaxserve.config import Activation, Dtype, ExpertsConfig, LayerConfig, ModelConfig, RopeConfig
 from jaxserve.errors import LaunchError
+from jaxserve.models.hf_quantization import read_quantization
 
 P = ParamSpec("P")
 
@@ -105,25 +106,6 @@ def read_num_layers(config: Mapping[str, Any]) -> int:
     return num_layers
 
 
-def _read_quantization(config: Mapping[str, Any] | None) -> QuantizationConfig | None:
-    """What `quantization_config` says."""
-    if not config:
-        return None
-    method = config.get("quant_method", "unknown")
-    if method != "fp8":
-        raise LaunchError(f"config.json: quantised checkpoints ({method}) are not supported; supported: fp8")
-    block = config.get("weight_block_size")
-    if block is None or len(block) != 2:
-        raise LaunchError(f"config.json: fp8 weights need a weight_block_size of two numbers, got {block}")
-    for key, supported in (("fmt", "e4m3"), ("activation_scheme", "dynamic")):
-        if config.get(key, supported) != supported:
-            raise LaunchError(f"config.json: fp8 with {key} {config[key]!r} is not supported; supported: {supported}")
-    # Norms, routers and the head are never quantised.
-    if kept := [str(name) for name in config.get("modules_to_not_convert") or () if str(name).endswith("_proj")]:
-        raise LaunchError(f"config.json: fp8 with modules that are not ({', '.join(kept[:3])}) is not supported")
-    return QuantizationConfig(block=(int(block[0]), int(block[1])))
-
-
 def with_experts(model: ModelConfig, experts: ExpertsConfig, dense_layers: Container[int] = ()) -> ModelConfig:
     """The model with experts in all layers but some."""
     layers = tuple(
@@ -193,7 +175,7 @@ def read_dense_config(
         activation=_ACTIVATIONS[activation],
         mlp_bias=bool(config.get("mlp_bias", False)),
         qk_norm=qk_norm,
-        quantization=_read_quantization(config.get("quantization_config")),
+        quantization=read_quantization(config),
         dtype=_DTYPES.get(str(config.get("dtype") or config.get("torch_dtype") or "float32"), "float32"),
         eos_token_ids=tuple(eos) if isinstance(eos, list) else () if eos is None else (int(eos),),
     )

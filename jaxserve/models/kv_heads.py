@@ -8,7 +8,9 @@ from jaxserve.models.decoder import ParamSpec
 
 def kv_head_rows(spec: ParamSpec, config: ModelConfig, copies: int) -> tuple[int, int]:
     """(rows of one head, copies of each head) of a weight whose rows are key/value heads, else (0, 1)."""
-    return (config.head_dim // spec.block_rows, copies) if copies > 1 and "kv_heads" in spec.axes else (0, 1)
+    if copies == 1 or "kv_heads" not in spec.axes:
+        return (0, 1)
+    return (config.head_dim // (1 if spec.stored is None else spec.stored.block_rows), copies)
 
 
 def repeat_heads(array: np.ndarray, axis: int, rows: int, copies: int) -> np.ndarray:

@@ -32,7 +32,8 @@ class LatentAttention(nnx.Module):
 
     def __init__(self, config: ModelConfig, latent: LatentConfig, dtype: jnp.dtype) -> None:
         c, a = config, latent
-        make = partial(Linear, dtype=dtype, quantization=c.quantization)
+        quantization = c.quantized("attention")
+        make = partial(Linear, dtype=dtype, quantization=quantization)
         q_size = c.num_q_heads * (a.key_dim + a.rope_dim)
         if a.q_rank is None:
             self.q_proj = make(c.hidden_size, q_size, axes=("heads", "hidden"), bias=False)
@@ -45,7 +46,7 @@ class LatentAttention(nnx.Module):
         self.kv_a_norm = RMSNorm(a.kv_rank, eps=_EPS, dtype=dtype)
         expanded = c.num_q_heads * (a.key_dim + a.value_dim)
         self.kv_b_proj = Expansion(
-            a.kv_rank, expanded, axes=("heads", None), bias=False, dtype=dtype, quantization=c.quantization
+            a.kv_rank, expanded, axes=("heads", None), bias=False, dtype=dtype, quantization=quantization
         )
         o_size = c.num_q_heads * a.value_dim
         self.o_proj = make(o_size, c.hidden_size, axes=("hidden", "heads"), bias=c.attention_out_bias)

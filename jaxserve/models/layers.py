@@ -18,11 +18,11 @@ from jax import lax
 from jax.typing import DTypeLike
 
 from jaxserve.config import QuantizationConfig
-from kernels_pallas.block_scales import dequantize_blocks
+from kernels_pallas.quantized import QuantizedFormat, QuantizedMatrix, dequantize
 
 Axes: TypeAlias = tuple[str | None, ...]
-# The dtype of quantised weights.
-QUANTIZED = jnp.dtype(jnp.float8_e4m3fn)
+# What a model's config calls the dtypes of factors.
+_SCALE_DTYPES: Mapping[str, jnp.dtype] = {"e8m0": jnp.dtype(jnp.uint8)}
 ACTIVATIONS: Mapping[str, Callable[[jax.Array], jax.Array]] = {
     "silu": jax.nn.silu,
     "gelu_tanh": partial(jax.nn.gelu, approximate=True),
@@ -43,6 +43,18 @@ class InStack(NamedTuple):
     place: jax.Array
 
 
+class Stored(NamedTuple):
+    """What an entry of an array is of a quantised weight.
+
+    Attributes:
+        per_byte: its numbers, along the last axis.
+        block_rows: its rows, of which this array has one number.
+    """
+
+    per_byte: int = 1
+    block_rows: int = 1
+
+
 def param(
     shape: tuple[int, ...],
     dtype: jnp.dtype,
@@ -50,7 +62,7 @@ def param(
     *,
     in_stack: bool = False,
     adaptable: bool = True,
-    block_rows: int = 1,
+    stored: Stored | None = None,
 ) -> nnx.Param[jax.Array]:
     """A named weight; only its shape matters, since models are built abstractly.
 
@@ -60,20 +72,52 @@ def param(
         axes: logical ones.
         in_stack: a layer gets it as `InStack`.
         adaptable: adapters can change it, if it is a matrix.
-        block_rows: rows of another weight that a row of this is of.
+        stored: of a quantised weight, and of what its blocks have.
     """
     value = jnp.zeros(shape, dtype)
-    return nnx.Param(value, logical_axes=axes, in_stack=in_stack, adaptable=adaptable, block_rows=block_rows)
+    return nnx.Param(value, logical_axes=axes, in_stack=in_stack, adaptable=adaptable, stored=stored)
 
 
-def scale_param(
-    shape: tuple[int, ...], axes: Axes, quantization: QuantizationConfig, *, in_stack: bool = False
-) -> nnx.Param[jax.Array]:
-    """The factors of a quantised weight's blocks, f32; see `param`."""
+class QuantizedParams(NamedTuple):
+    """A weight, with what else it has if it is quantised; see `QuantizedMatrix`."""
+
+    weight: nnx.Param[jax.Array]
+    scale: nnx.Param[jax.Array] | None = None
+    zero: nnx.Param[jax.Array] | None = None
+
+
+def weight_params(
+    shape: tuple[int, ...],
+    dtype: jnp.dtype,
+    axes: Axes,
+    quantization: QuantizationConfig | None,
+    *,
+    in_stack: bool = False,
+    adaptable: bool = True,
+) -> QuantizedParams:
+    """A matrix, or several, and the numbers of its blocks if it is quantised; see `param`."""
+    if quantization is None:
+        return QuantizedParams(param(shape, dtype, axes, in_stack=in_stack, adaptable=adaptable))
+    form = format_of(quantization)
     *lead, num_rows, num_columns = shape
-    rows, columns = quantization.block
-    blocks = (*lead, -(-num_rows // rows), -(-num_columns // columns))
-    return param(blocks, jnp.dtype(jnp.float32), axes, in_stack=in_stack, adaptable=False, block_rows=rows)
+    rows, columns = form.block
+    blocks = (*lead, -(-num_rows // rows), -(-num_columns // columns) if columns else 1)
+    block_axes = axes if columns else (*axes[:-1], None)
+    of_blocks = partial(
+        param, blocks, axes=block_axes, in_stack=in_stack, adaptable=False, stored=Stored(block_rows=rows)
+    )
+    scale_dtype = _SCALE_DTYPES.get(quantization.scale_dtype) or jnp.dtype(quantization.scale_dtype)
+    entries, stored = (*lead, num_rows, num_columns // form.per_byte), Stored(per_byte=form.per_byte)
+    return QuantizedParams(
+        param(entries, form.dtype, axes, in_stack=in_stack, adaptable=adaptable, stored=stored),
+        of_blocks(scale_dtype),
+        of_blocks(jnp.dtype(jnp.uint8)) if quantization.zeros else None,
+    )
+
+
+def format_of(quantization: QuantizationConfig) -> QuantizedFormat:
+    """What kernels know of it."""
+    return QuantizedFormat(quantization.numbers, quantization.block)
 
 
 class Linear(nnx.Module):
@@ -94,9 +138,9 @@ class Linear(nnx.Module):
         dtype: jnp.dtype,
         quantization: QuantizationConfig | None = None,
     ) -> None:
-        shape = (out_size, in_size)
-        self.weight = param(shape, dtype if quantization is None else QUANTIZED, axes, adaptable=self.adaptable)
-        self.scale = None if quantization is None else scale_param(shape, axes, quantization)
+        self.weight, self.scale, self.zero = weight_params(
+            (out_size, in_size), dtype, axes, quantization, adaptable=self.adaptable
+        )
         self.bias = param((out_size,), dtype, axes[:1]) if bias else None
         self._quantization = quantization
         self.update: Update | None = None
@@ -112,7 +156,8 @@ class Linear(nnx.Module):
         """The weight in the activations' dtype, [out, in]."""
         if self.scale is None or self._quantization is None:
             return self.weight[...]
-        return dequantize_blocks(self.weight[...], self.scale[...], self._quantization.block, dtype)
+        matrix = QuantizedMatrix(self.weight[...], self.scale[...], None if self.zero is None else self.zero[...])
+        return dequantize(matrix, format_of(self._quantization), dtype)
 
 
 class RMSNorm(nnx.Module):

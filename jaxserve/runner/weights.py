@@ -21,7 +21,6 @@ from jaxserve.errors import LaunchError
 from jaxserve.mesh import named_sharding, weight_format
 from jaxserve.models.decoder import Decoder, ParamSpec, Path, Weights, tree_of
 from jaxserve.models.kv_heads import kv_head_rows, repeat_heads
-from jaxserve.models.layers import QUANTIZED
 from jaxserve.models.tensor_name import TensorName
 
 Progress: TypeAlias = Callable[[Iterable[Path]], Iterable[Path]]
@@ -55,7 +54,7 @@ def load_weights(
         LaunchError: tensors are missing, unknown or of another shape; all are listed.
     """
     copies = decoder.config.num_kv_heads // checkpoint_config.num_kv_heads
-    names = {**names, **_scale_names(decoder, names)}
+    names = {**names, **_names_of_blocks(decoder, names)}
     _check_tensors(source, decoder, names, copies)
 
     def load(path: Path) -> jax.Array:
@@ -155,8 +154,11 @@ class _ParamReader:
 
     def _read(self, name: str, index: Index) -> np.ndarray:
         values = self._source.read(name, index)
-        if self._spec.dtype == QUANTIZED != values.dtype:
-            raise LaunchError(f"the checkpoint's {name} is {values.dtype}, the config says that it is {QUANTIZED}")
+        # Other weights are brought to the dtype; what is quantised would mean something else, or be rounded.
+        found, wanted = values.dtype, self._spec.dtype
+        fits = found == wanted or (wanted.itemsize > 1 and np.can_cast(found, wanted))
+        if self._spec.stored is not None and not fits:
+            raise LaunchError(f"the checkpoint's {name} is {found}, the config says that it is {wanted}")
         return values
 
 
@@ -168,17 +170,18 @@ def _aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     return memory[start : start + size].view(dtype).reshape(shape)
 
 
-def _scale_names(decoder: Decoder, names: dict[Path, TensorName]) -> dict[Path, TensorName]:
-    """Where the factors of quantised weights are: beside the weights."""
-    scales: dict[Path, TensorName] = {}
+def _names_of_blocks(decoder: Decoder, names: dict[Path, TensorName]) -> dict[Path, TensorName]:
+    """Where the numbers of quantised weights' blocks are: beside the weights; see `checkpoints.quantized`."""
+    found: dict[Path, TensorName] = {}
     for path, spec in decoder.param_specs.items():
-        if path[-1] == "scale":
-            weight = names[*path[:-1], "weight"]
-            if weight.first_row % spec.block_rows or weight.row_step != 1 or weight.transposed:
+        if path[-1] in ("scale", "zero") and spec.stored is not None:
+            weight, rows = names[*path[:-1], "weight"], spec.stored.block_rows
+            cut = rows > 1 and (weight.first_row % rows or weight.row_step != 1)
+            if weight.transposed or cut:
                 raise LaunchError(f"{weight.pattern}: its parts do not begin with a quantised block")
-            first_row = weight.first_row // spec.block_rows
-            scales[path] = weight._replace(pattern=f"{weight.pattern}_scale_inv", first_row=first_row)
-    return scales
+            first_row = weight.first_row // rows
+            found[path] = weight._replace(pattern=f"{weight.pattern}_{path[-1]}", first_row=first_row)
+    return found
 
 
 def _check_tensors(source: TensorSource, decoder: Decoder, names: dict[Path, TensorName], copies: int) -> None:

@@ -6,23 +6,32 @@ stack they would be copied, and with them those that no token has.
 Dimension key: C blocks, P places of rows in blocks, X matrices, I inputs, O outputs.
 """
 
+from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import jax
 from jax import lax
 from jax.typing import DTypeLike
 
-from kernels_pallas.block_scales import dequantize_blocks
 from kernels_pallas.grouped_matmul.blocks import Blocks
+from kernels_pallas.quantized import QuantizedFormat, QuantizedMatrix, dequantize
 
 
 class ExpertShape(NamedTuple):
-    """Of the matrices that one device multiplies with; see `Matrices`."""
+    """Of the matrices that one device multiplies with; see `Matrices`.
+
+    Attributes:
+        num_outputs, num_inputs: numbers, not bytes.
+        rows_dtype: of what is multiplied with them.
+        form: of quantised ones; else None.
+        zeros: whether those have zero points of their own.
+    """
 
     num_outputs: int
     num_inputs: int
     rows_dtype: Any
-    block: tuple[int, int] | None = None
+    form: QuantizedFormat | None = None
+    zeros: bool = False
 
 
 class Matrices(NamedTuple):
@@ -30,21 +39,22 @@ class Matrices(NamedTuple):
 
     Attributes:
         values_XOI: the matrices.
-        scale_Xoi: f32, a factor of each block of quantised ones; else None.
-        block: its rows and columns.
+        scale_Xoi, zero_Xoi: of quantised ones, as `QuantizedMatrix` has them; else None.
+        form: how they are quantised.
     """
 
     values_XOI: jax.Array
     scale_Xoi: jax.Array | None = None
-    block: tuple[int, int] | None = None
+    zero_Xoi: jax.Array | None = None
+    form: QuantizedFormat | None = None
 
     def matrix(self, group: jax.Array, dtype: DTypeLike) -> jax.Array:
         """One of them, [O, I]; what is quantised is multiplied out."""
-        w_OI = lax.dynamic_index_in_dim(self.values_XOI, group, keepdims=False)
-        if self.scale_Xoi is None or self.block is None:
-            return w_OI
-        scale_oi = lax.dynamic_index_in_dim(self.scale_Xoi, group, keepdims=False)
-        return dequantize_blocks(w_OI, scale_oi, self.block, dtype)
+        take = partial(lax.dynamic_index_in_dim, index=group, keepdims=False)
+        if self.scale_Xoi is None or self.form is None:
+            return take(self.values_XOI)
+        zero_oi = None if self.zero_Xoi is None else take(self.zero_Xoi)
+        return dequantize(QuantizedMatrix(take(self.values_XOI), take(self.scale_Xoi), zero_oi), self.form, dtype)
 
 
 class GroupedMatmul(Protocol):

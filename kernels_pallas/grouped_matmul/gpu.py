@@ -14,24 +14,28 @@ from jax import lax
 from kernels_pallas.grouped_matmul.api import ExpertShape, Matrices
 from kernels_pallas.grouped_matmul.blocks import Blocks
 from kernels_pallas.pallas import pl, plgpu
+from kernels_pallas.quantized import QuantizedFormat
 from kernels_pallas.warpgroup import MATRIX, WARPGROUP_ROWS, Stages, product, smem
 
 # Inputs of a step: a row of either operand is then 128 bytes, which one swizzle spans.
 _STEP_INPUTS = 64
 _STAGES = 4
 _BLOCK_OUTPUTS = (128, 64)
-# Of quantised matrices: two steps of one block of outputs.
-_SCALED_BLOCK = (128, 128)
+# Of quantised matrices; a block is two steps of one block of outputs.
+_SCALED = QuantizedFormat("fp8", (128, 128))
 
 
 def check_shape(shape: ExpertShape) -> None:
     """Raise NotImplementedError for matrices that the kernel cannot multiply."""
-    num_outputs, num_inputs, dtype, block = shape
+    num_outputs, num_inputs, dtype, form, _ = shape
     if dtype != jnp.bfloat16:
         raise NotImplementedError(f"experts in {dtype}: the kernel multiplies bfloat16")
-    if block not in (None, _SCALED_BLOCK):
-        raise NotImplementedError(f"experts in quantised blocks of {block}: the kernel wants {_SCALED_BLOCK}")
-    inputs, outputs = (_STEP_INPUTS, _BLOCK_OUTPUTS[-1]) if block is None else _SCALED_BLOCK
+    if form not in (None, _SCALED):
+        raise NotImplementedError(
+            f"experts in {form.numbers} and blocks of {form.block}: the kernel wants {_SCALED.numbers} and "
+            f"{_SCALED.block}"
+        )
+    inputs, outputs = (_STEP_INPUTS, _BLOCK_OUTPUTS[-1]) if form is None else _SCALED.block
     if num_inputs % inputs or num_outputs % outputs:
         raise NotImplementedError(
             f"experts of {num_inputs} inputs and {num_outputs} outputs on a device: the kernel wants multiples of "
@@ -79,7 +83,7 @@ class GpuGroupedMatmul:
 
     def __call__(self, x_PI: jax.Array, matrices: Matrices, blocks: Blocks) -> jax.Array:
         """See `GroupedMatmul`."""
-        w_XOI, scale_Xoi, _ = matrices
+        w_XOI, scale_Xoi = matrices.values_XOI, matrices.scale_Xoi
         (num_places, num_inputs), num_outputs = x_PI.shape, w_XOI.shape[1]
         num_blocks = num_places // WARPGROUP_ROWS
         block_outputs = next(size for size in _BLOCK_OUTPUTS if num_outputs % size == 0)
@@ -156,7 +160,7 @@ def _sum_up_scaled(inputs: _Inputs, scratch: _Scratch, stages: Stages, group: ja
             scratch.converted_oi.at[rows][...] = plgpu.layout_cast(w_oi.astype(scratch.converted_oi.dtype), MATRIX)
         plgpu.commit_smem()
         part_mo = product(scratch.x_mi.at[stage], scratch.converted_oi.T, shape[1])
-        scale = inputs.scale_Xoi[group, row, lax.div(step, _SCALED_BLOCK[1] // _STEP_INPUTS)]
+        scale = inputs.scale_Xoi[group, row, lax.div(step, _SCALED.block[1] // _STEP_INPUTS)]
         return sum_mo + part_mo * plgpu.layout_cast(lax.broadcast_in_dim(scale, shape, ()), MATRIX)
 
     zeros_mo = plgpu.layout_cast(jnp.zeros(shape, jnp.float32), MATRIX)

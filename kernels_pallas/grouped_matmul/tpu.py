@@ -30,12 +30,14 @@ def check_shape(shape: ExpertShape) -> None:
     """Raise NotImplementedError for matrices that the kernel cannot multiply."""
     if shape.rows_dtype == jnp.float16:
         raise NotImplementedError("the TPU kernel has no float16: the MXU has none")
-    if shape.block is None:
+    if shape.form is None:
         return
-    if shape.block != (_LANES, _LANES) or shape.num_outputs % _LANES or shape.num_inputs % _LANES:
+    if shape.form.numbers != "fp8":
+        raise NotImplementedError(f"experts in {shape.form.numbers}: the kernel multiplies float8_e4m3fn")
+    if shape.form.block != (_LANES, _LANES) or shape.num_outputs % _LANES or shape.num_inputs % _LANES:
         raise NotImplementedError(
             f"experts of {shape.num_inputs} inputs and {shape.num_outputs} outputs on a device, quantised in blocks of "
-            f"{shape.block}: the kernel wants multiples of {_LANES}, and blocks of that"
+            f"{shape.form.block}: the kernel wants multiples of {_LANES}, and blocks of that"
         )
 
 
@@ -55,7 +57,7 @@ class TpuGroupedMatmul:
 
     def __call__(self, x_PI: jax.Array, matrices: Matrices, blocks: Blocks) -> jax.Array:
         """See `GroupedMatmul`."""
-        w_XOI, scale_Xoi, _ = matrices
+        w_XOI, scale_Xoi = matrices.values_XOI, matrices.scale_Xoi
         (num_places, num_inputs), num_outputs = x_PI.shape, w_XOI.shape[1]
         block_rows = num_places // blocks.group_C.shape[0]
         block_outputs = _block_outputs(num_outputs, num_inputs * w_XOI.dtype.itemsize)

@@ -13,6 +13,7 @@ from kernels_pallas.grouped_matmul.api import ExpertShape, GroupedMatmul, Matric
 from kernels_pallas.grouped_matmul.blocks import most_blocks, sort_into_blocks
 from kernels_pallas.grouped_matmul.reference import grouped_matmul
 from kernels_pallas.grouped_matmul.xla import XlaGroupedMatmul
+from kernels_pallas.quantized import QuantizedFormat
 
 needs_pallas = pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="the kernels need JAX 0.11")
 KERNELS = [pytest.param("tpu", marks=needs_pallas), pytest.param("gpu", marks=needs_pallas)]
@@ -48,7 +49,7 @@ def check_quantized(name: str, group_R: np.ndarray, num_groups: int, sizes: tupl
     @jax.jit
     def run(x_RI: jax.Array, w_XOI: jax.Array, scale_Xoi: jax.Array, group_R: jax.Array) -> jax.Array:
         blocks, places = sort_into_blocks(group_R, num_groups, matmul.block_rows(len(group_R), num_groups))
-        matrices = Matrices(w_XOI, scale_Xoi, (128, 128))
+        matrices = Matrices(w_XOI, scale_Xoi, form=QuantizedFormat("fp8", (128, 128)))
         return matmul(x_RI[places.row_P], matrices, blocks._replace(group_C=blocks.group_C + num_groups))[
             places.place_R
         ]

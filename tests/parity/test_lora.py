@@ -171,7 +171,7 @@ def test_modules_that_were_not_asked_for(
 
 def test_names_of_modules(base: Path) -> None:
     architecture = find_architecture(CONFIG)
-    config = architecture.read_config(CONFIG)
+    config = architecture.model_config(CONFIG)
     decoder = architecture.build(BuildModel(config, jnp.dtype(jnp.float32)))
     reader = AdapterReader(decoder, architecture.tensor_names(config), config)
     linear = {path for path in adaptable(decoder) if path[0] == "layers"}

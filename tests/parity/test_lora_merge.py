@@ -36,8 +36,8 @@ def delta_of(adapter: Path, *, copies: int = 1, **changes: Any) -> Any:
     """For the model of `tests.tiny`, whose key heads may be repeated."""
     hf_config = CONFIG | changes
     architecture = find_architecture(hf_config)
-    checkpoint = architecture.read_config(hf_config)
-    repeated = architecture.read_config(
+    checkpoint = architecture.model_config(hf_config)
+    repeated = architecture.model_config(
         hf_config | {"num_key_value_heads": checkpoint.num_kv_heads * copies, "head_dim": checkpoint.head_dim}
     )
     decoder = architecture.build(BuildModel(repeated, jnp.dtype(jnp.float32)))

@@ -15,7 +15,7 @@ from tests.tiny import CONFIG
 
 def read(**changes: Any) -> Any:
     config = {**CONFIG, **changes}
-    return find_architecture(config).read_config(config)
+    return find_architecture(config).model_config(config)
 
 
 def test_reads_a_plain_config() -> None:
@@ -51,6 +51,16 @@ def test_architectures_differ_where_they_should() -> None:
 
 
 FP8 = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
+
+
+def compressed(kind: str, ignore: Any = ("lm_head",), **weights: Any) -> dict[str, Any]:
+    """compressed-tensors with some settings of Kimi K2 Thinking's changed."""
+    plain = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 32}
+    group = {"targets": ["Linear"], "weights": plain | weights}
+    method = {"quant_method": "compressed-tensors", "format": kind, "config_groups": {"group_0": group}}
+    return {"quantization_config": method | {"ignore": list(ignore) if isinstance(ignore, tuple) else ignore}}
+
+
 MIXTRAL = {"architectures": ["MixtralForCausalLM"], "num_local_experts": 8, "num_experts_per_tok": 2}
 QWEN3_MOE = {
     "architectures": ["Qwen3MoeForCausalLM"],
@@ -113,11 +123,22 @@ def test_sliding_window(changes: dict[str, Any], window: int | None) -> None:
         ({"partial_rotary_factor": 0.75}, "partial_rotary_factor 0.75"),
         ({"hidden_act": "gelu"}, "gelu"),
         ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "dynamic"),
-        ({"quantization_config": {"quant_method": "awq"}}, "awq.*supported: fp8"),
+        ({"quantization_config": {"quant_method": "bitsandbytes"}}, "bitsandbytes.*supported: awq, compressed-tensors"),
+        ({"quantization_config": {"quant_method": "awq", "group_size": -1}}, "group_size .* must be a positive"),
+        ({"quantization_config": {"quant_method": "awq", "bits": 8}}, "awq with bits 8"),
+        ({"quantization_config": {"quant_method": "gptq", "desc_act": True}}, "desc_act True"),
+        ({"quantization_config": {"quant_method": "compressed-tensors"}}, "one group of settings"),
+        (compressed("pack-quantized", num_bits=8), "pack-quantized of 8-bit int is not supported; supported: pack"),
+        (compressed("pack-quantized", symmetric=False), "symmetric False"),
+        (compressed("pack-quantized", strategy="tensor"), "by tensor are not supported"),
+        (compressed("pack-quantized", group_size=0), "group_size .* must be a positive number, got 0"),
+        (compressed("pack-quantized", ignore="lm_head"), "ignore must be a list"),
+        (compressed("pack-quantized", ignore=["re:(a"]), "missing \\)"),
+        (compressed("pack-quantized", ignore=["model.layers.1"]), "layers.1.self_attn.q_proj is not quantised where"),
         ({"quantization_config": {"quant_method": "fp8"}}, "weight_block_size"),
         ({"quantization_config": FP8 | {"weight_block_size": [128, 0]}}, "must be positive"),
         ({"quantization_config": FP8 | {"activation_scheme": "static"}}, "activation_scheme 'static'"),
-        ({"quantization_config": FP8 | {"modules_to_not_convert": ["model.layers.0.mlp.up_proj"]}}, "up_proj"),
+        ({"quantization_config": FP8 | {"modules_to_not_convert": ["model.layers.0.mlp.up_proj"]}}, "up_proj is not"),
         ({"architectures": ["MixtralForCausalLM"]}, "num_local_experts is missing"),
         (MIXTRAL | {"num_experts_per_tok": 9}, "num_experts_per_tok must be 1 to 8 experts, got 9"),
         (MIXTRAL | {"num_local_experts": 0}, "num_experts of experts must be a positive"),
@@ -143,6 +164,37 @@ def test_sliding_window(changes: dict[str, Any], window: int | None) -> None:
 def test_refuses_by_name(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(LaunchError, match=message):
         read(**changes)
+
+
+def test_parts_that_are_quantised() -> None:
+    """Kimi K2 Thinking's experts only; of DeepSeek everything."""
+    deepseek = {
+        "architectures": ["DeepseekV3ForCausalLM"],
+        "q_lora_rank": 8,
+        "kv_lora_rank": 8,
+        "qk_rope_head_dim": 8,
+        "qk_nope_head_dim": 8,
+        "v_head_dim": 8,
+        "moe_intermediate_size": 32,
+        "n_routed_experts": 8,
+        "num_experts_per_tok": 2,
+        "first_k_dense_replace": 1,
+        "dtype": "bfloat16",
+    }
+    names = (r"re:.*self_attn.*", r"re:.*shared_experts.*", r"re:.*mlp\.(gate|up|gate_up|down)_proj.*")
+    kimi = read(**deepseek, **compressed("pack-quantized", ignore=("lm_head", *names)))
+    assert kimi.quantization.parts == ("experts",)
+    assert (kimi.quantization.block, kimi.quantization.scale_dtype) == ((1, 32), "bfloat16")
+    assert len(read(**deepseek, quantization_config=FP8).quantization.parts) == 4
+    # A list of names means the layers that have them; one for all modules means a model that is not quantised.
+    dense = read(**deepseek, quantization_config=FP8 | {"modules_to_not_convert": ["model.layers.0.mlp"]})
+    assert dense.quantization.parts == ("attention", "shared_expert", "experts")
+    assert read(quantization_config=FP8 | {"modules_to_not_convert": ["model"]}).quantization is None
+
+
+def test_a_pattern_that_never_ends_is_given_up() -> None:
+    with pytest.raises(LaunchError, match="timed out"):
+        read(**compressed("pack-quantized", ignore=(r"re:(\w|[a-z]|\.)+[A-Z]",)))
 
 
 def test_layers_with_experts() -> None:

@@ -93,7 +93,7 @@ def test_weights_and_config_come_back(family: str, tmp_path: Path) -> None:
         np.testing.assert_allclose(got, array, atol=1e-6 if family == "gemma3" else 0, err_msg=name)
     config = json.loads((GOLDEN / family / "config.json").read_text())
     architecture = find_architecture(file.config)
-    want, got_config = architecture.read_config(config), architecture.read_config(file.config)
+    want, got_config = architecture.model_config(config), architecture.model_config(file.config)
     # Files do not say what a head's scores are divided by, and always ask for bf16.
     same = {"dtype": want.dtype, "eos_token_ids": want.eos_token_ids, "attention_scale": want.attention_scale}
     if family == "phi3":  # and not what a rotary embedding that is not stretched was trained with
@@ -111,7 +111,7 @@ def test_longrope_is_refused(tmp_path: Path) -> None:
     write(tmp_path / "x.gguf", "phi3", {"rope_factors_long.weight": np.ones(4, np.float32)})
     file = GGUFCheckpoint(tmp_path / "x.gguf")
     with pytest.raises(LaunchError, match="'longrope' is not supported"):
-        find_architecture(file.config).read_config(file.config)
+        find_architecture(file.config).model_config(file.config)
 
 
 def test_metadata_that_cannot_be_meant_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -127,7 +127,7 @@ def test_metadata_that_cannot_be_meant_is_refused(tmp_path: Path, monkeypatch: p
     write(tmp_path / "capped.gguf", "gemma3")
     file = GGUFCheckpoint(tmp_path / "capped.gguf")
     with pytest.raises(LaunchError, match="final_logit_softcapping is not supported"):
-        find_architecture(file.config).read_config(file.config)
+        find_architecture(file.config).model_config(file.config)
 
 
 def test_a_tensor_of_another_architecture_is_refused(tmp_path: Path) -> None:

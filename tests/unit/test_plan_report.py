@@ -22,12 +22,12 @@ from tests.compile.models import DEEPSEEK_V31, GPT_OSS_20B, GPT_OSS_120B, LLAMA3
     ],
 )
 def test_weights_that_a_token_is_multiplied_with(config: dict[str, Any], billions: float) -> None:
-    model = find_architecture(config).read_config(config)
+    model = find_architecture(config).model_config(config)
     assert num_multiplied(model) == pytest.approx(billions * 1e9, rel=0.02)
 
 
 def test_share_of_experts_that_a_step_reads() -> None:
-    model = find_architecture(QWEN3_30B_A3B).read_config(QWEN3_30B_A3B)
+    model = find_architecture(QWEN3_30B_A3B).model_config(QWEN3_30B_A3B)
     assert experts_read(model, 1) == pytest.approx(8 / 128)
     assert 0.99 < experts_read(model, 256) < 1
-    assert experts_read(find_architecture(LLAMA31_8B).read_config(LLAMA31_8B), 5) == 0
+    assert experts_read(find_architecture(LLAMA31_8B).model_config(LLAMA31_8B), 5) == 0
