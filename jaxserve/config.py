@@ -151,7 +151,7 @@ class QuantizationConfig(_Config, frozen=True):
 
     numbers: Literal["fp8", "int8", "int4", "mxfp4"]
     block: tuple[int, int]
-    scale_dtype: str = "float32"
+    scale_dtype: Literal["float32", "bfloat16", "e8m0"] = "float32"
     zeros: bool = False
     parts: tuple[QuantizedPart, ...] = ("attention", "mlp", "shared_expert", "experts")
     kept: tuple[str, ...] = ()

@@ -69,7 +69,7 @@ def scale_factors(scale: jax.Array) -> jax.Array:
     """Factors as f32; exponents become powers of two, the smallest of them zero."""
     if scale.dtype != jnp.uint8:
         return scale.astype(jnp.float32)
-    return lax.bitcast_convert_type(scale.astype(jnp.uint32) << _F32_MANTISSA_BITS, jnp.float32)
+    return lax.bitcast_convert_type(scale.astype(jnp.int32) << _F32_MANTISSA_BITS, jnp.float32)
 
 
 def float4(code: jax.Array) -> jax.Array:

@@ -15,7 +15,6 @@ _MX_COLUMNS = 32
 _WHOLE_ROW = 0
 # A pattern comes with the model and may never end.
 _MATCH_S = 1.0
-_SCALE_DTYPES = ("float32", "bfloat16", "float16")
 
 
 def read_quantization(config: Mapping[str, Any]) -> QuantizationConfig | None:
@@ -33,7 +32,7 @@ def read_quantization(config: Mapping[str, Any]) -> QuantizationConfig | None:
             f"config.json: quantised checkpoints ({method}) are not supported; supported: {', '.join(sorted(_METHODS))}"
         )
     dtype = str(config.get("dtype") or config.get("torch_dtype") or "float32")
-    return _METHODS[method](quantization, dtype if dtype in _SCALE_DTYPES else "float32")
+    return _METHODS[method](quantization, dtype)
 
 
 def with_quantized_parts(config: ModelConfig, names: Mapping[tuple[str, ...], TensorName]) -> ModelConfig:
@@ -147,7 +146,8 @@ def _compressed_tensors(config: Mapping[str, Any], dtype: str) -> QuantizationCo
     return QuantizationConfig(
         numbers=numbers,
         block=(1, columns),
-        scale_dtype=dtype if numbers == "int4" else "float32",
+        # TPUs have no float16.
+        scale_dtype="bfloat16" if numbers == "int4" and dtype == "bfloat16" else "float32",
         kept=_strings(config.get("ignore"), "ignore"),
     )
 
@@ -157,7 +157,7 @@ def _awq(config: Mapping[str, Any], _: str) -> QuantizationConfig:
     _check(config, "awq", bits=(4,), version=("gemm", "GEMM"), zero_point=(True,))
     columns = _positive(config.get("group_size"), "group_size")
     return QuantizationConfig(
-        numbers="int4", block=(1, columns), scale_dtype="float16", zeros=True, kept=_kept(config)
+        numbers="int4", block=(1, columns), zeros=True, kept=_kept(config)
     )  # fmt: skip
 
 
@@ -168,7 +168,7 @@ def _gptq(config: Mapping[str, Any], _: str) -> QuantizationConfig:
     if config.get("dynamic"):
         raise LaunchError("config.json: gptq with settings of single modules (dynamic) is not supported")
     return QuantizationConfig(
-        numbers="int4", block=(1, columns), scale_dtype="float16", zeros=True, kept=_kept(config)
+        numbers="int4", block=(1, columns), zeros=True, kept=_kept(config)
     )  # fmt: skip
 
 

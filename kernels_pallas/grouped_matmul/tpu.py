@@ -5,7 +5,9 @@ Blocks of one group follow each other, so a matrix that several have is fetched 
 Dimension key: C blocks, P places, W rows of a block, X matrices, I inputs, O outputs, o a block of them.
 """
 
-from typing import Any
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +17,7 @@ from kernels_pallas.grouped_matmul.api import ExpertShape, Matrices
 from kernels_pallas.grouped_matmul.blocks import Blocks, rows_of_blocks
 from kernels_pallas.mxu import mxu_dot
 from kernels_pallas.pallas import pl, pltpu
+from kernels_pallas.quantized import QuantizedFormat, float4, scale_factors
 
 _LANES = 128
 # A tile of bf16 has 16 rows; more than the matrix unit has rows gain nothing.
@@ -22,6 +25,8 @@ _FEWEST_ROWS = 16
 _MOST_ROWS = 128
 # Of a matrix's block: there are two of them, beside two of the rows and of the results.
 _BLOCK_BYTES = 4 << 20
+# Bytes that a quantised one becomes on its way, as f32 and i32, twice.
+_GROUPED_WORK = 16
 # Of sums, and of f32 operands in parts: more than all blocks where those are f32.
 _SPARE_BYTES = 16 << 20
 
@@ -32,8 +37,13 @@ def check_shape(shape: ExpertShape) -> None:
         raise NotImplementedError("the TPU kernel has no float16: the MXU has none")
     if shape.form is None:
         return
+    rows, columns = shape.form.block
+    if rows == 1:
+        if (columns or shape.num_inputs) % shape.form.per_byte:
+            raise NotImplementedError(f"experts in blocks of {columns} numbers: the kernel wants whole bytes")
+        return
     if shape.form.numbers != "fp8":
-        raise NotImplementedError(f"experts in {shape.form.numbers}: the kernel multiplies float8_e4m3fn")
+        raise NotImplementedError(f"experts in {shape.form.numbers} and blocks of {rows} rows: the kernel wants fp8")
     if shape.form.block != (_LANES, _LANES) or shape.num_outputs % _LANES or shape.num_inputs % _LANES:
         raise NotImplementedError(
             f"experts of {shape.num_inputs} inputs and {shape.num_outputs} outputs on a device, quantised in blocks of "
@@ -57,39 +67,79 @@ class TpuGroupedMatmul:
 
     def __call__(self, x_PI: jax.Array, matrices: Matrices, blocks: Blocks) -> jax.Array:
         """See `GroupedMatmul`."""
-        w_XOI, scale_Xoi = matrices.values_XOI, matrices.scale_Xoi
-        (num_places, num_inputs), num_outputs = x_PI.shape, w_XOI.shape[1]
+        problem = _problem(x_PI, matrices)
+        (num_places, _), num_outputs = x_PI.shape, matrices.values_XOI.shape[1]
         block_rows = num_places // blocks.group_C.shape[0]
-        block_outputs = _block_outputs(num_outputs, num_inputs * w_XOI.dtype.itemsize)
-        operands = [x_PI, w_XOI]
-        in_specs = [
-            pl.BlockSpec((block_rows, num_inputs), lambda o, c, _: (c, 0)),
-            pl.BlockSpec((1, block_outputs, num_inputs), lambda o, c, group_C: (group_C[c], o, 0)),
+        row_bytes = matrices.values_XOI.shape[2] * matrices.values_XOI.dtype.itemsize * problem.work
+        block_outputs = _block_outputs(num_outputs, row_bytes)
+        rows = [pl.BlockSpec((block_rows, x.shape[1]), lambda o, c, _: (c, 0)) for x in problem.rows]
+        of_matrices = [
+            pl.BlockSpec((1, block_outputs, each.shape[2]), lambda o, c, group_C: (group_C[c], o, 0))
+            for each in problem.by_output
         ]
-        if scale_Xoi is not None:
-            operands.append(scale_Xoi)
-            in_specs.append(
-                pl.BlockSpec(
-                    (1, *scale_Xoi.shape[1:]), lambda o, c, group_C: (group_C[c], 0, 0), memory_space=pltpu.SMEM
-                )
-            )
+        whole = [pl.BlockSpec(each.shape, lambda o, c, _: (0, 0)) for each in problem.constants]
+        scalars = [
+            pl.BlockSpec((1, *each.shape[1:]), lambda o, c, group_C: (group_C[c], 0, 0), memory_space=pltpu.SMEM)
+            for each in problem.scalars
+        ]
+        operands = (*problem.rows, *problem.by_output, *problem.constants, *problem.scalars)
+        block_bytes = sum(block_rows * x.shape[1] * x.dtype.itemsize for x in problem.rows)
+        block_bytes += sum(block_outputs * each.shape[2] * each.dtype.itemsize for each in problem.by_output)
+        block_bytes += block_rows * block_outputs * x_PI.dtype.itemsize
         return pl.pallas_call(
-            _multiply_block if scale_Xoi is None else _multiply_scaled_block,
+            problem.kernel,
             grid_spec=pltpu.PrefetchScalarGridSpec(
                 num_scalar_prefetch=1,
                 # A device may have none that counts.
                 grid=(pl.cdiv(num_outputs, block_outputs), jnp.maximum(blocks.num_1[0], 1)),
-                in_specs=in_specs,
+                in_specs=[*rows, *of_matrices, *whole, *scalars],
                 out_specs=pl.BlockSpec((block_rows, block_outputs), lambda o, c, _: (c, o)),
             ),
             out_shape=jax.ShapeDtypeStruct((num_places, num_outputs), x_PI.dtype),
             compiler_params=pltpu.CompilerParams(
-                dimension_semantics=("parallel", "arbitrary"),
-                vmem_limit_bytes=_vmem_bytes(block_rows, block_outputs, x_PI, w_XOI),
+                dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=2 * block_bytes + _SPARE_BYTES
             ),
             interpret=self._interpret,
             name="grouped_matmul",
         )(blocks.group_C, *operands)
+
+
+class _Problem(NamedTuple):
+    """What a kernel gets, in this order.
+
+    Attributes:
+        kernel: its body.
+        rows: what is multiplied, [P, ...].
+        by_output: what each output of a matrix has, [X, O, ...].
+        constants: that all steps share.
+        scalars: of each matrix, [X, ...].
+        work: bytes that a step needs beside each byte of a matrix's block.
+    """
+
+    kernel: Callable[..., None]
+    rows: tuple[jax.Array, ...]
+    by_output: tuple[jax.Array, ...]
+    constants: tuple[jax.Array, ...] = ()
+    scalars: tuple[jax.Array, ...] = ()
+    work: int = 1
+
+
+def _problem(x_PI: jax.Array, matrices: Matrices) -> _Problem:
+    w_XOI, scale_Xoi, zero_Xoi, form = matrices
+    if form is None or scale_Xoi is None:
+        return _Problem(_multiply_block, (x_PI,), (w_XOI,))
+    if form.block[0] > 1:
+        return _Problem(_multiply_scaled_block, (x_PI,), (w_XOI,), scalars=(scale_Xoi,))
+    # Bytes are not taken apart, but the rows: those that meet the lower halves, and those that meet the upper ones.
+    rows = tuple(x_PI[:, part :: form.per_byte] for part in range(form.per_byte))
+    by_output = (w_XOI, scale_Xoi, *(() if zero_Xoi is None else (zero_Xoi,)))
+    num_bytes, num_groups = w_XOI.shape[2], scale_Xoi.shape[2]
+    group_bytes = (form.block[1] or num_bytes * form.per_byte) // form.per_byte
+    # Multiplied with a number of each group it gives one of each byte: all else is slower in a vector's lanes.
+    group_1B = lax.broadcasted_iota(jnp.int32, (1, num_bytes), 1) // group_bytes
+    spread_gB = (lax.broadcasted_iota(jnp.int32, (num_groups, 1), 0) == group_1B).astype(jnp.float32)
+    kernel = partial(_multiply_grouped_block, form=form, zeros=zero_Xoi is not None)
+    return _Problem(kernel, rows, by_output, (spread_gB,), work=_GROUPED_WORK)
 
 
 def _multiply_block(_: Any, x_WI: Any, w_1oI: Any, out_Wo: Any) -> None:
@@ -113,11 +163,21 @@ def _multiply_scaled_block(_: Any, x_WI: Any, w_1oI: Any, scale_1oi: Any, out_Wo
     out_Wo[...] = lax.fori_loop(0, num_columns, multiply, jnp.zeros(out_Wo.shape, jnp.float32)).astype(out_Wo.dtype)
 
 
-def _vmem_bytes(block_rows: int, block_outputs: int, x_PI: jax.Array, w_XOI: jax.Array) -> int:
-    """Two blocks of all operands and of the results, and what the products need beside them."""
-    num_inputs = x_PI.shape[1]
-    rows = block_rows * (num_inputs + block_outputs) * x_PI.dtype.itemsize
-    return 2 * (rows + block_outputs * num_inputs * w_XOI.dtype.itemsize) + _SPARE_BYTES
+def _multiply_grouped_block(_: Any, *refs: Any, form: QuantizedFormat, zeros: bool) -> None:
+    """As `_multiply_block`; each output has factors of its own, for groups of its inputs."""
+    *rows_WI, w_1oB, scale_1og, zero_1og, spread_gB, out_Wo = refs if zeros else (*refs[:-2], None, *refs[-2:])
+    spread = partial(mxu_dot, right=spread_gB[...], contract=0)
+    scale_oB = spread(scale_factors(scale_1og[0]))
+    middle = 8.0 if zero_1og is None else spread(zero_1og[0].astype(jnp.int32).astype(jnp.float32))
+    sum_Wo = jnp.zeros(out_Wo.shape, jnp.float32)
+    for part, x_WI in enumerate(rows_WI):
+        if form.per_byte == 1:
+            w_oB = w_1oB[0].astype(jnp.float32)
+        else:
+            code_oB = (w_1oB[0].astype(jnp.int32) >> (4 * part)) & 15
+            w_oB = float4(code_oB) if form.numbers == "mxfp4" else code_oB.astype(jnp.float32) - middle
+        sum_Wo += mxu_dot(x_WI[...], (w_oB * scale_oB).astype(x_WI.dtype), contract=1)
+    out_Wo[...] = sum_Wo.astype(out_Wo.dtype)
 
 
 def _block_outputs(num_outputs: int, row_bytes: int) -> int:

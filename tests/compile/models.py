@@ -60,6 +60,14 @@ GPT_OSS_20B: dict[str, Any] = {
 GPT_OSS_120B: dict[str, Any] = GPT_OSS_20B | {
     "num_hidden_layers": 36, "num_local_experts": 128, "layer_types": ["sliding_attention", "full_attention"] * 18,
 }  # fmt: skip
+_MXFP4: dict[str, Any] = {
+    "quant_method": "mxfp4",
+    "modules_to_not_convert": [
+        "model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head",
+    ],
+}  # fmt: skip
+GPT_OSS_20B_MXFP4: dict[str, Any] = GPT_OSS_20B | {"quantization_config": _MXFP4}
+GPT_OSS_120B_MXFP4: dict[str, Any] = GPT_OSS_120B | {"quantization_config": _MXFP4}
 _FP8: dict[str, Any] = {
     "quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [128, 128],
 }  # fmt: skip
@@ -78,4 +86,28 @@ DEEPSEEK_V31: dict[str, Any] = {
         "original_max_position_embeddings": 4096,
     },
     "quantization_config": _FP8,
+}  # fmt: skip
+KIMI_K2_THINKING: dict[str, Any] = DEEPSEEK_V31 | {
+    "vocab_size": 163840, "num_attention_heads": 64, "num_key_value_heads": 64, "max_position_embeddings": 262144,
+    "rms_norm_eps": 1e-5, "rope_theta": 50000.0, "first_k_dense_replace": 1, "n_routed_experts": 384, "n_group": 1,
+    "topk_group": 1, "routed_scaling_factor": 2.827, "num_nextn_predict_layers": 0, "model_type": "kimi_k2",
+    "rope_scaling": {
+        "type": "yarn", "factor": 64.0, "beta_fast": 1.0, "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0,
+        "original_max_position_embeddings": 4096,
+    },
+    "quantization_config": {
+        "quant_method": "compressed-tensors", "format": "pack-quantized", "quantization_status": "compressed",
+        "config_groups": {
+            "group_0": {
+                "targets": ["Linear"], "input_activations": None, "output_activations": None,
+                "weights": {
+                    "num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 32,
+                    "dynamic": False, "actorder": None,
+                },
+            },
+        },
+        "ignore": [
+            "lm_head", "re:.*self_attn.*", "re:.*shared_experts.*", r"re:.*mlp\.(gate|up|gate_up|down)_proj.*",
+        ],
+    },
 }  # fmt: skip

@@ -126,6 +126,64 @@ def test_matrices_of_8_bits(name: str, sizes: tuple[int, int]) -> None:
     check_quantized(name, spread(4, 90), 4, sizes)
 
 
+FORMS = {
+    "mxfp4": (QuantizedFormat("mxfp4", (1, 32)), jnp.uint8),
+    "int4": (QuantizedFormat("int4", (1, 32)), jnp.bfloat16),
+    "int4 with zeros": (QuantizedFormat("int4", (1, 64)), jnp.float32),
+    "int8": (QuantizedFormat("int8", (1, 0)), jnp.float32),
+    "fp8": (QuantizedFormat("fp8", (1, 0)), jnp.float32),
+}
+E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, 0, -0.5, -1, -1.5, -2, -3, -4, -6])
+
+
+def random_matrices(name: str, shape: tuple[int, int, int]) -> tuple[Matrices, np.ndarray]:
+    """Quantised ones, and f64[X, O, I] that they stand for."""
+    (form, scale_dtype), (*lead, num_inputs) = FORMS[name], shape
+    rng = np.random.default_rng(5)
+    columns = form.block[1] or num_inputs
+    num_groups = -(-num_inputs // columns)
+    zero = None
+    if form.per_byte == 2:
+        code = rng.integers(0, 16, shape)
+        values = jnp.asarray(code[..., ::2] | code[..., 1::2] << 4, jnp.uint8)
+        zero = rng.integers(0, 16, (*lead, num_groups)) if name == "int4 with zeros" else None
+        middle = 8 if zero is None else np.repeat(zero, columns, -1)
+        numbers = E2M1[code] if name == "mxfp4" else code - middle
+    else:
+        values = jnp.asarray(rng.uniform(-100, 100, shape), form.dtype)
+        numbers = np.asarray(values, np.float64)
+    size = 1 / (np.abs(numbers).max() * num_inputs**0.5)
+    if scale_dtype == jnp.uint8:
+        exponent = rng.integers(-2, 3, (*lead, num_groups)) + int(np.log2(size))
+        scale, factor = jnp.asarray(exponent + 127, jnp.uint8), np.exp2(exponent)
+    else:
+        scale = jnp.asarray(rng.uniform(0.5, 2, (*lead, num_groups)) * size, scale_dtype)
+        factor = np.asarray(scale, np.float64)
+    w64_XOI = numbers * np.repeat(factor, columns, -1)[..., :num_inputs]
+    return Matrices(values, scale, None if zero is None else jnp.asarray(zero, jnp.uint8), form), w64_XOI
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("name", ["xla", pytest.param("tpu", marks=needs_pallas)])
+def test_matrices_with_factors_of_groups(name: str, form: str, dtype: Any) -> None:
+    """192 inputs of 4 bits are 96 bytes, less than a vector's lanes."""
+    matmul, group_R = implementation(name), spread(3, 40)
+    matrices, w64_XOI = random_matrices(form, (3, 136, 192))
+    x_RI = jnp.asarray(np.random.default_rng(6).standard_normal((40, 192)), dtype)
+
+    @jax.jit
+    def run(x_RI: jax.Array, group_R: jax.Array, *arrays: Any) -> jax.Array:
+        blocks, places = sort_into_blocks(group_R, 3, matmul.block_rows(40, 3))
+        return matmul(x_RI[places.row_P], Matrices(*arrays, matrices.form), blocks)[places.place_R]
+
+    got = run(x_RI, jnp.asarray(group_R, jnp.int32), *matrices[:3])
+    want = grouped_matmul(np.asarray(x_RI, np.float64), w64_XOI, group_R)
+    # Weights and results are rounded to the dtype.
+    tolerance = {"atol": 1e-5} if dtype == jnp.float32 else {"atol": 0.01, "rtol": 2**-7}
+    np.testing.assert_allclose(np.asarray(got, np.float64), want, **tolerance)
+
+
 @needs_pallas
 def test_a_cut_block_of_8_bits() -> None:
     """2,176 outputs of 4,096 inputs are two blocks of 1,024 and one of 128."""

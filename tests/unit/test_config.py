@@ -170,6 +170,8 @@ def test_parts_that_are_quantised() -> None:
     """Kimi K2 Thinking's experts only; of DeepSeek everything."""
     deepseek = {
         "architectures": ["DeepseekV3ForCausalLM"],
+        "n_group": 1,
+        "topk_group": 1,
         "q_lora_rank": 8,
         "kv_lora_rank": 8,
         "qk_rope_head_dim": 8,
