@@ -13,6 +13,7 @@ from checkpoints.gguf import GGUFCheckpoint
 from checkpoints.source import CheckpointError
 from jaxserve.errors import LaunchError, RequestError
 from jaxserve.request import GrammarTokenizer
+from jaxserve.text import tiktoken_tokenizer
 from jaxserve.text.chat_template import ChatTemplate
 from jaxserve.text.detokenizer import Detokenizer, TokenBytes
 from jaxserve.text.gguf_tokenizer import tokenizer_from_gguf
@@ -139,6 +140,8 @@ def load_tokenizer(path: Path, chat_template: str | None = None) -> Tokenizer:
 
 
 def _load_folder(path: Path) -> PreTrainedTokenizerFast:
+    if (path / tiktoken_tokenizer.FILE_NAME).exists() and not (path / "tokenizer.json").exists():
+        return tiktoken_tokenizer.load_tiktoken(path)
     tokenizer: Any = AutoTokenizer.from_pretrained(path, trust_remote_code=False, local_files_only=True)
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise LaunchError(f"{path}: needs a fast tokenizer (tokenizer.json), found {type(tokenizer).__name__}")
