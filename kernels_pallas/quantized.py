@@ -14,8 +14,8 @@ from jax.typing import DTypeLike
 
 Numbers: TypeAlias = Literal["fp8", "int8", "int4", "mxfp4"]
 
-# Of an int4 that has no zero point of its own.
-_INT4_ZERO = 8
+# Of 4-bit integers that have no zero points of their own.
+INT4_ZERO = 8.0
 _F32_MANTISSA_BITS = 23
 
 
@@ -61,7 +61,7 @@ def dequantize(matrix: QuantizedMatrix, form: QuantizedFormat, dtype: DTypeLike)
     if matrix.zero_oi is not None:
         w_OI = w_OI - _spread(matrix.zero_oi.astype(jnp.float32), form, w_OI.shape)
     elif form.numbers == "int4":
-        w_OI = w_OI - _INT4_ZERO
+        w_OI = w_OI - INT4_ZERO
     return (w_OI * _spread(scale_factors(matrix.scale_oi), form, w_OI.shape)).astype(dtype)
 
 

@@ -17,7 +17,7 @@ from kernels_pallas.grouped_matmul.api import ExpertShape, Matrices
 from kernels_pallas.grouped_matmul.blocks import Blocks, rows_of_blocks
 from kernels_pallas.mxu import mxu_dot
 from kernels_pallas.pallas import pl, pltpu
-from kernels_pallas.quantized import QuantizedFormat, float4, scale_factors
+from kernels_pallas.quantized import INT4_ZERO, QuantizedFormat, float4, scale_factors
 
 _LANES = 128
 # A tile of bf16 has 16 rows; more than the matrix unit has rows gain nothing.
@@ -165,10 +165,11 @@ def _multiply_scaled_block(_: Any, x_WI: Any, w_1oI: Any, scale_1oi: Any, out_Wo
 
 def _multiply_grouped_block(_: Any, *refs: Any, form: QuantizedFormat, zeros: bool) -> None:
     """As `_multiply_block`; each output has factors of its own, for groups of its inputs."""
-    *rows_WI, w_1oB, scale_1og, zero_1og, spread_gB, out_Wo = refs if zeros else (*refs[:-2], None, *refs[-2:])
+    rows_WI, of_matrix, (spread_gB, out_Wo) = refs[: form.per_byte], refs[form.per_byte : -2], refs[-2:]
+    w_1oB, scale_1og = of_matrix[:2]
     spread = partial(mxu_dot, right=spread_gB[...], contract=0)
     scale_oB = spread(scale_factors(scale_1og[0]))
-    middle = 8.0 if zero_1og is None else spread(zero_1og[0].astype(jnp.int32).astype(jnp.float32))
+    middle = spread(of_matrix[2][0].astype(jnp.int32).astype(jnp.float32)) if zeros else INT4_ZERO
     sum_Wo = jnp.zeros(out_Wo.shape, jnp.float32)
     for part, x_WI in enumerate(rows_WI):
         if form.per_byte == 1:
