@@ -5,8 +5,8 @@ the factors of its blocks [O / rows, I / columns], and `NAME_zero` u8 zero point
 """
 
 import functools
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Protocol, TypeAlias
+from collections.abc import Callable, Iterator, Mapping, Set
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import numpy as np
 
@@ -60,6 +60,74 @@ def with_quantized_names(source: TensorSource) -> TensorSource:
     quantization = source.config.get("quantization_config") or source.config.get("compression_config") or {}
     views = _METHODS.get(str(quantization.get("quant_method")))
     return source if views is None else QuantizedCheckpoint(source, views)
+
+
+class Quantizer(NamedTuple):
+    """Rounds matrices to small numbers, to the nearest.
+
+    Attributes:
+        dtype: int8, float8_e4m3fn, or uint8 for two signed 4-bit integers in a byte, 8 above what they are.
+        columns: that share a factor; 0 for whole rows.
+        scale_dtype: of the factors.
+    """
+
+    dtype: np.dtype
+    columns: int
+    scale_dtype: np.dtype
+
+    def quantize(self, w: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """[..., O, I] as numbers and factors [..., O, I / columns]."""
+        w, size = w.astype(np.float32), w.shape[-1]
+        columns = self.columns or size
+        blocks = np.pad(w, [(0, 0)] * (w.ndim - 1) + [(0, -size % columns)]).reshape(*w.shape[:-1], -1, columns)
+        # What a factor is rounded to is what numbers are divided by.
+        scale = (np.abs(blocks).max(-1) / self._largest).astype(self.scale_dtype)
+        factor = scale.astype(np.float32)
+        numbers = blocks / np.where(factor == 0, 1, factor)[..., None]
+        numbers = numbers.reshape(*w.shape[:-1], -1)[..., :size]
+        if self.dtype != np.uint8:
+            return (np.rint(numbers) if self.dtype == np.int8 else numbers).astype(self.dtype), scale
+        code = (np.rint(numbers) + 8).astype(np.uint8)
+        return code[..., ::2] | code[..., 1::2] << 4, scale
+
+    @property
+    def _largest(self) -> float:
+        return {np.dtype(np.int8): 127.0, np.dtype(np.uint8): 7.0}.get(self.dtype, 448.0)
+
+    @property
+    def per_byte(self) -> int:
+        """Numbers in a byte."""
+        return 2 if self.dtype == np.uint8 else 1
+
+
+def quantizing(source: TensorSource, names: Set[str], quantizer: Quantizer) -> TensorSource:
+    """A checkpoint whose tensors of these names are quantised while they are read."""
+
+    def views(source: TensorSource) -> Iterator[tuple[str, _View]]:
+        for name in source.shapes:
+            if name in names:
+                yield name, _Quantized(source, name, quantizer, scale=False)
+                yield f"{name}_scale", _Quantized(source, name, quantizer, scale=True)
+            else:
+                yield name, _Plain(source, name)
+
+    return QuantizedCheckpoint(source, views)
+
+
+class _Quantized:
+    """A tensor's numbers, or its factors."""
+
+    def __init__(self, source: TensorSource, tensor: str, quantizer: Quantizer, *, scale: bool) -> None:
+        *lead, size = source.shapes[tensor]
+        num_factors = -(-size // (quantizer.columns or size))
+        self.shape = (*lead, num_factors if scale else size // quantizer.per_byte)
+        self._source, self._tensor, self._quantizer, self._scale = source, tensor, quantizer, scale
+
+    def read(self, index: Index) -> np.ndarray:
+        """Part of it; rows are read whole."""
+        index = (*index, *(slice(None),) * (len(self.shape) - len(index)))
+        whole = self._source.read(self._tensor, (*index[:-1], slice(None)))
+        return self._quantizer.quantize(whole)[self._scale][..., index[-1]]
 
 
 class _Plain:

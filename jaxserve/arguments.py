@@ -178,6 +178,12 @@ def memory_flags(group: argparse._ArgumentGroup) -> None:  # pyright: ignore[rep
         default="auto",
         help="of cached keys and values; auto is that of the activations",
     )
+    group.add_argument(
+        "--quantization",
+        choices=["int8", "fp8", "int4", "awq", "gptq", "compressed-tensors", "mxfp4"],
+        help="int8, fp8 and int4 quantise a plain checkpoint's linear maps while it is loaded (a factor for each row, "
+        "of int4 for each 32 inputs); any other must be what the checkpoint is. Unset: as the checkpoint is",
+    )
 
 
 def _queue_flags(group: argparse._ArgumentGroup) -> None:  # pyright: ignore[reportPrivateUsage]
@@ -333,6 +339,7 @@ def step_settings(args: argparse.Namespace) -> dict[str, Any]:
         "max_running_requests": args.max_running_requests,
         "chunked_prefill_size": args.chunked_prefill_size,
         "kv_cache_dtype": args.kv_cache_dtype,
+        "quantization": args.quantization,
         "attention_backend": args.attention_backend,
         "deterministic": args.enable_deterministic_inference,
     }

@@ -39,7 +39,7 @@ from jaxserve.request import AdapterSource
 from jaxserve.runner.compile_counter import CompileCounter
 from jaxserve.runner.merging import merge_adapter
 from jaxserve.runner.runner import ModelRunner
-from jaxserve.runner.weights import load_weights, restore_weights
+from jaxserve.runner.weights import load_weights, quantized_as, restore_weights
 from jaxserve.scheduling.adapter_slots import AdapterSlots
 from jaxserve.scheduling.data_parallel import DataParallelScheduler
 from jaxserve.scheduling.scheduler import Scheduler
@@ -259,7 +259,7 @@ def _load(source: TensorSource | OrbaxCheckpoint, design: ModelDesign, bar: Prog
         return restore_weights(source.folder, design.decoder, design.checkpoint, design.mesh)
     names = design.architecture.tensor_names(design.checkpoint)
     return load_weights(
-        source,
+        quantized_as(source, design.decoder, names),
         design.decoder,
         names,
         design.checkpoint,

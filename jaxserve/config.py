@@ -403,6 +403,7 @@ class EngineConfig(_Config, frozen=True):
     schedule_policy: SchedulePolicy = "fcfs"
     prefix_caching: bool = True
     kv_cache_dtype: KvCacheDtype = "auto"
+    quantization: str | None = None
     attention_backend: Literal["auto", "tpu", "gpu", "xla"] = "auto"
     deterministic: bool = False
     merge_lora: str | None = None

@@ -19,6 +19,7 @@ from jaxserve.lora.bank import BankLayout, lora_modules
 from jaxserve.mesh import kv_head_copies, named_sharding, partition_spec
 from jaxserve.models.architecture import Architecture, BuildModel
 from jaxserve.models.decoder import Decoder, ParamSpec
+from jaxserve.models.hf_quantization import with_requested
 from jaxserve.models.layers import format_of
 from jaxserve.models.registry import find_architecture
 from jaxserve.runner.batch import BatchLayout
@@ -124,7 +125,7 @@ def design_model(config: EngineConfig, hf_config: Mapping[str, Any], mesh: Mesh)
         LaunchError: settings, model and devices do not fit together.
     """
     architecture = find_architecture(hf_config)
-    checkpoint = architecture.model_config(hf_config)
+    checkpoint = with_requested(architecture.model_config(hf_config), hf_config, config.quantization)
     platform = mesh.devices.flat[0].platform
     copies = kv_head_copies(checkpoint, config.tp_size, config.ep_size)
     model = msgspec.structs.replace(checkpoint, num_kv_heads=checkpoint.num_kv_heads * copies)

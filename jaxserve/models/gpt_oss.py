@@ -54,7 +54,9 @@ def tensor_names(config: ModelConfig) -> dict[Path, TensorName]:
     ):
         path, tensor = ("layers", "moe", "experts", own), f"{prefix}.experts.{theirs}"
         # Quantised ones are published [out, in], plain ones are written [in, out].
-        names[*path, "weight"] = TensorName(tensor, row, step, transposed=config.quantized("experts") is None)
+        quantization = config.quantized("experts")
+        plain = quantization is None or quantization.numbers != "mxfp4"
+        names[*path, "weight"] = TensorName(tensor, row, step, transposed=plain)
         names[*path, "bias"] = TensorName(f"{tensor}_bias", row, step)
     return names
 

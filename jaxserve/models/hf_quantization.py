@@ -35,6 +35,24 @@ def read_quantization(config: Mapping[str, Any]) -> QuantizationConfig | None:
     return _METHODS[method](quantization, dtype)
 
 
+def with_requested(config: ModelConfig, hf_config: Mapping[str, Any], requested: str | None) -> ModelConfig:
+    """The model as `--quantization` wants it: quantised while it is loaded, or as its checkpoint is.
+
+    Raises:
+        LaunchError: the checkpoint is quantised otherwise, or not at all.
+    """
+    if requested is None:
+        return config
+    method = (hf_config.get("quantization_config") or {}).get("quant_method")
+    if requested == method:
+        return config
+    if config.quantization is not None:
+        raise LaunchError(f"--quantization {requested}: the checkpoint is quantised already, as {method}")
+    if requested not in REQUESTED:
+        raise LaunchError(f"--quantization {requested}: the checkpoint is not quantised so")
+    return msgspec.structs.replace(config, quantization=REQUESTED[requested])
+
+
 def with_quantized_parts(config: ModelConfig, names: Mapping[tuple[str, ...], TensorName]) -> ModelConfig:
     """The model with those parts named whose modules are quantised.
 
@@ -199,6 +217,12 @@ def _strings(value: Any, key: str) -> tuple[str, ...]:
     return tuple(value)
 
 
+# What weights can be quantised to while they are loaded.
+REQUESTED: Mapping[str, QuantizationConfig] = {
+    "int8": QuantizationConfig(numbers="int8", block=(1, _WHOLE_ROW)),
+    "fp8": QuantizationConfig(numbers="fp8", block=(1, _WHOLE_ROW)),
+    "int4": QuantizationConfig(numbers="int4", block=(1, 32), scale_dtype="bfloat16"),
+}
 # (format, type, bits) -> numbers, and what may share a factor.
 _COMPRESSED: Mapping[tuple[Any, Any, Any], tuple[Any, tuple[str, ...]]] = {
     ("pack-quantized", "int", 4): ("int4", ("group", "channel")),

@@ -15,6 +15,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from checkpoints import orbax_io
+from checkpoints.quantized import Quantizer, quantizing
 from checkpoints.source import Index, TensorSource
 from jaxserve.config import ModelConfig
 from jaxserve.errors import LaunchError
@@ -64,6 +65,27 @@ def load_weights(
 
     weights = tree_of((path, load(path)) for path in progress(list(decoder.param_specs)))
     return jax.block_until_ready(weights)
+
+
+def quantized_as(source: TensorSource, decoder: Decoder, names: dict[Path, TensorName]) -> TensorSource:
+    """The checkpoint, quantised while it is read if the model is and the checkpoint is not.
+
+    Raises:
+        LaunchError: it has weights in an order that cannot be quantised so.
+    """
+    quantization = decoder.config.quantization
+    if quantization is None or any(name.endswith("_scale") for name in source.shapes):
+        return source
+    wanted: set[str] = set()
+    quantizer = Quantizer(np.dtype(np.uint8), quantization.block[1], np.dtype(np.float32))
+    for path, spec in decoder.param_specs.items():
+        if spec.stored is not None and path[-1] == "weight":
+            if names[path].transposed:
+                raise LaunchError(f"--quantization: {names[path].pattern} has inputs and outputs the other way round")
+            wanted |= {name for name, *_ in _tensors_of(spec, names[path], 1)}
+            scale_dtype = decoder.param_specs[*path[:-1], "scale"].dtype
+            quantizer = Quantizer(spec.dtype, quantization.block[1], scale_dtype)
+    return quantizing(source, wanted, quantizer)
 
 
 def restore_weights(folder: pathlib.Path, decoder: Decoder, checkpoint_config: ModelConfig, mesh: Mesh) -> Weights:

@@ -9,11 +9,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import ml_dtypes
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from checkpoints import orbax_io
+from jaxserve.errors import LaunchError
 from tests.parity.test_golden import GOLDEN, close, load, row, run
 
 GROUP = 8
@@ -154,6 +157,53 @@ def test_dense_layers_and_experts(name: str, tmp_path: Path) -> None:
         close(logits(folder, tp_size=4), want)
 
 
+def save_as_orbax(folder: Path, destination: Path) -> Path:
+    model = load(str(folder))
+    shutil.copytree(folder, destination, ignore=shutil.ignore_patterns("*.safetensors"))
+    manifest = orbax_io.Manifest(architecture="any", dtype="float32", source=str(folder))
+    orbax_io.save(destination, model.runner._weights, manifest)
+    return destination
+
+
+REQUESTED = {
+    "int8": channels(np.int8, 127),
+    "fp8": channels(ml_dtypes.float8_e4m3fn, 448),
+    "int4": lambda w: groups_of_32(w),
+}
+
+
+def groups_of_32(w: np.ndarray) -> Quantized:
+    """Signed integers of 4 bits with bfloat16 factors; the last group of a row may be shorter."""
+    plain = np.empty_like(w)
+    for start in range(0, w.shape[1], 32):
+        part = w[:, start : start + 32]
+        scale = (np.abs(part).max(1, keepdims=True) / 7).astype(ml_dtypes.bfloat16).astype(np.float32)
+        plain[:, start : start + 32] = np.rint(part / scale) * scale
+    return Quantized({}, plain)
+
+
+@pytest.mark.parametrize("name", REQUESTED)
+def test_quantised_while_loading(name: str, tmp_path: Path) -> None:
+    plain = load_file(GOLDEN / "qwen3_moe" / "model.safetensors")
+    for tensor in linear_maps(plain):
+        plain[tensor] = REQUESTED[name](plain[tensor]).plain.astype(np.float32)
+    want = logits(write(tmp_path / "plain", "qwen3_moe", plain))
+    close(logits(GOLDEN / "qwen3_moe", quantization=name), want)
+    if name != "int4":
+        close(logits(GOLDEN / "qwen3_moe", quantization=name, tp_size=4), want)
+
+
+def test_what_cannot_be_quantised_is_told(gpt_oss: tuple[Path, Path]) -> None:
+    quantised, plain = gpt_oss
+    load(str(quantised), quantization="mxfp4")
+    with pytest.raises(LaunchError, match="--quantization int8: the checkpoint is quantised already, as mxfp4"):
+        load(str(quantised), quantization="int8")
+    with pytest.raises(LaunchError, match="--quantization awq: the checkpoint is not quantised so"):
+        load(str(plain), quantization="awq")
+    with pytest.raises(LaunchError, match="down_proj has inputs and outputs the other way"):
+        load(str(plain), quantization="int8")
+
+
 @pytest.fixture(scope="module")
 def gpt_oss(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """With experts in MXFP4, as published, and in float32, as transformers would write it."""
@@ -180,8 +230,32 @@ def gpt_oss(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return quantised, write(folder / "plain", "gpt_oss", plain, intermediate_size=inner)
 
 
-def test_gpt_oss_as_published(gpt_oss: tuple[Path, Path]) -> None:
+def test_gpt_oss_as_published(gpt_oss: tuple[Path, Path], tmp_path: Path) -> None:
     quantised, plain = gpt_oss
     want = logits(plain)
     close(logits(quantised), want)
     close(logits(quantised, tp_size=4, ep_size=4), want)
+    saved = save_as_orbax(quantised, tmp_path / "orbax")
+    close(logits(saved, tp_size=2, ep_size=2), want)
+
+
+def test_bytes_on_the_device_are_those_of_the_file(gpt_oss: tuple[Path, Path]) -> None:
+    file = load_file(gpt_oss[0] / "model.safetensors")
+    weights = load(str(gpt_oss[0])).runner._weights
+    assert sum(leaf.nbytes for leaf in jax.tree.leaves(weights)) == sum(tensor.nbytes for tensor in file.values())
+
+
+def test_what_does_not_fit_is_told(gpt_oss: tuple[Path, Path], tmp_path: Path) -> None:
+    """Blocks on two devices; factors of another dtype; tensors that are missing."""
+    with pytest.raises(LaunchError, match="32 numbers in blocks of 32 do not divide over 2 devices; try another --tp"):
+        load(str(gpt_oss[0]), tp_size=2)
+    folder = shutil.copytree(gpt_oss[0], tmp_path / "changed")
+    tensors = load_file(folder / "model.safetensors")
+    scales = next(name for name in tensors if name.endswith("_scales"))
+    save_file(tensors | {scales: tensors[scales].astype(np.float32)}, folder / "model.safetensors")
+    with pytest.raises(LaunchError, match="is float32, the config says that it is uint8"):
+        load(str(folder))
+    del tensors[scales]
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(LaunchError, match=r"missing: model.layers.0.mlp.experts.\w+_scale"):
+        load(str(folder))
