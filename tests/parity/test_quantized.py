@@ -165,13 +165,6 @@ def save_as_orbax(folder: Path, destination: Path) -> Path:
     return destination
 
 
-REQUESTED = {
-    "int8": channels(np.int8, 127),
-    "fp8": channels(ml_dtypes.float8_e4m3fn, 448),
-    "int4": lambda w: groups_of_32(w),
-}
-
-
 def groups_of_32(w: np.ndarray) -> Quantized:
     """Signed integers of 4 bits with bfloat16 factors; the last group of a row may be shorter."""
     plain = np.empty_like(w)
@@ -180,6 +173,13 @@ def groups_of_32(w: np.ndarray) -> Quantized:
         scale = (np.abs(part).max(1, keepdims=True) / 7).astype(ml_dtypes.bfloat16).astype(np.float32)
         plain[:, start : start + 32] = np.rint(part / scale) * scale
     return Quantized({}, plain)
+
+
+REQUESTED = {
+    "int8": channels(np.int8, 127),
+    "fp8": channels(ml_dtypes.float8_e4m3fn, 448),
+    "int4": groups_of_32,
+}
 
 
 @pytest.mark.parametrize("name", REQUESTED)
