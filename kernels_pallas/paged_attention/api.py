@@ -87,6 +87,12 @@ class AttentionConfig:
         """The heads of one of `parts` shards."""
         return dataclasses.replace(self, num_q_heads=self.num_q_heads // parts, num_kv_heads=self.num_kv_heads // parts)
 
+    def cache_scales(self, scales_2K: jax.Array | None) -> jax.Array | None:
+        """f32[2, K], what keys and values are divided by; values that are a part of their keys, by what those are."""
+        if scales_2K is None or self.value_dim is None:
+            return scales_2K
+        return jnp.broadcast_to(scales_2K[:1], scales_2K.shape)
+
     def to_cache(self, x_TKH: jax.Array, scale_K: jax.Array | None) -> jax.Array:
         """Keys or values in the cache's dtype, divided by their head's scale; what 8 bits cannot hold is clipped."""
         if jnp.dtype(self.dtype).itemsize > 1:

@@ -30,6 +30,7 @@ class Case:
         window, soft_cap: see `AttentionConfig`.
         sinks: every head has one.
         scaled: keys and values are cached divided by a scale per head.
+        value_dim: see `AttentionConfig`.
     """
 
     q_lens: tuple[int, ...]
@@ -42,6 +43,7 @@ class Case:
     soft_cap: float | None = None
     sinks: bool = False
     scaled: bool = False
+    value_dim: int | None = None
 
     def config(self, dtype: Any, *, batch_invariant: bool = False) -> AttentionConfig:
         """Of the model that this is a step of."""
@@ -57,6 +59,7 @@ class Case:
             scale=head_dim**-0.5,
             window=self.window,
             soft_cap=self.soft_cap,
+            value_dim=self.value_dim,
             batch_invariant=batch_invariant,
         )
 
@@ -81,6 +84,7 @@ SHAPES = {
     "tiles_of_both_sizes": Case(q_lens=(1, 130, 5, 128, 300), kv_lens=(9, 130, 205, 128, 431), num_tokens=576),
     "multi_head": Case(q_lens=(1, 40), kv_lens=(21, 40), heads=(4, 4, 16)),
     "multi_query": Case(q_lens=(1, 40), kv_lens=(21, 40), heads=(8, 1, 64)),
+    "latent": Case(q_lens=(1, 1, 5, 30), kv_lens=(16, 77, 5, 90), heads=(16, 1, 576), value_dim=512, num_tokens=64),
     "nothing": Case(q_lens=(), kv_lens=()),
 }
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -171,6 +175,8 @@ def expected(case: Case, config: AttentionConfig, step: Step) -> tuple[np.ndarra
         new_PSKH[slot_t // case.page_size, slot_t % case.page_size] = _cached(new_TKH[:live], config, scale_K)
         pages.append(new_PSKH)
         read.append(new_PSKH[LAYER * config.num_pages :] * (1.0 if scale_K is None else scale_K[:, None]))
+    if case.value_dim is not None:
+        pages[1], read[1] = pages[0][..., : case.value_dim], read[0][..., : case.value_dim]
     o_TNH = paged_attention_reference(
         step.q_TNH, read[0], read[1], kv_lens_B, table_BM, cu_q_lens_B1, len(case.q_lens), config, step.sinks_N
     )

@@ -21,7 +21,7 @@ def paged_attention_reference(
     Returns:
         o_TNH, float64; tokens that belong to no row are 0.
     """
-    o_TNH = np.zeros(q_TNH.shape, np.float64)
+    o_TNH = np.zeros((*q_TNH.shape[:2], config.out_dim), np.float64)
     group = config.num_q_heads // config.num_kv_heads
     for row in range(num_rows):
         first, end, kv_len = int(cu_q_lens_B1[row]), int(cu_q_lens_B1[row + 1]), int(kv_lens_B[row])

@@ -58,7 +58,7 @@ class TpuAttention:
         self.config = config
         # The other half is for what else is read number by number.
         self.max_table_entries: int | None = memory.smem_bytes // 2 // 4
-        self._layout = TpuLayout(config.head_dim, config.dtype, config.page_size)
+        self._layout = TpuLayout.of(config)
         _check(config)
         self._tiles = choose_tpu_tiles(config.split(model_size(mesh)), self._layout, memory.vmem_bytes)
         self._vmem_bytes = memory.vmem_bytes
@@ -108,6 +108,7 @@ class TpuAttention:
         scales_2K: jax.Array | None,
     ) -> tuple[jax.Array, Cache]:
         config = self.config
+        scales_2K = config.cache_scales(scales_2K)
         k_scale_K, v_scale_K = (None, None) if scales_2K is None else scales_2K
         kv_TKZ = self._layout.pack(config.to_cache(k_TKH, k_scale_K), config.to_cache(v_TKH, v_scale_K))
         q_TNZ = self._layout.pad_queries(q_TNH.astype(config.compute_dtype))
@@ -183,7 +184,7 @@ class TpuAttention:
             return pl.BlockSpec((1, num_heads, *dims), lambda index, *_: (index, 0, 0, 0))
 
         specs = {
-            "q": block(rows, layout.head_lanes),
+            "q": block(rows, layout.query_lanes),
             "new": block(shape.block_tokens, layout.lanes),
             "sinks": pl.BlockSpec((num_heads, rows, 1), lambda *_: (0, 0, 0)),
             "scales": pl.BlockSpec(memory_space=pltpu.SMEM),
@@ -198,19 +199,22 @@ class TpuAttention:
                 num_scalar_prefetch=num_scalars,
                 grid=(num_programs,),
                 in_specs=[*(specs[name] for name in operands), anywhere],
-                out_specs=[block(rows, layout.head_lanes), anywhere],
+                out_specs=[block(rows, layout.result_lanes), anywhere],
                 scratch_shapes=[
                     pltpu.VMEM((2, shape.pages_per_buffer, *pages.shape[1:]), config.dtype),
                     pltpu.VMEM((num_heads, shape.stage_tokens, layout.lanes), config.dtype),
                     pltpu.VMEM((num_heads, rows, LANES), jnp.float32),
                     pltpu.VMEM((num_heads, rows, LANES), jnp.float32),
-                    pltpu.VMEM((num_heads, rows, layout.head_lanes), jnp.float32),
+                    pltpu.VMEM((num_heads, rows, layout.result_lanes), jnp.float32),
                     pltpu.SemaphoreType.DMA((2,)),
                     pltpu.SemaphoreType.DMA,
                     pltpu.SMEM((1,), jnp.int32),
                 ],
             ),
-            out_shape=[jax.ShapeDtypeStruct(operands["q"].shape, operands["q"].dtype), pages],
+            out_shape=[
+                jax.ShapeDtypeStruct((*operands["q"].shape[:3], layout.result_lanes), operands["q"].dtype),
+                pages,
+            ],
             input_output_aliases={num_scalars + len(operands): 1},
             compiler_params=pltpu.CompilerParams(
                 dimension_semantics=("arbitrary",), vmem_limit_bytes=int(self._vmem_bytes * VMEM_FRACTION)
@@ -236,8 +240,6 @@ def _from_blocks(x_CKQZ: jax.Array, block_tokens: int) -> jax.Array:
 
 
 def _check(config: AttentionConfig) -> None:
-    if config.value_dim is not None:
-        raise NotImplementedError("the TPU kernel knows no values that are a part of their keys")
     if config.dtype == jnp.float16:
         raise NotImplementedError("the TPU kernel has no float16: the MXU has none")
     if config.page_size % _MIN_PAGE_SIZE:

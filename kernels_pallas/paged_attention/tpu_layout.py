@@ -3,6 +3,7 @@
     head of 64:   | key 0..63 | value 64..127 |                      one tile of 128 lanes
     head of 128:  | key 0..127 | value 128..255 |                    two tiles
     head of 80:   | key 0..79, zeros | value 128..207, zeros |       two tiles
+    key of 576, the first 512 of it the value: | key 0..575, zeros |  five tiles
 
 `[L * P pages, K heads, S tokens, Z lanes]`: a page is contiguous, and a head's page is a matrix.
 """
@@ -12,6 +13,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+
+from kernels_pallas.paged_attention.api import AttentionConfig
 
 LANES = 128
 
@@ -24,31 +27,45 @@ class TpuLayout:
         head_dim: H.
         dtype: of the cache.
         page_size: S.
+        value_dim: values are the first so many numbers of their keys; None for values of their own.
     """
 
     head_dim: int
     dtype: Any
     page_size: int
+    value_dim: int | None = None
+
+    @classmethod
+    def of(cls, config: AttentionConfig) -> "TpuLayout":
+        """The layout of a model's cache."""
+        return cls(config.head_dim, config.dtype, config.page_size, config.value_dim)
 
     @property
     def shared(self) -> bool:
-        """Key and value share one tile of lanes."""
-        return 2 * self.head_dim <= LANES
+        """Key and value lie beside each other in one tile of lanes."""
+        return self.value_dim is None and 2 * self.head_dim <= LANES
 
     @property
-    def half(self) -> int:
-        """Lanes of a key; the value's start there."""
-        return self.head_dim if self.shared else -(-self.head_dim // LANES) * LANES
+    def value_start(self) -> int:
+        """First lane of a value."""
+        if self.value_dim is not None:
+            return 0
+        return self.head_dim if self.shared else _whole_tiles(self.head_dim)
 
     @property
     def lanes(self) -> int:
         """Z."""
-        return LANES if self.shared else 2 * self.half
+        return LANES if self.shared else self.value_start + _whole_tiles(self.head_dim)
 
     @property
-    def head_lanes(self) -> int:
-        """Lanes of queries and of results."""
-        return LANES if self.shared else self.half
+    def query_lanes(self) -> int:
+        """Lanes of a query."""
+        return LANES if self.shared else _whole_tiles(self.head_dim)
+
+    @property
+    def result_lanes(self) -> int:
+        """Lanes of a result."""
+        return self.query_lanes if self.value_dim is None else _whole_tiles(self.value_dim)
 
     @property
     def sublanes(self) -> int:
@@ -57,31 +74,35 @@ class TpuLayout:
 
     def pack(self, k: jax.Array, v: jax.Array) -> jax.Array:
         """[..., H] keys and values -> [..., Z]."""
-        if self.shared:
-            return self._pad(jnp.concatenate([k, v], axis=-1), self.lanes)
-        return jnp.concatenate([self._pad(k, self.half), self._pad(v, self.half)], axis=-1)
+        if self.value_dim is None:
+            k = jnp.concatenate([_pad(k, self.value_start), v], axis=-1)
+        return _pad(k, self.lanes)
 
     def unpack(self, kv: jax.Array) -> tuple[jax.Array, jax.Array]:
         """The inverse of `pack`."""
-        return kv[..., : self.head_dim], kv[..., self.half : self.half + self.head_dim]
+        return kv[..., : self.head_dim], self.results(self.values(kv))
 
     def pad_queries(self, q: jax.Array) -> jax.Array:
-        """[..., H] -> [..., head_lanes]; zeros against the values' lanes leave them out of the scores."""
-        return self._pad(q, self.head_lanes)
+        """[..., H] -> [..., query_lanes]; zeros against the values' lanes leave them out of the scores."""
+        return _pad(q, self.query_lanes)
 
     def keys(self, kv: jax.Array) -> jax.Array:
         """The lanes that queries meet."""
-        return kv if self.shared else kv[..., : self.half]
+        return kv[..., : self.query_lanes]
 
     def values(self, kv: jax.Array) -> jax.Array:
         """The lanes that weights meet."""
-        return kv if self.shared else kv[..., self.half :]
+        return kv if self.shared else kv[..., self.value_start : self.value_start + self.result_lanes]
 
     def results(self, o: jax.Array) -> jax.Array:
-        """[..., head_lanes] -> [..., H]."""
-        start = self.half if self.shared else 0
-        return o[..., start : start + self.head_dim]
+        """[..., result_lanes] -> [..., H], or as many numbers as a value has."""
+        start = self.value_start if self.shared else 0
+        return o[..., start : start + (self.head_dim if self.value_dim is None else self.value_dim)]
 
-    @staticmethod
-    def _pad(x: jax.Array, size: int) -> jax.Array:
-        return jnp.pad(x, ((0, 0),) * (x.ndim - 1) + ((0, size - x.shape[-1]),))
+
+def _whole_tiles(numbers: int) -> int:
+    return -(-numbers // LANES) * LANES
+
+
+def _pad(x: jax.Array, size: int) -> jax.Array:
+    return jnp.pad(x, ((0, 0),) * (x.ndim - 1) + ((0, size - x.shape[-1]),))

@@ -71,8 +71,9 @@ class KernelShape:
         cached, computed = jnp.dtype(config.dtype).itemsize, jnp.dtype(config.compute_dtype).itemsize
         token = layout.lanes * cached
         # The pipeline keeps two blocks of queries, new tokens and results.
-        blocks = 2 * (2 * self.block_rows * layout.head_lanes * computed + self.block_tokens * token)
-        state = self.block_rows * (2 * LANES + layout.head_lanes) * 4
+        head_lanes = layout.query_lanes + layout.result_lanes
+        blocks = 2 * (self.block_rows * head_lanes * computed + self.block_tokens * token)
+        state = self.block_rows * (2 * LANES + layout.result_lanes) * 4
         buffers = (2 * self.buffer_tokens + self.stage_tokens) * token
         scores = _SCORE_COPIES * self.block_rows * self.buffer_tokens * 4
         return config.num_kv_heads * (blocks + state + buffers) + scores
@@ -141,11 +142,11 @@ def decode_bytes(shape: KernelShape, kv_lens: list[int]) -> int:
     count = len(kv_lens)
     scalars = Scalars(None, np.asarray(kv_lens, np.int32), np.arange(count + 1, dtype=np.int32), None, None)
     token = config.num_kv_heads * layout.lanes * jnp.dtype(config.dtype).itemsize
-    head = layout.head_lanes * jnp.dtype(config.compute_dtype).itemsize
+    head = (layout.query_lanes + layout.result_lanes) * jnp.dtype(config.compute_dtype).itemsize
     pages = 0
     for row in range(count):
         span = span_of(shape, scalars, row, row)
         for buffer in range(int(span.lowest) // shape.buffer_tokens, -(-int(span.end) // shape.buffer_tokens)):
             first, end = page_range(shape, span, buffer)
             pages += int(end - first)
-    return pages * config.page_size * token + count * ((layout.sublanes + 1) * token + 2 * config.num_q_heads * head)
+    return pages * config.page_size * token + count * ((layout.sublanes + 1) * token + config.num_q_heads * head)

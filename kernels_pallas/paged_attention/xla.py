@@ -94,6 +94,7 @@ class XlaAttention:
     ) -> tuple[jax.Array, Cache]:
         c = self.config
         q_TKGH = q_TNH.reshape(q_TNH.shape[0], k_TKH.shape[1], -1, c.head_dim)
+        scales_2K = c.cache_scales(scales_2K)
         k_scale_K, v_scale_K = (None, None) if scales_2K is None else scales_2K
         if k_scale_K is not None:
             q_TKGH = q_TKGH.astype(jnp.float32) * k_scale_K[:, None, None]
@@ -106,8 +107,6 @@ class XlaAttention:
         new = {"k": c.to_cache(k_TKH, k_scale_K)}
         if c.value_dim is None:
             new["v"] = c.to_cache(v_TKH, v_scale_K)
-        else:
-            v_scale_K = k_scale_K
         cache = {name: write_tokens(cache[name], page_T, slot_T % c.page_size, x) for name, x in new.items()}
         layer_inputs = LayerInputs(
             q_TKGH=q_TKGH.astype(c.compute_dtype),
