@@ -56,8 +56,6 @@ class GpuAttention:
         Raises:
             NotImplementedError: for what the kernels cannot do, with the reason.
         """
-        if config.value_dim is not None:
-            raise NotImplementedError("the GPU kernels know no values that are a part of their keys")
         if config.dtype not in _CACHE_DTYPES:
             raise NotImplementedError(
                 f"a cache of {jnp.dtype(config.dtype)}: Hopper's tensor cores multiply float32 only as TF32, with 10 "
@@ -71,8 +69,8 @@ class GpuAttention:
         self._num_cores = num_cores
         self._interpret = interpret
         self._decode_tile, self._prefill_tile = tiles or (
-            choose_tile(config.head_dim, config.dtype, decode=True, smem_bytes=smem_bytes),
-            choose_tile(config.head_dim, config.dtype, decode=False, smem_bytes=smem_bytes),
+            choose_tile(config, decode=True, smem_bytes=smem_bytes),
+            choose_tile(config, decode=False, smem_bytes=smem_bytes),
         )
         self._group = padded_group(config.num_q_heads, config.num_kv_heads)
 
@@ -119,19 +117,16 @@ class GpuAttention:
     ) -> tuple[jax.Array, Cache]:
         c, meta = self.config, plan.meta
         first_page = (layer * c.num_pages).astype(jnp.int32)
-        k_scale_K, v_scale_K = (None, None) if scales_2K is None else scales_2K
-        keys, values = kv_update(
-            c.to_cache(k_TKH, k_scale_K),
-            c.to_cache(v_TKH, v_scale_K),
-            cache["k"],
-            cache["v"],
-            meta.slot_mapping_T,
-            first_page,
-            c.num_pages,
-            self._interpret,
+        scales_2K = c.cache_scales(scales_2K)
+        scales = (None, None) if scales_2K is None else scales_2K
+        # Values that are a part of their keys have no pages of their own.
+        new = [c.to_cache(x_TKH, scale_K) for _, x_TKH, scale_K in zip(cache, (k_TKH, v_TKH), scales, strict=False)]
+        pages = kv_update(
+            new, list(cache.values()), meta.slot_mapping_T, first_page, c.num_pages, self._interpret
         )
-        attended = GpuLayer(keys, values, first_page, meta, sinks_N, scales_2K)
-        o_TNH = jnp.zeros_like(q_TNH)
+        cache = dict(zip(cache, pages, strict=True))
+        attended = GpuLayer(cache["k"], cache.get("v"), first_page, meta, sinks_N, scales_2K)
+        o_TNH = jnp.zeros((*q_TNH.shape[:2], c.out_dim), q_TNH.dtype)
         if plan.tiles is not None:
             o_TNH = attend_prefill(c, self._prefill_tile, q_TNH, attended, plan.tiles, self._interpret)
             o_TNH = o_TNH.astype(q_TNH.dtype)
@@ -140,7 +135,7 @@ class GpuAttention:
             live_B = jnp.arange(o_BNH.shape[0]) < meta.distribution_2[0]
             rows = slice(0, o_BNH.shape[0])
             o_TNH = o_TNH.at[rows].set(jnp.where(live_B[:, None, None], o_BNH.astype(q_TNH.dtype), o_TNH[rows]))
-        return o_TNH, {"k": keys, "v": values}
+        return o_TNH, cache
 
     def _decode(self, q_TNH: jax.Array, layer: GpuLayer) -> jax.Array:
         """See `attend_decode`."""

@@ -1,10 +1,11 @@
 """Attention of rows that run one token.
 
 The query heads of a key head share a tile of 64 rows. A row's keys are split over several thread blocks, so that a
-few long rows fill the device; their parts are merged afterwards.
+few long rows fill the device; their parts are merged afterwards. Each part is a mean already: where values are a part
+of their keys it is kept in bf16, in the place of the queries.
 
 Dimension key: B rows, M pages per row, K key/value heads, G query heads of each (padded to a multiple of 8), H head
-dim, S page size, P pages of all layers, X splits.
+dim, V that of the values, S page size, P pages of all layers, X splits.
 """
 
 from collections.abc import Callable
@@ -20,10 +21,10 @@ from kernels_pallas.paged_attention.gpu_layer import GpuLayer
 from kernels_pallas.paged_attention.gpu_softmax import (
     LOG2E,
     Block,
-    Converted,
     Softmax,
     Workspace,
     attend_block,
+    converted_types,
     empty_softmax,
     key_iota,
 )
@@ -41,7 +42,7 @@ from kernels_pallas.paged_attention.gpu_stream import (
 from kernels_pallas.paged_attention.gpu_tile import Tile
 from kernels_pallas.paged_attention.partial_softmax import MASKED
 from kernels_pallas.pallas import pl, plgpu
-from kernels_pallas.warpgroup import WARPGROUP_ROWS, smem
+from kernels_pallas.warpgroup import WARPGROUP_ROWS, along_rows, smem
 
 # Thread blocks per multiprocessor to aim for.
 _BLOCKS_PER_CORE = 2
@@ -57,7 +58,7 @@ class DecodeInputs(NamedTuple):
         page_table_BM: i32.
         scales_2K: f32 scales of a quantised cache, else ones.
         q_BKGH: bf16.
-        keys_PKSH, values_PKSH: pages of all layers.
+        keys_PKSH, values_PKSH: pages of all layers; no values where they are a part of their keys.
     """
 
     layer_2: Any
@@ -70,7 +71,10 @@ class DecodeInputs(NamedTuple):
 
 
 class DecodeOutputs(NamedTuple):
-    """Partial softmaxes in base 2: [B, K, X, G, H], [B, K, X, G] and the same; rows not decoded hold anything."""
+    """Partial softmaxes in base 2: means [B, K, X, G, V], maxima and sums of weights f32[B, K, X, G].
+
+    Rows not decoded hold anything.
+    """
 
     out: Any
     top: Any
@@ -90,6 +94,8 @@ class _Scratch(NamedTuple):
     queries: Any
     queries_ready: Any
     stages: Any
+    free: Any
+    together: Any
     weights: Any
     converted: Any
     out: Any
@@ -123,9 +129,11 @@ def decode_bytes(config: AttentionConfig, tile: Tile, splits: int, kv_lens: list
                 numbers = page_numbers(blocks, tile, config.page_size, jnp.int32(index))
                 copied |= {(int(number), part) for number in numbers}
             stretches += len(copied)
-    cached = stretches * stretch * 2 * config.num_kv_heads * config.head_dim * itemsize
+    arrays = 2 if config.value_dim is None else 1
+    cached = stretches * stretch * arrays * config.num_kv_heads * config.head_dim * itemsize
     heads = len(kv_lens) * config.num_kv_heads * group
-    return cached + heads * splits * (2 * config.head_dim + 2 * 4 * (config.head_dim + 2))
+    part = config.out_dim * jnp.dtype(_part_dtype(config)).itemsize + 2 * 4
+    return cached + heads * splits * (2 * config.head_dim + 2 * part)
 
 
 def attend_decode(
@@ -157,30 +165,38 @@ def attend_decode(
     # A fresh function per call: one that is reused with another grid keeps its first trace.
     kernel = plgpu.kernel(
         partial(_kernel, problem=_Problem(config, tile, splits, layer.quantized)),
-        out_type=(jax.ShapeDtypeStruct((*parts, head_dim), jnp.float32), stats, stats),
-        scratch_types=[_scratch_types(tile, head_dim, config.page_size, layer.keys_PKSH.dtype)],
+        out_type=(jax.ShapeDtypeStruct((*parts, config.out_dim), _part_dtype(config)), stats, stats),
+        scratch_types=[_scratch_types(tile, config)],
         grid=(splits, num_kv_heads, num_rows),
         grid_names=("split", "head", "row"),
+        num_threads=tile.warpgroups if tile.shares_rows else None,
+        thread_name="warpgroup" if tile.shares_rows else None,
         kernel_name="paged_decode",
         compiler_params=plgpu.CompilerParams(approx_math=True),
         interpret=interpret,
     )
-    outputs = DecodeOutputs(*kernel(*inputs))
+    outputs = DecodeOutputs(*kernel(inputs))
     o_BKGH = _merge(outputs, None if layer.sinks_N is None else layer.sinks_N.reshape(num_kv_heads, group))
     live_B = jnp.arange(num_rows) < num_decode
-    return jnp.where(live_B[:, None, None, None], o_BKGH[:, :, :group], 0).reshape(q_BNH.shape)
+    return jnp.where(live_B[:, None, None, None], o_BKGH[:, :, :group], 0).reshape(num_rows, num_heads, -1)
 
 
-def _scratch_types(tile: Tile, head_dim: int, page_size: int, dtype: Any) -> _Scratch:
-    step = smem((tile.keys, head_dim), jnp.bfloat16)
+def _part_dtype(config: AttentionConfig) -> Any:
+    return jnp.float32 if config.value_dim is None else jnp.bfloat16
+
+
+def _scratch_types(tile: Tile, config: AttentionConfig) -> _Scratch:
     rows = plgpu.SMEM((WARPGROUP_ROWS,), jnp.float32)
+    together = plgpu.Barrier(num_arrivals=tile.warpgroups) if tile.warpgroups > 1 else None
     return _Scratch(
-        queries=smem((WARPGROUP_ROWS, head_dim), jnp.bfloat16),
+        queries=smem((WARPGROUP_ROWS, config.head_dim), jnp.bfloat16),
         queries_ready=plgpu.Barrier(),
-        stages=stage_types(tile, head_dim, page_size, dtype),
-        weights=smem((WARPGROUP_ROWS, tile.keys), jnp.bfloat16) if tile.interpretable else None,
-        converted=Converted(step, step, None, None) if jnp.dtype(dtype).itemsize == 1 else None,
-        out=smem((WARPGROUP_ROWS, tile.width), jnp.float32),
+        stages=stage_types(tile, config),
+        free=plgpu.Barrier(num_arrivals=tile.warpgroups, num_barriers=tile.stages) if tile.warpgroups > 1 else None,
+        together=together,
+        weights=smem((tile.warpgroups, WARPGROUP_ROWS, tile.keys), jnp.bfloat16) if tile.interpretable else None,
+        converted=converted_types(tile, config, together, together),
+        out=smem((WARPGROUP_ROWS, tile.width), jnp.float32) if config.value_dim is None else None,
         top=rows,
         total=rows,
     )
@@ -192,23 +208,29 @@ def _merge(parts: DecodeOutputs, sinks_KG: jax.Array | None) -> jax.Array:
     if sinks_KG is not None:
         sinks_KG = jnp.pad(sinks_KG * LOG2E, ((0, 0), (0, top_BKG.shape[-1] - sinks_KG.shape[-1])))
         top_BKG = jnp.maximum(top_BKG, sinks_KG)
-    weight_BKXG = jnp.exp2(parts.top - top_BKG[:, :, None])
-    total_BKG = jnp.sum(parts.total * weight_BKXG, axis=2)
+    weight_BKXG = parts.total * jnp.exp2(parts.top - top_BKG[:, :, None])
+    total_BKG = jnp.sum(weight_BKXG, axis=2)
     if sinks_KG is not None:
         total_BKG += jnp.exp2(sinks_KG - top_BKG)
-    return jnp.sum(parts.out * weight_BKXG[..., None], axis=2) / total_BKG[..., None]
+    return jnp.sum(parts.out.astype(jnp.float32) * weight_BKXG[..., None], axis=2) / total_BKG[..., None]
 
 
-def _kernel(*refs: Any, problem: _Problem) -> None:
-    inputs, outputs = DecodeInputs(*refs[:7]), DecodeOutputs(*refs[7:10])
-    scratch: _Scratch = refs[10]
+def _kernel(
+    inputs: DecodeInputs, out: Any, top: Any, total: Any, scratch: _Scratch, *, problem: _Problem
+) -> None:
+    outputs = DecodeOutputs(out, top, total)
     row = lax.axis_index("row")
 
     @pl.when(row < inputs.layer_2[1])
     def _live() -> None:
         kv_len = inputs.kv_lens_B[row]
         blocks = _split_blocks(problem, row, kv_len, lax.axis_index("split"))
-        _attend(problem, inputs, outputs, scratch, blocks, kv_len)
+        if not problem.tile.shares_rows:
+            _attend(problem, inputs, outputs, scratch, blocks, 0)
+            return
+        for warpgroup in range(problem.tile.warpgroups):
+            attend = partial(_attend, problem, inputs, outputs, scratch, blocks, warpgroup)
+            pl.when(lax.axis_index("warpgroup") == warpgroup)(attend)
 
 
 def _split_blocks(problem: _Problem, row: jax.Array, kv_len: jax.Array, split: jax.Array) -> KeyBlocks:
@@ -227,51 +249,66 @@ def _attend(
     outputs: DecodeOutputs,
     scratch: _Scratch,
     blocks: KeyBlocks,
-    kv_len: jax.Array,
+    warpgroup: int,
 ) -> None:
-    """Attend the blocks, write the partial softmax."""
+    """Attend the blocks, write the partial softmax. The first warpgroup copies for all."""
     config, tile = problem.config, problem.tile
-    head, split = lax.axis_index("head"), lax.axis_index("split")
+    head, split, kv_len = lax.axis_index("head"), lax.axis_index("split"), inputs.kv_lens_B[blocks.row]
     group = pl.ds(0, inputs.q_BKGH.shape[2])
     stages = Stages(*scratch.stages)
     source = Source(head, inputs.layer_2[0], inputs.page_table_BM, inputs.keys_PKSH, inputs.values_PKSH)
     # The tile's other rows hold anything: rows of a product do not mix, and theirs are not written.
-    plgpu.copy_gmem_to_smem(inputs.q_BKGH.at[blocks.row, head], scratch.queries.at[group], scratch.queries_ready)
-    for ahead in range(tile.stages):
-        for copy in _copies(tile, source, stages, blocks, blocks.first + ahead, jnp.int32(ahead)):
-            copy()
+    if warpgroup == 0:
+        plgpu.copy_gmem_to_smem(inputs.q_BKGH.at[blocks.row, head], scratch.queries.at[group], scratch.queries_ready)
+        for ahead in range(tile.stages):
+            for copy in _copies(tile, source, stages, blocks, blocks.first + ahead, jnp.int32(ahead)):
+                copy()
     plgpu.barrier_wait(scratch.queries_ready)
     work = Workspace(
-        warpgroup=jnp.int32(0),
+        warpgroup=warpgroup,
+        parts=tile.parts(config.out_dim, warpgroup),
         queries=scratch.queries,
         stages=stages,
-        weights=scratch.weights,
-        mended=None,
+        weights=None if scratch.weights is None else scratch.weights.at[warpgroup],
+        mended=scratch.together,
         converted=scratch.converted,
         key_scale=inputs.scales_2K[0, head] if problem.quantized else None,
     )
 
     def body(index: jax.Array, state: Softmax) -> Softmax:
         slot = lax.rem(index - blocks.first, tile.stages)
-        next_keys, next_values = _copies(tile, source, stages, blocks, index + tile.stages, slot)
+        copies = []
+        if warpgroup == 0:
+            copies = _copies(tile, source, stages, blocks, index + tile.stages, slot)
+        free = None if scratch.free is None else scratch.free.at[slot]
         block = Block(
             slot=slot,
             live=live_keys(blocks, index, kv_len, tile, config.page_size),
             mask=partial(_mask, config, tile, index * tile.keys, kv_len),
-            keys_read=next_keys,
-            values_read=next_values,
+            keys_read=partial(_refill, copies[:-1], None),
+            values_read=partial(_refill, copies[-1:], free),
         )
         return attend_block(config, tile, work, block, state)
 
-    state = lax.fori_loop(blocks.first, blocks.end, body, empty_softmax(tile, config.head_dim))
+    state = lax.fori_loop(blocks.first, blocks.end, body, empty_softmax(tile, work.parts))
     value_scale = inputs.scales_2K[1, head] if problem.quantized else None
-    _write(tile, outputs, scratch, state, (blocks.row, head, split), group, value_scale)
+    _write(work, outputs, scratch, state, (blocks.row, head, split), group, value_scale)
+
+
+def _refill(copies: list[Callable[[], None]], free: Any) -> None:
+    """Copy into what has been read: by all warpgroups, if there is a barrier of theirs."""
+    if free is not None:
+        plgpu.barrier_arrive(free)
+        if copies:
+            plgpu.barrier_wait(free)
+    for copy in copies:
+        copy()
 
 
 def _copies(
     tile: Tile, source: Source, stages: Stages, blocks: KeyBlocks, index: jax.Array, slot: jax.Array
-) -> tuple[Callable[[], None], Callable[[], None]]:
-    """What starts to copy a block's keys, and its values, if there is such a block."""
+) -> list[Callable[[], None]]:
+    """What starts to copy a block's keys, and its values where they are apart, if there is such a block."""
     # Looked up now, so that the answer is there when the copies start.
     pages = find_pages(source, blocks, tile, index)
 
@@ -280,14 +317,14 @@ def _copies(
         def _exists() -> None:
             copy_block(pages_PKSH, source.head, pages, index, tile, buffer, ready, slot)
 
-    return (
-        partial(copy, source.keys_PKSH, stages.keys, stages.keys_ready),
-        partial(copy, source.values_PKSH, stages.values, stages.values_ready),
-    )
+    copies = [partial(copy, source.keys_PKSH, stages.keys, stages.keys_ready)]
+    if stages.values is not None:
+        copies.append(partial(copy, source.values_PKSH, stages.values, stages.values_ready))
+    return copies
 
 
 def _write(
-    tile: Tile,
+    work: Workspace,
     outputs: DecodeOutputs,
     scratch: _Scratch,
     state: Softmax,
@@ -296,15 +333,23 @@ def _write(
     value_scale: jax.Array | None,
 ) -> None:
     """Send the group's rows of the partial softmax to their place."""
-    scratch.top[...], scratch.total[...] = state.top, state.total
-    for columns, out_mh in zip(tile.parts(outputs.out.shape[-1]), state.out, strict=True):
-        scratch.out[...] = out_mh if value_scale is None else out_mh * value_scale
+    factor_m = jnp.where(state.total > 0, (1.0 if value_scale is None else value_scale) / state.total, 0.0)
+    if scratch.together is not None:
+        # The queries' place is taken once all have read them.
+        plgpu.barrier_arrive(scratch.together)
+        plgpu.barrier_wait(scratch.together)
+    for columns, out_mh in zip(work.parts, state.out, strict=True):
+        buffer = scratch.queries.at[:, columns] if scratch.out is None else scratch.out
+        buffer[...] = (out_mh * along_rows(factor_m, out_mh.shape[1])).astype(outputs.out.dtype)
         plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(scratch.out.at[group], outputs.out.at[(*part, slice(None), columns)])
-        # The buffer is used again for the next columns.
+        plgpu.copy_smem_to_gmem(buffer.at[group], outputs.out.at[(*part, slice(None), columns)])
+        # The buffer may be used again for the next columns.
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-    plgpu.copy_smem_to_gmem(scratch.top.at[group], outputs.top.at[part])
-    plgpu.copy_smem_to_gmem(scratch.total.at[group], outputs.total.at[part])
+    if work.warpgroup == 0:
+        scratch.top[...], scratch.total[...] = state.top, state.total
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(scratch.top.at[group], outputs.top.at[part])
+        plgpu.copy_smem_to_gmem(scratch.total.at[group], outputs.total.at[part])
     plgpu.wait_smem_to_gmem(0)
 
 

@@ -12,14 +12,14 @@ class GpuLayer(NamedTuple):
     """One layer on one shard, the step's keys and values written already.
 
     Attributes:
-        keys_PKSH, values_PKSH: pages of all layers.
+        keys_PKSH, values_PKSH: pages of all layers; no values where they are a part of their keys.
         first_page: i32, first page of this one.
         meta: the step.
         sinks_N, scales_2K: see `AttentionBackend.attend`.
     """
 
     keys_PKSH: jax.Array
-    values_PKSH: jax.Array
+    values_PKSH: jax.Array | None
     first_page: jax.Array
     meta: AttentionMeta
     sinks_N: jax.Array | None

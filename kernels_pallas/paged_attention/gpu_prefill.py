@@ -1,8 +1,8 @@
 """Attention of rows that run several tokens: tiles of consecutive packed tokens, whichever rows they belong to.
 
 Dimension key: T packed tokens, B rows, M pages per row, K key/value heads, G query heads of each (padded to a power
-of two), H head dim, S page size, P pages of all layers, Q tiles, W warpgroups of a tile, m rows of a warpgroup (64):
-pairs of a token and a query head, token first.
+of two), H head dim, V that of the values, S page size, P pages of all layers, Q tiles, W bands of 64 rows of a tile, m
+rows of a band: pairs of a token and a query head, token first.
 """
 
 from collections.abc import Callable
@@ -18,10 +18,10 @@ from kernels_pallas.paged_attention.gpu_layer import GpuLayer
 from kernels_pallas.paged_attention.gpu_softmax import (
     LOG2E,
     Block,
-    Converted,
     Softmax,
     Workspace,
     attend_block,
+    converted_types,
     empty_softmax,
     key_iota,
     row_iota,
@@ -65,7 +65,7 @@ class PrefillInputs(NamedTuple):
         scales_2K: f32 scales of a quantised cache, else ones.
         sinks_KWm: f32, in base 2, or None.
         q_QKWmH: bf16.
-        keys_PKSH, values_PKSH: pages of all layers.
+        keys_PKSH, values_PKSH: pages of all layers; no values where they are a part of their keys.
     """
 
     first_page_1: Any
@@ -87,7 +87,7 @@ class _Scratch(NamedTuple):
     keys_free: Any
     values_free: Any
     weights: Any
-    mended: Any
+    together: Any
     converted: Any
 
 
@@ -147,7 +147,7 @@ def attend_prefill(
     Returns:
         o_TNH in bf16, 0 for tokens of other rows and of none.
     """
-    num_tokens, num_heads, head_dim = q_TNH.shape
+    num_tokens, num_heads, _ = q_TNH.shape
     num_kv_heads, meta = layer.num_kv_heads, layer.meta
     group = padded_group(num_heads, num_kv_heads)
     tokens = tile.rows // group
@@ -167,8 +167,8 @@ def attend_prefill(
     # A fresh function per call: one that is reused with another grid keeps its first trace.
     kernel = plgpu.kernel(
         partial(_kernel, problem=problem),
-        out_type=jax.ShapeDtypeStruct(inputs.q_QKWmH.shape, jnp.bfloat16),
-        scratch_types=[_scratch_types(tile, head_dim, config.page_size, layer.keys_PKSH.dtype)],
+        out_type=jax.ShapeDtypeStruct((*inputs.q_QKWmH.shape[:-1], config.out_dim), jnp.bfloat16),
+        scratch_types=[_scratch_types(tile, config)],
         grid=(num_kv_heads, inputs.q_QKWmH.shape[0]),
         grid_names=("head", "tile"),
         num_threads=tile.warpgroups + 1,
@@ -177,9 +177,9 @@ def attend_prefill(
         compiler_params=plgpu.CompilerParams(approx_math=True),
         interpret=interpret,
     )
-    o_QKWmH = kernel(inputs)
-    o_QKtGH = o_QKWmH.reshape(-1, num_kv_heads, tokens, group, head_dim)[..., : num_heads // num_kv_heads, :]
-    return jnp.swapaxes(o_QKtGH, 1, 2).reshape(-1, num_heads, head_dim)[:num_tokens]
+    o_QKWmV = kernel(inputs)
+    o_QKtGV = o_QKWmV.reshape(-1, num_kv_heads, tokens, group, config.out_dim)[..., : num_heads // num_kv_heads, :]
+    return jnp.swapaxes(o_QKtGV, 1, 2).reshape(-1, num_heads, config.out_dim)[:num_tokens]
 
 
 def _tile_queries(q_TNH: jax.Array, num_kv_heads: int, problem: _Problem) -> jax.Array:
@@ -188,7 +188,7 @@ def _tile_queries(q_TNH: jax.Array, num_kv_heads: int, problem: _Problem) -> jax
     q_TKGH = q_TNH.reshape(num_tokens, num_kv_heads, group, head_dim)
     q_TKGH = jnp.pad(q_TKGH, ((0, -num_tokens % problem.tokens), (0, 0), (0, problem.group - group), (0, 0)))
     q_QtKGH = q_TKGH.reshape(-1, problem.tokens, num_kv_heads, problem.group, head_dim)
-    shape = (-1, num_kv_heads, problem.tile.warpgroups, WARPGROUP_ROWS, head_dim)
+    shape = (-1, num_kv_heads, problem.tile.bands, WARPGROUP_ROWS, head_dim)
     return jnp.swapaxes(q_QtKGH, 1, 2).reshape(shape)
 
 
@@ -198,20 +198,18 @@ def _tile_sinks(sinks_N: jax.Array, num_kv_heads: int, problem: _Problem) -> jax
     return jnp.tile(sinks_KG, (1, problem.tokens)).reshape(num_kv_heads, -1, WARPGROUP_ROWS)
 
 
-def _scratch_types(tile: Tile, head_dim: int, page_size: int, dtype: Any) -> _Scratch:
-    step = smem((tile.keys, head_dim), jnp.bfloat16)
-    rows = (tile.warpgroups, WARPGROUP_ROWS)
+def _scratch_types(tile: Tile, config: AttentionConfig) -> _Scratch:
     free = plgpu.Barrier(num_arrivals=tile.warpgroups, num_barriers=tile.stages)
     together = plgpu.Barrier(num_arrivals=tile.warpgroups) if tile.warpgroups > 1 else None
     return _Scratch(
-        queries=smem((*rows, head_dim), jnp.bfloat16),
-        queries_ready=plgpu.Barrier(num_barriers=tile.warpgroups),
-        stages=stage_types(tile, head_dim, page_size, dtype),
+        queries=smem((tile.bands, WARPGROUP_ROWS, config.head_dim), jnp.bfloat16),
+        queries_ready=plgpu.Barrier(num_barriers=tile.bands),
+        stages=stage_types(tile, config),
         keys_free=free,
-        values_free=free,
-        weights=smem((*rows, tile.keys), jnp.bfloat16) if tile.interpretable else None,
-        mended=together,
-        converted=Converted(step, step, together, together) if jnp.dtype(dtype).itemsize == 1 else None,
+        values_free=free if config.value_dim is None else None,
+        weights=smem((tile.warpgroups, WARPGROUP_ROWS, tile.keys), jnp.bfloat16) if tile.interpretable else None,
+        together=together,
+        converted=converted_types(tile, config, together, together),
     )
 
 
@@ -219,11 +217,17 @@ def _kernel(inputs: PrefillInputs, out: Any, scratch: _Scratch, *, problem: _Pro
     warpgroups = problem.tile.warpgroups
     warpgroup = lax.axis_index("warpgroup")
 
-    @pl.when(warpgroup < warpgroups)
-    def _compute() -> None:
+    def compute(warpgroup: jax.Array | int) -> None:
         if warpgroups == 2:
             plgpu.set_max_registers(_COMPUTE_REGISTERS, action="increase")
         _attend(problem, inputs, out, scratch, _tile_index(), warpgroup)
+
+    if problem.tile.shares_rows:
+        # Which columns are whose has to be known when the kernel is traced.
+        for index in range(warpgroups):
+            pl.when(warpgroup == index)(partial(compute, index))
+    else:
+        pl.when(warpgroup < warpgroups)(partial(compute, warpgroup))
 
     @pl.when(warpgroup == warpgroups)
     def _move() -> None:
@@ -247,13 +251,14 @@ def _stream(problem: _Problem, inputs: PrefillInputs, scratch: _Scratch, tile: j
         lax.axis_index("head"), inputs.first_page_1[0], inputs.page_table_BM, inputs.keys_PKSH, inputs.values_PKSH
     )
 
+    cached = [(source.keys_PKSH, stages.keys, stages.keys_ready, scratch.keys_free)]
+    if stages.values is not None:
+        cached.append((source.values_PKSH, stages.values, stages.values_ready, scratch.values_free))
+
     def copy(at: _Position, _: None) -> None:
         slot = lax.rem(at.step, num_stages)
         pages = find_pages(source, at.share.blocks, problem.tile, at.block)
-        for pages_PKSH, buffer, ready, free in (
-            (source.keys_PKSH, stages.keys, stages.keys_ready, scratch.keys_free),
-            (source.values_PKSH, stages.values, stages.values_ready, scratch.values_free),
-        ):
+        for pages_PKSH, buffer, ready, free in cached:
             pl.when(at.step >= num_stages)(partial(plgpu.barrier_wait, free.at[slot]))
             copy_block(pages_PKSH, source.head, pages, at.block, problem.tile, buffer, ready, slot)
 
@@ -298,20 +303,23 @@ def _row_share(problem: _Problem, inputs: PrefillInputs, tile: jax.Array, row: j
 
 
 def _attend(
-    problem: _Problem, inputs: PrefillInputs, out: Any, scratch: _Scratch, tile: jax.Array, warpgroup: jax.Array
+    problem: _Problem, inputs: PrefillInputs, out: Any, scratch: _Scratch, tile: jax.Array, warpgroup: jax.Array | int
 ) -> None:
     """A computing warpgroup: attend the keys of the tile's rows in turn, write the result."""
-    config, head = problem.config, lax.axis_index("head")
-    queries = scratch.queries.at[warpgroup]
-    ready = scratch.queries_ready.at[warpgroup]
-    plgpu.copy_gmem_to_smem(inputs.q_QKWmH.at[tile, head, warpgroup], queries, ready)
+    config, head, shares_rows = problem.config, lax.axis_index("head"), problem.tile.shares_rows
+    band = 0 if shares_rows else warpgroup
+    queries = scratch.queries.at[band]
+    ready = scratch.queries_ready.at[band]
+    if not shares_rows or warpgroup == 0:
+        plgpu.copy_gmem_to_smem(inputs.q_QKWmH.at[tile, head, band], queries, ready)
     plgpu.barrier_wait(ready)
     work = Workspace(
         warpgroup=warpgroup,
+        parts=problem.tile.parts(config.out_dim, warpgroup),
         queries=queries,
         stages=Stages(*scratch.stages),
         weights=None if scratch.weights is None else scratch.weights.at[warpgroup],
-        mended=scratch.mended,
+        mended=scratch.together,
         converted=scratch.converted,
         key_scale=inputs.scales_2K[0, head] if problem.quantized else None,
     )
@@ -319,36 +327,51 @@ def _attend(
     def attend(at: _Position, state: Softmax) -> Softmax:
         slot = lax.rem(at.step, problem.tile.stages)
         first_key = at.block * problem.tile.keys
+        keys_read = partial(plgpu.barrier_arrive, scratch.keys_free.at[slot])
+        values_read = keys_read
+        if scratch.values_free is None:
+            keys_read = _nothing
+        else:
+            values_read = partial(plgpu.barrier_arrive, scratch.values_free.at[slot])
         block = Block(
             slot=slot,
             live=live_keys(at.share.blocks, at.block, at.share.kv_len, problem.tile, config.page_size),
-            mask=partial(_mask, problem, at.share, tile, warpgroup, first_key),
-            keys_read=partial(plgpu.barrier_arrive, scratch.keys_free.at[slot]),
-            values_read=partial(plgpu.barrier_arrive, scratch.values_free.at[slot]),
+            mask=partial(_mask, problem, at.share, tile, band, first_key),
+            keys_read=keys_read,
+            values_read=values_read,
         )
         return attend_block(config, problem.tile, work, block, state)
 
-    state = _walk(problem, inputs, tile, attend, empty_softmax(problem.tile, config.head_dim))
+    state = _walk(problem, inputs, tile, attend, empty_softmax(problem.tile, work.parts))
     sinks_m = None
     if inputs.sinks_KWm is not None:
-        sinks_m = plgpu.load(inputs.sinks_KWm.at[head, warpgroup], optimized=False)
+        sinks_m = plgpu.load(inputs.sinks_KWm.at[head, band], optimized=False)
     value_scale = inputs.scales_2K[1, head] if problem.quantized else None
-    _write(problem, queries, state, sinks_m, value_scale)
-    plgpu.copy_smem_to_gmem(queries, out.at[tile, head, warpgroup])
+    if shares_rows:
+        # The queries' place is taken once all have read them.
+        plgpu.barrier_arrive(scratch.together)
+        plgpu.barrier_wait(scratch.together)
+    _write(work, state, sinks_m, value_scale)
+    columns = slice(work.parts[0].start, work.parts[-1].stop)
+    plgpu.copy_smem_to_gmem(queries.at[:, columns], out.at[tile, head, band, :, columns])
     plgpu.wait_smem_to_gmem(0)
+
+
+def _nothing() -> None:
+    """Keys that are values, too, are read with those."""
 
 
 def _mask(
     problem: _Problem,
     share: _RowShare,
     tile: jax.Array,
-    warpgroup: jax.Array,
+    band: jax.Array | int,
     first_key: jax.Array,
     scores_ms: jax.Array,
 ) -> jax.Array:
     """Hide keys that a query does not see; blocks that all queries see whole need nothing."""
     keys, window = problem.tile.keys, problem.config.window
-    first_row = warpgroup * WARPGROUP_ROWS
+    first_row = band * WARPGROUP_ROWS
     first = tile * problem.tokens + lax.div(first_row, problem.group)
     last = tile * problem.tokens + lax.div(first_row + WARPGROUP_ROWS - 1, problem.group)
     inside = (first >= share.start) & (last < share.end) & (first_key + keys - 1 <= first + share.shift)
@@ -369,9 +392,7 @@ def _mask(
     return lax.cond(inside, lambda scores_ms: scores_ms, hide, scores_ms)
 
 
-def _write(
-    problem: _Problem, queries: Any, state: Softmax, sinks_m: jax.Array | None, value_scale: jax.Array | None
-) -> None:
+def _write(work: Workspace, state: Softmax, sinks_m: jax.Array | None, value_scale: jax.Array | None) -> None:
     """Put the finished values where the queries were."""
     total_m, factor_m = state.total, jnp.ones_like(state.total)
     if sinks_m is not None:
@@ -382,7 +403,6 @@ def _write(
         factor_m *= value_scale
     # Tokens without keys: of decoding rows, and padding.
     factor_m = jnp.where(total_m > 0, factor_m / total_m, 0.0)
-    tile = problem.tile
-    for part, out_mh in zip(tile.parts(problem.config.head_dim), state.out, strict=True):
-        queries.at[:, part][...] = (out_mh * along_rows(factor_m, tile.width)).astype(jnp.bfloat16)
+    for part, out_mh in zip(work.parts, state.out, strict=True):
+        work.queries.at[:, part][...] = (out_mh * along_rows(factor_m, out_mh.shape[1])).astype(jnp.bfloat16)
     plgpu.commit_smem()

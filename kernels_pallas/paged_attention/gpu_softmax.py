@@ -17,7 +17,7 @@ from kernels_pallas.paged_attention.gpu_stream import LiveKeys, Stages
 from kernels_pallas.paged_attention.gpu_tile import Tile
 from kernels_pallas.paged_attention.partial_softmax import LOWEST, MASKED
 from kernels_pallas.pallas import pl, plgpu
-from kernels_pallas.warpgroup import MATRIX, ROWS, WARPGROUP_ROWS, along_rows, product
+from kernels_pallas.warpgroup import MATRIX, ROWS, WARPGROUP_ROWS, along_rows, product, smem
 
 LOG2E = math.log2(math.e)
 
@@ -35,7 +35,10 @@ class Softmax(NamedTuple):
 
 
 class Converted(NamedTuple):
-    """Keys and values of a step in bf16 [s, H], and the barriers among the warpgroups that share them."""
+    """Keys and values of a step in bf16 [s, H], and the barriers among the warpgroups that share them.
+
+    There are no values where they are a part of their keys.
+    """
 
     keys: Any
     values: Any
@@ -47,7 +50,8 @@ class Workspace(NamedTuple):
     """What a computing warpgroup works in.
 
     Attributes:
-        warpgroup: its index.
+        warpgroup: its index; known when the kernel is traced where warpgroups share rows.
+        parts: its columns of the values, as `Tile.parts` has them.
         queries: [m, H] in shared memory.
         stages: of the keys and values.
         weights: [m, s] in shared memory for the interpreter, else None.
@@ -56,7 +60,8 @@ class Workspace(NamedTuple):
         key_scale: of the head, f32 scalar, or None.
     """
 
-    warpgroup: jax.Array
+    warpgroup: jax.Array | int
+    parts: list[slice]
     queries: Any
     stages: Stages
     weights: Any
@@ -93,14 +98,24 @@ def key_iota(keys: int) -> jax.Array:
     return plgpu.broadcasted_iota(jnp.int32, (WARPGROUP_ROWS, keys), 1, layout=MATRIX)
 
 
-def empty_softmax(tile: Tile, head_dim: int) -> Softmax:
+def converted_types(
+    tile: Tile, config: AttentionConfig, written: Any = None, read: Any = None
+) -> Converted | None:
+    """Scratch types of `Converted`; None for a cache that needs none."""
+    if jnp.dtype(config.dtype).itemsize > 1:
+        return None
+    step = smem((tile.keys, config.head_dim), jnp.bfloat16)
+    return Converted(step, step if config.value_dim is None else None, written, read)
+
+
+def empty_softmax(tile: Tile, parts: list[slice]) -> Softmax:
     """The state before any key."""
 
     def full(shape: tuple[int, ...], value: float, layout: Any) -> jax.Array:
         return plgpu.layout_cast(jnp.full(shape, value, jnp.float32), layout)
 
     rows = (WARPGROUP_ROWS,)
-    out = tuple(full((WARPGROUP_ROWS, tile.width), 0, MATRIX) for _ in tile.parts(head_dim))
+    out = tuple(full((WARPGROUP_ROWS, tile.width), 0, MATRIX) for _ in parts)
     return Softmax(full(rows, MASKED, ROWS), full(rows, 0, ROWS), out)
 
 
@@ -108,10 +123,14 @@ def attend_block(config: AttentionConfig, tile: Tile, work: Workspace, block: Bl
     """Attend a block, after those that `state` is over."""
     stages, slot = work.stages, block.slot
     if work.converted is None:
-        keys, values = stages.keys.at[slot], stages.values.at[slot]
+        keys = stages.keys.at[slot]
+        values = keys if stages.values is None else stages.values.at[slot]
         plgpu.barrier_wait(stages.keys_ready.at[slot])
+        if stages.values is None:
+            _mend(tile, work, values, block.live)
     else:
-        keys, values = work.converted.keys, work.converted.values
+        keys = work.converted.keys
+        values = keys if work.converted.values is None else work.converted.values
         _convert(tile, work, block)
         block.keys_read()
         block.values_read()
@@ -123,7 +142,7 @@ def attend_block(config: AttentionConfig, tile: Tile, work: Workspace, block: Bl
     weights_ms = jnp.exp2(scores_ms - along_rows(jnp.maximum(top_m, LOWEST), tile.keys))
     old_m = jnp.exp2(state.top - top_m)
     total_m = state.total * old_m + jnp.sum(weights_ms, axis=1)
-    if work.converted is None:
+    if work.converted is None and stages.values is not None:
         plgpu.barrier_wait(stages.values_ready.at[slot])
         _mend(tile, work, values, block.live)
     out = _weigh(tile, work, weights_ms.astype(jnp.bfloat16), values, old_m, state.out)
@@ -143,7 +162,7 @@ def _weigh(
         work.weights[...] = weights_ms
         plgpu.commit_smem()
     total = []
-    for part, out_mh in zip(tile.parts(values.shape[-1]), out, strict=True):
+    for part, out_mh in zip(work.parts, out, strict=True):
         shrunk_mh = out_mh * along_rows(old_m, tile.width)
         if work.weights is None:
             multiply = partial(_multiply, left=weights_ms, right=values.at[:, part])
@@ -213,13 +232,13 @@ def _live_rows(x_sH: jax.Array, live: LiveKeys, start: int) -> jax.Array:
 
 
 def _convert(tile: Tile, work: Workspace, block: Block) -> None:
-    """Keys and values of the block to bf16; with two warpgroups, one each."""
+    """Keys and values of the block to bf16; with two warpgroups, one or a half each."""
     assert work.converted is not None
     slot = block.slot
     stages, converted = work.stages, work.converted
 
-    def convert(source: Any, target: Any, live: LiveKeys | None) -> None:
-        for start, rows, columns in _pieces(tile, target.shape[-1]):
+    def convert(source: Any, target: Any, live: LiveKeys | None, share: slice = slice(None)) -> None:
+        for start, rows, columns in _pieces(tile, target.shape[-1])[share]:
             x_sH = plgpu.load(source.at[slot, rows, columns], layout=plgpu.Layout.WGMMA_UPCAST_2X, optimized=False)
             if jnp.issubdtype(x_sH.dtype, jnp.floating):
                 # Hopper has no instruction from 8 to 16 bits of this kind; both steps are exact.
@@ -228,10 +247,14 @@ def _convert(tile: Tile, work: Workspace, block: Block) -> None:
             target.at[rows, columns][...] = x_sH if live is None else _live_rows(x_sH, live, start)
 
     plgpu.barrier_wait(stages.keys_ready.at[slot])
-    plgpu.barrier_wait(stages.values_ready.at[slot])
-
-    _by_warpgroup(tile, work, 0, lambda: convert(stages.keys, converted.keys, None))
-    _by_warpgroup(tile, work, tile.warpgroups - 1, lambda: convert(stages.values, converted.values, block.live))
+    if stages.values is None:
+        for index in range(tile.warpgroups):
+            share = slice(index, None, tile.warpgroups)
+            _by_warpgroup(tile, work, index, partial(convert, stages.keys, converted.keys, block.live, share))
+    else:
+        plgpu.barrier_wait(stages.values_ready.at[slot])
+        _by_warpgroup(tile, work, 0, lambda: convert(stages.keys, converted.keys, None))
+        _by_warpgroup(tile, work, tile.warpgroups - 1, lambda: convert(stages.values, converted.values, block.live))
     plgpu.commit_smem()
     if tile.warpgroups > 1:
         plgpu.barrier_arrive(converted.written)

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from kernels_pallas.paged_attention.api import AttentionConfig
 from kernels_pallas.paged_attention.gpu_tile import Tile
 from kernels_pallas.pallas import pl, plgpu
 from kernels_pallas.warpgroup import smem
@@ -38,7 +39,10 @@ class LiveKeys(NamedTuple):
 
 
 class Stages(NamedTuple):
-    """Shared memory for `stages` steps [stages, keys, H], and the barriers that announce what has arrived."""
+    """Shared memory for `stages` steps [stages, keys, H], and the barriers that announce what has arrived.
+
+    There are no values where they are a part of their keys.
+    """
 
     keys: Any
     values: Any
@@ -53,7 +57,7 @@ class Source(NamedTuple):
         head: key head.
         layer_page: first page of the layer.
         page_table_BM: i32, pages within the layer.
-        keys_PKSH, values_PKSH: pages of all layers.
+        keys_PKSH, values_PKSH: pages of all layers; no values where they are a part of their keys.
     """
 
     head: jax.Array
@@ -63,11 +67,11 @@ class Source(NamedTuple):
     values_PKSH: Any
 
 
-def stage_types(tile: Tile, head_dim: int, page_size: int, dtype: Any) -> Stages:
+def stage_types(tile: Tile, config: AttentionConfig) -> Stages:
     """Scratch types of `Stages`."""
-    buffer = smem((tile.stages, tile.keys, head_dim), dtype)
-    ready = plgpu.Barrier(num_arrivals=max(1, tile.keys // page_size), num_barriers=tile.stages)
-    return Stages(buffer, buffer, ready, ready)
+    buffer = smem((tile.stages, tile.keys, config.head_dim), config.dtype)
+    ready = plgpu.Barrier(num_arrivals=max(1, tile.keys // config.page_size), num_barriers=tile.stages)
+    return Stages(buffer, buffer, ready, ready) if config.value_dim is None else Stages(buffer, None, ready, None)
 
 
 def blocks_between(row: jax.Array, first_key: jax.Array, end_key: jax.Array, tile: Tile, page_size: int) -> KeyBlocks:

@@ -5,6 +5,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from kernels_pallas.paged_attention.api import AttentionConfig
 from kernels_pallas.warpgroup import WARPGROUP_ROWS
 
 # What a thread block may use on Hopper.
@@ -20,10 +21,12 @@ class Tile:
     """How one thread block works.
 
     Attributes:
-        warpgroups: that compute, 64 rows of queries each.
+        warpgroups: that compute, 64 rows of queries each, unless they share them.
         keys: per step.
         stages: steps whose keys and values are in shared memory at a time.
         width: of a product of weights and values; wider ones are cut, or their results would not fit the registers.
+        shares_rows: the warpgroups have the same 64 rows, and an equal part of the values' columns each: all of them
+            would not fit one's registers.
         interpretable: keep to what the interpreter can do. It takes the operands of products from shared memory and
             cannot go on with an accumulator; the device does better with registers.
     """
@@ -32,27 +35,39 @@ class Tile:
     keys: int
     stages: int
     width: int
+    shares_rows: bool = False
     interpretable: bool = False
 
     @property
     def rows(self) -> int:
         """Query rows of the thread block."""
-        return self.warpgroups * WARPGROUP_ROWS
+        return self.bands * WARPGROUP_ROWS
 
-    def parts(self, head_dim: int) -> list[slice]:
-        """The head dim cut to `width`."""
-        return [slice(start, start + self.width) for start in range(0, head_dim, self.width)]
+    @property
+    def bands(self) -> int:
+        """Stretches of 64 query rows."""
+        return 1 if self.shares_rows else self.warpgroups
 
-    def smem_bytes(self, head_dim: int, cache_dtype: Any, *, decode: bool) -> int:
-        """Bytes of shared memory: queries, stages, converted keys and values, weights and results."""
-        itemsize = jnp.dtype(cache_dtype).itemsize
-        total = self.rows * head_dim * 2 + 2 * self.stages * self.keys * head_dim * itemsize
+    def parts(self, value_dim: int, warpgroup: Any) -> list[slice]:
+        """A warpgroup's columns of the values, cut to `width`; its number counts only where they share rows."""
+        columns = value_dim // self.warpgroups if self.shares_rows else value_dim
+        first = warpgroup * columns if self.shares_rows else 0
+        return [slice(start, start + self.width) for start in range(first, first + columns, self.width)]
+
+    def smem_bytes(self, config: AttentionConfig, *, decode: bool) -> int:
+        """Bytes of shared memory: queries, stages, converted keys and values, and results.
+
+        Where values are a part of their keys, results take the place of the queries: there is none for their own.
+        """
+        itemsize = jnp.dtype(config.dtype).itemsize
+        step = self.keys * config.head_dim * (2 if config.value_dim is None else 1)
+        total = self.rows * config.head_dim * 2 + self.stages * step * itemsize
         if itemsize == 1:
-            total += 2 * self.keys * head_dim * 2
-        if self.interpretable:
-            total += self.rows * self.keys * 2
+            total += step * 2
         if decode:
-            total += self.rows * self.width * 4 + 2 * _ALIGNMENT
+            total += 2 * _ALIGNMENT
+            if config.value_dim is None:
+                total += self.rows * self.width * 4
         return total + _OVERHEAD
 
 
@@ -71,31 +86,43 @@ _PREFILL = {
     128: Tile(warpgroups=2, keys=128, stages=3, width=128),
     256: Tile(warpgroups=2, keys=64, stages=3, width=256),
 }
+# By dims of keys and of the values that are a part of them, for both kernels.
+_LATENT = {(576, 512): Tile(warpgroups=2, keys=64, stages=2, width=256, shares_rows=True)}
 _MIN_STAGES = 2
 
 
-def choose_tile(head_dim: int, cache_dtype: Any, *, decode: bool, smem_bytes: int = HOPPER_SMEM_BYTES) -> Tile:
-    """The tile for a head dim, with as many stages as fit.
+def choose_tile(config: AttentionConfig, *, decode: bool, smem_bytes: int = HOPPER_SMEM_BYTES) -> Tile:
+    """The tile for a model's heads, with as many stages as fit.
 
     Decode aims at two thread blocks per multiprocessor: one computes, starts or ends while the other loads.
 
     Args:
-        head_dim: of keys and values.
-        cache_dtype: their dtype.
+        config: of the model.
         decode: for rows that run one token, or for the others.
         smem_bytes: shared memory that a thread block may use.
 
     Raises:
         NotImplementedError: no tile for the head dim, or none that fits.
     """
-    table = _DECODE if decode else _PREFILL
-    if head_dim not in table:
-        raise NotImplementedError(f"head dim {head_dim}: the GPU kernels know {sorted(table)}")
-    largest = table[head_dim]
+    largest = _largest_tile(config, decode=decode)
     tiles = [replace(largest, stages=stages) for stages in range(largest.stages, _MIN_STAGES - 1, -1)]
     for limit in (smem_bytes // 2, smem_bytes) if decode else (smem_bytes,):
         for tile in tiles:
-            if tile.smem_bytes(head_dim, cache_dtype, decode=decode) <= limit:
+            if tile.smem_bytes(config, decode=decode) <= limit:
                 return tile
-    need = tiles[-1].smem_bytes(head_dim, cache_dtype, decode=decode)
-    raise NotImplementedError(f"head dim {head_dim} needs {need} bytes of shared memory, the device has {smem_bytes}")
+    need = tiles[-1].smem_bytes(config, decode=decode)
+    raise NotImplementedError(
+        f"head dim {config.head_dim} needs {need} bytes of shared memory, the device has {smem_bytes}"
+    )
+
+
+def _largest_tile(config: AttentionConfig, *, decode: bool) -> Tile:
+    if config.value_dim is not None:
+        dims = (config.head_dim, config.value_dim)
+        if dims not in _LATENT:
+            raise NotImplementedError(f"keys and values of {dims} numbers: the GPU kernels know {sorted(_LATENT)}")
+        return _LATENT[dims]
+    table = _DECODE if decode else _PREFILL
+    if config.head_dim not in table:
+        raise NotImplementedError(f"head dim {config.head_dim}: the GPU kernels know {sorted(table)}")
+    return table[config.head_dim]

@@ -78,7 +78,7 @@ class Gpu(Xla):
         from kernels_pallas.paged_attention.gpu_tile import choose_tile
 
         tiles = tuple(
-            dataclasses.replace(choose_tile(config.head_dim, config.dtype, decode=decode), interpretable=True)
+            dataclasses.replace(choose_tile(config, decode=decode), interpretable=True)
             for decode in (True, False)
         )
         params = plgpu.InterpretGPUParams(detect_races=True)
@@ -198,7 +198,7 @@ def test_quantised_cache(implementation: type[Any], dtype: jnp.dtype, page_size:
 
 
 @pytest.mark.parametrize("dtype", [BF16, FP8, INT8], ids=str)
-@pytest.mark.parametrize("implementation", [Xla, *(pytest.param(one, marks=needs_pallas) for one in (Tpu,))])
+@pytest.mark.parametrize("implementation", [Xla, *(pytest.param(one, marks=needs_pallas) for one in (Tpu, Gpu))])
 def test_values_that_are_a_part_of_their_keys(implementation: type[Any], dtype: jnp.dtype) -> None:
     run(implementation, SHAPES["latent"].with_options(scaled=dtype != BF16), dtype)
 
@@ -257,7 +257,7 @@ def test_gpu_decode_reads_live_pages_once(page_size: int, window: int | None) ->
     from kernels_pallas.paged_attention.gpu_tile import choose_tile
 
     config = Case(q_lens=(), kv_lens=(), page_size=page_size, heads=(32, 8, 128), window=window).config(BF16)
-    tile = choose_tile(128, BF16, decode=True)
+    tile = choose_tile(config, decode=True)
     kv_lens = [1, 64, 65, 1000, 4000]
     token_bytes = 2 * 8 * 128 * 2
     seen = [length if window is None else min(length, window) for length in kv_lens]
