@@ -52,6 +52,12 @@ def product(left: Any, right: Any, width: int) -> jax.Array:
     return pl.run_scoped(multiply, plgpu.WGMMAAccumulatorRef((WARPGROUP_ROWS, width), jnp.float32))
 
 
+def meet(barrier: Any) -> None:
+    """Wait until all warpgroups that share a barrier are here."""
+    plgpu.barrier_arrive(barrier)
+    plgpu.barrier_wait(barrier)
+
+
 def along_rows(x_m: jax.Array, width: int) -> jax.Array:
     """The same value across each row."""
     return lax.broadcast_in_dim(x_m, (WARPGROUP_ROWS, width), [0])

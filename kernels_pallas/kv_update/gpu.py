@@ -17,6 +17,7 @@ from kernels_pallas.pallas import pl, plgpu
 # A thread block's keys and values: several blocks then share a multiprocessor.
 _MAX_BYTES = 64 * 1024
 _MAX_TOKENS = 16
+_MAX_WIDTH = 256
 
 
 def kv_update(
@@ -43,7 +44,10 @@ def kv_update(
     dtype = new_TKH[0].dtype
     token_bytes = len(new_TKH) * num_heads * head_dim * dtype.itemsize
     tokens = math.gcd(num_tokens, min(_MAX_TOKENS, 1 << max(0, (_MAX_BYTES // token_bytes).bit_length() - 1)))
-    buffer = plgpu.SMEM((tokens, num_heads, head_dim), dtype)
+    # Wider heads are cut, as the memory accelerator copies so many numbers of an axis at most.
+    width = head_dim if head_dim <= _MAX_WIDTH else math.gcd(head_dim, _MAX_WIDTH)
+    tiling = plgpu.TilingTransform((width,))  # pyright: ignore[reportAbstractUsage]
+    buffer = plgpu.SMEM((tokens, num_heads, head_dim), dtype, transforms=() if width == head_dim else (tiling,))
     # A fresh function per call: one that is reused with another grid keeps its first trace.
     write = plgpu.kernel(
         partial(_write_block, tokens=tokens, pages_per_layer=pages_per_layer),

@@ -5,7 +5,7 @@ few long rows fill the device; their parts are merged afterwards. Each part is a
 of their keys it is kept in bf16, in the place of the queries.
 
 Dimension key: B rows, M pages per row, K key/value heads, G query heads of each (padded to a multiple of 8), H head
-dim, V that of the values, S page size, P pages of all layers, X splits.
+dim, V numbers of a value, S page size, P pages of all layers, X splits.
 """
 
 from collections.abc import Callable
@@ -42,7 +42,7 @@ from kernels_pallas.paged_attention.gpu_stream import (
 from kernels_pallas.paged_attention.gpu_tile import Tile
 from kernels_pallas.paged_attention.partial_softmax import MASKED
 from kernels_pallas.pallas import pl, plgpu
-from kernels_pallas.warpgroup import WARPGROUP_ROWS, along_rows, smem
+from kernels_pallas.warpgroup import WARPGROUP_ROWS, along_rows, meet, smem
 
 # Thread blocks per multiprocessor to aim for.
 _BLOCKS_PER_CORE = 2
@@ -71,9 +71,9 @@ class DecodeInputs(NamedTuple):
 
 
 class DecodeOutputs(NamedTuple):
-    """Partial softmaxes in base 2: means [B, K, X, G, V], maxima and sums of weights f32[B, K, X, G].
+    """Partial softmaxes in base 2: means [B, K, X, G, H], maxima and sums of weights f32[B, K, X, G].
 
-    Rows not decoded hold anything.
+    Rows not decoded hold anything, and so do columns that no value has.
     """
 
     out: Any
@@ -132,7 +132,7 @@ def decode_bytes(config: AttentionConfig, tile: Tile, splits: int, kv_lens: list
     arrays = 2 if config.value_dim is None else 1
     cached = stretches * stretch * arrays * config.num_kv_heads * config.head_dim * itemsize
     heads = len(kv_lens) * config.num_kv_heads * group
-    part = config.out_dim * jnp.dtype(_part_dtype(config)).itemsize + 2 * 4
+    part = config.head_dim * jnp.dtype(_part_dtype(config)).itemsize + 2 * 4
     return cached + heads * splits * (2 * config.head_dim + 2 * part)
 
 
@@ -165,7 +165,7 @@ def attend_decode(
     # A fresh function per call: one that is reused with another grid keeps its first trace.
     kernel = plgpu.kernel(
         partial(_kernel, problem=_Problem(config, tile, splits, layer.quantized)),
-        out_type=(jax.ShapeDtypeStruct((*parts, config.out_dim), _part_dtype(config)), stats, stats),
+        out_type=(jax.ShapeDtypeStruct((*parts, head_dim), _part_dtype(config)), stats, stats),
         scratch_types=[_scratch_types(tile, config)],
         grid=(splits, num_kv_heads, num_rows),
         grid_names=("split", "head", "row"),
@@ -178,7 +178,8 @@ def attend_decode(
     outputs = DecodeOutputs(*kernel(inputs))
     o_BKGH = _merge(outputs, None if layer.sinks_N is None else layer.sinks_N.reshape(num_kv_heads, group))
     live_B = jnp.arange(num_rows) < num_decode
-    return jnp.where(live_B[:, None, None, None], o_BKGH[:, :, :group], 0).reshape(num_rows, num_heads, -1)
+    o_BKGV = jnp.where(live_B[:, None, None, None], o_BKGH[:, :, :group, : config.out_dim], 0)
+    return o_BKGV.reshape(num_rows, num_heads, config.out_dim)
 
 
 def _part_dtype(config: AttentionConfig) -> Any:
@@ -336,16 +337,20 @@ def _write(
     factor_m = jnp.where(state.total > 0, (1.0 if value_scale is None else value_scale) / state.total, 0.0)
     if scratch.together is not None:
         # The queries' place is taken once all have read them.
-        plgpu.barrier_arrive(scratch.together)
-        plgpu.barrier_wait(scratch.together)
+        meet(scratch.together)
     for columns, out_mh in zip(work.parts, state.out, strict=True):
         buffer = scratch.queries.at[:, columns] if scratch.out is None else scratch.out
         buffer[...] = (out_mh * along_rows(factor_m, out_mh.shape[1])).astype(outputs.out.dtype)
         plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(buffer.at[group], outputs.out.at[(*part, slice(None), columns)])
-        # The buffer may be used again for the next columns.
-        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        if scratch.out is not None:
+            plgpu.copy_smem_to_gmem(scratch.out.at[group], outputs.out.at[(*part, slice(None), columns)])
+            # The buffer is used again for the next columns.
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+    if scratch.together is not None:
+        meet(scratch.together)
     if work.warpgroup == 0:
+        if scratch.out is None:
+            plgpu.copy_smem_to_gmem(scratch.queries.at[group], outputs.out.at[part])
         scratch.top[...], scratch.total[...] = state.top, state.total
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(scratch.top.at[group], outputs.top.at[part])

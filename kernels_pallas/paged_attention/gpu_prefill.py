@@ -1,7 +1,7 @@
 """Attention of rows that run several tokens: tiles of consecutive packed tokens, whichever rows they belong to.
 
 Dimension key: T packed tokens, B rows, M pages per row, K key/value heads, G query heads of each (padded to a power
-of two), H head dim, V that of the values, S page size, P pages of all layers, Q tiles, W bands of 64 rows of a tile, m
+of two), H head dim, V numbers of a value, S page size, P pages of all layers, Q tiles, W bands of 64 rows of a tile, m
 rows of a band: pairs of a token and a query head, token first.
 """
 
@@ -40,7 +40,7 @@ from kernels_pallas.paged_attention.gpu_tile import Tile
 from kernels_pallas.paged_attention.partial_softmax import MASKED
 from kernels_pallas.paged_attention.token_blocks import rows_of_blocks
 from kernels_pallas.pallas import pl, plgpu
-from kernels_pallas.warpgroup import WARPGROUP_ROWS, along_rows, smem
+from kernels_pallas.warpgroup import WARPGROUP_ROWS, along_rows, meet, smem
 
 # Registers per thread with two warpgroups that compute; together they may not exceed 3 * 168.
 _COMPUTE_REGISTERS, _MEMORY_REGISTERS = 240, 24
@@ -147,7 +147,7 @@ def attend_prefill(
     Returns:
         o_TNH in bf16, 0 for tokens of other rows and of none.
     """
-    num_tokens, num_heads, _ = q_TNH.shape
+    num_tokens, num_heads, head_dim = q_TNH.shape
     num_kv_heads, meta = layer.num_kv_heads, layer.meta
     group = padded_group(num_heads, num_kv_heads)
     tokens = tile.rows // group
@@ -167,7 +167,7 @@ def attend_prefill(
     # A fresh function per call: one that is reused with another grid keeps its first trace.
     kernel = plgpu.kernel(
         partial(_kernel, problem=problem),
-        out_type=jax.ShapeDtypeStruct((*inputs.q_QKWmH.shape[:-1], config.out_dim), jnp.bfloat16),
+        out_type=jax.ShapeDtypeStruct(inputs.q_QKWmH.shape, jnp.bfloat16),
         scratch_types=[_scratch_types(tile, config)],
         grid=(num_kv_heads, inputs.q_QKWmH.shape[0]),
         grid_names=("head", "tile"),
@@ -177,8 +177,8 @@ def attend_prefill(
         compiler_params=plgpu.CompilerParams(approx_math=True),
         interpret=interpret,
     )
-    o_QKWmV = kernel(inputs)
-    o_QKtGV = o_QKWmV.reshape(-1, num_kv_heads, tokens, group, config.out_dim)[..., : num_heads // num_kv_heads, :]
+    o_QKtGH = kernel(inputs).reshape(-1, num_kv_heads, tokens, group, head_dim)
+    o_QKtGV = o_QKtGH[..., : num_heads // num_kv_heads, : config.out_dim]
     return jnp.swapaxes(o_QKtGV, 1, 2).reshape(-1, num_heads, config.out_dim)[:num_tokens]
 
 
@@ -349,12 +349,13 @@ def _attend(
     value_scale = inputs.scales_2K[1, head] if problem.quantized else None
     if shares_rows:
         # The queries' place is taken once all have read them.
-        plgpu.barrier_arrive(scratch.together)
-        plgpu.barrier_wait(scratch.together)
+        meet(scratch.together)
     _write(work, state, sinks_m, value_scale)
-    columns = slice(work.parts[0].start, work.parts[-1].stop)
-    plgpu.copy_smem_to_gmem(queries.at[:, columns], out.at[tile, head, band, :, columns])
-    plgpu.wait_smem_to_gmem(0)
+    if shares_rows:
+        meet(scratch.together)
+    if not shares_rows or warpgroup == 0:
+        plgpu.copy_smem_to_gmem(queries, out.at[tile, head, band])
+        plgpu.wait_smem_to_gmem(0)
 
 
 def _nothing() -> None:

@@ -17,7 +17,7 @@ from kernels_pallas.paged_attention.gpu_stream import LiveKeys, Stages
 from kernels_pallas.paged_attention.gpu_tile import Tile
 from kernels_pallas.paged_attention.partial_softmax import LOWEST, MASKED
 from kernels_pallas.pallas import pl, plgpu
-from kernels_pallas.warpgroup import MATRIX, ROWS, WARPGROUP_ROWS, along_rows, product, smem
+from kernels_pallas.warpgroup import MATRIX, ROWS, WARPGROUP_ROWS, along_rows, meet, product, smem
 
 LOG2E = math.log2(math.e)
 
@@ -149,8 +149,7 @@ def attend_block(config: AttentionConfig, tile: Tile, work: Workspace, block: Bl
     if work.converted is None:
         block.values_read()
     elif tile.warpgroups > 1:
-        plgpu.barrier_arrive(work.converted.read)
-        plgpu.barrier_wait(work.converted.read)
+        meet(work.converted.read)
     return Softmax(top_m, total_m, out)
 
 
@@ -203,8 +202,7 @@ def _mend(tile: Tile, work: Workspace, values: Any, live: LiveKeys) -> None:
 
         _by_warpgroup(tile, work, 0, zero)
         if tile.warpgroups > 1:
-            plgpu.barrier_arrive(work.mended)
-            plgpu.barrier_wait(work.mended)
+            meet(work.mended)
 
 
 def _pieces(tile: Tile, head_dim: int) -> list[tuple[int, slice, slice]]:
@@ -257,5 +255,4 @@ def _convert(tile: Tile, work: Workspace, block: Block) -> None:
         _by_warpgroup(tile, work, tile.warpgroups - 1, lambda: convert(stages.values, converted.values, block.live))
     plgpu.commit_smem()
     if tile.warpgroups > 1:
-        plgpu.barrier_arrive(converted.written)
-        plgpu.barrier_wait(converted.written)
+        meet(converted.written)
