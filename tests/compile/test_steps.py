@@ -179,9 +179,9 @@ def test_decode_step_and_draws(target: str, model: str, tp_size: int, record_pro
         ("v6e:2x4", "gpt-oss-20b", 4, 4),
         ("v5p:2x2x2", "mixtral-8x22b", 8, 8),
         ("h100:8", "gpt-oss-20b", 4, 4),
-        ("v6e:2x4", "qwen3-30b-a3b-fp8", 4, 4),
         ("h100:1", "qwen3-30b-a3b-fp8", 1, 1),
         ("h200:8", "deepseek-v3.1", 8, 8),
+        ("v5p:2x2x4", "deepseek-v3.1", 16, 16),
         ("v5e:2x2", "gpt-oss-20b-mxfp4", 4, 4),
         ("v6e:2x4", "gpt-oss-120b-mxfp4", 8, 8),
         ("h100:1", "gpt-oss-120b-mxfp4", 1, 1),
@@ -193,20 +193,21 @@ def test_step_with_experts(
 ) -> None:
     """Experts stay in the stack of all layers: cut out, one layer's would show among the temporaries."""
     # Hopper's compiler would compute attention twice, were the device fuller than it likes.
-    num_tokens = 24576 if target == "h100:1" else None
+    num_tokens = {"h100:1": 24576, "h200:8": 262144}.get(target)
     engine, _ = lay_out_for(target, model, tp_size, ep_size=ep_size, max_total_tokens=num_tokens)
     on_gpu = parse_target(target).device.platform == "gpu"
     step, memory_bytes = StepPrograms(engine.step), parse_target(target).device.memory_bytes
     text, memory = check_program(
         engine, lambda: step.lower_forward(engine.step.buckets[0]), memory_bytes, record_property
     )
-    # gpt-oss has layers of two kinds in turn, DeepSeek some without experts before the others. Its attention is XLA's,
-    # and so are experts of 4 bits on GPUs.
-    layers = 2 if "gpt-oss" in model else 1
-    attention = 0 if engine.attention_name == "xla" else 3 if on_gpu else 2
+    assert engine.attention_name == ("gpu" if on_gpu else "tpu")
+    attention = 3 if on_gpu else 2
     experts = 0 if isinstance(engine.step.grouped_matmul, XlaGroupedMatmul) else 3
+    # Experts of 4 bits are XLA's on GPUs.
     assert (experts == 0) == (on_gpu and model in ("gpt-oss-120b-mxfp4", "kimi-k2-thinking"))
-    assert num_kernels(text) == layers * (experts + attention)
+    # gpt-oss has layers of two kinds in turn, DeepSeek some without experts before the others.
+    kinds = [kind for group in group_layers(engine.step.decoder.config.layers) for kind in group.kinds]
+    assert num_kernels(text) == sum(attention + (experts if kind.mlp == "experts" else 0) for kind in kinds)
     check_forward(engine, text, memory, tp_size)
     stacks = [spec for spec in engine.step.decoder.param_specs.values() if spec.in_stack]
     one_layer = sum(math.prod(spec.shape[1:]) * spec.dtype.itemsize for spec in stacks) / tp_size
