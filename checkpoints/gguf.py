@@ -27,6 +27,16 @@ _IGNORED_TENSORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_facto
 _PERMUTED = ("q_proj.weight", "k_proj.weight", "q_proj.bias", "k_proj.bias")
 
 
+class _Reader(GGUFReader):
+    """Says where a file ends that is too short; the package's own would make shorter arrays of what is left."""
+
+    def _get(self, offset: Any, dtype: Any, count: Any = 1, override_order: Any = None) -> Any:
+        end = int(offset) + int(count) * np.dtype(dtype).itemsize
+        if end > self.data.size:
+            raise ValueError(f"it ends at byte {self.data.size}, within what takes bytes {offset} to {end}")
+        return super()._get(offset, dtype, count, override_order)
+
+
 class GGUFCheckpoint:
     """One open `.gguf` file.
 
@@ -36,7 +46,7 @@ class GGUFCheckpoint:
 
     def __init__(self, path: Path) -> None:
         try:
-            self._reader = GGUFReader(path)
+            self._reader = _Reader(path)
         except (ValueError, OSError, IndexError, KeyError) as error:
             raise CheckpointError(f"{path}: not a readable GGUF file: {error}") from None
         self._path = path

@@ -115,8 +115,13 @@ class SafetensorsFile:
                 raise CheckpointError(
                     f"{self._path}: tensor {name}: shape {entry.shape} does not fill {end - begin} bytes"
                 )
-            if begin < end_of_last or data_start + end > size:
-                raise CheckpointError(f"{self._path}: tensor {name}: bytes {begin}..{end} overlap or leave the file")
+            if begin < end_of_last:
+                raise CheckpointError(f"{self._path}: tensor {name}: bytes {begin}..{end} overlap another tensor's")
+            if data_start + end > size:
+                raise CheckpointError(
+                    f"{self._path}: ends at byte {size}, before tensor {name} does, which takes bytes "
+                    f"{data_start + begin} to {data_start + end}"
+                )
             end_of_last = end
             tensors[name] = _Tensor(dtype, tuple(entry.shape), data_start + begin)
         return tensors

@@ -134,3 +134,13 @@ def test_a_tensor_of_another_architecture_is_refused(tmp_path: Path) -> None:
     write(tmp_path / "x.gguf", "qwen3", {"blk.0.post_ffw_norm.weight": np.ones(32, np.float32)})
     with pytest.raises(CheckpointError, match=r"blk\.0\.post_ffw_norm\.weight' has no place"):
         GGUFCheckpoint(tmp_path / "x.gguf")
+
+
+@pytest.mark.parametrize("share", [0.02, 0.3, 0.99])
+def test_a_file_that_was_cut_off_says_where(tmp_path: Path, share: float) -> None:
+    write(tmp_path / "x.gguf", "qwen3")
+    data = (tmp_path / "x.gguf").read_bytes()
+    end = int(len(data) * share)
+    (tmp_path / "x.gguf").write_bytes(data[:end])
+    with pytest.raises(CheckpointError, match=rf"x\.gguf.*it ends at byte {end}, within"):
+        GGUFCheckpoint(tmp_path / "x.gguf")
