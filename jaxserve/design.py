@@ -13,12 +13,12 @@ import msgspec
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxserve.config import CacheConfig, EngineConfig, ModelConfig, SchedulerConfig
+from jaxserve.config import CacheConfig, EngineConfig, ModelConfig, QuantizationConfig, SchedulerConfig
 from jaxserve.errors import LaunchError
 from jaxserve.lora.bank import BankLayout, lora_modules
 from jaxserve.mesh import kv_head_copies, named_sharding, partition_spec
 from jaxserve.models.architecture import Architecture, BuildModel
-from jaxserve.models.decoder import Decoder, ParamSpec
+from jaxserve.models.decoder import Decoder, ParamSpec, Path
 from jaxserve.models.hf_quantization import with_requested
 from jaxserve.models.layers import format_of
 from jaxserve.models.registry import find_architecture
@@ -32,7 +32,8 @@ from kernels_pallas.dispatch import (
     choose_lora,
     choose_sampler,
 )
-from kernels_pallas.grouped_matmul.api import ExpertShape
+from kernels_pallas.grouped_matmul.api import ExpertShape, GroupedMatmul
+from kernels_pallas.grouped_matmul.xla import XlaGroupedMatmul
 from kernels_pallas.paged_attention.api import AttentionConfig, CacheSpec
 from kernels_pallas.shards import MODEL
 
@@ -208,6 +209,7 @@ def lay_out(
     for op, choice in choices:
         level = logging.WARNING if choice.lacking else logging.INFO
         logger.log(level, "%s backend: %s, %s", op, choice.name, choice.reason)
+    linear_matmul, linears = _choose_linears(design)
     layout = BatchLayout(
         max_rows=scheduler.max_rows,
         page_size=page_size,
@@ -227,22 +229,44 @@ def lay_out(
         adapters=adapters,
         lora=lora.matmul,
         grouped_matmul=experts.matmul,
+        linear_matmul=linear_matmul,
+        linears=linears,
     )
     return EngineDesign(cache, num_pages * page_bytes, scheduler, chosen.name, step)
 
 
 def _expert_shapes(design: ModelDesign) -> set[ExpertShape]:
     """Of the experts' matrices on one device."""
-    specs = design.decoder.param_specs
     quantization = design.model.quantized("experts")
+    return {
+        _shape_on_device(design, spec, quantization)
+        for path, spec in design.decoder.param_specs.items()
+        if spec.of_experts and path[-1] == "weight"
+    }
+
+
+def _choose_linears(design: ModelDesign) -> tuple[GroupedMatmul, tuple[Path, ...]]:
+    """The kernel of quantised linear maps, and those that it can multiply; the compiler has the others."""
+    chosen = {
+        path[:-1]: choose_grouped_matmul([_shape_on_device(design, spec, design.model.quantization)], design.mesh)
+        for path, spec in design.decoder.param_specs.items()
+        # What no adapter can change is not applied as it is.
+        if path[-1] == "weight" and spec.stored is not None and not spec.of_experts and spec.adaptable
+    }
+    for choice in dict.fromkeys(each[1:] for each in chosen.values()):
+        name, reason, lacking = choice
+        modules = ", ".join(".".join(path[1:]) for path, each in chosen.items() if each[1:] == choice)
+        logger.log(logging.WARNING if lacking else logging.INFO, "%s backend: %s, %s", modules, name, reason)
+    by_kernel = {path: each.matmul for path, each in chosen.items() if each.name != "xla"}
+    return next(iter(by_kernel.values()), XlaGroupedMatmul()), tuple(by_kernel)
+
+
+def _shape_on_device(design: ModelDesign, spec: ParamSpec, quantization: QuantizationConfig | None) -> ExpertShape:
+    """Of a matrix' part."""
     form = None if quantization is None else format_of(quantization)
-    zeros = quantization is not None and quantization.zeros
-    shapes: set[ExpertShape] = set()
-    for path, spec in specs.items():
-        if spec.in_stack and path[-1] == "weight":
-            shard = named_sharding(spec.axes, spec.shape, design.mesh).shard_shape(spec.shape)
-            shapes.add(ExpertShape(shard[-2], spec.num_inputs * shard[-1] // spec.shape[-1], design.dtype, form, zeros))
-    return shapes
+    shard = named_sharding(spec.axes, spec.shape, design.mesh).shard_shape(spec.shape)
+    num_inputs = spec.num_inputs * shard[-1] // spec.shape[-1]
+    return ExpertShape(shard[-2], num_inputs, design.dtype, form, quantization is not None and quantization.zeros)
 
 
 def _fit_table(config: EngineConfig, design: ModelDesign) -> tuple[int, SchedulerConfig]:

@@ -21,6 +21,7 @@ from jaxserve.models.experts import ExpertMaths, MoE
 from jaxserve.models.latent_attention import LatentAttention
 from jaxserve.models.layer_groups import LayerGroup, group_layers
 from jaxserve.models.layers import Axes, Embedding, GatedMLP, InStack, Linear, RMSNorm, Stored, param
+from jaxserve.models.quantized_linear import LinearMaths
 from jaxserve.models.rope import apply_rope, rope_cos_sin
 from jaxserve.models.tensor_name import TensorName
 from jaxserve.models.tokenwise import AtOnce, InTiles, Tokenwise
@@ -285,6 +286,7 @@ class Decoder:
             },
             attention={window: (backend, backend.plan(meta)) for window, backend in backends.items()},
             experts=ops.experts,
+            linears=ops.linears,
         )
         for group in group_layers(self.config.layers):
             body = partial(self._run_group, step, group)
@@ -309,6 +311,7 @@ class Decoder:
                 step.adapters.attach(module, bank, slots, ("layers",))
                 if layer.kind.mlp == "experts":
                     module.moe.experts.maths = step.experts
+                self._attach_linear_maths(module, step.linears)
                 return getattr(module, part)(*arrays)
 
             return self.tokenwise(run_tokens, *arrays, shared=(step.slots,))
@@ -319,6 +322,13 @@ class Decoder:
         sinks_N = nnx.merge(graph, weights).attention.sinks_N()
         o_TNH, cache = backend.attend(q_TNH, k_TKH, v_TKH, cache, layer.number, plan, sinks_N)
         return run("after_attention", x_TD, o_TNH), cache
+
+    @staticmethod
+    def _attach_linear_maths(layer: Any, maths: LinearMaths) -> None:
+        """Tell the layer's linear modules that have a kernel."""
+        for _, *path in maths.modules:
+            if hasattr(layer, path[0]):
+                reduce(getattr, path, layer).maths = maths
 
     def _of_layer(self, stacked: Mapping[str, Any], layer: "_LayerAt") -> Weights:
         """A layer's own part of trees that are stacked over the layers that have them."""
@@ -362,10 +372,12 @@ class StepOps(NamedTuple):
     Attributes:
         attention: the backend.
         experts: how they are computed.
+        linears: how quantised linear maps are.
     """
 
     attention: AttentionBackend
     experts: ExpertMaths
+    linears: LinearMaths
 
 
 class _Step(NamedTuple):
@@ -377,7 +389,7 @@ class _Step(NamedTuple):
         slots: what the tokens' slots decide.
         ropes: cos and sin by name, f32[T, H/2].
         attention: backend and plan by window.
-        experts: how they are computed.
+        experts, linears: see `StepOps`.
     """
 
     weights: Weights
@@ -387,6 +399,7 @@ class _Step(NamedTuple):
     ropes: Mapping[str, tuple[jax.Array, jax.Array]]
     attention: Mapping[int | None, tuple[AttentionBackend, Plan]]
     experts: ExpertMaths
+    linears: LinearMaths
 
 
 class _LayerAt(NamedTuple):

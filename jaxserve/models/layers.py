@@ -9,7 +9,7 @@ Logical axes: `vocab`, `hidden`, `heads` (query heads x head dim), `kv_heads`, `
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import ClassVar, NamedTuple, TypeAlias
+from typing import ClassVar, NamedTuple, TypeAlias, cast
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,9 @@ from jax import lax
 from jax.typing import DTypeLike
 
 from jaxserve.config import QuantizationConfig
-from kernels_pallas.quantized import QuantizedFormat, QuantizedMatrix, dequantize
+from jaxserve.models.quantized_linear import LinearMaths, multiply
+from kernels_pallas.grouped_matmul.api import Matrices
+from kernels_pallas.quantized import QuantizedFormat
 
 Axes: TypeAlias = tuple[str | None, ...]
 # What a model's config calls the dtypes of factors.
@@ -138,26 +140,43 @@ class Linear(nnx.Module):
         dtype: jnp.dtype,
         quantization: QuantizationConfig | None = None,
     ) -> None:
+        # A kernel reads a quantised weight where it is: cut out of the stack it would be copied.
         self.weight, self.scale, self.zero = weight_params(
-            (out_size, in_size), dtype, axes, quantization, adaptable=self.adaptable
+            (out_size, in_size), dtype, axes, quantization, adaptable=self.adaptable, in_stack=quantization is not None
         )
         self.bias = param((out_size,), dtype, axes[:1]) if bias else None
-        self._quantization = quantization
+        self._axes = axes
+        self._form = None if quantization is None else format_of(quantization)
+        # Both are set while a step is traced.
         self.update: Update | None = None
+        self.maths: LinearMaths | None = None
 
     def __call__(self, x_TI: jax.Array) -> jax.Array:
         """[T, in] -> [T, out]."""
-        y_TO = jnp.einsum("ti,oi->to", x_TI, self.matrix(x_TI.dtype), preferred_element_type=self.out_dtype)
+        if self.maths is None:
+            y_TO = jnp.einsum("ti,oi->to", x_TI, self.matrix(x_TI.dtype), preferred_element_type=self.out_dtype)
+        else:
+            out_axis, in_axis = self._axes
+            y_TO = multiply(self.maths, x_TI, *self._stacked(), (out_axis, in_axis))
         if self.bias is not None:
             y_TO = y_TO + self.bias[...].astype(y_TO.dtype)
         return y_TO if self.update is None else y_TO + self.update(x_TI).astype(y_TO.dtype)
 
     def matrix(self, dtype: jnp.dtype) -> jax.Array:
         """The weight in the activations' dtype, [out, in]."""
-        if self.scale is None or self._quantization is None:
+        if self._form is None:
             return self.weight[...]
-        matrix = QuantizedMatrix(self.weight[...], self.scale[...], None if self.zero is None else self.zero[...])
-        return dequantize(matrix, format_of(self._quantization), dtype)
+        matrices, place = self._stacked()
+        return matrices.matrix(place, dtype)
+
+    def _stacked(self) -> tuple[Matrices, jax.Array]:
+        """The quantised weights of all layers, and the place of this one's."""
+        weight, scale, zero = (
+            None if each is None else cast("InStack", each.get_value()) for each in (self.weight, self.scale, self.zero)
+        )
+        assert weight is not None
+        assert scale is not None
+        return Matrices(weight.stack, scale.stack, None if zero is None else zero.stack, self._form), weight.place
 
 
 class RMSNorm(nnx.Module):

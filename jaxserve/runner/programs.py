@@ -22,6 +22,7 @@ from jaxserve.lora.bank import BankLayout, bank_specs, bank_splits, write_slot
 from jaxserve.mesh import named_sharding, partition_spec, weight_format
 from jaxserve.models.decoder import Decoder, ParamSpec, StepOps, Weights, tree_of
 from jaxserve.models.experts import ExpertMaths
+from jaxserve.models.quantized_linear import LinearMaths
 from jaxserve.request import SamplingParams
 from jaxserve.runner.batch import BatchLayout, DrawBatch, DrawMasks, ForwardBatch, RowTable
 from jaxserve.runner.buckets import Bucket
@@ -56,6 +57,8 @@ class StepModel(NamedTuple):
         adapters: slots of LoRA adapters, if they can be asked for.
         lora: applies them.
         grouped_matmul: multiplies tokens with their experts.
+        linear_matmul: multiplies them with quantised weights of `linears`.
+        linears: paths of linear modules.
     """
 
     decoder: Decoder
@@ -67,11 +70,17 @@ class StepModel(NamedTuple):
     adapters: BankLayout | None = None
     lora: LoraMatmul = XlaLora()
     grouped_matmul: GroupedMatmul = XlaGroupedMatmul()
+    linear_matmul: GroupedMatmul = XlaGroupedMatmul()
+    linears: tuple[tuple[str, ...], ...] = ()
 
     @property
     def ops(self) -> StepOps:
         """What the layers compute with."""
-        return StepOps(self.attention, ExpertMaths(self.grouped_matmul, self.mesh))
+        return StepOps(
+            self.attention,
+            ExpertMaths(self.grouped_matmul, self.mesh),
+            LinearMaths(self.linear_matmul, self.mesh, self.linears),
+        )
 
 
 class StepPrograms:

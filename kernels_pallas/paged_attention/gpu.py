@@ -121,9 +121,7 @@ class GpuAttention:
         scales = (None, None) if scales_2K is None else scales_2K
         # Values that are a part of their keys have no pages of their own.
         new = [c.to_cache(x_TKH, scale_K) for _, x_TKH, scale_K in zip(cache, (k_TKH, v_TKH), scales, strict=False)]
-        pages = kv_update(
-            new, list(cache.values()), meta.slot_mapping_T, first_page, c.num_pages, self._interpret
-        )
+        pages = kv_update(new, list(cache.values()), meta.slot_mapping_T, first_page, c.num_pages, self._interpret)
         cache = dict(zip(cache, pages, strict=True))
         attended = GpuLayer(cache["k"], cache.get("v"), first_page, meta, sinks_N, scales_2K)
         o_TNH = jnp.zeros((*q_TNH.shape[:2], c.out_dim), q_TNH.dtype)

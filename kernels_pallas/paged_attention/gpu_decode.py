@@ -216,9 +216,7 @@ def _merge(parts: DecodeOutputs, sinks_KG: jax.Array | None) -> jax.Array:
     return jnp.sum(parts.out.astype(jnp.float32) * weight_BKXG[..., None], axis=2) / total_BKG[..., None]
 
 
-def _kernel(
-    inputs: DecodeInputs, out: Any, top: Any, total: Any, scratch: _Scratch, *, problem: _Problem
-) -> None:
+def _kernel(inputs: DecodeInputs, out: Any, top: Any, total: Any, scratch: _Scratch, *, problem: _Problem) -> None:
     outputs = DecodeOutputs(out, top, total)
     row = lax.axis_index("row")
 

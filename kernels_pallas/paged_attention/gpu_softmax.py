@@ -98,9 +98,7 @@ def key_iota(keys: int) -> jax.Array:
     return plgpu.broadcasted_iota(jnp.int32, (WARPGROUP_ROWS, keys), 1, layout=MATRIX)
 
 
-def converted_types(
-    tile: Tile, config: AttentionConfig, written: Any = None, read: Any = None
-) -> Converted | None:
+def converted_types(tile: Tile, config: AttentionConfig, written: Any = None, read: Any = None) -> Converted | None:
     """Scratch types of `Converted`; None for a cache that needs none."""
     if jnp.dtype(config.dtype).itemsize > 1:
         return None

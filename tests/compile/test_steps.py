@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from jaxserve.config import EngineConfig, LoraConfig
+from jaxserve.config import EngineConfig, LayerConfig, LoraConfig
 from jaxserve.design import DEVICE_MEM_FRACTION, EngineDesign, design_model, lay_out
 from jaxserve.errors import LaunchError
 from jaxserve.hlo import Collectives, find_collectives, num_kernels
@@ -72,10 +72,10 @@ STEPS = [
             ("llama-3.3-70b", 8),
         )
     ),
-    *((target, *model) for target in ("v5p:2x2x2", "tpu7x:2x2x1") for model in (("qwen3-4b", 1), ("llama-3.3-70b", 8))),
+    *((target, "llama-3.3-70b", 8) for target in ("v5p:2x2x2", "tpu7x:2x2x1")),
     *(("h100:1", name, 1) for name in ("qwen2.5-0.5b", "qwen3-4b", "llama-3.1-8b")),
     *(("h100:8", *model) for model in (("llama-3.1-8b", 4), ("llama-3.3-70b", 8))),
-    *(("h200:8", *model) for model in (("qwen3-4b", 1), ("llama-3.1-8b", 4), ("llama-3.3-70b", 8))),
+    ("h200:8", "llama-3.3-70b", 8),
 ]
 # Each model on each kind of device, and both vocabularies split and whole.
 DECODE_STEPS = [
@@ -207,13 +207,37 @@ def test_step_with_experts(
     assert (experts == 0) == (on_gpu and model in ("gpt-oss-120b-mxfp4", "kimi-k2-thinking"))
     # gpt-oss has layers of two kinds in turn, DeepSeek some without experts before the others.
     kinds = [kind for group in group_layers(engine.step.decoder.config.layers) for kind in group.kinds]
-    assert num_kernels(text) == sum(attention + (experts if kind.mlp == "experts" else 0) for kind in kinds)
+    mlps = {"dense": 0, "experts": experts}
+    assert num_kernels(text) == sum(attention + mlps[kind.mlp] + _num_linears(engine, kind) for kind in kinds)
     check_forward(engine, text, memory, tp_size)
-    stacks = [spec for spec in engine.step.decoder.param_specs.values() if spec.in_stack]
+    stacks = [spec for spec in engine.step.decoder.param_specs.values() if spec.of_experts]
     one_layer = sum(math.prod(spec.shape[1:]) * spec.dtype.itemsize for spec in stacks) / tp_size
     rows = engine.scheduler.max_rows
     _, memory = check_program(engine, lambda: step.lower_forward(Bucket(rows, rows)), memory_bytes, record_property)
     assert memory.temp_size_in_bytes < one_layer
+
+
+def _num_linears(engine: EngineDesign, kind: LayerConfig) -> int:
+    """Quantised linear maps of a layer that have a kernel: of attention, and of an MLP or of a shared expert."""
+    parts = ("attention", "moe" if kind.mlp == "experts" else "mlp")
+    return sum(path[1] in parts for path in engine.step.linears)
+
+
+@pytest.mark.parametrize(
+    ("target", "model", "tp_size", "quantization"),
+    [("v5e:2x2", "qwen3-4b", 4, "int4"), ("v6e:2x4", "qwen3-4b", 1, "int8"), ("h100:8", "llama-3.1-8b", 4, "fp8")],
+)
+def test_decode_step_of_quantised_linear_maps(
+    target: str, model: str, tp_size: int, quantization: str, record_property: Callable[..., None]
+) -> None:
+    """Weights are multiplied out in the kernels: nothing of a layer's size is among the temporaries."""
+    engine, _ = lay_out_for(target, model, tp_size, quantization=quantization)
+    step, memory_bytes = StepPrograms(engine.step), parse_target(target).device.memory_bytes
+    rows = engine.scheduler.max_rows
+    text, memory = check_program(engine, lambda: step.lower_forward(Bucket(rows, rows)), memory_bytes, record_property)
+    assert len(engine.step.linears) == 7
+    assert num_kernels(text) == (2 if target == "h100:8" else 1) + 7
+    check_forward(engine, text, memory, tp_size)
 
 
 def _check_gathers(text: str, rows: int, tp_size: int) -> None:

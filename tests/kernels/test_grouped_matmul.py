@@ -9,6 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from jaxserve.mesh import make_mesh
+from jaxserve.models.quantized_linear import LinearMaths, multiply
 from kernels_pallas.grouped_matmul.api import ExpertShape, GroupedMatmul, Matrices
 from kernels_pallas.grouped_matmul.blocks import most_blocks, sort_into_blocks
 from kernels_pallas.grouped_matmul.reference import grouped_matmul
@@ -233,3 +235,21 @@ def test_blocks_hold_every_row_once_beside_its_own(groups: list[int], num_groups
     assert np.all(np.diff(group_C[:num]) >= 0)
     assert set(place_R[here] // block_rows) == set(range(num))
     assert np.all(group_C[num:] == group_C[max(num - 1, 0)])
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("axes", [("heads", "hidden"), ("hidden", "heads"), (None, "hidden")])
+@needs_pallas
+def test_a_linear_map_split_over_devices(axes: tuple[Any, Any], form: str) -> None:
+    """One matrix of three, by the TPU's kernel: outputs split, inputs split, and whole on both devices."""
+    mesh = make_mesh(2)
+    matrices, w64_XOI = random_matrices(form, (3, 256, 512))
+    maths = LinearMaths(implementation("tpu"), mesh, ())
+    x_TI = jnp.asarray(np.random.default_rng(6).standard_normal((21, 512)), jnp.float32)
+
+    @jax.jit
+    def run(x_TI: jax.Array, place: jax.Array, *arrays: Any) -> jax.Array:
+        return multiply(maths, x_TI, Matrices(*arrays, matrices.form), place, axes)
+
+    got = run(x_TI, jnp.int32(1), *matrices[:3])
+    np.testing.assert_allclose(np.asarray(got, np.float64), np.asarray(x_TI, np.float64) @ w64_XOI[1].T, atol=1e-5)

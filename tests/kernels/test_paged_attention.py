@@ -78,8 +78,7 @@ class Gpu(Xla):
         from kernels_pallas.paged_attention.gpu_tile import choose_tile
 
         tiles = tuple(
-            dataclasses.replace(choose_tile(config, decode=decode), interpretable=True)
-            for decode in (True, False)
+            dataclasses.replace(choose_tile(config, decode=decode), interpretable=True) for decode in (True, False)
         )
         params = plgpu.InterpretGPUParams(detect_races=True)
         self.attention: AttentionBackend = GpuAttention(
