@@ -4,8 +4,9 @@ Dimension key: C blocks, P places, m rows of a block (64), X matrices, I inputs,
 of them.
 """
 
+from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -21,8 +22,9 @@ from kernels_pallas.warpgroup import MATRIX, WARPGROUP_ROWS, Stages, product, sm
 _STEP_INPUTS = 64
 _STAGES = 4
 _BLOCK_OUTPUTS = (128, 64)
-# Of quantised matrices; a block is two steps of one block of outputs.
-_SCALED = QuantizedFormat("fp8", (128, 128))
+# Of quantised matrices: a block is two steps of one block of outputs, or a whole row.
+_IN_BLOCKS = QuantizedFormat("fp8", (128, 128))
+_BY_ROW = (QuantizedFormat("fp8", (1, 0)), QuantizedFormat("int8", (1, 0)))
 
 
 def check_shape(shape: ExpertShape) -> None:
@@ -30,12 +32,12 @@ def check_shape(shape: ExpertShape) -> None:
     num_outputs, num_inputs, dtype, form, _ = shape
     if dtype != jnp.bfloat16:
         raise NotImplementedError(f"experts in {dtype}: the kernel multiplies bfloat16")
-    if form not in (None, _SCALED):
+    if form not in (None, _IN_BLOCKS, *_BY_ROW):
         raise NotImplementedError(
-            f"experts in {form.numbers} and blocks of {form.block}: the kernel wants {_SCALED.numbers} and "
-            f"{_SCALED.block}"
+            f"experts in {form.numbers} and blocks of {form.block}: the kernel wants {_IN_BLOCKS.numbers} in "
+            f"{_IN_BLOCKS.block}, or 8 bits with a factor for each row"
         )
-    inputs, outputs = (_STEP_INPUTS, _BLOCK_OUTPUTS[-1]) if form is None else _SCALED.block
+    inputs, outputs = _IN_BLOCKS.block if form == _IN_BLOCKS else (_STEP_INPUTS, _BLOCK_OUTPUTS[-1])
     if num_inputs % inputs or num_outputs % outputs:
         raise NotImplementedError(
             f"experts of {num_inputs} inputs and {num_outputs} outputs on a device: the kernel wants multiples of "
@@ -44,12 +46,16 @@ def check_shape(shape: ExpertShape) -> None:
 
 
 class _Inputs(NamedTuple):
-    """Operands in global memory."""
+    """Operands in global memory.
+
+    Attributes:
+        scale: of quantised matrices, [X, o, i] or, of rows, [X, O]; else None.
+    """
 
     blocks: Blocks
     x_CmI: Any
     w_XOI: Any
-    scale_Xoi: Any
+    scale: Any
 
 
 class _Scratch(NamedTuple):
@@ -64,6 +70,10 @@ class _Scratch(NamedTuple):
     arrived: Any
     out_mo: Any
     converted_oi: Any
+
+
+# What sums up the steps of a block of outputs, f32[m, o].
+_SumUp: TypeAlias = Callable[[_Inputs, _Scratch, Stages, jax.Array], jax.Array]
 
 
 class GpuGroupedMatmul:
@@ -83,12 +93,15 @@ class GpuGroupedMatmul:
 
     def __call__(self, x_PI: jax.Array, matrices: Matrices, blocks: Blocks) -> jax.Array:
         """See `GroupedMatmul`."""
-        w_XOI, scale_Xoi = matrices.values_XOI, matrices.scale_Xoi
+        w_XOI, scale = matrices.values_XOI, matrices.scale_Xoi
+        sum_up = _sum_up if scale is None else _sum_up_blocks
+        if scale is not None and matrices.form in _BY_ROW:
+            sum_up, scale = _sum_up_rows, scale[:, :, 0]
         (num_places, num_inputs), num_outputs = x_PI.shape, w_XOI.shape[1]
         num_blocks = num_places // WARPGROUP_ROWS
         block_outputs = next(size for size in _BLOCK_OUTPUTS if num_outputs % size == 0)
         kernel = plgpu.kernel(
-            partial(_multiply_block, num_steps=num_inputs // _STEP_INPUTS),
+            partial(_multiply_block, num_steps=num_inputs // _STEP_INPUTS, sum_up=sum_up),
             out_type=jax.ShapeDtypeStruct((num_blocks, WARPGROUP_ROWS, num_outputs), x_PI.dtype),
             scratch_types=[
                 _Scratch(
@@ -96,7 +109,7 @@ class GpuGroupedMatmul:
                     w_oi=smem((_STAGES, block_outputs, _STEP_INPUTS), w_XOI.dtype),
                     arrived=plgpu.Barrier(num_arrivals=2, num_barriers=_STAGES),
                     out_mo=smem((WARPGROUP_ROWS, block_outputs), x_PI.dtype),
-                    converted_oi=None if scale_Xoi is None else smem((block_outputs, _STEP_INPUTS), x_PI.dtype),
+                    converted_oi=None if scale is None else smem((block_outputs, _STEP_INPUTS), x_PI.dtype),
                 )
             ],
             grid=(num_outputs // block_outputs, num_blocks),
@@ -105,10 +118,10 @@ class GpuGroupedMatmul:
             interpret=self._interpret,
         )
         x_CmI = x_PI.reshape(num_blocks, WARPGROUP_ROWS, num_inputs)
-        return kernel(_Inputs(blocks, x_CmI, w_XOI, scale_Xoi)).reshape(num_places, num_outputs)
+        return kernel(_Inputs(blocks, x_CmI, w_XOI, scale)).reshape(num_places, num_outputs)
 
 
-def _multiply_block(inputs: _Inputs, out_CmO: Any, scratch: _Scratch, *, num_steps: int) -> None:
+def _multiply_block(inputs: _Inputs, out_CmO: Any, scratch: _Scratch, *, num_steps: int, sum_up: _SumUp) -> None:
     block, block_outputs = lax.axis_index("block"), scratch.out_mo.shape[1]
 
     @pl.when(block < inputs.blocks.num_1[0])
@@ -124,7 +137,7 @@ def _multiply_block(inputs: _Inputs, out_CmO: Any, scratch: _Scratch, *, num_ste
         stages = Stages(num_steps, copy, scratch.arrived)
         stages.start()
 
-        sum_mo = (_sum_up if inputs.scale_Xoi is None else _sum_up_scaled)(inputs, scratch, stages, group)
+        sum_mo = sum_up(inputs, scratch, stages, group)
         scratch.out_mo[...] = sum_mo.astype(scratch.out_mo.dtype)
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(scratch.out_mo, out_CmO.at[block, :, outputs])
@@ -146,22 +159,44 @@ def _sum_up(_: _Inputs, scratch: _Scratch, stages: Stages, __: jax.Array) -> jax
     return pl.run_scoped(accumulate, plgpu.WGMMAAccumulatorRef(scratch.out_mo.shape, jnp.float32))
 
 
-def _sum_up_scaled(inputs: _Inputs, scratch: _Scratch, stages: Stages, group: jax.Array) -> jax.Array:
-    """The same of a quantised matrix: a step's numbers are converted, and its result is scaled."""
+def _sum_up_blocks(inputs: _Inputs, scratch: _Scratch, stages: Stages, group: jax.Array) -> jax.Array:
+    """The same of a matrix in blocks: the result of each step is scaled."""
     shape, row = scratch.out_mo.shape, lax.axis_index("outputs")
+
+    def scaled(step: jax.Array, part_mo: jax.Array) -> jax.Array:
+        scale = inputs.scale[group, row, lax.div(step, _IN_BLOCKS.block[1] // _STEP_INPUTS)]
+        return part_mo * plgpu.layout_cast(lax.broadcast_in_dim(scale, shape, ()), MATRIX)
+
+    return _sum_up_converted(scratch, stages, scaled)
+
+
+def _sum_up_rows(inputs: _Inputs, scratch: _Scratch, stages: Stages, group: jax.Array) -> jax.Array:
+    """The same of a matrix whose rows have factors: the sum is scaled."""
+    sum_mo = _sum_up_converted(scratch, stages, lambda _, part_mo: part_mo)
+    shape = scratch.out_mo.shape
+    outputs = pl.ds(lax.axis_index("outputs") * shape[1], shape[1])
+    scale_o = plgpu.load(inputs.scale.at[group, outputs], layout=MATRIX.reduce(0), optimized=False)
+    return sum_mo * lax.broadcast_in_dim(scale_o.astype(jnp.float32), shape, [1])
+
+
+def _sum_up_converted(
+    scratch: _Scratch, stages: Stages, scaled: Callable[[jax.Array, jax.Array], jax.Array]
+) -> jax.Array:
+    """The product of all steps, each converted and then scaled."""
+    shape = scratch.out_mo.shape
 
     def multiply(step: jax.Array, sum_mo: jax.Array) -> jax.Array:
         stage = stages.next(step)
         for start in range(0, shape[1], WARPGROUP_ROWS):
             rows = slice(start, start + WARPGROUP_ROWS)
             source = scratch.w_oi.at[stage, rows]
-            # Hopper has no instruction from 8 to 16 bits of this kind; both steps are exact.
-            w_oi = plgpu.load(source, layout=plgpu.Layout.WGMMA_UPCAST_2X, optimized=False).astype(jnp.float32)
+            w_oi = plgpu.load(source, layout=plgpu.Layout.WGMMA_UPCAST_2X, optimized=False)
+            if jnp.issubdtype(w_oi.dtype, jnp.floating):
+                # Hopper has no instruction from 8 to 16 bits of this kind; both steps are exact.
+                w_oi = w_oi.astype(jnp.float32)
             scratch.converted_oi.at[rows][...] = plgpu.layout_cast(w_oi.astype(scratch.converted_oi.dtype), MATRIX)
         plgpu.commit_smem()
-        part_mo = product(scratch.x_mi.at[stage], scratch.converted_oi.T, shape[1])
-        scale = inputs.scale_Xoi[group, row, lax.div(step, _SCALED.block[1] // _STEP_INPUTS)]
-        return sum_mo + part_mo * plgpu.layout_cast(lax.broadcast_in_dim(scale, shape, ()), MATRIX)
+        return sum_mo + scaled(step, product(scratch.x_mi.at[stage], scratch.converted_oi.T, shape[1]))
 
     zeros_mo = plgpu.layout_cast(jnp.zeros(shape, jnp.float32), MATRIX)
     return lax.fori_loop(0, stages.num_steps, multiply, zeros_mo)

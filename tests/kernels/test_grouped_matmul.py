@@ -187,6 +187,24 @@ def test_matrices_with_factors_of_groups(name: str, form: str, dtype: Any) -> No
 
 
 @needs_pallas
+@pytest.mark.parametrize("num_outputs", [64, 256])
+@pytest.mark.parametrize("form", [name for name in FORMS if name.startswith(("int8", "fp8"))])
+def test_rows_with_factors_on_gpu(form: str, num_outputs: int) -> None:
+    matmul, group_R = implementation("gpu"), spread(3, 70)
+    matrices, w64_XOI = random_matrices(form, (3, num_outputs, 192))
+    x_RI = jnp.asarray(np.random.default_rng(6).standard_normal((70, 192)), jnp.bfloat16)
+
+    @jax.jit
+    def run(x_RI: jax.Array, group_R: jax.Array, *arrays: Any) -> jax.Array:
+        blocks, places = sort_into_blocks(group_R, 3, matmul.block_rows(70, 3))
+        return matmul(x_RI[places.row_P], Matrices(*arrays, matrices.form), blocks)[places.place_R]
+
+    got = run(x_RI, jnp.asarray(group_R, jnp.int32), *matrices[:3])
+    want = grouped_matmul(np.asarray(x_RI, np.float64), w64_XOI, group_R)
+    np.testing.assert_allclose(np.asarray(got, np.float64), want, atol=0.01, rtol=2**-7)
+
+
+@needs_pallas
 def test_a_cut_block_of_8_bits() -> None:
     """2,176 outputs of 4,096 inputs are two blocks of 1,024 and one of 128."""
     check_quantized("tpu", spread(2, 20), 2, (2176, 4096))
