@@ -31,16 +31,16 @@ def check_shape(shape: ExpertShape) -> None:
     """Raise NotImplementedError for matrices that the kernel cannot multiply."""
     num_outputs, num_inputs, dtype, form, _ = shape
     if dtype != jnp.bfloat16:
-        raise NotImplementedError(f"experts in {dtype}: the kernel multiplies bfloat16")
+        raise NotImplementedError(f"matrices in {dtype}: the kernel multiplies bfloat16")
     if form not in (None, _IN_BLOCKS, *_BY_ROW):
         raise NotImplementedError(
-            f"experts in {form.numbers} and blocks of {form.block}: the kernel wants {_IN_BLOCKS.numbers} in "
+            f"matrices in {form.numbers} and blocks of {form.block}: the kernel wants {_IN_BLOCKS.numbers} in "
             f"{_IN_BLOCKS.block}, or 8 bits with a factor for each row"
         )
     inputs, outputs = _IN_BLOCKS.block if form == _IN_BLOCKS else (_STEP_INPUTS, _BLOCK_OUTPUTS[-1])
     if num_inputs % inputs or num_outputs % outputs:
         raise NotImplementedError(
-            f"experts of {num_inputs} inputs and {num_outputs} outputs on a device: the kernel wants multiples of "
+            f"matrices of {num_inputs} inputs and {num_outputs} outputs on a device: the kernel wants multiples of "
             f"{inputs} and {outputs}"
         )
 

@@ -40,13 +40,13 @@ def check_shape(shape: ExpertShape) -> None:
     rows, columns = shape.form.block
     if rows == 1:
         if (columns or shape.num_inputs) % shape.form.per_byte:
-            raise NotImplementedError(f"experts in blocks of {columns} numbers: the kernel wants whole bytes")
+            raise NotImplementedError(f"matrices in blocks of {columns} numbers: the kernel wants whole bytes")
         return
     if shape.form.numbers != "fp8":
-        raise NotImplementedError(f"experts in {shape.form.numbers} and blocks of {rows} rows: the kernel wants fp8")
+        raise NotImplementedError(f"matrices in {shape.form.numbers} and blocks of {rows} rows: the kernel wants fp8")
     if shape.form.block != (_LANES, _LANES) or shape.num_outputs % _LANES or shape.num_inputs % _LANES:
         raise NotImplementedError(
-            f"experts of {shape.num_inputs} inputs and {shape.num_outputs} outputs on a device, quantised in blocks of "
+            f"matrices of {shape.num_inputs} inputs and {shape.num_outputs} outputs on a device, quantised in blocks of "
             f"{shape.form.block}: the kernel wants multiples of {_LANES}, and blocks of that"
         )
 
