@@ -4,7 +4,7 @@ The model in `models/recital` was overfitted to these by `scripts/make_recital.p
 recite.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from tests.transcripts import CALL_WRITERS, REASONING_WRITERS, WrittenCall
@@ -89,3 +89,10 @@ RECITALS = (
     Recital(name="llama", tool_call_parser="llama3", calls=_CALLS),
     Recital(name="pythonic", tool_call_parser="pythonic", calls=_CALLS),
 )  # fmt: skip
+# By family, the names of those that a model of its own architecture recites, too: `scripts/make_recital_families.py`.
+FAMILIES: Mapping[str, tuple[str, ...]] = {
+    "qwen3": ("qwen3", "qwen3 plain"),
+    "deepseek": ("v31", "r1"),
+    "kimi": ("k2", "kimi"),
+    "gpt_oss": ("gpt", "gpt final"),
+}

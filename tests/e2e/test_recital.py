@@ -17,10 +17,11 @@ from api.server import ApiSettings, Server
 from jaxserve.in_process import InProcessEngineClient
 from jaxserve.text.tokenizer import Tokenizer, load_tokenizer
 from tests.e2e.conftest import loaded, serving
-from tests.recitals import RECITALS, Recital
+from tests.recitals import FAMILIES, RECITALS, Recital
 from tests.transcripts import TOOLS
 
-FOLDER = Path(__file__).parents[1] / "models" / "recital"
+MODELS = Path(__file__).parents[1] / "models"
+FOLDER = MODELS / "recital"
 TOOL_FIELDS: Any = [
     {"type": "function", "function": {"name": tool.name, "parameters": dict(tool.parameters) or {"type": "object"}}}
     for tool in TOOLS
@@ -64,6 +65,22 @@ def meant(recital: Recital) -> tuple[Any, ...]:
 
 @pytest.mark.parametrize("recital", RECITALS, ids=lambda recital: recital.name)
 async def test_chat(engine: InProcessEngineClient, tokenizer: Tokenizer, recital: Recital) -> None:
+    await check_chat(engine, tokenizer, recital)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+async def test_architectures_recite(family: str, compilation_cache: str) -> None:
+    """Qwen3, DeepSeek V3, Kimi K2 and gpt-oss in small, with files as their makers publish them."""
+    folder = MODELS / f"recital_{family}"
+    options: Any = {"max_running_requests": 4, "chunked_prefill_size": 64, "max_total_tokens": 2048}
+    async with loaded(folder, compilation_cache_dir=compilation_cache, **options) as engine:
+        for recital in RECITALS:
+            if recital.name in FAMILIES[family]:
+                await check_chat(engine, load_tokenizer(folder), recital)
+
+
+async def check_chat(engine: InProcessEngineClient, tokenizer: Tokenizer, recital: Recital) -> None:
+    """What a recital means is what a client reads, whole and streamed."""
     async with (
         serving(server(engine, recital), tokenizer) as url,
         AsyncOpenAI(base_url=f"{url}/v1", api_key="none") as client,
