@@ -46,8 +46,8 @@ def check_shape(shape: ExpertShape) -> None:
         raise NotImplementedError(f"matrices in {shape.form.numbers} and blocks of {rows} rows: the kernel wants fp8")
     if shape.form.block != (_LANES, _LANES) or shape.num_outputs % _LANES or shape.num_inputs % _LANES:
         raise NotImplementedError(
-            f"matrices of {shape.num_inputs} inputs and {shape.num_outputs} outputs on a device, quantised in blocks of "
-            f"{shape.form.block}: the kernel wants multiples of {_LANES}, and blocks of that"
+            f"matrices of {shape.num_inputs} inputs and {shape.num_outputs} outputs on a device, quantised in blocks "
+            f"of {shape.form.block}: the kernel wants multiples of {_LANES}, and blocks of that"
         )
 
 

@@ -72,7 +72,7 @@ async def test_chat(engine: InProcessEngineClient, tokenizer: Tokenizer, recital
 async def test_architectures_recite(family: str, compilation_cache: str) -> None:
     """Qwen3, DeepSeek V3, Kimi K2 and gpt-oss in small, with files as their makers publish them."""
     folder = MODELS / f"recital_{family}"
-    options: Any = {"max_running_requests": 4, "chunked_prefill_size": 64, "max_total_tokens": 2048}
+    options: Any = {"max_running_requests": 2, "chunked_prefill_size": 32, "max_total_tokens": 2048}
     async with loaded(folder, compilation_cache_dir=compilation_cache, **options) as engine:
         for recital in RECITALS:
             if recital.name in FAMILIES[family]:
