@@ -202,7 +202,8 @@ class Experts(nnx.Module):
         own_TU = choice.id_TU - lax.axis_index(EXPERT) * num_experts
         own_TU = jnp.where((own_TU >= 0) & (own_TU < num_experts), own_TU, num_experts)
         # Of all experts: on average those that are here have their share of the tokens.
-        block_rows = matmul.block_rows(num_tokens * top_k, self._num_experts)
+        row_bytes = max(x_TD.shape[1], gate.stack.shape[2]) * x_TD.dtype.itemsize
+        block_rows = matmul.block_rows(num_tokens * top_k, self._num_experts, row_bytes)
         blocks, places = sort_into_blocks(own_TU.reshape(-1), num_experts, block_rows)
         x_PD = x_TD[places.row_P // top_k]
         gate_PF, up_PF = (each.multiply(matmul, x_PD, blocks, self._form) for each in (gate, up))

@@ -50,8 +50,8 @@ def multiply(
     of_blocks = P(None, out_axis, in_axis if form.block[1] else None)
 
     def multiply_shard(x_TI: jax.Array, matrices: Matrices, place: jax.Array) -> jax.Array:
-        num_tokens = x_TI.shape[0]
-        block_rows = maths.matmul.block_rows(num_tokens, 1)
+        num_tokens, num_inputs = x_TI.shape
+        block_rows = maths.matmul.block_rows(num_tokens, 1, num_inputs * x_TI.dtype.itemsize)
         x_PI = jnp.pad(x_TI, ((0, -num_tokens % block_rows), (0, 0)))
         num_blocks = x_PI.shape[0] // block_rows
         group = Blocks(jnp.full(num_blocks, place, jnp.int32), jnp.full(1, num_blocks, jnp.int32))

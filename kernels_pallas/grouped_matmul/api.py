@@ -60,8 +60,8 @@ class Matrices(NamedTuple):
 class GroupedMatmul(Protocol):
     """The product of one device."""
 
-    def block_rows(self, num_rows: int, num_groups: int) -> int:
-        """Rows of a block that suit so many rows and groups; see `sort_into_blocks`."""
+    def block_rows(self, num_rows: int, num_groups: int, row_bytes: int) -> int:
+        """Rows of a block that suit so many rows of so many bytes, and groups; see `sort_into_blocks`."""
         ...
 
     def __call__(self, x_PI: jax.Array, matrices: Matrices, blocks: Blocks) -> jax.Array:

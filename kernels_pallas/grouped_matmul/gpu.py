@@ -86,9 +86,9 @@ class GpuGroupedMatmul:
     def __init__(self, interpret: Any = False) -> None:
         self._interpret = interpret
 
-    def block_rows(self, num_rows: int, num_groups: int) -> int:
+    def block_rows(self, num_rows: int, num_groups: int, row_bytes: int) -> int:
         """See `GroupedMatmul`; as many as a warpgroup multiplies."""
-        del num_rows, num_groups
+        del num_rows, num_groups, row_bytes
         return WARPGROUP_ROWS
 
     def __call__(self, x_PI: jax.Array, matrices: Matrices, blocks: Blocks) -> jax.Array:

@@ -1,6 +1,7 @@
 """Grouped products on TPU: a kernel over blocks of rows, which fetches each block's matrix.
 
-Blocks of one group follow each other, so a matrix that several have is fetched once.
+A block's rows stay while its matrix streams by. So a matrix is fetched once for each block, and multiplied out once if
+it is quantised: blocks have as many rows as fit, where a group has as many.
 
 Dimension key: C blocks, P places, W rows of a block, X matrices, I inputs, O outputs, o a block of them.
 """
@@ -20,9 +21,11 @@ from kernels_pallas.pallas import pl, pltpu
 from kernels_pallas.quantized import INT4_ZERO, QuantizedFormat, float4, scale_factors
 
 _LANES = 128
-# A tile of bf16 has 16 rows; more than the matrix unit has rows gain nothing.
+# A tile of bf16 has 16 rows. Of the most, each byte of a matrix is multiplied often enough to hide its way.
 _FEWEST_ROWS = 16
-_MOST_ROWS = 128
+_MOST_ROWS = 512
+# Of a block's rows, of which there are two.
+_ROWS_BYTES = 8 << 20
 # Of a matrix's block: there are two of them, beside two of the rows and of the results.
 _BLOCK_BYTES = 4 << 20
 # Bytes that a quantised one becomes on its way, as f32 and i32, twice.
@@ -61,9 +64,10 @@ class TpuGroupedMatmul:
     def __init__(self, interpret: Any = False) -> None:
         self._interpret = interpret
 
-    def block_rows(self, num_rows: int, num_groups: int) -> int:
+    def block_rows(self, num_rows: int, num_groups: int, row_bytes: int) -> int:
         """See `GroupedMatmul`."""
-        return rows_of_blocks(num_rows, num_groups, fewest=_FEWEST_ROWS, most=_MOST_ROWS)
+        most = min(_MOST_ROWS, 1 << (_ROWS_BYTES // row_bytes).bit_length() - 1)
+        return rows_of_blocks(num_rows, num_groups, fewest=_FEWEST_ROWS, most=max(_FEWEST_ROWS, most))
 
     def __call__(self, x_PI: jax.Array, matrices: Matrices, blocks: Blocks) -> jax.Array:
         """See `GroupedMatmul`."""
@@ -72,14 +76,14 @@ class TpuGroupedMatmul:
         block_rows = num_places // blocks.group_C.shape[0]
         row_bytes = matrices.values_XOI.shape[2] * matrices.values_XOI.dtype.itemsize * problem.work
         block_outputs = _block_outputs(num_outputs, row_bytes)
-        rows = [pl.BlockSpec((block_rows, x.shape[1]), lambda o, c, _: (c, 0)) for x in problem.rows]
+        rows = [pl.BlockSpec((block_rows, x.shape[1]), lambda c, o, _: (c, 0)) for x in problem.rows]
         of_matrices = [
-            pl.BlockSpec((1, block_outputs, each.shape[2]), lambda o, c, group_C: (group_C[c], o, 0))
+            pl.BlockSpec((1, block_outputs, each.shape[2]), lambda c, o, group_C: (group_C[c], o, 0))
             for each in problem.by_output
         ]
-        whole = [pl.BlockSpec(each.shape, lambda o, c, _: (0, 0)) for each in problem.constants]
+        whole = [pl.BlockSpec(each.shape, lambda c, o, _: (0, 0)) for each in problem.constants]
         scalars = [
-            pl.BlockSpec((1, *each.shape[1:]), lambda o, c, group_C: (group_C[c], 0, 0), memory_space=pltpu.SMEM)
+            pl.BlockSpec((1, *each.shape[1:]), lambda c, o, group_C: (group_C[c], 0, 0), memory_space=pltpu.SMEM)
             for each in problem.scalars
         ]
         operands = (*problem.rows, *problem.by_output, *problem.constants, *problem.scalars)
@@ -91,13 +95,13 @@ class TpuGroupedMatmul:
             grid_spec=pltpu.PrefetchScalarGridSpec(
                 num_scalar_prefetch=1,
                 # A device may have none that counts.
-                grid=(pl.cdiv(num_outputs, block_outputs), jnp.maximum(blocks.num_1[0], 1)),
+                grid=(jnp.maximum(blocks.num_1[0], 1), pl.cdiv(num_outputs, block_outputs)),
                 in_specs=[*rows, *of_matrices, *whole, *scalars],
-                out_specs=pl.BlockSpec((block_rows, block_outputs), lambda o, c, _: (c, o)),
+                out_specs=pl.BlockSpec((block_rows, block_outputs), lambda c, o, _: (c, o)),
             ),
             out_shape=jax.ShapeDtypeStruct((num_places, num_outputs), x_PI.dtype),
             compiler_params=pltpu.CompilerParams(
-                dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=2 * block_bytes + _SPARE_BYTES
+                dimension_semantics=("arbitrary", "arbitrary"), vmem_limit_bytes=2 * block_bytes + _SPARE_BYTES
             ),
             interpret=self._interpret,
             name="grouped_matmul",
@@ -149,7 +153,7 @@ def _multiply_block(_: Any, x_WI: Any, w_1oI: Any, out_Wo: Any) -> None:
 def _multiply_scaled_block(_: Any, x_WI: Any, w_1oI: Any, scale_1oi: Any, out_Wo: Any) -> None:
     """As `_multiply_block`, one block of columns after the other: their results are scaled, not the matrix."""
     num_rows = out_Wo.shape[1] // _LANES
-    first_row, last_row = pl.program_id(0) * num_rows, scale_1oi.shape[1] - 1
+    first_row, last_row = pl.program_id(1) * num_rows, scale_1oi.shape[1] - 1
 
     def multiply(column: jax.Array, sum_Wo: jax.Array) -> jax.Array:
         columns = pl.ds(pl.multiple_of(column * _LANES, _LANES), _LANES)

@@ -15,8 +15,9 @@ _MOST_ROWS = 128
 class XlaGroupedMatmul:
     """A `GroupedMatmul`."""
 
-    def block_rows(self, num_rows: int, num_groups: int) -> int:
+    def block_rows(self, num_rows: int, num_groups: int, row_bytes: int) -> int:
         """See `GroupedMatmul`."""
+        del row_bytes
         return rows_of_blocks(num_rows, num_groups, fewest=_FEWEST_ROWS, most=_MOST_ROWS)
 
     def __call__(self, x_PI: jax.Array, matrices: Matrices, blocks: Blocks) -> jax.Array:

@@ -18,6 +18,8 @@ from kernels_pallas.grouped_matmul.xla import XlaGroupedMatmul
 from kernels_pallas.quantized import QuantizedFormat
 
 needs_pallas = pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="the kernels need JAX 0.11")
+# Few enough for blocks of any number of rows.
+ROW_BYTES = 1024
 KERNELS = [pytest.param("tpu", marks=needs_pallas), pytest.param("gpu", marks=needs_pallas)]
 
 
@@ -50,7 +52,7 @@ def check_quantized(name: str, group_R: np.ndarray, num_groups: int, sizes: tupl
 
     @jax.jit
     def run(x_RI: jax.Array, w_XOI: jax.Array, scale_Xoi: jax.Array, group_R: jax.Array) -> jax.Array:
-        blocks, places = sort_into_blocks(group_R, num_groups, matmul.block_rows(len(group_R), num_groups))
+        blocks, places = sort_into_blocks(group_R, num_groups, matmul.block_rows(len(group_R), num_groups, ROW_BYTES))
         matrices = Matrices(w_XOI, scale_Xoi, form=QuantizedFormat("fp8", (128, 128)))
         return matmul(x_RI[places.row_P], matrices, blocks._replace(group_C=blocks.group_C + num_groups))[
             places.place_R
@@ -78,7 +80,7 @@ def check(name: str, group_R: np.ndarray, num_groups: int, sizes: tuple[int, int
 
     @jax.jit
     def run(x_RI: jax.Array, w_XOI: jax.Array, group_R: jax.Array) -> jax.Array:
-        blocks, places = sort_into_blocks(group_R, num_groups, matmul.block_rows(num_rows, num_groups))
+        blocks, places = sort_into_blocks(group_R, num_groups, matmul.block_rows(num_rows, num_groups, ROW_BYTES))
         y_PO = matmul(x_RI[places.row_P], Matrices(w_XOI), blocks._replace(group_C=blocks.group_C + num_groups))
         return y_PO.at[places.place_R].get(mode="fill", fill_value=0)
 
@@ -176,7 +178,7 @@ def test_matrices_with_factors_of_groups(name: str, form: str, dtype: Any) -> No
 
     @jax.jit
     def run(x_RI: jax.Array, group_R: jax.Array, *arrays: Any) -> jax.Array:
-        blocks, places = sort_into_blocks(group_R, 3, matmul.block_rows(40, 3))
+        blocks, places = sort_into_blocks(group_R, 3, matmul.block_rows(40, 3, ROW_BYTES))
         return matmul(x_RI[places.row_P], Matrices(*arrays, matrices.form), blocks)[places.place_R]
 
     got = run(x_RI, jnp.asarray(group_R, jnp.int32), *matrices[:3])
@@ -196,7 +198,7 @@ def test_rows_with_factors_on_gpu(form: str, num_outputs: int) -> None:
 
     @jax.jit
     def run(x_RI: jax.Array, group_R: jax.Array, *arrays: Any) -> jax.Array:
-        blocks, places = sort_into_blocks(group_R, 3, matmul.block_rows(70, 3))
+        blocks, places = sort_into_blocks(group_R, 3, matmul.block_rows(70, 3, ROW_BYTES))
         return matmul(x_RI[places.row_P], Matrices(*arrays, matrices.form), blocks)[places.place_R]
 
     got = run(x_RI, jnp.asarray(group_R, jnp.int32), *matrices[:3])
@@ -263,7 +265,8 @@ def test_a_linear_map_split_over_devices(axes: tuple[Any, Any], form: str) -> No
     mesh = make_mesh(2)
     matrices, w64_XOI = random_matrices(form, (3, 256, 512))
     maths = LinearMaths(implementation("tpu"), mesh, ())
-    x_TI = jnp.asarray(np.random.default_rng(6).standard_normal((21, 512)), jnp.float32)
+    # Two blocks, the second of them filled up.
+    x_TI = jnp.asarray(np.random.default_rng(6).standard_normal((600, 512)), jnp.float32)
 
     @jax.jit
     def run(x_TI: jax.Array, place: jax.Array, *arrays: Any) -> jax.Array:
