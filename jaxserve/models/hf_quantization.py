@@ -120,10 +120,9 @@ def _fp8(config: Mapping[str, Any], _: str) -> QuantizationConfig:
     block = config.get("weight_block_size")
     if block is None or len(block) != 2:
         raise LaunchError(f"config.json: fp8 weights need a weight_block_size of two numbers, got {block}")
-    if min(block) < 1:
-        raise LaunchError(f"config.json: weight_block_size must be positive, got {block}")
+    rows, columns = (_positive(size, "weight_block_size") for size in block)
     _check(config, "fp8", fmt=("e4m3",), activation_scheme=("dynamic",))
-    return QuantizationConfig(numbers="fp8", block=(int(block[0]), int(block[1])), kept=_kept(config))
+    return QuantizationConfig(numbers="fp8", block=(rows, columns), kept=_kept(config))
 
 
 def _mxfp4(config: Mapping[str, Any], _: str) -> QuantizationConfig:
@@ -200,7 +199,7 @@ def _check(config: Mapping[str, Any], method: str, **supported: tuple[Any, ...])
 
 
 def _positive(value: Any, key: str) -> int:
-    if not isinstance(value, int) or not 0 < value < 2**31:
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < 2**31:
         raise LaunchError(f"config.json: {key} of quantised weights must be a positive number, got {value!r}")
     return value
 

@@ -136,7 +136,11 @@ def test_sliding_window(changes: dict[str, Any], window: int | None) -> None:
         (compressed("pack-quantized", ignore=["re:(a"]), "missing \\)"),
         (compressed("pack-quantized", ignore=["model.layers.1"]), "layers.1.self_attn.q_proj is not quantised where"),
         ({"quantization_config": {"quant_method": "fp8"}}, "weight_block_size"),
-        ({"quantization_config": FP8 | {"weight_block_size": [128, 0]}}, "must be positive"),
+        (
+            {"quantization_config": FP8 | {"weight_block_size": [128, 0]}},
+            "weight_block_size .* must be a positive number",
+        ),
+        ({"quantization_config": FP8 | {"weight_block_size": [2**70, 1]}}, "must be a positive number"),
         ({"quantization_config": FP8 | {"activation_scheme": "static"}}, "activation_scheme 'static'"),
         ({"quantization_config": FP8 | {"modules_to_not_convert": ["model.layers.0.mlp.up_proj"]}}, "up_proj is not"),
         ({"architectures": ["MixtralForCausalLM"]}, "num_local_experts is missing"),
