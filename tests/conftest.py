@@ -1,6 +1,8 @@
 """Eight CPU devices, strict dtypes, and shared fixtures."""
 
+import gc
 import os
+from collections.abc import Iterator
 from typing import Any
 
 # GPU programs are compiled without a GPU, on which candidates could be tried.
@@ -48,6 +50,14 @@ def _share_compiled_programs(compilation_cache: str) -> None:
     """What one test has compiled, others load."""
     jax.config.update("jax_compilation_cache_dir", compilation_cache)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _forget_compiled_programs() -> Iterator[None]:
+    """A CPU program is a dozen memory mappings, of which Linux gives a process 65,530: XLA crashes at the next."""
+    yield
+    jax.clear_caches()
+    gc.collect()
 
 
 @pytest.fixture(scope="session")
