@@ -79,13 +79,12 @@ STEPS = [
 ]
 # Each model on each kind of device, and both vocabularies split and whole.
 DECODE_STEPS = [
-    *(("v5e:2x2", *model) for model in (("qwen2.5-0.5b", 1), ("qwen3-4b", 4), ("llama-3.1-8b", 4))),
+    *(("v5e:2x2", *model) for model in (("qwen2.5-0.5b", 1), ("llama-3.1-8b", 4))),
     *(
         ("h100:8", *model)
         for model in (("qwen2.5-0.5b", 1), ("qwen3-4b", 8), ("llama-3.1-8b", 1), ("llama-3.3-70b", 8))
     ),
     *(("v6e:2x4", *model) for model in (("qwen3-4b", 1), ("llama-3.3-70b", 8))),
-    ("v5p:2x2x2", "llama-3.3-70b", 8),
 ]
 
 
@@ -176,7 +175,6 @@ def test_decode_step_and_draws(target: str, model: str, tp_size: int, record_pro
         ("v6e:2x4", "qwen3-30b-a3b", 8, 2),
         ("h100:1", "qwen3-30b-a3b", 1, 1),
         ("h100:8", "qwen3-235b-a22b", 8, 8),
-        ("v6e:2x4", "gpt-oss-20b", 4, 4),
         ("v5p:2x2x2", "mixtral-8x22b", 8, 8),
         ("h100:8", "gpt-oss-20b", 4, 4),
         ("h100:1", "qwen3-30b-a3b-fp8", 1, 1),

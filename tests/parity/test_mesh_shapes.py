@@ -19,7 +19,7 @@ FEW_MESHES = [{"tp_size": 8}, {"tp_size": 2, "dp_size": 2}]
 MESHES = [*FEW_MESHES, {"tp_size": 2}, {"tp_size": 4}, {"dp_size": 2}, {"tp_size": 4, "dp_size": 2}]
 # The others are split as one of the first two: with and without biases.
 FAMILIES = {
-    "LlamaForCausalLM": MESHES,
+    "LlamaForCausalLM": FEW_MESHES,
     "Qwen2ForCausalLM": MESHES,
     "MistralForCausalLM": FEW_MESHES,
     "Qwen3ForCausalLM": FEW_MESHES,
