@@ -77,7 +77,7 @@ STEPS = [
     *(("h100:8", *model) for model in (("llama-3.1-8b", 4), ("llama-3.3-70b", 8))),
     ("h200:8", "llama-3.3-70b", 8),
 ]
-# Each model on each kind of device, and both vocabularies split and whole.
+# Each model on a TPU and on a GPU, and both vocabularies split and whole.
 DECODE_STEPS = [
     *(("v5e:2x2", *model) for model in (("qwen2.5-0.5b", 1), ("llama-3.1-8b", 4))),
     *(
