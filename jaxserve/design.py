@@ -11,12 +11,12 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import msgspec
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 
 from jaxserve.config import CacheConfig, EngineConfig, ModelConfig, QuantizationConfig, SchedulerConfig
 from jaxserve.errors import LaunchError
 from jaxserve.lora.bank import BankLayout, lora_modules
-from jaxserve.mesh import kv_head_copies, named_sharding, partition_spec
+from jaxserve.mesh import kv_head_copies, mesh_shape, named_sharding, partition_spec
 from jaxserve.models.architecture import Architecture, BuildModel
 from jaxserve.models.decoder import Decoder, ParamSpec, Path
 from jaxserve.models.hf_quantization import with_requested
@@ -148,7 +148,15 @@ def design_model(config: EngineConfig, hf_config: Mapping[str, Any], mesh: Mesh)
     )
 
 
-def _check_blocks(decoder: Decoder, mesh: Mesh, copies: int) -> None:
+def check_fit(design: ModelDesign, tp_size: int, ep_size: int) -> None:
+    """Raise LaunchError where a copy of the model cannot be split over `tp_size` devices, `ep_size` of its experts."""
+    copies = kv_head_copies(design.checkpoint, tp_size, ep_size)
+    model = msgspec.structs.replace(design.checkpoint, num_kv_heads=design.checkpoint.num_kv_heads * copies)
+    decoder = design.architecture.build(BuildModel(model, design.dtype))
+    _check_blocks(decoder, mesh_shape(tp_size, ep_size), copies)
+
+
+def _check_blocks(decoder: Decoder, mesh: Mesh | AbstractMesh, copies: int) -> None:
     """Raise LaunchError where devices would share a block of a quantised weight."""
     quantization = decoder.config.quantization
     if quantization is None:

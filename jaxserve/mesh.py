@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental.layout import Format, Layout
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxserve.config import ExpertsConfig, ModelConfig
 from jaxserve.errors import LaunchError
@@ -64,7 +64,12 @@ def mesh_of(devices: Sequence[Any], tp_size: int, dp_size: int = 1, ep_size: int
     return Mesh(grid, ("data", *MODEL), axis_types=(AxisType.Auto,) * grid.ndim)
 
 
-def partition_spec(axes: tuple[str | None, ...], shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
+def mesh_shape(tp_size: int, ep_size: int = 1) -> AbstractMesh:
+    """The mesh of one copy, of which only the shape is known."""
+    return AbstractMesh((1, ep_size, tp_size // ep_size), ("data", *MODEL))
+
+
+def partition_spec(axes: tuple[str | None, ...], shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> PartitionSpec:
     """Mesh axes of an array's logical axes; a vocabulary that does not divide stays whole."""
     spec: list[str | tuple[str, ...] | None] = []
     for axis, size in zip(axes, shape, strict=True):

@@ -89,6 +89,7 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     devices: int
     tp_size: int
     dp_size: int
+    ep_size: int
     dtype: str
     kv_dtype: str
     attention_backend: str
@@ -106,7 +107,7 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
         """For people."""
         rows = [
             ("model", self.model),
-            ("target", f"{self.target}, {self.devices} devices: tp {self.tp_size}, dp {self.dp_size}"),
+            ("target", f"{self.target}, {self.devices} devices: {self._split()}"),
             ("dtype", f"{self.dtype}, keys and values {self.kv_dtype}"),
             ("attention", self.attention_backend),
             ("fits", "yes" if self.fits else "NO"),
@@ -121,6 +122,10 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
         ]
         lines = [f"{name:<16}{text}".rstrip() for name, text in rows]
         return "\n".join(lines + self._program_lines())
+
+    def _split(self) -> str:
+        experts = f", ep {self.ep_size}" if self.ep_size > 1 else ""
+        return f"tp {self.tp_size}, dp {self.dp_size}{experts}"
 
     def _memory_rows(self) -> list[tuple[str, str]]:
         memory = self.memory

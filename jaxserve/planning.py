@@ -12,19 +12,19 @@ from typing import Any, NamedTuple, TypeAlias
 import jax
 
 from jaxserve.config import EngineConfig, LayerConfig, LoraConfig
-from jaxserve.design import DEVICE_MEM_FRACTION, EngineDesign, ModelDesign, design_model, lay_out
+from jaxserve.design import DEVICE_MEM_FRACTION, EngineDesign, ModelDesign, check_fit, design_model, lay_out
 from jaxserve.errors import LaunchError
 from jaxserve.hlo import find_collectives, num_kernels
 from jaxserve.lora.bank import BankLayout, bank_bytes
 from jaxserve.lora.reader import AdapterReader
 from jaxserve.lora.start import bank_layout
-from jaxserve.mesh import kv_head_copies, mesh_of
+from jaxserve.mesh import mesh_of
 from jaxserve.models.layer_groups import group_layers
 from jaxserve.plan_report import Load, Memory, Program, Report, bound
 from jaxserve.runner.programs import StepPrograms
 from jaxserve.targets import Target, target_devices
 from kernels_pallas.dispatch import lora_rank_multiple
-from kernels_pallas.shards import model_size
+from kernels_pallas.shards import EXPERT, model_size
 
 _COMPILE_THREADS = 2
 # The next forward pass runs while tokens are drawn from the logits of the last.
@@ -191,6 +191,7 @@ def _names(config: EngineConfig, design: ModelDesign, target: Target) -> dict[st
         "devices": config.tp_size * config.dp_size,
         "tp_size": config.tp_size,
         "dp_size": config.dp_size,
+        "ep_size": config.ep_size,
         "dtype": str(design.dtype),
         "kv_dtype": str(design.kv_dtype),
     }
@@ -236,19 +237,24 @@ def _more_devices(design: ModelDesign, target: Target) -> str:
     held = (
         f"weights are {design.device_weight_bytes / 2**30:.1f} GiB on each of {now} devices of {total / 2**30:.1f} GiB"
     )
-    enough = [
-        tp_size
-        for tp_size in range(now + 1, design.checkpoint.num_q_heads + 1)
-        if _divides(design, tp_size) and design.device_weight_bytes * now / tp_size <= _WEIGHTS_AT_MOST * total
-    ]
-    if not enough:
-        return f"{held}: no number of them that divides the model's heads is enough, only smaller weights"
-    return f"{held}: try --tp-size {enough[0]} or smaller weights"
+    least = math.ceil(design.device_weight_bytes * now / (_WEIGHTS_AT_MOST * total))
+    for tp_size in range(max(now + 1, least), design.checkpoint.num_q_heads + 1):
+        # Whole experts on each device where they cannot be split as before.
+        for ep_size in dict.fromkeys((design.mesh.shape[EXPERT], *_whole_experts(design, tp_size))):
+            if tp_size % ep_size == 0 and _fits(design, tp_size, ep_size):
+                flags = f"--tp-size {tp_size}" + (f" --ep-size {ep_size}" if ep_size > 1 else "")
+                return f"{held}: try {flags} or smaller weights"
+    return f"{held}: no number of them that divides the model is enough, only smaller weights"
 
 
-def _divides(design: ModelDesign, tp_size: int) -> bool:
+def _whole_experts(design: ModelDesign, tp_size: int) -> tuple[int, ...]:
+    experts = design.checkpoint.experts
+    return () if experts is None else (math.gcd(tp_size, experts.num_experts),)
+
+
+def _fits(design: ModelDesign, tp_size: int, ep_size: int) -> bool:
     try:
-        kv_head_copies(design.checkpoint, tp_size)
+        check_fit(design, tp_size, ep_size)
     except LaunchError:
         return False
     return True

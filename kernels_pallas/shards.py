@@ -9,14 +9,14 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 
 EXPERT = "expert"
 IN_EXPERT = "model"
 MODEL = (EXPERT, IN_EXPERT)
 
 
-def model_size(mesh: Mesh) -> int:
+def model_size(mesh: Mesh | AbstractMesh) -> int:
     """Devices of one copy of the model."""
     return math.prod(mesh.shape[axis] for axis in MODEL)
 

@@ -14,7 +14,7 @@ from jax.experimental import topologies
 
 from jaxserve.errors import LaunchError
 from jaxserve.targets import parse_target, target_devices
-from tests.compile.models import LLAMA33_70B, QWEN3_4B
+from tests.compile.models import DEEPSEEK_V31, LLAMA33_70B, QWEN3_4B, QWEN3_30B_A3B_FP8
 
 # Two forward programs and one of draws.
 SMALL = ("--max-running-requests", "8", "--chunked-prefill-size", "32")
@@ -56,6 +56,24 @@ def test_a_model_that_does_not_fit(tmp_path: Path) -> None:
     assert report["programs"] == []
     assert report["memory"]["weights"] > report["memory"]["total"]
     assert "--tp-size 16" in report["advice"][0]
+
+
+@pytest.mark.parametrize(
+    ("model", "target", "flags"),
+    [
+        # 144 blocks of its dense MLP's rows are no multiple of 32 devices.
+        (DEEPSEEK_V31, "v5e:2x2", "no number of them that divides the model is enough"),
+        (DEEPSEEK_V31, "v5p:2x2x1", "try --tp-size 16 or"),
+        # Experts of six blocks cannot be cut in four.
+        (QWEN3_30B_A3B_FP8, "v5e:1x1", "try --tp-size 4 --ep-size 4 or"),
+    ],
+)
+def test_advice_knows_blocks_and_experts(model: dict[str, Any], target: str, flags: str, tmp_path: Path) -> None:
+    done = plan(model, tmp_path, "--target", target, "--json")
+    assert done.returncode == 1, done.stderr
+    report = json.loads(done.stdout)
+    assert report["ep_size"] == 1
+    assert flags in report["advice"][0]
 
 
 @needs_compilers
