@@ -5,7 +5,7 @@ What an adapter asks for and jaxserve does not compute is refused by name. Pickl
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -19,7 +19,12 @@ from checkpoints.source import CheckpointError, listed
 _CONFIG, _TENSORS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 # lora_A is [r, in], lora_B [out, r]; of an embedding, lora_embedding_A is [r, ids] and lora_embedding_B [out, r].
-_FACTOR = re.compile(r"(?P<module>.+)\.lora_(?P<embedding>embedding_)?(?P<factor>[AB])(?:\.weight)?")
+_FACTOR = re.compile(
+    r"(?P<module>.+?)(?P<inner>(?:\.base_layer)*)\.lora_(?P<embedding>embedding_)?(?P<factor>[AB])(?:\.weight)?"
+)
+# Experts are no modules but parameters of one, in this order. Of several that are adapted, PEFT wraps the module first
+# for the first one; so that is the innermost, and the last has the module's own name.
+_EXPERTS, _EXPERT_PARAMETERS = "experts", ("gate_up_proj", "down_proj")
 
 
 class _PeftConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -54,7 +59,6 @@ _REFUSED: Mapping[str, str] = {
     "fan_in_fan_out": "the base model's weights are not transposed here",
     "layer_replication": "layers are not repeated",
     "trainable_token_indices": "tokens trained whole are not supported; merge them into the base model",
-    "target_parameters": "parameters outside of linear modules are not supported",
     "alora_invocation_tokens": "adapters that start in the middle of a prompt are not supported",
     "arrow_config": "routing among adapters is not supported",
     "use_qalora": "QA-LoRA pools its inputs, which is not supported",
@@ -66,8 +70,9 @@ class AdapterTensors(NamedTuple):
     """The factors of one module: delta W = scale * B A.
 
     Attributes:
-        a_RI: [r, in]; of an embedding [r, out].
-        b_OR: [out, r]; of an embedding [ids, r], so that delta W has the embedding's own shape in both cases.
+        a_RI: [r, in]; of an embedding [r, out]; of a parameter with all experts [E, r, in].
+        b_OR: [out, r]; of an embedding [ids, r], so that delta W has the embedding's own shape in both cases; of a
+            parameter with all experts [E, out, r].
         scale: alpha / r, or alpha / sqrt(r) (rank-stabilised, arXiv:2312.03732).
     """
 
@@ -81,16 +86,18 @@ class PeftAdapter(NamedTuple):
 
     Attributes:
         base_model: what it was trained on, as its maker named it.
-        modules: by Hugging Face module name, such as `model.layers.0.self_attn.q_proj`.
+        modules: by Hugging Face module name, such as `model.layers.0.self_attn.q_proj`, or name of a parameter with
+            all experts, such as `model.layers.0.mlp.experts.down_proj`.
     """
 
     base_model: str | None
     modules: dict[str, AdapterTensors]
 
-    @property
-    def rank(self) -> int:
-        """The largest of its modules."""
-        return max(tensors.a_RI.shape[0] for tensors in self.modules.values())
+
+def of_all_experts(name: str) -> bool:
+    """Whether it is a parameter that has all experts of a layer."""
+    module, _, parameter = name.rpartition(".")
+    return parameter in _EXPERT_PARAMETERS and module.endswith(f".{_EXPERTS}")
 
 
 def read_peft(folder: Path) -> PeftAdapter:
@@ -101,8 +108,7 @@ def read_peft(folder: Path) -> PeftAdapter:
             supported.
     """
     config = _read_config(folder / _CONFIG)
-    factors = _read_factors(folder)
-    problems: list[str] = []
+    factors, problems = _by_parameter(_read_factors(folder), config.target_parameters or [])
     modules: dict[str, AdapterTensors] = {}
     for module, pair in sorted(factors.items()):
         if isinstance(found := _tensors(config, module, pair), str):
@@ -145,7 +151,33 @@ class _Pair(msgspec.Struct):
     b: np.ndarray | None = None
 
 
-def _read_factors(folder: Path) -> dict[str, _Pair]:
+def _by_parameter(pairs: dict[tuple[str, int], _Pair], targets: Sequence[str]) -> tuple[dict[str, _Pair], list[str]]:
+    """What each pair belongs to, and what is wrong.
+
+    Args:
+        pairs: by module and the depth at which it was wrapped.
+        targets: names of parameters, or ends of them.
+    """
+    named: dict[str, _Pair] = {}
+    problems: list[str] = []
+    modules: dict[str, dict[int, _Pair]] = {}
+    for (module, depth), pair in pairs.items():
+        modules.setdefault(module, {})[depth] = pair
+    for module, by_depth in modules.items():
+        parameters = [f"{module}.{name}" for name in _EXPERT_PARAMETERS]
+        names = [module]
+        if of_all_experts(parameters[0]):
+            names = [name for name in parameters if any(f".{name}".endswith(f".{target}") for target in targets)]
+        if set(by_depth) != set(range(len(names))):
+            problems.append(f"{module}: {len(by_depth)} of its parameters are adapted; known are {', '.join(names)}")
+            continue
+        for depth, name in enumerate(reversed(names)):
+            named[name] = by_depth[depth]
+    return named, problems
+
+
+def _read_factors(folder: Path) -> dict[tuple[str, int], _Pair]:
+    """Pairs by module and the depth at which it was wrapped."""
     path = folder / _TENSORS
     if not path.is_file():
         pickles = [name for name in ("adapter_model.bin", "adapter_model.pt") if (folder / name).exists()]
@@ -153,14 +185,15 @@ def _read_factors(folder: Path) -> dict[str, _Pair]:
         raise CheckpointError(f"{path} does not exist{hint}")
     file = SafetensorsFile(path)
     try:
-        pairs: dict[str, _Pair] = {}
+        pairs: dict[tuple[str, int], _Pair] = {}
         unknown: list[str] = []
         for name, shape in file.shapes.items():
             found = _FACTOR.fullmatch(name.removeprefix(_PREFIX))
             if found is None or not name.startswith(_PREFIX) or len(shape) != 2:
                 unknown.append(name)
                 continue
-            pair = pairs.setdefault(found["module"], _Pair(embedding=found["embedding"] is not None))
+            key = (found["module"], found["inner"].count("."))
+            pair = pairs.setdefault(key, _Pair(embedding=found["embedding"] is not None))
             value = file.read(name, (slice(None), slice(None))).astype(np.float32)
             if found["factor"] == "A":
                 pair.a = value
@@ -177,16 +210,20 @@ def _tensors(config: _PeftConfig, module: str, pair: _Pair) -> AdapterTensors | 
     """The factors of a module, or what is wrong with them."""
     if pair.a is None or pair.b is None:
         return f"lora_{'B' if pair.b is None else 'A'} is missing"
-    rank = pair.a.shape[0]
-    expected = _by_pattern(config.rank_pattern, module, config.r)
-    if pair.b.shape[1] != rank or rank != expected:
-        return f"lora_A is {pair.a.shape}, lora_B {pair.b.shape}, the config asks for rank {expected}"
+    rank = _by_pattern(config.rank_pattern, module, config.r)
+    num_experts = len(pair.a) // rank if of_all_experts(module) else 1
+    if not len(pair.a) == pair.b.shape[1] == rank * num_experts:
+        return f"lora_A is {pair.a.shape}, lora_B {pair.b.shape}, the config asks for rank {rank}"
     if not (np.isfinite(pair.a).all() and np.isfinite(pair.b).all()):
         return "values that are not finite"
     alpha = _by_pattern(config.alpha_pattern, module, config.lora_alpha)
     scale = alpha / (math.sqrt(rank) if config.use_rslora else rank)
     if pair.embedding:
         return AdapterTensors(np.ascontiguousarray(pair.b.T), np.ascontiguousarray(pair.a.T), scale)
+    if of_all_experts(module):
+        # Rows of A are by expert, columns of B by rank.
+        a_ERI = pair.a.reshape(num_experts, rank, -1)
+        return AdapterTensors(a_ERI, pair.b.reshape(len(pair.b), rank, num_experts).transpose(2, 0, 1), scale)
     return AdapterTensors(pair.a, pair.b, scale)
 
 
@@ -197,7 +234,7 @@ def _by_pattern(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
     run for ever.
     """
     for pattern, value in patterns.items():
-        name = pattern.removeprefix("^").replace("\\.", ".")
+        name = pattern.removeprefix("^").removeprefix(r".*\.").replace("\\.", ".")
         if not re.fullmatch(r"[\w.]+", name):
             raise CheckpointError(f"pattern {pattern!r}: only names of modules are supported")
         if module == name or (module.endswith(f".{name}") and not pattern.startswith("^")):

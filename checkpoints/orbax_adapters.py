@@ -20,12 +20,21 @@ _FORMAT = "orbax-adapter"
 
 
 class ModuleShape(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One module's factors: a [rank, inputs], b [outputs, rank], and what multiplies their product."""
+    """One module's factors: a [rank, inputs], b [outputs, rank], and what multiplies their product.
+
+    Those of all experts of a layer have them along an axis in front; others are of 0 experts.
+    """
 
     rank: int
     inputs: int
     outputs: int
     scale: float
+    experts: int = 0
+
+    @property
+    def lead(self) -> tuple[int, ...]:
+        """Axes in front."""
+        return (self.experts,) if self.experts else ()
 
 
 class AdapterManifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -64,10 +73,11 @@ def save_adapter(folder: Path, adapter: PeftAdapter) -> None:
         checkpointer.save(folder.resolve() / _FACTORS, factors)
     shapes = {
         name: ModuleShape(
-            rank=tensors.a_RI.shape[0],
-            inputs=tensors.a_RI.shape[1],
-            outputs=tensors.b_OR.shape[0],
+            rank=tensors.a_RI.shape[-2],
+            inputs=tensors.a_RI.shape[-1],
+            outputs=tensors.b_OR.shape[-2],
             scale=tensors.scale,
+            experts=len(tensors.a_RI) if tensors.a_RI.ndim > 2 else 0,
         )
         for name, tensors in adapter.modules.items()
     }
@@ -85,8 +95,8 @@ def restore_adapter(folder: Path) -> PeftAdapter:
     # Arrays of numpy are restored as such: adapters stay on the host.
     abstract = {
         name: {
-            "a": np.empty((shape.rank, shape.inputs), np.float32),
-            "b": np.empty((shape.outputs, shape.rank), np.float32),
+            "a": np.empty((*shape.lead, shape.rank, shape.inputs), np.float32),
+            "b": np.empty((*shape.lead, shape.outputs, shape.rank), np.float32),
         }
         for name, shape in manifest.modules.items()
     }

@@ -15,7 +15,7 @@ from jax.sharding import AbstractMesh, Mesh
 
 from jaxserve.config import CacheConfig, EngineConfig, ModelConfig, QuantizationConfig, SchedulerConfig
 from jaxserve.errors import LaunchError
-from jaxserve.lora.bank import BankLayout, lora_modules
+from jaxserve.lora.bank import BankLayout, lora_expert_shapes, lora_modules
 from jaxserve.mesh import kv_head_copies, mesh_shape, named_sharding, partition_spec
 from jaxserve.models.architecture import Architecture, BuildModel
 from jaxserve.models.decoder import Decoder, ParamSpec, Path
@@ -34,6 +34,8 @@ from kernels_pallas.dispatch import (
 )
 from kernels_pallas.grouped_matmul.api import ExpertShape, GroupedMatmul
 from kernels_pallas.grouped_matmul.xla import XlaGroupedMatmul
+from kernels_pallas.lora_matmul.api import LoraMatmul
+from kernels_pallas.lora_matmul.xla import XlaLora
 from kernels_pallas.paged_attention.api import AttentionConfig, CacheSpec
 from kernels_pallas.shards import MODEL
 
@@ -210,13 +212,12 @@ def lay_out(
     scheduler = _fit_context(scheduler, cache)
     chosen = _attention(config, design, page_size, num_pages)
     sampler = choose_sampler(design.mesh)
-    lora = choose_lora(lora_modules(design.decoder, adapters, design.mesh) if adapters is not None else [], design.mesh)
     experts = choose_grouped_matmul(_expert_shapes(design), design.mesh)
-    choices = [("attention", chosen), ("sampling", sampler)] + ([("LoRA", lora)] if adapters is not None else [])
-    choices += [("experts", experts)] if design.model.experts is not None else []
-    for op, choice in choices:
-        level = logging.WARNING if choice.lacking else logging.INFO
-        logger.log(level, "%s backend: %s, %s", op, choice.name, choice.reason)
+    _tell("attention", *chosen[1:])
+    _tell("sampling", *sampler[1:])
+    if design.model.experts is not None:
+        _tell("experts", *experts[1:])
+    lora = _LoraChoice() if adapters is None else _choose_lora(design, adapters)
     linear_matmul, linears = _choose_linears(design)
     layout = BatchLayout(
         max_rows=scheduler.max_rows,
@@ -236,6 +237,8 @@ def lay_out(
         buckets=buckets,
         adapters=adapters,
         lora=lora.matmul,
+        lora_groups=lora.groups,
+        lora_experts=lora.experts,
         grouped_matmul=experts.matmul,
         linear_matmul=linear_matmul,
         linears=linears,
@@ -258,15 +261,47 @@ def _choose_linears(design: ModelDesign) -> tuple[GroupedMatmul, tuple[Path, ...
     chosen = {
         path[:-1]: choose_grouped_matmul([_shape_on_device(design, spec, design.model.quantization)], design.mesh)
         for path, spec in design.decoder.param_specs.items()
-        # What no adapter can change is not applied as it is.
-        if path[-1] == "weight" and spec.stored is not None and not spec.of_experts and spec.adaptable
+        if path[-1] == "weight" and spec.stored is not None and not (spec.of_experts or spec.taken_apart)
     }
-    for choice in dict.fromkeys(each[1:] for each in chosen.values()):
-        name, reason, lacking = choice
-        modules = ", ".join(".".join(path[1:]) for path, each in chosen.items() if each[1:] == choice)
-        logger.log(logging.WARNING if lacking else logging.INFO, "%s backend: %s, %s", modules, name, reason)
+    _tell_by_module("{}", chosen)
     by_kernel = {path: each.matmul for path, each in chosen.items() if each.name != "xla"}
     return next(iter(by_kernel.values()), XlaGroupedMatmul()), tuple(by_kernel)
+
+
+class _LoraChoice(NamedTuple):
+    """How updates of adapters are computed; see `StepModel`."""
+
+    matmul: LoraMatmul = XlaLora()
+    groups: tuple[Path, ...] = ()
+    experts: GroupedMatmul = XlaGroupedMatmul()
+
+
+def _choose_lora(design: ModelDesign, adapters: BankLayout) -> _LoraChoice:
+    """The kernels of adapters, and the groups of modules that they can serve; portable XLA has the others."""
+    chosen = {
+        group: choose_lora(modules, design.mesh)
+        for group, modules in lora_modules(design.decoder, adapters, design.mesh).items()
+    }
+    _tell_by_module("LoRA of {}", chosen)
+    by_kernel = {group: each.matmul for group, each in chosen.items() if each.name != "xla"}
+    experts = XlaGroupedMatmul()
+    if shapes := lora_expert_shapes(design.decoder, adapters, design.mesh):
+        choice = choose_grouped_matmul(shapes, design.mesh)
+        _tell("LoRA of experts", *choice[1:])
+        experts = choice.matmul
+    return _LoraChoice(next(iter(by_kernel.values()), XlaLora()), tuple(by_kernel), experts)
+
+
+def _tell(op: str, name: str, reason: str, lacking: bool) -> None:
+    """Log what was chosen, and why."""
+    logger.log(logging.WARNING if lacking else logging.INFO, "%s backend: %s, %s", op, name, reason)
+
+
+def _tell_by_module(op: str, chosen: Mapping[Path, tuple[Any, str, str, bool]]) -> None:
+    """Log what was chosen for modules, those of one kind together."""
+    for kind in dict.fromkeys(each[1:] for each in chosen.values()):
+        modules = (".".join(path).removeprefix("layers.") for path, each in chosen.items() if each[1:] == kind)
+        _tell(op.format(", ".join(modules)), *kind)
 
 
 def _shape_on_device(design: ModelDesign, spec: ParamSpec, quantization: QuantizationConfig | None) -> ExpertShape:

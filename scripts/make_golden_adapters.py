@@ -29,6 +29,23 @@ ADAPTERS = {
     ("gemma3", "linear"): {"r": 4, "lora_alpha": 6, "target_modules": [*LINEAR, "embed_tokens"]},
     ("phi3", "fused"): {"r": 4, "lora_alpha": 6, "target_modules": ["qkv_proj", "o_proj", "gate_up_proj"]},
     ("mistral", "mlp"): {"r": 3, "lora_alpha": 6, "target_modules": ["gate_proj", "up_proj", "down_proj"]},
+    ("qwen2_moe", "linear"): {"r": 2, "lora_alpha": 3, "target_modules": "all-linear"},
+    ("qwen3_moe", "linear"): {"r": 2, "lora_alpha": 3, "target_modules": "all-linear"},
+    ("mixtral", "experts"): {"r": 2, "lora_alpha": 3, "target_modules": ["w1", "w2", "w3", "q_proj"]},
+    ("gpt_oss", "parameters"): {
+        "r": 2,
+        "lora_alpha": 3,
+        "target_modules": "all-linear",
+        "target_parameters": ["experts.gate_up_proj", "experts.down_proj", "router.weight"],
+    },
+    ("deepseek_v3", "linear"): {"r": 2, "lora_alpha": 3, "target_modules": "all-linear"},
+    ("deepseek_v3_whole_queries", "down"): {
+        "r": 3,
+        "lora_alpha": 6,
+        "use_rslora": True,
+        "target_modules": ["kv_b_proj", "q_proj"],
+        "target_parameters": ["mlp.experts.down_proj"],
+    },
 }
 NUM_TOKENS = 32
 # Of the logits of the two likeliest tokens; they are of magnitude 10, and the tests compute them in f32.

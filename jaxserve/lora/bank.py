@@ -5,12 +5,13 @@ that reads the same activations: one array `a` of their first factors, one below
 names, and in `b` each one's second factor by its name. Slot 0, of rows without an adapter, takes no room: slot s is at
 s - 1.
 
-Dimension key: L layers, S slots, R rank, I inputs, O outputs, J = modules of a group * R.
+Dimension key: L layers, S slots, E experts where a module has them, R rank, I inputs, O outputs, J = modules of a
+group * R.
 """
 
 import math
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +22,7 @@ from jaxserve.lora.apply import GroupSplit
 from jaxserve.lora.delta import EMBEDDING, AdapterDelta, adaptable
 from jaxserve.mesh import named_sharding, partition_spec
 from jaxserve.models.decoder import Decoder, ParamSpec, Path, Weights
+from kernels_pallas.grouped_matmul.api import ExpertShape
 from kernels_pallas.lora_matmul.api import LoraModule
 
 
@@ -46,14 +48,16 @@ class BankLayout(NamedTuple):
 
 
 def bank_specs(decoder: Decoder, layout: BankLayout) -> dict[Path, ParamSpec]:
-    """Of a group's `a` [(L,) S, J, I] and each `b` [(L,) S, R, O]: split over devices as the weights' own axes are."""
+    """Of a group's `a` [(L,) S, (E,) J, I] and each `b` [(L,) S, (E,) R, O], split as the weights' own axes are."""
     specs: dict[Path, ParamSpec] = {}
     weights = adaptable(decoder)
 
     def factor(base: ParamSpec, rank: int, axis: int) -> ParamSpec:
         size = base.num_inputs if axis == -1 else base.shape[axis]
-        shape = (*base.shape[:-2], layout.num_slots - 1, rank, size)
-        return ParamSpec(shape, decoder.dtype, (*base.axes[:-2], None, None, base.axes[axis]), base.layers)
+        at = int(base.stacked)
+        shape = (*base.shape[:at], layout.num_slots - 1, *base.shape[at:-2], rank, size)
+        axes = (*base.axes[:at], None, *base.axes[at:-2], None, base.axes[axis])
+        return ParamSpec(shape, decoder.dtype, axes, base.layers)
 
     for group, paths in _groups(decoder, layout).items():
         specs[*group, "a"] = factor(weights[paths[0]], len(paths) * layout.padded_rank, -1)
@@ -75,21 +79,40 @@ def bank_splits(decoder: Decoder, layout: BankLayout, mesh: Mesh) -> dict[Path, 
     }
 
 
-def lora_modules(decoder: Decoder, layout: BankLayout, mesh: Mesh) -> list[LoraModule]:
-    """The linear modules that adapters may change, as one device has them."""
+def lora_modules(decoder: Decoder, layout: BankLayout, mesh: Mesh) -> dict[Path, list[LoraModule]]:
+    """The linear modules that adapters may change, as one device has them, by their group."""
     specs = bank_specs(decoder, layout)
 
     def size(path: Path) -> int:
-        return named_sharding(specs[path].axes, specs[path].shape, mesh).shard_shape(specs[path].shape)[-1]
+        return _shard_shape(specs[path], mesh)[-1]
 
-    return [
-        LoraModule(
-            size((*group, "a")), size(factor := (*group, "b", path[-2])), layout.padded_rank, specs[factor].dtype
-        )
+    def module(group: Path, path: Path) -> LoraModule:
+        return LoraModule(size((*group, "a")), size((*group, "b", path[-2])), layout.padded_rank, decoder.dtype)
+
+    weights = adaptable(decoder)
+    return {
+        group: [module(group, path) for path in paths]
         for group, paths in _groups(decoder, layout).items()
-        for path in paths
-        if path != EMBEDDING  # rows of it are looked up
-    ]
+        # Rows of the embedding are looked up; what is taken apart is portable XLA's.
+        if not (paths[0] == EMBEDDING or weights[paths[0]].of_experts or weights[paths[0]].taken_apart)
+    }
+
+
+def lora_expert_shapes(decoder: Decoder, layout: BankLayout, mesh: Mesh) -> set[ExpertShape]:
+    """Of the factors of experts, as one device has them."""
+    specs, weights = bank_specs(decoder, layout), adaptable(decoder)
+    shapes: set[ExpertShape] = set()
+    for group, paths in _groups(decoder, layout).items():
+        for path in paths if weights[paths[0]].of_experts else ():
+            *_, rank, num_inputs = _shard_shape(specs[*group, "a"], mesh)
+            num_outputs = _shard_shape(specs[*group, "b", path[-2]], mesh)[-1]
+            shapes.add(ExpertShape(rank, num_inputs, decoder.dtype))
+            shapes.add(ExpertShape(num_outputs, rank, decoder.dtype, transposed=True))
+    return shapes
+
+
+def _shard_shape(spec: ParamSpec, mesh: Mesh) -> tuple[int, ...]:
+    return named_sharding(spec.axes, spec.shape, mesh).shard_shape(spec.shape)
 
 
 def _groups(decoder: Decoder, layout: BankLayout) -> dict[Path, list[Path]]:
@@ -105,14 +128,13 @@ def _groups(decoder: Decoder, layout: BankLayout) -> dict[Path, list[Path]]:
 def bank_bytes(decoder: Decoder, layout: BankLayout, mesh: Mesh) -> int:
     """Of a bank, on each device."""
     return sum(
-        math.prod(named_sharding(spec.axes, spec.shape, mesh).shard_shape(spec.shape)) * spec.dtype.itemsize
-        for spec in bank_specs(decoder, layout).values()
+        math.prod(_shard_shape(spec, mesh)) * spec.dtype.itemsize for spec in bank_specs(decoder, layout).values()
     )
 
 
 def slot_leaves(delta: AdapterDelta, specs: Mapping[Path, ParamSpec]) -> dict[Path, np.ndarray]:
-    """An adapter as a slot holds it, on the host: `a` [(L,) J, I] and scale * each `b` [(L,) R, O] of each group."""
-    leaves = {path: np.zeros((*spec.shape[:-3], *spec.shape[-2:]), spec.dtype) for path, spec in specs.items()}
+    """An adapter as a slot holds it, on the host: `a` [(L,) (E,) J, I] and scale * each `b` [(L,) (E,) R, O]."""
+    leaves = {path: np.zeros(slot_spec(spec).shape, spec.dtype) for path, spec in specs.items()}
     for path, leaf in leaves.items():
         if path[-1] == "a":
             continue
@@ -127,11 +149,20 @@ def slot_leaves(delta: AdapterDelta, specs: Mapping[Path, ParamSpec]) -> dict[Pa
     return leaves
 
 
+def slot_spec(spec: ParamSpec) -> ParamSpec:
+    """Of one slot of a leaf: without the axis of slots, which comes after that of layers."""
+    at = int(spec.stacked)
+    shape, axes = (*spec.shape[:at], *spec.shape[at + 1 :]), (*spec.axes[:at], *spec.axes[at + 1 :])
+    return ParamSpec(shape, spec.dtype, axes, spec.layers)
+
+
 def write_slot(bank: Weights, slot: jax.Array, contents: Weights) -> Weights:
     """Put an adapter into a slot."""
-    return jax.tree.map(
-        lambda leaf, new: jax.lax.dynamic_update_index_in_dim(leaf, new, slot - 1, leaf.ndim - 3), bank, contents
-    )
+
+    def write(path: tuple[Any, ...], leaf: jax.Array, new: jax.Array) -> jax.Array:
+        return jax.lax.dynamic_update_index_in_dim(leaf, new, slot - 1, axis=int(path[0].key == "layers"))
+
+    return jax.tree_util.tree_map_with_path(write, bank, contents)
 
 
 def empty_bank(shapes: Weights) -> Weights:

@@ -1,6 +1,6 @@
 """An adapter as a delta to the model's weights: the base tree's own paths, a pair of factors at each.
 
-Dimension key: L layers, R rank, I inputs, O outputs of a weight [O, I]; V ids, D hidden for embeddings.
+Dimension key: L layers, E experts, R rank, I inputs, O outputs of a weight [O, I]; V ids, D hidden for embeddings.
 """
 
 from collections.abc import Callable, Mapping
@@ -21,15 +21,20 @@ from jaxserve.models.tensor_name import TensorName
 # What a tied model lacks: its head is the embedding. An adapter may treat the two differently.
 _HEAD = ("lm_head", "weight")
 EMBEDDING = ("embed", "weight")
+# Where transformers 5 has what older checkpoints have elsewhere, and experts that they have one by one. An adapter may
+# be made with either.
+_RENAMED = (".block_sparse_moe.", ".mlp.")
+_ALL_EXPERTS = "model.layers.{layer}.mlp.experts."
+_FUSED = {"gate_proj": "gate_up_proj", "up_proj": "gate_up_proj"}
 
 
 class LowRank(NamedTuple):
-    """delta W = scale * B A. Weights that have layers along axis 0 have them here, too, zeros where there is none.
+    """delta W = scale * B A. Weights that have layers and experts in front have them here, too, zeros where none is.
 
     Attributes:
-        a: f32[(L,) R, I].
-        b: f32[(L,) O, R].
-        scale: f32[(L)].
+        a: f32[(L,) (E,) R, I].
+        b: f32[(L,) (E,) O, R].
+        scale: f32[(L,) (E)].
     """
 
     a: np.ndarray
@@ -57,11 +62,25 @@ class AdapterDelta(NamedTuple):
 
 
 class _Target(NamedTuple):
-    """Where a module's factors belong."""
+    """Where a module's factors belong.
+
+    Attributes:
+        path: of the weight.
+        at: the layer and the expert of it; nothing for an axis that is not there, or wanted whole.
+        first_row, row_step: of the weight in the module.
+    """
 
     path: Path
-    place: int | None
-    first_row: int
+    at: tuple[int, ...]
+    first_row: int = 0
+    row_step: int = 1
+
+
+class _Piece(NamedTuple):
+    """Factors for a target."""
+
+    target: _Target
+    tensors: AdapterTensors
 
 
 def make_delta(
@@ -81,8 +100,7 @@ def make_delta(
     specs = adaptable(decoder)
     targets = _targets(specs, names)
     copies = decoder.config.num_kv_heads // checkpoint.num_kv_heads
-    rank = adapter.rank
-    factors: dict[Path, LowRank] = {}
+    pieces: list[_Piece] = []
     problems: list[str] = []
     for module, tensors in adapter.modules.items():
         if module not in targets:
@@ -92,20 +110,32 @@ def make_delta(
         rows = [
             specs[target.path].shape[-2] // times for target, (_, times) in zip(targets[module], heads, strict=True)
         ]
-        made_for, wanted = (
-            (len(tensors.b_OR), tensors.a_RI.shape[1]),
-            (sum(rows), specs[targets[module][0].path].num_inputs),
-        )
+        spec, first = specs[targets[module][0].path], targets[module][0]
+        experts = spec.shape[len(first.at) : -2]  # that the module has, all at once
+        made_for = (*tensors.a_RI.shape[:-2], tensors.b_OR.shape[-2], tensors.a_RI.shape[-1])
+        wanted = (*experts, sum(rows), spec.num_inputs)
         if made_for != wanted:
             problems.append(f"{module}: made for a weight of {made_for}, not {wanted}")
             continue
         for target, own_rows, (head_rows, times) in zip(targets[module], rows, heads, strict=True):
-            b_OR = tensors.b_OR[target.first_row : target.first_row + own_rows]
+            b_OR = tensors.b_OR[..., target.first_row :: target.row_step, :][..., :own_rows, :]
             b_OR = repeat_heads(b_OR, 0, head_rows, times) if times > 1 else b_OR
-            _put(factors, target, specs[target.path], tensors._replace(b_OR=b_OR), rank)
+            own = tensors._replace(b_OR=b_OR)
+            pieces.append(_Piece(target, own if len(targets[module]) == 1 else _without_idle_ranks(own)))
     if problems:
         raise AdapterError(f"the adapter does not fit the model: {listed(problems)}")
+    rank = max(piece.tensors.a_RI.shape[-2] for piece in pieces)
+    factors: dict[Path, LowRank] = {}
+    for target, tensors in pieces:
+        _put(factors, target, specs[target.path], tensors, rank)
     return AdapterDelta(factors, rank, decoder.config.tie_word_embeddings)
+
+
+def _without_idle_ranks(tensors: AdapterTensors) -> AdapterTensors:
+    """Factors without what changes none of their rows: PEFT puts those of gates and of ups below each other."""
+    used_R = tensors.b_OR.any(axis=tuple(range(tensors.b_OR.ndim - 1)))
+    used_R[0] |= not used_R.any()
+    return tensors._replace(a_RI=tensors.a_RI[..., used_R, :], b_OR=tensors.b_OR[..., used_R])
 
 
 def module_name(path: Path, names: Mapping[Path, TensorName]) -> str:
@@ -120,17 +150,28 @@ def adaptable(decoder: Decoder) -> dict[Path, ParamSpec]:
 
 
 def _is_linear(path: Path, spec: ParamSpec) -> bool:
-    return path[-1] == "weight" and spec.adaptable and len(spec.shape) - spec.stacked == 2
+    return path[-1] == "weight" and len(spec.shape) - spec.stacked - spec.of_experts == 2
 
 
 def _targets(specs: Mapping[Path, ParamSpec], names: Mapping[Path, TensorName]) -> dict[str, list[_Target]]:
     """The weights of each module; those of a fused one by their rows."""
     targets: dict[str, list[_Target]] = {}
     for path, spec in specs.items():
-        module, first_row = module_name(path, names), names[path].first_row if path in names else 0
+        name, module = names.get(path), module_name(path, names)
+        rows = (0, 1) if name is None else (name.first_row, name.row_step)
+        experts = range(spec.shape[1]) if name is not None and name.by_expert else (None,)
         for place, layer in enumerate(spec.layers or (None,)):
-            target = _Target(path, None if layer is None else place, first_row)
-            targets.setdefault(module.format(layer=layer), []).append(target)
+            at = () if layer is None else (place,)
+            for expert in experts:
+                target = _Target(path, at if expert is None else (*at, expert), *rows)
+                own = module.format(layer=layer, expert=expert)
+                for known in dict.fromkeys((own, own.replace(*_RENAMED))):
+                    targets.setdefault(known, []).append(target)
+            if name is not None and name.by_expert:
+                # Gates lie above ups.
+                first_row = spec.shape[-2] if path[-2] == "up_proj" else 0
+                fused = _ALL_EXPERTS.format(layer=layer) + _FUSED.get(path[-2], path[-2])
+                targets.setdefault(fused, []).append(_Target(path, at, first_row))
     return targets
 
 
@@ -140,11 +181,10 @@ def _put(factors: dict[Path, LowRank], target: _Target, spec: ParamSpec, tensors
     if target.path not in factors:
         zeros = [np.zeros((*lead, *shape), np.float32) for shape in ((rank, inputs), (outputs, rank), ())]
         factors[target.path] = LowRank(*zeros)
-    factor, own = factors[target.path], tensors.a_RI.shape[0]
-    at = () if target.place is None else (target.place,)
-    factor.a[(*at, slice(own))] = tensors.a_RI
-    factor.b[(*at, slice(None), slice(own))] = tensors.b_OR
-    factor.scale[at] = tensors.scale
+    factor, own = factors[target.path], tensors.a_RI.shape[-2]
+    factor.a[target.at][..., :own, :] = tensors.a_RI
+    factor.b[target.at][..., :own] = tensors.b_OR
+    factor.scale[target.at] = tensors.scale
 
 
 def merge(weights: Weights, delta: AdapterDelta, add: Callable[[jax.Array, LowRank], jax.Array]) -> Weights:
@@ -175,13 +215,13 @@ def merge(weights: Weights, delta: AdapterDelta, add: Callable[[jax.Array, LowRa
 
 
 def add_low_rank(base: jax.Array, factor: LowRank) -> jax.Array:
-    """Base + scale * B A in f32, rounded once to the dtype of the base; one layer at a time."""
+    """Base + scale * B A in f32, rounded once to the dtype of the base; one layer, and expert, at a time."""
     if base.ndim == 2:
         return _add(base, *factor)
 
-    def body(layer: jax.Array, base: jax.Array) -> jax.Array:
-        a, b, scale = (jax.lax.dynamic_index_in_dim(array, layer, keepdims=False) for array in map(jnp.asarray, factor))
-        return base.at[layer].set(_add(base[layer], a, b, scale))
+    def body(index: jax.Array, base: jax.Array) -> jax.Array:
+        own = (jax.lax.dynamic_index_in_dim(array, index, keepdims=False) for array in map(jnp.asarray, factor))
+        return base.at[index].set(add_low_rank(base[index], LowRank(*own)))
 
     return jax.lax.fori_loop(0, base.shape[0], body, base)
 

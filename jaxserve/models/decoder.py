@@ -28,7 +28,7 @@ from jaxserve.models.tokenwise import AtOnce, InTiles, Tokenwise
 from kernels_pallas.paged_attention.api import AttentionBackend, AttentionMeta, Cache, Plan, with_window
 
 # Of `param`, which weights of the tree have as well.
-_FLAGS = ("in_stack", "adaptable", "stored")
+_FLAGS = ("in_stack", "taken_apart", "stored")
 Weights: TypeAlias = dict[str, Any]
 Path: TypeAlias = tuple[str, ...]
 
@@ -43,7 +43,7 @@ class ParamSpec:
         axes: logical ones.
         layers: their numbers, in order; empty for what no layer has.
         in_stack: a layer gets it as `InStack`.
-        adaptable: adapters can change it, if it is a matrix.
+        taken_apart: no linear map by itself.
         stored: of a quantised weight, and of what its blocks have.
     """
 
@@ -52,7 +52,7 @@ class ParamSpec:
     axes: Axes
     layers: tuple[int, ...] = ()
     in_stack: bool = False
-    adaptable: bool = True
+    taken_apart: bool = False
     stored: Stored | None = None
 
     @property
@@ -303,7 +303,8 @@ class Decoder:
 
     def _run_layer(self, step: "_Step", layer: "_LayerAt", x_TD: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
         graph, _ = nnx.split(self._kinds[layer.kind])
-        weights, bank = self._of_layer(step.weights, layer), self._of_layer(step.bank, layer)
+        weights = self._of_layer(step.weights, layer, self._of_stack)
+        bank = self._of_layer(step.bank, layer, lambda _, place, __, stack: InStack(stack, place))
 
         def run(part: str, *arrays: jax.Array) -> Any:
             def run_tokens(slots: Any, *arrays: jax.Array) -> Any:
@@ -330,8 +331,14 @@ class Decoder:
             if hasattr(layer, path[0]):
                 reduce(getattr, path, layer).maths = maths
 
-    def _of_layer(self, stacked: Mapping[str, Any], layer: "_LayerAt") -> Weights:
-        """A layer's own part of trees that are stacked over the layers that have them."""
+    def _of_layer(self, stacked: Mapping[str, Any], layer: "_LayerAt", take: Callable[..., Any]) -> Weights:
+        """A layer's own part of trees that are stacked over the layers that have them.
+
+        Args:
+            stacked: by the name of a layer's child.
+            layer: which one.
+            take: (path of the child, place, path in the child, stack) -> the layer's part of a stack.
+        """
         group, own = layer.group, {}
         for name, tree in stacked.items():
             if not hasattr(self._kinds[layer.kind], name):
@@ -340,7 +347,7 @@ class Decoder:
             first = self._layers[name].index(group.first + layer.offset)
             stride = sum(hasattr(self._kinds[kind], name) for kind in group.kinds)
             place = first + layer.turn * stride
-            own[name] = jax.tree_util.tree_map_with_path(partial(self._of_stack, ("layers", name), place), tree)
+            own[name] = jax.tree_util.tree_map_with_path(partial(take, ("layers", name), place), tree)
         return own
 
     def _of_stack(self, parent: Path, place: jax.Array, path: tuple[Any, ...], stack: jax.Array) -> Any:

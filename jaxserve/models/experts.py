@@ -20,8 +20,8 @@ from jax.sharding import PartitionSpec as P
 from jaxserve.config import ExpertsConfig, ModelConfig, QuantizationConfig, RouterScores
 from jaxserve.mesh import partition_spec
 from jaxserve.models.layers import ACTIVATIONS, Axes, GatedMLP, Linear, format_of, param, weight_params
+from kernels_pallas.blocks import Blocks, Places, sort_into_blocks
 from kernels_pallas.grouped_matmul.api import GroupedMatmul, Matrices
-from kernels_pallas.grouped_matmul.blocks import Blocks, sort_into_blocks
 from kernels_pallas.quantized import QuantizedFormat
 from kernels_pallas.shards import EXPERT, IN_EXPERT, MODEL, over_model
 
@@ -41,6 +41,34 @@ class ExpertMaths(NamedTuple):
 
     matmul: GroupedMatmul
     mesh: Mesh
+
+
+class ExpertAdapters(NamedTuple):
+    """The adapters of tokens that go through experts.
+
+    Attributes:
+        matmul: the product with their factors, of one device.
+        num_slots: without slot 0.
+        slot_T: i32, of each token; 0 for none.
+    """
+
+    matmul: GroupedMatmul
+    num_slots: int
+    slot_T: jax.Array
+
+
+class ExpertFactors(NamedTuple):
+    """What adapters add to a linear map of each expert, the factors of all layers.
+
+    Attributes:
+        a: [L, S, E, R, in].
+        b: [L, S, E, R, out], the scale in them.
+        place: i32 scalar, of this layer's.
+    """
+
+    a: Any
+    b: Any
+    place: Any
 
 
 class Choice(NamedTuple):
@@ -92,6 +120,47 @@ def _in_best_groups(scores_TE: jax.Array, config: ExpertsConfig) -> jax.Array:
     return jnp.repeat(chosen_TG, num_experts // config.num_groups, axis=1)
 
 
+class _ByAdapter(NamedTuple):
+    """Rows that have an adapter, sorted by expert and adapter.
+
+    Attributes:
+        matmul: the product.
+        blocks: their groups are numbers of slots times experts, plus the expert.
+        source_Q: i32, the place among the experts' blocks of the row at each place here.
+        target_P: i32, the place here of the row at each place there; Q for rows without adapters.
+    """
+
+    matmul: GroupedMatmul
+    blocks: Blocks
+    source_Q: jax.Array
+    target_P: jax.Array
+
+    def update(self, factors: ExpertFactors, x_PI: jax.Array) -> jax.Array:
+        """What adapters add to the results of rows, [P, O]."""
+        num_factors = factors.a.shape[1] * factors.a.shape[2]
+        blocks = self.blocks._replace(group_C=self.blocks.group_C + factors.place * num_factors)
+        a, b = (Matrices(each.reshape(-1, *each.shape[3:])) for each in (factors.a, factors.b))
+        x_QI = x_PI.at[self.source_Q].get(mode="fill", fill_value=0)
+        y_QO = self.matmul(self.matmul(x_QI, a, blocks), b, blocks, transposed=True)
+        return y_QO.at[self.target_P].get(mode="fill", fill_value=0)
+
+
+class _Rows(NamedTuple):
+    """How rows in the experts' blocks are multiplied.
+
+    Attributes:
+        matmul: the product.
+        form: of quantised weights.
+        blocks: whose groups are the experts that are here.
+        by_adapter: of those that have an adapter, if there can be any.
+    """
+
+    matmul: GroupedMatmul
+    form: QuantizedFormat | None
+    blocks: Blocks
+    by_adapter: _ByAdapter | None
+
+
 class _Local(NamedTuple):
     """The weights of a linear map of each expert, as a step uses them.
 
@@ -100,6 +169,7 @@ class _Local(NamedTuple):
         scale, zero: of its blocks where it is quantised.
         place: i32 scalar, of this layer's in the stack.
         bias: [E, out], or none.
+        update: of adapters, or none.
     """
 
     stack: Any
@@ -107,24 +177,19 @@ class _Local(NamedTuple):
     zero: Any
     place: Any
     bias: Any
+    update: ExpertFactors | None
 
-    def multiply(
-        self, matmul: GroupedMatmul, x_PI: jax.Array, blocks: Blocks, form: QuantizedFormat | None
-    ) -> jax.Array:
-        """Rows of blocks, whose groups are the experts that are here, with their experts.
-
-        Args:
-            matmul: the product.
-            x_PI: the rows.
-            blocks: what they are made of.
-            form: of quantised weights.
-        """
+    def multiply(self, x_PI: jax.Array, rows: _Rows) -> jax.Array:
+        """Each row with its expert."""
+        blocks = rows.blocks
         _, num_experts, num_outputs, _ = self.stack.shape
         values, scale, zero = (
             None if each is None else each.reshape(-1, *each.shape[2:]) for each in (self.stack, self.scale, self.zero)
         )
-        matrices = Matrices(values, scale, zero, form)  # pyright: ignore[reportArgumentType]  # values are not None
-        y_PO = matmul(x_PI, matrices, blocks._replace(group_C=blocks.group_C + self.place * num_experts))
+        matrices = Matrices(values, scale, zero, rows.form)  # pyright: ignore[reportArgumentType]  # there are values
+        y_PO = rows.matmul(x_PI, matrices, blocks._replace(group_C=blocks.group_C + self.place * num_experts))
+        if self.update is not None and rows.by_adapter is not None:
+            y_PO = y_PO + rows.by_adapter.update(self.update, x_PI)
         if self.bias is None:
             return y_PO
         by_block_CWO = y_PO.reshape(blocks.group_C.shape[0], -1, num_outputs)
@@ -147,19 +212,27 @@ class ExpertLinear(nnx.Module):
         self.weight, self.scale, self.zero = weight_params(shape, dtype, axes, quantization, in_stack=True)
         self.bias = param(shape[:2], dtype, axes[:2]) if bias else None
         self._axes, self._shape = axes, shape
+        # Set while a step is traced.
+        self.update: ExpertFactors | None = None
 
     def arrays(self) -> _Local:
         """The weights of all experts."""
         weight: Any = self.weight.get_value()  # an InStack
         scale, zero = (None if each is None else each.get_value().stack for each in self._of_blocks())
         bias = None if self.bias is None else self.bias[...]
-        return _Local(weight.stack, scale, zero, weight.place, bias)
+        return _Local(weight.stack, scale, zero, weight.place, bias, self.update)
 
     def specs(self, mesh: Mesh) -> _Local:
         """How they lie on a mesh."""
         stack = partition_spec(("layers", *self._axes), (1, *self._shape), mesh)
         scale, zero = (None if each is None else self._block_specs(each, mesh) for each in self._of_blocks())
-        return _Local(stack, scale, zero, P(), None if self.bias is None else P(*stack[1:3]))
+        bias = None if self.bias is None else P(*stack[1:3])
+        return _Local(stack, scale, zero, P(), bias, None if self.update is None else self._factor_specs(mesh))
+
+    def _factor_specs(self, mesh: Mesh) -> ExpertFactors:
+        """Factors are split as the weights are (S-LoRA, arXiv:2311.03285)."""
+        experts, outputs, inputs = partition_spec(self._axes, self._shape, mesh)
+        return ExpertFactors(P(None, None, experts, None, inputs), P(None, None, experts, None, outputs), P())
 
     def _of_blocks(self) -> tuple[Any, Any]:
         return self.scale, self.zero
@@ -182,18 +255,22 @@ class Experts(nnx.Module):
         self.down_proj = make((number, outer, inner), axes=("experts", "hidden", "expert_mlp"))
         self._gated = _gated(config, experts)
         self._num_experts = number
-        # Set while a step is traced.
+        # Both are set while a step is traced.
         self.maths: ExpertMaths | None = None
+        self.adapters: ExpertAdapters | None = None
 
     def __call__(self, x_TD: jax.Array, choice: Choice) -> jax.Array:
         """Weighted sum of each token's experts, [T, D] in x's dtype."""
         assert self.maths is not None
         mesh = self.maths.mesh
         layers = (self.gate_proj, self.up_proj, self.down_proj)
-        run = over_model(self._run_local, mesh, (P(), P(), *(layer.specs(mesh) for layer in layers)), P())
-        return run(x_TD, choice, *(layer.arrays() for layer in layers))
+        slot_T = None if self.adapters is None else self.adapters.slot_T
+        run = over_model(self._run_local, mesh, (P(), P(), P(), *(layer.specs(mesh) for layer in layers)), P())
+        return run(x_TD, choice, slot_T, *(layer.arrays() for layer in layers))
 
-    def _run_local(self, x_TD: jax.Array, choice: Choice, gate: _Local, up: _Local, down: _Local) -> jax.Array:
+    def _run_local(
+        self, x_TD: jax.Array, choice: Choice, slot_T: jax.Array | None, gate: _Local, up: _Local, down: _Local
+    ) -> jax.Array:
         """What the experts of all devices make of the tokens, from those of one."""
         assert self.maths is not None
         matmul = self.maths.matmul
@@ -205,17 +282,38 @@ class Experts(nnx.Module):
         row_bytes = max(x_TD.shape[1], gate.stack.shape[2]) * x_TD.dtype.itemsize
         block_rows = matmul.block_rows(num_tokens * top_k, self._num_experts, row_bytes)
         blocks, places = sort_into_blocks(own_TU.reshape(-1), num_experts, block_rows)
+        by_adapter = None if slot_T is None else self._sort_by_adapter(own_TU, slot_T, places, row_bytes)
+        rows = _Rows(matmul, self._form, blocks, by_adapter)
         x_PD = x_TD[places.row_P // top_k]
-        gate_PF, up_PF = (each.multiply(matmul, x_PD, blocks, self._form) for each in (gate, up))
+        gate_PF, up_PF = (each.multiply(x_PD, rows) for each in (gate, up))
         h_PF = self._gated(gate_PF, up_PF)
         if down.bias is not None:
             # Once, and not by every device that has a part of the expert.
             down = down._replace(bias=jnp.where(lax.axis_index(IN_EXPERT) == 0, down.bias, jnp.zeros_like(down.bias)))
-        y_PD = down.multiply(matmul, h_PF, blocks, self._form)
+        y_PD = down.multiply(h_PF, rows)
         # Those whose expert is elsewhere have no place.
         y_TUD = y_PD.at[places.place_R.reshape(num_tokens, top_k)].get(mode="fill", fill_value=0)
         y_TD = jnp.einsum("tud,tu->td", y_TUD.astype(jnp.float32), choice.weight_TU)
         return lax.psum(y_TD.astype(x_TD.dtype), MODEL)
+
+    def _sort_by_adapter(self, own_TU: jax.Array, slot_T: jax.Array, places: Places, row_bytes: int) -> _ByAdapter:
+        """Sort the tokens anew: in the experts' own blocks a matrix would be read once for each adapter.
+
+        Args:
+            own_TU: i32, each token's experts among those that are here; their number for those that are not.
+            slot_T: i32, of each token.
+            places: of tokens among the experts' blocks.
+            row_bytes: of a row.
+        """
+        assert self.adapters is not None
+        matmul, num_slots, _ = self.adapters
+        assert self.maths is not None
+        num_experts = self._num_experts // self.maths.mesh.shape[EXPERT]
+        adapted_TU = (slot_T[:, None] > 0) & (own_TU < num_experts)
+        group_TU = jnp.where(adapted_TU, (slot_T[:, None] - 1) * num_experts + own_TU, num_slots * num_experts)
+        block_rows = matmul.block_rows(group_TU.size, num_slots * self._num_experts, row_bytes)
+        blocks, own_places = sort_into_blocks(group_TU.reshape(-1), num_slots * num_experts, block_rows)
+        return _ByAdapter(matmul, blocks, places.place_R[own_places.row_P], own_places.place_R[places.row_P])
 
 
 def _gated(config: ModelConfig, experts: ExpertsConfig) -> Gated:
@@ -233,10 +331,9 @@ def _gated(config: ModelConfig, experts: ExpertsConfig) -> Gated:
 
 
 class Gate(Linear):
-    """Scores, which are not rounded; no module to adapters, as in transformers."""
+    """Scores, which are not rounded."""
 
     out_dtype = jnp.float32
-    adaptable = False
 
 
 class MoE(nnx.Module):

@@ -8,6 +8,7 @@ Dimension key: C latent vector, R rotated numbers, H those of a head's key that 
 """
 
 from functools import partial
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -21,10 +22,53 @@ from jaxserve.models.rope import apply_rope
 _EPS = 1e-6
 
 
-class Expansion(Linear):
-    """Makes keys and values of latent vectors; taken apart and never applied, so no adapter can change it."""
+class HeadUpdates(Protocol):
+    """What adapters add where the expansion is taken apart."""
 
-    adaptable = False
+    def absorb(self, q_TNH: jax.Array) -> jax.Array:
+        """To queries of what is cached, [T, N, C]."""
+        ...
+
+    def release(self, o_TNI: jax.Array) -> jax.Array:
+        """To values, [T, N, V], of what attention gave [T, N, C]."""
+        ...
+
+
+class Expansion(Linear):
+    """Makes keys and values of latent vectors; never applied as it is, but by queries and to results."""
+
+    taken_apart = True
+
+    def __init__(self, latent: LatentConfig, num_heads: int, **options: Any) -> None:
+        a = latent
+        super().__init__(a.kv_rank, num_heads * (a.key_dim + a.value_dim), axes=("heads", None), bias=False, **options)
+        self._latent = latent
+        self.num_heads = num_heads
+        # Set while a step is traced.
+        self.head_updates: HeadUpdates | None = None
+
+    @property
+    def key_dim(self) -> int:
+        """Of a head's rows, those that make its key; the others make its value."""
+        return self._latent.key_dim
+
+    def absorb(self, q_TNH: jax.Array) -> jax.Array:
+        """Queries of keys as queries of what is cached, [T, N, C]."""
+        keys_NHC, _ = self._by_head(q_TNH.dtype)
+        q_TNC = jnp.einsum("tnh,nhc->tnc", q_TNH, keys_NHC)
+        return q_TNC if self.head_updates is None else q_TNC + self.head_updates.absorb(q_TNH)
+
+    def release(self, o_TNC: jax.Array) -> jax.Array:
+        """Values of what attention gave, [T, N, V]."""
+        _, values_NVC = self._by_head(o_TNC.dtype)
+        o_TNV = jnp.einsum("tnc,nvc->tnv", o_TNC, values_NVC)
+        return o_TNV if self.head_updates is None else o_TNV + self.head_updates.release(o_TNC)
+
+    def _by_head(self, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
+        """[N, H, C] and [N, V, C], which make keys and values of a latent vector."""
+        a = self._latent
+        both = self.matrix(dtype).reshape(-1, a.key_dim + a.value_dim, a.kv_rank)
+        return both[:, : a.key_dim], both[:, a.key_dim :]
 
 
 class LatentAttention(nnx.Module):
@@ -44,10 +88,7 @@ class LatentAttention(nnx.Module):
         kv_size = a.kv_rank + a.rope_dim
         self.kv_a_proj = make(c.hidden_size, kv_size, axes=(None, "hidden"), bias=c.attention_bias)
         self.kv_a_norm = RMSNorm(a.kv_rank, eps=_EPS, dtype=dtype)
-        expanded = c.num_q_heads * (a.key_dim + a.value_dim)
-        self.kv_b_proj = Expansion(
-            a.kv_rank, expanded, axes=("heads", None), bias=False, dtype=dtype, quantization=quantization
-        )
+        self.kv_b_proj = Expansion(a, c.num_q_heads, dtype=dtype, quantization=quantization)
         o_size = c.num_q_heads * a.value_dim
         self.o_proj = make(o_size, c.hidden_size, axes=("hidden", "heads"), bias=c.attention_out_bias)
         self._latent = latent
@@ -67,23 +108,14 @@ class LatentAttention(nnx.Module):
         k_T1R = kv_TS[:, None, a.kv_rank :]
         if rope_TC:
             q_TNR, k_T1R = (apply_rope(self._in_halves(x), *rope_TC) for x in (q_TNR, k_T1R))
-        keys_NHC, _ = self._by_head(x_TD.dtype)
-        q_TNC = jnp.einsum("tnh,nhc->tnc", q_TNH, keys_NHC)
+        q_TNC = self.kv_b_proj.absorb(q_TNH)
         key_T1S = jnp.concatenate([latent_T1C, k_T1R], axis=-1)
         key_TKS = jnp.broadcast_to(key_T1S, (num_tokens, self._num_keys, key_T1S.shape[-1]))
         return jnp.concatenate([q_TNC, q_TNR], axis=-1), key_TKS, key_TKS[..., : a.kv_rank]
 
     def output(self, o_TNC: jax.Array) -> jax.Array:
         """[T, N, C] -> [T, D]."""
-        _, values_NVC = self._by_head(o_TNC.dtype)
-        o_TNV = jnp.einsum("tnc,nvc->tnv", o_TNC, values_NVC)
-        return self.o_proj(o_TNV.reshape(o_TNV.shape[0], -1))
-
-    def _by_head(self, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
-        """[N, H, C] and [N, V, C], which make keys and values of a latent vector."""
-        a = self._latent
-        both = self.kv_b_proj.matrix(dtype).reshape(-1, a.key_dim + a.value_dim, a.kv_rank)
-        return both[:, : a.key_dim], both[:, a.key_dim :]
+        return self.o_proj(self.kv_b_proj.release(o_TNC).reshape(o_TNC.shape[0], -1))
 
     def _in_halves(self, x: jax.Array) -> jax.Array:
         """Rotated pairs as `apply_rope` wants them: one of each in the first half, the other in the second."""

@@ -63,7 +63,7 @@ def param(
     axes: Axes,
     *,
     in_stack: bool = False,
-    adaptable: bool = True,
+    taken_apart: bool = False,
     stored: Stored | None = None,
 ) -> nnx.Param[jax.Array]:
     """A named weight; only its shape matters, since models are built abstractly.
@@ -73,11 +73,11 @@ def param(
         dtype: of its values.
         axes: logical ones.
         in_stack: a layer gets it as `InStack`.
-        adaptable: adapters can change it, if it is a matrix.
+        taken_apart: no linear map by itself.
         stored: of a quantised weight, and of what its blocks have.
     """
     value = jnp.zeros(shape, dtype)
-    return nnx.Param(value, logical_axes=axes, in_stack=in_stack, adaptable=adaptable, stored=stored)
+    return nnx.Param(value, logical_axes=axes, in_stack=in_stack, taken_apart=taken_apart, stored=stored)
 
 
 class QuantizedParams(NamedTuple):
@@ -95,23 +95,21 @@ def weight_params(
     quantization: QuantizationConfig | None,
     *,
     in_stack: bool = False,
-    adaptable: bool = True,
+    taken_apart: bool = False,
 ) -> QuantizedParams:
     """A matrix, or several, and the numbers of its blocks if it is quantised; see `param`."""
     if quantization is None:
-        return QuantizedParams(param(shape, dtype, axes, in_stack=in_stack, adaptable=adaptable))
+        return QuantizedParams(param(shape, dtype, axes, in_stack=in_stack, taken_apart=taken_apart))
     form = format_of(quantization)
     *lead, num_rows, num_columns = shape
     rows, columns = form.block
     blocks = (*lead, -(-num_rows // rows), -(-num_columns // columns) if columns else 1)
     block_axes = axes if columns else (*axes[:-1], None)
-    of_blocks = partial(
-        param, blocks, axes=block_axes, in_stack=in_stack, adaptable=False, stored=Stored(block_rows=rows)
-    )
+    of_blocks = partial(param, blocks, axes=block_axes, in_stack=in_stack, stored=Stored(block_rows=rows))
     scale_dtype = _SCALE_DTYPES.get(quantization.scale_dtype) or jnp.dtype(quantization.scale_dtype)
     entries, stored = (*lead, num_rows, num_columns // form.per_byte), Stored(per_byte=form.per_byte)
     return QuantizedParams(
-        param(entries, form.dtype, axes, in_stack=in_stack, adaptable=adaptable, stored=stored),
+        param(entries, form.dtype, axes, in_stack=in_stack, taken_apart=taken_apart, stored=stored),
         of_blocks(scale_dtype),
         of_blocks(jnp.dtype(jnp.uint8)) if quantization.zeros else None,
     )
@@ -127,8 +125,8 @@ class Linear(nnx.Module):
 
     # Of the result; None for the activations'.
     out_dtype: ClassVar[DTypeLike | None] = None
-    # Whether adapters can change it.
-    adaptable: ClassVar[bool] = True
+    # Whether other maps are made of its weight, and it is not applied by itself.
+    taken_apart: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -142,7 +140,12 @@ class Linear(nnx.Module):
     ) -> None:
         # A kernel reads a quantised weight where it is: cut out of the stack it would be copied.
         self.weight, self.scale, self.zero = weight_params(
-            (out_size, in_size), dtype, axes, quantization, adaptable=self.adaptable, in_stack=quantization is not None
+            (out_size, in_size),
+            dtype,
+            axes,
+            quantization,
+            taken_apart=self.taken_apart,
+            in_stack=quantization is not None,
         )
         self.bias = param((out_size,), dtype, axes[:1]) if bias else None
         self._axes = axes

@@ -13,8 +13,8 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from jaxserve.mesh import partition_spec
+from kernels_pallas.blocks import Blocks
 from kernels_pallas.grouped_matmul.api import GroupedMatmul, Matrices
-from kernels_pallas.grouped_matmul.blocks import Blocks
 from kernels_pallas.shards import over_model
 
 

@@ -18,7 +18,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxserve.lora.apply import NO_ADAPTERS, Adapters, LoraMaths
-from jaxserve.lora.bank import BankLayout, bank_specs, bank_splits, write_slot
+from jaxserve.lora.bank import BankLayout, bank_specs, bank_splits, slot_spec, write_slot
 from jaxserve.mesh import named_sharding, partition_spec, weight_format
 from jaxserve.models.decoder import Decoder, ParamSpec, StepOps, Weights, tree_of
 from jaxserve.models.experts import ExpertMaths
@@ -55,7 +55,8 @@ class StepModel(NamedTuple):
         layout: sizes of rows, pages and vocabulary.
         buckets: shapes to compile, widest first.
         adapters: slots of LoRA adapters, if they can be asked for.
-        lora: applies them.
+        lora: applies them; of the bank's groups, those of `lora_groups`.
+        lora_experts: multiplies tokens with adapters' factors of experts.
         grouped_matmul: multiplies tokens with their experts.
         linear_matmul: multiplies them with quantised weights of `linears`.
         linears: paths of linear modules.
@@ -69,6 +70,8 @@ class StepModel(NamedTuple):
     buckets: tuple[Bucket, ...]
     adapters: BankLayout | None = None
     lora: LoraMatmul = XlaLora()
+    lora_groups: tuple[tuple[str, ...], ...] = ()
+    lora_experts: GroupedMatmul = XlaGroupedMatmul()
     grouped_matmul: GroupedMatmul = XlaGroupedMatmul()
     linear_matmul: GroupedMatmul = XlaGroupedMatmul()
     linears: tuple[tuple[str, ...], ...] = ()
@@ -109,7 +112,8 @@ class StepPrograms:
         options = compiler_options(model.mesh)
         maths = NO_ADAPTERS.maths
         if (bank := model.adapters) is not None:
-            maths = LoraMaths(model.lora, bank.num_slots - 1, bank_splits(model.decoder, bank, model.mesh))
+            splits = bank_splits(model.decoder, bank, model.mesh)
+            maths = LoraMaths(model.lora, model.lora_groups, model.lora_experts, bank.num_slots - 1, splits)
         self._forward = jax.jit(
             # Over `model` the compiler splits what is in the function.
             self._per_copy(
@@ -177,14 +181,10 @@ class StepPrograms:
 
     def slot_shapes(self) -> Weights:
         """Shapes, dtypes and shardings of what one slot of the bank holds."""
-
-        def slot(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-            sharding: Any = leaf.sharding
-            spec = P(*sharding.spec[:-3], *sharding.spec[-2:])
-            shape = (*leaf.shape[:-3], *leaf.shape[-2:])
-            return jax.ShapeDtypeStruct(shape, leaf.dtype, sharding=NamedSharding(self._model.mesh, spec))
-
-        return jax.tree.map(slot, self.bank_shapes())
+        if self._model.adapters is None:
+            return {}
+        specs = bank_specs(self._model.decoder, self._model.adapters)
+        return tree_of((path, self._shape_of(slot_spec(spec))) for path, spec in specs.items())
 
     def weight_shapes(self) -> Weights:
         """Shapes, dtypes, shardings and layouts of the weights."""

@@ -13,7 +13,7 @@ import jax
 from jax import lax
 from jax.typing import DTypeLike
 
-from kernels_pallas.grouped_matmul.blocks import Blocks
+from kernels_pallas.blocks import Blocks
 from kernels_pallas.quantized import QuantizedFormat, QuantizedMatrix, dequantize
 
 
@@ -25,6 +25,7 @@ class ExpertShape(NamedTuple):
         rows_dtype: of what is multiplied with them.
         form: of quantised ones; else None.
         zeros: whether those have zero points of their own.
+        transposed: they are [I, O].
     """
 
     num_outputs: int
@@ -32,6 +33,7 @@ class ExpertShape(NamedTuple):
     rows_dtype: Any
     form: QuantizedFormat | None = None
     zeros: bool = False
+    transposed: bool = False
 
 
 class Matrices(NamedTuple):
@@ -64,13 +66,14 @@ class GroupedMatmul(Protocol):
         """Rows of a block that suit so many rows of so many bytes, and groups; see `sort_into_blocks`."""
         ...
 
-    def __call__(self, x_PI: jax.Array, matrices: Matrices, blocks: Blocks) -> jax.Array:
+    def __call__(self, x_PI: jax.Array, matrices: Matrices, blocks: Blocks, *, transposed: bool = False) -> jax.Array:
         """`x W^T` of each block that counts with its group's matrix.
 
         Args:
             x_PI: rows in their places.
             matrices: of all groups.
             blocks: what `x_PI` is made of; groups are numbers of matrices.
+            transposed: matrices are [X, I, O], and not quantised.
 
         Returns:
             [P, O] in x's dtype, sums in f32; blocks that do not count hold anything.

@@ -12,16 +12,20 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from kernels_pallas.blocks import Blocks
 from kernels_pallas.grouped_matmul.api import ExpertShape, Matrices
-from kernels_pallas.grouped_matmul.blocks import Blocks
 from kernels_pallas.pallas import pl, plgpu
 from kernels_pallas.quantized import QuantizedFormat
 from kernels_pallas.warpgroup import MATRIX, WARPGROUP_ROWS, Stages, product, smem
 
-# Inputs of a step: a row of either operand is then 128 bytes, which one swizzle spans.
+# Inputs of a step: a row of either operand is then 128 bytes, which one swizzle spans. Fewer are
+# for factors of adapters.
 _STEP_INPUTS = 64
+_STEPS_INPUTS = (_STEP_INPUTS, 32, 16)
 _STAGES = 4
-_BLOCK_OUTPUTS = (128, 64)
+_BLOCK_OUTPUTS = (128, 64, 32, 16)
+# Of quantised matrices: conversions are in pieces of as many rows.
+_QUANTIZED_OUTPUTS = 64
 # Of quantised matrices: a block is two steps of one block of outputs, or a whole row.
 _IN_BLOCKS = QuantizedFormat("fp8", (128, 128))
 _BY_ROW = (QuantizedFormat("fp8", (1, 0)), QuantizedFormat("int8", (1, 0)))
@@ -29,7 +33,7 @@ _BY_ROW = (QuantizedFormat("fp8", (1, 0)), QuantizedFormat("int8", (1, 0)))
 
 def check_shape(shape: ExpertShape) -> None:
     """Raise NotImplementedError for matrices that the kernel cannot multiply."""
-    num_outputs, num_inputs, dtype, form, _ = shape
+    num_outputs, num_inputs, dtype, form = shape[:4]
     if dtype != jnp.bfloat16:
         raise NotImplementedError(f"matrices in {dtype}: the kernel multiplies bfloat16")
     if form not in (None, _IN_BLOCKS, *_BY_ROW):
@@ -37,7 +41,9 @@ def check_shape(shape: ExpertShape) -> None:
             f"matrices in {form.numbers} and blocks of {form.block}: the kernel wants {_IN_BLOCKS.numbers} in "
             f"{_IN_BLOCKS.block}, or 8 bits with a factor for each row"
         )
-    inputs, outputs = _IN_BLOCKS.block if form == _IN_BLOCKS else (_STEP_INPUTS, _BLOCK_OUTPUTS[-1])
+    inputs, outputs = _STEPS_INPUTS[-1], _BLOCK_OUTPUTS[-1]
+    if form is not None:
+        inputs, outputs = form.block if form == _IN_BLOCKS else (_STEP_INPUTS, _QUANTIZED_OUTPUTS)
     if num_inputs % inputs or num_outputs % outputs:
         raise NotImplementedError(
             f"matrices of {num_inputs} inputs and {num_outputs} outputs on a device: the kernel wants multiples of "
@@ -49,12 +55,13 @@ class _Inputs(NamedTuple):
     """Operands in global memory.
 
     Attributes:
+        w: matrices, [X, O, I] or, transposed, [X, I, O].
         scale: of quantised matrices, [X, o, i] or, of rows, [X, O]; else None.
     """
 
     blocks: Blocks
     x_CmI: Any
-    w_XOI: Any
+    w: Any
     scale: Any
 
 
@@ -62,11 +69,12 @@ class _Scratch(NamedTuple):
     """Stages of both operands, the barriers of their arrival, and the result on its way out.
 
     Attributes:
+        w: stages of the matrix, [o, i] or, transposed, [i, o].
         converted_oi: a stage of a quantised matrix, in the rows' dtype; else None.
     """
 
     x_mi: Any
-    w_oi: Any
+    w: Any
     arrived: Any
     out_mo: Any
     converted_oi: Any
@@ -91,25 +99,28 @@ class GpuGroupedMatmul:
         del num_rows, num_groups, row_bytes
         return WARPGROUP_ROWS
 
-    def __call__(self, x_PI: jax.Array, matrices: Matrices, blocks: Blocks) -> jax.Array:
+    def __call__(self, x_PI: jax.Array, matrices: Matrices, blocks: Blocks, *, transposed: bool = False) -> jax.Array:
         """See `GroupedMatmul`."""
-        w_XOI, scale = matrices.values_XOI, matrices.scale_Xoi
-        sum_up = _sum_up if scale is None else _sum_up_blocks
+        w, scale = matrices.values_XOI, matrices.scale_Xoi
+        sum_up = partial(_sum_up, transposed=transposed) if scale is None else _sum_up_blocks
         if scale is not None and matrices.form in _BY_ROW:
             sum_up, scale = _sum_up_rows, scale[:, :, 0]
-        (num_places, num_inputs), num_outputs = x_PI.shape, w_XOI.shape[1]
+        (num_places, num_inputs), num_outputs = x_PI.shape, w.shape[2 if transposed else 1]
         num_blocks = num_places // WARPGROUP_ROWS
         block_outputs = next(size for size in _BLOCK_OUTPUTS if num_outputs % size == 0)
+        most = block_outputs if transposed else _STEP_INPUTS  # a row of the matrix must span a row's swizzle
+        step_inputs = next(size for size in _STEPS_INPUTS if num_inputs % size == 0 and size <= most)
+        block = (step_inputs, block_outputs) if transposed else (block_outputs, step_inputs)
         kernel = plgpu.kernel(
-            partial(_multiply_block, num_steps=num_inputs // _STEP_INPUTS, sum_up=sum_up),
+            partial(_multiply_block, num_steps=num_inputs // step_inputs, sum_up=sum_up, transposed=transposed),
             out_type=jax.ShapeDtypeStruct((num_blocks, WARPGROUP_ROWS, num_outputs), x_PI.dtype),
             scratch_types=[
                 _Scratch(
-                    x_mi=smem((_STAGES, WARPGROUP_ROWS, _STEP_INPUTS), x_PI.dtype),
-                    w_oi=smem((_STAGES, block_outputs, _STEP_INPUTS), w_XOI.dtype),
+                    x_mi=smem((_STAGES, WARPGROUP_ROWS, step_inputs), x_PI.dtype),
+                    w=smem((_STAGES, *block), w.dtype, like=step_inputs if transposed else None),
                     arrived=plgpu.Barrier(num_arrivals=2, num_barriers=_STAGES),
                     out_mo=smem((WARPGROUP_ROWS, block_outputs), x_PI.dtype),
-                    converted_oi=None if scale is None else smem((block_outputs, _STEP_INPUTS), x_PI.dtype),
+                    converted_oi=None if scale is None else smem((block_outputs, step_inputs), x_PI.dtype),
                 )
             ],
             grid=(num_outputs // block_outputs, num_blocks),
@@ -118,11 +129,13 @@ class GpuGroupedMatmul:
             interpret=self._interpret,
         )
         x_CmI = x_PI.reshape(num_blocks, WARPGROUP_ROWS, num_inputs)
-        return kernel(_Inputs(blocks, x_CmI, w_XOI, scale)).reshape(num_places, num_outputs)
+        return kernel(_Inputs(blocks, x_CmI, w, scale)).reshape(num_places, num_outputs)
 
 
-def _multiply_block(inputs: _Inputs, out_CmO: Any, scratch: _Scratch, *, num_steps: int, sum_up: _SumUp) -> None:
-    block, block_outputs = lax.axis_index("block"), scratch.out_mo.shape[1]
+def _multiply_block(
+    inputs: _Inputs, out_CmO: Any, scratch: _Scratch, *, num_steps: int, sum_up: _SumUp, transposed: bool
+) -> None:
+    block, block_outputs, step_inputs = lax.axis_index("block"), scratch.out_mo.shape[1], scratch.x_mi.shape[2]
 
     @pl.when(block < inputs.blocks.num_1[0])
     def _multiply() -> None:
@@ -130,9 +143,10 @@ def _multiply_block(inputs: _Inputs, out_CmO: Any, scratch: _Scratch, *, num_ste
         outputs = pl.ds(lax.axis_index("outputs") * block_outputs, block_outputs)
 
         def copy(step: jax.Array, stage: jax.Array) -> None:
-            columns, arrived = pl.ds(step * _STEP_INPUTS, _STEP_INPUTS), scratch.arrived.at[stage]
+            columns, arrived = pl.ds(step * step_inputs, step_inputs), scratch.arrived.at[stage]
+            part = (columns, outputs) if transposed else (outputs, columns)
             plgpu.copy_gmem_to_smem(inputs.x_CmI.at[block, :, columns], scratch.x_mi.at[stage], arrived)
-            plgpu.copy_gmem_to_smem(inputs.w_XOI.at[group, outputs, columns], scratch.w_oi.at[stage], arrived)
+            plgpu.copy_gmem_to_smem(inputs.w.at[group, *part], scratch.w.at[stage], arrived)
 
         stages = Stages(num_steps, copy, scratch.arrived)
         stages.start()
@@ -144,14 +158,15 @@ def _multiply_block(inputs: _Inputs, out_CmO: Any, scratch: _Scratch, *, num_ste
         plgpu.wait_smem_to_gmem(0)
 
 
-def _sum_up(_: _Inputs, scratch: _Scratch, stages: Stages, __: jax.Array) -> jax.Array:
+def _sum_up(_: _Inputs, scratch: _Scratch, stages: Stages, __: jax.Array, *, transposed: bool) -> jax.Array:
     """The product of all steps, f32[m, o]."""
 
     def accumulate(sum_mo: Any) -> jax.Array:
         @pl.loop(0, stages.num_steps)
         def _step(step: jax.Array) -> None:
             stage = stages.next(step)
-            plgpu.wgmma(sum_mo, scratch.x_mi.at[stage], scratch.w_oi.at[stage].T)
+            w = scratch.w.at[stage]
+            plgpu.wgmma(sum_mo, scratch.x_mi.at[stage], w if transposed else w.T)
             plgpu.wgmma_wait(0)
 
         return sum_mo[...]
@@ -189,7 +204,7 @@ def _sum_up_converted(
         stage = stages.next(step)
         for start in range(0, shape[1], WARPGROUP_ROWS):
             rows = slice(start, start + WARPGROUP_ROWS)
-            source = scratch.w_oi.at[stage, rows]
+            source = scratch.w.at[stage, rows]
             w_oi = plgpu.load(source, layout=plgpu.Layout.WGMMA_UPCAST_2X, optimized=False)
             if jnp.issubdtype(w_oi.dtype, jnp.floating):
                 # Hopper has no instruction from 8 to 16 bits of this kind; both steps are exact.

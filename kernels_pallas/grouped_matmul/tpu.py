@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from kernels_pallas.blocks import Blocks, rows_of_blocks
 from kernels_pallas.grouped_matmul.api import ExpertShape, Matrices
-from kernels_pallas.grouped_matmul.blocks import Blocks, rows_of_blocks
 from kernels_pallas.mxu import mxu_dot
 from kernels_pallas.pallas import pl, pltpu
 from kernels_pallas.quantized import INT4_ZERO, QuantizedFormat, float4, scale_factors
@@ -69,26 +69,32 @@ class TpuGroupedMatmul:
         most = min(_MOST_ROWS, 1 << (_ROWS_BYTES // row_bytes).bit_length() - 1)
         return rows_of_blocks(num_rows, num_groups, fewest=_FEWEST_ROWS, most=max(_FEWEST_ROWS, most))
 
-    def __call__(self, x_PI: jax.Array, matrices: Matrices, blocks: Blocks) -> jax.Array:
+    def __call__(self, x_PI: jax.Array, matrices: Matrices, blocks: Blocks, *, transposed: bool = False) -> jax.Array:
         """See `GroupedMatmul`."""
-        problem = _problem(x_PI, matrices)
-        (num_places, _), num_outputs = x_PI.shape, matrices.values_XOI.shape[1]
+        problem = _transposed_problem(x_PI, matrices.values_XOI) if transposed else _problem(x_PI, matrices)
+        row_axis, out_axis = (1, 2) if transposed else (2, 1)
+        (num_places, _), num_outputs = x_PI.shape, matrices.values_XOI.shape[out_axis]
         block_rows = num_places // blocks.group_C.shape[0]
-        row_bytes = matrices.values_XOI.shape[2] * matrices.values_XOI.dtype.itemsize * problem.work
+        row_bytes = matrices.values_XOI.shape[row_axis] * matrices.values_XOI.dtype.itemsize * problem.work
         block_outputs = _block_outputs(num_outputs, row_bytes)
         rows = [pl.BlockSpec((block_rows, x.shape[1]), lambda c, o, _: (c, 0)) for x in problem.rows]
         of_matrices = [
             pl.BlockSpec((1, block_outputs, each.shape[2]), lambda c, o, group_C: (group_C[c], o, 0))
             for each in problem.by_output
         ]
+        of_matrices += [
+            pl.BlockSpec((1, each.shape[1], block_outputs), lambda c, o, group_C: (group_C[c], 0, o))
+            for each in problem.by_input
+        ]
         whole = [pl.BlockSpec(each.shape, lambda c, o, _: (0, 0)) for each in problem.constants]
         scalars = [
             pl.BlockSpec((1, *each.shape[1:]), lambda c, o, group_C: (group_C[c], 0, 0), memory_space=pltpu.SMEM)
             for each in problem.scalars
         ]
-        operands = (*problem.rows, *problem.by_output, *problem.constants, *problem.scalars)
+        operands = (*problem.rows, *problem.by_output, *problem.by_input, *problem.constants, *problem.scalars)
         block_bytes = sum(block_rows * x.shape[1] * x.dtype.itemsize for x in problem.rows)
         block_bytes += sum(block_outputs * each.shape[2] * each.dtype.itemsize for each in problem.by_output)
+        block_bytes += sum(block_outputs * each.shape[1] * each.dtype.itemsize for each in problem.by_input)
         block_bytes += block_rows * block_outputs * x_PI.dtype.itemsize
         return pl.pallas_call(
             problem.kernel,
@@ -115,6 +121,7 @@ class _Problem(NamedTuple):
         kernel: its body.
         rows: what is multiplied, [P, ...].
         by_output: what each output of a matrix has, [X, O, ...].
+        by_input: what each input has, [X, I, O].
         constants: that all steps share.
         scalars: of each matrix, [X, ...].
         work: bytes that a step needs beside each byte of a matrix's block.
@@ -123,6 +130,7 @@ class _Problem(NamedTuple):
     kernel: Callable[..., None]
     rows: tuple[jax.Array, ...]
     by_output: tuple[jax.Array, ...]
+    by_input: tuple[jax.Array, ...] = ()
     constants: tuple[jax.Array, ...] = ()
     scalars: tuple[jax.Array, ...] = ()
     work: int = 1
@@ -143,7 +151,15 @@ def _problem(x_PI: jax.Array, matrices: Matrices) -> _Problem:
     group_1B = lax.broadcasted_iota(jnp.int32, (1, num_bytes), 1) // group_bytes
     spread_gB = (lax.broadcasted_iota(jnp.int32, (num_groups, 1), 0) == group_1B).astype(jnp.float32)
     kernel = partial(_multiply_grouped_block, form=form, zeros=zero_Xoi is not None)
-    return _Problem(kernel, rows, by_output, (spread_gB,), work=_GROUPED_WORK)
+    return _Problem(kernel, rows, by_output, constants=(spread_gB,), work=_GROUPED_WORK)
+
+
+def _transposed_problem(x_PI: jax.Array, w_XIO: jax.Array) -> _Problem:
+    return _Problem(_multiply_transposed_block, (x_PI,), (), by_input=(w_XIO,))
+
+
+def _multiply_transposed_block(_: Any, x_WI: Any, w_1Io: Any, out_Wo: Any) -> None:
+    out_Wo[...] = mxu_dot(x_WI[...], w_1Io[0], contract=0).astype(out_Wo.dtype)
 
 
 def _multiply_block(_: Any, x_WI: Any, w_1oI: Any, out_Wo: Any) -> None:

@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from kernels_pallas.blocks import Blocks, rows_of_blocks
 from kernels_pallas.grouped_matmul.api import Matrices
-from kernels_pallas.grouped_matmul.blocks import Blocks, rows_of_blocks
 
 # Products of fewer rows are no cheaper.
 _FEWEST_ROWS = 8
@@ -20,16 +20,16 @@ class XlaGroupedMatmul:
         del row_bytes
         return rows_of_blocks(num_rows, num_groups, fewest=_FEWEST_ROWS, most=_MOST_ROWS)
 
-    def __call__(self, x_PI: jax.Array, matrices: Matrices, blocks: Blocks) -> jax.Array:
+    def __call__(self, x_PI: jax.Array, matrices: Matrices, blocks: Blocks, *, transposed: bool = False) -> jax.Array:
         """See `GroupedMatmul`; blocks that do not count are zeros."""
         num_places, num_inputs = x_PI.shape
         block_rows = num_places // blocks.group_C.shape[0]
+        equation, out_axis = ("wi,io->wo", 2) if transposed else ("wi,oi->wo", 1)
 
         def multiply(block: jax.Array, y_PO: jax.Array) -> jax.Array:
             x_WI = lax.dynamic_slice(x_PI, (block * block_rows, 0), (block_rows, num_inputs))
-            w_OI = matrices.matrix(blocks.group_C[block], x_PI.dtype)
-            y_WO = jnp.einsum("wi,oi->wo", x_WI, w_OI)
+            y_WO = jnp.einsum(equation, x_WI, matrices.matrix(blocks.group_C[block], x_PI.dtype))
             return lax.dynamic_update_slice(y_PO, y_WO, (block * block_rows, 0))
 
-        y_PO = jnp.zeros((num_places, matrices.values_XOI.shape[1]), x_PI.dtype)
+        y_PO = jnp.zeros((num_places, matrices.values_XOI.shape[out_axis]), x_PI.dtype)
         return lax.fori_loop(0, blocks.num_1[0], multiply, y_PO)

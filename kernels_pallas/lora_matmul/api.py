@@ -3,8 +3,11 @@
 Modules that read the same activations, such as the projections of queries, keys and values, have their first factors
 one below the other, so that they are multiplied at once.
 
-Dimension key: T tokens, S slots (slot s at s - 1), R rank, I inputs, O outputs, G modules with the same inputs,
-J = G * R.
+Factors stay in the stack of all layers, where a layer's are found by an offset: cut out of it they would be copied,
+with those of slots that no token has.
+
+Dimension key: T tokens, L layers, S slots (slot s at s - 1), X = L * S, R rank, I inputs, O outputs, G modules with the
+same inputs, J = G * R.
 """
 
 from typing import Any, NamedTuple, Protocol
@@ -28,6 +31,28 @@ class LoraModule(NamedTuple):
     dtype: jnp.dtype
 
 
+class Factors(NamedTuple):
+    """The factors of all slots in one layer.
+
+    Attributes:
+        stack: of all layers, [L, S, J, I] or [L, S, R, O].
+        layer: i32 scalar, the place of the layer's.
+    """
+
+    stack: jax.Array
+    layer: jax.Array
+
+    @property
+    def flat(self) -> jax.Array:
+        """[X, ...]: those of a layer's slots follow each other."""
+        return self.stack.reshape(-1, *self.stack.shape[2:])
+
+    @property
+    def first(self) -> jax.Array:
+        """i32 scalar, where the layer's first slot is in `flat`."""
+        return self.layer * self.stack.shape[1]
+
+
 class LoraMatmul(Protocol):
     """An implementation of (x A^T) B with the factors of each token's slot, and 0 for slot 0.
 
@@ -44,12 +69,12 @@ class LoraMatmul(Protocol):
         """
         ...
 
-    def shrink(self, x_TI: jax.Array, a_SJI: jax.Array, plan: Any, *, split: bool) -> jax.Array:
+    def shrink(self, x_TI: jax.Array, a: Factors, plan: Any, *, split: bool) -> jax.Array:
         """Multiply by the first factors: x A^T.
 
         Args:
             x_TI: activations.
-            a_SJI: first factors, in x's dtype.
+            a: first factors [L, S, J, I], in x's dtype.
             plan: of the tokens.
             split: the inputs lie over `model`.
 
@@ -58,12 +83,12 @@ class LoraMatmul(Protocol):
         """
         ...
 
-    def expand(self, h: jax.Array, b_SRO: jax.Array, plan: Any, *, member: int, split: bool) -> jax.Array:
+    def expand(self, h: jax.Array, b: Factors, plan: Any, *, member: int, split: bool) -> jax.Array:
         """The update of one of the modules.
 
         Args:
             h: from `shrink`.
-            b_SRO: second factors, in h's dtype, the scale in them.
+            b: second factors [L, S, R, O], in h's dtype, the scale in them.
             plan: of the tokens.
             member: which module, in [0, G).
             split: the outputs lie over `model`.

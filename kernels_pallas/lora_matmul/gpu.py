@@ -3,8 +3,9 @@
 The factors of a slot are fetched when a token of the block has it. As a row has one slot only, nothing is added up over
 slots: each slot's product is kept for its own rows.
 
-Dimension key: T tokens, m tokens of a block (64), C blocks, S slots (without slot 0), R rank, I inputs, O outputs,
-i and o blocks of them, K parts that the inputs are cut to, J = modules with the same inputs * R, j a part of it.
+Dimension key: T tokens, m tokens of a block (64), C blocks, S slots (without slot 0), X those of all layers, R rank,
+I inputs, O outputs, i and o blocks of them, K parts that the inputs are cut to, J = modules with the same inputs * R,
+j a part of it.
 """
 
 from functools import partial
@@ -15,7 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import Mesh
 
-from kernels_pallas.lora_matmul.api import LoraModule
+from kernels_pallas.lora_matmul.api import Factors, LoraModule
 from kernels_pallas.lora_matmul.sharded import Kernels, ShardedLora
 from kernels_pallas.lora_matmul.slot_blocks import SlotLists, slot_lists
 from kernels_pallas.pallas import pl, plgpu
@@ -79,8 +80,9 @@ class _ShrinkInputs(NamedTuple):
     """Operands in global memory."""
 
     plan: TokenSlots
+    first_1: Any
     x_CmI: Any
-    a_SJI: Any
+    a_XJI: Any
 
 
 class _ShrinkScratch(NamedTuple):
@@ -92,10 +94,10 @@ class _ShrinkScratch(NamedTuple):
     out_mj: Any
 
 
-def shrink(x_TI: jax.Array, a_SJI: jax.Array, plan: TokenSlots, *, num_cores: int, interpret: Any = False) -> jax.Array:
+def shrink(x_TI: jax.Array, a: Factors, plan: TokenSlots, *, num_cores: int, interpret: Any = False) -> jax.Array:
     """(x A^T) of each token's slot, f32[T, J], and 0 for slot 0."""
-    (num_tokens, num_inputs), joint_rank = x_TI.shape, a_SJI.shape[1]
-    inputs = _ShrinkInputs(plan, _to_blocks(x_TI), a_SJI)
+    (num_tokens, num_inputs), joint_rank = x_TI.shape, a.stack.shape[2]
+    inputs = _ShrinkInputs(plan, a.first[None], _to_blocks(x_TI), a.flat)
     part_rank = max(size for size in range(_RANK_MULTIPLE, _MAX_RANK + 1, _RANK_MULTIPLE) if joint_rank % size == 0)
     num_blocks, num_rank_parts, num_steps = inputs.x_CmI.shape[0], joint_rank // part_rank, num_inputs // _STEP_INPUTS
     # A step of decoding has few blocks: their inputs are cut, so that all multiprocessors work.
@@ -130,11 +132,11 @@ def _shrink_block(
     num_own = jnp.maximum(jnp.minimum(num_steps - first, steps_per_part), 0)
 
     def copy(step: jax.Array, stage: jax.Array) -> None:
-        slot = slots.slot_CS[block, lax.div(step, num_own)]
+        slot = inputs.first_1[0] + slots.slot_CS[block, lax.div(step, num_own)]
         columns = pl.ds((first + lax.rem(step, num_own)) * _STEP_INPUTS, _STEP_INPUTS)
         arrived = scratch.arrived.at[stage]
         plgpu.copy_gmem_to_smem(inputs.x_CmI.at[block, :, columns], scratch.x_mi.at[stage], arrived)
-        plgpu.copy_gmem_to_smem(inputs.a_SJI.at[slot, ranks, columns], scratch.a_ji.at[stage], arrived)
+        plgpu.copy_gmem_to_smem(inputs.a_XJI.at[slot, ranks, columns], scratch.a_ji.at[stage], arrived)
 
     slot_m = plgpu.load(slot_Cm.at[block], optimized=False)
     zeros_mj = plgpu.layout_cast(jnp.zeros((WARPGROUP_ROWS, part_rank), jnp.float32), MATRIX)
@@ -161,8 +163,9 @@ class _ExpandInputs(NamedTuple):
     """Operands in global memory."""
 
     plan: TokenSlots
+    first_1: Any
     h_CmJ: Any
-    b_SRO: Any
+    b_XRO: Any
 
 
 class _ExpandScratch(NamedTuple):
@@ -175,13 +178,11 @@ class _ExpandScratch(NamedTuple):
     out_mo: Any
 
 
-def expand(
-    h_TJ: jax.Array, b_SRO: jax.Array, plan: TokenSlots, member: int = 0, *, interpret: Any = False
-) -> jax.Array:
+def expand(h_TJ: jax.Array, b: Factors, plan: TokenSlots, member: int = 0, *, interpret: Any = False) -> jax.Array:
     """(h B) of each token's slot, [T, O] in h's dtype, and 0 for slot 0; h is the `member`-th of the modules' in J."""
-    num_tokens, (_, rank, num_outputs) = h_TJ.shape[0], b_SRO.shape
+    num_tokens, (*_, rank, num_outputs) = h_TJ.shape[0], b.stack.shape
     block_outputs = next(size for size in _BLOCK_OUTPUTS if num_outputs % size == 0)
-    inputs = _ExpandInputs(plan, _to_blocks(h_TJ), b_SRO)
+    inputs = _ExpandInputs(plan, b.first[None], _to_blocks(h_TJ), b.flat)
     num_blocks = inputs.h_CmJ.shape[0]
     kernel = plgpu.kernel(
         partial(_expand_block, block_outputs=block_outputs, member=member),
@@ -206,13 +207,13 @@ def expand(
 def _expand_block(
     inputs: _ExpandInputs, out_CmO: Any, scratch: _ExpandScratch, *, block_outputs: int, member: int
 ) -> None:
-    (slot_Cm, slots), block, rank = inputs.plan, lax.axis_index("block"), inputs.b_SRO.shape[1]
+    (slot_Cm, slots), block, rank = inputs.plan, lax.axis_index("block"), inputs.b_XRO.shape[1]
     columns = pl.ds(lax.axis_index("outputs") * block_outputs, block_outputs)
     plgpu.copy_gmem_to_smem(inputs.h_CmJ.at[block, :, pl.ds(member * rank, rank)], scratch.h_mR, scratch.h_arrived)
 
     def copy(step: jax.Array, stage: jax.Array) -> None:
-        slot = slots.slot_CS[block, step]
-        plgpu.copy_gmem_to_smem(inputs.b_SRO.at[slot, :, columns], scratch.b_Ro.at[stage], scratch.arrived.at[stage])
+        slot = inputs.first_1[0] + slots.slot_CS[block, step]
+        plgpu.copy_gmem_to_smem(inputs.b_XRO.at[slot, :, columns], scratch.b_Ro.at[stage], scratch.arrived.at[stage])
 
     slot_m = plgpu.load(slot_Cm.at[block], optimized=False)
     num_slots = slots.num_C[block]

@@ -1,6 +1,7 @@
 """Low-rank updates by kernels that each work on one device's shard.
 
-Dimension key: T tokens, S slots, R rank, I inputs, O outputs, J = modules with the same inputs * R.
+Dimension key: T tokens, L layers, S slots, X = L * S, R rank, I inputs, O outputs, J = modules with the same
+inputs * R.
 """
 
 from collections.abc import Callable
@@ -11,6 +12,7 @@ from jax import lax
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
+from kernels_pallas.lora_matmul.api import Factors
 from kernels_pallas.shards import MODEL, over_model
 
 
@@ -19,13 +21,13 @@ class Kernels(NamedTuple):
 
     Attributes:
         plan: (slot_T, num_slots) -> a tree of arrays.
-        shrink: (x_TI, a_SJI, plan) -> f32[T, J].
-        expand: (h_TJ, b_SRO, plan, member) -> [T, O] in h's dtype.
+        shrink: (x_TI, a, plan) -> f32[T, J].
+        expand: (h_TJ, b, plan, member) -> [T, O] in h's dtype.
     """
 
     plan: Callable[[jax.Array, int], Any]
-    shrink: Callable[[jax.Array, jax.Array, Any], jax.Array]
-    expand: Callable[[jax.Array, jax.Array, Any, int], jax.Array]
+    shrink: Callable[[jax.Array, Factors, Any], jax.Array]
+    expand: Callable[[jax.Array, Factors, Any, int], jax.Array]
 
 
 class ShardedLora:
@@ -44,21 +46,26 @@ class ShardedLora:
         """See `LoraMatmul`."""
         return self._kernels.plan(slot_T, num_slots)
 
-    def shrink(self, x_TI: jax.Array, a_SJI: jax.Array, plan: Any, *, split: bool) -> jax.Array:
+    def shrink(self, x_TI: jax.Array, a: Factors, plan: Any, *, split: bool) -> jax.Array:
         """See `LoraMatmul`; [T, J]."""
         axis = MODEL if split else None
 
-        def run(x_TI: jax.Array, a_SJI: jax.Array, plan: Any) -> jax.Array:
-            h_TJ = self._kernels.shrink(x_TI, a_SJI, plan)
+        def run(x_TI: jax.Array, a: Factors, plan: Any) -> jax.Array:
+            h_TJ = self._kernels.shrink(x_TI, a, plan)
             return (lax.psum(h_TJ, axis) if axis else h_TJ).astype(x_TI.dtype)
 
-        return over_model(run, self._mesh, (P(None, axis), P(None, None, axis), P()), P())(x_TI, a_SJI, plan)
+        return over_model(run, self._mesh, (P(None, axis), _factor_specs(axis), P()), P())(x_TI, a, plan)
 
-    def expand(self, h: jax.Array, b_SRO: jax.Array, plan: Any, *, member: int, split: bool) -> jax.Array:
+    def expand(self, h: jax.Array, b: Factors, plan: Any, *, member: int, split: bool) -> jax.Array:
         """See `LoraMatmul`."""
         axis = MODEL if split else None
 
-        def run(h_TJ: jax.Array, b_SRO: jax.Array, plan: Any) -> jax.Array:
-            return self._kernels.expand(h_TJ, b_SRO, plan, member)
+        def run(h_TJ: jax.Array, b: Factors, plan: Any) -> jax.Array:
+            return self._kernels.expand(h_TJ, b, plan, member)
 
-        return over_model(run, self._mesh, (P(), P(None, None, axis), P()), P(None, axis))(h, b_SRO, plan)
+        return over_model(run, self._mesh, (P(), _factor_specs(axis), P()), P(None, axis))(h, b, plan)
+
+
+def _factor_specs(axis: Any) -> Any:
+    """Of factors whose last axis lies over `axis`."""
+    return Factors(P(None, None, None, axis), P())  # pyright: ignore[reportArgumentType]  # specs instead of arrays

@@ -1,44 +1,109 @@
-"""Low-rank updates in portable XLA: two products over the factors of all slots, masked in between.
+"""Low-rank updates in portable XLA: tokens sorted by slot into blocks, each multiplied by its slot's factors.
 
-It multiplies by every slot's factors and keeps a token's own. On a CPU that is faster than bringing each group of
-tokens its factors: the products are small beside those of the layer, a gather of factors is not.
+The factors of each block are brought to it. Where arithmetic is dear, as on CPUs without matrix units, that is far
+cheaper than to multiply all tokens by all slots.
 
 The compiler finds by itself how to split it over a mesh.
 
-Dimension key: T tokens, S slots (slot s at s - 1), R rank, I inputs, O outputs, J = modules with the same inputs * R.
+Dimension key: T tokens, C blocks, W tokens of a block, P = C * W places, S slots (slot s at s - 1), R rank, I inputs,
+O outputs, J = modules with the same inputs * R, N heads, H their numbers.
 """
+
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+
+from kernels_pallas.blocks import Blocks, Places, rows_of_blocks, sort_into_blocks
+from kernels_pallas.lora_matmul.api import Factors
+
+# Few rows leave most places of a larger block empty, and of a smaller one products are no cheaper.
+_FEWEST_ROWS = 4
+_MOST_ROWS = 64
+
+
+class TokenBlocks(NamedTuple):
+    """The tokens by their slots.
+
+    Attributes:
+        blocks: their groups are slots, from 0.
+        places: of the tokens in them; those of slot 0 have none.
+    """
+
+    blocks: Blocks
+    places: Places
+
+    def gather(self, x_TI: jax.Array) -> jax.Array:
+        """Rows in their places, [C, W, ...]."""
+        return x_TI[self.places.row_P].reshape(self.blocks.group_C.shape[0], -1, *x_TI.shape[1:])
+
+    def scatter(self, y_CWO: jax.Array) -> jax.Array:
+        """Rows in their order, [T, ...], and zeros for those that have no place."""
+        y_PO = y_CWO.reshape(-1, *y_CWO.shape[2:])
+        return y_PO.at[self.places.place_R].get(mode="fill", fill_value=0)
+
+    def factors(self, factors: Factors) -> jax.Array:
+        """Of each block's slot, [C, ...]."""
+        return factors.flat[self.blocks.group_C + factors.first]
 
 
 class XlaLora:
     """A `LoraMatmul`."""
 
-    def plan(self, slot_T: jax.Array, num_slots: int) -> jax.Array:
-        """Whether a slot is a token's own, bool[T, S]."""
-        return slot_T[:, None] == jnp.arange(1, num_slots + 1)
+    def plan(self, slot_T: jax.Array, num_slots: int) -> TokenBlocks:
+        """Sort the tokens."""
+        block_rows = rows_of_blocks(slot_T.shape[0], num_slots, fewest=_FEWEST_ROWS, most=_MOST_ROWS)
+        group_T = jnp.where(slot_T > 0, slot_T - 1, num_slots)
+        return TokenBlocks(*sort_into_blocks(group_T, num_slots, block_rows))
 
-    def shrink(self, x_TI: jax.Array, a_SJI: jax.Array, plan: jax.Array, *, split: bool = False) -> jax.Array:
-        """See `LoraMatmul`; [T, S, J], of all slots."""
-        del plan, split
-        num_slots, joint_rank, num_inputs = a_SJI.shape
-        h_TP = jnp.einsum("ti,pi->tp", x_TI, a_SJI.reshape(-1, num_inputs))
-        return h_TP.reshape(-1, num_slots, joint_rank)
+    def shrink(self, x_TI: jax.Array, a: Factors, plan: TokenBlocks, *, split: bool = False) -> jax.Array:
+        """See `LoraMatmul`; [C, W, J]."""
+        del split
+        return jnp.einsum("cwi,cji->cwj", plan.gather(x_TI), plan.factors(a))
 
-    def expand(
-        self, h: jax.Array, b_SRO: jax.Array, plan: jax.Array, *, member: int = 0, split: bool = False
-    ) -> jax.Array:
+    def expand(self, h: jax.Array, b: Factors, plan: TokenBlocks, *, member: int = 0, split: bool = False) -> jax.Array:
         """See `LoraMatmul`."""
         del split
-        num_slots, rank, num_outputs = b_SRO.shape
-        h_TSR = h[:, :, member * rank : (member + 1) * rank]
-        h_TSR = jnp.where(plan[:, :, None], h_TSR, jnp.zeros_like(h_TSR))
-        return jnp.einsum("tp,po->to", h_TSR.reshape(-1, num_slots * rank), b_SRO.reshape(-1, num_outputs))
+        rank = b.stack.shape[2]
+        h_CWR = h[:, :, member * rank : (member + 1) * rank]
+        return plan.scatter(jnp.einsum("cwr,cro->cwo", h_CWR, plan.factors(b)))
 
 
 def lora_embed(token_ids_T: jax.Array, a_SRI: jax.Array, b_SRO: jax.Array, slot_T: jax.Array) -> jax.Array:
-    """[T, I]: row `token_ids_T` of A^T B of each token's slot; O are the ids."""
+    """[T, I]: row `token_ids_T` of A^T B of each token's slot, and 0 for slot 0; O are the ids."""
     lora = XlaLora()
-    h_TSR = b_SRO[:, :, token_ids_T].transpose(2, 0, 1)
-    return lora.expand(h_TSR, a_SRI, lora.plan(slot_T, a_SRI.shape[0]))
+    plan = lora.plan(slot_T, a_SRI.shape[0])
+    h_TR = b_SRO[jnp.maximum(slot_T - 1, 0), :, token_ids_T]
+    return lora.expand(plan.gather(h_TR), Factors(a_SRI[None], jnp.int32(0)), plan)
+
+
+class HeadLora(NamedTuple):
+    """Updates of a linear map [N * O, I] whose outputs are heads, where it is taken apart.
+
+    Attributes:
+        a, b: its factors.
+        plan: of the tokens.
+        split: where a head's outputs are cut in two: those that are applied to inputs, and those to outputs.
+        num_heads: N, on all devices.
+    """
+
+    a: Factors
+    b: Factors
+    plan: TokenBlocks
+    split: int
+    num_heads: int
+
+    def absorb(self, q_TNH: jax.Array) -> jax.Array:
+        """`q W` with the first outputs of each head, [T, N, I]."""
+        h_CWNR = jnp.einsum("cwnh,crnh->cwnr", self.plan.gather(q_TNH), self._by_head()[..., : self.split])
+        return self.plan.scatter(jnp.einsum("cwnr,cri->cwni", h_CWNR, self.plan.factors(self.a)))
+
+    def release(self, o_TNI: jax.Array) -> jax.Array:
+        """`W o` with the other outputs of each head, [T, N, V]."""
+        h_CWNR = jnp.einsum("cwni,cri->cwnr", self.plan.gather(o_TNI), self.plan.factors(self.a))
+        return self.plan.scatter(jnp.einsum("cwnr,crnv->cwnv", h_CWNR, self._by_head()[..., self.split :]))
+
+    def _by_head(self) -> jax.Array:
+        """Second factors of each block, [C, R, N, O]."""
+        b_CRO = self.plan.factors(self.b)
+        return b_CRO.reshape(*b_CRO.shape[:2], self.num_heads, -1)

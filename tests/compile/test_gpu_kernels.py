@@ -12,9 +12,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxserve.mesh import mesh_of
 from jaxserve.targets import parse_target, target_devices
+from kernels_pallas.blocks import Blocks
 from kernels_pallas.dispatch import choose_attention
 from kernels_pallas.grouped_matmul.api import Matrices
-from kernels_pallas.grouped_matmul.blocks import Blocks
 from kernels_pallas.paged_attention.api import AttentionBackend, AttentionConfig, AttentionMeta, Cache
 
 if jax.__version_info__ >= (0, 11):

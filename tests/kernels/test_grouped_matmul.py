@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from jaxserve.mesh import make_mesh
 from jaxserve.models.quantized_linear import LinearMaths, multiply
+from kernels_pallas.blocks import most_blocks, sort_into_blocks
 from kernels_pallas.grouped_matmul.api import ExpertShape, GroupedMatmul, Matrices
-from kernels_pallas.grouped_matmul.blocks import most_blocks, sort_into_blocks
 from kernels_pallas.grouped_matmul.reference import grouped_matmul
 from kernels_pallas.grouped_matmul.xla import XlaGroupedMatmul
 from kernels_pallas.quantized import QuantizedFormat
@@ -65,7 +65,15 @@ def check_quantized(name: str, group_R: np.ndarray, num_groups: int, sizes: tupl
     np.testing.assert_allclose(np.asarray(got, np.float64), want, atol=0.06)
 
 
-def check(name: str, group_R: np.ndarray, num_groups: int, sizes: tuple[int, int], dtype: Any) -> None:
+def check(
+    name: str,
+    group_R: np.ndarray,
+    num_groups: int,
+    sizes: tuple[int, int],
+    dtype: Any,
+    *,
+    transposed: bool = False,
+) -> None:
     """Rows in place, times the matrices of the second of three layers, brought back."""
     matmul, (num_outputs, num_inputs) = implementation(name), sizes
     num_rows = len(group_R)
@@ -81,7 +89,9 @@ def check(name: str, group_R: np.ndarray, num_groups: int, sizes: tuple[int, int
     @jax.jit
     def run(x_RI: jax.Array, w_XOI: jax.Array, group_R: jax.Array) -> jax.Array:
         blocks, places = sort_into_blocks(group_R, num_groups, matmul.block_rows(num_rows, num_groups, ROW_BYTES))
-        y_PO = matmul(x_RI[places.row_P], Matrices(w_XOI), blocks._replace(group_C=blocks.group_C + num_groups))
+        matrices = Matrices(w_XOI.swapaxes(1, 2) if transposed else w_XOI)
+        blocks = blocks._replace(group_C=blocks.group_C + num_groups)
+        y_PO = matmul(x_RI[places.row_P], matrices, blocks, transposed=transposed)
         return y_PO.at[places.place_R].get(mode="fill", fill_value=0)
 
     got = run(x_RI, w_XOI, jnp.asarray(group_R, jnp.int32))
@@ -117,6 +127,15 @@ def all_elsewhere(num_groups: int, num_rows: int) -> np.ndarray:
 @pytest.mark.parametrize("name", ["xla", *KERNELS])
 def test_each_row_meets_its_own_matrix(name: str, sizes: tuple[int, int], groups: Any) -> None:
     check(name, groups(5, 200), 5, sizes, jnp.bfloat16)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "transposed"), [((16, 128), False), ((48, 64), False), ((192, 16), True), ((64, 96), True)]
+)
+@pytest.mark.parametrize("name", ["xla", *KERNELS])
+def test_factors_of_adapters(name: str, sizes: tuple[int, int], transposed: bool) -> None:
+    """Ranks of 16 and more: outputs of the first factor, inputs of the second, which lies [in, out]."""
+    check(name, some_elsewhere(6, 70), 6, sizes, jnp.bfloat16, transposed=transposed)
 
 
 @pytest.mark.parametrize("name", ["xla", *KERNELS])
@@ -222,7 +241,7 @@ def test_tpus_take_any_size_and_float32() -> None:
 @pytest.mark.parametrize(
     ("shape", "problem"),
     [
-        (ExpertShape(128, 96, jnp.dtype(jnp.bfloat16)), "96 inputs"),
+        (ExpertShape(128, 72, jnp.dtype(jnp.bfloat16)), "72 inputs"),
         (ExpertShape(360, 128, jnp.dtype(jnp.bfloat16)), "360 outputs"),
         (ExpertShape(128, 128, jnp.dtype(jnp.float32)), "float32"),
     ],

@@ -13,7 +13,7 @@ from jaxserve import LLM, SamplingParams
 from jaxserve.config import LoraConfig
 from jaxserve.mesh import make_mesh
 from kernels_pallas.dispatch import ChosenLora
-from kernels_pallas.lora_matmul.api import LoraMatmul
+from kernels_pallas.lora_matmul.api import Factors, LoraMatmul
 from kernels_pallas.lora_matmul.reference import lora_matmul
 from kernels_pallas.lora_matmul.slot_blocks import slot_lists, slot_pairs
 from kernels_pallas.lora_matmul.xla import XlaLora
@@ -68,12 +68,18 @@ class Case:
         """Of each module."""
 
         @jax.jit
-        def run(x: jax.Array, a: jax.Array, b: jax.Array, slots: jax.Array) -> list[jax.Array]:
-            plan = lora.plan(slots, a.shape[0])
-            h = lora.shrink(x, a, plan, split=split_inputs)
-            return [lora.expand(h, each, plan, member=i, split=split_outputs) for i, each in enumerate(b)]
+        def run(x: jax.Array, a: jax.Array, b: jax.Array, slots: jax.Array, layer: jax.Array) -> list[jax.Array]:
+            plan = lora.plan(slots, a.shape[1])
+            h = lora.shrink(x, Factors(a, layer), plan, split=split_inputs)
+            factors = [Factors(each, layer) for each in b]
+            return [lora.expand(h, each, plan, member=i, split=split_outputs) for i, each in enumerate(factors)]
 
-        updates = run(self.x, self.a, self.b, self.slots)
+        # Of three layers; nothing of the first and the last may be read.
+        a, b = (
+            jnp.stack([jnp.full_like(array, jnp.nan), array, jnp.full_like(array, jnp.nan)], axis=axis)
+            for array, axis in ((self.a, 0), (self.b, 1))
+        )
+        updates = run(self.x, a, b, self.slots, jnp.int32(1))
         assert all(update.dtype == self.x.dtype for update in updates)
         return [np.asarray(update, np.float64) for update in updates]
 
