@@ -93,6 +93,11 @@ class PeftAdapter(NamedTuple):
     base_model: str | None
     modules: dict[str, AdapterTensors]
 
+    @property
+    def rank(self) -> int:
+        """The largest of its modules."""
+        return max(tensors.a_RI.shape[-2] for tensors in self.modules.values())
+
 
 def of_all_experts(name: str) -> bool:
     """Whether it is a parameter that has all experts of a layer."""
@@ -173,6 +178,12 @@ def _by_parameter(pairs: dict[tuple[str, int], _Pair], targets: Sequence[str]) -
             continue
         for depth, name in enumerate(reversed(names)):
             named[name] = by_depth[depth]
+    known = [f".{name}{end}" for name in named for end in ("", ".weight")]
+    problems += [
+        f"target_parameters: there are no factors of {target}"
+        for target in targets
+        if not any(name.endswith(f".{target}") for name in known)
+    ]
     return named, problems
 
 

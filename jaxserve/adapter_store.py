@@ -11,7 +11,7 @@ from typing import NamedTuple, Protocol, TypeAlias
 import numpy as np
 
 from jaxserve.errors import AdapterError
-from jaxserve.request import AdapterSource, Request, TokenDelta
+from jaxserve.request import AdapterSource, Request, TokenDelta, adapter_name
 from jaxserve.scheduling.adapter_slots import AdapterSlots
 
 logger = logging.getLogger(__name__)
@@ -160,7 +160,7 @@ class AdapterStore:
         """Let an adapter go when the last request that has begun with it has ended."""
         entry = self._entries.get(key)
         if entry is None or not entry.open:
-            unloaded(f"the adapter {key!r} is not loaded")
+            unloaded(f"the adapter {adapter_name(key)!r} is not loaded")
         else:
             entry.unloaded = unloaded
 
@@ -271,7 +271,7 @@ class AdapterStore:
         logger.error("the adapter %r cannot be read again: %s", key, error)
         for parked in self._parked_for(entry):
             # The reason may name folders, which clients need not know.
-            parked.start(f"the adapter {key!r} cannot be read again")
+            parked.start(f"the adapter {adapter_name(key)!r} cannot be read again")
 
     def _parked_for(self, entry: _Entry) -> list[_Parked]:
         """Those that wait for it, and no longer do."""

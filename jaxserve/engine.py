@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from jaxserve.adapter_store import AdapterHolder, AdapterStore, Answer
-from jaxserve.request import AdapterSource, FinishReason, GrammarTokenizer, Request, TokenDelta
+from jaxserve.request import AdapterSource, FinishReason, GrammarTokenizer, Request, TokenDelta, adapter_name
 from jaxserve.scheduling.data_parallel import DataParallelScheduler
 from jaxserve.scheduling.scheduler import SchedulerStats
 from jaxserve.step import ConstrainedRows, Plans, StepOutput
@@ -128,7 +128,8 @@ class Engine:
             RuntimeError: it is constrained, and `use_tokenizer` was not called.
         """
         if request.adapter and (self._adapters is None or not self._adapters.begin(request)):
-            self._end(request, FinishReason.ERROR, error=f"the adapter {request.adapter!r} is not loaded", refused=True)
+            error = f"the adapter {adapter_name(request.adapter)!r} is not loaded"
+            self._end(request, FinishReason.ERROR, error=error, refused=True)
             return
         if not request.constrained:
             self._enter(request)

@@ -173,7 +173,8 @@ class AdapterSource(msgspec.Struct, frozen=True, kw_only=True):
     """A LoRA adapter that is to be loaded.
 
     Attributes:
-        key: what requests call it in `Request.adapter`; never used twice, so that one may replace another of its name.
+        key: what requests call it in `Request.adapter`: its name, and behind a colon what tells it from others that
+            had the name; never used twice, so that one may replace another.
         folder: where its files are.
         pinned: never leaves memory or its slot on the device.
     """
@@ -181,6 +182,11 @@ class AdapterSource(msgspec.Struct, frozen=True, kw_only=True):
     key: str
     folder: str
     pinned: bool = False
+
+
+def adapter_name(key: str) -> str:
+    """What clients call an adapter; no name has a colon."""
+    return key.partition(":")[0]
 
 
 class Request(msgspec.Struct, frozen=True, kw_only=True):

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 
 class LoraModule(NamedTuple):
@@ -51,6 +52,10 @@ class Factors(NamedTuple):
     def first(self) -> jax.Array:
         """i32 scalar, where the layer's first slot is in `flat`."""
         return self.layer * self.stack.shape[1]
+
+    def of_layer(self) -> jax.Array:
+        """[S, ...], cut out of the stack."""
+        return lax.dynamic_index_in_dim(self.stack, self.layer, keepdims=False)
 
 
 class LoraMatmul(Protocol):

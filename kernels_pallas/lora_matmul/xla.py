@@ -1,7 +1,8 @@
-"""Low-rank updates in portable XLA: tokens sorted by slot into blocks, each multiplied by its slot's factors.
+"""Low-rank updates in portable XLA, in two ways.
 
-The factors of each block are brought to it. Where arithmetic is dear, as on CPUs without matrix units, that is far
-cheaper than to multiply all tokens by all slots.
+Many tokens, those of prompts, are sorted by slot into blocks, and each block is brought its slot's factors. A few,
+those of a decoding step, are multiplied by the factors of all slots and keep what is of their own: on a CPU blocks of a
+row or two cost as much, since products of so few rows are bound by the factors' way to them.
 
 The compiler finds by itself how to split it over a mesh.
 
@@ -20,6 +21,8 @@ from kernels_pallas.lora_matmul.api import Factors
 # Few rows leave most places of a larger block empty, and of a smaller one products are no cheaper.
 _FEWEST_ROWS = 4
 _MOST_ROWS = 64
+# So many tokens are few.
+_FEW_TOKENS = 64
 
 
 class TokenBlocks(NamedTuple):
@@ -28,10 +31,17 @@ class TokenBlocks(NamedTuple):
     Attributes:
         blocks: their groups are slots, from 0.
         places: of the tokens in them; those of slot 0 have none.
+        own_TS: whether a slot is a token's own.
     """
 
     blocks: Blocks
     places: Places
+    own_TS: jax.Array
+
+    @property
+    def few(self) -> bool:
+        """Whether there are few tokens."""
+        return self.own_TS.shape[0] <= _FEW_TOKENS
 
     def gather(self, x_TI: jax.Array) -> jax.Array:
         """Rows in their places, [C, W, ...]."""
@@ -54,18 +64,25 @@ class XlaLora:
         """Sort the tokens."""
         block_rows = rows_of_blocks(slot_T.shape[0], num_slots, fewest=_FEWEST_ROWS, most=_MOST_ROWS)
         group_T = jnp.where(slot_T > 0, slot_T - 1, num_slots)
-        return TokenBlocks(*sort_into_blocks(group_T, num_slots, block_rows))
+        own_TS = slot_T[:, None] == jnp.arange(1, num_slots + 1)
+        return TokenBlocks(*sort_into_blocks(group_T, num_slots, block_rows), own_TS)
 
     def shrink(self, x_TI: jax.Array, a: Factors, plan: TokenBlocks, *, split: bool = False) -> jax.Array:
-        """See `LoraMatmul`; [C, W, J]."""
+        """See `LoraMatmul`; [C, W, J], or of few tokens [T, S, J] of all slots."""
         del split
+        if plan.few:
+            return jnp.einsum("ti,sji->tsj", x_TI, a.of_layer())
         return jnp.einsum("cwi,cji->cwj", plan.gather(x_TI), plan.factors(a))
 
     def expand(self, h: jax.Array, b: Factors, plan: TokenBlocks, *, member: int = 0, split: bool = False) -> jax.Array:
         """See `LoraMatmul`."""
         del split
         rank = b.stack.shape[2]
-        h_CWR = h[:, :, member * rank : (member + 1) * rank]
+        own_h = h[:, :, member * rank : (member + 1) * rank]
+        if plan.few:
+            h_TSR = jnp.where(plan.own_TS[:, :, None], own_h, jnp.zeros_like(own_h))
+            return jnp.einsum("tsr,sro->to", h_TSR, b.of_layer())
+        h_CWR = own_h
         return plan.scatter(jnp.einsum("cwr,cro->cwo", h_CWR, plan.factors(b)))
 
 
@@ -74,7 +91,8 @@ def lora_embed(token_ids_T: jax.Array, a_SRI: jax.Array, b_SRO: jax.Array, slot_
     lora = XlaLora()
     plan = lora.plan(slot_T, a_SRI.shape[0])
     h_TR = b_SRO[jnp.maximum(slot_T - 1, 0), :, token_ids_T]
-    return lora.expand(plan.gather(h_TR), Factors(a_SRI[None], jnp.int32(0)), plan)
+    h = jnp.broadcast_to(h_TR[:, None], (len(h_TR), len(a_SRI), h_TR.shape[1])) if plan.few else plan.gather(h_TR)
+    return lora.expand(h, Factors(a_SRI[None], jnp.int32(0)), plan)
 
 
 class HeadLora(NamedTuple):

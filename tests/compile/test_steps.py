@@ -282,6 +282,27 @@ def test_step_with_adapters(target: str, model: str, tp_size: int, record_proper
     assert find_collectives(text) == Collectives({"all-reduce": 4}, {"all-reduce": 1})
 
 
+@pytest.mark.parametrize(("target", "tp_size", "ep_size"), [("v6e:2x4", 4, 2), ("h100:1", 1, 1)])
+def test_step_with_adapted_experts(
+    target: str, tp_size: int, ep_size: int, record_property: Callable[..., None]
+) -> None:
+    """Every linear map, routers and experts among them: no more than the base's collectives and theirs crosses."""
+    lora = LoraConfig(max_rank=16, max_loras_per_batch=3, target_modules=("all",))
+    options = {"ep_size": ep_size, "lora": lora, "max_total_tokens": 65536, "max_running_requests": 64}
+    engine, _ = lay_out_for(target, "qwen3-30b-a3b", tp_size, **options)
+    step, memory_bytes = StepPrograms(engine.step), parse_target(target).device.memory_bytes
+    text, memory = check_program(
+        engine,
+        lambda: step.lower_forward(engine.step.buckets[-1], adapted=True),
+        memory_bytes,
+        record_property,
+    )
+    # Of attention; experts; two for each map of experts; first factors of q, k, v, of o, and of the router; second
+    # ones of these five; both of the head.
+    assert num_kernels(text) == (2 if target.startswith("h") else 1) + 3 + 3 * 2 + 3 + 5 + 2
+    assert memory.alias_size_in_bytes >= engine.pool_bytes
+
+
 @pytest.mark.parametrize("target", ["v6e:2x4", "h100:1"])
 def test_draws_from_the_largest_vocabulary(
     target: str, monkeypatch: pytest.MonkeyPatch, record_property: Callable[..., None]

@@ -1,5 +1,6 @@
 """Many adapters at once: each row gets what a model with its adapter merged gives it."""
 
+import json
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -8,7 +9,9 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
+from checkpoints.adapters import of_all_experts, read_peft
 from jaxserve import LLM, SamplingParams
 from jaxserve.config import LoraConfig
 from jaxserve.errors import LaunchError, NotFoundError
@@ -124,9 +127,69 @@ def test_adapters_that_peft_wrote_say_what_they_say_there(name: str, tmp_path: P
     with LLM(str(base), lora=LoraConfig(paths=folders), **SIZES) as llm:
         for adapter, folder in folders.items():
             check_transcripts(llm, Path(folder), adapter)
-    if name in ("deepseek_v3", "gpt_oss", "phi3", "qwen3"):  # one of each kind
+    if name in ("deepseek_v3", "gpt_oss", "phi3"):  # one of each kind
         with LLM(str(base), merge_lora=folders[max(folders)], **SIZES) as llm:
             check_transcripts(llm, Path(folders[max(folders)]))
+
+
+@pytest.mark.parametrize(
+    ("name", "mesh"),
+    [
+        ("qwen3_moe", {"tp_size": 4, "ep_size": 2}),
+        ("qwen3_moe", {"deterministic": True}),
+        ("deepseek_v3", {"tp_size": 2, "dp_size": 2}),
+    ],
+    ids=str,
+)
+def test_adapted_experts_over_devices_and_in_tiles(name: str, mesh: dict[str, Any], tmp_path: Path) -> None:
+    """Experts on devices of their own, and each of them split; heads that are split and copies."""
+    base = shutil.copytree(GOLDEN / name, tmp_path / "base")
+    write_tokenizer(base)
+    [folder] = (GOLDEN / name / "adapters").iterdir()
+    with LLM(str(base), lora=LoraConfig(paths={"a": str(folder)}), **SIZES, **mesh) as llm:
+        check_transcripts(llm, folder, "a")
+
+
+def test_experts_one_by_one_are_those_of_their_parameters(tmp_path: Path) -> None:
+    """Adapters made with transformers 4 have a module for each; gates and ups that are fused there are cut."""
+    [folder] = (GOLDEN / "qwen3_moe" / "adapters").iterdir()
+    config = json.loads((GOLDEN / "qwen3_moe" / "config.json").read_text())
+    architecture = find_architecture(config)
+    model = architecture.model_config(config)
+    decoder = architecture.build(BuildModel(model, jnp.dtype(jnp.float32)))
+    reader = AdapterReader(decoder, architecture.tensor_names(model), model)
+    want = reader.read(folder)
+    assert want.rank == 2
+    saved: dict[str, np.ndarray] = {}
+    for module, tensors in read_peft(folder).modules.items():
+        parent, _, parameter = module.rpartition(".")
+        if not of_all_experts(module):
+            saved |= factors_of(module, tensors.a_RI, tensors.b_OR)
+            continue
+        for expert, (a_RI, b_OR) in enumerate(zip(tensors.a_RI, tensors.b_OR, strict=True)):
+            if parameter == "down_proj":
+                saved |= factors_of(f"{parent}.{expert}.down_proj", a_RI, b_OR)
+                continue
+            for own, half in (("gate_proj", 0), ("up_proj", 1)):
+                rows, ranks = (slice(half * size, (half + 1) * size) for size in (len(b_OR) // 2, len(a_RI) // 2))
+                saved |= factors_of(f"{parent}.{expert}.{own}", a_RI[ranks], b_OR[rows, ranks])
+    save_file(saved, tmp_path / "adapter_model.safetensors")
+    settings = json.loads((folder / "adapter_config.json").read_text())
+    settings |= {"target_parameters": None, "rank_pattern": {}, "alpha_pattern": {}}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(settings))
+    got = reader.read(tmp_path)
+    for path, factor in want.factors.items():
+        for left, right in zip(got.factors[path], factor, strict=True):
+            np.testing.assert_array_equal(left, right, err_msg=str(path))
+
+
+def factors_of(module: str, a_RI: np.ndarray, b_OR: np.ndarray) -> dict[str, np.ndarray]:
+    """As PEFT names them."""
+    factors = {"A": a_RI, "B": b_OR}
+    return {
+        f"base_model.model.{module}.lora_{name}.weight": np.ascontiguousarray(factor)
+        for name, factor in factors.items()
+    }
 
 
 def check_transcripts(llm: LLM, folder: Path, adapter: str = "") -> None:

@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +80,7 @@ def test_ranks_by_pattern(tmp_path: Path) -> None:
         ({"fan_in_fan_out": True}, "fan_in_fan_out is True"),
         ({"layer_replication": [[0, 1]]}, "layer_replication is"),
         ({"trainable_token_indices": [1]}, "trainable_token_indices is"),
-        ({"target_parameters": ["experts.down"]}, "target_parameters is"),
+        ({"target_parameters": ["experts.down"]}, "target_parameters: there are no factors of experts.down"),
         ({"r": 0}, "ranks must be at least 1, got 0"),
         ({"r": "4"}, "Expected `int`, got `str`"),
         ({"r": 8}, "the config asks for rank 8"),
@@ -108,6 +109,56 @@ def test_broken_tensors_are_refused(changes: dict[str, Any], reason: str, tmp_pa
     save_file({name: value for name, value in tensors.items() if value is not None}, path)
     with pytest.raises(CheckpointError, match=reason):
         read_peft(tmp_path)
+
+
+# Of a layer with two experts of 6 inner and 8 outer numbers, rank 3.
+EXPERTS = "model.layers.0.mlp.experts"
+FACTORS = {
+    f"{EXPERTS}.base_layer.lora_A.weight": (6, 8),
+    f"{EXPERTS}.base_layer.lora_B.weight": (12, 6),
+    f"{EXPERTS}.lora_A.weight": (6, 6),
+    f"{EXPERTS}.lora_B.weight": (8, 6),
+}
+
+
+def write_parameters(folder: Path, shapes: Mapping[str, tuple[int, ...]], targets: list[str]) -> Path:
+    write_adapter(folder, rank=3, modules=["q_proj"], target_parameters=targets)
+    rng = np.random.default_rng(0)
+    tensors = {
+        f"base_model.model.{name}": rng.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()
+    }
+    save_file(tensors, folder / "adapter_model.safetensors")
+    return folder
+
+
+def test_parameters_with_all_experts(tmp_path: Path) -> None:
+    """Of nested wrappers the innermost is the first parameter's; rows of A are by expert, columns of B by rank."""
+    folder = write_parameters(tmp_path, FACTORS, ["experts.down_proj", "mlp.experts.gate_up_proj"])
+    modules = read_peft(folder).modules
+    assert modules.keys() == {f"{EXPERTS}.gate_up_proj", f"{EXPERTS}.down_proj"}
+    saved = load_file(folder / "adapter_model.safetensors")
+    for name, inner in (("gate_up_proj", ".base_layer"), ("down_proj", "")):
+        a, b = (saved[f"base_model.model.{EXPERTS}{inner}.lora_{factor}.weight"] for factor in "AB")
+        found = modules[f"{EXPERTS}.{name}"]
+        for expert in range(2):
+            np.testing.assert_array_equal(found.a_RI[expert], a[3 * expert : 3 * expert + 3])
+            np.testing.assert_array_equal(found.b_OR[expert], b[:, expert::2])
+    save_adapter(tmp_path / "orbax", read_peft(folder))
+    for name, tensors in read_adapter(tmp_path / "orbax").modules.items():
+        np.testing.assert_array_equal(tensors.a_RI, modules[name].a_RI)
+        np.testing.assert_array_equal(tensors.b_OR, modules[name].b_OR)
+
+
+@pytest.mark.parametrize(
+    ("targets", "reason"),
+    [
+        (["experts.down_proj"], "2 of its parameters are adapted; known are model.layers.0.mlp.experts.down_proj"),
+        (["down_proj", "gate_up_proj", "gate_up_proj_bias"], "there are no factors of gate_up_proj_bias"),
+    ],
+)
+def test_parameters_that_do_not_fit_their_names(targets: list[str], reason: str, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=reason):
+        read_peft(write_parameters(tmp_path, FACTORS, targets))
 
 
 def test_missing_files_are_told_and_pickles_never_opened(tmp_path: Path) -> None:
