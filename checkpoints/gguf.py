@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 from gguf import GGUFReader, GGUFValueType, ReaderTensor
-from gguf.quants import dequantize
 
 from checkpoints.gguf_architectures import ARCHITECTURES
+from checkpoints.gguf_views import OfExpert, View, Whole, shape_of
 from checkpoints.source import CheckpointError, Index
 
 _NAMES = {
@@ -57,13 +57,8 @@ class GGUFCheckpoint:
                 f"{path}: architecture {self._arch!r} is not supported; supported: {', '.join(ARCHITECTURES)}"
             )
         self._architecture = ARCHITECTURES[self._arch]
-        self._tensors: dict[str, ReaderTensor] = {}
-        for tensor in self._reader.tensors:
-            if tensor.name not in _IGNORED_TENSORS:
-                self._tensors[self._huggingface_name(tensor.name)] = tensor
-        self._shapes = {
-            name: tuple(int(size) for size in reversed(tensor.shape)) for name, tensor in self._tensors.items()
-        }
+        self._views = self._make_views()
+        self._shapes = {name: view.shape for name, view in self._views.items()}
 
     @cached_property
     def metadata(self) -> Mapping[str, Any]:
@@ -100,53 +95,68 @@ class GGUFCheckpoint:
 
     def read(self, name: str, index: Index) -> np.ndarray:
         """Dequantise `tensor[index]`, f32; leading rows outside the index are not touched."""
-        tensor = self._tensors[name]
-        shape = self.shapes[name]
-        num_rows = shape[0]
-        start, end, _ = index[0].indices(num_rows)
-        # Rotary dimensions are put back in order head by head. A vector's data may be bytes: it is read whole.
-        block = self._head_rows(name) if len(shape) > 1 else num_rows
-        first, last = start // block * block, -(-end // block) * block
         try:
-            values = dequantize(tensor.data[first:last] if len(shape) > 1 else tensor.data, tensor.tensor_type)
-        except NotImplementedError:
-            raise CheckpointError(
-                f"{self._path}: tensor {tensor.name} has type {tensor.tensor_type.name}, which is not supported"
-            ) from None
-        values = values.reshape(last - first, *shape[1:])
-        if name.endswith("norm.weight") and self._architecture.norm_shift:
-            values = values - np.float32(self._architecture.norm_shift)
-        if self._is_permuted(name):
-            values = _unpermute(values, (last - first) // self._head_rows(name))
+            values = self._views[name].read(index)
+        except CheckpointError as error:
+            raise CheckpointError(f"{self._path}: {error}") from None
         # The file is mapped; what was read need not stay resident.
         mapping: mmap.mmap = self._reader.data._mmap  # type: ignore[attr-defined]  # noqa: SLF001
         mapping.madvise(mmap.MADV_DONTNEED)
-        return values[(slice(start - first, end - first), *index[1:])]
+        return values
 
     def close(self) -> None:
         """Let go of the mapping and of the parsed metadata, which for a large vocabulary takes 100 MB."""
-        self._tensors.clear()
+        self._views.clear()
         vars(self).pop("_reader", None)
 
-    def _is_permuted(self, name: str) -> bool:
-        return self._architecture.permuted and name.endswith(_PERMUTED)
+    def _make_views(self) -> dict[str, View]:
+        """Every tensor under Hugging Face's name."""
+        views: dict[str, View] = {}
+        parts: dict[tuple[str, str], ReaderTensor] = {}
+        for tensor in self._reader.tensors:
+            if tensor.name in _IGNORED_TENSORS:
+                continue
+            block, _, rest = tensor.name.removeprefix("blk.").partition(".")
+            if tensor.name in _NAMES:
+                name = _NAMES[tensor.name]
+                views[name] = self._whole(name, tensor)
+            elif not tensor.name.startswith("blk."):
+                raise self._no_place(tensor)
+            elif any(rest in merged.parts for merged in self._architecture.merged.values()):
+                parts[block, rest] = tensor
+            else:
+                views |= self._of_layer(tensor, block, rest)
+        for block, rest in list(parts):
+            for name, merged in self._architecture.merged.items():
+                if rest == merged.parts[0]:
+                    found = [parts.pop((block, part), None) for part in merged.parts]
+                    if None in found:
+                        raise CheckpointError(f"{self._path}: blk.{block} has not all of {', '.join(merged.parts)}")
+                    views[f"model.layers.{block}.{name}"] = merged.view(*found)
+        if parts:
+            raise self._no_place(next(iter(parts.values())))
+        return views
 
-    def _huggingface_name(self, name: str) -> str:
-        if name in _NAMES:
-            return _NAMES[name]
-        block, _, rest = name.removeprefix("blk.").partition(".")
+    def _of_layer(self, tensor: ReaderTensor, block: str, rest: str) -> dict[str, View]:
+        """A layer's tensor, or the matrices of its experts."""
         stem, _, kind = rest.rpartition(".")
-        own = self._architecture.layer_names.get(stem)
-        if not name.startswith("blk.") or own is None or kind not in ("weight", "bias"):
-            raise CheckpointError(f"{self._path}: tensor {name!r} has no place in this architecture")
-        return f"model.layers.{block}.{own}.{kind}"
+        names = self._architecture.layer_names
+        own = names.get(rest) or (f"{names[stem]}.{kind}" if stem in names and kind in ("weight", "bias") else None)
+        if own is None:
+            raise self._no_place(tensor)
+        name = f"model.layers.{block}.{own}"
+        if "{expert}" not in name:
+            return {name: self._whole(name, tensor)}
+        return {name.format(expert=expert): OfExpert(tensor, expert) for expert in range(shape_of(tensor)[0])}
 
-    def _head_rows(self, name: str) -> int:
-        """Rows that belong together."""
-        if not self._is_permuted(name):
-            return 1
+    def _whole(self, name: str, tensor: ReaderTensor) -> Whole:
+        permuted = self._architecture.permuted and name.endswith(_PERMUTED)
         key = "attention.head_count" if "q_proj" in name else "attention.head_count_kv"
-        return self.shapes[name][0] // self._heads(key)
+        shift = self._architecture.norm_shift if name.endswith("norm.weight") else 0.0
+        return Whole(tensor, self._heads(key) if permuted else 0, shift)
+
+    def _no_place(self, tensor: ReaderTensor) -> CheckpointError:
+        return CheckpointError(f"{self._path}: tensor {tensor.name!r} has no place in this architecture")
 
     def _heads(self, key: str) -> int:
         return int(self.metadata.get(f"{self._arch}.{key}") or self.metadata[f"{self._arch}.attention.head_count"])
@@ -200,10 +210,3 @@ class GGUFCheckpoint:
             elif tensor.name.startswith("rope_factors_"):
                 rope["rope_type"] = "longrope"
         return rope
-
-
-def _unpermute(values: np.ndarray, num_heads: int) -> np.ndarray:
-    """Undo llama.cpp's pairing of rotary dimensions: (i, i + H/2) were stored as neighbours."""
-    rows, *rest = values.shape
-    paired = values.reshape(num_heads, rows // num_heads // 2, 2, *rest)
-    return paired.swapaxes(1, 2).reshape(values.shape)

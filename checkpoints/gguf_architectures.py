@@ -3,9 +3,22 @@
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+from checkpoints.gguf_views import Expansion, GateAndUp, Transposed, View
 from checkpoints.source import CheckpointError
 
 Metadata = Callable[[str, Any], Any]
+
+
+class Merged(NamedTuple):
+    """A tensor that is made of several.
+
+    Attributes:
+        view: (tensors) -> what they make.
+        parts: their names in a layer.
+    """
+
+    view: Callable[..., View]
+    parts: tuple[str, ...]
 
 
 class GGUFArchitecture(NamedTuple):
@@ -13,7 +26,8 @@ class GGUFArchitecture(NamedTuple):
 
     Attributes:
         huggingface: name of the class.
-        layer_names: stems of a layer's tensors -> Hugging Face's.
+        layer_names: stems of a layer's tensors, or whole names, -> Hugging Face's; with `{expert}`, of all experts'.
+        merged: Hugging Face's names in a layer of what is made of other tensors.
         permuted: rows of queries and keys have the rotary pairs (i, i + H/2) as neighbours.
         norm_shift: what was added to the weights of norms.
         config: (metadata by the end of a key and a default, what `config.json` has of every model) -> what this adds.
@@ -21,6 +35,7 @@ class GGUFArchitecture(NamedTuple):
 
     huggingface: str
     layer_names: Mapping[str, str]
+    merged: Mapping[str, Merged] = {}
     permuted: bool = False
     norm_shift: float = 0.0
     config: Callable[[Metadata, Mapping[str, Any]], dict[str, Any]] = lambda *_: {}
@@ -69,11 +84,114 @@ def _phi3(metadata: Metadata, config: Mapping[str, Any]) -> dict[str, Any]:
     return {"partial_rotary_factor": rotated / config["head_dim"]}
 
 
+def _experts(metadata: Metadata) -> dict[str, Any]:
+    """What all models with experts have."""
+    return {
+        "num_experts": _required(metadata, "expert_count"),
+        "num_experts_per_tok": _required(metadata, "expert_used_count"),
+        "moe_intermediate_size": _required(metadata, "expert_feed_forward_length"),
+    }
+
+
+def _required(metadata: Metadata, key: str) -> int:
+    value = metadata(key, None)
+    if value is None:
+        raise CheckpointError(f"metadata {key} is missing")
+    return int(value)
+
+
+def _qwen3_moe(metadata: Metadata, _: Mapping[str, Any]) -> dict[str, Any]:
+    return {**_experts(metadata), "norm_topk_prob": True}
+
+
+def _gpt_oss(metadata: Metadata, config: Mapping[str, Any]) -> dict[str, Any]:
+    experts = _experts(metadata)
+    return {
+        **experts,
+        "num_local_experts": experts["num_experts"],
+        "intermediate_size": experts["moe_intermediate_size"],
+        "rope_parameters": {**config["rope_parameters"], "truncate": False},
+    }
+
+
+def _deepseek2(metadata: Metadata, config: Mapping[str, Any]) -> dict[str, Any]:
+    experts, rope_dim = _experts(metadata), _required(metadata, "rope.dimension_count")
+    key_dim = metadata("attention.key_length_mla", None) or metadata("attention.key_length", config["head_dim"])
+    # Files that say nothing of groups are older than those; V3's has them none the less.
+    num_groups, top_groups = (8, 4) if experts["num_experts"] == _DEEPSEEK_V3_EXPERTS else (1, 1)
+    stretch = metadata("rope.scaling.yarn_log_multiplier", None)
+    # Both factors are the same in all models; files have a tenth of one.
+    mscale = {} if stretch is None else {"mscale": 10 * float(stretch), "mscale_all_dim": 10 * float(stretch)}
+    return {
+        **experts,
+        "n_routed_experts": experts["num_experts"],
+        "n_shared_experts": int(metadata("expert_shared_count", 0)),
+        "n_group": int(metadata("expert_group_count", num_groups)),
+        "topk_group": int(metadata("expert_group_used_count", top_groups)),
+        "scoring_func": _GATING.get(int(metadata("expert_gating_func", 1)), "softmax"),
+        "norm_topk_prob": bool(metadata("expert_weights_norm", False)),
+        "routed_scaling_factor": float(metadata("expert_weights_scale", 1.0)),
+        "first_k_dense_replace": int(metadata("leading_dense_block_count", 0)),
+        "q_lora_rank": metadata("attention.q_lora_rank", None),
+        "kv_lora_rank": _required(metadata, "attention.kv_lora_rank"),
+        "qk_rope_head_dim": rope_dim,
+        "qk_nope_head_dim": int(key_dim) - rope_dim,
+        "v_head_dim": int(
+            metadata("attention.value_length_mla", None) or _required(metadata, "attention.value_length")
+        ),
+        "rope_parameters": {**config["rope_parameters"], **mscale},
+    }
+
+
+_DEEPSEEK_V3_EXPERTS = 256
+_GATING = {1: "softmax", 2: "sigmoid"}
+_EXPERTS = {
+    "ffn_gate_inp": "mlp.gate",
+    "ffn_gate_exps": "mlp.experts.{expert}.gate_proj",
+    "ffn_up_exps": "mlp.experts.{expert}.up_proj",
+    "ffn_down_exps": "mlp.experts.{expert}.down_proj",
+}
+_LATENT = {
+    "attn_q_a": "self_attn.q_a_proj",
+    "attn_q_a_norm": "self_attn.q_a_layernorm",
+    "attn_q_b": "self_attn.q_b_proj",
+    "attn_kv_a_mqa": "self_attn.kv_a_proj_with_mqa",
+    "attn_kv_a_norm": "self_attn.kv_a_layernorm",
+    "attn_kv_b": "self_attn.kv_b_proj",
+    "ffn_gate_shexp": "mlp.shared_experts.gate_proj",
+    "ffn_up_shexp": "mlp.shared_experts.up_proj",
+    "ffn_down_shexp": "mlp.shared_experts.down_proj",
+    "exp_probs_b.bias": "mlp.gate.e_score_correction_bias",
+}
+
 ARCHITECTURES: Mapping[str, GGUFArchitecture] = {
     # Mistral's files say `llama`, too.
     "llama": GGUFArchitecture("LlamaForCausalLM", _LLAMA, permuted=True),
     "qwen2": GGUFArchitecture("Qwen2ForCausalLM", _LLAMA),
     "qwen3": GGUFArchitecture("Qwen3ForCausalLM", _LLAMA),
+    "qwen3moe": GGUFArchitecture("Qwen3MoeForCausalLM", {**_LLAMA, **_EXPERTS}, config=_qwen3_moe),
+    "gpt-oss": GGUFArchitecture(
+        "GptOssForCausalLM",
+        {
+            **_LLAMA,
+            "post_attention_norm": "post_attention_layernorm",
+            "attn_sinks.weight": "self_attn.sinks",
+            "ffn_gate_inp": "mlp.router",
+            "ffn_down_exps.bias": "mlp.experts.down_proj_bias",
+        },
+        merged={
+            "mlp.experts.gate_up_proj": Merged(GateAndUp, ("ffn_gate_exps.weight", "ffn_up_exps.weight")),
+            "mlp.experts.gate_up_proj_bias": Merged(GateAndUp, ("ffn_gate_exps.bias", "ffn_up_exps.bias")),
+            "mlp.experts.down_proj": Merged(Transposed, ("ffn_down_exps.weight",)),
+        },
+        config=_gpt_oss,
+    ),
+    "deepseek2": GGUFArchitecture(
+        "DeepseekV3ForCausalLM",
+        {**_LLAMA, **_EXPERTS, **_LATENT},
+        merged={"self_attn.kv_b_proj.weight": Merged(Expansion, ("attn_k_b.weight", "attn_v_b.weight"))},
+        config=_deepseek2,
+    ),
     "smollm3": GGUFArchitecture("SmolLM3ForCausalLM", _LLAMA, permuted=True),
     "olmo2": GGUFArchitecture("Olmo2ForCausalLM", {**_LLAMA, **_POST_NORMS}, config=_olmo2),
     "gemma3": GGUFArchitecture(

@@ -24,7 +24,7 @@ _MAX_FILE_BYTES = 64 << 20
 _NUM_SPECIAL = 256
 _CLASS = "TikTokenTokenizer"
 # Of Kimi K2: Chinese characters are words of their own, whatever letters stand beside them.
-_PATTERN = "|".join(
+KIMI_K2_WORDS = "|".join(
     (
         r"[\p{Han}]+",
         r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]*[\p{Ll}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]+"
@@ -121,7 +121,7 @@ def _byte_level_bpe(ranks: list[bytes], special: list[str]) -> Tokenizer:
     tokenizer = Tokenizer(models.BPE(vocabulary, merges, ignore_merges=True))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(Regex(_PATTERN), "isolated"),
+            pre_tokenizers.Split(Regex(KIMI_K2_WORDS), "isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )

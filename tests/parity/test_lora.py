@@ -142,12 +142,20 @@ def test_adapters_that_peft_wrote_say_what_they_say_there(name: str, tmp_path: P
     ids=str,
 )
 def test_adapted_experts_over_devices_and_in_tiles(name: str, mesh: dict[str, Any], tmp_path: Path) -> None:
-    """Experts on devices of their own, and each of them split; heads that are split and copies."""
+    """Experts on devices of their own, and each of them split; heads that are split and copies; mixed and alone."""
     base = shutil.copytree(GOLDEN / name, tmp_path / "base")
     write_tokenizer(base)
     [folder] = (GOLDEN / name / "adapters").iterdir()
-    with LLM(str(base), lora=LoraConfig(paths={"a": str(folder)}), **SIZES, **mesh) as llm:
+    other = shutil.copytree(folder, tmp_path / "other")
+    settings = json.loads((folder / "adapter_config.json").read_text())
+    (other / "adapter_config.json").write_text(json.dumps(settings | {"lora_alpha": -3.0}))
+    lora = LoraConfig(paths={"a": str(folder), "b": str(other)})
+    with LLM(str(base), lora=lora, **SIZES, **mesh) as llm:
         check_transcripts(llm, folder, "a")
+        alone = {name: generated(llm, name) for name in ("", "a", "b")}
+        assert len({str(tokens) for tokens in alone.values()}) == 3
+        with ThreadPoolExecutor(3) as pool:
+            assert dict(zip(alone, pool.map(lambda name: generated(llm, name), alone), strict=True)) == alone
 
 
 def test_experts_one_by_one_are_those_of_their_parameters(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """The golden checkpoints as llama.cpp would write them, by its own table of names, are read back as they were."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +32,64 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "rope.scaling.type": "linear",
         "rope.scaling.factor": 8.0,
     },
+    "qwen3moe": {"expert_count": 8, "expert_used_count": 3, "expert_feed_forward_length": 16},
+    "gpt-oss": {
+        "expert_count": 4,
+        "expert_used_count": 2,
+        "expert_feed_forward_length": 24,
+        "rope.scaling.type": "yarn",
+        "rope.scaling.factor": 4.0,
+        "rope.scaling.original_context_length": 32,
+    },
+    "deepseek2": {
+        "expert_count": 8,
+        "expert_used_count": 3,
+        "expert_feed_forward_length": 16,
+        "expert_shared_count": 2,
+        "expert_group_count": 4,
+        "expert_group_used_count": 2,
+        "expert_gating_func": 2,
+        "expert_weights_norm": True,
+        "expert_weights_scale": 1.5,
+        "leading_dense_block_count": 2,
+        "attention.q_lora_rank": 24,
+        "attention.kv_lora_rank": 16,
+        "attention.key_length_mla": 20,
+        "attention.value_length_mla": 10,
+        "rope.dimension_count": 8,
+        "rope.scaling.type": "yarn",
+        "rope.scaling.factor": 4.0,
+        "rope.scaling.original_context_length": 32,
+        "rope.scaling.yarn_log_multiplier": 0.12,
+    },
 }
+FOLDERS = {"qwen3moe": "qwen3_moe", "gpt-oss": "gpt_oss", "deepseek2": "deepseek_v3"}
 NUM_HEADS, NUM_KV_HEADS = 4, 2
+_EXPERT = re.compile(r"(model\.layers\.\d+\.mlp\.experts\.)\d+\.(\w+\.weight)")
+
+
+def as_converted(family: str, tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Experts of a layer in one tensor, gates and ups apart, and what makes keys and values apart."""
+    out: dict[str, Any] = {}
+    for name, array in tensors.items():
+        if found := _EXPERT.fullmatch(name):
+            out.setdefault(found[1] + found[2], []).append(array)
+        elif "experts.gate_up_proj" in name:
+            rows = array.swapaxes(1, 2) if array.ndim > 2 else array
+            kind = "bias" if name.endswith("bias") else "weight"
+            for own, first in (("gate_proj", 0), ("up_proj", 1)):
+                out[f"{name.partition('gate_up')[0]}{own}.{kind}"] = rows[:, first::2]
+        elif "experts.down_proj" in name and family == "gpt-oss":
+            kind = "bias" if name.endswith("bias") else "weight"
+            stored = array if kind == "bias" else array.swapaxes(1, 2)
+            out[f"{name.partition('down_proj')[0]}down_proj.{kind}"] = stored
+        elif "kv_b_proj" in name:
+            both = array.reshape(NUM_HEADS, 12 + 10, -1)
+            out[name.replace("kv_b", "k_b")] = both[:, :12].swapaxes(1, 2)
+            out[name.replace("kv_b", "v_b")] = both[:, 12:]
+        else:
+            out[name] = array
+    return {name: np.ascontiguousarray(array) for name, array in out.items()}
 
 
 def pairs_as_neighbours(array: np.ndarray, num_heads: int) -> np.ndarray:
@@ -43,16 +100,23 @@ def pairs_as_neighbours(array: np.ndarray, num_heads: int) -> np.ndarray:
 
 def write(path: Path, family: str, extra: dict[str, np.ndarray] | None = None) -> dict[str, np.ndarray]:
     """Returns the tensors under Hugging Face's names."""
-    source = HuggingFaceCheckpoint(GOLDEN / family)
+    source = HuggingFaceCheckpoint(GOLDEN / FOLDERS.get(family, family))
     config = dict(source.config)
     tensors = {name: source.read(name, (slice(None),) * len(shape)) for name, shape in source.shapes.items()}
     source.close()
+    num_layers = config["num_hidden_layers"]
+    # DeepSeek's layer for the token after the next is not converted.
+    tensors = {name: array for name, array in tensors.items() if f"layers.{num_layers}." not in name}
+    if family == "qwen3moe":  # whose files have no layers without experts
+        tensors = {name: array for name, array in tensors.items() if not name.startswith("model.layers.0.mlp.")}
+        first = {name: array for name, array in tensors.items() if name.startswith("model.layers.1.mlp.")}
+        tensors |= {name.replace("layers.1.", "layers.0."): array for name, array in first.items()}
     writer = gguf.GGUFWriter(path, family)
     writer.add_block_count(config["num_hidden_layers"])
     writer.add_context_length(config["max_position_embeddings"])
     writer.add_embedding_length(config["hidden_size"])
     writer.add_feed_forward_length(config["intermediate_size"])
-    writer.add_head_count(NUM_HEADS)
+    writer.add_head_count(config["num_attention_heads"])
     writer.add_head_count_kv(NUM_KV_HEADS)
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
     rope = config["rope_parameters"]
@@ -62,18 +126,20 @@ def write(path: Path, family: str, extra: dict[str, np.ndarray] | None = None) -
     if config.get("sliding_window"):
         writer.add_sliding_window(config["sliding_window"])
     for key, value in FAMILIES[family].items():
-        {str: writer.add_string, int: writer.add_uint32, float: writer.add_float32}[type(value)](
+        {str: writer.add_string, bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32}[type(value)](
             f"{family}.{key}", value
         )
     arch = next(arch for arch, name in MODEL_ARCH_NAMES.items() if name == family)
     names = gguf.get_tensor_name_map(arch, config["num_hidden_layers"])
-    for name, array in tensors.items():
+    for name, array in as_converted(family, tensors).items():
         stored = array.astype(np.float32)
         if family in ("llama", "smollm3") and ("q_proj" in name or "k_proj" in name):
             stored = pairs_as_neighbours(stored, NUM_HEADS if "q_proj" in name else NUM_KV_HEADS)
         if family == "gemma3" and name.endswith("norm.weight"):
             stored = stored + 1
-        writer.add_tensor(names.get_name(name, try_suffixes=(".weight", ".bias")), stored)
+        # The converter does the same to names that end otherwise.
+        known = name.replace("correction_bias", "correction.bias").replace("attn.sinks", "attn.sinks.weight")
+        writer.add_tensor(names.get_name(known, try_suffixes=(".weight", ".bias")), stored)
     for name, array in (extra or {}).items():
         writer.add_tensor(name, array)
     writer.write_header_to_file()
@@ -91,7 +157,16 @@ def test_weights_and_config_come_back(family: str, tmp_path: Path) -> None:
     for name, array in tensors.items():
         got = file.read(name, (slice(None),) * array.ndim)
         np.testing.assert_allclose(got, array, atol=1e-6 if family == "gemma3" else 0, err_msg=name)
-    config = json.loads((GOLDEN / family / "config.json").read_text())
+        part = (slice(1, 3), *(slice(size // 2, size) for size in array.shape[1:]))
+        np.testing.assert_array_equal(file.read(name, part), got[part], err_msg=name)
+    config = json.loads((GOLDEN / FOLDERS.get(family, family) / "config.json").read_text())
+    if family == "deepseek2":  # files have one factor for both, and nothing of the layer for the token after the next
+        config["rope_parameters"] |= {"mscale": 1.2, "mscale_all_dim": 1.2}
+        config["num_nextn_predict_layers"] = 0
+    if family == "qwen3moe":
+        config["mlp_only_layers"] = []
+    if family == "gpt-oss":  # files have no place for these: those of the models that there are are meant
+        config |= {"swiglu_alpha": 1.702, "swiglu_limit": 7.0}
     architecture = find_architecture(file.config)
     want, got_config = architecture.model_config(config), architecture.model_config(file.config)
     # Files do not say what a head's scores are divided by, and always ask for bf16.

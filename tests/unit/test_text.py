@@ -31,6 +31,9 @@ def gpt2(pre: str, **metadata: Any) -> Any:
         ("llama-bpe", ["123", "Ġhe", "Ġ", "Ġ", "12"]),
         ("qwen2", ["1", "2", "3", "Ġhe", "Ġ", "Ġ", "1", "2"]),
         ("tekken", ["1", "2", "3", "Ġhe", "Ġ", "Ġ", "1", "2"]),
+        ("gpt-4o", ["123", "Ġhe", "Ġ", "Ġ", "12"]),
+        ("deepseek-v3", ["123", "Ġhe", "Ġ", "Ġ", "12"]),
+        ("kimi-k2", ["123", "Ġhe", "Ġ", "Ġ", "12"]),
     ],
 )
 def test_pre_tokenizers_split_as_their_models_do(pre: str, want: list[str]) -> None:

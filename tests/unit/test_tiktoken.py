@@ -12,7 +12,7 @@ from tokenizers import models, pre_tokenizers, trainers
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from jaxserve.errors import LaunchError
-from jaxserve.text.tiktoken_tokenizer import _PATTERN
+from jaxserve.text.tiktoken_tokenizer import KIMI_K2_WORDS
 from jaxserve.text.tokenizer import Tokenizer, load_tokenizer
 
 TEXT = (
@@ -64,7 +64,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
 
 
 def test_ids_are_those_of_tiktoken(tokenizer: Tokenizer) -> None:
-    theirs = tiktoken.Encoding("test", pat_str=_PATTERN, mergeable_ranks=RANKS, special_tokens={})
+    theirs = tiktoken.Encoding("test", pat_str=KIMI_K2_WORDS, mergeable_ranks=RANKS, special_tokens={})
     draw = random.Random(0)
     texts = [TEXT, "", " ", "a\n \n b", "don'T", "ABCdef汉abc", "  \r\n x"]
     texts += ["".join(draw.choices(TEXT, k=draw.randrange(1, 60))) for _ in range(300)]
