@@ -214,6 +214,11 @@ def device_flags(group: argparse._ArgumentGroup) -> None:  # pyright: ignore[rep
         help="groups of those devices that have experts of their own; the devices of a group share each expert",
     )
     group.add_argument(
+        "--enable-dp-attention",
+        action="store_true",
+        help="--tp-size is all devices: --dp-size copies of attention over them, and one set of experts over all",
+    )
+    group.add_argument(
         "--attention-backend",
         choices=["auto", "tpu", "gpu", "xla"],
         default="auto",
@@ -324,15 +329,25 @@ def parse_arguments(argv: Sequence[str]) -> LaunchConfig:
     return LaunchConfig(args=args, engine=_engine_config(args))
 
 
+def _devices(args: argparse.Namespace) -> dict[str, Any]:
+    """How copies and experts lie on devices. As in SGLang, with `--enable-dp-attention` `--tp-size` counts all."""
+    tp_size, dp_size, ep_size = args.tp_size, args.dp_size, args.ep_size
+    if not args.enable_dp_attention or dp_size < 1:
+        return {"tp_size": tp_size, "dp_size": dp_size, "ep_size": ep_size}
+    ep_size = tp_size if ep_size == 1 else ep_size  # each device has experts of its own
+    for flag, size in (("--tp-size", tp_size), ("--ep-size", ep_size)):
+        if size % dp_size:
+            raise LaunchError(f"--enable-dp-attention: --dp-size {dp_size} does not divide {flag} {size}")
+    return {"tp_size": tp_size // dp_size, "dp_size": dp_size, "ep_size": ep_size // dp_size, "dp_attention": True}
+
+
 def step_settings(args: argparse.Namespace) -> dict[str, Any]:
     """Fields of `EngineConfig` that `model_flags`, `memory_flags` and `device_flags` set."""
     return {
         "model_path": args.model_path,
         "dtype": args.dtype,
         "context_length": args.context_length,
-        "tp_size": args.tp_size,
-        "dp_size": args.dp_size,
-        "ep_size": args.ep_size,
+        **_devices(args),
         "page_size": args.page_size,
         "mem_fraction_static": args.mem_fraction_static,
         "max_total_tokens": args.max_total_tokens,

@@ -95,6 +95,7 @@ class ExpertsConfig(_Config, frozen=True):
         swiglu_alpha: of that product.
         shared_intermediate_size: of an expert that all tokens have; None for none.
         shared_gate: which is weighed by a gate of its own.
+        of_copies: all copies of the model have them together; set by the engine, not by the model.
     """
 
     num_experts: int
@@ -111,6 +112,7 @@ class ExpertsConfig(_Config, frozen=True):
     swiglu_alpha: float = 1.702
     shared_intermediate_size: int | None = None
     shared_gate: bool = False
+    of_copies: bool = False
 
     def __post_init__(self) -> None:
         for name in ("num_experts", "intermediate_size", "shared_intermediate_size"):
@@ -384,6 +386,12 @@ class EngineConfig(_Config, frozen=True):
     """What the engine process is told at its start.
 
     `None` means that the engine decides once it has seen the device.
+
+    Attributes:
+        tp_size: devices of a copy of the model.
+        dp_size: copies.
+        ep_size: groups of a copy's devices that have experts of their own.
+        dp_attention: copies share one set of experts, which lie over the groups of all.
     """
 
     model_path: str
@@ -394,6 +402,7 @@ class EngineConfig(_Config, frozen=True):
     tp_size: int = 1
     dp_size: int = 1
     ep_size: int = 1
+    dp_attention: bool = False
     page_size: int | None = None
     mem_fraction_static: float | None = None
     max_total_tokens: int | None = None
@@ -433,6 +442,8 @@ class EngineConfig(_Config, frozen=True):
                 raise LaunchError(f"{flag} must be at least 1, got {value}")
         if self.tp_size % self.ep_size:
             raise LaunchError(f"--ep-size {self.ep_size} does not divide --tp-size {self.tp_size}")
+        if self.dp_attention and self.dp_size == 1:
+            raise LaunchError("--enable-dp-attention needs --dp-size above 1: copies of attention to share experts")
         if not 0 <= self.node_rank < self.nnodes:
             raise LaunchError(
                 f"--node-rank must be 0 to {self.nnodes - 1} with --nnodes {self.nnodes}, got {self.node_rank}"

@@ -37,7 +37,7 @@ from kernels_pallas.grouped_matmul.xla import XlaGroupedMatmul
 from kernels_pallas.lora_matmul.api import LoraMatmul
 from kernels_pallas.lora_matmul.xla import XlaLora
 from kernels_pallas.paged_attention.api import AttentionConfig, CacheSpec
-from kernels_pallas.shards import MODEL
+from kernels_pallas.shards import DATA, MODEL
 
 logger = logging.getLogger(__name__)
 
@@ -130,7 +130,12 @@ def design_model(config: EngineConfig, hf_config: Mapping[str, Any], mesh: Mesh)
     architecture = find_architecture(hf_config)
     checkpoint = with_requested(architecture.model_config(hf_config), hf_config, config.quantization)
     platform = mesh.devices.flat[0].platform
-    copies = kv_head_copies(checkpoint, config.tp_size, config.ep_size)
+    if config.dp_attention:
+        if checkpoint.experts is None:
+            raise LaunchError("--enable-dp-attention: the model has no experts for its copies to share")
+        shared = msgspec.structs.replace(checkpoint.experts, of_copies=True)
+        checkpoint = msgspec.structs.replace(checkpoint, experts=shared)
+    copies = kv_head_copies(checkpoint, mesh)
     model = msgspec.structs.replace(checkpoint, num_kv_heads=checkpoint.num_kv_heads * copies)
     dtype = pick_dtype(config, checkpoint)
     if config.merge_lora is not None and checkpoint.quantization is not None:
@@ -152,10 +157,11 @@ def design_model(config: EngineConfig, hf_config: Mapping[str, Any], mesh: Mesh)
 
 def check_fit(design: ModelDesign, tp_size: int, ep_size: int) -> None:
     """Raise LaunchError where a copy of the model cannot be split over `tp_size` devices, `ep_size` of its experts."""
-    copies = kv_head_copies(design.checkpoint, tp_size, ep_size)
+    mesh = mesh_shape(tp_size, ep_size, design.mesh.shape[DATA])
+    copies = kv_head_copies(design.checkpoint, mesh)
     model = msgspec.structs.replace(design.checkpoint, num_kv_heads=design.checkpoint.num_kv_heads * copies)
     decoder = design.architecture.build(BuildModel(model, design.dtype))
-    _check_blocks(decoder, mesh_shape(tp_size, ep_size), copies)
+    _check_blocks(decoder, mesh, copies)
 
 
 def _check_blocks(decoder: Decoder, mesh: Mesh | AbstractMesh, copies: int) -> None:

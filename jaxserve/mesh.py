@@ -11,19 +11,20 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 
 from jaxserve.config import ExpertsConfig, ModelConfig
 from jaxserve.errors import LaunchError
-from kernels_pallas.shards import EXPERT, IN_EXPERT, MODEL, model_size
+from kernels_pallas.shards import DATA, EXPERT, IN_EXPERT, MODEL, model_size
 
 logger = logging.getLogger(__name__)
 
 # Tensor parallelism splits heads, MLP and vocabulary over all devices of a copy; everything else is replicated.
-# Experts are split over the first axis of those, and inside over the second. Weights are never split over `data`: each
-# copy of the model there has its own requests.
+# Experts are split over the first axis of those, and inside over the second. Of the weights, `data` only splits experts
+# that copies share: each copy of the model there has its own requests, and all else of its own.
 SHARDING_RULES: dict[str, str | tuple[str, ...] | None] = {
     "vocab": MODEL,
     "heads": MODEL,
     "kv_heads": MODEL,
     "mlp": MODEL,
     "experts": EXPERT,
+    "experts_of_copies": (DATA, EXPERT),
     "expert_mlp": IN_EXPERT,
     "hidden": None,
     "layers": None,
@@ -61,12 +62,12 @@ def mesh_of(devices: Sequence[Any], tp_size: int, dp_size: int = 1, ep_size: int
         ep_size: devices of a copy, or groups of them, that each have experts of their own; divides `tp_size`.
     """
     grid = np.array(devices[: dp_size * tp_size]).reshape(dp_size, ep_size, tp_size // ep_size)
-    return Mesh(grid, ("data", *MODEL), axis_types=(AxisType.Auto,) * grid.ndim)
+    return Mesh(grid, (DATA, *MODEL), axis_types=(AxisType.Auto,) * grid.ndim)
 
 
-def mesh_shape(tp_size: int, ep_size: int = 1) -> AbstractMesh:
-    """The mesh of one copy, of which only the shape is known."""
-    return AbstractMesh((1, ep_size, tp_size // ep_size), ("data", *MODEL))
+def mesh_shape(tp_size: int, ep_size: int = 1, dp_size: int = 1) -> AbstractMesh:
+    """A mesh of which only the shape is known; see `mesh_of`."""
+    return AbstractMesh((dp_size, ep_size, tp_size // ep_size), (DATA, *MODEL))
 
 
 def partition_spec(axes: tuple[str | None, ...], shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> PartitionSpec:
@@ -95,18 +96,25 @@ def weight_format(axes: tuple[str | None, ...], shape: tuple[int, ...], mesh: Me
     return Format(Layout(tuple(range(len(shape)))), named_sharding(axes, shape, mesh))
 
 
-def kv_head_copies(config: ModelConfig, tp_size: int, ep_size: int = 1) -> int:
+def over_copies(axes: tuple[str | None, ...]) -> PartitionSpec:
+    """How an array lies over `data` alone."""
+    rules = (SHARDING_RULES[axis] if axis is not None else None for axis in axes)
+    return PartitionSpec(*(DATA if rule is not None and DATA in rule else None for rule in rules))
+
+
+def kv_head_copies(config: ModelConfig, mesh: Mesh | AbstractMesh) -> int:
     """How often each key/value head is repeated so that every device has one; checks that all else divides.
 
     Raises:
         LaunchError: heads, MLP columns or experts do not divide.
     """
+    tp_size, ep_size = model_size(mesh), mesh.shape[EXPERT]
     if config.num_q_heads % tp_size:
         raise LaunchError(f"--tp-size {tp_size} does not divide the model's {config.num_q_heads} attention heads")
     if any(layer.mlp == "dense" for layer in config.layers) and config.intermediate_size % tp_size:
         raise LaunchError(f"--tp-size {tp_size} does not divide the model's MLP size {config.intermediate_size}")
     if config.experts is not None:
-        _check_experts(config.experts, tp_size, ep_size)
+        _check_experts(config.experts, tp_size, ep_size, mesh.shape[DATA] if config.experts.of_copies else 1)
     elif ep_size > 1:
         raise LaunchError(f"--ep-size {ep_size}: the model has no experts")
     if config.num_kv_heads % tp_size == 0:
@@ -116,9 +124,9 @@ def kv_head_copies(config: ModelConfig, tp_size: int, ep_size: int = 1) -> int:
     return tp_size // config.num_kv_heads
 
 
-def _check_experts(experts: ExpertsConfig, tp_size: int, ep_size: int) -> None:
-    if experts.num_experts % ep_size:
-        raise LaunchError(f"--ep-size {ep_size} does not divide the model's {experts.num_experts} experts")
+def _check_experts(experts: ExpertsConfig, tp_size: int, ep_size: int, num_copies: int) -> None:
+    if experts.num_experts % (ep_size * num_copies):
+        raise LaunchError(f"--ep-size {ep_size * num_copies} does not divide the model's {experts.num_experts} experts")
     if experts.intermediate_size % (inside := tp_size // ep_size):
         raise LaunchError(
             f"--tp-size {tp_size} with --ep-size {ep_size} splits each expert in {inside}, which does not divide its "

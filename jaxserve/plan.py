@@ -63,16 +63,18 @@ def _engine_config(args: argparse.Namespace, target: Target) -> EngineConfig:
         raise LaunchError(
             f"--dp-size must be between 1 and the target's {target.num_devices} devices, got {args.dp_size}"
         )
-    tp_size = args.tp_size if args.tp_size is not None else target.num_devices // args.dp_size
-    if not 1 <= tp_size * args.dp_size <= target.num_devices:
+    copies = 1 if args.enable_dp_attention else args.dp_size  # that `--tp-size` counts one of
+    if args.tp_size is None:
+        args.tp_size = target.num_devices // copies
+    if not 1 <= args.tp_size * copies <= target.num_devices:
         raise LaunchError(
-            f"--tp-size {tp_size} and --dp-size {args.dp_size} need {tp_size * args.dp_size} devices, "
+            f"--tp-size {args.tp_size} and --dp-size {args.dp_size} need {args.tp_size * copies} devices, "
             f"--target {target.text} has {target.num_devices}"
         )
     if not args.enable_lora and (args.max_lora_rank is not None or args.lora_target_modules is not None):
         raise LaunchError("--max-lora-rank and --lora-target-modules need --enable-lora")
     lora = LoraConfig(**lora_slots(args)) if args.enable_lora else None
-    return EngineConfig(**step_settings(args) | {"tp_size": tp_size}, lora=lora)
+    return EngineConfig(**step_settings(args), lora=lora)
 
 
 if __name__ == "__main__":

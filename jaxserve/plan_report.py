@@ -90,6 +90,7 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     tp_size: int
     dp_size: int
     ep_size: int
+    dp_attention: bool
     dtype: str
     kv_dtype: str
     attention_backend: str
@@ -125,7 +126,8 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
 
     def _split(self) -> str:
         experts = f", ep {self.ep_size}" if self.ep_size > 1 else ""
-        return f"tp {self.tp_size}, dp {self.dp_size}{experts}"
+        shared = ", one set of experts for all copies" if self.dp_attention else ""
+        return f"tp {self.tp_size}, dp {self.dp_size}{experts}{shared}"
 
     def _memory_rows(self) -> list[tuple[str, str]]:
         memory = self.memory
@@ -175,6 +177,7 @@ class Load(NamedTuple):
         rows: requests.
         context: keys of each.
         tp_size: devices of a copy.
+        num_copies: that share experts, and have as many requests each.
     """
 
     weight_bytes: int
@@ -183,6 +186,7 @@ class Load(NamedTuple):
     rows: int
     context: int
     tp_size: int
+    num_copies: int = 1
 
 
 def bound(model: ModelConfig, device: DeviceSpec, load: Load) -> Bounds | None:
@@ -196,7 +200,7 @@ def bound(model: ModelConfig, device: DeviceSpec, load: Load) -> Bounds | None:
     attention_flops = 2 * model.num_layers * model.num_q_heads * (model.head_dim + value_dim)
 
     def step_s(rows: int) -> float:
-        weight_bytes = load.weight_bytes + load.expert_bytes * experts_read(model, rows)
+        weight_bytes = load.weight_bytes + load.expert_bytes * experts_read(model, rows * load.num_copies)
         memory_s = (weight_bytes + rows * seen * load.key_bytes) / device.bytes_per_s
         arithmetic_s = rows * (2 * num_multiplied(model) + attention_flops * seen) / flops
         return max(memory_s, arithmetic_s)

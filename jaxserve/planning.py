@@ -168,6 +168,7 @@ def _report(
         rows=rows,
         context=engine.scheduler.context_length // 2,
         tp_size=config.tp_size,
+        num_copies=config.dp_size if config.dp_attention else 1,
     )
     return Report(
         **_names(config, design, target),
@@ -192,6 +193,7 @@ def _names(config: EngineConfig, design: ModelDesign, target: Target) -> dict[st
         "tp_size": config.tp_size,
         "dp_size": config.dp_size,
         "ep_size": config.ep_size,
+        "dp_attention": config.dp_attention,
         "dtype": str(design.dtype),
         "kv_dtype": str(design.kv_dtype),
     }
@@ -237,6 +239,8 @@ def _more_devices(design: ModelDesign, target: Target) -> str:
     held = (
         f"weights are {design.device_weight_bytes / 2**30:.1f} GiB on each of {now} devices of {total / 2**30:.1f} GiB"
     )
+    if design.checkpoint.experts is not None and design.checkpoint.experts.of_copies:
+        return f"{held}: try more of them, a lower --dp-size, or smaller weights"
     least = math.ceil(design.device_weight_bytes * now / (_WEIGHTS_AT_MOST * total))
     for tp_size in range(max(now + 1, least), design.checkpoint.num_q_heads + 1):
         # Whole experts on each device where they cannot be split as before.

@@ -1,7 +1,7 @@
 """Running a function on each shard of a copy of the model.
 
-Two mesh axes split a copy, `expert` and `model`. Experts lie over the first, and each of them over the second;
-everything else knows them as one.
+Copies of a model lie along the mesh axis `data`. Two more axes split a copy, `expert` and `model`. Experts lie over the
+first, and each of them over the second; everything else knows them as one.
 """
 
 import math
@@ -11,6 +11,7 @@ from typing import Any
 import jax
 from jax.sharding import AbstractMesh, Mesh
 
+DATA = "data"
 EXPERT = "expert"
 IN_EXPERT = "model"
 MODEL = (EXPERT, IN_EXPERT)

@@ -68,7 +68,7 @@ class ParamSpec:
     @property
     def of_experts(self) -> bool:
         """Whether the first axis after that is experts."""
-        return self.axes[self.stacked : self.stacked + 1] == ("experts",)
+        return self.axes[self.stacked : self.stacked + 1] in (("experts",), ("experts_of_copies",))
 
 
 class Attention(nnx.Module):

@@ -23,7 +23,7 @@ from jaxserve.models.layers import ACTIVATIONS, Axes, GatedMLP, Linear, format_o
 from kernels_pallas.blocks import Blocks, Places, sort_into_blocks
 from kernels_pallas.grouped_matmul.api import GroupedMatmul, Matrices
 from kernels_pallas.quantized import QuantizedFormat
-from kernels_pallas.shards import EXPERT, IN_EXPERT, MODEL, over_model
+from kernels_pallas.shards import DATA, EXPERT, IN_EXPERT, MODEL, over_model
 
 # Sigmoids may all be nothing.
 _SMALLEST_SUM = 1e-20
@@ -41,6 +41,10 @@ class ExpertMaths(NamedTuple):
 
     matmul: GroupedMatmul
     mesh: Mesh
+
+    def num_groups(self, *, of_copies: bool) -> int:
+        """Of experts, each on devices of its own."""
+        return self.mesh.shape[EXPERT] * (self.mesh.shape[DATA] if of_copies else 1)
 
 
 class ExpertAdapters(NamedTuple):
@@ -224,14 +228,14 @@ class ExpertLinear(nnx.Module):
 
     def specs(self, mesh: Mesh) -> _Local:
         """How they lie on a mesh."""
-        stack = partition_spec(("layers", *self._axes), (1, *self._shape), mesh)
+        stack = _in_copy(partition_spec(("layers", *self._axes), (1, *self._shape), mesh))
         scale, zero = (None if each is None else self._block_specs(each, mesh) for each in self._of_blocks())
         bias = None if self.bias is None else P(*stack[1:3])
         return _Local(stack, scale, zero, P(), bias, None if self.update is None else self._factor_specs(mesh))
 
     def _factor_specs(self, mesh: Mesh) -> ExpertFactors:
         """Factors are split as the weights are (S-LoRA, arXiv:2311.03285)."""
-        experts, outputs, inputs = partition_spec(self._axes, self._shape, mesh)
+        experts, outputs, inputs = _in_copy(partition_spec(self._axes, self._shape, mesh))
         return ExpertFactors(P(None, None, experts, None, inputs), P(None, None, experts, None, outputs), P())
 
     def _of_blocks(self) -> tuple[Any, Any]:
@@ -239,7 +243,12 @@ class ExpertLinear(nnx.Module):
 
     def _block_specs(self, of_blocks: Any, mesh: Mesh) -> P:
         axes: Axes = of_blocks.get_metadata()["logical_axes"]
-        return partition_spec(("layers", *axes), (1, *self._shape), mesh)
+        return _in_copy(partition_spec(("layers", *axes), (1, *self._shape), mesh))
+
+
+def _in_copy(spec: P) -> P:
+    """Of the part that a copy of the model has: steps are split over copies already."""
+    return P(*(EXPERT if isinstance(axis, tuple) and EXPERT in axis else axis for axis in spec))
 
 
 class Experts(nnx.Module):
@@ -250,11 +259,13 @@ class Experts(nnx.Module):
         make = partial(ExpertLinear, bias=experts.bias, dtype=dtype, quantization=config.quantized("experts"))
         quantization = config.quantized("experts")
         self._form = None if quantization is None else format_of(quantization)
-        self.gate_proj = make((number, inner, outer), axes=("experts", "expert_mlp", "hidden"))
-        self.up_proj = make((number, inner, outer), axes=("experts", "expert_mlp", "hidden"))
-        self.down_proj = make((number, outer, inner), axes=("experts", "hidden", "expert_mlp"))
+        axis = "experts_of_copies" if experts.of_copies else "experts"
+        self.gate_proj = make((number, inner, outer), axes=(axis, "expert_mlp", "hidden"))
+        self.up_proj = make((number, inner, outer), axes=(axis, "expert_mlp", "hidden"))
+        self.down_proj = make((number, outer, inner), axes=(axis, "hidden", "expert_mlp"))
         self._gated = _gated(config, experts)
         self._num_experts = number
+        self._of_copies = experts.of_copies
         # Both are set while a step is traced.
         self.maths: ExpertMaths | None = None
         self.adapters: ExpertAdapters | None = None
@@ -265,8 +276,13 @@ class Experts(nnx.Module):
         mesh = self.maths.mesh
         layers = (self.gate_proj, self.up_proj, self.down_proj)
         slot_T = None if self.adapters is None else self.adapters.slot_T
+        if self._of_copies:
+            # Each copy has some of the experts, and sees the tokens of all.
+            gather = partial(lax.all_gather, axis_name=DATA, tiled=True)
+            x_TD, choice, slot_T = jax.tree.map(gather, (x_TD, choice, slot_T))
         run = over_model(self._run_local, mesh, (P(), P(), P(), *(layer.specs(mesh) for layer in layers)), P())
-        return run(x_TD, choice, slot_T, *(layer.arrays() for layer in layers))
+        y_TD = run(x_TD, choice, slot_T, *(layer.arrays() for layer in layers))
+        return lax.psum_scatter(y_TD, DATA, tiled=True) if self._of_copies else y_TD
 
     def _run_local(
         self, x_TD: jax.Array, choice: Choice, slot_T: jax.Array | None, gate: _Local, up: _Local, down: _Local
@@ -276,7 +292,7 @@ class Experts(nnx.Module):
         matmul = self.maths.matmul
         num_tokens, top_k = choice.id_TU.shape
         num_experts = gate.stack.shape[1]
-        own_TU = choice.id_TU - lax.axis_index(EXPERT) * num_experts
+        own_TU = choice.id_TU - lax.axis_index((DATA, EXPERT) if self._of_copies else EXPERT) * num_experts
         own_TU = jnp.where((own_TU >= 0) & (own_TU < num_experts), own_TU, num_experts)
         # Of all experts: on average those that are here have their share of the tokens.
         row_bytes = max(x_TD.shape[1], gate.stack.shape[2]) * x_TD.dtype.itemsize
@@ -308,7 +324,7 @@ class Experts(nnx.Module):
         assert self.adapters is not None
         matmul, num_slots, _ = self.adapters
         assert self.maths is not None
-        num_experts = self._num_experts // self.maths.mesh.shape[EXPERT]
+        num_experts = self._num_experts // self.maths.num_groups(of_copies=self._of_copies)
         adapted_TU = (slot_T[:, None] > 0) & (own_TU < num_experts)
         group_TU = jnp.where(adapted_TU, (slot_T[:, None] - 1) * num_experts + own_TU, num_slots * num_experts)
         block_rows = matmul.block_rows(group_TU.size, num_slots * self._num_experts, row_bytes)

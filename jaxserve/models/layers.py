@@ -4,7 +4,7 @@ Weights keep Hugging Face's orientation, [out, in]: nothing is transposed while 
 for XLA on CPU. Products accumulate in f32 and return the activations' dtype; norms run in f32.
 
 Logical axes: `vocab`, `hidden`, `heads` (query heads x head dim), `kv_heads`, `mlp`, `experts`,
-`expert_mlp`, `layers`; None is replicated.
+`experts_of_copies`, `expert_mlp`, `layers`; None is replicated.
 """
 
 from collections.abc import Callable, Mapping

@@ -19,8 +19,8 @@ from jax.sharding import PartitionSpec as P
 
 from jaxserve.lora.apply import NO_ADAPTERS, Adapters, LoraMaths
 from jaxserve.lora.bank import BankLayout, bank_specs, bank_splits, slot_spec, write_slot
-from jaxserve.mesh import named_sharding, partition_spec, weight_format
-from jaxserve.models.decoder import Decoder, ParamSpec, StepOps, Weights, tree_of
+from jaxserve.mesh import named_sharding, over_copies, partition_spec, weight_format
+from jaxserve.models.decoder import Decoder, ParamSpec, Path, StepOps, Weights, tree_of
 from jaxserve.models.experts import ExpertMaths
 from jaxserve.models.quantized_linear import LinearMaths
 from jaxserve.request import SamplingParams
@@ -37,7 +37,7 @@ from kernels_pallas.lora_matmul.xla import XlaLora
 from kernels_pallas.paged_attention.api import AttentionBackend, Cache
 from kernels_pallas.sampling.api import SampleOutput, SamplingInputs, SamplingState, mask_words
 from kernels_pallas.sampling.summary import Shard
-from kernels_pallas.shards import MODEL, model_size
+from kernels_pallas.shards import DATA, MODEL, model_size
 
 T = TypeVar("T")
 
@@ -96,14 +96,14 @@ class StepPrograms:
 
     def __init__(self, model: StepModel) -> None:
         self._model = model
-        self.num_copies: int = model.mesh.shape["data"]
-        self.by_copy = NamedSharding(model.mesh, P("data"))
+        self.num_copies: int = model.mesh.shape[DATA]
+        self.by_copy = NamedSharding(model.mesh, P(DATA))
         # A host reads the tokens of all copies, of which it may hold some only.
         out = NamedSharding(model.mesh, P()) if model.mesh.is_multi_process else self.by_copy
         # Logits stay where they are made: split over the vocabulary, as the output head is.
         vocab_axis = partition_spec(("vocab",), (model.layout.vocab_size,), model.mesh)[0]
         self._shard = Shard(model.layout.vocab_size, vocab_axis if model_size(model.mesh) > 1 else None)
-        by_id = P("data", self._shard.axis_name)
+        by_id = P(DATA, self._shard.axis_name)
         self._by_id = NamedSharding(model.mesh, by_id)
         sampling: list[Any] = [self._by_id, self.by_copy, self.by_copy, self.by_copy]
         arrays: list[Any] = [self.by_copy, SamplingState(*sampling)]
@@ -114,24 +114,30 @@ class StepPrograms:
         if (bank := model.adapters) is not None:
             splits = bank_splits(model.decoder, bank, model.mesh)
             maths = LoraMaths(model.lora, model.lora_groups, model.lora_experts, bank.num_slots - 1, splits)
-        self._forward = jax.jit(
-            # Over `model` the compiler splits what is in the function.
-            self._per_copy(
-                partial(_forward, model, maths),
-                {"data"},
-                (P(), P(), P("data"), P("data"), P("data")),
-                P("data"),
-            ),
-            donate_argnums=2,
-            out_shardings=(self._cache_shardings(), self._by_id),
-            compiler_options=options,
-        )
+        weight_specs = model.decoder.weight_tree(lambda spec: over_copies(spec.axes))
+        bank_over_copies = tree_of((path, over_copies(spec.axes)) for path, spec in self._bank_specs().items())
+        # By whether the bank is there.
+        self._forward = {
+            adapted: jax.jit(
+                # Over `model` the compiler splits what is in the function.
+                self._per_copy(
+                    partial(_forward, model, maths),
+                    {DATA},
+                    (weight_specs, bank_over_copies if adapted else {}, P(DATA), P(DATA), P(DATA)),
+                    P(DATA),
+                ),
+                donate_argnums=2,
+                out_shardings=(self._cache_shardings(), self._by_id),
+                compiler_options=options,
+            )
+            for adapted in (False, True)
+        }
         self._draw = jax.jit(
             self._per_copy(
                 partial(_draw, model.decoder, model.sampler, self._shard),
-                {"data", *MODEL},
-                (by_id, state, P("data"), P("data")),
-                (state, P("data")),
+                {DATA, *MODEL},
+                (by_id, state, P(DATA), P(DATA)),
+                (state, P(DATA)),
             ),
             donate_argnums=1,
             out_shardings=(self._state_sharding, out),
@@ -151,7 +157,7 @@ class StepPrograms:
         batch = RowTable(self._model.layout).build(NOTHING, bucket)
         bank = self.bank_shapes() if adapted else {}
         state = self.state_shapes()
-        return self._forward.lower(
+        return self._forward[adapted].lower(
             self.weight_shapes(), bank, self.cache_shapes(), state.last_token_R, self._copied(batch)
         )  # fmt: skip
 
@@ -174,17 +180,17 @@ class StepPrograms:
 
     def bank_shapes(self) -> Weights:
         """Shapes, dtypes and shardings of the adapters' bank."""
-        if self._model.adapters is None:
-            return {}
-        specs = bank_specs(self._model.decoder, self._model.adapters)
-        return tree_of((path, self._shape_of(spec)) for path, spec in specs.items())
+        return tree_of((path, self._shape_of(spec)) for path, spec in self._bank_specs().items())
 
     def slot_shapes(self) -> Weights:
         """Shapes, dtypes and shardings of what one slot of the bank holds."""
+        return tree_of((path, self._shape_of(slot_spec(spec))) for path, spec in self._bank_specs().items())
+
+    def _bank_specs(self) -> dict[Path, ParamSpec]:
+        """Of the adapters' bank, if there is one."""
         if self._model.adapters is None:
             return {}
-        specs = bank_specs(self._model.decoder, self._model.adapters)
-        return tree_of((path, self._shape_of(slot_spec(spec))) for path, spec in specs.items())
+        return bank_specs(self._model.decoder, self._model.adapters)
 
     def weight_shapes(self) -> Weights:
         """Shapes, dtypes, shardings and layouts of the weights."""
@@ -229,7 +235,7 @@ class StepPrograms:
 
     def _cache_shardings(self) -> dict[str, NamedSharding]:
         specs = self._model.attention.cache_spec()
-        return {name: NamedSharding(self._model.mesh, P("data", *spec.partition[1:])) for name, spec in specs.items()}
+        return {name: NamedSharding(self._model.mesh, P(DATA, *spec.partition[1:])) for name, spec in specs.items()}
 
     def _copied(self, arrays: T) -> T:
         """Shapes of one copy's arrays -> of all copies'."""

@@ -149,6 +149,22 @@ def test_copies_side_by_side(drawn_alone: list[list[int]], tp_size: int) -> None
     assert other.token_ids_B.tolist() == drawn_alone[1]
 
 
+@pytest.mark.parametrize(
+    ("name", "tp_size", "dp_size", "ep_size"),
+    [("qwen3_moe", 1, 4, 1), ("qwen3_moe", 2, 2, 1), ("deepseek_v3_fp8", 1, 2, 1), ("gpt_oss", 2, 2, 2)],
+)
+def test_copies_share_experts(name: str, tp_size: int, dp_size: int, ep_size: int) -> None:
+    """Each copy has prompts of its own, and the last has none."""
+    sizes = {"tp_size": tp_size, "dp_size": dp_size, "ep_size": ep_size}
+    model = load(name, **FEW_PROGRAMS, **sizes, dp_attention=True)
+    model.runner.warm_up(lambda buckets: buckets)
+    ends = (60, 20, 33)[: dp_size - 1]
+    plans = [sampled(row(0, model.token_ids[copy % 2], 0, end)) for copy, end in enumerate(ends)]
+    logits = np.asarray(model.runner.forward((*plans, None))._logits).reshape(dp_size, -1, model.logits.shape[-1])
+    for copy, end in enumerate(ends):
+        close(logits[copy, 0], model.logits[copy % 2, end - 1])
+
+
 @pytest.mark.parametrize("name", ["llama", "qwen3"])
 def test_deterministic_mode_gives_the_same_numbers(name: str) -> None:
     model = load(name, deterministic=True)
