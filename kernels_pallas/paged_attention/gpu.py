@@ -18,6 +18,7 @@ from kernels_pallas.paged_attention.gpu_layer import GpuLayer
 from kernels_pallas.paged_attention.gpu_prefill import QueryTiles, attend_prefill, padded_group, plan_tiles
 from kernels_pallas.paged_attention.gpu_tile import HOPPER_SMEM_BYTES, Tile, choose_tile
 from kernels_pallas.paged_attention.head_shards import head_major_spec, over_heads
+from kernels_pallas.warpgroup import WARPGROUP_ROWS
 
 _CACHE_DTYPES = (jnp.bfloat16, jnp.float8_e4m3fn, jnp.int8)
 _PAGE_SIZES = (16, 32, 64, 128, 256)
@@ -72,7 +73,12 @@ class GpuAttention:
             choose_tile(config, decode=True, smem_bytes=smem_bytes),
             choose_tile(config, decode=False, smem_bytes=smem_bytes),
         )
-        self._group = padded_group(config.num_q_heads, config.num_kv_heads)
+        # A tile holds the query heads of a key head, or each pass some of them and reads the keys anew.
+        group = config.num_q_heads // config.num_kv_heads
+        self._num_passes = math.ceil(group / WARPGROUP_ROWS)
+        if group % self._num_passes:
+            raise NotImplementedError(f"{group} query heads per key head do not divide into {self._num_passes} tiles")
+        self._group = padded_group(config.num_q_heads // self._num_passes, config.num_kv_heads)
 
     def cache_spec(self) -> dict[str, CacheSpec]:
         """Keys and values apart, head-major pages: a page of a head is one copy of the memory accelerator."""
@@ -124,16 +130,36 @@ class GpuAttention:
         pages = kv_update(new, list(cache.values()), meta.slot_mapping_T, first_page, c.num_pages, self._interpret)
         cache = dict(zip(cache, pages, strict=True))
         attended = GpuLayer(cache["k"], cache.get("v"), first_page, meta, sinks_N, scales_2K)
+        if self._num_passes == 1:
+            return self._attend_pages(q_TNH, attended, plan), cache
+        num_tokens, num_heads, head_dim = q_TNH.shape
+        shape = (attended.num_kv_heads, self._num_passes, -1)
+        q_TKAGH = q_TNH.reshape(num_tokens, *shape, head_dim)
+        sinks_KAG = None if sinks_N is None else sinks_N.reshape(shape)
+        passes = [
+            self._attend_pages(
+                q_TKAGH[:, :, part].reshape(num_tokens, -1, head_dim),
+                attended._replace(sinks_N=None if sinks_KAG is None else sinks_KAG[:, part].reshape(-1)),
+                plan,
+            )
+            for part in range(self._num_passes)
+        ]
+        o_ATKGH = jnp.stack([each.reshape(num_tokens, shape[0], -1, c.out_dim) for each in passes])
+        return o_ATKGH.transpose(1, 2, 0, 3, 4).reshape(num_tokens, num_heads, c.out_dim), cache
+
+    def _attend_pages(self, q_TNH: jax.Array, layer: GpuLayer, plan: GpuPlan) -> jax.Array:
+        """What is in the pages, with queries that a tile holds."""
+        c = self.config
         o_TNH = jnp.zeros((*q_TNH.shape[:2], c.out_dim), q_TNH.dtype)
         if plan.tiles is not None:
-            o_TNH = attend_prefill(c, self._prefill_tile, q_TNH, attended, plan.tiles, self._interpret)
+            o_TNH = attend_prefill(c, self._prefill_tile, q_TNH, layer, plan.tiles, self._interpret)
             o_TNH = o_TNH.astype(q_TNH.dtype)
         if not c.batch_invariant:
-            o_BNH = self._decode(q_TNH, attended)
-            live_B = jnp.arange(o_BNH.shape[0]) < meta.distribution_2[0]
+            o_BNH = self._decode(q_TNH, layer)
+            live_B = jnp.arange(o_BNH.shape[0]) < plan.meta.distribution_2[0]
             rows = slice(0, o_BNH.shape[0])
             o_TNH = o_TNH.at[rows].set(jnp.where(live_B[:, None, None], o_BNH.astype(q_TNH.dtype), o_TNH[rows]))
-        return o_TNH, cache
+        return o_TNH
 
     def _decode(self, q_TNH: jax.Array, layer: GpuLayer) -> jax.Array:
         """See `attend_decode`."""

@@ -209,6 +209,15 @@ def test_groups(implementation: type[Any], group: int) -> None:
     run(implementation, case, BF16)
 
 
+@needs_pallas
+@pytest.mark.parametrize(
+    "case", [{"heads": (160, 2, 64), "sinks": True}, {"heads": (128, 1, 576), "value_dim": 512}], ids=str
+)
+def test_more_query_heads_than_a_gpu_tile_holds(case: dict[str, Any]) -> None:
+    """They take several passes: of 40 heads, and of 64."""
+    run(Gpu, Case(q_lens=(1, 1, 3), kv_lens=(18, 3, 37), num_tokens=16, **case), BF16)
+
+
 @pytest.mark.parametrize("window", [None, 20])
 @pytest.mark.parametrize("shape", ["mixed", "many_rows"])
 @pytest.mark.parametrize("implementation", [Xla, *(pytest.param(one, marks=needs_pallas) for one in (Tpu, Gpu))])
