@@ -215,6 +215,21 @@ def test_step_with_experts(
     assert memory.temp_size_in_bytes < one_layer
 
 
+@pytest.mark.parametrize(("target", "model"), [("v6e:2x4", "qwen3-30b-a3b"), ("h200:8", "deepseek-v3.1")])
+def test_copies_share_experts(target: str, model: str, record_property: Callable[..., None]) -> None:
+    """--enable-dp-attention: tokens of all copies go to the experts of each, and their sums back; nothing else."""
+    num_tokens = {"h200:8": 32768}.get(target)  # as above
+    engine, _ = lay_out_for(target, model, 1, dp_size=8, dp_attention=True, max_total_tokens=num_tokens)
+    assert engine.attention_name == ("gpu" if target.startswith("h") else "tpu")
+    step, memory_bytes = StepPrograms(engine.step), parse_target(target).device.memory_bytes
+    rows = engine.scheduler.max_rows
+    text, memory = check_program(engine, lambda: step.lower_forward(Bucket(rows, rows)), memory_bytes, record_property)
+    # Activations, experts and their weights; Hopper's compiler makes one of the three.
+    gathers = 1 if target.startswith("h") else 3
+    assert find_collectives(text) == Collectives({"all-gather": gathers, "reduce-scatter": 1}, {})
+    assert memory.alias_size_in_bytes >= engine.pool_bytes
+
+
 def _num_linears(engine: EngineDesign, kind: LayerConfig) -> int:
     """Quantised linear maps of a layer that have a kernel: of attention, and of an MLP or of a shared expert."""
     parts = ("attention", "moe" if kind.mlp == "experts" else "mlp")

@@ -137,6 +137,7 @@ def test_adapters_that_peft_wrote_say_what_they_say_there(name: str, tmp_path: P
     [
         ("qwen3_moe", {"tp_size": 4, "ep_size": 2}),
         ("qwen3_moe", {"deterministic": True}),
+        ("qwen3_moe", {"dp_size": 2, "dp_attention": True}),
         ("deepseek_v3", {"tp_size": 2, "dp_size": 2}),
     ],
     ids=str,

@@ -312,3 +312,31 @@ def test_bad_generation_defaults_are_told_at_launch(tmp_path: Path, text: str) -
 def test_generation_defaults_of_hugging_face() -> None:
     values = {"top_k": 0, "temperature": 0.6, "do_sample": True, "eos_token_id": [1, 2]}
     assert parse_generation_config(values) == GenerationConfig({"top_k": -1, "temperature": 0.6}, (1, 2))
+
+
+@pytest.mark.parametrize(
+    ("flags", "sizes"),
+    [
+        (["--tp", "8", "--dp", "2"], (8, 2, 1, False)),
+        # All devices are those of --tp, and each has experts of its own.
+        (["--tp", "8", "--dp", "4", "--enable-dp-attention"], (2, 4, 2, True)),
+        (["--tp", "8", "--dp", "4", "--enable-dp-attention", "--ep", "4"], (2, 4, 1, True)),
+    ],
+)
+def test_devices(flags: list[str], sizes: tuple[int, int, int, bool]) -> None:
+    engine = parse_arguments(["--model", "demo", *flags]).engine
+    assert (engine.tp_size, engine.dp_size, engine.ep_size, engine.dp_attention) == sizes
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--tp", "8", "--enable-dp-attention"], "needs --dp-size above 1"),
+        (["--tp", "8", "--dp", "3", "--enable-dp-attention"], "--dp-size 3 does not divide --tp-size 8"),
+        (["--tp", "8", "--dp", "4", "--ep", "2", "--enable-dp-attention"], "--dp-size 4 does not divide --ep-size 2"),
+        (["--dp", "0", "--enable-dp-attention"], "--dp-size must be at least 1"),
+    ],
+)
+def test_devices_that_do_not_go_together(flags: list[str], message: str) -> None:
+    with pytest.raises(LaunchError, match=message):
+        parse_arguments(["--model", "demo", *flags])
