@@ -179,11 +179,9 @@ def _by_parameter(pairs: dict[tuple[str, int], _Pair], targets: Sequence[str]) -
         for depth, name in enumerate(reversed(names)):
             named[name] = by_depth[depth]
     known = [f".{name}{end}" for name in named for end in ("", ".weight")]
-    problems += [
-        f"target_parameters: there are no factors of {target}"
-        for target in targets
-        if not any(name.endswith(f".{target}") for name in known)
-    ]
+    absent = [target for target in targets if not any(name.endswith(f".{target}") for name in known)]
+    # What is wrong with a module is told already.
+    problems = problems or [f"target_parameters: there are no factors of {target}" for target in absent]
     return named, problems
 
 
