@@ -23,7 +23,8 @@ from tests.parity.test_lora_merge import EVERYTHING, SMALL
 from tests.tiny import CONFIG, write_adapter, write_checkpoint, write_tokenizer
 
 GOLDEN = Path(__file__).parent.parent / "golden"
-SIZES = SMALL | {"max_running_requests": 4, "max_total_tokens": 2048, "chunked_prefill_size": 32}
+# Two rows, and so few programs; prompts are more.
+SIZES = SMALL | {"max_running_requests": 2, "max_total_tokens": 2048, "chunked_prefill_size": 32}
 GREEDY = SamplingParams(temperature=0, max_tokens=16, ignore_eos=True)
 PROMPTS = [[1, 2, 3], [7] * 40, [5]]
 
@@ -161,33 +162,46 @@ def test_adapted_experts_over_devices_and_in_tiles(name: str, mesh: dict[str, An
 
 
 def test_experts_one_by_one_are_those_of_their_parameters(tmp_path: Path) -> None:
-    """Adapters made with transformers 4 have a module for each; gates and ups that are fused there are cut."""
+    """Adapters made with transformers 4 have a module for each; PEFT fuses gates and ups, with ranks of their own."""
     [folder] = (GOLDEN / "qwen3_moe" / "adapters").iterdir()
     config = json.loads((GOLDEN / "qwen3_moe" / "config.json").read_text())
     architecture = find_architecture(config)
     model = architecture.model_config(config)
     decoder = architecture.build(BuildModel(model, jnp.dtype(jnp.float32)))
     reader = AdapterReader(decoder, architecture.tensor_names(model), model)
-    want = reader.read(folder)
-    assert want.rank == 2
-    saved: dict[str, np.ndarray] = {}
-    for module, tensors in read_peft(folder).modules.items():
+    fused: dict[str, np.ndarray] = {}
+    single: dict[str, np.ndarray] = {}
+    for module, (a_RI, b_OR, _) in read_peft(folder).modules.items():
         parent, _, parameter = module.rpartition(".")
         if not of_all_experts(module):
-            saved |= factors_of(module, tensors.a_RI, tensors.b_OR)
+            both = factors_of(module, a_RI, b_OR)
+            fused, single = fused | both, single | both
             continue
-        for expert, (a_RI, b_OR) in enumerate(zip(tensors.a_RI, tensors.b_OR, strict=True)):
-            if parameter == "down_proj":
-                saved |= factors_of(f"{parent}.{expert}.down_proj", a_RI, b_OR)
-                continue
-            for own, half in (("gate_proj", 0), ("up_proj", 1)):
-                rows, ranks = (slice(half * size, (half + 1) * size) for size in (len(b_OR) // 2, len(a_RI) // 2))
-                saved |= factors_of(f"{parent}.{expert}.{own}", a_RI[ranks], b_OR[rows, ranks])
-    save_file(saved, tmp_path / "adapter_model.safetensors")
+        # (name, its outputs, its ranks) of what the parameter is made of.
+        (_, num_outputs, rank), own = b_OR.shape, {"down_proj": (slice(None), slice(None))}
+        if parameter == "gate_up_proj":
+            own = {
+                name: (slice(half * num_outputs // 2, (half + 1) * num_outputs // 2), slice(2 * half, 2 * half + 2))
+                for half, name in enumerate(("gate_proj", "up_proj"))
+            }
+        b_EOR = np.zeros_like(b_OR)
+        for name, (outputs, ranks) in own.items():
+            b_EOR[:, outputs, ranks] = b_OR[:, outputs, ranks]
+            for expert in range(len(a_RI)):
+                single |= factors_of(f"{parent}.{expert}.{name}", a_RI[expert, ranks], b_OR[expert, outputs, ranks])
+        wrapper = f"{parent}.base_layer" if parameter == "gate_up_proj" else parent
+        flat_a, flat_b = a_RI.reshape(-1, a_RI.shape[-1]), b_EOR.transpose(1, 2, 0).reshape(num_outputs, -1)
+        fused |= factors_of(wrapper, flat_a, flat_b)
+        assert rank == 2 * len(own)
     settings = json.loads((folder / "adapter_config.json").read_text())
-    settings |= {"target_parameters": None, "rank_pattern": {}, "alpha_pattern": {}}
-    (tmp_path / "adapter_config.json").write_text(json.dumps(settings))
-    got = reader.read(tmp_path)
+    one_by_one = {"target_parameters": None, "rank_pattern": {}, "alpha_pattern": {}}
+    for name, tensors, changes in (("fused", fused, {}), ("single", single, one_by_one)):
+        (tmp_path / name).mkdir()
+        save_file(tensors, tmp_path / name / "adapter_model.safetensors")
+        (tmp_path / name / "adapter_config.json").write_text(json.dumps(settings | changes))
+    got, want = (reader.read(tmp_path / name) for name in ("fused", "single"))
+    assert got.rank == want.rank == 2
+    assert got.factors.keys() == want.factors.keys()
     for path, factor in want.factors.items():
         for left, right in zip(got.factors[path], factor, strict=True):
             np.testing.assert_array_equal(left, right, err_msg=str(path))
