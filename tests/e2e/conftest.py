@@ -24,7 +24,7 @@ from jaxserve.text.tokenizer import Tokenizer
 from tests.ports import free_port
 from tests.tiny import write_checkpoint
 
-START_S = 120
+START_S = 300
 
 
 @contextlib.asynccontextmanager

@@ -8,7 +8,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from jaxserve.adapter_store import HostAdapter
 from jaxserve.errors import AdapterError
-from jaxserve.request import AdapterSource, FinishReason, TokenDelta
+from jaxserve.request import AdapterSource, FinishReason, TokenDelta, adapter_name
 from tests.fakes import make_engine, shift_adapter
 from tests.unit.test_engine import request
 
@@ -158,7 +158,10 @@ class Adapters(RuleBasedStateMachine):
         elif delta.finish_reason is FinishReason.ABORT:
             assert name in self.aborted
         else:
-            assert delta.error in (f"the adapter {key!r} cannot be read again", "internal_error: its steps fail")
+            assert delta.error in (
+                f"the adapter {adapter_name(key)!r} cannot be read again",
+                "internal_error: its steps fail",
+            )
             assert key in self.touched or self.num_failures > 1
 
     @invariant()
