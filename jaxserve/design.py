@@ -16,7 +16,7 @@ from jax.sharding import AbstractMesh, Mesh
 from jaxserve.config import CacheConfig, EngineConfig, ModelConfig, QuantizationConfig, SchedulerConfig
 from jaxserve.errors import LaunchError
 from jaxserve.lora.bank import BankLayout, lora_expert_shapes, lora_modules
-from jaxserve.mesh import kv_head_copies, mesh_shape, named_sharding, partition_spec
+from jaxserve.mesh import kv_head_copies, mesh_shape, partition_spec
 from jaxserve.models.architecture import Architecture, BuildModel
 from jaxserve.models.decoder import Decoder, ParamSpec, Path
 from jaxserve.models.hf_quantization import with_requested
@@ -77,7 +77,7 @@ class ModelDesign(NamedTuple):
     @property
     def device_weight_bytes(self) -> int:
         """Of the weights, on each device."""
-        return sum(self._device_bytes(spec) for spec in self.decoder.param_specs.values())
+        return sum(spec.shard_bytes(self.mesh) for spec in self.decoder.param_specs.values())
 
     @property
     def device_read_bytes(self) -> int:
@@ -85,17 +85,15 @@ class ModelDesign(NamedTuple):
 
         Those of experts are read where they have tokens, an embedding that is not the head by rows.
         """
-        embed = 0 if self.model.tie_word_embeddings else self._device_bytes(self.decoder.param_specs["embed", "weight"])
+        embed = (
+            0 if self.model.tie_word_embeddings else self.decoder.param_specs["embed", "weight"].shard_bytes(self.mesh)
+        )
         return self.device_weight_bytes - embed - self.device_expert_bytes
 
     @property
     def device_expert_bytes(self) -> int:
         """Of the experts' weights, on each device."""
-        return sum(self._device_bytes(spec) for spec in self.decoder.param_specs.values() if spec.of_experts)
-
-    def _device_bytes(self, spec: ParamSpec) -> int:
-        shard = named_sharding(spec.axes, spec.shape, self.mesh).shard_shape(spec.shape)
-        return math.prod(shard) * spec.dtype.itemsize
+        return sum(spec.shard_bytes(self.mesh) for spec in self.decoder.param_specs.values() if spec.of_experts)
 
 
 class EngineDesign(NamedTuple):
@@ -313,7 +311,7 @@ def _tell_by_module(op: str, chosen: Mapping[Path, tuple[Any, str, str, bool]]) 
 def _shape_on_device(design: ModelDesign, spec: ParamSpec, quantization: QuantizationConfig | None) -> ExpertShape:
     """Of a matrix' part."""
     form = None if quantization is None else format_of(quantization)
-    shard = named_sharding(spec.axes, spec.shape, design.mesh).shard_shape(spec.shape)
+    shard = spec.shard_shape(design.mesh)
     num_inputs = spec.num_inputs * shard[-1] // spec.shape[-1]
     return ExpertShape(shard[-2], num_inputs, design.dtype, form, quantization is not None and quantization.zeros)
 

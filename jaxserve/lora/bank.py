@@ -9,7 +9,6 @@ Dimension key: L layers, S slots, E experts where a module has them, R rank, I i
 group * R.
 """
 
-import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -20,7 +19,7 @@ from jax.sharding import Mesh
 
 from jaxserve.lora.apply import GroupSplit
 from jaxserve.lora.delta import EMBEDDING, AdapterDelta, adaptable
-from jaxserve.mesh import named_sharding, partition_spec
+from jaxserve.mesh import partition_spec
 from jaxserve.models.decoder import Decoder, ParamSpec, Path, Weights
 from kernels_pallas.grouped_matmul.api import ExpertShape
 from kernels_pallas.lora_matmul.api import LoraModule
@@ -84,7 +83,7 @@ def lora_modules(decoder: Decoder, layout: BankLayout, mesh: Mesh) -> dict[Path,
     specs = bank_specs(decoder, layout)
 
     def size(path: Path) -> int:
-        return _shard_shape(specs[path], mesh)[-1]
+        return specs[path].shard_shape(mesh)[-1]
 
     def module(group: Path, path: Path) -> LoraModule:
         return LoraModule(size((*group, "a")), size((*group, "b", path[-2])), layout.padded_rank, decoder.dtype)
@@ -104,15 +103,11 @@ def lora_expert_shapes(decoder: Decoder, layout: BankLayout, mesh: Mesh) -> set[
     shapes: set[ExpertShape] = set()
     for group, paths in _groups(decoder, layout).items():
         for path in paths if weights[paths[0]].of_experts else ():
-            *_, rank, num_inputs = _shard_shape(specs[*group, "a"], mesh)
-            num_outputs = _shard_shape(specs[*group, "b", path[-2]], mesh)[-1]
+            *_, rank, num_inputs = specs[*group, "a"].shard_shape(mesh)
+            num_outputs = specs[*group, "b", path[-2]].shard_shape(mesh)[-1]
             shapes.add(ExpertShape(rank, num_inputs, decoder.dtype))
             shapes.add(ExpertShape(num_outputs, rank, decoder.dtype, transposed=True))
     return shapes
-
-
-def _shard_shape(spec: ParamSpec, mesh: Mesh) -> tuple[int, ...]:
-    return named_sharding(spec.axes, spec.shape, mesh).shard_shape(spec.shape)
 
 
 def _groups(decoder: Decoder, layout: BankLayout) -> dict[Path, list[Path]]:
@@ -127,9 +122,7 @@ def _groups(decoder: Decoder, layout: BankLayout) -> dict[Path, list[Path]]:
 
 def bank_bytes(decoder: Decoder, layout: BankLayout, mesh: Mesh) -> int:
     """Of a bank, on each device."""
-    return sum(
-        math.prod(_shard_shape(spec, mesh)) * spec.dtype.itemsize for spec in bank_specs(decoder, layout).values()
-    )
+    return sum(spec.shard_bytes(mesh) for spec in bank_specs(decoder, layout).values())
 
 
 def slot_leaves(delta: AdapterDelta, specs: Mapping[Path, ParamSpec]) -> dict[Path, np.ndarray]:

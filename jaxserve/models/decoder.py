@@ -5,6 +5,7 @@ the layers that have it, and layers that repeat are scanned, so a step's program
 passes through the hot `jit`: the step sees a plain dict of arrays and merges modules only while it is traced.
 """
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial, reduce
@@ -14,9 +15,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
+from jax.sharding import Mesh
 
 from jaxserve.config import LayerConfig, ModelConfig
 from jaxserve.lora.apply import NO_ADAPTERS, Adapters
+from jaxserve.mesh import named_sharding
 from jaxserve.models.experts import ExpertMaths, MoE
 from jaxserve.models.latent_attention import LatentAttention
 from jaxserve.models.layer_groups import LayerGroup, group_layers
@@ -64,6 +67,14 @@ class ParamSpec:
     def num_inputs(self) -> int:
         """Of a matrix, however it is stored."""
         return self.shape[-1] * (self.stored or Stored()).per_byte
+
+    def shard_shape(self, mesh: Mesh) -> tuple[int, ...]:
+        """As one device has it."""
+        return named_sharding(self.axes, self.shape, mesh).shard_shape(self.shape)
+
+    def shard_bytes(self, mesh: Mesh) -> int:
+        """On one device."""
+        return math.prod(self.shard_shape(mesh)) * self.dtype.itemsize
 
     @property
     def of_experts(self) -> bool:

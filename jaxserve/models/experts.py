@@ -42,10 +42,6 @@ class ExpertMaths(NamedTuple):
     matmul: GroupedMatmul
     mesh: Mesh
 
-    def num_groups(self, *, of_copies: bool) -> int:
-        """Of experts, each on devices of its own."""
-        return self.mesh.shape[EXPERT] * (self.mesh.shape[DATA] if of_copies else 1)
-
 
 class ExpertAdapters(NamedTuple):
     """The adapters of tokens that go through experts.
@@ -298,7 +294,7 @@ class Experts(nnx.Module):
         row_bytes = max(x_TD.shape[1], gate.stack.shape[2]) * x_TD.dtype.itemsize
         block_rows = matmul.block_rows(num_tokens * top_k, self._num_experts, row_bytes)
         blocks, places = sort_into_blocks(own_TU.reshape(-1), num_experts, block_rows)
-        by_adapter = None if slot_T is None else self._sort_by_adapter(own_TU, slot_T, places, row_bytes)
+        by_adapter = None if slot_T is None else self._sort_by_adapter(own_TU, num_experts, slot_T, places, row_bytes)
         rows = _Rows(matmul, self._form, blocks, by_adapter)
         x_PD = x_TD[places.row_P // top_k]
         gate_PF, up_PF = (each.multiply(x_PD, rows) for each in (gate, up))
@@ -312,19 +308,20 @@ class Experts(nnx.Module):
         y_TD = jnp.einsum("tud,tu->td", y_TUD.astype(jnp.float32), choice.weight_TU)
         return lax.psum(y_TD.astype(x_TD.dtype), MODEL)
 
-    def _sort_by_adapter(self, own_TU: jax.Array, slot_T: jax.Array, places: Places, row_bytes: int) -> _ByAdapter:
+    def _sort_by_adapter(
+        self, own_TU: jax.Array, num_experts: int, slot_T: jax.Array, places: Places, row_bytes: int
+    ) -> _ByAdapter:
         """Sort the tokens anew: in the experts' own blocks a matrix would be read once for each adapter.
 
         Args:
             own_TU: i32, each token's experts among those that are here; their number for those that are not.
+            num_experts: that are here.
             slot_T: i32, of each token.
             places: of tokens among the experts' blocks.
             row_bytes: of a row.
         """
         assert self.adapters is not None
         matmul, num_slots, _ = self.adapters
-        assert self.maths is not None
-        num_experts = self._num_experts // self.maths.num_groups(of_copies=self._of_copies)
         adapted_TU = (slot_T[:, None] > 0) & (own_TU < num_experts)
         group_TU = jnp.where(adapted_TU, (slot_T[:, None] - 1) * num_experts + own_TU, num_slots * num_experts)
         block_rows = matmul.block_rows(group_TU.size, num_slots * self._num_experts, row_bytes)
