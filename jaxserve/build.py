@@ -10,8 +10,6 @@ from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.experimental import multihost_utils
 
 from checkpoints.adapters import read_peft
 from checkpoints.gguf import GGUFCheckpoint
@@ -48,6 +46,9 @@ from kernels_pallas.dispatch import lora_rank_multiple
 logger = logging.getLogger(__name__)
 
 ProgressBar: TypeAlias = Callable[[Iterable[Any], str, int], Iterable[Any]]
+
+# Waits until every host has called it; gives the least of their values.
+Meet: TypeAlias = Callable[[int], int]
 
 _CPU_POOL_BYTES = 512 << 20
 
@@ -126,8 +127,9 @@ def build_engine(config: EngineConfig, bar: ProgressBar) -> BuiltEngine:
     with _open(config) as source:
         if config.nnodes > 1:
             followers = meet_followers(config, _digest(source, config))
-        built = _build_runner(config, source, bar)
-    _warm_up(built, bar)
+        meet = _alone if followers is None else followers.meet
+        built = _build_runner(config, source, bar, meet)
+    _warm_up(built, bar, meet)
     compiles.mark_ready()
     device = jax.devices()[0]
     info = EngineInfo(
@@ -169,14 +171,21 @@ def build_follower(config: EngineConfig, bar: ProgressBar) -> Follower:
     _configure_jax(config)
     with _open(config) as source:
         leader = meet_leader(config, _digest(source, config))
-        built = _build_runner(config, source, bar)
-    _warm_up(built, bar)
+        built = _build_runner(config, source, bar, leader.meet)
+    _warm_up(built, bar, leader.meet)
     return Follower(built.runner, leader)
 
 
-def _warm_up(built: BuiltRunner, bar: ProgressBar) -> None:
+def _alone(value: int) -> int:
+    """See `Meet`: the only host."""
+    return value
+
+
+def _warm_up(built: BuiltRunner, bar: ProgressBar, meet: Meet) -> None:
     with Phase("compilation") as phase:
-        built.runner.warm_up(lambda buckets: bar(buckets, "compiling steps", built.runner.num_programs))
+        built.runner.compile(lambda buckets: bar(buckets, "compiling steps", built.runner.num_programs))
+        meet(0)  # collectives of CPU devices wait 30 s for a host that compiles longer, no more
+        built.runner.warm_up()
         phase.detail = f", {built.runner.num_programs} programs"
     _trim_heap()
 
@@ -224,10 +233,12 @@ def build_runner(config: EngineConfig, bar: ProgressBar) -> BuiltRunner:
         LaunchError: flags, checkpoint and devices do not fit together.
     """
     with _open(config) as source:
-        return _build_runner(config, source, bar)
+        return _build_runner(config, source, bar, _alone)
 
 
-def _build_runner(config: EngineConfig, source: TensorSource | OrbaxCheckpoint, bar: ProgressBar) -> BuiltRunner:
+def _build_runner(
+    config: EngineConfig, source: TensorSource | OrbaxCheckpoint, bar: ProgressBar, meet: Meet
+) -> BuiltRunner:
     design = design_model(config, source.config, make_mesh(config.tp_size, config.dp_size, config.ep_size))
     platform = design.mesh.devices.flat[0].platform
     names = design.architecture.tensor_names(design.checkpoint)
@@ -241,7 +252,8 @@ def _build_runner(config: EngineConfig, source: TensorSource | OrbaxCheckpoint, 
     first = None if config.lora is None else read_first_adapters(config.lora, reader, lora_rank_multiple(design.mesh))
     layout = None if first is None else first.layout
     slot_bytes = 0 if layout is None else bank_bytes(design.decoder, layout, design.mesh)
-    engine = lay_out(config, design, _pool_bytes(config, platform, slot_bytes), layout)
+    # All hosts run the same shapes: the one with the least room decides.
+    engine = lay_out(config, design, meet(_pool_bytes(config, platform, slot_bytes)), layout)
     logger.info(
         "key/value pool: %d pages of %d tokens, %.0f MB on each device",
         engine.cache.num_pages,
@@ -279,14 +291,9 @@ def _pool_bytes(config: EngineConfig, platform: str, slot_bytes: int) -> int:
     """Bytes for the pool on one device, on which adapters' slots will take some, too."""
     stats = jax.local_devices()[0].memory_stats() if platform != "cpu" else None
     if stats is None:
-        pool_bytes = _CPU_POOL_BYTES if config.mem_fraction_static is None else _host_pool_bytes(config)
-    else:
-        free = stats["bytes_limit"] - stats["bytes_in_use"] - slot_bytes
-        pool_bytes = int(free * (config.mem_fraction_static or DEVICE_MEM_FRACTION))
-    if jax.process_count() > 1:
-        # All hosts run the same shapes: the one with the least room decides.
-        pool_bytes = int(np.min(multihost_utils.process_allgather(np.int64(pool_bytes))))
-    return pool_bytes
+        return _CPU_POOL_BYTES if config.mem_fraction_static is None else _host_pool_bytes(config)
+    free = stats["bytes_limit"] - stats["bytes_in_use"] - slot_bytes
+    return int(free * (config.mem_fraction_static or DEVICE_MEM_FRACTION))
 
 
 def _host_pool_bytes(config: EngineConfig) -> int:

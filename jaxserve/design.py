@@ -37,7 +37,7 @@ from kernels_pallas.grouped_matmul.xla import XlaGroupedMatmul
 from kernels_pallas.lora_matmul.api import LoraMatmul
 from kernels_pallas.lora_matmul.xla import XlaLora
 from kernels_pallas.paged_attention.api import AttentionConfig, CacheSpec
-from kernels_pallas.shards import DATA, MODEL
+from kernels_pallas.shards import DATA, MODEL, model_size
 
 logger = logging.getLogger(__name__)
 
@@ -140,6 +140,8 @@ def design_model(config: EngineConfig, hf_config: Mapping[str, Any], mesh: Mesh)
         raise LaunchError("--merge-lora: the model's weights are quantised: serve the adapter with --lora-paths")
     decoder = architecture.build(BuildModel(model, dtype, batch_invariant=config.deterministic))
     _check_blocks(decoder, mesh, copies)
+    if model.vocab_size % model_size(mesh):
+        logger.warning("vocabulary of %d does not divide by %d: it is replicated", model.vocab_size, model_size(mesh))
     return ModelDesign(
         architecture=architecture,
         checkpoint=checkpoint,

@@ -1,6 +1,5 @@
 """The device mesh and the table from logical axes to mesh axes. Changing the strategy is changing the table."""
 
-import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,8 +11,6 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 from jaxserve.config import ExpertsConfig, ModelConfig
 from jaxserve.errors import LaunchError
 from kernels_pallas.shards import DATA, EXPERT, IN_EXPERT, MODEL, model_size
-
-logger = logging.getLogger(__name__)
 
 # Tensor parallelism splits heads, MLP and vocabulary over all devices of a copy; everything else is replicated.
 # Experts are split over the first axis of those, and inside over the second. Of the weights, `data` only splits experts
@@ -75,8 +72,7 @@ def partition_spec(axes: tuple[str | None, ...], shape: tuple[int, ...], mesh: M
     spec: list[str | tuple[str, ...] | None] = []
     for axis, size in zip(axes, shape, strict=True):
         mesh_axis = SHARDING_RULES[axis] if axis is not None else None
-        if axis == "vocab" and size % (parts := model_size(mesh)):
-            logger.warning("vocabulary of %d does not divide by %d: it is replicated", size, parts)
+        if axis == "vocab" and size % model_size(mesh):
             mesh_axis = None
         spec.append(mesh_axis)
     return PartitionSpec(*spec)

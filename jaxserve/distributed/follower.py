@@ -19,6 +19,7 @@ from jaxserve.distributed.messages import (
     Forward,
     FromLeader,
     HoldAdapter,
+    Meet,
     Reset,
 )
 from jaxserve.engine import Forwarded, Pending, Runner
@@ -48,8 +49,16 @@ class Leader:
         """Wait for a message."""
         return self._inbox.get()
 
-    def report(self, message: Drawn | Failed) -> None:
-        """Tell what became of a step."""
+    def meet(self, value: int) -> int:
+        """See `Followers.meet`; before the first step only."""
+        self.report(Meet(value))
+        answer = self.receive()
+        if not isinstance(answer, Meet):
+            raise RuntimeError(f"host 0 sent an unexpected {type(answer).__name__}")
+        return answer.value
+
+    def report(self, message: Meet | Drawn | Failed) -> None:
+        """Tell how far this host is, or what became of a step."""
         try:
             self._channel.send(message)
         except OSError as error:

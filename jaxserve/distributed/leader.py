@@ -20,6 +20,7 @@ from jaxserve.distributed.messages import (
     Failed,
     Finish,
     Forward,
+    Meet,
     Reset,
     encode,
 )
@@ -57,6 +58,8 @@ class Followers:
         self._changed = threading.Condition()
         # Of steps that not every host has reported yet: the digest that came first, and how many came.
         self._digests: dict[int, tuple[int, int]] = {}
+        # Of the hosts that wait in `meet`.
+        self._met: list[int] = []
         # The last reset; what comes before it counts no more.
         self._last_reset = -1
         self._finished = False
@@ -71,6 +74,15 @@ class Followers:
                 channel.send_encoded(data)
         except OSError as error:
             self._give_up(f"a host is lost: {error}")
+
+    def meet(self, value: int) -> int:
+        """Wait until every host has called this, as often as this one; the least of their values."""
+        with self._changed:
+            self._changed.wait_for(lambda: len(self._met) == len(self._channels))
+            least = min(value, *self._met)
+            self._met.clear()
+        self.tell(Meet(least))
+        return least
 
     def compare(self, step: int, digest: int, rank: int = 0) -> None:
         """Note what a host drew; all must have drawn the same."""
@@ -113,6 +125,8 @@ class Followers:
                 match channel.receive_from_follower():
                     case Drawn(step=step, digest=digest):
                         self.compare(step, digest, rank)
+                    case Meet(value=value):
+                        self._note_meeting(value)
                     case Failed(step=step, reason=reason):
                         self._await_reset(rank, step, reason)
                     case other:
@@ -120,6 +134,11 @@ class Followers:
         except OSError as error:
             if not self._finished:
                 self._give_up(f"host {rank} is lost: {error}")
+
+    def _note_meeting(self, value: int) -> None:
+        with self._changed:
+            self._met.append(value)
+            self._changed.notify_all()
 
     def _await_reset(self, rank: int, step: int, reason: str) -> None:
         """A step raised there; unless it raises here too, this host would wait for the other one for ever."""

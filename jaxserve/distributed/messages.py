@@ -54,6 +54,16 @@ class Refused(msgspec.Struct, frozen=True, tag=True):
     reason: str
 
 
+class Meet(msgspec.Struct, frozen=True, tag=True):
+    """A host has come to a point where all wait for each other; from host 0: all have.
+
+    Attributes:
+        value: of this host; from host 0 the least of all.
+    """
+
+    value: int
+
+
 class Forward(msgspec.Struct, frozen=True, tag=True):
     """Send the forward pass of the `step`-th step."""
 
@@ -130,8 +140,8 @@ class Failed(msgspec.Struct, frozen=True, tag=True):
     reason: str
 
 
-FromLeader = Welcome | Refused | Forward | Draw | Reset | AdapterBytes | HoldAdapter | DropAdapter | Finish
-FromFollower = Hello | Drawn | Failed
+FromLeader = Welcome | Refused | Meet | Forward | Draw | Reset | AdapterBytes | HoldAdapter | DropAdapter | Finish
+FromFollower = Hello | Meet | Drawn | Failed
 
 _encoder = msgspec.msgpack.Encoder()
 _from_leader = msgspec.msgpack.Decoder(FromLeader)

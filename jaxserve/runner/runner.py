@@ -134,12 +134,15 @@ class ModelRunner:
         """Programs a step is compiled to."""
         return self._programs.num_programs
 
-    def warm_up(self, progress: Progress) -> None:
-        """Compile every program, and run each once on padding: the real path with nothing in it."""
+    def compile(self, progress: Progress) -> None:
+        """Compile every program."""
         self._programs.compile_all(progress)
         self._write_row = self._lowering.lower_write_row().compile()
         if self._model.adapters is not None:
             self._write_slot = self._lowering.lower_write_slot().compile()
+
+    def warm_up(self) -> None:
+        """Run every program once on padding: the real path with nothing in it."""
         nothing = (None,) * self._copies
         self._no_masks = {
             bucket.num_rows: self._to_devices(self._masks(nothing, nothing, bucket.num_rows))

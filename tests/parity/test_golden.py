@@ -125,7 +125,8 @@ def sampled(*rows: ScheduledRow) -> SchedulerOutput:
 def warm_runner(**changes: int) -> tuple[ModelRunner, list[SchedulerOutput]]:
     """A runner, and two steps for it."""
     model = load("qwen3", **FEW_PROGRAMS, **changes)
-    model.runner.warm_up(lambda buckets: buckets)
+    model.runner.compile(lambda buckets: buckets)
+    model.runner.warm_up()
     one, two = model.token_ids[:2]
     return model.runner, [sampled(row(0, one, 0, 60)), sampled(row(0, two, 0, 20), row(1, two, 0, 21))]
 
@@ -157,7 +158,8 @@ def test_copies_share_experts(name: str, tp_size: int, dp_size: int, ep_size: in
     """Each copy has prompts of its own, and the last has none."""
     sizes = {"tp_size": tp_size, "dp_size": dp_size, "ep_size": ep_size}
     model = load(name, **FEW_PROGRAMS, **sizes, dp_attention=True)
-    model.runner.warm_up(lambda buckets: buckets)
+    model.runner.compile(lambda buckets: buckets)
+    model.runner.warm_up()
     ends = (60, 20, 33)[: dp_size - 1]
     plans = [sampled(row(0, model.token_ids[copy % 2], 0, end)) for copy, end in enumerate(ends)]
     logits = np.asarray(model.runner.forward((*plans, None))._logits).reshape(dp_size, -1, model.logits.shape[-1])

@@ -5,6 +5,7 @@ import queue
 import socket
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
 
 import pytest
 
@@ -53,6 +54,12 @@ def tcp_pair() -> tuple[socket.socket, socket.socket]:
         return listener.accept()[0], there
 
 
+def hang_up(end: socket.socket) -> None:
+    with contextlib.suppress(OSError):  # hung up already
+        end.shutdown(socket.SHUT_RDWR)
+    end.close()
+
+
 class Hosts:
     """Host 0 and the others, each with a runner of its own.
 
@@ -96,9 +103,7 @@ def make_hosts() -> Iterator[Callable[..., Hosts]]:
     yield make
     for hosts in made:
         for end in hosts.sockets:
-            with contextlib.suppress(OSError):  # hung up by a test
-                end.shutdown(socket.SHUT_RDWR)
-            end.close()
+            hang_up(end)
 
 
 def test_three_hosts_run_the_same_steps(make_hosts: Callable[..., Hosts]) -> None:
@@ -113,6 +118,24 @@ def test_three_hosts_run_the_same_steps(make_hosts: Callable[..., Hosts]) -> Non
         assert other.plans == hosts.runner.plans
     assert hosts.losses.empty()
     assert hosts.losses_there.empty()
+
+
+def test_hosts_meet_as_late_as_the_last() -> None:
+    """Twice, since the second meeting must not take what is left of the first."""
+    pairs = [tcp_pair() for _ in range(2)]
+    losses: queue.SimpleQueue[str] = queue.SimpleQueue()
+    followers = Followers([Channel(here) for here, _ in pairs], losses.put)
+    first, second = (Leader(Channel(there), losses.put) for _, there in pairs)
+    with ThreadPoolExecutor() as pool:
+        for values in ([5, 3, 4], [2, 9, 1]):
+            early = [pool.submit(followers.meet, values[0]), pool.submit(first.meet, values[1])]
+            assert not wait(early, 0.1).done
+            early.append(pool.submit(second.meet, values[2]))
+            assert [future.result(WAIT_S) for future in early] == [min(values)] * 3
+    assert losses.empty()
+    followers.finish()
+    for end in [end for pair in pairs for end in pair]:
+        hang_up(end)
 
 
 def test_an_abort_in_flight_is_repeated(make_hosts: Callable[..., Hosts]) -> None:
