@@ -20,7 +20,7 @@ from kernels_pallas.lora_matmul.api import Factors
 
 # Few rows leave most places of a larger block empty, and of a smaller one products are no cheaper.
 _FEWEST_ROWS = 4
-_MOST_ROWS = 64
+_MOST_ROWS = 32
 # So many tokens are few.
 _FEW_TOKENS = 64
 
@@ -71,7 +71,9 @@ class XlaLora:
         """See `LoraMatmul`; [C, W, J], or of few tokens [T, S, J] of all slots."""
         del split
         if plan.few:
-            return jnp.einsum("ti,sji->tsj", x_TI, a.of_layer())
+            # As one matrix, as weights are: with three axes the compiler brings them into another order in every step.
+            a_SJI = a.of_layer()
+            return jnp.einsum("ti,ji->tj", x_TI, a_SJI.reshape(-1, a_SJI.shape[2])).reshape(-1, *a_SJI.shape[:2])
         return jnp.einsum("cwi,cji->cwj", plan.gather(x_TI), plan.factors(a))
 
     def expand(self, h: jax.Array, b: Factors, plan: TokenBlocks, *, member: int = 0, split: bool = False) -> jax.Array:
@@ -81,7 +83,8 @@ class XlaLora:
         own_h = h[:, :, member * rank : (member + 1) * rank]
         if plan.few:
             h_TSR = jnp.where(plan.own_TS[:, :, None], own_h, jnp.zeros_like(own_h))
-            return jnp.einsum("tsr,sro->to", h_TSR, b.of_layer())
+            b_SRO = b.of_layer()
+            return jnp.einsum("tr,ro->to", h_TSR.reshape(len(h_TSR), -1), b_SRO.reshape(-1, b_SRO.shape[2]))
         h_CWR = own_h
         return plan.scatter(jnp.einsum("cwr,cro->cwo", h_CWR, plan.factors(b)))
 

@@ -16,6 +16,7 @@ from kernels_pallas.blocks import Blocks
 from kernels_pallas.dispatch import choose_attention
 from kernels_pallas.grouped_matmul.api import Matrices
 from kernels_pallas.paged_attention.api import AttentionBackend, AttentionConfig, AttentionMeta, Cache
+from kernels_pallas.quantized import QuantizedFormat
 
 if jax.__version_info__ >= (0, 11):
     from kernels_pallas.grouped_matmul.gpu import GpuGroupedMatmul
@@ -103,9 +104,17 @@ def test_attention_keeps_to_registers_and_uses_the_tensor_cores(
     assert kernels.keys() >= {"paged_decode", "paged_prefill"}
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float8_e4m3fn"])
+FORMS = {
+    "bf16": None,
+    "fp8": QuantizedFormat("fp8", (128, 128)),
+    "mxfp4": QuantizedFormat("mxfp4", (1, 32)),
+    "int4 with zeros": QuantizedFormat("int4", (1, 128)),
+}
+
+
+@pytest.mark.parametrize("name", FORMS)
 def test_experts_keep_to_registers_and_use_the_tensor_cores(
-    dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MOSAIC_GPU_DUMP_TO", str(tmp_path))
     monkeypatch.setenv("MOSAIC_GPU_DUMP_PTXAS", "1")
@@ -114,11 +123,19 @@ def test_experts_keep_to_registers_and_use_the_tensor_cores(
     def array(shape: tuple[int, ...], dtype: str = "int32") -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype), sharding=sharding)
 
-    matrices = Matrices(array((8, 256, 512), dtype))
-    if dtype == "float8_e4m3fn":
-        matrices = matrices._replace(scale_Xoi=array((8, 2, 4), "float32"))
+    matrices = Matrices(array((8, 256, 512), "bfloat16"))
+    if (form := FORMS[name]) is not None:
+        values = array((8, 256, 512 // form.per_byte), str(form.dtype))
+        blocks_shape = (8, 256 // form.block[0], 512 // form.block[1])
+        scale = array(blocks_shape, "uint8" if name == "mxfp4" else "float32")
+        zero = array(blocks_shape, "uint8") if name == "int4 with zeros" else None
+        matrices = Matrices(values, scale, zero, form)
     blocks = Blocks(array((5,)), array((1,)))
-    jax.jit(GpuGroupedMatmul()).lower(array((320, 512), "bfloat16"), matrices, blocks).compile()
+
+    def multiply(x_PI: jax.Array, arrays: tuple[jax.Array | None, ...], blocks: Blocks) -> jax.Array:
+        return GpuGroupedMatmul()(x_PI, Matrices(*arrays, form), blocks)  # pyright: ignore[reportArgumentType]
+
+    jax.jit(multiply).lower(array((320, 512), "bfloat16"), matrices[:3], blocks).compile()
     (kernel,) = assembled(tmp_path)
     assert kernel.name == "grouped_matmul"
     assert kernel.uses_tensor_cores

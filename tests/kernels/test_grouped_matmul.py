@@ -153,6 +153,8 @@ FORMS = {
     "mxfp4": (QuantizedFormat("mxfp4", (1, 32)), jnp.uint8),
     "int4": (QuantizedFormat("int4", (1, 32)), jnp.bfloat16),
     "int4 with zeros": (QuantizedFormat("int4", (1, 64)), jnp.float32),
+    "int4 of 128": (QuantizedFormat("int4", (1, 128)), jnp.float16),
+    "int4 by row": (QuantizedFormat("int4", (1, 0)), jnp.float32),
     "int8": (QuantizedFormat("int8", (1, 0)), jnp.float32),
     "fp8": (QuantizedFormat("fp8", (1, 0)), jnp.float32),
 }
@@ -208,12 +210,13 @@ def test_matrices_with_factors_of_groups(name: str, form: str, dtype: Any) -> No
 
 
 @needs_pallas
-@pytest.mark.parametrize("num_outputs", [64, 256])
-@pytest.mark.parametrize("form", [name for name in FORMS if name.startswith(("int8", "fp8"))])
-def test_rows_with_factors_on_gpu(form: str, num_outputs: int) -> None:
+@pytest.mark.parametrize(("num_outputs", "num_inputs"), [(64, 192), (256, 256)])
+@pytest.mark.parametrize("form", FORMS)
+def test_matrices_with_factors_of_groups_on_gpu(form: str, num_outputs: int, num_inputs: int) -> None:
+    """A step of 4-bit matrices is 48 bytes or 64, and pieces of it that share factors are 16, 32 or 64."""
     matmul, group_R = implementation("gpu"), spread(3, 70)
-    matrices, w64_XOI = random_matrices(form, (3, num_outputs, 192))
-    x_RI = jnp.asarray(np.random.default_rng(6).standard_normal((70, 192)), jnp.bfloat16)
+    matrices, w64_XOI = random_matrices(form, (3, num_outputs, num_inputs))
+    x_RI = jnp.asarray(np.random.default_rng(6).standard_normal((70, num_inputs)), jnp.bfloat16)
 
     @jax.jit
     def run(x_RI: jax.Array, group_R: jax.Array, *arrays: Any) -> jax.Array:
@@ -244,6 +247,8 @@ def test_tpus_take_any_size_and_float32() -> None:
         (ExpertShape(128, 72, jnp.dtype(jnp.bfloat16)), "72 inputs"),
         (ExpertShape(360, 128, jnp.dtype(jnp.bfloat16)), "360 outputs"),
         (ExpertShape(128, 128, jnp.dtype(jnp.float32)), "float32"),
+        (ExpertShape(64, 144, jnp.dtype(jnp.bfloat16), QuantizedFormat("mxfp4", (1, 32))), "144 inputs"),
+        (ExpertShape(64, 128, jnp.dtype(jnp.bfloat16), QuantizedFormat("int4", (1, 16))), "blocks of .1, 16."),
     ],
 )
 def test_what_the_gpu_kernel_cannot_do(shape: ExpertShape, problem: str) -> None:
