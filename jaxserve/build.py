@@ -86,7 +86,12 @@ class Phase:
 
     def __exit__(self, kind: object, *_: object) -> None:
         if kind is None:
-            logger.info("%s: %.1f s%s", self._name, time.perf_counter() - self._start, self.detail)
+            logger.info("%s: %.1f s%s", self._name, self.seconds, self.detail)
+
+    @property
+    def seconds(self) -> float:
+        """Since it began."""
+        return time.perf_counter() - self._start
 
 
 class OrbaxCheckpoint(NamedTuple):
@@ -247,8 +252,9 @@ def _build_runner(
         weights = _load(source, design, bar)
         if config.merge_lora is not None:
             weights = _merge(weights, Path(config.merge_lora), reader)
-        size = sum(leaf.nbytes for leaf in jax.tree.leaves(weights))
-        phase.detail = f", {size / 1e6:.0f} MB of {design.dtype} on {design.mesh.size} {platform} device(s)"
+        megabytes = sum(leaf.nbytes for leaf in jax.tree.leaves(weights)) / 1e6
+        devices = f"{design.mesh.size} {platform} device(s)"
+        phase.detail = f", {megabytes:.0f} MB of {design.dtype} on {devices}, {megabytes / phase.seconds:.0f} MB/s"
     first = None if config.lora is None else read_first_adapters(config.lora, reader, lora_rank_multiple(design.mesh))
     layout = None if first is None else first.layout
     slot_bytes = 0 if layout is None else bank_bytes(design.decoder, layout, design.mesh)

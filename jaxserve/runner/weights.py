@@ -1,6 +1,7 @@
 """Weights from a checkpoint straight into their dtype and sharding.
 
-One stacked parameter is assembled at a time, shard by shard, so the host never holds the model twice.
+One shard of a stacked parameter is assembled at a time and handed to its devices, so the host holds no more of the
+model than that.
 """
 
 import functools
@@ -12,7 +13,8 @@ from typing import TypeAlias
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
+from jax.experimental.layout import Format
+from jax.sharding import Mesh, SingleDeviceSharding
 
 from checkpoints import orbax_io
 from checkpoints.quantized import Quantizer, quantizing
@@ -61,10 +63,28 @@ def load_weights(
     def load(path: Path) -> jax.Array:
         spec = decoder.param_specs[path]
         reader = _ParamReader(source, spec, names[path], kv_head_rows(spec, checkpoint_config, copies))
-        return jax.make_array_from_callback(spec.shape, weight_format(spec.axes, spec.shape, mesh), reader.read)
+        return _array_of_shards(spec, mesh, reader.read)
 
     weights = tree_of((path, load(path)) for path in progress(list(decoder.param_specs)))
     return jax.block_until_ready(weights)
+
+
+def _array_of_shards(spec: ParamSpec, mesh: Mesh, read: Callable[[Index], np.ndarray]) -> jax.Array:
+    """A weight whose shards are read one after the other, once each, however many devices hold a copy."""
+    sharding = named_sharding(spec.axes, spec.shape, mesh)
+    layout = weight_format(spec.axes, spec.shape, mesh).layout
+    holders: dict[str, list[Format]] = {}
+    indices: dict[str, Index] = {}
+    for device, index in sharding.addressable_devices_indices_map(spec.shape).items():
+        assert index is not None
+        key = str(index)  # slices cannot be hashed before Python 3.12
+        holders.setdefault(key, []).append(Format(layout, SingleDeviceSharding(device)))
+        indices[key] = index
+    shards: list[jax.Array] = []
+    for key, formats in holders.items():
+        values = read(indices[key])
+        shards += jax.block_until_ready([jax.device_put(values, each, may_alias=True) for each in formats])
+    return jax.make_array_from_single_device_arrays(spec.shape, sharding, shards)
 
 
 def quantized_as(source: TensorSource, decoder: Decoder, names: dict[Path, TensorName]) -> TensorSource:
@@ -121,20 +141,9 @@ class _ParamReader:
         self._spec = spec
         self._name = name
         self._head_rows, self._copies = heads
-        self._parts: dict[str, np.ndarray] = {}
 
-    def read(self, index: Index | None) -> np.ndarray:
-        """The part of the (stacked) parameter that `index` names, in the parameter's dtype.
-
-        Read once, however many devices hold a copy of it.
-        """
-        assert index is not None
-        key = str(index)  # slices cannot be hashed before Python 3.12
-        if key not in self._parts:
-            self._parts[key] = self._read_part(index)
-        return self._parts[key]
-
-    def _read_part(self, index: Index) -> np.ndarray:
+    def read(self, index: Index) -> np.ndarray:
+        """The part of the (stacked) parameter that `index` names, in the parameter's dtype."""
         shape = tuple(len(range(*part.indices(size))) for part, size in zip(index, self._spec.shape, strict=True))
         out = _aligned_empty(shape, self._spec.dtype)
         if not self._spec.stacked:
