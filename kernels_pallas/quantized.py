@@ -74,11 +74,10 @@ def scale_factors(scale: jax.Array) -> jax.Array:
 
 def float4(code: jax.Array) -> jax.Array:
     """float4_e2m1fn of i32 0 to 15, f32: a sign, two bits of exponent and one of mantissa."""
-    size = code & 7
+    size, half = code & 7, 126 << _F32_MANTISSA_BITS
     # Those below 1 are subnormal: 0 and a half.
-    normal = lax.bitcast_convert_type((size << (_F32_MANTISSA_BITS - 1)) + (126 << _F32_MANTISSA_BITS), jnp.float32)
-    value = jnp.where(size < 2, 0.5 * size.astype(jnp.float32), normal)
-    return jnp.where(code < 8, value, -value)
+    bits = jnp.where(size < 2, size * half, (size << (_F32_MANTISSA_BITS - 1)) + half)
+    return lax.bitcast_convert_type(bits | (code & 8) << 28, jnp.float32)
 
 
 def _numbers(values: jax.Array, form: QuantizedFormat) -> jax.Array:

@@ -54,6 +54,10 @@ class Scratch(NamedTuple):
     converted_oi: Any
 
 
+# Its unit is its last bit: an integer in its lower bits is added to it.
+_ABOVE = 2.0**23
+_ABOVE_BITS = 0x4B000000
+
 # f32[m, o] of all steps; the last argument is the group.
 SumUp: TypeAlias = Callable[[Operands, Scratch, Stages, jax.Array], jax.Array]
 
@@ -146,12 +150,12 @@ def sum_up_groups(
         byte_op = plgpu.load(scratch.w.at[stage, rows, columns], layout=_BYTES, optimized=False).astype(jnp.int32)
         column = step * num_columns + start
         factor_op = scale_factors(of_rows(operands.scale, row, column))
-        zero_op: Any = INT4_ZERO
+        zero_op: Any = _ABOVE + INT4_ZERO
         if operands.zero is not None:
-            zero_op = of_rows(operands.zero, row, column).astype(jnp.int32).astype(jnp.float32)
+            zero_op = _above(of_rows(operands.zero, row, column).astype(jnp.int32))
         for half in range(form.per_byte):
             code_op = (byte_op >> (4 * half)) & 15
-            w_op = float4(code_op) if form.numbers == "mxfp4" else code_op.astype(jnp.float32) - zero_op
+            w_op = float4(code_op) if form.numbers == "mxfp4" else _above(code_op) - zero_op
             w_op = (w_op * factor_op).astype(scratch.converted_oi.dtype)
             place = slice(half * shape[1] + row, half * shape[1] + row + WARPGROUP_ROWS)
             scratch.converted_oi.at[place, columns][...] = plgpu.layout_cast(w_op, MATRIX)
@@ -172,3 +176,8 @@ def sum_up_groups(
         return sum_mo[...]
 
     return pl.run_scoped(accumulate, plgpu.WGMMAAccumulatorRef(shape, jnp.float32))
+
+
+def _above(integer: jax.Array) -> jax.Array:
+    """i32 of a few bits as f32 above `_ABOVE`: a fourth of the time that the conversion takes."""
+    return lax.bitcast_convert_type(integer | _ABOVE_BITS, jnp.float32)
