@@ -125,10 +125,8 @@ class GpuGroupedMatmul:
         """See `GroupedMatmul`."""
         operands = _operands(x_PI, matrices, blocks)
         cut = _cut(matrices, transposed=transposed)
-        (num_blocks, num_rows, num_columns), num_outputs = (
-            operands.x_CmI.shape,
-            operands.w.shape[2 if transposed else 1],
-        )
+        num_blocks, num_rows, num_columns = operands.x_CmI.shape
+        num_outputs = operands.w.shape[2 if transposed else 1]
         block = (cut.columns, cut.outputs) if transposed else (cut.outputs, cut.columns)
         converted = (num_rows // WARPGROUP_ROWS * cut.outputs, cut.columns)
         kernel = plgpu.kernel(

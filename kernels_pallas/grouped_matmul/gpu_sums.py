@@ -124,15 +124,9 @@ def _sum_up_converted(
 def sum_up_groups(
     operands: Operands, scratch: Scratch, stages: Stages, group: jax.Array, *, form: QuantizedFormat, piece: int
 ) -> jax.Array:
-    """The same of a matrix of 4 bits: numbers are multiplied out before they are multiplied with.
+    """The same of a matrix of 4 bits, whose factors are for numbers of one row: it is multiplied out, a step at a time.
 
-    Args:
-        operands: as others.
-        scratch: as others.
-        stages: as others.
-        group: as others.
-        form: how it is quantised; a factor is for numbers of one row.
-        piece: columns that share a factor and lie side by side in shared memory.
+    A `piece` is columns that share a factor and lie side by side in shared memory.
     """
     shape, num_columns = scratch.out_mo.shape, scratch.w.shape[2]
     columns_of_factor = form.block[1] // form.per_byte

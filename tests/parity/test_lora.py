@@ -9,7 +9,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 from checkpoints.adapters import of_all_experts, read_peft
 from jaxserve import LLM, SamplingParams
@@ -103,6 +103,21 @@ def test_a_mixed_batch_is_each_alone(
         assert ("context_length" in options) == (llm.stats.num_preemptions > 0)
     assert got == alone
     assert len({str(tokens) for tokens in alone.values()}) == len(alone)
+
+
+def test_adapters_of_a_quantised_base(base: Path, adapters: dict[str, Path], tmp_path: Path) -> None:
+    """The base's linear maps are 8-bit integers times a power of two for each row, so nothing is lost."""
+    exact = shutil.copytree(base, tmp_path / "exact")
+    tensors = load_file(exact / "model.safetensors")
+    for name, weight in tensors.items():
+        if "_proj" in name:
+            numbers = np.clip(np.round(weight * 256), -126, 126)
+            numbers[:, 0] = 127
+            tensors[name] = (numbers / 256).astype(np.float32)
+    save_file(tensors, exact / "model.safetensors")
+    want = merged(exact, adapters["a6"])
+    with served(exact, {"a6": adapters["a6"]}, quantization="int8") as llm:
+        assert generated(llm, "a6") == want != generated(llm)
 
 
 def test_choices_grammars_and_logprobs_work_with_adapters(base: Path, adapters: dict[str, Path]) -> None:
