@@ -73,17 +73,16 @@ def _array_of_shards(spec: ParamSpec, mesh: Mesh, read: Callable[[Index], np.nda
     """A weight whose shards are read one after the other, once each, however many devices hold a copy."""
     sharding = named_sharding(spec.axes, spec.shape, mesh)
     layout = weight_format(spec.axes, spec.shape, mesh).layout
-    holders: dict[str, list[Format]] = {}
-    indices: dict[str, Index] = {}
+    holders: dict[str, tuple[Index, list[Format]]] = {}
     for device, index in sharding.addressable_devices_indices_map(spec.shape).items():
         assert index is not None
         key = str(index)  # slices cannot be hashed before Python 3.12
-        holders.setdefault(key, []).append(Format(layout, SingleDeviceSharding(device)))
-        indices[key] = index
+        holders.setdefault(key, (index, []))[1].append(Format(layout, SingleDeviceSharding(device)))
     shards: list[jax.Array] = []
-    for key, formats in holders.items():
-        values = read(indices[key])
+    for index, formats in holders.values():
+        values = read(index)
         shards += jax.block_until_ready([jax.device_put(values, each, may_alias=True) for each in formats])
+        del values  # before the next are read
     return jax.make_array_from_single_device_arrays(spec.shape, sharding, shards)
 
 

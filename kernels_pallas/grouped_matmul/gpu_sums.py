@@ -19,6 +19,9 @@ from kernels_pallas.warpgroup import MATRIX, WARPGROUP_ROWS, Stages, product
 BLOCK_INPUTS = 128
 # Bytes as they are read to become two numbers of 16 bits each where a product wants them.
 _BYTES = plgpu.Layout.WGMMA_UPCAST_2X
+# A number whose unit is its last bit: an integer in its lower bits is added to it.
+_ABOVE = 2.0**23
+_ABOVE_BITS = 0x4B000000
 
 
 class Operands(NamedTuple):
@@ -54,10 +57,6 @@ class Scratch(NamedTuple):
     converted_oi: Any
 
 
-# Its unit is its last bit: an integer in its lower bits is added to it.
-_ABOVE = 2.0**23
-_ABOVE_BITS = 0x4B000000
-
 # f32[m, o] of all steps; the last argument is the group.
 SumUp: TypeAlias = Callable[[Operands, Scratch, Stages, jax.Array], jax.Array]
 
@@ -65,17 +64,11 @@ SumUp: TypeAlias = Callable[[Operands, Scratch, Stages, jax.Array], jax.Array]
 def sum_up(_: Operands, scratch: Scratch, stages: Stages, __: jax.Array, *, transposed: bool) -> jax.Array:
     """The product of all steps, f32[m, o]."""
 
-    def accumulate(sum_mo: Any) -> jax.Array:
-        @pl.loop(0, stages.num_steps)
-        def _step(step: jax.Array) -> None:
-            stage = stages.next(step)
-            w = scratch.w.at[stage]
-            plgpu.wgmma(sum_mo, scratch.x_mi.at[stage], w if transposed else w.T)
-            plgpu.wgmma_wait(0)
+    def multiply(_: jax.Array, stage: jax.Array, sum_mo: Any) -> None:
+        w = scratch.w.at[stage]
+        plgpu.wgmma(sum_mo, scratch.x_mi.at[stage], w if transposed else w.T)
 
-        return sum_mo[...]
-
-    return pl.run_scoped(accumulate, plgpu.WGMMAAccumulatorRef(scratch.out_mo.shape, jnp.float32))
+    return _accumulate(scratch, stages, multiply)
 
 
 def sum_up_blocks(operands: Operands, scratch: Scratch, stages: Stages, group: jax.Array) -> jax.Array:
@@ -154,22 +147,30 @@ def sum_up_groups(
             place = slice(half * shape[1] + row, half * shape[1] + row + WARPGROUP_ROWS)
             scratch.converted_oi.at[place, columns][...] = plgpu.layout_cast(w_op, MATRIX)
 
+    def multiply(step: jax.Array, stage: jax.Array, sum_mo: Any) -> None:
+        for row in range(0, shape[1], WARPGROUP_ROWS):
+            for start in range(0, num_columns, piece):
+                convert(step, stage, row, start)
+        plgpu.commit_smem()
+        for half in range(form.per_byte):
+            x_mB = scratch.x_mi.at[stage, half * WARPGROUP_ROWS : (half + 1) * WARPGROUP_ROWS]
+            plgpu.wgmma(sum_mo, x_mB, scratch.converted_oi.at[half * shape[1] : (half + 1) * shape[1]].T)
+
+    return _accumulate(scratch, stages, multiply)
+
+
+def _accumulate(scratch: Scratch, stages: Stages, multiply: Callable[[jax.Array, jax.Array, Any], None]) -> jax.Array:
+    """f32[m, o] of what `multiply`, of a step, its stage and the sum, adds to the sum."""
+
     def accumulate(sum_mo: Any) -> jax.Array:
         @pl.loop(0, stages.num_steps)
         def _step(step: jax.Array) -> None:
-            stage = stages.next(step)
-            for row in range(0, shape[1], WARPGROUP_ROWS):
-                for start in range(0, num_columns, piece):
-                    convert(step, stage, row, start)
-            plgpu.commit_smem()
-            for half in range(form.per_byte):
-                x_mB = scratch.x_mi.at[stage, half * WARPGROUP_ROWS : (half + 1) * WARPGROUP_ROWS]
-                plgpu.wgmma(sum_mo, x_mB, scratch.converted_oi.at[half * shape[1] : (half + 1) * shape[1]].T)
+            multiply(step, stages.next(step), sum_mo)
             plgpu.wgmma_wait(0)
 
         return sum_mo[...]
 
-    return pl.run_scoped(accumulate, plgpu.WGMMAAccumulatorRef(shape, jnp.float32))
+    return pl.run_scoped(accumulate, plgpu.WGMMAAccumulatorRef(scratch.out_mo.shape, jnp.float32))
 
 
 def _above(integer: jax.Array) -> jax.Array:

@@ -58,11 +58,13 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=30)
     args, flags = parser.parse_known_args()
     config = parse_arguments([*flags, "--max-running-requests", str(_NUM_ROWS)]).engine
+    if config.lora is None:
+        parser.error("--lora-paths: there are no adapters to measure")
     path = find_model(config.model_path, config.revision, config.download_dir)
     built = build_runner(msgspec.structs.replace(config, model_path=str(path)), lambda items, *_: items)
     built.runner.compile(lambda names: names)
     built.runner.warm_up()
-    names = list(config.lora.paths) if config.lora is not None else []
+    names = list(config.lora.paths)
     loads = tuple(AdapterLoad(slot=slot, adapter=name) for slot, name in enumerate(names, 1))
     first = plan_step(built, 1, 1, len(names))
     built.runner.forward((msgspec.structs.replace(first, adapter_loads=loads),)).draw((None,)).result()

@@ -133,7 +133,7 @@ def test_experts_keep_to_registers_and_use_the_tensor_cores(
     blocks = Blocks(array((5,)), array((1,)))
 
     def multiply(x_PI: jax.Array, arrays: tuple[jax.Array | None, ...], blocks: Blocks) -> jax.Array:
-        return GpuGroupedMatmul()(x_PI, Matrices(*arrays, form), blocks)  # pyright: ignore[reportArgumentType]
+        return GpuGroupedMatmul()(x_PI, Matrices(*arrays, form), blocks)
 
     jax.jit(multiply).lower(array((320, 512), "bfloat16"), matrices[:3], blocks).compile()
     (kernel,) = assembled(tmp_path)

@@ -134,8 +134,9 @@ def test_hosts_meet_as_late_as_the_last() -> None:
             assert [future.result(WAIT_S) for future in early] == [min(values)] * 3
     assert losses.empty()
     followers.finish()
-    for end in [end for pair in pairs for end in pair]:
-        hang_up(end)
+    for pair in pairs:
+        for end in pair:
+            hang_up(end)
 
 
 def test_an_abort_in_flight_is_repeated(make_hosts: Callable[..., Hosts]) -> None:
