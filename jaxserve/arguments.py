@@ -174,7 +174,7 @@ def memory_flags(group: argparse._ArgumentGroup) -> None:  # pyright: ignore[rep
     )
     group.add_argument(
         "--kv-cache-dtype",
-        choices=["auto", "bf16", "bfloat16", "fp8_e4m3"],
+        choices=["auto", "bf16", "bfloat16", "fp8_e4m3", "int8"],
         default="auto",
         help="of cached keys and values; auto is that of the activations",
     )

@@ -34,6 +34,7 @@ from jaxserve.mesh import make_mesh
 from jaxserve.messages import EngineInfo
 from jaxserve.models.decoder import Weights
 from jaxserve.request import AdapterSource
+from jaxserve.runner.calibration import with_cache_scales
 from jaxserve.runner.compile_counter import CompileCounter
 from jaxserve.runner.merging import merge_adapter
 from jaxserve.runner.runner import ModelRunner
@@ -266,6 +267,9 @@ def _build_runner(
         engine.cache.page_size,
         engine.pool_bytes / 1e6,
     )
+    if engine.step.decoder.config.cache_scales:
+        with Phase("cache scales"):
+            weights = with_cache_scales(engine.step, design.decoder, weights, lambda: meet(0))
     runner = ModelRunner(engine.step, weights)
     for name, adapter in first.by_name.items() if first is not None else ():
         runner.hold_adapter(name, adapter)

@@ -11,7 +11,7 @@ import msgspec
 from jaxserve.errors import LaunchError
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
-KvCacheDtype = Literal["auto", "bf16", "bfloat16", "fp8_e4m3"]
+KvCacheDtype = Literal["auto", "bf16", "bfloat16", "fp8_e4m3", "int8"]
 SchedulePolicy = Literal["fcfs", "lpm", "priority"]
 LoraEvictionPolicy = Literal["lru", "fifo"]
 
@@ -200,6 +200,7 @@ class ModelConfig(_Config, frozen=True):
         quantization: of the weights of some parts.
         num_mtp_layers: layers behind these that guess further tokens; they are not loaded.
         attention_sinks: every head has an extra score that takes probability and no value.
+        cache_scales: keys and values are cached divided by factors of their own; no checkpoint has them.
         qk_norm: how queries and keys are normalised: each head, or the whole projection.
         norm_offset: added to the norms' weights.
         dtype: dtype the checkpoint declares.
@@ -226,6 +227,7 @@ class ModelConfig(_Config, frozen=True):
     quantization: QuantizationConfig | None = None
     num_mtp_layers: int = 0
     attention_sinks: bool = False
+    cache_scales: bool = False
     tie_word_embeddings: bool = False
     attention_bias: bool = False
     attention_out_bias: bool = False

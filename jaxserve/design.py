@@ -46,7 +46,7 @@ DEVICE_MEM_FRACTION = 0.88
 
 # By platform. Larger pages waste more at the end of a row, smaller ones cost a copy each.
 _PAGE_SIZES = {"cpu": (64,), "tpu": (128, 256)}
-_KV_DTYPES = {"bf16": "bfloat16", "bfloat16": "bfloat16", "fp8_e4m3": "float8_e4m3fn"}
+_KV_DTYPES = {"bf16": "bfloat16", "bfloat16": "bfloat16", "fp8_e4m3": "float8_e4m3fn", "int8": "int8"}
 
 
 class ModelDesign(NamedTuple):
@@ -58,7 +58,7 @@ class ModelDesign(NamedTuple):
         model: as it is computed here: key heads are repeated where there are fewer than devices.
         dtype: of weights and activations.
         kv_dtype: of cached keys and values.
-        decoder: the model.
+        decoder: the model, as its weights are loaded.
         scheduler: limits of a step.
         page_sizes: tokens per page, to choose from: the smallest whose page table the device can hold.
         mesh: of the devices, see `jaxserve.mesh`.
@@ -235,7 +235,7 @@ def lay_out(
     on_cpu = design.mesh.devices.flat[0].platform == "cpu"
     buckets = make_buckets(scheduler, CPU_STEPS if on_cpu else ACCELERATOR_STEPS)
     step = StepModel(
-        decoder=design.decoder,
+        decoder=_decoder_of_cache(config, design),
         attention=chosen.backend,
         sampler=sampler.sample,
         mesh=design.mesh,
@@ -250,6 +250,14 @@ def lay_out(
         linears=linears,
     )
     return EngineDesign(cache, num_pages * page_bytes, scheduler, chosen.name, step)
+
+
+def _decoder_of_cache(config: EngineConfig, design: ModelDesign) -> Decoder:
+    """The model with what its cache needs: integers need factors, which are measured once the weights are there."""
+    if design.kv_dtype != jnp.int8:
+        return design.decoder
+    model = msgspec.structs.replace(design.model, cache_scales=True)
+    return design.architecture.build(BuildModel(model, design.dtype, batch_invariant=config.deterministic))
 
 
 def _expert_shapes(design: ModelDesign) -> set[ExpertShape]:

@@ -20,6 +20,7 @@ from jax.sharding import Mesh
 from jaxserve.config import LayerConfig, ModelConfig
 from jaxserve.lora.apply import NO_ADAPTERS, Adapters
 from jaxserve.mesh import named_sharding
+from jaxserve.models.cache_scales import cache_scales_of, cache_scales_param
 from jaxserve.models.experts import ExpertMaths, MoE
 from jaxserve.models.latent_attention import LatentAttention
 from jaxserve.models.layer_groups import LayerGroup, group_layers
@@ -98,6 +99,7 @@ class Attention(nnx.Module):
         self.q_norm = self._norm(c, "heads", c.num_q_heads, dtype)
         self.k_norm = self._norm(c, "kv_heads", c.num_kv_heads, dtype)
         self.sinks = param((c.num_q_heads,), dtype, ("heads",)) if c.attention_sinks else None
+        self.cache_scales = cache_scales_param(c)
         self._qk_norm = c.qk_norm
         self._head_dim = c.head_dim
 
@@ -331,8 +333,13 @@ class Decoder:
         rope_TC = () if layer.kind.rope is None else step.ropes[layer.kind.rope]
         backend, plan = step.attention[layer.kind.window]
         q_TNH, k_TKH, v_TKH = run("before_attention", x_TD, *rope_TC)
-        sinks_N = nnx.merge(graph, weights).attention.sinks_N()
-        o_TNH, cache = backend.attend(q_TNH, k_TKH, v_TKH, cache, layer.number, plan, sinks_N)
+        attention = nnx.merge(graph, weights).attention
+        scales = cache_scales_of(self.config, attention.cache_scales)
+        if scales is not None:
+            q_TNH, k_TKH, v_TKH = scales.shrink(q_TNH, k_TKH, v_TKH)
+        o_TNH, cache = backend.attend(q_TNH, k_TKH, v_TKH, cache, layer.number, plan, attention.sinks_N())
+        if scales is not None:
+            o_TNH = scales.restore(o_TNH)
         return run("after_attention", x_TD, o_TNH), cache
 
     @staticmethod

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxserve.config import LatentConfig, ModelConfig
+from jaxserve.models.cache_scales import cache_scales_param
 from jaxserve.models.layers import Linear, RMSNorm
 from jaxserve.models.rope import apply_rope
 
@@ -91,6 +92,7 @@ class LatentAttention(nnx.Module):
         self.kv_b_proj = Expansion(a, c.num_q_heads, dtype=dtype, quantization=quantization)
         o_size = c.num_q_heads * a.value_dim
         self.o_proj = make(o_size, c.hidden_size, axes=("hidden", "heads"), bias=c.attention_out_bias)
+        self.cache_scales = cache_scales_param(c)
         self._latent = latent
         self._num_keys = c.num_kv_heads
 

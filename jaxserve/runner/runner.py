@@ -7,13 +7,11 @@ See `runner.programs` for what a step is made of.
 """
 
 from collections.abc import Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import msgspec
 import numpy as np
-from jax.sharding import Sharding
 
 from jaxserve.adapter_store import HostAdapter
 from jaxserve.lora.bank import empty_bank
@@ -23,11 +21,9 @@ from jaxserve.runner.buckets import Bucket
 from jaxserve.runner.compiled import CompiledSteps, Progress
 from jaxserve.runner.programs import NOTHING, StepModel, StepPrograms
 from jaxserve.runner.state import needs_row_state, row_state
+from jaxserve.runner.transfer import put, to_devices
 from jaxserve.step import AdapterLoad, ConstrainedRows, NewRow, Plans, PromptLogprobs, SchedulerOutput, StepOutput
-from kernels_pallas.paged_attention.api import Cache
 from kernels_pallas.sampling.api import SampleOutput, mask_words
-
-T = TypeVar("T")
 
 
 class PendingStep:
@@ -114,7 +110,7 @@ class ModelRunner:
         self._copies = self._lowering.num_copies
         self._by_copy = self._lowering.by_copy
         self._rows = [RowTable(model.layout) for _ in range(self._copies)]
-        self._cache = self._empty_cache()
+        self._cache = self._lowering.empty_cache()
         self._state = self._lowering.empty_state()
         self._adapters: dict[str, HostAdapter] = {}
         self._bank = empty_bank(self._lowering.bank_shapes())
@@ -145,7 +141,7 @@ class ModelRunner:
         """Run every program once on padding: the real path with nothing in it."""
         nothing = (None,) * self._copies
         self._no_masks = {
-            bucket.num_rows: self._to_devices(self._masks(nothing, nothing, bucket.num_rows))
+            bucket.num_rows: to_devices(self._masks(nothing, nothing, bucket.num_rows), self._by_copy)
             for bucket in self._model.buckets
         }
         for bucket in self._model.buckets:
@@ -191,7 +187,7 @@ class ModelRunner:
         """Draw a forwarded step's tokens; see `ForwardedStep.draw`."""
         num_rows = logits.shape[0] // self._copies
         if any(rows is not None for rows in constrained):
-            masks = self._to_devices(self._masks(plans, constrained, num_rows))
+            masks = to_devices(self._masks(plans, constrained, num_rows), self._by_copy)
         else:
             masks = self._no_masks[num_rows]
         self._state, out = self._programs.draw(num_rows)(logits, self._state, draws, masks)
@@ -207,7 +203,7 @@ class ModelRunner:
         del self._state
         self._bank = {}
         self._bank = empty_bank(self._lowering.bank_shapes())
-        self._cache = self._empty_cache()
+        self._cache = self._lowering.empty_cache()
         self._state = self._lowering.empty_state()
         self._run_empty(self._model.buckets[-1]).result()
 
@@ -221,25 +217,15 @@ class ModelRunner:
     def _load(self, load: AdapterLoad) -> None:
         """A slot gets another adapter. Steps that are on their way are before it in the devices' queue."""
         leaves = self._adapters[load.adapter].leaves
-        contents = jax.tree.map(self._put, tree_of(leaves.items()), self._slot_shardings)
+        contents = jax.tree.map(put, tree_of(leaves.items()), self._slot_shardings)
         self._bank = self._write_slot(self._bank, np.int32(load.slot), contents)
 
     def _run_forward(self, bucket: Bucket, plans: Plans, *, adapted: bool) -> ForwardedStep:
-        batch = self._to_devices(self._batch(bucket, plans))
+        batch = to_devices(self._batch(bucket, plans), self._by_copy)
         forward = self._programs.forward(bucket, adapted=adapted)
         bank = self._bank if adapted else {}
         self._cache, logits = forward(self._weights, bank, self._cache, self._state.last_token_R, batch)
         return ForwardedStep(self, plans, batch.draws, logits)
-
-    def _to_devices(self, arrays: T) -> T:
-        """Send the copies' arrays, stacked."""
-        if not self._model.mesh.is_multi_process:
-            return jax.device_put(arrays, self._by_copy)  # all at once
-        return jax.tree.map(lambda array: self._put(array, self._by_copy), arrays)
-
-    def _put(self, array: np.ndarray, sharding: Sharding) -> jax.Array:
-        """Every host has the whole array and sends what its own devices hold."""
-        return jax.make_array_from_callback(array.shape, sharding, array.__getitem__)
 
     def _run_empty(self, bucket: Bucket, *, adapted: bool = False) -> PendingStep:
         nothing = (None,) * self._copies
@@ -260,9 +246,3 @@ class ModelRunner:
                 masks.masked_B[copy, draws] = True
                 masks.mask_BW[copy, draws] = rows.bits_CW
         return masks
-
-    def _empty_cache(self) -> Cache:
-        return {
-            name: jnp.zeros(spec.shape, spec.dtype, device=spec.sharding)
-            for name, spec in self._lowering.cache_shapes().items()
-        }

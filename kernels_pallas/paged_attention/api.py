@@ -87,19 +87,11 @@ class AttentionConfig:
         """The heads of one of `parts` shards."""
         return dataclasses.replace(self, num_q_heads=self.num_q_heads // parts, num_kv_heads=self.num_kv_heads // parts)
 
-    def cache_scales(self, scales_2K: jax.Array | None) -> jax.Array | None:
-        """f32[2, K], what keys and values are divided by; values that are a part of their keys, by what those are."""
-        if scales_2K is None or self.value_dim is None:
-            return scales_2K
-        return jnp.broadcast_to(scales_2K[:1], scales_2K.shape)
-
-    def to_cache(self, x_TKH: jax.Array, scale_K: jax.Array | None) -> jax.Array:
-        """Keys or values in the cache's dtype, divided by their head's scale; what 8 bits cannot hold is clipped."""
+    def to_cache(self, x_TKH: jax.Array) -> jax.Array:
+        """Keys or values in the cache's dtype; what 8 bits cannot hold is clipped."""
         if jnp.dtype(self.dtype).itemsize > 1:
             return x_TKH.astype(self.dtype)
         x_TKH = x_TKH.astype(jnp.float32)
-        if scale_K is not None:
-            x_TKH /= scale_K[:, None]
         if jnp.issubdtype(self.dtype, jnp.integer):
             info: Any = jnp.iinfo(self.dtype)
             x_TKH = jnp.round(x_TKH)
@@ -132,6 +124,14 @@ class AttentionBackend(Protocol):
         """Arrays of the cache; pages are the leading axis of each."""
         ...
 
+    def unpack(self, arrays: Cache) -> tuple[jax.Array, ...]:
+        """Keys, and values where they are cached beside them, [..., H] each.
+
+        Args:
+            arrays: of the cache's dtypes, and with its last axis.
+        """
+        ...
+
     def plan(self, meta: AttentionMeta) -> Plan:
         """What `attend` needs of `meta`, computed once per step and shared by all layers of a window."""
         ...
@@ -145,7 +145,6 @@ class AttentionBackend(Protocol):
         layer: jax.Array,
         plan: Plan,
         sinks_N: jax.Array | None = None,
-        scales_2K: jax.Array | None = None,
     ) -> tuple[jax.Array, Cache]:
         """Write this step's keys and values, then attend. Donates nothing by itself; returns the new cache.
 
@@ -160,7 +159,6 @@ class AttentionBackend(Protocol):
             layer: i32 scalar, may be traced.
             plan: from `plan`.
             sinks_N: f32 extra score per query head that takes probability mass and no value, or None.
-            scales_2K: f32[2, K], keys and values are cached divided by these, or None for as they are.
 
         Returns:
             o_TNH in q's dtype (padding tokens hold anything finite) and the cache.

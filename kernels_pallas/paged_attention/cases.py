@@ -29,7 +29,7 @@ class Case:
         heads: query heads, key heads, head dim.
         window, soft_cap: see `AttentionConfig`.
         sinks: every head has one.
-        scaled: keys and values are cached divided by a scale per head.
+        range: keys and values are so large, queries so small.
         value_dim: see `AttentionConfig`.
     """
 
@@ -42,7 +42,7 @@ class Case:
     window: int | None = None
     soft_cap: float | None = None
     sinks: bool = False
-    scaled: bool = False
+    range: float = 1.0
     value_dim: int | None = None
 
     def config(self, dtype: Any, *, batch_invariant: bool = False) -> AttentionConfig:
@@ -102,7 +102,7 @@ class Step(NamedTuple):
         q_TNH, k_TKH, v_TKH: f32, rounded to the dtype of the computation.
         k_PSKH, v_PSKH: f32 pages of all layers before the step, as the cache holds them.
         meta: the step.
-        sinks_N, scales_2K: f32, or None.
+        sinks_N: f32, or None.
     """
 
     q_TNH: np.ndarray
@@ -112,7 +112,6 @@ class Step(NamedTuple):
     v_PSKH: np.ndarray
     meta: AttentionMeta
     sinks_N: np.ndarray | None
-    scales_2K: np.ndarray | None
 
 
 def make_step(case: Case, config: AttentionConfig) -> Step:
@@ -127,7 +126,6 @@ def make_step(case: Case, config: AttentionConfig) -> Step:
     kv_lens_B[:count] = case.kv_lens
     slot_T = np.full(case.num_tokens, config.num_pages * size, np.int32)
     position_T = np.zeros(case.num_tokens, np.int32)
-    scales_2K = rng.uniform(0.02, 0.05, (2, config.num_kv_heads)).astype(np.float32) if case.scaled else None
     pages_2PSKH = np.full((2, NUM_LAYERS * config.num_pages, size, config.num_kv_heads, config.head_dim), np.nan)
     shuffled = iter(rng.permutation(config.num_pages).tolist())
     for row, (q_len, kv_len) in enumerate(zip(case.q_lens, case.kv_lens, strict=True)):
@@ -136,29 +134,25 @@ def make_step(case: Case, config: AttentionConfig) -> Step:
         position_s = np.arange(kv_len)
         slot_s = table_BM[row, position_s // size] * size + position_s % size
         old = kv_len - q_len
-        keys_2sKH = rng.standard_normal((2, old, config.num_kv_heads, config.head_dim))
+        keys_2sKH = case.range * rng.standard_normal((2, old, config.num_kv_heads, config.head_dim))
         pages_2PSKH[:, LAYER * config.num_pages + slot_s[:old] // size, slot_s[:old] % size] = keys_2sKH
         slot_T[ends_B1[row] : ends_B1[row + 1]] = slot_s[old:]
         position_T[ends_B1[row] : ends_B1[row + 1]] = position_s[old:]
 
-    def activations(heads: int) -> np.ndarray:
-        return _rounded(rng.standard_normal((case.num_tokens, heads, config.head_dim)), config.compute_dtype)
+    def activations(heads: int, size: float) -> np.ndarray:
+        return _rounded(size * rng.standard_normal((case.num_tokens, heads, config.head_dim)), config.compute_dtype)
 
     num_decode = sum(length == 1 for length in case.q_lens)
     meta = (kv_lens_B, table_BM, ends_B1, np.array([num_decode, count], np.int32), slot_T, position_T)
-    k_PSKH, v_PSKH = (
-        _cached(pages_PSKH, config, None if scales_2K is None else scales_2K[index])
-        for index, pages_PSKH in enumerate(pages_2PSKH)
-    )
+    k_PSKH, v_PSKH = (_cached(pages_PSKH, config) for pages_PSKH in pages_2PSKH)
     return Step(
-        activations(config.num_q_heads),
-        activations(config.num_kv_heads),
-        activations(config.num_kv_heads),
+        activations(config.num_q_heads, 1 / case.range),
+        activations(config.num_kv_heads, case.range),
+        activations(config.num_kv_heads, case.range),
         k_PSKH,
         v_PSKH,
         AttentionMeta(*map(jnp.asarray, meta)),
         rng.standard_normal(config.num_q_heads).astype(np.float32) if case.sinks else None,
-        scales_2K,
     )
 
 
@@ -168,13 +162,12 @@ def expected(case: Case, config: AttentionConfig, step: Step) -> tuple[np.ndarra
     live = int(cu_q_lens_B1[-1])
     pages: list[np.ndarray] = []
     read: list[np.ndarray] = []
-    for index, (new_TKH, old_PSKH) in enumerate(((step.k_TKH, step.k_PSKH), (step.v_TKH, step.v_PSKH))):
-        scale_K = None if step.scales_2K is None else step.scales_2K[index]
+    for new_TKH, old_PSKH in ((step.k_TKH, step.k_PSKH), (step.v_TKH, step.v_PSKH)):
         slot_t = LAYER * config.num_pages * case.page_size + np.asarray(step.meta.slot_mapping_T)[:live]
         new_PSKH = old_PSKH.copy()
-        new_PSKH[slot_t // case.page_size, slot_t % case.page_size] = _cached(new_TKH[:live], config, scale_K)
+        new_PSKH[slot_t // case.page_size, slot_t % case.page_size] = _cached(new_TKH[:live], config)
         pages.append(new_PSKH)
-        read.append(new_PSKH[LAYER * config.num_pages :] * (1.0 if scale_K is None else scale_K[:, None]))
+        read.append(new_PSKH[LAYER * config.num_pages :])
     if case.value_dim is not None:
         pages[1], read[1] = pages[0][..., : case.value_dim], read[0][..., : case.value_dim]
     o_TNH = paged_attention_reference(
@@ -194,9 +187,7 @@ def _rounded(x: np.ndarray, dtype: Any) -> np.ndarray:
     return np.asarray(jnp.asarray(x, jnp.float32).astype(dtype).astype(jnp.float32))
 
 
-def _cached(x_KH: np.ndarray, config: AttentionConfig, scale_K: np.ndarray | None) -> np.ndarray:
+def _cached(x_KH: np.ndarray, config: AttentionConfig) -> np.ndarray:
     """Values as the cache holds them, f32; what was NaN is again, also in dtypes without one."""
-    if scale_K is None:
-        return _rounded(x_KH, config.dtype)
-    cached: jax.Array = config.to_cache(jnp.asarray(x_KH, jnp.float32), jnp.asarray(scale_K))
+    cached: jax.Array = config.to_cache(jnp.asarray(x_KH, jnp.float32))
     return np.where(np.isnan(x_KH), np.nan, np.asarray(cached.astype(jnp.float32)))

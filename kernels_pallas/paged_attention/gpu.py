@@ -84,6 +84,10 @@ class GpuAttention:
         """Keys and values apart, head-major pages: a page of a head is one copy of the memory accelerator."""
         return head_major_spec(self.config)
 
+    def unpack(self, arrays: Cache) -> tuple[jax.Array, ...]:
+        """They lie apart."""
+        return tuple(arrays.values())
+
     def plan(self, meta: AttentionMeta) -> GpuPlan:
         """Find which rows each tile of queries belongs to."""
         if self.config.batch_invariant:
@@ -103,12 +107,9 @@ class GpuAttention:
         layer: jax.Array,
         plan: GpuPlan,
         sinks_N: jax.Array | None = None,
-        scales_2K: jax.Array | None = None,
     ) -> tuple[jax.Array, Cache]:
         """See `AttentionBackend.attend`."""
-        return over_heads(self._attend_shard, self._mesh, cache)(
-            q_TNH, k_TKH, v_TKH, cache, layer, plan, sinks_N, scales_2K
-        )
+        return over_heads(self._attend_shard, self._mesh, cache)(q_TNH, k_TKH, v_TKH, cache, layer, plan, sinks_N)
 
     def _attend_shard(
         self,
@@ -119,17 +120,14 @@ class GpuAttention:
         layer: jax.Array,
         plan: GpuPlan,
         sinks_N: jax.Array | None,
-        scales_2K: jax.Array | None,
     ) -> tuple[jax.Array, Cache]:
         c, meta = self.config, plan.meta
         first_page = (layer * c.num_pages).astype(jnp.int32)
-        scales_2K = c.cache_scales(scales_2K)
-        scales = (None, None) if scales_2K is None else scales_2K
         # Values that are a part of their keys have no pages of their own.
-        new = [c.to_cache(x_TKH, scale_K) for _, x_TKH, scale_K in zip(cache, (k_TKH, v_TKH), scales, strict=False)]
+        new = [c.to_cache(x_TKH) for _, x_TKH in zip(cache, (k_TKH, v_TKH), strict=False)]
         pages = kv_update(new, list(cache.values()), meta.slot_mapping_T, first_page, c.num_pages, self._interpret)
         cache = dict(zip(cache, pages, strict=True))
-        attended = GpuLayer(cache["k"], cache.get("v"), first_page, meta, sinks_N, scales_2K)
+        attended = GpuLayer(cache["k"], cache.get("v"), first_page, meta, sinks_N)
         if self._num_passes == 1:
             return self._attend_pages(q_TNH, attended, plan), cache
         num_tokens, num_heads, head_dim = q_TNH.shape

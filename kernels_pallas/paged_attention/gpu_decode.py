@@ -56,7 +56,6 @@ class DecodeInputs(NamedTuple):
         layer_2: i32, (first page of the layer, rows that run one token).
         kv_lens_B: i32, keys per row.
         page_table_BM: i32.
-        scales_2K: f32 scales of a quantised cache, else ones.
         q_BKGH: bf16.
         keys_PKSH, values_PKSH: pages of all layers; no values where they are a part of their keys.
     """
@@ -64,7 +63,6 @@ class DecodeInputs(NamedTuple):
     layer_2: Any
     kv_lens_B: Any
     page_table_BM: Any
-    scales_2K: Any
     q_BKGH: Any
     keys_PKSH: Any
     values_PKSH: Any
@@ -155,7 +153,6 @@ def attend_decode(
         layer_2=jnp.stack([layer.first_page, num_decode]).astype(jnp.int32),
         kv_lens_B=layer.meta.kv_lens_B[:num_rows],
         page_table_BM=layer.meta.page_table_BM[:num_rows],
-        scales_2K=layer.scale_or_one_2K,
         q_BKGH=q_BKGH,
         keys_PKSH=layer.keys_PKSH,
         values_PKSH=layer.values_PKSH,
@@ -271,7 +268,6 @@ def _attend(
         weights=None if scratch.weights is None else scratch.weights.at[warpgroup],
         mended=scratch.together,
         converted=scratch.converted,
-        key_scale=inputs.scales_2K[0, head] if problem.quantized else None,
     )
 
     def body(index: jax.Array, state: Softmax) -> Softmax:
@@ -290,8 +286,7 @@ def _attend(
         return attend_block(config, tile, work, block, state)
 
     state = lax.fori_loop(blocks.first, blocks.end, body, empty_softmax(tile, work.parts))
-    value_scale = inputs.scales_2K[1, head] if problem.quantized else None
-    _write(work, outputs, scratch, state, (blocks.row, head, split), group, value_scale)
+    _write(work, outputs, scratch, state, (blocks.row, head, split), group)
 
 
 def _refill(copies: list[Callable[[], None]], free: Any) -> None:
@@ -329,10 +324,9 @@ def _write(
     state: Softmax,
     part: tuple[jax.Array, ...],
     group: Any,
-    value_scale: jax.Array | None,
 ) -> None:
     """Send the group's rows of the partial softmax to their place."""
-    factor_m = jnp.where(state.total > 0, (1.0 if value_scale is None else value_scale) / state.total, 0.0)
+    factor_m = jnp.where(state.total > 0, 1 / state.total, 0.0)
     if scratch.together is not None:
         # The queries' place is taken once all have read them.
         meet(scratch.together)

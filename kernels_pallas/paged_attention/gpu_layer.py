@@ -3,7 +3,6 @@
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 
 from kernels_pallas.paged_attention.api import AttentionMeta
 
@@ -15,7 +14,7 @@ class GpuLayer(NamedTuple):
         keys_PKSH, values_PKSH: pages of all layers; no values where they are a part of their keys.
         first_page: i32, first page of this one.
         meta: the step.
-        sinks_N, scales_2K: see `AttentionBackend.attend`.
+        sinks_N: see `AttentionBackend.attend`.
     """
 
     keys_PKSH: jax.Array
@@ -23,7 +22,6 @@ class GpuLayer(NamedTuple):
     first_page: jax.Array
     meta: AttentionMeta
     sinks_N: jax.Array | None
-    scales_2K: jax.Array | None
 
     @property
     def num_kv_heads(self) -> int:
@@ -34,8 +32,3 @@ class GpuLayer(NamedTuple):
     def quantized(self) -> bool:
         """Whether the cache has 8 bits."""
         return self.keys_PKSH.dtype.itemsize == 1
-
-    @property
-    def scale_or_one_2K(self) -> jax.Array:
-        """The kernels' operand, which is there in any case."""
-        return jnp.ones((2, self.num_kv_heads), jnp.float32) if self.scales_2K is None else self.scales_2K

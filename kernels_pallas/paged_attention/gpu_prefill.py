@@ -62,7 +62,6 @@ class PrefillInputs(NamedTuple):
         first_page_1: i32, first page of the layer.
         kv_lens_B, page_table_BM, cu_q_lens_B1: as in `AttentionMeta`.
         tiles: see `QueryTiles`.
-        scales_2K: f32 scales of a quantised cache, else ones.
         sinks_KWm: f32, in base 2, or None.
         q_QKWmH: bf16.
         keys_PKSH, values_PKSH: pages of all layers; no values where they are a part of their keys.
@@ -73,7 +72,6 @@ class PrefillInputs(NamedTuple):
     page_table_BM: Any
     cu_q_lens_B1: Any
     tiles: QueryTiles
-    scales_2K: Any
     sinks_KWm: Any
     q_QKWmH: Any
     keys_PKSH: Any
@@ -158,7 +156,6 @@ def attend_prefill(
         page_table_BM=meta.page_table_BM,
         cu_q_lens_B1=meta.cu_q_lens_B1,
         tiles=tiles,
-        scales_2K=layer.scale_or_one_2K,
         sinks_KWm=None if layer.sinks_N is None else _tile_sinks(layer.sinks_N, num_kv_heads, problem),
         q_QKWmH=_tile_queries(q_TNH.astype(jnp.bfloat16), num_kv_heads, problem),
         keys_PKSH=layer.keys_PKSH,
@@ -321,7 +318,6 @@ def _attend(
         weights=None if scratch.weights is None else scratch.weights.at[warpgroup],
         mended=scratch.together,
         converted=scratch.converted,
-        key_scale=inputs.scales_2K[0, head] if problem.quantized else None,
     )
 
     def attend(at: _Position, state: Softmax) -> Softmax:
@@ -346,11 +342,10 @@ def _attend(
     sinks_m = None
     if inputs.sinks_KWm is not None:
         sinks_m = plgpu.load(inputs.sinks_KWm.at[head, band], optimized=False)
-    value_scale = inputs.scales_2K[1, head] if problem.quantized else None
     if shares_rows:
         # The queries' place is taken once all have read them.
         meet(scratch.together)
-    _write(work, state, sinks_m, value_scale)
+    _write(work, state, sinks_m)
     if shares_rows:
         meet(scratch.together)
     if not shares_rows or warpgroup == 0:
@@ -393,15 +388,13 @@ def _mask(
     return lax.cond(inside, lambda scores_ms: scores_ms, hide, scores_ms)
 
 
-def _write(work: Workspace, state: Softmax, sinks_m: jax.Array | None, value_scale: jax.Array | None) -> None:
+def _write(work: Workspace, state: Softmax, sinks_m: jax.Array | None) -> None:
     """Put the finished values where the queries were."""
     total_m, factor_m = state.total, jnp.ones_like(state.total)
     if sinks_m is not None:
         top_m = jnp.maximum(state.top, sinks_m)
         factor_m = jnp.exp2(state.top - top_m)
         total_m = total_m * factor_m + jnp.exp2(sinks_m - top_m)
-    if value_scale is not None:
-        factor_m *= value_scale
     # Tokens without keys: of decoding rows, and padding.
     factor_m = jnp.where(total_m > 0, factor_m / total_m, 0.0)
     for part, out_mh in zip(work.parts, state.out, strict=True):

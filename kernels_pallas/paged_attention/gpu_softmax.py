@@ -57,7 +57,6 @@ class Workspace(NamedTuple):
         weights: [m, s] in shared memory for the interpreter, else None.
         mended: barrier of the warpgroups, for values that were not finite.
         converted: for caches that are not bf16, else None.
-        key_scale: of the head, f32 scalar, or None.
     """
 
     warpgroup: jax.Array | int
@@ -67,7 +66,6 @@ class Workspace(NamedTuple):
     weights: Any
     mended: Any
     converted: Converted | None
-    key_scale: jax.Array | None
 
 
 class Block(NamedTuple):
@@ -135,7 +133,7 @@ def attend_block(config: AttentionConfig, tile: Tile, work: Workspace, block: Bl
     scores_ms = product(work.queries, keys.T, tile.keys)
     if work.converted is None:
         block.keys_read()
-    scores_ms = block.mask(_logits(config, scores_ms, work.key_scale))
+    scores_ms = block.mask(_logits(config, scores_ms))
     top_m = jnp.maximum(state.top, jnp.max(scores_ms, axis=1))
     weights_ms = jnp.exp2(scores_ms - along_rows(jnp.maximum(top_m, LOWEST), tile.keys))
     old_m = jnp.exp2(state.top - top_m)
@@ -174,17 +172,13 @@ def _multiply(accumulator: Any, left: Any, right: Any) -> None:
     plgpu.wgmma(accumulator, left, right)
 
 
-def _logits(config: AttentionConfig, scores_ms: jax.Array, key_scale: jax.Array | None) -> jax.Array:
+def _logits(config: AttentionConfig, scores_ms: jax.Array) -> jax.Array:
     """Scaled and capped scores in base 2."""
-
-    def scaled(factor: float) -> jax.Array:
-        return scores_ms * (factor if key_scale is None else key_scale * factor)
-
     cap = config.soft_cap
     if cap is None:
-        return scaled(config.scale * LOG2E)
+        return scores_ms * (config.scale * LOG2E)
     # tanh from an exponential: the hardware's tanh is off by up to 5e-4, times the cap.
-    return cap * LOG2E - 2 * cap * LOG2E / (jnp.exp2(scaled(2 * LOG2E * config.scale / cap)) + 1)
+    return cap * LOG2E - 2 * cap * LOG2E / (jnp.exp2(scores_ms * (2 * LOG2E * config.scale / cap)) + 1)
 
 
 def _mend(tile: Tile, work: Workspace, values: Any, live: LiveKeys) -> None:

@@ -13,16 +13,21 @@ from kernels_pallas.shards import MODEL, over_model
 PAGES_PARTITION = P(None, MODEL, None, None)
 
 
-def head_major_spec(config: AttentionConfig) -> dict[str, CacheSpec]:
-    """Keys and values apart, [L * P, K, S, H]; values that are part of the keys have no array."""
+def head_major_spec(config: AttentionConfig, dtype: Any = None) -> dict[str, CacheSpec]:
+    """Keys and values apart, [L * P, K, S, H]; values that are part of the keys have no array.
+
+    Args:
+        config: of the model.
+        dtype: of the arrays, if not the config's.
+    """
     c = config
     shape = (c.num_layers * c.num_pages, c.num_kv_heads, c.page_size, c.head_dim)
-    spec = CacheSpec(shape, c.dtype, PAGES_PARTITION)
+    spec = CacheSpec(shape, dtype or c.dtype, PAGES_PARTITION)
     return {"k": spec, "v": spec} if c.value_dim is None else {"k": spec}
 
 
 def over_heads(attend: Callable[..., Any], mesh: Mesh, cache: Iterable[str]) -> Callable[..., Any]:
     """`AttentionBackend.attend` on every shard of the heads; `cache` names the cache's arrays."""
     heads, pages = P(None, MODEL, None), dict.fromkeys(cache, PAGES_PARTITION)
-    in_specs = (heads, heads, heads, pages, P(), P(), P(MODEL), P(None, MODEL))
+    in_specs = (heads, heads, heads, pages, P(), P(), P(MODEL))
     return over_model(attend, mesh, in_specs, (heads, pages))

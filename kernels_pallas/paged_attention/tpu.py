@@ -71,6 +71,11 @@ class TpuAttention:
         shape = (c.num_layers * c.num_pages, c.num_kv_heads, c.page_size, self._layout.lanes)
         return {"kv": CacheSpec(shape, c.dtype, PAGES_PARTITION)}
 
+    def unpack(self, arrays: Cache) -> tuple[jax.Array, ...]:
+        """See `TpuLayout`."""
+        both = self._layout.unpack(arrays["kv"])
+        return both if self.config.value_dim is None else both[:1]
+
     def plan(self, meta: AttentionMeta) -> TpuPlan:
         """Find the rows of each block."""
         # A row of one token rounds differently alone and in a block: batch-invariant mode has blocks only.
@@ -89,12 +94,9 @@ class TpuAttention:
         layer: jax.Array,
         plan: TpuPlan,
         sinks_N: jax.Array | None = None,
-        scales_2K: jax.Array | None = None,
     ) -> tuple[jax.Array, Cache]:
         """See `AttentionBackend.attend`."""
-        return over_heads(self._attend_shard, self._mesh, cache)(
-            q_TNH, k_TKH, v_TKH, cache, layer, plan, sinks_N, scales_2K
-        )
+        return over_heads(self._attend_shard, self._mesh, cache)(q_TNH, k_TKH, v_TKH, cache, layer, plan, sinks_N)
 
     def _attend_shard(
         self,
@@ -105,15 +107,12 @@ class TpuAttention:
         layer: jax.Array,
         plan: TpuPlan,
         sinks_N: jax.Array | None,
-        scales_2K: jax.Array | None,
     ) -> tuple[jax.Array, Cache]:
         config = self.config
-        scales_2K = config.cache_scales(scales_2K)
-        k_scale_K, v_scale_K = (None, None) if scales_2K is None else scales_2K
-        kv_TKZ = self._layout.pack(config.to_cache(k_TKH, k_scale_K), config.to_cache(v_TKH, v_scale_K))
+        kv_TKZ = self._layout.pack(config.to_cache(k_TKH), config.to_cache(v_TKH))
         q_TNZ = self._layout.pad_queries(q_TNH.astype(config.compute_dtype))
         meta, first_page = plan.meta, layer * config.num_pages
-        call = partial(self._call, meta=meta, first_page=first_page, sinks_N=sinks_N, scales_2K=scales_2K)
+        call = partial(self._call, meta=meta, first_page=first_page, sinks_N=sinks_N)
         if config.batch_invariant:
             o_TNZ, pages = call(q_TNZ, kv_TKZ, cache["kv"], blocks_2C=plan.blocks_2C)
             return self._layout.results(o_TNZ).astype(q_TNH.dtype), {"kv": pages}
@@ -137,7 +136,6 @@ class TpuAttention:
         meta: AttentionMeta,
         first_page: jax.Array,
         sinks_N: jax.Array | None,
-        scales_2K: jax.Array | None,
         blocks_2C: jax.Array | None,
     ) -> tuple[jax.Array, jax.Array]:
         """One call of the kernel; without `blocks_2C` the blocks are the rows that run one token."""
@@ -160,8 +158,6 @@ class TpuAttention:
         operands = {"q": q_CKQZ, "new": _to_blocks(kv_TKZ, shape.block_tokens, local.num_kv_heads)}
         if sinks_N is not None:
             operands["sinks"] = jnp.tile(sinks_N.reshape(local.num_kv_heads, -1), (1, shape.block_tokens))[:, :, None]
-        if scales_2K is not None:
-            operands["scales"] = scales_2K
         num_programs = meta.distribution_2[0] if blocks_2C is None else q_CKQZ.shape[0]
         call = self._pallas_call(shape, num_programs, operands)
         o_CKQZ, pages_PKSZ = call(*scalars, *operands.values(), pages_PKSZ)
@@ -176,7 +172,7 @@ class TpuAttention:
         names += ["keys", "stage", "top", "total", "out", "fetched", "written", "slot"]
 
         def kernel(*refs: Any) -> None:
-            named = {"sinks": None, "scales": None} | dict(zip(names, refs[num_scalars:], strict=True))
+            named = {"sinks": None} | dict(zip(names, refs[num_scalars:], strict=True))
             del named["old_pages"]  # the same memory as `pages`
             AttentionKernel(shape, Scalars(*refs[:num_scalars]), Refs(**named)).run()
 
@@ -187,7 +183,6 @@ class TpuAttention:
             "q": block(rows, layout.query_lanes),
             "new": block(shape.block_tokens, layout.lanes),
             "sinks": pl.BlockSpec((num_heads, rows, 1), lambda *_: (0, 0, 0)),
-            "scales": pl.BlockSpec(memory_space=pltpu.SMEM),
         }
         anywhere = pl.BlockSpec(memory_space=pl.ANY)
         pages = jax.ShapeDtypeStruct(

@@ -28,7 +28,6 @@ class Refs(NamedTuple):
         q: [1, K, Q, Z], zeros where the lanes hold values.
         new: [1, K, W, Z], the block's keys and values.
         sinks: f32[K, Q, 1] or None.
-        scales: f32[2, K] of keys and values, or None.
         o: [1, K, Q, Z'].
         pages: [L * P, K, S, Z], all of them.
         keys: [2, pages per buffer, K, S, Z].
@@ -43,7 +42,6 @@ class Refs(NamedTuple):
     q: Any
     new: Any
     sinks: Any
-    scales: Any
     o: Any
     pages: Any
     keys: Any
@@ -87,10 +85,7 @@ class AttentionKernel:
     def _finish(self) -> None:
         refs = self._refs
         for head in range(self._shape.config.num_kv_heads):
-            out_QZ = refs.out[head] / refs.total[head, :, :1]
-            if refs.scales is not None:
-                out_QZ *= refs.scales[1, head]
-            refs.o[0, head] = out_QZ.astype(refs.o.dtype)
+            refs.o[0, head] = (refs.out[head] / refs.total[head, :, :1]).astype(refs.o.dtype)
 
     # Copies.
 
@@ -268,8 +263,6 @@ class AttentionKernel:
         precision = lax.Precision.HIGHEST if q_QZ.dtype == jnp.float32 else None
         dot = functools.partial(lax.dot_general, preferred_element_type=jnp.float32, precision=precision)
         scores_QE = dot(q_QZ, layout.keys(keys_EZ), (((1,), (1,)), ((), ()))) * config.scale
-        if refs.scales is not None:
-            scores_QE *= refs.scales[0, head]
         if config.soft_cap is not None:
             scores_QE = config.soft_cap * jnp.tanh(scores_QE / config.soft_cap)
         scores_QE = jnp.where(sees_QE, scores_QE, MASKED)

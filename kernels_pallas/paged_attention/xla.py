@@ -16,7 +16,7 @@ from kernels_pallas.paged_attention.api import AttentionConfig, AttentionMeta, C
 from kernels_pallas.paged_attention.head_shards import head_major_spec, over_heads
 from kernels_pallas.paged_attention.partial_softmax import MASKED
 from kernels_pallas.paged_attention.xla_decode import DecodeItems, attend_decode, plan_decode
-from kernels_pallas.paged_attention.xla_pages import LayerInputs
+from kernels_pallas.paged_attention.xla_pages import LayerInputs, from_stored, stored_dtype, to_stored
 from kernels_pallas.paged_attention.xla_prefill import QueryTiles, attend_tiles, plan_tiles
 
 # Large ones waste less per query, small ones less on short rows.
@@ -42,7 +42,11 @@ class XlaAttention:
 
     def cache_spec(self) -> dict[str, CacheSpec]:
         """Keys and values apart, head-major pages: the layout whose batched products need no transpose."""
-        return head_major_spec(self.config)
+        return head_major_spec(self.config, stored_dtype(self.config))
+
+    def unpack(self, arrays: Cache) -> tuple[jax.Array, ...]:
+        """They lie apart."""
+        return tuple(from_stored(array, self.config) for array in arrays.values())
 
     def plan(self, meta: AttentionMeta) -> XlaPlan:
         """List the decode items and the query tiles of a step."""
@@ -71,15 +75,12 @@ class XlaAttention:
         layer: jax.Array,
         plan: XlaPlan,
         sinks_N: jax.Array | None = None,
-        scales_2K: jax.Array | None = None,
     ) -> tuple[jax.Array, Cache]:
         """See `AttentionBackend.attend`."""
         if sinks_N is None:
             # -inf would make 0 * inf of an empty row; a masked sink adds exactly nothing.
             sinks_N = jnp.full(q_TNH.shape[1], MASKED, jnp.float32)
-        return over_heads(self._attend_shard, self._mesh, cache)(
-            q_TNH, k_TKH, v_TKH, cache, layer, plan, sinks_N, scales_2K
-        )
+        return over_heads(self._attend_shard, self._mesh, cache)(q_TNH, k_TKH, v_TKH, cache, layer, plan, sinks_N)
 
     def _attend_shard(
         self,
@@ -90,23 +91,18 @@ class XlaAttention:
         layer: jax.Array,
         plan: XlaPlan,
         sinks_N: jax.Array,
-        scales_2K: jax.Array | None,
     ) -> tuple[jax.Array, Cache]:
         c = self.config
         q_TKGH = q_TNH.reshape(q_TNH.shape[0], k_TKH.shape[1], -1, c.head_dim)
-        scales_2K = c.cache_scales(scales_2K)
-        k_scale_K, v_scale_K = (None, None) if scales_2K is None else scales_2K
-        if k_scale_K is not None:
-            q_TKGH = q_TKGH.astype(jnp.float32) * k_scale_K[:, None, None]
         first_page = layer * c.num_pages
         slot_T = plan.meta.slot_mapping_T
         # Padding tokens point past the pool; past the last layer as well, they are dropped.
         page_T = jnp.where(
             slot_T < c.num_pages * c.page_size, slot_T // c.page_size + first_page, c.num_layers * c.num_pages
         )
-        new = {"k": c.to_cache(k_TKH, k_scale_K)}
+        new = {"k": to_stored(k_TKH, c)}
         if c.value_dim is None:
-            new["v"] = c.to_cache(v_TKH, v_scale_K)
+            new["v"] = to_stored(v_TKH, c)
         cache = {name: write_tokens(cache[name], page_T, slot_T % c.page_size, x) for name, x in new.items()}
         layer_inputs = LayerInputs(
             q_TKGH=q_TKGH.astype(c.compute_dtype),
@@ -122,6 +118,4 @@ class XlaAttention:
         # Smallest first: the tail of a row's last tile reaches into the next rows, whose own tiles overwrite it.
         for size, tiles in reversed(list(zip(self._tile_sizes(plan.meta), plan.tiles, strict=True))):
             o_TKGH = attend_tiles(c, layer_inputs, plan.meta, tiles, size, o_TKGH)
-        if v_scale_K is not None:
-            o_TKGH *= v_scale_K[:, None, None]
         return o_TKGH.reshape(*q_TNH.shape[:2], c.out_dim).astype(q_TNH.dtype), cache

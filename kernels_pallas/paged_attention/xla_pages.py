@@ -30,16 +30,35 @@ class LayerInputs(NamedTuple):
 def take_keys_and_values(
     layer: LayerInputs, config: AttentionConfig, page_EW: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """See `take_pages`."""
-    dtype = layer.q_TKGH.dtype
-    keys_EKSH = take_pages(layer.keys_PKSH, page_EW, dtype)
+    """Both in the dtype of the computation; see `take_pages`."""
+
+    def take(pages_PKSH: jax.Array) -> jax.Array:
+        return from_stored(take_pages(pages_PKSH, page_EW), config).astype(layer.q_TKGH.dtype)
+
+    keys_EKSH = take(layer.keys_PKSH)
     if layer.values_PKSH is None:
         return keys_EKSH, keys_EKSH[..., : config.out_dim]
-    return keys_EKSH, take_pages(layer.values_PKSH, page_EW, dtype)
+    return keys_EKSH, take(layer.values_PKSH)
 
 
-def take_pages(pages_PKSH: jax.Array, page_EW: jax.Array, dtype: Any) -> jax.Array:
-    """Keys or values of E lists of W pages in `dtype`, head-major: [E, K, W * S, H]. Every page must exist.
+def stored_dtype(config: AttentionConfig) -> Any:
+    """Dtype of the arrays: bytes for floats of 8 bits, whose arrays XLA on CPU would convert whole to write a token."""
+    is_small_float = jnp.issubdtype(config.dtype, jnp.floating) and jnp.dtype(config.dtype).itemsize == 1
+    return jnp.uint8 if is_small_float else config.dtype
+
+
+def to_stored(x: jax.Array, config: AttentionConfig) -> jax.Array:
+    """Keys or values as the arrays have them."""
+    return lax.bitcast_convert_type(config.to_cache(x), stored_dtype(config))
+
+
+def from_stored(x: jax.Array, config: AttentionConfig) -> jax.Array:
+    """Keys or values in the cache's dtype."""
+    return lax.bitcast_convert_type(x, config.dtype)
+
+
+def take_pages(pages_PKSH: jax.Array, page_EW: jax.Array) -> jax.Array:
+    """Keys or values of E lists of W pages, head-major: [E, K, W * S, H]. Every page must exist.
 
     Gathered as flat rows, one per page and head: XLA on CPU copies those three times faster than pages of four
     axes, and they come out in the order that the products want. The barrier keeps it from undoing the reshape.
@@ -48,7 +67,7 @@ def take_pages(pages_PKSH: jax.Array, page_EW: jax.Array, dtype: Any) -> jax.Arr
     row_EKW = page_EW[:, None, :] * num_heads + jnp.arange(num_heads)[:, None]
     rows_RF = pages_PKSH.reshape(-1, page_size * head_dim)
     flat_RF = lax.optimization_barrier(rows_RF.at[row_EKW.reshape(-1)].get(mode="promise_in_bounds"))
-    return flat_RF.reshape(page_EW.shape[0], num_heads, -1, head_dim).astype(dtype)
+    return flat_RF.reshape(page_EW.shape[0], num_heads, -1, head_dim)
 
 
 def expand(counts_B: jax.Array, length: int) -> tuple[jax.Array, jax.Array, jax.Array]:

@@ -34,11 +34,6 @@ class Xla:
         pages = {"k": k_PSKH} if config.value_dim is not None else {"k": k_PSKH, "v": v_PSKH}
         return {name: jnp.moveaxis(x_PSKH, 2, 1).astype(config.dtype) for name, x_PSKH in pages.items()}
 
-    @staticmethod
-    def from_cache(config: AttentionConfig, cache: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        k_PSKH = jnp.moveaxis(cache["k"], 1, 2)
-        return k_PSKH, jnp.moveaxis(cache["v"], 1, 2) if "v" in cache else k_PSKH[..., : config.value_dim]
-
 
 class Tpu:
     """Keys beside values in one array of pages."""
@@ -60,12 +55,6 @@ class Tpu:
 
         packed_PSKZ = TpuLayout.of(config).pack(k_PSKH, v_PSKH)
         return {"kv": jnp.moveaxis(packed_PSKZ, 2, 1).astype(config.dtype)}
-
-    @staticmethod
-    def from_cache(config: AttentionConfig, cache: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        from kernels_pallas.paged_attention.tpu_layout import TpuLayout
-
-        return TpuLayout.of(config).unpack(jnp.moveaxis(cache["kv"], 1, 2))
 
 
 class Gpu(Xla):
@@ -94,9 +83,9 @@ def run(
     step = make_step(case, config)
     attention = implementation(config, tp_size).attention
     old = implementation.to_cache(config, jnp.asarray(step.k_PSKH), jnp.asarray(step.v_PSKH))
-    assert {name: array.shape for name, array in old.items()} == {
-        name: spec.shape for name, spec in attention.cache_spec().items()
-    }
+    specs = attention.cache_spec()
+    assert {name: array.shape for name, array in old.items()} == {name: spec.shape for name, spec in specs.items()}
+    old = {name: jax.lax.bitcast_convert_type(array, specs[name].dtype) for name, array in old.items()}
     out, new = _attend(attention, step, old)
     got = np.asarray(out.astype(jnp.float32))
     assert np.isfinite(got).all(), "padding tokens hold something finite"
@@ -104,17 +93,23 @@ def run(
     np.testing.assert_allclose(
         got[: want.shape[0]], want, rtol=0, atol=tolerance(case, config) * max(1.0, np.abs(want).max(initial=0.0))
     )
-    _check_pages(config, implementation.from_cache(config, old), implementation.from_cache(config, new), pages)
+    _check_pages(config, _unpacked(attention, old), _unpacked(attention, new), pages)
 
 
 def _attend(attention: AttentionBackend, step: Step, cache: dict[str, jax.Array]) -> Any:
     @jax.jit
     def attend(q: jax.Array, k: jax.Array, v: jax.Array, cache: Any, meta: Any, layer: jax.Array) -> Any:
-        optional = [None if x is None else jnp.asarray(x) for x in (step.sinks_N, step.scales_2K)]
-        return attention.attend(q, k, v, cache, layer, attention.plan(meta), *optional)
+        sinks = None if step.sinks_N is None else jnp.asarray(step.sinks_N)
+        return attention.attend(q, k, v, cache, layer, attention.plan(meta), sinks)
 
     activations = [jnp.asarray(x).astype(attention.config.compute_dtype) for x in (step.q_TNH, step.k_TKH, step.v_TKH)]
     return attend(*activations, cache, step.meta, jnp.int32(LAYER))
+
+
+def _unpacked(attention: AttentionBackend, cache: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    """Keys and values, [P, S, K, H]."""
+    k_PSKH, *v_PSKH = (jnp.moveaxis(x_PKSH, 1, 2) for x_PKSH in attention.unpack(cache))
+    return k_PSKH, v_PSKH[0] if v_PSKH else k_PSKH[..., : attention.config.value_dim]
 
 
 def _check_pages(config: AttentionConfig, old: Any, new: Any, want: list[np.ndarray]) -> None:
@@ -191,7 +186,8 @@ def test_quantised_cache(implementation: type[Any], dtype: jnp.dtype, page_size:
         kv_lens=(33, 48, 30, 90),
         heads=(6, 2, 64),
         page_size=page_size,
-        scaled=True,
+        # Some are past what int8 holds.
+        range=50.0 if dtype == INT8 else 1.0,
     )
     run(implementation, case, dtype)
 
@@ -199,7 +195,7 @@ def test_quantised_cache(implementation: type[Any], dtype: jnp.dtype, page_size:
 @pytest.mark.parametrize("dtype", [BF16, FP8, INT8], ids=str)
 @pytest.mark.parametrize("implementation", [Xla, *(pytest.param(one, marks=needs_pallas) for one in (Tpu, Gpu))])
 def test_values_that_are_a_part_of_their_keys(implementation: type[Any], dtype: jnp.dtype) -> None:
-    run(implementation, SHAPES["latent"].with_options(scaled=dtype != BF16), dtype)
+    run(implementation, SHAPES["latent"].with_options(range=30.0 if dtype == INT8 else 1.0), dtype)
 
 
 @pytest.mark.parametrize("group", [1, 7, 8])

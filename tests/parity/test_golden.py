@@ -111,6 +111,21 @@ def test_experts_on_devices_of_their_own(name: str, tp_size: int, ep_size: int) 
     close(logits.reshape(model.logits.shape), model.logits)
 
 
+@pytest.mark.parametrize(
+    ("name", "sizes"),
+    [("qwen3", {}), ("qwen2_windows", {"tp_size": 4}), ("gpt_oss", {}), ("deepseek_v3", {"tp_size": 2})],
+)
+@pytest.mark.parametrize("dtype", ["fp8_e4m3", "int8"])
+def test_a_cache_of_8_bits(name: str, sizes: dict[str, int], dtype: str) -> None:
+    """Rounded keys and values move the logits a little: by a share of how far those of a token are apart."""
+    model = load(name, kv_cache_dtype=dtype, **sizes)
+    assert {array.dtype.itemsize for array in model.runner._cache.values()} == {1}
+    ids, want = model.token_ids[0], model.logits[0]
+    parts = [run(model.runner, [row(0, ids, start, end)]) for start, end in ((0, 33), (33, 59), (59, 60))]
+    error = np.concatenate(parts) - want
+    assert np.sqrt(np.mean(error**2)) < 0.25 * want.std()
+
+
 # The fewest programs that can run two prompts.
 FEW_PROGRAMS = {"max_running_requests": 2, "chunked_prefill_size": 64}
 

@@ -1,0 +1,111 @@
+"""Measures how large keys and values are, for a cache whose integers need factors.
+
+The model runs prompts of random tokens with a cache of its own dtype, which is then looked at. How large the numbers of
+a head are is the model's rather than the text's, and what is cut off costs more than a bit: with room for twice what was
+seen, log-probabilities of a text are nearer to those of an f32 cache than with factors that are its own, and a quarter
+more room (`scripts/bench/cache_quality.py`).
+"""
+
+import dataclasses
+import logging
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxserve.errors import LaunchError
+from jaxserve.models.decoder import Decoder, Weights
+from jaxserve.request import SamplingParams
+from jaxserve.runner.batch import BatchLayout, ForwardBatch, RowTable
+from jaxserve.runner.buckets import Bucket
+from jaxserve.runner.programs import StepModel, StepPrograms
+from jaxserve.runner.transfer import to_devices
+from jaxserve.step import NewRow, ScheduledRow, SchedulerOutput
+from kernels_pallas.dispatch import choose_attention
+from kernels_pallas.paged_attention.api import AttentionBackend, Cache
+
+logger = logging.getLogger(__name__)
+
+_NUM_TOKENS = 2048
+# Other tokens have larger numbers.
+_MARGIN = 2.0
+_LARGEST = 127
+
+
+def with_cache_scales(served: StepModel, plain: Decoder, weights: Weights, meet: Callable[[], object]) -> Weights:
+    """The weights with the factors of `jaxserve.models.cache_scales`, measured.
+
+    Args:
+        served: the model with its cache of integers.
+        plain: the same without factors, whose weights these are.
+        weights: on the mesh.
+        meet: waits for the other hosts, before the first step.
+
+    Raises:
+        LaunchError: some keys or values are not finite.
+    """
+    model = _to_measure(served, plain)
+    programs = StepPrograms(model)
+    shape = StepPrograms(served).weight_shapes()["layers"]["attention"]["cache_scales"]
+    measure = jax.jit(partial(_scales, model.attention, programs.num_copies), out_shardings=(shape.format, None))
+    forward = programs.lower_forward(model.buckets[0]).compile()
+    measured = measure.lower(programs.cache_shapes()).compile()
+    meet()
+    cache, last_token_R = programs.empty_cache(), programs.empty_state().last_token_R
+    for prompt in _prompts(model.layout, model.buckets[0]):
+        batch = jax.tree.map(lambda array: np.stack([array] * programs.num_copies), prompt)
+        cache, _ = forward(weights, {}, cache, last_token_R, to_devices(batch, programs.by_copy))
+    scales, finite = measured(cache)
+    if not finite:
+        raise LaunchError("--kv-cache-dtype int8: keys or values of random tokens are not finite")
+    logger.info("cached keys and values: int8, factors measured on %d tokens", _NUM_TOKENS)
+    attention = {**weights["layers"]["attention"], "cache_scales": scales}
+    return {**weights, "layers": {**weights["layers"], "attention": attention}}
+
+
+def _to_measure(served: StepModel, plain: Decoder) -> StepModel:
+    """Steps of the most tokens, and a cache of the activations' dtype that holds all prompts."""
+    bucket, page_size = served.buckets[0], served.layout.page_size
+    prompt_pages = min(-(-bucket.num_tokens // page_size), served.layout.pages_per_row)
+    num_prompts = -(-_NUM_TOKENS // min(bucket.num_tokens, prompt_pages * page_size))
+    layout = served.layout._replace(num_pages=num_prompts * prompt_pages, pages_per_row=prompt_pages)
+    config = dataclasses.replace(served.attention.config, dtype=plain.dtype, num_pages=layout.num_pages)
+    attention = choose_attention("auto", config, served.mesh).backend
+    return served._replace(decoder=plain, attention=attention, layout=layout, buckets=(bucket,), adapters=None)
+
+
+def _prompts(layout: BatchLayout, bucket: Bucket) -> Iterator[ForwardBatch]:
+    """Random tokens, one prompt a step, until the cache is full."""
+    rng = np.random.default_rng(0)
+    num_tokens = min(bucket.num_tokens, layout.pages_per_row * layout.page_size)
+    rows = RowTable(layout)
+    for first_page in range(0, layout.num_pages, layout.pages_per_row):
+        prompt = ScheduledRow(
+            row=0,
+            token_ids=tuple(rng.integers(layout.vocab_size, size=num_tokens).tolist()),
+            num_computed_tokens=0,
+            new_page_ids=tuple(range(first_page, first_page + layout.pages_per_row)),
+            samples=False,
+        )
+        new = NewRow(row=0, sampling=SamplingParams(), seed=0)
+        rows.admit(new)
+        yield rows.build(SchedulerOutput(step=0, new_rows=(new,), rows=(prompt,)), bucket)
+
+
+def _scales(attention: AttentionBackend, num_copies: int, cache: Cache) -> tuple[jax.Array, jax.Array]:
+    """Factors f32[L, 2, K, H] of what is cached, [L, 1, K, H] where values are a part of their keys; all finite?"""
+    num_layers = attention.config.num_layers
+
+    def peaks(pages: jax.Array) -> jax.Array:
+        """[L, K, Z] of an array [copies * L * P, K, S, Z]."""
+        pages = pages.reshape(num_copies, num_layers, -1, *pages.shape[1:])
+        return jnp.max(jnp.abs(pages), axis=(0, 2, 4))
+
+    peaks_L2KH = jnp.stack(attention.unpack(jax.tree.map(peaks, cache)), axis=1).astype(jnp.float32)
+    # A number that was always small, or 0, is rounded as the head's largest is.
+    head_L2K1 = jnp.max(peaks_L2KH, axis=-1, keepdims=True)
+    peaks_L2KH = jnp.maximum(peaks_L2KH, head_L2K1 / _LARGEST)
+    scales_L2KH = jnp.where(peaks_L2KH > 0, peaks_L2KH * (_MARGIN / _LARGEST), 1.0)
+    return scales_L2KH, jnp.all(jnp.isfinite(scales_L2KH))

@@ -1,0 +1,67 @@
+"""What a cache of 8 bits costs in quality: log-probabilities of a text's tokens with it, against those without.
+
+Takes the flags of the server.
+
+    python scripts/bench/cache_quality.py --model-path demo --kv-cache-dtype int8 --text README.md
+"""
+
+import argparse
+from pathlib import Path
+
+import msgspec
+import numpy as np
+
+from jaxserve.arguments import parse_arguments
+from jaxserve.build import build_runner
+from jaxserve.config import EngineConfig
+from jaxserve.model_source import find_model
+from jaxserve.request import SamplingParams
+from jaxserve.step import NewRow, ScheduledRow, SchedulerOutput
+from jaxserve.text.tokenizer import load_tokenizer
+
+
+def logprobs(config: EngineConfig, token_ids: list[int]) -> np.ndarray:
+    """f32, of each token after the first."""
+    built = build_runner(config, lambda items, *_: items)
+    built.runner.compile(lambda names: names)
+    built.runner.warm_up()
+    size, chunk = built.cache.page_size, built.scheduler.max_rows
+    found: list[np.ndarray] = []
+    for start in range(0, len(token_ids) - 1, chunk):
+        tokens = token_ids[start : min(start + chunk, len(token_ids) - 1)]
+        row = ScheduledRow(
+            row=0,
+            token_ids=tuple(tokens),
+            num_computed_tokens=start,
+            new_page_ids=tuple(range(-(-start // size), -(-(start + len(tokens)) // size))),
+            samples=False,
+            prompt_targets=tuple(token_ids[start + 1 : start + 1 + len(tokens)]),
+        )
+        new_rows = (NewRow(row=0, sampling=SamplingParams(), seed=0),) if start == 0 else ()
+        plan = SchedulerOutput(step=0, new_rows=new_rows, rows=(row,))
+        (out,) = built.runner.forward((plan,)).draw((None,)).result()
+        assert out is not None
+        found.append(out.prompt[0].logprobs_C)
+    return np.concatenate(found)
+
+
+def main() -> None:
+    """Print the mean of both, and how far apart they are."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--text", type=Path, required=True)
+    parser.add_argument("--tokens", type=int, default=2048)
+    args, flags = parser.parse_known_args()
+    config = parse_arguments(flags).engine
+    path = find_model(config.model_path, config.revision, config.download_dir)
+    config = msgspec.structs.replace(config, model_path=str(path))
+    text = args.text.read_text()
+    token_ids = load_tokenizer(path).encode(text, add_special_tokens=True, max_tokens=len(text))[: args.tokens]
+    plain = logprobs(msgspec.structs.replace(config, kv_cache_dtype="auto"), token_ids)
+    cached = logprobs(config, token_ids)
+    apart = np.abs(plain - cached)
+    print(f"{len(plain)} tokens: mean {plain.mean():.4f}, with {config.kv_cache_dtype} {cached.mean():.4f}")
+    print(f"apart: mean {apart.mean():.4f}, largest {apart.max():.3f}")
+
+
+if __name__ == "__main__":
+    main()
