@@ -23,7 +23,6 @@ _MAX_ADAPTER_NAME = 256
 _MAX_EXPERTS = 4096
 _MAX_MTP_LAYERS = 16
 # Scores of a group of experts that count.
-_GROUP_SCORES = 2
 
 
 class _Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -88,8 +87,9 @@ class ExpertsConfig(_Config, frozen=True):
         scale: multiplies the weights.
         correction: the choice, but not the weights, is by scores to which a number of each expert is added
             (arXiv:2408.15664).
-        num_groups, top_groups: groups of neighbours, and how many of them a token's experts are from: those whose two
-            best scores have the highest sum (arXiv:2412.19437, section 2.1.2).
+        num_groups, top_groups: groups of neighbours, and how many of them a token's experts are from: those whose best
+            scores have the highest sum (arXiv:2412.19437, section 2.1.2).
+        group_scores: how many of a group's scores are summed.
         bias: router and experts have biases.
         swiglu_limit: gate and up are cut to it, and multiplied as gpt-oss does.
         swiglu_alpha: of that product.
@@ -107,6 +107,7 @@ class ExpertsConfig(_Config, frozen=True):
     correction: bool = False
     num_groups: int = 1
     top_groups: int = 1
+    group_scores: int = 2
     bias: bool = False
     swiglu_limit: float | None = None
     swiglu_alpha: float = 1.702
@@ -128,8 +129,8 @@ class ExpertsConfig(_Config, frozen=True):
         if self.num_groups < 1 or self.num_experts % self.num_groups:
             raise LaunchError(f"config.json: {self.num_experts} experts do not divide into {self.num_groups} groups")
         own = self.num_experts // self.num_groups
-        if self.num_groups > 1 and own < _GROUP_SCORES:
-            raise LaunchError(f"config.json: groups need at least {_GROUP_SCORES} experts, these have {own}")
+        if self.num_groups > 1 and own < self.group_scores:
+            raise LaunchError(f"config.json: groups need at least {self.group_scores} experts, these have {own}")
         if not 1 <= self.top_groups <= self.num_groups or self.top_groups * own < self.top_k:
             raise LaunchError(
                 f"config.json: topk_group must be 1 to {self.num_groups} and give {self.top_k} experts, "

@@ -16,9 +16,30 @@ from jaxserve.models.tensor_name import TensorName
 @refuse_bad_fields
 def read_config(config: Mapping[str, Any]) -> ModelConfig:
     """Read `config.json`."""
-    for key, supported in (("scoring_func", "sigmoid"), ("topk_method", "noaux_tc")):
-        if config.get(key, supported) != supported:
-            raise LaunchError(f"config.json: {key} {config[key]!r} is not supported; supported: {supported}")
+    check(config, "scoring_func", "sigmoid")
+    check(config, "topk_method", "noaux_tc")
+    experts = ExpertsConfig(
+        **read_experts(config),
+        scores="sigmoid",
+        normalize=bool(config.get("norm_topk_prob", True)),
+        scale=float(config.get("routed_scaling_factor", 2.5)),
+        correction=True,
+        num_groups=int(config.get("n_group", 8) or 1),
+        top_groups=int(config.get("topk_group", 4) or 1),
+    )
+    mtp = config.get("num_nextn_predict_layers", config.get("num_mtp_layers"))
+    model = msgspec.structs.replace(read_latent(config), num_mtp_layers=int(mtp or 0))
+    return with_experts(model, experts, range(int(config.get("first_k_dense_replace", 3) or 0)))
+
+
+def check(config: Mapping[str, Any], key: str, *supported: str) -> None:
+    """Raise LaunchError if the file says something else; the first is what it means if it says nothing."""
+    if config.get(key, supported[0]) not in supported:
+        raise LaunchError(f"config.json: {key} {config[key]!r} is not supported; supported: {', '.join(supported)}")
+
+
+def read_latent(config: Mapping[str, Any]) -> ModelConfig:
+    """A model with latent attention, as if all its layers were dense."""
     if int(config.get("moe_layer_freq") or 1) != 1:
         raise LaunchError(f"config.json: moe_layer_freq must be 1, got {config['moe_layer_freq']}")
     q_rank = config.get("q_lora_rank")
@@ -34,28 +55,21 @@ def read_config(config: Mapping[str, Any]) -> ModelConfig:
         # One key for all heads: the latent vector and what is rotated.
         {**config, "num_key_value_heads": 1, "head_dim": latent.kv_rank + latent.rope_dim}
     )
-    expert_size, num_shared = int(config["moe_intermediate_size"]), int(config.get("n_shared_experts", 1) or 0)
+    return msgspec.structs.replace(
+        model, latent=latent, attention_scale=(latent.key_dim + latent.rope_dim) ** -0.5 * _stretch(config) ** 2
+    )
+
+
+def read_experts(config: Mapping[str, Any], num_shared: int = 1) -> dict[str, Any]:
+    """Sizes of `ExpertsConfig`; `num_shared` are meant if the file says nothing."""
+    size, num_shared = int(config["moe_intermediate_size"]), int(config.get("n_shared_experts", num_shared) or 0)
     num_experts = config.get("n_routed_experts", config.get("num_local_experts"))
-    experts = ExpertsConfig(
-        num_experts=int(config["n_routed_experts"] if num_experts is None else num_experts),
-        top_k=int(config["num_experts_per_tok"]),
-        intermediate_size=expert_size,
-        scores="sigmoid",
-        normalize=bool(config.get("norm_topk_prob", True)),
-        scale=float(config.get("routed_scaling_factor", 2.5)),
-        correction=True,
-        num_groups=int(config.get("n_group", 8) or 1),
-        top_groups=int(config.get("topk_group", 4) or 1),
-        shared_intermediate_size=expert_size * num_shared or None,
-    )
-    mtp = config.get("num_nextn_predict_layers", config.get("num_mtp_layers"))
-    model = msgspec.structs.replace(
-        model,
-        latent=latent,
-        attention_scale=(latent.key_dim + latent.rope_dim) ** -0.5 * _stretch(config) ** 2,
-        num_mtp_layers=int(mtp or 0),
-    )
-    return with_experts(model, experts, range(int(config.get("first_k_dense_replace", 3) or 0)))
+    return {
+        "num_experts": int(config["n_routed_experts"] if num_experts is None else num_experts),
+        "top_k": int(config["num_experts_per_tok"]),
+        "intermediate_size": size,
+        "shared_intermediate_size": size * num_shared or None,
+    }
 
 
 def _stretch(config: Mapping[str, Any]) -> float:

@@ -114,7 +114,7 @@ def choose_experts(logits_TE: jax.Array, config: ExpertsConfig, correction_E: ja
 def _in_best_groups(scores_TE: jax.Array, config: ExpertsConfig) -> jax.Array:
     """Whether an expert is in one of the token's groups, bool[T, E]."""
     num_tokens, num_experts = scores_TE.shape
-    best_TGU, _ = lax.top_k(scores_TE.reshape(num_tokens, config.num_groups, -1), 2)
+    best_TGU, _ = lax.top_k(scores_TE.reshape(num_tokens, config.num_groups, -1), config.group_scores)
     _, group_TU = lax.top_k(jnp.sum(best_TGU, axis=-1), config.top_groups)
     chosen_TG = jnp.any(group_TU[:, :, None] == jnp.arange(config.num_groups), axis=1)
     return jnp.repeat(chosen_TG, num_experts // config.num_groups, axis=1)

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from jaxserve.models.architecture import Architecture
 
 _MODULES: Mapping[str, str] = {
+    "DeepseekV2ForCausalLM": "jaxserve.models.deepseek_v2",
     "DeepseekV3ForCausalLM": "jaxserve.models.deepseek_v3",
     "Gemma3ForCausalLM": "jaxserve.models.gemma3",
     "GptOssForCausalLM": "jaxserve.models.gpt_oss",

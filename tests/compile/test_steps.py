@@ -356,19 +356,27 @@ def test_a_named_backend_is_no_wish() -> None:
         lay_out_for("v6e:2x4", "qwen3-4b", 1, attention_backend="gpu")
 
 
-def test_quantised_cache(record_property: Callable[..., None]) -> None:
-    for target in ("v6e:2x4", "h100:1"):
-        engine, _ = lay_out_for(target, "qwen3-4b", 1, kv_cache_dtype="fp8_e4m3")
-        plain, _ = lay_out_for(target, "qwen3-4b", 1)
-        assert engine.cache.num_pages == pytest.approx(2 * plain.cache.num_pages, rel=0.01)
-        step = StepPrograms(engine.step)
-        text, memory = check_program(
-            engine,
-            lambda step=step, engine=engine: step.lower_forward(engine.step.buckets[-2]),
-            parse_target(target).device.memory_bytes,
-            record_property,
-        )
-        check_forward(engine, text, memory, 1)
+@pytest.mark.parametrize(
+    ("target", "dtype"),
+    [
+        ("v6e:2x4", "int8"),
+        ("h100:1", "fp8_e4m3"),
+        pytest.param("v6e:2x4", "fp8_e4m3", marks=pytest.mark.exhaustive),
+        pytest.param("h100:1", "int8", marks=pytest.mark.exhaustive),
+    ],
+)
+def test_quantised_cache(target: str, dtype: str, record_property: Callable[..., None]) -> None:
+    engine, _ = lay_out_for(target, "qwen3-4b", 1, kv_cache_dtype=dtype)
+    plain, _ = lay_out_for(target, "qwen3-4b", 1)
+    assert engine.cache.num_pages == pytest.approx(2 * plain.cache.num_pages, rel=0.01)
+    step = StepPrograms(engine.step)
+    text, memory = check_program(
+        engine,
+        lambda: step.lower_forward(engine.step.buckets[-2]),
+        parse_target(target).device.memory_bytes,
+        record_property,
+    )
+    check_forward(engine, text, memory, 1)
 
 
 def test_long_contexts_take_larger_pages(monkeypatch: pytest.MonkeyPatch) -> None:

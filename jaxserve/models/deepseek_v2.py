@@ -1,0 +1,42 @@
+"""DeepSeek V2 and V2-Lite: V3's layers, whose experts are chosen by softmax (arXiv:2405.04434)."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from jaxserve.config import ExpertsConfig, ModelConfig
+from jaxserve.errors import LaunchError
+from jaxserve.models import deepseek_v3
+from jaxserve.models.architecture import Architecture, build_decoder
+from jaxserve.models.decoder import Path
+from jaxserve.models.hf_config import refuse_bad_fields, with_experts
+from jaxserve.models.tensor_name import TensorName
+
+
+@refuse_bad_fields
+def read_config(config: Mapping[str, Any]) -> ModelConfig:
+    """Read `config.json`."""
+    deepseek_v3.check(config, "scoring_func", "softmax")
+    deepseek_v3.check(config, "topk_method", "greedy", "group_limited_greedy")
+    if config.get("norm_topk_prob"):
+        raise LaunchError("config.json: norm_topk_prob is not supported: DeepSeek's code and transformers' differ")
+    grouped = config.get("topk_method") == "group_limited_greedy"
+    experts = ExpertsConfig(
+        **deepseek_v3.read_experts(config, num_shared=2),
+        normalize=False,
+        scale=float(config.get("routed_scaling_factor", 1.0)),
+        num_groups=int(config["n_group"]) if grouped else 1,
+        top_groups=int(config["topk_group"]) if grouped else 1,
+        group_scores=1,
+    )
+    model = deepseek_v3.read_latent(config)
+    return with_experts(model, experts, range(int(config.get("first_k_dense_replace", 0) or 0)))
+
+
+def tensor_names(config: ModelConfig) -> dict[Path, TensorName]:
+    """See `Architecture`."""
+    names = deepseek_v3.tensor_names(config)
+    del names["layers", "moe", "correction"]
+    return names
+
+
+ARCHITECTURE = Architecture(read_config=read_config, tensor_names=tensor_names, build=build_decoder)
