@@ -75,20 +75,28 @@ class Quantizer(NamedTuple):
     columns: int
     scale_dtype: np.dtype
 
-    def quantize(self, w: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """[..., O, I] as numbers and factors [..., O, I / columns]."""
-        w, size = w.astype(np.float32), w.shape[-1]
-        columns = self.columns or size
-        blocks = np.pad(w, [(0, 0)] * (w.ndim - 1) + [(0, -size % columns)]).reshape(*w.shape[:-1], -1, columns)
+    def factors(self, w: np.ndarray) -> np.ndarray:
+        """Of [..., O, I]: [..., O, I / columns]."""
+        return (np.abs(self._blocks(w)).max(-1) / self._largest).astype(self.scale_dtype)
+
+    def numbers(self, w: np.ndarray) -> np.ndarray:
+        """Of [..., O, I], or bytes of two."""
         # What a factor is rounded to is what numbers are divided by.
-        scale = (np.abs(blocks).max(-1) / self._largest).astype(self.scale_dtype)
-        factor = scale.astype(np.float32)
-        numbers = blocks / np.where(factor == 0, 1, factor)[..., None]
-        numbers = numbers.reshape(*w.shape[:-1], -1)[..., :size]
+        factor = self.factors(w).astype(np.float32)
+        numbers = self._blocks(w) / np.where(factor == 0, 1, factor)[..., None]
+        numbers = numbers.reshape(*w.shape[:-1], -1)[..., : w.shape[-1]]
         if self.dtype != np.uint8:
-            return (np.rint(numbers) if self.dtype == np.int8 else numbers).astype(self.dtype), scale
+            return (np.rint(numbers) if self.dtype == np.int8 else numbers).astype(self.dtype)
         code = (np.rint(numbers) + 8).astype(np.uint8)
-        return code[..., ::2] | code[..., 1::2] << 4, scale
+        return code[..., ::2] | code[..., 1::2] << 4
+
+    def _blocks(self, w: np.ndarray) -> np.ndarray:
+        """f32[..., O, I / columns, columns]; the last one is filled up with zeros."""
+        size = w.shape[-1]
+        columns = self.columns or size
+        if rest := -size % columns:
+            w = np.pad(w, [(0, 0)] * (w.ndim - 1) + [(0, rest)])
+        return w.astype(np.float32).reshape(*w.shape[:-1], -1, columns)
 
     @property
     def _largest(self) -> float:
@@ -127,7 +135,8 @@ class _Quantized:
         """Part of it; rows are read whole."""
         index = (*index, *(slice(None),) * (len(self.shape) - len(index)))
         whole = self._source.read(self._tensor, (*index[:-1], slice(None)))
-        return self._quantizer.quantize(whole)[self._scale][..., index[-1]]
+        made = self._quantizer.factors(whole) if self._scale else self._quantizer.numbers(whole)
+        return made[..., index[-1]]
 
 
 class _Plain:
