@@ -74,9 +74,12 @@ STEPS = [
     ("v6e:2x4", "llama-3.3-70b", 8),
     ("v5p:2x2x2", "llama-3.3-70b", 8),
     beside("tpu7x:2x2x1", "llama-3.3-70b", 8),
-    *(("h100:1", name, 1) for name in ("qwen2.5-0.5b", "qwen3-4b", "llama-3.1-8b")),
-    *(("h100:8", *model) for model in (("llama-3.1-8b", 4), ("llama-3.3-70b", 8))),
-    ("h200:8", "llama-3.3-70b", 8),
+    ("h100:1", "qwen2.5-0.5b", 1),
+    beside("h100:1", "qwen3-4b", 1),
+    ("h100:1", "llama-3.1-8b", 1),
+    beside("h100:8", "llama-3.1-8b", 4),
+    ("h100:8", "llama-3.3-70b", 8),
+    beside("h200:8", "llama-3.3-70b", 8),
 ]
 # Each model on a TPU and on a GPU, and both vocabularies split and whole.
 DECODE_STEPS = [
