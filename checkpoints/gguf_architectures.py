@@ -119,6 +119,9 @@ def _deepseek2(metadata: Metadata, config: Mapping[str, Any]) -> dict[str, Any]:
     key_dim = metadata("attention.key_length_mla", None) or metadata("attention.key_length", config["head_dim"])
     # Files that say nothing of groups are older than those; V3's has them none the less.
     num_groups, top_groups = (8, 4) if experts["num_experts"] == _DEEPSEEK_V3_EXPERTS else (1, 1)
+    scores = _GATING.get(int(metadata("expert_gating_func", 1)))
+    if scores != "sigmoid":
+        raise CheckpointError("DeepSeek V2 as GGUF is not supported; V3, R1 and Kimi K2 are")
     stretch = metadata("rope.scaling.yarn_log_multiplier", None)
     # Both factors are the same in all models; files have a tenth of one.
     mscale = {} if stretch is None else {"mscale": 10 * float(stretch), "mscale_all_dim": 10 * float(stretch)}
@@ -128,7 +131,7 @@ def _deepseek2(metadata: Metadata, config: Mapping[str, Any]) -> dict[str, Any]:
         "n_shared_experts": int(metadata("expert_shared_count", 0)),
         "n_group": int(metadata("expert_group_count", num_groups)),
         "topk_group": int(metadata("expert_group_used_count", top_groups)),
-        "scoring_func": _GATING.get(int(metadata("expert_gating_func", 1)), "softmax"),
+        "scoring_func": scores,
         "norm_topk_prob": bool(metadata("expert_weights_norm", False)),
         "routed_scaling_factor": float(metadata("expert_weights_scale", 1.0)),
         "first_k_dense_replace": int(metadata("leading_dense_block_count", 0)),

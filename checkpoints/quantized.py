@@ -77,18 +77,22 @@ class Quantizer(NamedTuple):
 
     def factors(self, w: np.ndarray) -> np.ndarray:
         """Of [..., O, I]: [..., O, I / columns]."""
-        return (np.abs(self._blocks(w)).max(-1) / self._largest).astype(self.scale_dtype)
+        return self._factors(self._blocks(w))
 
     def numbers(self, w: np.ndarray) -> np.ndarray:
         """Of [..., O, I], or bytes of two."""
+        blocks = self._blocks(w)
         # What a factor is rounded to is what numbers are divided by.
-        factor = self.factors(w).astype(np.float32)
-        numbers = self._blocks(w) / np.where(factor == 0, 1, factor)[..., None]
+        factor = self._factors(blocks).astype(np.float32)
+        numbers = blocks / np.where(factor == 0, 1, factor)[..., None]
         numbers = numbers.reshape(*w.shape[:-1], -1)[..., : w.shape[-1]]
         if self.dtype != np.uint8:
             return (np.rint(numbers) if self.dtype == np.int8 else numbers).astype(self.dtype)
         code = (np.rint(numbers) + 8).astype(np.uint8)
         return code[..., ::2] | code[..., 1::2] << 4
+
+    def _factors(self, blocks: np.ndarray) -> np.ndarray:
+        return (np.abs(blocks).max(-1) / self._largest).astype(self.scale_dtype)
 
     def _blocks(self, w: np.ndarray) -> np.ndarray:
         """f32[..., O, I / columns, columns]; the last one is filled up with zeros."""

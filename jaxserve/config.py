@@ -22,7 +22,6 @@ QuantizedPart = Literal["attention", "mlp", "shared_expert", "experts"]
 _MAX_ADAPTER_NAME = 256
 _MAX_EXPERTS = 4096
 _MAX_MTP_LAYERS = 16
-# Scores of a group of experts that count.
 
 
 class _Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -228,7 +228,7 @@ def _advice(design: ModelDesign, engine: EngineDesign, target: Target, outcome: 
     if engine.scheduler.context_length < design.scheduler.context_length:
         advice.append(
             f"the pool holds no request of {design.scheduler.context_length:,} tokens, only of "
-            f"{engine.scheduler.context_length:,}: --context-length, --kv-cache-dtype fp8_e4m3 or more devices help"
+            f"{engine.scheduler.context_length:,}: --context-length, --kv-cache-dtype int8 or more devices help"
         )
     return advice
 

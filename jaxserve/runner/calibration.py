@@ -1,8 +1,8 @@
 """Measures how large keys and values are, for a cache whose integers need factors.
 
 The model runs prompts of random tokens with a cache of its own dtype, which is then looked at. How large the numbers of
-a head are is the model's rather than the text's. What is cut off costs more than a bit: with room for twice what random
-tokens need, a text's log-probabilities are as near to those of an f32 cache as with factors measured on other text.
+a head are is the model's rather than the text's; what is cut off costs more than a bit does, so there is room for twice
+what random tokens need.
 """
 
 import dataclasses
@@ -13,8 +13,10 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxserve.errors import LaunchError
+from jaxserve.mesh import weight_format
 from jaxserve.models.decoder import Decoder, Weights
 from jaxserve.request import SamplingParams
 from jaxserve.runner.batch import BatchLayout, ForwardBatch, RowTable
@@ -31,6 +33,8 @@ _NUM_TOKENS = 2048
 # Other tokens have larger numbers.
 _MARGIN = 2.0
 _LARGEST = 127
+# Of the head's largest number.
+_SMALLEST = 1 / 8
 
 
 def with_cache_scales(served: StepModel, plain: Decoder, weights: Weights, meet: Callable[[], object]) -> Weights:
@@ -47,8 +51,10 @@ def with_cache_scales(served: StepModel, plain: Decoder, weights: Weights, meet:
     """
     model = _to_measure(served, plain)
     programs = StepPrograms(model)
-    shape = StepPrograms(served).weight_shapes()["layers"]["attention"]["cache_scales"]
-    measure = jax.jit(partial(_scales, model.attention, programs.num_copies), out_shardings=(shape.format, None))
+    spec = served.decoder.param_specs["layers", "attention", "cache_scales"]
+    results = weight_format(spec.axes, spec.shape, served.mesh), NamedSharding(served.mesh, PartitionSpec())
+    measure = partial(_scales, model.attention, plain.config.rope_dim, programs.num_copies)
+    measure = jax.jit(measure, out_shardings=results)
     forward = programs.lower_forward(model.buckets[0]).compile()
     measured = measure.lower(programs.cache_shapes()).compile()
     meet()
@@ -59,7 +65,7 @@ def with_cache_scales(served: StepModel, plain: Decoder, weights: Weights, meet:
     scales, finite = measured(cache)
     if not finite:
         raise LaunchError("--kv-cache-dtype int8: keys or values of random tokens are not finite")
-    logger.info("cached keys and values: int8, factors measured on %d tokens", _NUM_TOKENS)
+    logger.info("cached keys and values: int8, with factors measured on random tokens")
     attention = {**weights["layers"]["attention"], "cache_scales": scales}
     return {**weights, "layers": {**weights["layers"], "attention": attention}}
 
@@ -93,8 +99,15 @@ def _prompts(layout: BatchLayout, bucket: Bucket) -> Iterator[ForwardBatch]:
         yield rows.build(SchedulerOutput(step=0, new_rows=(new,), rows=(prompt,)), bucket)
 
 
-def _scales(attention: AttentionBackend, num_copies: int, cache: Cache) -> tuple[jax.Array, jax.Array]:
-    """Factors f32[L, 2, K, H] of what is cached, [L, 1, K, H] where values are a part of their keys; all finite?"""
+def _scales(attention: AttentionBackend, rope_dim: int, num_copies: int, cache: Cache) -> tuple[jax.Array, jax.Array]:
+    """Factors f32[L, 2, K, H] of what is cached, [L, 1, K, H] where values are a part of their keys; all finite?
+
+    Args:
+        attention: has the cache.
+        rope_dim: the last so many numbers of a key are rotated, the first half of them against the other.
+        num_copies: of the model.
+        cache: once the prompts have run.
+    """
     num_layers = attention.config.num_layers
 
     def peaks(pages: jax.Array) -> jax.Array:
@@ -103,8 +116,12 @@ def _scales(attention: AttentionBackend, num_copies: int, cache: Cache) -> tuple
         return jnp.max(jnp.abs(pages), axis=(0, 2, 4))
 
     peaks_L2KH = jnp.stack(attention.unpack(jax.tree.map(peaks, cache)), axis=1).astype(jnp.float32)
-    # A number that was always small, or 0, is rounded as the head's largest is.
+    finite = jnp.all(jnp.isfinite(peaks_L2KH))
+    # Where the rotation is slow, what one number of a pair has in these prompts the other has in longer ones.
+    pairs_LK2R = peaks_L2KH[:, 0, :, -rope_dim:].reshape(*peaks_L2KH[:, 0].shape[:-1], 2, -1)
+    larger_LKR = jnp.max(pairs_LK2R, axis=-2)
+    peaks_L2KH = peaks_L2KH.at[:, 0, :, -rope_dim:].set(jnp.concatenate([larger_LKR, larger_LKR], axis=-1))
+    # Nor is a number that was small with these tokens sure to be with others.
     head_L2K1 = jnp.max(peaks_L2KH, axis=-1, keepdims=True)
-    peaks_L2KH = jnp.maximum(peaks_L2KH, head_L2K1 / _LARGEST)
-    scales_L2KH = jnp.where(peaks_L2KH > 0, peaks_L2KH * (_MARGIN / _LARGEST), 1.0)
-    return scales_L2KH, jnp.all(jnp.isfinite(scales_L2KH))
+    peaks_L2KH = jnp.maximum(peaks_L2KH, head_L2K1 * _SMALLEST)
+    return jnp.where(peaks_L2KH > 0, peaks_L2KH * (_MARGIN / _LARGEST), 1.0), finite

@@ -29,7 +29,7 @@ class Case:
         heads: query heads, key heads, head dim.
         window, soft_cap: see `AttentionConfig`.
         sinks: every head has one.
-        range: keys and values are so large, queries so small.
+        magnitude: keys and values are so large, queries so small.
         value_dim: see `AttentionConfig`.
     """
 
@@ -42,7 +42,7 @@ class Case:
     window: int | None = None
     soft_cap: float | None = None
     sinks: bool = False
-    range: float = 1.0
+    magnitude: float = 1.0
     value_dim: int | None = None
 
     def config(self, dtype: Any, *, batch_invariant: bool = False) -> AttentionConfig:
@@ -134,21 +134,21 @@ def make_step(case: Case, config: AttentionConfig) -> Step:
         position_s = np.arange(kv_len)
         slot_s = table_BM[row, position_s // size] * size + position_s % size
         old = kv_len - q_len
-        keys_2sKH = case.range * rng.standard_normal((2, old, config.num_kv_heads, config.head_dim))
+        keys_2sKH = case.magnitude * rng.standard_normal((2, old, config.num_kv_heads, config.head_dim))
         pages_2PSKH[:, LAYER * config.num_pages + slot_s[:old] // size, slot_s[:old] % size] = keys_2sKH
         slot_T[ends_B1[row] : ends_B1[row + 1]] = slot_s[old:]
         position_T[ends_B1[row] : ends_B1[row + 1]] = position_s[old:]
 
-    def activations(heads: int, size: float) -> np.ndarray:
-        return _rounded(size * rng.standard_normal((case.num_tokens, heads, config.head_dim)), config.compute_dtype)
+    def activations(heads: int, factor: float) -> np.ndarray:
+        return _rounded(factor * rng.standard_normal((case.num_tokens, heads, config.head_dim)), config.compute_dtype)
 
     num_decode = sum(length == 1 for length in case.q_lens)
     meta = (kv_lens_B, table_BM, ends_B1, np.array([num_decode, count], np.int32), slot_T, position_T)
     k_PSKH, v_PSKH = (_cached(pages_PSKH, config) for pages_PSKH in pages_2PSKH)
     return Step(
-        activations(config.num_q_heads, 1 / case.range),
-        activations(config.num_kv_heads, case.range),
-        activations(config.num_kv_heads, case.range),
+        activations(config.num_q_heads, 1 / case.magnitude),
+        activations(config.num_kv_heads, case.magnitude),
+        activations(config.num_kv_heads, case.magnitude),
         k_PSKH,
         v_PSKH,
         AttentionMeta(*map(jnp.asarray, meta)),

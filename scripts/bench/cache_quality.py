@@ -52,6 +52,8 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=2048)
     args, flags = parser.parse_known_args()
     config = parse_arguments(flags).engine
+    if config.dp_size > 1:
+        parser.error("--dp-size: one copy reads the text")
     path = find_model(config.model_path, config.revision, config.download_dir)
     config = msgspec.structs.replace(config, model_path=str(path))
     text = args.text.read_text()

@@ -187,7 +187,7 @@ def test_quantised_cache(implementation: type[Any], dtype: jnp.dtype, page_size:
         heads=(6, 2, 64),
         page_size=page_size,
         # Some are past what int8 holds.
-        range=50.0 if dtype == INT8 else 1.0,
+        magnitude=50.0 if dtype == INT8 else 1.0,
     )
     run(implementation, case, dtype)
 
@@ -195,7 +195,7 @@ def test_quantised_cache(implementation: type[Any], dtype: jnp.dtype, page_size:
 @pytest.mark.parametrize("dtype", [BF16, FP8, INT8], ids=str)
 @pytest.mark.parametrize("implementation", [Xla, *(pytest.param(one, marks=needs_pallas) for one in (Tpu, Gpu))])
 def test_values_that_are_a_part_of_their_keys(implementation: type[Any], dtype: jnp.dtype) -> None:
-    run(implementation, SHAPES["latent"].with_options(range=30.0 if dtype == INT8 else 1.0), dtype)
+    run(implementation, SHAPES["latent"].with_options(magnitude=30.0 if dtype == INT8 else 1.0), dtype)
 
 
 @pytest.mark.parametrize("group", [1, 7, 8])

@@ -1,5 +1,6 @@
 """Reading config.json, and flags."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -215,7 +216,7 @@ def test_layers_with_experts() -> None:
 
 @pytest.mark.parametrize("names", [None, [], ["Nothing"], ["LlamaForCausalLM", "Other"], "LlamaForCausalLM", [5]])
 def test_unknown_architectures_list_the_known(names: Any) -> None:
-    with pytest.raises(LaunchError, match="supported: DeepseekV3ForCausalLM, Gemma3ForCausalLM, GptOssForCausalLM"):
+    with pytest.raises(LaunchError, match="supported: DeepseekV2ForCausalLM, DeepseekV3ForCausalLM, Gemma3ForC"):
         architecture_name({"architectures": names})
 
 
@@ -340,3 +341,19 @@ def test_devices(flags: list[str], sizes: tuple[int, int, int, bool]) -> None:
 def test_devices_that_do_not_go_together(flags: list[str], message: str) -> None:
     with pytest.raises(LaunchError, match=message):
         parse_arguments(["--model", "demo", *flags])
+
+
+def test_deepseek_v2_chooses_experts_among_all_or_in_groups() -> None:
+    folder = Path(__file__).parent.parent / "golden" / "deepseek_v2"
+    config = json.loads((folder / "config.json").read_text())
+    read = find_architecture(config).model_config
+    grouped = read(config).experts
+    assert grouped is not None
+    assert (grouped.num_groups, grouped.top_groups, grouped.group_scores, grouped.scale) == (4, 2, 1, 4.0)
+    lite = read(config | {"topk_method": "greedy", "n_group": 1, "topk_group": 1, "routed_scaling_factor": 1.0}).experts
+    assert lite is not None
+    assert (lite.num_groups, lite.normalize, lite.scores) == (1, False, "softmax")
+    with pytest.raises(LaunchError, match="topk_method 'noaux_tc' is not supported; supported: greedy, group_lim"):
+        read(config | {"topk_method": "noaux_tc"})
+    with pytest.raises(LaunchError, match="norm_topk_prob is not supported"):
+        read(config | {"norm_topk_prob": True})

@@ -193,8 +193,9 @@ def test_metadata_that_cannot_be_meant_is_refused(tmp_path: Path, monkeypatch: p
     for family, key, value, message in (
         ("olmo2", "attention.sliding_window", 128, "OLMo 3"),
         ("gemma3", "rope.freq_base_swa", "much", "could not convert"),
+        ("deepseek2", "expert_gating_func", 1, "DeepSeek V2 as GGUF is not supported"),
     ):
-        monkeypatch.setitem(FAMILIES, family, {key: value})
+        monkeypatch.setitem(FAMILIES, family, {**FAMILIES[family], key: value})
         write(tmp_path / f"{family}.gguf", family)
         with pytest.raises(CheckpointError, match=message):
             _ = GGUFCheckpoint(tmp_path / f"{family}.gguf").config

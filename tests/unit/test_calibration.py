@@ -1,0 +1,61 @@
+"""Factors of an integer cache, from what a cache of floats holds."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxserve.mesh import make_mesh
+from jaxserve.runner.calibration import _LARGEST, _MARGIN, _SMALLEST, _scales
+from kernels_pallas.paged_attention.api import AttentionConfig
+from kernels_pallas.paged_attention.xla import XlaAttention
+
+NUM_LAYERS, NUM_HEADS, HEAD_DIM = 2, 2, 4
+
+
+def scales(k_PKSH: np.ndarray, v_PKSH: np.ndarray, rope_dim: int = HEAD_DIM) -> tuple[np.ndarray, bool]:
+    """Peaks that the factors of a cache of two copies allow."""
+    config = AttentionConfig(
+        num_layers=NUM_LAYERS, num_q_heads=2, num_kv_heads=NUM_HEADS, head_dim=HEAD_DIM, page_size=8, num_pages=3,
+        dtype=jnp.float32, scale=1.0,
+    )  # fmt: skip
+    cache = {"k": jnp.asarray(k_PKSH), "v": jnp.asarray(v_PKSH)}
+    found, finite = _scales(XlaAttention(config, make_mesh(1)), rope_dim, 2, cache)
+    return np.asarray(found) * _LARGEST / _MARGIN, bool(finite)
+
+
+def empty() -> np.ndarray:
+    return np.zeros((2 * NUM_LAYERS * 3, NUM_HEADS, 8, HEAD_DIM), np.float32)
+
+
+def test_the_largest_number_of_every_place_counts_in_any_copy() -> None:
+    rng = np.random.default_rng(0)
+    values = 1 + rng.random((12, NUM_HEADS, 8, HEAD_DIM), np.float32)
+    got, finite = scales(empty(), -values)
+    want = values.reshape(2, NUM_LAYERS, 3, NUM_HEADS, 8, HEAD_DIM).max((0, 2, 4))
+    np.testing.assert_allclose(got[:, 1], want, rtol=1e-6)
+    assert finite
+
+
+def test_a_rotated_pair_has_the_larger_of_both() -> None:
+    """A slow rotation turns one into the other only at positions that were not run."""
+    keys = empty()
+    keys[0, 0, 0] = 8, 5, 2, 6
+    assert scales(keys, empty())[0][0, 0, 0].tolist() == [8, 6, 8, 6]
+    # Of a latent vector, only the last numbers are rotated.
+    assert scales(keys, empty(), rope_dim=2)[0][0, 0, 0].tolist() == [8, 5, 6, 6]
+
+
+def test_small_numbers_have_room() -> None:
+    values = empty()
+    values[3, 1, 2, 0] = 16
+    got, _ = scales(empty(), values)
+    np.testing.assert_allclose(got[1, 1, 1], [16, *[16 * _SMALLEST] * 3])
+    # Nothing is known of a head that was always 0.
+    np.testing.assert_allclose(got[0, 1], _LARGEST / _MARGIN)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_numbers_that_are_not_finite_are_seen(bad: float) -> None:
+    keys = empty()
+    keys[5, 0, 3, 1] = bad
+    assert not scales(keys, empty())[1]
