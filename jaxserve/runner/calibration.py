@@ -1,8 +1,8 @@
 """Measures how large keys and values are, for a cache whose integers need factors.
 
 The model runs prompts of random tokens with a cache of its own dtype, which is then looked at. How large the numbers of
-a head are is the model's rather than the text's; what is cut off costs more than a bit does, so there is room for twice
-what random tokens need.
+a head are is the model's rather than the text's; what is cut off costs more than a bit does, so there is room for half
+as much again.
 """
 
 import dataclasses
@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 
 _NUM_TOKENS = 2048
 # Other tokens have larger numbers.
-_MARGIN = 2.0
+_MARGIN = 1.5
 _LARGEST = 127
 # Of the head's largest number.
 _SMALLEST = 1 / 8
