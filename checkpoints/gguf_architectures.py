@@ -119,8 +119,7 @@ def _deepseek2(metadata: Metadata, config: Mapping[str, Any]) -> dict[str, Any]:
     key_dim = metadata("attention.key_length_mla", None) or metadata("attention.key_length", config["head_dim"])
     # Files that say nothing of groups are older than those; V3's has them none the less.
     num_groups, top_groups = (8, 4) if experts["num_experts"] == _DEEPSEEK_V3_EXPERTS else (1, 1)
-    scores = _GATING.get(int(metadata("expert_gating_func", 1)))
-    if scores != "sigmoid":
+    if int(metadata("expert_gating_func", 1)) != _SIGMOID:
         raise CheckpointError("DeepSeek V2 as GGUF is not supported; V3, R1 and Kimi K2 are")
     stretch = metadata("rope.scaling.yarn_log_multiplier", None)
     # Both factors are the same in all models; files have a tenth of one.
@@ -131,7 +130,7 @@ def _deepseek2(metadata: Metadata, config: Mapping[str, Any]) -> dict[str, Any]:
         "n_shared_experts": int(metadata("expert_shared_count", 0)),
         "n_group": int(metadata("expert_group_count", num_groups)),
         "topk_group": int(metadata("expert_group_used_count", top_groups)),
-        "scoring_func": scores,
+        "scoring_func": "sigmoid",
         "norm_topk_prob": bool(metadata("expert_weights_norm", False)),
         "routed_scaling_factor": float(metadata("expert_weights_scale", 1.0)),
         "first_k_dense_replace": int(metadata("leading_dense_block_count", 0)),
@@ -147,7 +146,7 @@ def _deepseek2(metadata: Metadata, config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 _DEEPSEEK_V3_EXPERTS = 256
-_GATING = {1: "softmax", 2: "sigmoid"}
+_SIGMOID = 2  # of `expert_gating_func`; 1 is softmax
 _EXPERTS = {
     "ffn_gate_inp": "mlp.gate",
     "ffn_gate_exps": "mlp.experts.{expert}.gate_proj",

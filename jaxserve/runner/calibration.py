@@ -58,7 +58,8 @@ def with_cache_scales(served: StepModel, plain: Decoder, weights: Weights, meet:
     forward = programs.lower_forward(model.buckets[0]).compile()
     measured = measure.lower(programs.cache_shapes()).compile()
     meet()
-    cache, last_token_R = programs.empty_cache(), programs.empty_state().last_token_R
+    last = programs.state_shapes().last_token_R
+    cache, last_token_R = programs.empty_cache(), jnp.zeros(last.shape, last.dtype, device=last.sharding)
     for prompt in _prompts(model.layout, model.buckets[0]):
         batch = jax.tree.map(lambda array: np.stack([array] * programs.num_copies), prompt)
         cache, _ = forward(weights, {}, cache, last_token_R, to_devices(batch, programs.by_copy))

@@ -13,16 +13,11 @@ from kernels_pallas.shards import MODEL, over_model
 PAGES_PARTITION = P(None, MODEL, None, None)
 
 
-def head_major_spec(config: AttentionConfig, dtype: Any = None) -> dict[str, CacheSpec]:
-    """Keys and values apart, [L * P, K, S, H]; values that are part of the keys have no array.
-
-    Args:
-        config: of the model.
-        dtype: of the arrays, if not the config's.
-    """
+def head_major_spec(config: AttentionConfig) -> dict[str, CacheSpec]:
+    """Keys and values apart, [L * P, K, S, H]; values that are part of the keys have no array."""
     c = config
     shape = (c.num_layers * c.num_pages, c.num_kv_heads, c.page_size, c.head_dim)
-    spec = CacheSpec(shape, dtype or c.dtype, PAGES_PARTITION)
+    spec = CacheSpec(shape, c.dtype, PAGES_PARTITION)
     return {"k": spec, "v": spec} if c.value_dim is None else {"k": spec}
 
 

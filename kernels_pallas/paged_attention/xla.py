@@ -5,6 +5,7 @@ longer rows (prefill) tiles of queries. Gathered pages are few enough to stay in
 contexts first costs more than the attention itself.
 """
 
+import dataclasses
 from typing import NamedTuple
 
 import jax
@@ -42,7 +43,7 @@ class XlaAttention:
 
     def cache_spec(self) -> dict[str, CacheSpec]:
         """Keys and values apart, head-major pages: the layout whose batched products need no transpose."""
-        return head_major_spec(self.config, stored_dtype(self.config))
+        return head_major_spec(dataclasses.replace(self.config, dtype=stored_dtype(self.config)))
 
     def unpack(self, arrays: Cache) -> tuple[jax.Array, ...]:
         """They lie apart."""
