@@ -85,7 +85,6 @@ class _Problem(NamedTuple):
     config: AttentionConfig
     tile: Tile
     splits: int
-    quantized: bool
 
 
 class _Scratch(NamedTuple):
@@ -113,7 +112,7 @@ def decode_bytes(config: AttentionConfig, tile: Tile, splits: int, kv_lens: list
     Per row: its pages, or the stretches of them that a block takes, once (copies named twice by one split come from the
     cache), a query per head and split, and the parts, which are written by the kernel and read by the merge.
     """
-    problem = _Problem(config, tile, splits, quantized=False)
+    problem = _Problem(config, tile, splits)
     itemsize = jnp.dtype(config.dtype).itemsize
     group = -(-config.num_q_heads // config.num_kv_heads // _ROW_MULTIPLE) * _ROW_MULTIPLE
     stretch = min(config.page_size, tile.keys)
@@ -161,7 +160,7 @@ def attend_decode(
     stats = jax.ShapeDtypeStruct(parts, jnp.float32)
     # A fresh function per call: one that is reused with another grid keeps its first trace.
     kernel = plgpu.kernel(
-        partial(_kernel, problem=_Problem(config, tile, splits, layer.quantized)),
+        partial(_kernel, problem=_Problem(config, tile, splits)),
         out_type=(jax.ShapeDtypeStruct((*parts, head_dim), _part_dtype(config)), stats, stats),
         scratch_types=[_scratch_types(tile, config)],
         grid=(splits, num_kv_heads, num_rows),

@@ -27,8 +27,3 @@ class GpuLayer(NamedTuple):
     def num_kv_heads(self) -> int:
         """Of the shard."""
         return self.keys_PKSH.shape[1]
-
-    @property
-    def quantized(self) -> bool:
-        """Whether the cache has 8 bits."""
-        return self.keys_PKSH.dtype.itemsize == 1

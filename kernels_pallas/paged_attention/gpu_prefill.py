@@ -96,7 +96,6 @@ class _Problem(NamedTuple):
     tile: Tile
     tokens: int
     group: int
-    quantized: bool
 
 
 class _RowShare(NamedTuple):
@@ -149,7 +148,7 @@ def attend_prefill(
     num_kv_heads, meta = layer.num_kv_heads, layer.meta
     group = padded_group(num_heads, num_kv_heads)
     tokens = tile.rows // group
-    problem = _Problem(config, tile, tokens, group, layer.quantized)
+    problem = _Problem(config, tile, tokens, group)
     inputs = PrefillInputs(
         first_page_1=layer.first_page[None],
         kv_lens_B=meta.kv_lens_B,
