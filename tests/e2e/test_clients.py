@@ -3,6 +3,7 @@
 import json
 import shutil
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +29,9 @@ class Weather(BaseModel):
 
 
 @pytest.fixture
-def client(demo: ServerProcess) -> OpenAI:
-    return OpenAI(base_url=f"{demo.url}/v1", api_key="none", max_retries=0)
+def client(demo: ServerProcess) -> Iterator[OpenAI]:
+    with OpenAI(base_url=f"{demo.url}/v1", api_key="none", max_retries=0) as client:
+        yield client
 
 
 def tool() -> Any:
@@ -100,18 +102,23 @@ def test_responses_follow_each_other(client: OpenAI) -> None:
         client.responses.create(model="demo", input="x", previous_response_id=first.id)
 
 
-def test_anthropic(demo: ServerProcess) -> None:
-    client = Anthropic(base_url=demo.url, api_key="none", max_retries=0)
+@pytest.fixture
+def anthropic(demo: ServerProcess) -> Iterator[Anthropic]:
+    with Anthropic(base_url=demo.url, api_key="none", max_retries=0) as client:
+        yield client
+
+
+def test_anthropic(anthropic: Anthropic) -> None:
     body: Any = {"model": "demo", "max_tokens": 100, "messages": MESSAGES, "extra_body": {"temperature": 0}}
-    assert client.messages.create(**body).content[0].text == PARIS  # type: ignore[union-attr]
-    with client.messages.stream(**body) as stream:
+    assert anthropic.messages.create(**body).content[0].text == PARIS  # type: ignore[union-attr]
+    with anthropic.messages.stream(**body) as stream:
         assert "".join(stream.text_stream) == PARIS
     tools: Any = [{"name": "weather", "input_schema": tool()["function"]["parameters"]}]
-    with client.messages.stream(**body, tools=tools, tool_choice={"type": "tool", "name": "weather"}) as stream:
+    with anthropic.messages.stream(**body, tools=tools, tool_choice={"type": "tool", "name": "weather"}) as stream:
         final = stream.get_final_message()
     assert final.stop_reason == "tool_use"
     assert Weather(**final.content[0].input)  # type: ignore[union-attr]
-    counted = client.messages.count_tokens(model="demo", messages=MESSAGES)
+    counted = anthropic.messages.count_tokens(model="demo", messages=MESSAGES)
     assert counted.input_tokens == 37
 
 

@@ -12,10 +12,10 @@ pytestmark = pytest.mark.demo
 
 
 def test_the_demo_knows_a_capital(demo: ServerProcess) -> None:
-    client = OpenAI(base_url=f"{demo.url}/v1", api_key="none")
-    answer = client.chat.completions.create(
-        model="demo", messages=[{"role": "user", "content": "What is the capital of France?"}], temperature=0
-    )
+    with OpenAI(base_url=f"{demo.url}/v1", api_key="none") as client:
+        answer = client.chat.completions.create(
+            model="demo", messages=[{"role": "user", "content": "What is the capital of France?"}], temperature=0
+        )
     assert answer.choices[0].message.content == "The capital of France is Paris."
     assert answer.choices[0].finish_reason == "stop"
     assert answer.usage is not None

@@ -3,6 +3,7 @@
 import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import httpx
 import openai
@@ -53,10 +54,11 @@ def test_adapters_are_served_beside_the_base(flags: list[str], server: ServerPro
     with ThreadPoolExecutor(20) as pool:
         together = pool.map(lambda model: (model, complete(process, model)), models * 8)
         assert all(text == alone[model] for model, text in together)
-    client = openai.OpenAI(base_url=f"{process.url}/v1", api_key="none")
-    answer = client.completions.create(
-        model="tiny", prompt=[1, 2, 3], max_tokens=16, temperature=0, extra_body={"lora_path": "b", "ignore_eos": True}
-    )
+    chosen: Any = {"lora_path": "b", "ignore_eos": True}
+    with openai.OpenAI(base_url=f"{process.url}/v1", api_key="none") as client:
+        answer = client.completions.create(
+            model="tiny", prompt=[1, 2, 3], max_tokens=16, temperature=0, extra_body=chosen
+        )
     assert answer.choices[0].text == alone["tiny:b"]
     assert "jaxserve_compiles_after_ready_total 0.0" in httpx.get(f"{process.url}/metrics").text
     assert process.stop() == 0

@@ -4,6 +4,7 @@ import asyncio
 import os
 import signal
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import httpx
@@ -17,8 +18,9 @@ MESSAGES: Any = [{"role": "user", "content": "Tell me about JAX."}]
 
 
 @pytest.fixture
-def client(server: ServerProcess) -> OpenAI:
-    return OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
+def client(server: ServerProcess) -> Iterator[OpenAI]:
+    with OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
+        yield client
 
 
 def metric(server: ServerProcess, name: str) -> float:
