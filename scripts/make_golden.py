@@ -34,6 +34,7 @@ LLAMA3 = {
     "original_max_position_embeddings": 32,
 }
 YARN = {"rope_type": "yarn", "rope_theta": 1000.0, "factor": 4.0, "original_max_position_embeddings": 32}
+LATENT = {"num_key_value_heads": 4, "kv_lora_rank": 16, "qk_rope_head_dim": 8}
 MODELS = {
     "llama": {"model_type": "llama", "tie_word_embeddings": True},
     "llama_wide_heads": {
@@ -95,13 +96,11 @@ MODELS = {
         "norm_topk_prob": True,
     },
     "deepseek_v3": {
+        **LATENT,
         "model_type": "deepseek_v3",
         "num_hidden_layers": 4,
-        "num_key_value_heads": 4,
         "first_k_dense_replace": 2,
         "q_lora_rank": 24,
-        "kv_lora_rank": 16,
-        "qk_rope_head_dim": 8,
         "qk_nope_head_dim": 12,
         "v_head_dim": 10,
         "moe_intermediate_size": 16,
@@ -114,12 +113,10 @@ MODELS = {
         "rope_parameters": {**YARN, "mscale": 0.8, "mscale_all_dim": 1.2},
     },
     "deepseek_v3_whole_queries": {
+        **LATENT,
         "model_type": "deepseek_v3",
-        "num_key_value_heads": 4,
         "first_k_dense_replace": 1,
         "q_lora_rank": None,
-        "kv_lora_rank": 16,
-        "qk_rope_head_dim": 8,
         "qk_nope_head_dim": 16,
         "v_head_dim": 16,
         "attention_bias": True,
@@ -131,13 +128,11 @@ MODELS = {
         "rope_interleave": False,
     },
     "deepseek_v2": {
+        **LATENT,
         "model_type": "deepseek_v2",
         "num_hidden_layers": 3,
-        "num_key_value_heads": 4,
         "first_k_dense_replace": 1,
         "q_lora_rank": None,
-        "kv_lora_rank": 16,
-        "qk_rope_head_dim": 8,
         "qk_nope_head_dim": 12,
         "v_head_dim": 10,
         "moe_intermediate_size": 16,
@@ -151,13 +146,11 @@ MODELS = {
     },
     "qwen3_fp8": {"model_type": "qwen3", "head_dim": 16, "intermediate_size": 64, "fp8_block": 8},
     "deepseek_v3_fp8": {
+        **LATENT,
         "model_type": "deepseek_v3",
-        "num_key_value_heads": 4,
         "intermediate_size": 64,
         "first_k_dense_replace": 1,
         "q_lora_rank": 24,
-        "kv_lora_rank": 16,
-        "qk_rope_head_dim": 8,
         "qk_nope_head_dim": 16,
         "v_head_dim": 16,
         "moe_intermediate_size": 32,

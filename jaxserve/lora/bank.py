@@ -13,7 +13,6 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -156,8 +155,3 @@ def write_slot(bank: Weights, slot: jax.Array, contents: Weights) -> Weights:
         return jax.lax.dynamic_update_index_in_dim(leaf, new, slot - 1, axis=int(path[0].key == "layers"))
 
     return jax.tree_util.tree_map_with_path(write, bank, contents)
-
-
-def empty_bank(shapes: Weights) -> Weights:
-    """Slots that change nothing."""
-    return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype, device=leaf.sharding), shapes)

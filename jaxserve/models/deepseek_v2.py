@@ -9,14 +9,14 @@ from jaxserve.models import deepseek_v3
 from jaxserve.models.architecture import Architecture, build_decoder
 from jaxserve.models.decoder import Path
 from jaxserve.models.hf_config import refuse_bad_fields, with_experts
+from jaxserve.models.supported import check_supported
 from jaxserve.models.tensor_name import TensorName
 
 
 @refuse_bad_fields
 def read_config(config: Mapping[str, Any]) -> ModelConfig:
     """Read `config.json`."""
-    deepseek_v3.check(config, "scoring_func", "softmax")
-    deepseek_v3.check(config, "topk_method", "greedy", "group_limited_greedy")
+    check_supported(config, scoring_func=("softmax",), topk_method=("greedy", "group_limited_greedy"))
     if config.get("norm_topk_prob"):
         raise LaunchError("config.json: norm_topk_prob is not supported: DeepSeek's code and transformers' differ")
     grouped = config.get("topk_method") == "group_limited_greedy"

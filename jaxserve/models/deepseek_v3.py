@@ -10,14 +10,14 @@ from jaxserve.errors import LaunchError
 from jaxserve.models.architecture import Architecture, build_decoder
 from jaxserve.models.decoder import Path, dense_tensor_names
 from jaxserve.models.hf_config import mscale, read_dense_config, refuse_bad_fields, with_experts
+from jaxserve.models.supported import check_supported
 from jaxserve.models.tensor_name import TensorName
 
 
 @refuse_bad_fields
 def read_config(config: Mapping[str, Any]) -> ModelConfig:
     """Read `config.json`."""
-    check(config, "scoring_func", "sigmoid")
-    check(config, "topk_method", "noaux_tc")
+    check_supported(config, scoring_func=("sigmoid",), topk_method=("noaux_tc",))
     experts = ExpertsConfig(
         **read_experts(config),
         scores="sigmoid",
@@ -30,12 +30,6 @@ def read_config(config: Mapping[str, Any]) -> ModelConfig:
     mtp = config.get("num_nextn_predict_layers", config.get("num_mtp_layers"))
     model = msgspec.structs.replace(read_latent(config), num_mtp_layers=int(mtp or 0))
     return with_experts(model, experts, range(int(config.get("first_k_dense_replace", 3) or 0)))
-
-
-def check(config: Mapping[str, Any], key: str, *supported: str) -> None:
-    """Raise LaunchError if the file says something else; the first is what it means if it says nothing."""
-    if config.get(key, supported[0]) not in supported:
-        raise LaunchError(f"config.json: {key} {config[key]!r} is not supported; supported: {', '.join(supported)}")
 
 
 def read_latent(config: Mapping[str, Any]) -> ModelConfig:

@@ -8,6 +8,7 @@ import regex
 
 from jaxserve.config import ModelConfig, QuantizationConfig, QuantizedPart
 from jaxserve.errors import LaunchError
+from jaxserve.models.supported import check_supported
 from jaxserve.models.tensor_name import TensorName
 
 # Of Microscaling Formats, fixed by their standard.
@@ -121,7 +122,7 @@ def _fp8(config: Mapping[str, Any], _: str) -> QuantizationConfig:
     if block is None or len(block) != 2:
         raise LaunchError(f"config.json: fp8 weights need a weight_block_size of two numbers, got {block}")
     rows, columns = (_positive(size, "weight_block_size") for size in block)
-    _check(config, "fp8", fmt=("e4m3",), activation_scheme=("dynamic",))
+    check_supported(config, "fp8", fmt=("e4m3",), activation_scheme=("dynamic",))
     return QuantizationConfig(numbers="fp8", block=(rows, columns), kept=_kept(config))
 
 
@@ -138,7 +139,7 @@ def _compressed_tensors(config: Mapping[str, Any], dtype: str) -> QuantizationCo
     if len(groups) != 1:
         raise LaunchError(f"config.json: compressed-tensors with one group of settings is supported, got {len(groups)}")
     group: Mapping[str, Any] = next(iter(groups.values()))
-    _check(group, "compressed-tensors", targets=(["Linear"],))
+    check_supported(group, "compressed-tensors", targets=(["Linear"],))
     weights: Mapping[str, Any] = group.get("weights") or {}
     kind = str(group.get("format") or config.get("format"))
     found = (kind, weights.get("type"), weights.get("num_bits"))
@@ -148,7 +149,9 @@ def _compressed_tensors(config: Mapping[str, Any], dtype: str) -> QuantizationCo
             f"config.json: compressed-tensors {found[0]} of {found[2]}-bit {found[1]} is not supported; supported: "
             f"{supported}"
         )
-    _check(weights, "compressed-tensors", symmetric=(True,), dynamic=(False,), actorder=(None, "weight", "static"))
+    check_supported(
+        weights, "compressed-tensors", symmetric=(True,), dynamic=(False,), actorder=(None, "weight", "static")
+    )
     for key in ("input_activations", "output_activations"):
         # Results are then those of activations that are not rounded.
         if group.get(key) and not group[key].get("dynamic", False):
@@ -171,31 +174,18 @@ def _compressed_tensors(config: Mapping[str, Any], dtype: str) -> QuantizationCo
 
 def _awq(config: Mapping[str, Any], _: str) -> QuantizationConfig:
     """AutoAWQ's (arXiv:2306.00978)."""
-    _check(config, "awq", bits=(4,), version=("gemm", "GEMM"), zero_point=(True,))
+    check_supported(config, "awq", bits=(4,), version=("gemm", "GEMM"), zero_point=(True,))
     columns = _positive(config.get("group_size"), "group_size")
-    return QuantizationConfig(
-        numbers="int4", block=(1, columns), zeros=True, kept=_kept(config)
-    )  # fmt: skip
+    return QuantizationConfig(numbers="int4", block=(1, columns), zeros=True, kept=_kept(config))
 
 
 def _gptq(config: Mapping[str, Any], _: str) -> QuantizationConfig:
     """GPTQ's (arXiv:2210.17323), as AutoGPTQ and GPTQModel write it."""
-    _check(config, "gptq", bits=(4,), desc_act=(False,), checkpoint_format=("gptq",))
+    check_supported(config, "gptq", bits=(4,), desc_act=(False,), checkpoint_format=("gptq",))
     columns = _positive(config.get("group_size"), "group_size")
     if config.get("dynamic"):
         raise LaunchError("config.json: gptq with settings of single modules (dynamic) is not supported")
-    return QuantizationConfig(
-        numbers="int4", block=(1, columns), zeros=True, kept=_kept(config)
-    )  # fmt: skip
-
-
-def _check(config: Mapping[str, Any], method: str, **supported: tuple[Any, ...]) -> None:
-    for key, values in supported.items():
-        if config.get(key, values[0]) not in values:
-            wanted = ", ".join(str(value) for value in values)
-            raise LaunchError(
-                f"config.json: {method} with {key} {config[key]!r} is not supported; supported: {wanted}"
-            )  # fmt: skip
+    return QuantizationConfig(numbers="int4", block=(1, columns), zeros=True, kept=_kept(config))
 
 
 def _positive(value: Any, key: str) -> int:

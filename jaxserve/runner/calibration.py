@@ -22,7 +22,7 @@ from jaxserve.request import SamplingParams
 from jaxserve.runner.batch import BatchLayout, ForwardBatch, RowTable
 from jaxserve.runner.buckets import Bucket
 from jaxserve.runner.programs import StepModel, StepPrograms
-from jaxserve.runner.transfer import to_devices
+from jaxserve.runner.transfer import to_devices, zeros
 from jaxserve.step import NewRow, ScheduledRow, SchedulerOutput
 from kernels_pallas.dispatch import choose_attention
 from kernels_pallas.paged_attention.api import AttentionBackend, Cache
@@ -58,8 +58,7 @@ def with_cache_scales(served: StepModel, plain: Decoder, weights: Weights, meet:
     forward = programs.lower_forward(model.buckets[0]).compile()
     measured = measure.lower(programs.cache_shapes()).compile()
     meet()
-    last = programs.state_shapes().last_token_R
-    cache, last_token_R = programs.empty_cache(), jnp.zeros(last.shape, last.dtype, device=last.sharding)
+    cache, last_token_R = zeros(programs.cache_shapes()), zeros(programs.state_shapes().last_token_R)
     for prompt in _prompts(model.layout, model.buckets[0]):
         batch = jax.tree.map(lambda array: np.stack([array] * programs.num_copies), prompt)
         cache, _ = forward(weights, {}, cache, last_token_R, to_devices(batch, programs.by_copy))

@@ -228,12 +228,6 @@ class StepPrograms:
             self._state_sharding,
         )
 
-    def empty_cache(self) -> Cache:
-        """Zeros."""
-        return {
-            name: jnp.zeros(spec.shape, spec.dtype, device=spec.sharding) for name, spec in self.cache_shapes().items()
-        }
-
     def empty_state(self) -> DeviceState:
         """Neutral state of all rows."""
         layout = self._model.layout

@@ -14,14 +14,13 @@ import msgspec
 import numpy as np
 
 from jaxserve.adapter_store import HostAdapter
-from jaxserve.lora.bank import empty_bank
 from jaxserve.models.decoder import Weights, tree_of
 from jaxserve.runner.batch import DrawBatch, DrawMasks, ForwardBatch, RowTable
 from jaxserve.runner.buckets import Bucket
 from jaxserve.runner.compiled import CompiledSteps, Progress
 from jaxserve.runner.programs import NOTHING, StepModel, StepPrograms
 from jaxserve.runner.state import needs_row_state, row_state
-from jaxserve.runner.transfer import put, to_devices
+from jaxserve.runner.transfer import put, to_devices, zeros
 from jaxserve.step import AdapterLoad, ConstrainedRows, NewRow, Plans, PromptLogprobs, SchedulerOutput, StepOutput
 from kernels_pallas.sampling.api import SampleOutput, mask_words
 
@@ -110,10 +109,10 @@ class ModelRunner:
         self._copies = self._lowering.num_copies
         self._by_copy = self._lowering.by_copy
         self._rows = [RowTable(model.layout) for _ in range(self._copies)]
-        self._cache = self._lowering.empty_cache()
+        self._cache = zeros(self._lowering.cache_shapes())
         self._state = self._lowering.empty_state()
         self._adapters: dict[str, HostAdapter] = {}
-        self._bank = empty_bank(self._lowering.bank_shapes())
+        self._bank = zeros(self._lowering.bank_shapes())  # slots that change nothing
         self._slot_shardings = jax.tree.map(lambda leaf: leaf.sharding, self._lowering.slot_shapes())
         self._programs = CompiledSteps(
             model.buckets,
@@ -202,8 +201,8 @@ class ModelRunner:
         self._cache = {}
         del self._state
         self._bank = {}
-        self._bank = empty_bank(self._lowering.bank_shapes())
-        self._cache = self._lowering.empty_cache()
+        self._bank = zeros(self._lowering.bank_shapes())  # slots that change nothing
+        self._cache = zeros(self._lowering.cache_shapes())
         self._state = self._lowering.empty_state()
         self._run_empty(self._model.buckets[-1]).result()
 

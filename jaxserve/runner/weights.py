@@ -5,6 +5,7 @@ model than that.
 """
 
 import functools
+import logging
 import math
 import operator
 import pathlib
@@ -26,10 +27,14 @@ from jaxserve.models.decoder import Decoder, ParamSpec, Path, Weights, tree_of
 from jaxserve.models.kv_heads import kv_head_rows, repeat_heads
 from jaxserve.models.tensor_name import TensorName
 
+logger = logging.getLogger(__name__)
+
 Progress: TypeAlias = Callable[[Iterable[Path]], Iterable[Path]]
 
 # Buffers that some exporters save and no model reads.
 _IGNORED_SUFFIXES = ("rotary_emb.inv_freq", "attention.bias", "attention.masked_bias")
+# Factors of cached keys and values in FP8, which jaxserve casts without: the format has exponents enough.
+_CACHE_FACTORS = (".k_scale", ".v_scale", ".kv_scale")
 _MAX_LISTED = 20
 _PIECE_BYTES = 16 << 20
 _ALIGNMENT = 64
@@ -93,7 +98,7 @@ def quantized_as(source: TensorSource, decoder: Decoder, names: dict[Path, Tenso
         LaunchError: it has weights in an order that cannot be quantised so.
     """
     quantization = decoder.config.quantization
-    if quantization is None or any(name.endswith("_scale") for name in source.shapes):
+    if quantization is None or any(name.endswith("_scale") for name in source.shapes if not _is_ignored(name)):
         return source
     wanted: set[str] = set()
     quantizer = Quantizer(np.dtype(np.uint8), quantization.block[1], np.dtype(np.float32))
@@ -214,6 +219,10 @@ def _names_of_blocks(decoder: Decoder, names: dict[Path, TensorName]) -> dict[Pa
     return found
 
 
+def _is_ignored(name: str) -> bool:
+    return name.endswith(_IGNORED_SUFFIXES + _CACHE_FACTORS)
+
+
 def _check_tensors(source: TensorSource, decoder: Decoder, names: dict[Path, TensorName], copies: int) -> None:
     wanted: dict[str, tuple[int, ...]] = {}
     for path, spec in decoder.param_specs.items():
@@ -228,12 +237,14 @@ def _check_tensors(source: TensorSource, decoder: Decoder, names: dict[Path, Ten
     for layer in range(first, first + decoder.config.num_mtp_layers):
         found = {name: shape for name, shape in found.items() if not name.startswith(f"model.layers.{layer}.")}
     problems = [f"missing: {name}" for name in wanted if name not in found]
-    problems += [f"unknown: {name}" for name in found if name not in wanted and not name.endswith(_IGNORED_SUFFIXES)]
+    problems += [f"unknown: {name}" for name in found if name not in wanted and not _is_ignored(name)]
     problems += [
         f"wrong shape: {name} is {found[name]}, the config asks for {shape}"
         for name, shape in wanted.items()
         if name in found and found[name] != shape
     ]
+    if any(name.endswith(_CACHE_FACTORS) for name in found):
+        logger.info("the checkpoint's factors of an FP8 cache are not used")
     if problems:
         more = f"\n  and {len(problems) - _MAX_LISTED} more" if len(problems) > _MAX_LISTED else ""
         listed = "".join(f"\n  {problem}" for problem in problems[:_MAX_LISTED])

@@ -148,3 +148,16 @@ def test_problems_with_tensors_are_listed_together(tmp_path: Path) -> None:
         build_runner(EngineConfig(model_path=str(tmp_path)), lambda items, *_: items)
     for line in ("missing: model.norm.weight", "unknown: stray", "wrong shape: lm_head.weight"):
         assert line in str(caught.value)
+
+
+def test_factors_of_a_cache_are_no_problem(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    from jaxserve.build import build_runner
+    from jaxserve.config import EngineConfig
+
+    write_checkpoint(tmp_path)
+    arrays = tensors(CONFIG)
+    arrays |= {f"model.layers.0.self_attn.{name}": np.ones((), np.float32) for name in ("k_scale", "v_scale")}
+    save_file(arrays, tmp_path / "model.safetensors")
+    with caplog.at_level("INFO"):
+        build_runner(EngineConfig(model_path=str(tmp_path), quantization="int8"), lambda items, *_: items)
+    assert "factors of an FP8 cache are not used" in caplog.text
