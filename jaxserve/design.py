@@ -3,9 +3,11 @@
 The engine is built from this, and `jaxserve.plan` compiles it for devices that are not there.
 """
 
+import dataclasses
 import logging
 import math
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -21,6 +23,7 @@ from jaxserve.models.architecture import Architecture, BuildModel
 from jaxserve.models.decoder import Decoder, ParamSpec, Path
 from jaxserve.models.hf_quantization import with_requested
 from jaxserve.models.layers import format_of
+from jaxserve.models.prompt_room import PromptRoom
 from jaxserve.models.registry import find_architecture
 from jaxserve.runner.batch import BatchLayout
 from jaxserve.runner.buckets import ACCELERATOR_STEPS, CPU_STEPS, make_buckets
@@ -43,6 +46,10 @@ logger = logging.getLogger(__name__)
 
 # Share of the memory left after the weights that the key/value pool gets.
 DEVICE_MEM_FRACTION = 0.88
+
+# Of the pool's bytes, so much is room for prompts that are expanded; it is not the pool's own.
+_ROOM_PART = 32
+_KERNEL_NUMBERS = 128
 
 # By platform. Larger pages waste more at the end of a row, smaller ones cost a copy each.
 _PAGE_SIZES = {"cpu": (64,), "tpu": (128, 256)}
@@ -248,8 +255,43 @@ def lay_out(
         grouped_matmul=experts.matmul,
         linear_matmul=linear_matmul,
         linears=linears,
+        prompt_room=_prompt_room(design, chosen, scheduler, pool_bytes // _ROOM_PART),
     )
     return EngineDesign(cache, num_pages * page_bytes, scheduler, chosen.name, step)
+
+
+def _prompt_room(
+    design: ModelDesign, chosen: ChosenAttention, scheduler: SchedulerConfig, max_bytes: int
+) -> PromptRoom | None:
+    """Where prompts of latent attention are expanded, if that is ever cheaper and there is room for a wide step's.
+
+    Deterministic mode has none: a prompt's results would tell which way it was cheaper to run the step.
+    """
+    latent, cached = design.model.latent, chosen.backend.config
+    if latent is None or cached.batch_invariant:
+        return None
+    numbers = max(latent.key_dim + latent.rope_dim, latent.value_dim)
+    config = dataclasses.replace(
+        cached,
+        num_layers=1,
+        num_kv_heads=cached.num_q_heads,
+        # The kernels know sizes of whole tiles.
+        head_dim=numbers if chosen.name == "xla" else -(-numbers // _KERNEL_NUMBERS) * _KERNEL_NUMBERS,
+        num_pages=1,
+        dtype=cached.compute_dtype,
+        value_dim=None,
+    )
+    choose = partial(choose_attention, chosen.name, mesh=design.mesh)
+    try:
+        page_bytes = _device_bytes(choose(config).backend.cache_spec(), model_size(design.mesh))
+        num_pages = min(-(-scheduler.context_length // cached.page_size), max_bytes // page_bytes)
+        backend = choose(dataclasses.replace(config, num_pages=max(1, num_pages))).backend
+        writer = choose(dataclasses.replace(cached, num_q_heads=cached.num_kv_heads, window=1)).backend
+    except NotImplementedError as error:
+        logger.warning("prompts are attended over as they are cached: %s", error)
+        return None
+    room = PromptRoom(latent, backend, writer, design.mesh)
+    return room if room.num_tokens >= room.fewest_tokens else None
 
 
 def _decoder_of_cache(config: EngineConfig, design: ModelDesign) -> Decoder:

@@ -21,6 +21,7 @@ from jaxserve.lora.start import bank_layout
 from jaxserve.mesh import mesh_of
 from jaxserve.models.layer_groups import group_layers
 from jaxserve.plan_report import Load, Memory, Program, Report, bound
+from jaxserve.runner.buckets import ForwardShape
 from jaxserve.runner.programs import StepPrograms
 from jaxserve.targets import Target, target_devices
 from kernels_pallas.dispatch import lora_rank_multiple
@@ -103,15 +104,7 @@ def _compile(engine: EngineDesign, layers: Sequence[LayerConfig]) -> Outcome:
             collectives=find_collectives(text).per_step(turns),
         )
 
-    kinds = {"forward": False} | ({} if engine.step.adapters is None else {"forward with adapters": True})
-    jobs: dict[str, Job] = {
-        f"{kind} {bucket.num_tokens} tokens, {bucket.num_rows} rows": (
-            partial(step.lower_forward, bucket, adapted=adapted),
-            turns,
-        )
-        for kind, adapted in kinds.items()
-        for bucket in engine.step.buckets
-    }
+    jobs: dict[str, Job] = {_name(shape): (partial(step.lower_forward, shape), turns) for shape in engine.step.shapes}
     for rows in sorted({bucket.num_rows for bucket in engine.step.buckets}, reverse=True):
         # Its loops search what the candidates do not decide, which is rare.
         jobs[f"draw {rows} rows"] = partial(step.lower_draw, rows), Fraction(0)
@@ -124,6 +117,11 @@ def _compile(engine: EngineDesign, layers: Sequence[LayerConfig]) -> Outcome:
                 raise LaunchError(f"the compiler for the target failed: {error}") from error
             return Outcome([], time.perf_counter() - started, str(error).splitlines()[0])
     return Outcome(programs, time.perf_counter() - started)
+
+
+def _name(shape: ForwardShape) -> str:
+    kind = "forward with adapters" if shape.adapted else "forward, prompts expanded," if shape.expanded else "forward"
+    return f"{kind} {shape.bucket.num_tokens} tokens, {shape.bucket.num_rows} rows"
 
 
 def _too_heavy(config: EngineConfig, design: ModelDesign, adapters: BankLayout | None, target: Target) -> Report:

@@ -40,7 +40,7 @@ class ChosenAttention(NamedTuple):
     """An attention backend, its name, and why it was chosen; `lacking` tells that it is not the platform's own."""
 
     backend: AttentionBackend
-    name: str
+    name: BackendName
     reason: str
     lacking: bool = False
 

@@ -20,16 +20,18 @@ from jax.sharding import Mesh
 from jaxserve.config import LayerConfig, ModelConfig
 from jaxserve.lora.apply import NO_ADAPTERS, Adapters
 from jaxserve.mesh import named_sharding
-from jaxserve.models.cache_scales import cache_scales_of, cache_scales_param
+from jaxserve.models.attend import Attend, OverCache
+from jaxserve.models.cache_scales import cache_scales_param
 from jaxserve.models.experts import ExpertMaths, MoE
 from jaxserve.models.latent_attention import LatentAttention
 from jaxserve.models.layer_groups import LayerGroup, group_layers
 from jaxserve.models.layers import Axes, Embedding, GatedMLP, InStack, Linear, RMSNorm, Stored, param
+from jaxserve.models.prompt_room import PromptRoom
 from jaxserve.models.quantized_linear import LinearMaths
 from jaxserve.models.rope import apply_rope, rope_cos_sin
 from jaxserve.models.tensor_name import TensorName
 from jaxserve.models.tokenwise import AtOnce, InTiles, Tokenwise
-from kernels_pallas.paged_attention.api import AttentionBackend, AttentionMeta, Cache, Plan, with_window
+from kernels_pallas.paged_attention.api import AttentionBackend, AttentionMeta, Cache, with_window
 
 # Of `param`, which weights of the tree have as well.
 _FLAGS = ("in_stack", "taken_apart", "stored")
@@ -285,7 +287,6 @@ class Decoder:
         if self.config.embedding_scale != 1:
             # The scale is rounded to the dtype, as the models were trained with it.
             x_TD = x_TD * jnp.asarray(self.config.embedding_scale, x_TD.dtype)
-        backends = {window: with_window(ops.attention, window) for window in self.config.windows}
         ropes = {"global": self.config.rope, "local": self.config.local_rope}
         step = _Step(
             weights=weights["layers"],
@@ -297,7 +298,7 @@ class Decoder:
                 for name, rope in ropes.items()
                 if rope is not None
             },
-            attention={window: (backend, backend.plan(meta)) for window, backend in backends.items()},
+            attention=ops.attend(self.config, meta),
             experts=ops.experts,
             linears=ops.linears,
         )
@@ -319,9 +320,12 @@ class Decoder:
         weights = self._of_layer(step.weights, layer, self._of_stack)
         bank = self._of_layer(step.bank, layer, lambda _, place, __, stack: InStack(stack, place))
 
+        attend = step.attention[layer.kind.window]
+
         def run(part: str, *arrays: jax.Array) -> Any:
             def run_tokens(slots: Any, *arrays: jax.Array) -> Any:
                 module = nnx.merge(graph, weights)
+                attend.attach(module.attention)
                 step.adapters.attach(module, bank, slots, ("layers",))
                 if layer.kind.mlp == "experts":
                     module.moe.experts.maths = step.experts
@@ -331,15 +335,9 @@ class Decoder:
             return self.tokenwise(run_tokens, *arrays, shared=(step.slots,))
 
         rope_TC = () if layer.kind.rope is None else step.ropes[layer.kind.rope]
-        backend, plan = step.attention[layer.kind.window]
         q_TNH, k_TKH, v_TKH = run("before_attention", x_TD, *rope_TC)
         attention = nnx.merge(graph, weights).attention
-        scales = cache_scales_of(self.config, attention.cache_scales)
-        if scales is not None:
-            q_TNH, k_TKH, v_TKH = scales.shrink(q_TNH, k_TKH, v_TKH)
-        o_TNH, cache = backend.attend(q_TNH, k_TKH, v_TKH, cache, layer.number, plan, attention.sinks_N())
-        if scales is not None:
-            o_TNH = scales.restore(o_TNH)
+        o_TNH, cache = attend.attend(attention, q_TNH, k_TKH, v_TKH, cache, layer.number)
         return run("after_attention", x_TD, o_TNH), cache
 
     @staticmethod
@@ -398,11 +396,20 @@ class StepOps(NamedTuple):
         attention: the backend.
         experts: how they are computed.
         linears: how quantised linear maps are.
+        room: where prompts are expanded, in a step that does so.
     """
 
     attention: AttentionBackend
     experts: ExpertMaths
     linears: LinearMaths
+    room: PromptRoom | None = None
+
+    def attend(self, config: ModelConfig, meta: AttentionMeta) -> Mapping[int | None, Attend]:
+        """How a step attends, by window."""
+        if self.room is not None:
+            return {None: self.room.plan(config, self.attention, meta)}
+        backends = (with_window(self.attention, window) for window in config.windows)
+        return {backend.config.window: OverCache(config, backend, backend.plan(meta)) for backend in backends}
 
 
 class _Step(NamedTuple):
@@ -413,7 +420,7 @@ class _Step(NamedTuple):
         adapters: of the tokens.
         slots: what the tokens' slots decide.
         ropes: cos and sin by name, f32[T, H/2].
-        attention: backend and plan by window.
+        attention: by window.
         experts, linears: see `StepOps`.
     """
 
@@ -422,7 +429,7 @@ class _Step(NamedTuple):
     adapters: Adapters
     slots: Any
     ropes: Mapping[str, tuple[jax.Array, jax.Array]]
-    attention: Mapping[int | None, tuple[AttentionBackend, Plan]]
+    attention: Mapping[int | None, Attend]
     experts: ExpertMaths
     linears: LinearMaths
 

@@ -55,17 +55,17 @@ class Expansion(Linear):
 
     def absorb(self, q_TNH: jax.Array) -> jax.Array:
         """Queries of keys as queries of what is cached, [T, N, C]."""
-        keys_NHC, _ = self._by_head(q_TNH.dtype)
+        keys_NHC, _ = self.by_head(q_TNH.dtype)
         q_TNC = jnp.einsum("tnh,nhc->tnc", q_TNH, keys_NHC)
         return q_TNC if self.head_updates is None else q_TNC + self.head_updates.absorb(q_TNH)
 
     def release(self, o_TNC: jax.Array) -> jax.Array:
         """Values of what attention gave, [T, N, V]."""
-        _, values_NVC = self._by_head(o_TNC.dtype)
+        _, values_NVC = self.by_head(o_TNC.dtype)
         o_TNV = jnp.einsum("tnc,nvc->tnv", o_TNC, values_NVC)
         return o_TNV if self.head_updates is None else o_TNV + self.head_updates.release(o_TNC)
 
-    def _by_head(self, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
+    def by_head(self, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
         """[N, H, C] and [N, V, C], which make keys and values of a latent vector."""
         a = self._latent
         both = self.matrix(dtype).reshape(-1, a.key_dim + a.value_dim, a.kv_rank)
@@ -95,12 +95,17 @@ class LatentAttention(nnx.Module):
         self.cache_scales = cache_scales_param(c)
         self._latent = latent
         self._num_keys = c.num_kv_heads
+        # Set while a step is traced: false where queries meet keys of their heads' own.
+        self.absorbs = True
 
     def sinks_N(self) -> None:
         """See `Attention`; there are none."""
 
     def project(self, x_TD: jax.Array, *rope_TC: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Queries [T, N, C + R], and keys [T, K, C + R] and values [T, K, C] that are all the same for each of K."""
+        """Queries [T, N, C + R], and keys [T, K, C + R] and values [T, K, C] that are all the same for each of K.
+
+        Queries of heads' own keys are [T, N, H + R].
+        """
         a, num_tokens = self._latent, x_TD.shape[0]
         projected = self.q_proj(x_TD) if a.q_rank is None else self.q_b_proj(self.q_a_norm(self.q_a_proj(x_TD)))
         q_TNQ = projected.reshape(num_tokens, -1, a.key_dim + a.rope_dim)
@@ -110,14 +115,20 @@ class LatentAttention(nnx.Module):
         k_T1R = kv_TS[:, None, a.kv_rank :]
         if rope_TC:
             q_TNR, k_T1R = (apply_rope(self._in_halves(x), *rope_TC) for x in (q_TNR, k_T1R))
-        q_TNC = self.kv_b_proj.absorb(q_TNH)
         key_T1S = jnp.concatenate([latent_T1C, k_T1R], axis=-1)
         key_TKS = jnp.broadcast_to(key_T1S, (num_tokens, self._num_keys, key_T1S.shape[-1]))
-        return jnp.concatenate([q_TNC, q_TNR], axis=-1), key_TKS, key_TKS[..., : a.kv_rank]
+        q_TNQ = jnp.concatenate([q_TNH, q_TNR], axis=-1)
+        return self.absorbed(q_TNQ) if self.absorbs else q_TNQ, key_TKS, key_TKS[..., : a.kv_rank]
+
+    def absorbed(self, q_TNQ: jax.Array) -> jax.Array:
+        """Queries of heads' own keys, [T, N, H + R], as queries of what is cached, [T, N, C + R]."""
+        q_TNH, q_TNR = q_TNQ[..., : self._latent.key_dim], q_TNQ[..., self._latent.key_dim :]
+        return jnp.concatenate([self.kv_b_proj.absorb(q_TNH), q_TNR], axis=-1)
 
     def output(self, o_TNC: jax.Array) -> jax.Array:
-        """[T, N, C] -> [T, D]."""
-        return self.o_proj(self.kv_b_proj.release(o_TNC).reshape(o_TNC.shape[0], -1))
+        """[T, N, C] -> [T, D]; values of heads' own are [T, N, V]."""
+        o_TNV = self.kv_b_proj.release(o_TNC) if self.absorbs else o_TNC
+        return self.o_proj(o_TNV.reshape(o_TNV.shape[0], -1))
 
     def _in_halves(self, x: jax.Array) -> jax.Array:
         """Rotated pairs as `apply_rope` wants them: one of each in the first half, the other in the second."""

@@ -14,6 +14,25 @@ class Bucket(NamedTuple):
     num_tokens: int
     num_rows: int
 
+    @property
+    def single_tokens(self) -> bool:
+        """Every row runs a single token."""
+        return self.num_tokens == self.num_rows
+
+
+class ForwardShape(NamedTuple):
+    """Which forward pass.
+
+    Attributes:
+        bucket: shape of the step.
+        adapted: some rows have an adapter.
+        expanded: prompts are; see `jaxserve.models.prompt_room`.
+    """
+
+    bucket: Bucket
+    adapted: bool = False
+    expanded: bool = False
+
 
 class BucketSteps(NamedTuple):
     """How finely shapes are graded: padding costs time, programs cost start-up.
@@ -62,7 +81,7 @@ def pick_bucket(buckets: Iterable[Bucket], num_tokens: int, num_rows: int, *, si
         for bucket in buckets
         if bucket.num_tokens >= num_tokens
         and bucket.num_rows >= num_rows
-        and (single_tokens or bucket.num_tokens > bucket.num_rows)
+        and (single_tokens or not bucket.single_tokens)
     ]
     if not fitting:
         raise ValueError(f"no compiled step holds {num_tokens} tokens in {num_rows} rows")

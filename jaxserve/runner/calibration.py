@@ -20,7 +20,7 @@ from jaxserve.mesh import weight_format
 from jaxserve.models.decoder import Decoder, Weights
 from jaxserve.request import SamplingParams
 from jaxserve.runner.batch import BatchLayout, ForwardBatch, RowTable
-from jaxserve.runner.buckets import Bucket
+from jaxserve.runner.buckets import Bucket, ForwardShape
 from jaxserve.runner.programs import StepModel, StepPrograms
 from jaxserve.runner.transfer import to_devices, zeros
 from jaxserve.step import NewRow, ScheduledRow, SchedulerOutput
@@ -55,7 +55,7 @@ def with_cache_scales(served: StepModel, plain: Decoder, weights: Weights, meet:
     results = weight_format(spec.axes, spec.shape, served.mesh), NamedSharding(served.mesh, PartitionSpec())
     measure = partial(_scales, model.attention, plain.config.rope_dim, programs.num_copies)
     measure = jax.jit(measure, out_shardings=results)
-    forward = programs.lower_forward(model.buckets[0]).compile()
+    forward = programs.lower_forward(ForwardShape(model.buckets[0])).compile()
     measured = measure.lower(programs.cache_shapes()).compile()
     meet()
     cache, last_token_R = zeros(programs.cache_shapes()), zeros(programs.state_shapes().last_token_R)

@@ -9,11 +9,11 @@ import os
 import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, TypeAlias
 
 import jax
 
-from jaxserve.runner.buckets import Bucket, pick_bucket
+from jaxserve.runner.buckets import Bucket, ForwardShape, pick_bucket
 
 logger = logging.getLogger(__name__)
 
@@ -24,28 +24,19 @@ Progress: TypeAlias = Callable[[Iterable[str]], Iterable[str]]
 _COMPILE_THREADS = max(2, min(8, (os.cpu_count() or 1) // 2))
 
 
-class ForwardShape(NamedTuple):
-    """Which forward pass: its bucket, and whether rows have adapters."""
-
-    bucket: Bucket
-    adapted: bool
-
-
 class CompiledSteps:
     """Programs that are ready to run.
 
     Args:
-        buckets: shapes of the forward passes, widest first.
+        shapes: of the forward passes.
         lower_forward: of a `ForwardShape`.
         lower_draw: of a number of rows.
-        adapted: steps may have adapters.
     """
 
-    def __init__(self, buckets: tuple[Bucket, ...], lower_forward: Lower, lower_draw: Lower, *, adapted: bool) -> None:
-        self._buckets = buckets
-        kinds = (False, True) if adapted else (False,)
-        self._shapes = [ForwardShape(bucket, kind) for kind in kinds for bucket in buckets]
-        self._rows = sorted({bucket.num_rows for bucket in buckets}, reverse=True)
+    def __init__(self, shapes: list[ForwardShape], lower_forward: Lower, lower_draw: Lower) -> None:
+        self._shapes = shapes
+        self._buckets = {shape.bucket for shape in shapes}
+        self._rows = sorted({bucket.num_rows for bucket in self._buckets}, reverse=True)
         self._lower_forward = lower_forward
         self._lower_draw = lower_draw
         self._lower_lock = threading.Lock()
@@ -69,9 +60,9 @@ class CompiledSteps:
         """The smallest compiled shape that holds a step."""
         return pick_bucket(self._buckets, num_tokens, num_rows, single_tokens=single_tokens)
 
-    def forward(self, bucket: Bucket, *, adapted: bool) -> Callable[..., Any]:
-        """The compiled forward pass of a bucket."""
-        return self._forwards[ForwardShape(bucket, adapted)]
+    def forward(self, shape: ForwardShape) -> Callable[..., Any]:
+        """The compiled forward pass of a shape."""
+        return self._forwards[shape]
 
     def draw(self, num_rows: int) -> Callable[..., Any]:
         """The compiled draws of so many rows."""

@@ -22,10 +22,11 @@ from jaxserve.lora.bank import BankLayout, bank_specs, bank_splits, slot_spec, w
 from jaxserve.mesh import named_sharding, over_copies, partition_spec, weight_format
 from jaxserve.models.decoder import Decoder, ParamSpec, Path, StepOps, Weights, tree_of
 from jaxserve.models.experts import ExpertMaths
+from jaxserve.models.prompt_room import PromptRoom
 from jaxserve.models.quantized_linear import LinearMaths
 from jaxserve.request import SamplingParams
 from jaxserve.runner.batch import BatchLayout, DrawBatch, DrawMasks, ForwardBatch, RowTable
-from jaxserve.runner.buckets import Bucket
+from jaxserve.runner.buckets import Bucket, ForwardShape
 from jaxserve.runner.compiler_options import compiler_options
 from jaxserve.runner.state import DeviceState, empty_state, row_state, write_row
 from jaxserve.step import NewRow, SchedulerOutput
@@ -60,6 +61,7 @@ class StepModel(NamedTuple):
         grouped_matmul: multiplies tokens with their experts.
         linear_matmul: multiplies them with quantised weights of `linears`.
         linears: paths of linear modules.
+        prompt_room: where the prompts of a step can be expanded.
     """
 
     decoder: Decoder
@@ -75,6 +77,7 @@ class StepModel(NamedTuple):
     grouped_matmul: GroupedMatmul = XlaGroupedMatmul()
     linear_matmul: GroupedMatmul = XlaGroupedMatmul()
     linears: tuple[tuple[str, ...], ...] = ()
+    prompt_room: PromptRoom | None = None
 
     @property
     def ops(self) -> StepOps:
@@ -83,7 +86,19 @@ class StepModel(NamedTuple):
             self.attention,
             ExpertMaths(self.grouped_matmul, self.mesh),
             LinearMaths(self.linear_matmul, self.mesh, self.linears),
+            self.prompt_room,
         )
+
+    @property
+    def shapes(self) -> list[ForwardShape]:
+        """Forward passes that a step may need, widest first."""
+        shapes = [ForwardShape(bucket) for bucket in self.buckets]
+        if self.adapters is not None:
+            shapes += [ForwardShape(bucket, adapted=True) for bucket in self.buckets]
+        if (room := self.prompt_room) is not None:
+            wide = (bucket for bucket in self.buckets if bucket.num_tokens >= room.fewest_tokens)
+            shapes += [ForwardShape(bucket, expanded=True) for bucket in wide if not bucket.single_tokens]
+        return shapes
 
 
 class StepPrograms:
@@ -116,12 +131,12 @@ class StepPrograms:
             maths = LoraMaths(model.lora, model.lora_groups, model.lora_experts, bank.num_slots - 1, splits)
         weight_specs = model.decoder.weight_tree(lambda spec: over_copies(spec.axes))
         bank_over_copies = tree_of((path, over_copies(spec.axes)) for path, spec in self._bank_specs().items())
-        # By whether the bank is there.
+        # By whether the bank is there, and whether prompts are expanded.
         self._forward = {
-            adapted: jax.jit(
+            (adapted, expanded): jax.jit(
                 # Over `model` the compiler splits what is in the function.
                 self._per_copy(
-                    partial(_forward, model, maths),
+                    partial(_forward, model if expanded else model._replace(prompt_room=None), maths),
                     {DATA},
                     (weight_specs, bank_over_copies if adapted else {}, P(DATA), P(DATA), P(DATA)),
                     P(DATA),
@@ -130,7 +145,7 @@ class StepPrograms:
                 out_shardings=(self._cache_shardings(), self._by_id),
                 compiler_options=options,
             )
-            for adapted in (False, True)
+            for adapted, expanded in ((False, False), (True, False), (False, True))
         }
         self._draw = jax.jit(
             self._per_copy(
@@ -147,17 +162,15 @@ class StepPrograms:
         bank_shardings = jax.tree.map(lambda leaf: leaf.sharding, self.bank_shapes())
         self._write_slot = jax.jit(write_slot, donate_argnums=0, out_shardings=bank_shardings)
 
-    def lower_forward(self, bucket: Bucket, *, adapted: bool = False) -> jax.stages.Lowered:
+    def lower_forward(self, shape: ForwardShape) -> jax.stages.Lowered:
         """`(weights, bank, cache, last_token_R, batch) -> (cache, logits)`; the cache is donated.
 
-        Args:
-            bucket: shape of the step.
-            adapted: some rows have an adapter; else the bank is empty.
+        The bank is empty where no row has an adapter.
         """
-        batch = RowTable(self._model.layout).build(NOTHING, bucket)
-        bank = self.bank_shapes() if adapted else {}
+        batch = RowTable(self._model.layout).build(NOTHING, shape.bucket)
+        bank = self.bank_shapes() if shape.adapted else {}
         state = self.state_shapes()
-        return self._forward[adapted].lower(
+        return self._forward[shape.adapted, shape.expanded].lower(
             self.weight_shapes(), bank, self.cache_shapes(), state.last_token_R, self._copied(batch)
         )  # fmt: skip
 

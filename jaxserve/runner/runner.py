@@ -16,7 +16,7 @@ import numpy as np
 from jaxserve.adapter_store import HostAdapter
 from jaxserve.models.decoder import Weights, tree_of
 from jaxserve.runner.batch import DrawBatch, DrawMasks, ForwardBatch, RowTable
-from jaxserve.runner.buckets import Bucket
+from jaxserve.runner.buckets import Bucket, ForwardShape
 from jaxserve.runner.compiled import CompiledSteps, Progress
 from jaxserve.runner.programs import NOTHING, StepModel, StepPrograms
 from jaxserve.runner.state import needs_row_state, row_state
@@ -76,6 +76,12 @@ def _last_draws(plan: SchedulerOutput) -> np.ndarray:
     return np.cumsum([row.num_draws for row in plan.rows]) - 1
 
 
+def _prompt_lengths(plan: SchedulerOutput) -> list[tuple[int, int]]:
+    """Of each row that runs several tokens: how many, and how many the sequence has with them."""
+    rows = (row for row in plan.rows if row.num_tokens > 1)
+    return [(row.num_tokens, row.num_computed_tokens + row.num_tokens) for row in rows]
+
+
 class ForwardedStep:
     """A step whose forward pass was sent; its tokens are yet to be drawn."""
 
@@ -114,12 +120,8 @@ class ModelRunner:
         self._adapters: dict[str, HostAdapter] = {}
         self._bank = zeros(self._lowering.bank_shapes())  # slots that change nothing
         self._slot_shardings = jax.tree.map(lambda leaf: leaf.sharding, self._lowering.slot_shapes())
-        self._programs = CompiledSteps(
-            model.buckets,
-            lambda shape: self._lowering.lower_forward(shape.bucket, adapted=shape.adapted),
-            self._lowering.lower_draw,
-            adapted=model.adapters is not None,
-        )
+        self._shapes = model.shapes
+        self._programs = CompiledSteps(self._shapes, self._lowering.lower_forward, self._lowering.lower_draw)
         self._write_row: Any = None
         self._write_slot: Any = None
         self._no_masks: dict[int, DrawMasks] = {}
@@ -143,10 +145,8 @@ class ModelRunner:
             bucket.num_rows: to_devices(self._masks(nothing, nothing, bucket.num_rows), self._by_copy)
             for bucket in self._model.buckets
         }
-        for bucket in self._model.buckets:
-            self._run_empty(bucket)
-            if self._model.adapters is not None:
-                self._run_empty(bucket, adapted=True)
+        for shape in self._shapes:
+            self._run_empty(shape)
         jax.block_until_ready(self._state)
 
     def hold_adapter(self, key: str, adapter: HostAdapter) -> None:
@@ -174,7 +174,15 @@ class ModelRunner:
         adapted = self._model.adapters is not None and any(
             rows.uses_adapters(plan) for rows, plan in zip(self._rows, plans, strict=True) if plan is not None
         )
-        return self._run_forward(bucket, plans, adapted=adapted)
+        shape = ForwardShape(bucket, adapted, expanded=not adapted and self._expands(bucket, running))
+        return self._run_forward(shape, plans)
+
+    def _expands(self, bucket: Bucket, plans: Sequence[SchedulerOutput]) -> bool:
+        """Whether the prompts of all copies are cheaper in a step that expands them."""
+        room = self._model.prompt_room
+        if room is None or ForwardShape(bucket, expanded=True) not in self._shapes:
+            return False
+        return all(room.pays(_prompt_lengths(plan)) for plan in plans)
 
     def draw(
         self,
@@ -204,7 +212,7 @@ class ModelRunner:
         self._bank = zeros(self._lowering.bank_shapes())  # slots that change nothing
         self._cache = zeros(self._lowering.cache_shapes())
         self._state = self._lowering.empty_state()
-        self._run_empty(self._model.buckets[-1]).result()
+        self._run_empty(ForwardShape(self._model.buckets[-1])).result()
 
     def _admit(self, copy: int, new: NewRow) -> None:
         """A row of a copy has a new owner."""
@@ -219,16 +227,16 @@ class ModelRunner:
         contents = jax.tree.map(put, tree_of(leaves.items()), self._slot_shardings)
         self._bank = self._write_slot(self._bank, np.int32(load.slot), contents)
 
-    def _run_forward(self, bucket: Bucket, plans: Plans, *, adapted: bool) -> ForwardedStep:
-        batch = to_devices(self._batch(bucket, plans), self._by_copy)
-        forward = self._programs.forward(bucket, adapted=adapted)
-        bank = self._bank if adapted else {}
+    def _run_forward(self, shape: ForwardShape, plans: Plans) -> ForwardedStep:
+        batch = to_devices(self._batch(shape.bucket, plans), self._by_copy)
+        forward = self._programs.forward(shape)
+        bank = self._bank if shape.adapted else {}
         self._cache, logits = forward(self._weights, bank, self._cache, self._state.last_token_R, batch)
         return ForwardedStep(self, plans, batch.draws, logits)
 
-    def _run_empty(self, bucket: Bucket, *, adapted: bool = False) -> PendingStep:
+    def _run_empty(self, shape: ForwardShape) -> PendingStep:
         nothing = (None,) * self._copies
-        return self._run_forward(bucket, nothing, adapted=adapted).draw(nothing)
+        return self._run_forward(shape, nothing).draw(nothing)
 
     def _batch(self, bucket: Bucket, plans: Plans) -> ForwardBatch:
         """The copies' batches, stacked."""

@@ -132,6 +132,10 @@ class AttentionBackend(Protocol):
         """
         ...
 
+    def pack(self, k: jax.Array, v: jax.Array) -> Cache:
+        """The inverse of `unpack`, of keys and values of any float dtype."""
+        ...
+
     def plan(self, meta: AttentionMeta) -> Plan:
         """What `attend` needs of `meta`, computed once per step and shared by all layers of a window."""
         ...

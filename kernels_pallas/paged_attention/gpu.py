@@ -88,6 +88,10 @@ class GpuAttention:
         """They lie apart."""
         return tuple(arrays.values())
 
+    def pack(self, k: jax.Array, v: jax.Array) -> Cache:
+        """The inverse of `unpack`."""
+        return {name: self.config.to_cache(x) for name, x in zip(self.cache_spec(), (k, v), strict=False)}
+
     def plan(self, meta: AttentionMeta) -> GpuPlan:
         """Find which rows each tile of queries belongs to."""
         if self.config.batch_invariant:
@@ -123,8 +127,7 @@ class GpuAttention:
     ) -> tuple[jax.Array, Cache]:
         c, meta = self.config, plan.meta
         first_page = (layer * c.num_pages).astype(jnp.int32)
-        # Values that are a part of their keys have no pages of their own.
-        new = [c.to_cache(x_TKH) for _, x_TKH in zip(cache, (k_TKH, v_TKH), strict=False)]
+        new = list(self.pack(k_TKH, v_TKH).values())
         pages = kv_update(new, list(cache.values()), meta.slot_mapping_T, first_page, c.num_pages, self._interpret)
         cache = dict(zip(cache, pages, strict=True))
         attended = GpuLayer(cache["k"], cache.get("v"), first_page, meta, sinks_N)

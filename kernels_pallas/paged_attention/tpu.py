@@ -76,6 +76,10 @@ class TpuAttention:
         both = self._layout.unpack(arrays["kv"])
         return both if self.config.value_dim is None else both[:1]
 
+    def pack(self, k: jax.Array, v: jax.Array) -> Cache:
+        """See `TpuLayout`."""
+        return {"kv": self._layout.pack(self.config.to_cache(k), self.config.to_cache(v))}
+
     def plan(self, meta: AttentionMeta) -> TpuPlan:
         """Find the rows of each block."""
         # A row of one token rounds differently alone and in a block: batch-invariant mode has blocks only.
@@ -109,7 +113,7 @@ class TpuAttention:
         sinks_N: jax.Array | None,
     ) -> tuple[jax.Array, Cache]:
         config = self.config
-        kv_TKZ = self._layout.pack(config.to_cache(k_TKH), config.to_cache(v_TKH))
+        kv_TKZ = self.pack(k_TKH, v_TKH)["kv"]
         q_TNZ = self._layout.pad_queries(q_TNH.astype(config.compute_dtype))
         meta, first_page = plan.meta, layer * config.num_pages
         call = partial(self._call, meta=meta, first_page=first_page, sinks_N=sinks_N)

@@ -49,6 +49,10 @@ class XlaAttention:
         """They lie apart."""
         return tuple(from_stored(array, self.config) for array in arrays.values())
 
+    def pack(self, k: jax.Array, v: jax.Array) -> Cache:
+        """The inverse of `unpack`."""
+        return {name: to_stored(x, self.config) for name, x in zip(self.cache_spec(), (k, v), strict=False)}
+
     def plan(self, meta: AttentionMeta) -> XlaPlan:
         """List the decode items and the query tiles of a step."""
         if self.config.batch_invariant:
@@ -101,9 +105,7 @@ class XlaAttention:
         page_T = jnp.where(
             slot_T < c.num_pages * c.page_size, slot_T // c.page_size + first_page, c.num_layers * c.num_pages
         )
-        new = {"k": to_stored(k_TKH, c)}
-        if c.value_dim is None:
-            new["v"] = to_stored(v_TKH, c)
+        new = self.pack(k_TKH, v_TKH)
         cache = {name: write_tokens(cache[name], page_T, slot_T % c.page_size, x) for name, x in new.items()}
         layer_inputs = LayerInputs(
             q_TKGH=q_TKGH.astype(c.compute_dtype),

@@ -22,7 +22,7 @@ from jaxserve.hlo import Collectives, find_collectives, num_kernels
 from jaxserve.mesh import mesh_of
 from jaxserve.models.layer_groups import group_layers
 from jaxserve.planning import adapter_slots
-from jaxserve.runner.buckets import Bucket
+from jaxserve.runner.buckets import Bucket, ForwardShape
 from jaxserve.runner.programs import StepPrograms
 from jaxserve.targets import parse_target, prepare_environment, target_devices
 from kernels_pallas.grouped_matmul.xla import XlaGroupedMatmul
@@ -150,7 +150,7 @@ def test_mixed_step(target: str, model: str, tp_size: int, record_property: Call
     step = StepPrograms(engine.step)
     memory_bytes = parse_target(target).device.memory_bytes
     text, memory = check_program(
-        engine, lambda: step.lower_forward(engine.step.buckets[0]), memory_bytes, record_property
+        engine, lambda: step.lower_forward(ForwardShape(engine.step.buckets[0])), memory_bytes, record_property
     )
     # Decode and prefill; on GPUs the cache is written by a kernel of its own.
     assert num_kernels(text) == (3 if on_gpu else 2)
@@ -165,7 +165,9 @@ def test_decode_step_and_draws(target: str, model: str, tp_size: int, record_pro
     on_gpu = parse_target(target).device.platform == "gpu"
     step, memory_bytes = StepPrograms(engine.step), parse_target(target).device.memory_bytes
     rows = engine.scheduler.max_rows
-    text, memory = check_program(engine, lambda: step.lower_forward(Bucket(rows, rows)), memory_bytes, record_property)
+    text, memory = check_program(
+        engine, lambda: step.lower_forward(ForwardShape(Bucket(rows, rows))), memory_bytes, record_property
+    )
     assert num_kernels(text) == (2 if on_gpu else 1)
     check_forward(engine, text, memory, tp_size)
     text, memory = check_program(engine, lambda: step.lower_draw(rows), memory_bytes, record_property)
@@ -202,7 +204,7 @@ def test_step_with_experts(
     on_gpu = parse_target(target).device.platform == "gpu"
     step, memory_bytes = StepPrograms(engine.step), parse_target(target).device.memory_bytes
     text, memory = check_program(
-        engine, lambda: step.lower_forward(engine.step.buckets[0]), memory_bytes, record_property
+        engine, lambda: step.lower_forward(ForwardShape(engine.step.buckets[0])), memory_bytes, record_property
     )
     assert engine.attention_name == ("gpu" if on_gpu else "tpu")
     attention = 3 if on_gpu else 2
@@ -215,7 +217,9 @@ def test_step_with_experts(
     stacks = [spec for spec in engine.step.decoder.param_specs.values() if spec.of_experts]
     one_layer = sum(math.prod(spec.shape[1:]) * spec.dtype.itemsize for spec in stacks) / tp_size
     rows = engine.scheduler.max_rows
-    _, memory = check_program(engine, lambda: step.lower_forward(Bucket(rows, rows)), memory_bytes, record_property)
+    _, memory = check_program(
+        engine, lambda: step.lower_forward(ForwardShape(Bucket(rows, rows))), memory_bytes, record_property
+    )
     assert memory.temp_size_in_bytes < one_layer
 
 
@@ -227,7 +231,9 @@ def test_copies_share_experts(target: str, model: str, record_property: Callable
     assert engine.attention_name == ("gpu" if target.startswith("h") else "tpu")
     step, memory_bytes = StepPrograms(engine.step), parse_target(target).device.memory_bytes
     rows = engine.scheduler.max_rows
-    text, memory = check_program(engine, lambda: step.lower_forward(Bucket(rows, rows)), memory_bytes, record_property)
+    text, memory = check_program(
+        engine, lambda: step.lower_forward(ForwardShape(Bucket(rows, rows))), memory_bytes, record_property
+    )
     # Activations, experts and their weights; Hopper's compiler makes one of the three.
     gathers = 1 if target.startswith("h") else 3
     assert find_collectives(text) == Collectives({"all-gather": gathers, "reduce-scatter": 1}, {})
@@ -256,7 +262,9 @@ def test_decode_step_of_quantised_linear_maps(
     engine, _ = lay_out_for(target, model, tp_size, quantization=quantization)
     step, memory_bytes = StepPrograms(engine.step), parse_target(target).device.memory_bytes
     rows = engine.scheduler.max_rows
-    text, memory = check_program(engine, lambda: step.lower_forward(Bucket(rows, rows)), memory_bytes, record_property)
+    text, memory = check_program(
+        engine, lambda: step.lower_forward(ForwardShape(Bucket(rows, rows))), memory_bytes, record_property
+    )
     assert len(engine.step.linears) == 7
     assert num_kernels(text) == (2 if target.startswith("h") else 1) + 7
     check_forward(engine, text, memory, tp_size)
@@ -278,7 +286,9 @@ def test_copies_share_nothing(target: str, record_property: Callable[..., None])
     """--dp: no collective runs over `data`."""
     engine, _ = lay_out_for(target, "qwen2.5-0.5b", 2, dp_size=4)
     step, memory_bytes = StepPrograms(engine.step), parse_target(target).device.memory_bytes
-    text, _ = check_program(engine, lambda: step.lower_forward(engine.step.buckets[-1]), memory_bytes, record_property)
+    text, _ = check_program(
+        engine, lambda: step.lower_forward(ForwardShape(engine.step.buckets[-1])), memory_bytes, record_property
+    )
     assert find_collectives(text) == Collectives({"all-reduce": 2}, {"all-reduce": 1})
     # Four groups of two neighbours: the mesh is (data, expert, model), and its last axis runs fastest.
     assert set(re.findall(r"replica_groups=(\S+?),? ", text)) == {"[4,2]<=[8]"}
@@ -295,7 +305,7 @@ def test_step_with_adapters(target: str, model: str, tp_size: int, record_proper
     step, memory_bytes = StepPrograms(engine.step), parse_target(target).device.memory_bytes
     text, memory = check_program(
         engine,
-        lambda: step.lower_forward(engine.step.buckets[0], adapted=True),
+        lambda: step.lower_forward(ForwardShape(engine.step.buckets[0], adapted=True)),
         memory_bytes,
         record_property,
     )
@@ -317,7 +327,7 @@ def test_step_with_adapted_experts(
     step, memory_bytes = StepPrograms(engine.step), parse_target(target).device.memory_bytes
     text, memory = check_program(
         engine,
-        lambda: step.lower_forward(engine.step.buckets[-1], adapted=True),
+        lambda: step.lower_forward(ForwardShape(engine.step.buckets[-1], adapted=True)),
         memory_bytes,
         record_property,
     )
@@ -346,7 +356,7 @@ def test_blackwell_runs_the_portable_step(caplog: Any) -> None:
     ]  # fmt: skip
     step = StepPrograms(engine.step)
     rows = engine.scheduler.max_rows
-    for lowered in (step.lower_forward(Bucket(rows, rows)), step.lower_draw(rows)):
+    for lowered in (step.lower_forward(ForwardShape(Bucket(rows, rows))), step.lower_draw(rows)):
         compiled = lowered.compile()
         assert compiled.memory_analysis() is not None
         assert num_kernels(compiled.as_text() or "") == 0
@@ -375,7 +385,7 @@ def test_quantised_cache(target: str, dtype: str, record_property: Callable[...,
     step = StepPrograms(engine.step)
     text, memory = check_program(
         engine,
-        lambda: step.lower_forward(engine.step.buckets[-2]),
+        lambda: step.lower_forward(ForwardShape(engine.step.buckets[-2])),
         parse_target(target).device.memory_bytes,
         record_property,
     )
@@ -388,7 +398,7 @@ def test_long_contexts_take_larger_pages(monkeypatch: pytest.MonkeyPatch) -> Non
     assert engine.cache.page_size == 256
     step = StepPrograms(engine.step)
     rows = engine.scheduler.max_rows
-    assert step.lower_forward(Bucket(rows, rows)).compile().memory_analysis() is not None
+    assert step.lower_forward(ForwardShape(Bucket(rows, rows))).compile().memory_analysis() is not None
     with pytest.raises(LaunchError, match=r"--max-running-requests 512 with --context-length 131072 is more than"):
         lay_out_for("v6e:2x4", "llama-3.1-8b", 4, context_length=131072, max_running_requests=512)
     monkeypatch.setitem(MODELS["qwen3-4b"], "max_position_embeddings", 262144)

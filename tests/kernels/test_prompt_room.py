@@ -1,0 +1,101 @@
+"""Prompts of latent attention over expanded keys, with every backend against numpy in float64 over what is cached."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from jaxserve.mesh import make_mesh
+from jaxserve.models.latent_attention import Expansion
+from jaxserve.models.prompt_room import PromptRoom
+from jaxserve.models.registry import find_architecture
+from kernels_pallas.paged_attention.api import AttentionConfig
+from kernels_pallas.paged_attention.cases import LAYER, Case, Step, expected, make_step
+from tests.compile.models import DEEPSEEK_V31
+from tests.kernels.test_paged_attention import BF16, F32, Gpu, Tpu, Xla, needs_pallas
+
+# The GPU kernels know no other latent vectors.
+MODEL = find_architecture(DEEPSEEK_V31).model_config(DEEPSEEK_V31)
+LATENT = MODEL.latent
+assert LATENT is not None
+# Rows that run a single token, prompts that begin and go on, and rows and tokens of none.
+CASE = Case(q_lens=(1, 1, 5, 30), kv_lens=(16, 77, 5, 90), heads=(4, 1, 576), value_dim=512, num_tokens=64)
+
+
+class Projections:
+    """What a room needs of a layer's."""
+
+    cache_scales = None
+
+    def __init__(self, dtype: jnp.dtype) -> None:
+        self.kv_b_proj = Expansion(LATENT, CASE.heads[0], dtype=dtype)
+        values = np.random.default_rng(1).standard_normal(self.kv_b_proj.weight.shape) * LATENT.kv_rank**-0.5
+        self.kv_b_proj.weight = nnx.Param(jnp.asarray(values, dtype))
+        self.absorbs = True
+
+    def sinks_N(self) -> None:
+        """There are none."""
+
+    def absorbed(self, q_TNQ: jax.Array) -> jax.Array:
+        """As `LatentAttention` does it."""
+        q_TNH, q_TNR = q_TNQ[..., : LATENT.key_dim], q_TNQ[..., LATENT.key_dim :]
+        return jnp.concatenate([self.kv_b_proj.absorb(q_TNH), q_TNR], axis=-1)
+
+
+def make_room(implementation: type[Any], cached: AttentionConfig, num_pages: int) -> PromptRoom:
+    """Pages of its own for `num_pages`."""
+    heads = dataclasses.replace(
+        cached, num_layers=1, num_kv_heads=cached.num_q_heads, head_dim=256, num_pages=num_pages, value_dim=None
+    )
+    writer = dataclasses.replace(cached, num_q_heads=cached.num_kv_heads, window=1)
+    return PromptRoom(
+        LATENT, implementation(heads, 1).attention, implementation(writer, 1).attention, make_mesh(1)
+    )  # fmt: skip
+
+
+def absorbed_exactly(step: Step, q_TNQ: np.ndarray, keys_NHC: np.ndarray) -> Step:
+    """The step with queries of what is cached."""
+    q_TNC = np.einsum("tnh,nhc->tnc", q_TNQ[..., : LATENT.key_dim], keys_NHC)
+    return step._replace(q_TNH=np.concatenate([q_TNC, q_TNQ[..., LATENT.key_dim :]], axis=-1))
+
+
+@pytest.mark.parametrize(
+    ("implementation", "dtype"),
+    [(Xla, F32), *(pytest.param(one, BF16, marks=needs_pallas) for one in (Tpu, Gpu))],
+)
+def test_matches_numpy(implementation: type[Any], dtype: jnp.dtype) -> None:
+    config = CASE.config(dtype)
+    step = make_step(CASE, config)
+    projections = Projections(dtype)
+    cached = implementation(config, 1).attention
+    # One page more than the prompts have.
+    room = make_room(implementation, config, 1 + 6 + 1)
+    numbers = (*step.q_TNH.shape[:2], LATENT.key_dim + LATENT.rope_dim)
+    q_TNQ = jnp.asarray(np.random.default_rng(2).standard_normal(numbers), dtype)
+
+    @jax.jit
+    def attend(q: jax.Array, k: jax.Array, cache: Any, meta: Any) -> Any:
+        prompts = room.plan(MODEL, cached, meta)
+        prompts.attach(projections)
+        return prompts.attend(projections, q, k, k[..., : LATENT.kv_rank], cache, jnp.int32(LAYER))
+
+    old = implementation.to_cache(config, jnp.asarray(step.k_PSKH), jnp.asarray(step.v_PSKH))
+    out, new = attend(q_TNQ, jnp.asarray(step.k_TKH, dtype), old, step.meta)
+    assert not projections.absorbs
+
+    keys_NHC, values_NVC = (np.asarray(each, np.float64) for each in projections.kv_b_proj.by_head(dtype))
+    want_TNC, pages_PSKH, _ = expected(
+        CASE, config, absorbed_exactly(step, np.asarray(q_TNQ.astype(F32), np.float64), keys_NHC)
+    )
+    want_TNV = np.einsum("tnc,nvc->tnv", want_TNC, values_NVC)
+    got_TNV = np.asarray(out.astype(F32))[: want_TNV.shape[0]]
+    # A rounding each of queries, keys, weights and values, and sums over the latent vector's numbers.
+    tolerance = 4 * float(jnp.finfo(dtype).eps) + LATENT.kv_rank**0.5 * float(np.finfo(np.float32).eps)
+    np.testing.assert_allclose(got_TNV, want_TNV, rtol=0, atol=tolerance * np.abs(want_TNV).max())
+    new_PSKH = np.asarray(jnp.moveaxis(cached.unpack(new)[0], 1, 2).astype(F32))
+    held = ~np.isnan(pages_PSKH)
+    np.testing.assert_array_equal(new_PSKH[held], pages_PSKH[held])
