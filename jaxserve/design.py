@@ -271,15 +271,18 @@ def _prompt_room(
     if latent is None or cached.batch_invariant:
         return None
     numbers = max(latent.key_dim + latent.rope_dim, latent.value_dim)
+    by_kernel = chosen.name != "xla"
     config = dataclasses.replace(
         cached,
         num_layers=1,
         num_kv_heads=cached.num_q_heads,
         # The kernels know sizes of whole tiles.
-        head_dim=numbers if chosen.name == "xla" else -(-numbers // _KERNEL_NUMBERS) * _KERNEL_NUMBERS,
+        head_dim=-(-numbers // _KERNEL_NUMBERS) * _KERNEL_NUMBERS if by_kernel else numbers,
         num_pages=1,
         dtype=cached.compute_dtype,
         value_dim=None,
+        # No rows of single tokens come here, and so the kernels leave out what is for those.
+        batch_invariant=by_kernel,
     )
     choose = partial(choose_attention, chosen.name, mesh=design.mesh)
     try:

@@ -58,24 +58,24 @@ class PromptRoom:
     @property
     def fewest_tokens(self) -> float:
         """Steps of fewer are never cheaper so."""
-        return self._expansion_flops / self._saved_flops if self._saved_flops > 0 else math.inf
+        return self._expansion_flops / self._saved_a_pair if self._saved_a_pair > 0 else math.inf
 
-    def pays(self, rows: Iterable[tuple[int, int]]) -> bool:
-        """Whether a step's prompts fit the room, and take less arithmetic there.
+    def saved_flops(self, rows: Iterable[tuple[int, int]]) -> float:
+        """Arithmetic, of a layer and head, that a step takes less with its prompts in the room; -inf: they do not fit.
 
         Args:
-            rows: (tokens that run, tokens of the sequence after them) of the rows that run several tokens.
+            rows: (tokens that run, tokens of the sequence with them) of the rows that run several tokens.
         """
         page_size = self.backend.config.page_size
         num_pages, saved = 0, 0.0
         for num_tokens, length in rows:
             num_pages += -(-length // page_size)
             pairs = num_tokens * length - num_tokens * (num_tokens - 1) / 2
-            saved += pairs * self._saved_flops - length * self._expansion_flops
-        return saved > 0 and num_pages <= self.backend.config.num_pages
+            saved += pairs * self._saved_a_pair - length * self._expansion_flops
+        return saved if num_pages <= self.backend.config.num_pages else -math.inf
 
     @property
-    def _saved_flops(self) -> int:
+    def _saved_a_pair(self) -> int:
         """Of a query, key and head: what is left where both are as wide as in the room."""
         return 2 * (2 * self.latent.kv_rank + self.latent.rope_dim) - 4 * self.backend.config.head_dim
 

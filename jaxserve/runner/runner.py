@@ -178,11 +178,11 @@ class ModelRunner:
         return self._run_forward(shape, plans)
 
     def _expands(self, bucket: Bucket, plans: Sequence[SchedulerOutput]) -> bool:
-        """Whether the prompts of all copies are cheaper in a step that expands them."""
+        """Whether a step that expands the prompts of all copies is cheaper."""
         room = self._model.prompt_room
         if room is None or ForwardShape(bucket, expanded=True) not in self._shapes:
             return False
-        return all(room.pays(_prompt_lengths(plan)) for plan in plans)
+        return sum(room.saved_flops(_prompt_lengths(plan)) for plan in plans) > 0
 
     def draw(
         self,

@@ -87,6 +87,20 @@ DEEPSEEK_V31: dict[str, Any] = {
     },
     "quantization_config": _FP8,
 }  # fmt: skip
+DEEPSEEK_V2_LITE: dict[str, Any] = {
+    "architectures": ["DeepseekV2ForCausalLM"], "vocab_size": 102400, "hidden_size": 2048, "intermediate_size": 10944,
+    "num_hidden_layers": 27, "num_attention_heads": 16, "num_key_value_heads": 16, "max_position_embeddings": 163840,
+    "rms_norm_eps": 1e-6, "rope_theta": 10000, "tie_word_embeddings": False, "torch_dtype": "bfloat16",
+    "model_type": "deepseek_v2", "attention_bias": False, "hidden_act": "silu", "q_lora_rank": None,
+    "kv_lora_rank": 512, "qk_rope_head_dim": 64, "qk_nope_head_dim": 128, "v_head_dim": 128,
+    "first_k_dense_replace": 1, "moe_intermediate_size": 1408, "moe_layer_freq": 1, "n_routed_experts": 64,
+    "n_shared_experts": 2, "num_experts_per_tok": 6, "n_group": 1, "topk_group": 1, "norm_topk_prob": False,
+    "routed_scaling_factor": 1.0, "scoring_func": "softmax", "topk_method": "greedy",
+    "rope_scaling": {
+        "type": "yarn", "factor": 40, "beta_fast": 32, "beta_slow": 1, "mscale": 0.707, "mscale_all_dim": 0.707,
+        "original_max_position_embeddings": 4096,
+    },
+}  # fmt: skip
 KIMI_K2_THINKING: dict[str, Any] = DEEPSEEK_V31 | {
     "vocab_size": 163840, "num_attention_heads": 64, "num_key_value_heads": 64, "max_position_embeddings": 262144,
     "rms_norm_eps": 1e-5, "rope_theta": 50000.0, "first_k_dense_replace": 1, "n_routed_experts": 384, "n_group": 1,

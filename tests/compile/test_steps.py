@@ -8,7 +8,6 @@ import math
 import re
 import time
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import jax
@@ -27,6 +26,7 @@ from jaxserve.runner.programs import StepPrograms
 from jaxserve.targets import parse_target, prepare_environment, target_devices
 from kernels_pallas.grouped_matmul.xla import XlaGroupedMatmul
 from tests.compile.models import (
+    DEEPSEEK_V2_LITE,
     DEEPSEEK_V31,
     GPT_OSS_20B,
     GPT_OSS_20B_MXFP4,
@@ -41,6 +41,7 @@ from tests.compile.models import (
     QWEN3_235B_A22B,
     QWEN25_05B,
 )
+from tests.marks import beside
 
 pytestmark = pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="the kernels need JAX 0.11")
 
@@ -54,14 +55,13 @@ MODELS = {
     "mixtral-8x22b": MIXTRAL_8X22B,
     "gpt-oss-20b": GPT_OSS_20B,
     "qwen3-30b-a3b-fp8": QWEN3_30B_A3B_FP8,
+    "deepseek-v2-lite": DEEPSEEK_V2_LITE,
     "deepseek-v3.1": DEEPSEEK_V31,
     "gpt-oss-20b-mxfp4": GPT_OSS_20B_MXFP4,
     "gpt-oss-120b-mxfp4": GPT_OSS_120B_MXFP4,
     "kimi-k2-thinking": KIMI_K2_THINKING,
 }
 CONTEXT = 16384
-# One that others are like: `scripts/test` leaves it out.
-beside = partial(pytest.param, marks=pytest.mark.exhaustive)
 # Llama-3.1-8B does not fit one v5e, 70B no less than eight of the smaller devices.
 STEPS = [
     beside("v5e:2x2", "qwen2.5-0.5b", 1),
@@ -72,11 +72,11 @@ STEPS = [
     ("v6e:2x4", "llama-3.1-8b", 1),
     beside("v6e:2x4", "llama-3.1-8b", 4),
     ("v6e:2x4", "llama-3.3-70b", 8),
-    ("v5p:2x2x2", "llama-3.3-70b", 8),
+    beside("v5p:2x2x2", "llama-3.3-70b", 8),
     beside("tpu7x:2x2x1", "llama-3.3-70b", 8),
     ("h100:1", "qwen2.5-0.5b", 1),
     beside("h100:1", "qwen3-4b", 1),
-    ("h100:1", "llama-3.1-8b", 1),
+    beside("h100:1", "llama-3.1-8b", 1),
     beside("h100:8", "llama-3.1-8b", 4),
     ("h100:8", "llama-3.3-70b", 8),
     beside("h200:8", "llama-3.3-70b", 8),
@@ -87,7 +87,7 @@ DECODE_STEPS = [
     beside("v5e:2x2", "llama-3.1-8b", 4),
     beside("h100:8", "qwen2.5-0.5b", 1),
     ("h100:8", "qwen3-4b", 8),
-    ("h100:8", "llama-3.1-8b", 1),
+    beside("h100:8", "llama-3.1-8b", 1),
     beside("h100:8", "llama-3.3-70b", 8),
     beside("v6e:2x4", "qwen3-4b", 1),
     ("v6e:2x4", "llama-3.3-70b", 8),
@@ -182,10 +182,10 @@ def test_decode_step_and_draws(target: str, model: str, tp_size: int, record_pro
     [
         ("v6e:2x4", "qwen3-30b-a3b", 8, 2),
         beside("h100:1", "qwen3-30b-a3b", 1, 1),
-        ("h100:8", "qwen3-235b-a22b", 8, 8),
+        beside("h100:8", "qwen3-235b-a22b", 8, 8),
         beside("v5p:2x2x2", "mixtral-8x22b", 8, 8),
         beside("h100:8", "gpt-oss-20b", 4, 4),
-        ("h100:1", "qwen3-30b-a3b-fp8", 1, 1),
+        beside("h100:1", "qwen3-30b-a3b-fp8", 1, 1),
         ("h200:8", "deepseek-v3.1", 8, 8),
         ("v5p:2x2x4", "deepseek-v3.1", 16, 16),
         beside("v5e:2x2", "gpt-oss-20b-mxfp4", 4, 4),
@@ -223,7 +223,39 @@ def test_step_with_experts(
     assert memory.temp_size_in_bytes < one_layer
 
 
-@pytest.mark.parametrize(("target", "model"), [("v6e:2x4", "qwen3-30b-a3b"), ("h200:8", "deepseek-v3.1")])
+@pytest.mark.parametrize(
+    ("target", "model", "tp_size"),
+    [
+        ("v6e:2x4", "deepseek-v2-lite", 4),
+        ("h100:1", "deepseek-v2-lite", 1),
+        beside("v5p:2x2x4", "deepseek-v3.1", 16),
+        beside("h200:8", "deepseek-v3.1", 8),
+    ],
+)
+def test_step_with_expanded_prompts(
+    target: str, model: str, tp_size: int, record_property: Callable[..., None]
+) -> None:
+    """Nothing crosses the devices for it, and neither cache nor room is copied."""
+    num_tokens = {"h100:1": 65536, "h200:8": 262144}.get(target)  # as above
+    engine, _ = lay_out_for(target, model, tp_size, ep_size=tp_size, max_total_tokens=num_tokens)
+    room = engine.step.prompt_room
+    assert room is not None
+    step, memory_bytes = StepPrograms(engine.step), parse_target(target).device.memory_bytes
+    shape = ForwardShape(engine.step.buckets[0], expanded=True)
+    text, memory = check_program(engine, lambda: step.lower_forward(shape), memory_bytes, record_property)
+    check_forward(engine, text, memory, tp_size)
+    for spec in room.backend.cache_spec().values():
+        heads = room.backend.config.num_kv_heads // tp_size
+        pages = f"[{spec.shape[0]},{heads},"
+        assert not [line for line in text.splitlines() if re.search(r" copy(-start)?\(", line) and pages in line]
+    # Two kinds of layers. The cache is written, rows of single tokens decode, and the room has a backend of its own.
+    attention = 1 + 2 + 2 if target.startswith("h") else 2 + 1 + 1
+    kinds = [kind for group in group_layers(engine.step.decoder.config.layers) for kind in group.kinds]
+    mlps = {"dense": 0, "experts": 3}
+    assert num_kernels(text) == sum(attention + mlps[kind.mlp] + _num_linears(engine, kind) for kind in kinds)
+
+
+@pytest.mark.parametrize(("target", "model"), [("v6e:2x4", "qwen3-30b-a3b"), beside("h200:8", "deepseek-v3.1")])
 def test_copies_share_experts(target: str, model: str, record_property: Callable[..., None]) -> None:
     """--enable-dp-attention: tokens of all copies go to the experts of each, and their sums back; nothing else."""
     num_tokens = {"h200:8": 32768}.get(target)  # as above
@@ -250,8 +282,8 @@ def _num_linears(engine: EngineDesign, kind: LayerConfig) -> int:
     ("target", "model", "tp_size", "quantization"),
     [
         ("v5e:2x2", "qwen3-4b", 4, "int4"),
-        ("v6e:2x4", "qwen3-4b", 1, "int8"),
-        ("h100:8", "llama-3.1-8b", 4, "fp8"),
+        beside("v6e:2x4", "qwen3-4b", 1, "int8"),
+        beside("h100:8", "llama-3.1-8b", 4, "fp8"),
         ("h100:1", "qwen3-4b", 1, "int4"),
     ],
 )
@@ -295,7 +327,7 @@ def test_copies_share_nothing(target: str, record_property: Callable[..., None])
 
 
 @pytest.mark.parametrize(
-    ("target", "model", "tp_size"), [("v6e:2x4", "llama-3.1-8b", 4), ("h100:8", "llama-3.3-70b", 8)]
+    ("target", "model", "tp_size"), [("v6e:2x4", "llama-3.1-8b", 4), beside("h100:8", "llama-3.3-70b", 8)]
 )
 def test_step_with_adapters(target: str, model: str, tp_size: int, record_property: Callable[..., None]) -> None:
     """Factors are split with their weights: small all-reduces after those of the base, and nothing else crosses."""
@@ -374,8 +406,8 @@ def test_a_named_backend_is_no_wish() -> None:
     [
         ("v6e:2x4", "int8"),
         ("h100:1", "fp8_e4m3"),
-        pytest.param("v6e:2x4", "fp8_e4m3", marks=pytest.mark.exhaustive),
-        pytest.param("h100:1", "int8", marks=pytest.mark.exhaustive),
+        beside("v6e:2x4", "fp8_e4m3"),
+        beside("h100:1", "int8"),
     ],
 )
 def test_quantised_cache(target: str, dtype: str, record_property: Callable[..., None]) -> None:

@@ -16,6 +16,7 @@ from jaxserve.mesh import make_mesh
 from kernels_pallas.paged_attention.api import AttentionBackend, AttentionConfig
 from kernels_pallas.paged_attention.cases import LAYER, OPTIONS, SHAPES, Case, Step, expected, make_step, tolerance
 from kernels_pallas.paged_attention.xla import XlaAttention
+from tests.marks import beside
 
 F32, BF16 = jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16)
 FP8, INT8 = jnp.dtype(jnp.float8_e4m3fn), jnp.dtype(jnp.int8)
@@ -138,9 +139,12 @@ def test_matches_numpy(implementation: type[Any], shape: str, options: str, dtyp
     run(implementation, SHAPES[shape].with_options(**OPTIONS[options]), dtype)
 
 
-# The GPU kernels multiply in bf16, and know head dims from 64 on.
-GPU_CASES = [(shape, "plain") for shape in SHAPES if shape != "latent"] + [
-    (shape, options) for options in OPTIONS for shape in ("mixed", "chunk_of_a_long_prompt") if options != "plain"
+# The GPU kernels multiply in bf16, and know head dims from 64 on. Their interpreter takes half a minute a case.
+_ALIKE = ("decode", "short_prefill", "tiles_of_both_sizes", "multi_head")
+GPU_CASES = [
+    *(beside(shape, "plain") if shape in _ALIKE else (shape, "plain") for shape in SHAPES if shape != "latent"),
+    *(("mixed", options) for options in OPTIONS if options != "plain"),
+    *(beside("chunk_of_a_long_prompt", options) for options in OPTIONS if options != "plain"),
 ]
 
 
@@ -156,14 +160,14 @@ def test_xla_takes_pages_of_any_size() -> None:
     run(Xla, case, F32)
 
 
-@pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 256])
+@pytest.mark.parametrize("head_dim", [beside(64), 80, beside(96), 128, 256])
 @pytest.mark.parametrize("implementation", [pytest.param(one, marks=needs_pallas) for one in (Tpu, Gpu)])
 def test_head_dims(implementation: type[Any], head_dim: int) -> None:
     case = Case(q_lens=(1, 1, 5), kv_lens=(16, 40, 37), num_tokens=16, heads=(4, 2, head_dim))
     run(implementation, case, BF16)
 
 
-@pytest.mark.parametrize("page_size", [32, 64, 128, 256])
+@pytest.mark.parametrize("page_size", [32, beside(64), beside(128), 256])
 @pytest.mark.parametrize("implementation", [pytest.param(one, marks=needs_pallas) for one in (Tpu, Gpu)])
 def test_page_sizes(implementation: type[Any], page_size: int) -> None:
     # The last slot of a page, the first of the next, and a chunk over the border.
@@ -177,7 +181,7 @@ def test_page_sizes(implementation: type[Any], page_size: int) -> None:
     run(implementation, case, BF16)
 
 
-@pytest.mark.parametrize("page_size", [16, 64])
+@pytest.mark.parametrize("page_size", [16, beside(64)])
 @pytest.mark.parametrize("dtype", [FP8, INT8], ids=str)
 @pytest.mark.parametrize("implementation", [Xla, *(pytest.param(one, marks=needs_pallas) for one in (Tpu, Gpu))])
 def test_quantised_cache(implementation: type[Any], dtype: jnp.dtype, page_size: int) -> None:
@@ -198,7 +202,7 @@ def test_values_that_are_a_part_of_their_keys(implementation: type[Any], dtype: 
     run(implementation, SHAPES["latent"].with_options(magnitude=30.0 if dtype == INT8 else 1.0), dtype)
 
 
-@pytest.mark.parametrize("group", [1, 7, 8])
+@pytest.mark.parametrize("group", [1, 7, beside(8)])
 @pytest.mark.parametrize("implementation", [pytest.param(one, marks=needs_pallas) for one in (Tpu, Gpu)])
 def test_groups(implementation: type[Any], group: int) -> None:
     case = Case(q_lens=(1, 3, 20), kv_lens=(18, 3, 37), num_tokens=32, heads=(2 * group, 2, 64))

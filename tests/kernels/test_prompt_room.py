@@ -49,7 +49,13 @@ class Projections:
 def make_room(implementation: type[Any], cached: AttentionConfig, num_pages: int) -> PromptRoom:
     """Pages of its own for `num_pages`."""
     heads = dataclasses.replace(
-        cached, num_layers=1, num_kv_heads=cached.num_q_heads, head_dim=256, num_pages=num_pages, value_dim=None
+        cached,
+        num_layers=1,
+        num_kv_heads=cached.num_q_heads,
+        head_dim=256,
+        num_pages=num_pages,
+        value_dim=None,
+        batch_invariant=implementation is not Xla,
     )
     writer = dataclasses.replace(cached, num_q_heads=cached.num_kv_heads, window=1)
     return PromptRoom(

@@ -12,15 +12,19 @@ import pytest
 
 from jaxserve.build import build_runner
 from jaxserve.config import EngineConfig
+from jaxserve.models.prompt_room import PromptRoom
 from jaxserve.request import SamplingParams
 from jaxserve.runner.batch import ForwardBatch
-from jaxserve.runner.buckets import Bucket
+from jaxserve.runner.buckets import Bucket, ForwardShape
 from jaxserve.runner.programs import StepModel
 from jaxserve.runner.runner import ModelRunner
 from jaxserve.step import NewRow, ScheduledRow, SchedulerOutput
+from tests.marks import beside
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 NAMES = sorted(path.name for path in GOLDEN.iterdir())
+# Those that are split in ways of their own.
+SPLIT = ("llama_wide_heads", "phi3", "qwen2_moe", "gpt_oss", "deepseek_v3", "deepseek_v3_fp8", "qwen3_fp8", "olmo2")
 # 60 tokens through two layers of width 32 in f32; logits of magnitude ~10.
 TOLERANCE = 1e-4
 
@@ -92,7 +96,11 @@ def test_decode_beside_prefill(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "tp_size"), [*((name, 4) for name in NAMES), *((name, 2) for name in ("qwen3", "qwen2_moe", "gpt_oss"))]
+    ("name", "tp_size"),
+    [
+        *(((name, 4) if name in SPLIT else beside(name, 4)) for name in NAMES),
+        *((name, 2) for name in ("qwen3", "qwen2_moe", "gpt_oss")),
+    ],
 )
 def test_sharded(name: str, tp_size: int) -> None:
     """Four devices on two key heads: heads are repeated. In the case of latent attention, the only one is."""
@@ -129,6 +137,42 @@ def test_a_cache_of_8_bits(name: str, sizes: dict[str, int], dtype: str) -> None
     parts = [run(model.runner, [row(0, ids, start, end)]) for start, end in ((0, 33), (33, 59), (59, 60))]
     error = np.concatenate(parts) - want
     assert np.sqrt(np.mean(error**2)) < 0.25 * want.std()
+
+
+LATENT = [name for name in NAMES if name.startswith("deepseek")]
+
+
+@pytest.fixture
+def _expanded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prompts are expanded, though models as small as these gain nothing by that."""
+    monkeypatch.setattr(PromptRoom, "fewest_tokens", 1)
+    monkeypatch.setattr(PromptRoom, "saved_flops", lambda *_: 1.0)
+
+
+@pytest.mark.usefixtures("_expanded")
+@pytest.mark.parametrize(("name", "tp_size"), [*((name, 1) for name in LATENT), ("deepseek_v3", 4)])
+def test_expanded_prompts(name: str, tp_size: int) -> None:
+    """Whole, in chunks, and beside a row that runs a single token."""
+    model = load(name, tp_size=tp_size)
+    assert model.runner._model.prompt_room is not None
+    logits = run(model.runner, [row(i, ids, 0, 60) for i, ids in enumerate(model.token_ids)])
+    close(logits.reshape(model.logits.shape), model.logits)
+    one, two = model.token_ids[:2]
+    got = [run(model.runner, [row(2, two, start, end)]) for start, end in ((0, 7), (7, 33), (33, 59))]
+    close(np.concatenate(got), model.logits[1, :59])
+    logits = run(model.runner, [row(2, two, 59, 60), row(3, one, 0, 60)])
+    close(logits[0], model.logits[1, 59])
+    close(logits[1:], model.logits[0])
+
+
+@pytest.mark.usefixtures("_expanded")
+@pytest.mark.parametrize("dtype", ["fp8_e4m3", "int8"])
+def test_expanded_prompts_of_a_cache_of_8_bits(dtype: str) -> None:
+    model = load("deepseek_v3", kv_cache_dtype=dtype, tp_size=2)
+    assert model.runner._model.prompt_room is not None
+    parts = [run(model.runner, [row(0, model.token_ids[0], start, end)]) for start, end in ((0, 33), (33, 59))]
+    want = model.logits[0, :59]
+    assert np.sqrt(np.mean((np.concatenate(parts) - want) ** 2)) < 0.25 * want.std()
 
 
 # The fewest programs that can run two prompts.
@@ -185,6 +229,27 @@ def test_copies_share_experts(name: str, tp_size: int, dp_size: int, ep_size: in
     logits = np.asarray(model.runner.forward((*plans, None))._logits).reshape(dp_size, -1, model.logits.shape[-1])
     for copy, end in enumerate(ends):
         close(logits[copy, 0], model.logits[copy % 2, end - 1])
+
+
+@pytest.mark.usefixtures("_expanded")
+def test_a_runner_expands_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of two copies, one of which runs single tokens only; decode steps have no prompts."""
+    model = load("deepseek_v3", **FEW_PROGRAMS, dp_size=2, dp_attention=True)
+    runner, shapes = model.runner, []
+
+    def compiled(shape: ForwardShape) -> Any:
+        shapes.append(shape)
+        return runner._lowering.lower_forward(shape).compile()
+
+    monkeypatch.setattr(runner._programs, "forward", compiled)
+    one, two = model.token_ids[:2]
+    steps = [(sampled(row(0, one, 0, 59)), None), (sampled(row(0, one, 59, 60)), sampled(row(0, two, 0, 40)))]
+    steps.append((None, sampled(row(0, two, 40, 41))))
+    logits = [np.asarray(runner.forward(step)._logits).reshape(2, -1, model.logits.shape[-1]) for step in steps]
+    assert [shape.expanded for shape in shapes] == [True, True, False]
+    close(logits[0][0, 0], model.logits[0, 58])
+    close(logits[1][:, 0], model.logits[[0, 1], [59, 39]])
+    close(logits[2][1, 0], model.logits[1, 40])
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen3"])
