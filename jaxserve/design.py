@@ -294,7 +294,10 @@ def _prompt_room(
         logger.warning("prompts are attended over as they are cached: %s", error)
         return None
     room = PromptRoom(latent, backend, writer, design.mesh)
-    return room if room.num_tokens >= room.fewest_tokens else None
+    if room.num_tokens < room.fewest_tokens:
+        return None
+    logger.info("prompts: over expanded keys, of up to %d tokens, where that is cheaper", room.num_tokens)
+    return room
 
 
 def _decoder_of_cache(config: EngineConfig, design: ModelDesign) -> Decoder:

@@ -32,6 +32,8 @@ from kernels_pallas.shards import MODEL, over_model
 # Latent vectors that are expanded at a time.
 _TOKENS_AT_ONCE = 1024
 _ROW_MAJOR = Layout((0, 1, 2, 3))
+# What is expanded is written, too, and read again: on CPU that takes as long as its arithmetic (scripts/bench).
+_MEMORY_FACTOR = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +63,7 @@ class PromptRoom:
         return self._expansion_flops / self._saved_a_pair if self._saved_a_pair > 0 else math.inf
 
     def saved_flops(self, rows: Iterable[tuple[int, int]]) -> float:
-        """Arithmetic, of a layer and head, that a step takes less with its prompts in the room; -inf: they do not fit.
+        """What a step saves with its prompts in the room, as arithmetic of a layer and head; -inf: they do not fit.
 
         Args:
             rows: (tokens that run, tokens of the sequence with them) of the rows that run several tokens.
@@ -81,8 +83,8 @@ class PromptRoom:
 
     @property
     def _expansion_flops(self) -> int:
-        """Of a key and head. For the queries it is what absorbing them and their results would take."""
-        return 2 * self.latent.kv_rank * (self.latent.key_dim + self.latent.value_dim)
+        """Of a key and head. A step's own keys take what absorbing its queries and results would, besides."""
+        return _MEMORY_FACTOR * 2 * self.latent.kv_rank * (self.latent.key_dim + self.latent.value_dim)
 
     def expand(self, x_PKSC: jax.Array, matrices: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         """Keys and values [P, N, S, E] of what is cached, [P, K, S, C + R].

@@ -1,0 +1,87 @@
+"""What expanding the prompts of latent attention gains: a step in both forms in turn.
+
+Takes the flags of the server and needs the model's `config.json` only: weights are zeros, which takes as long.
+
+    python scripts/bench/expanded_prompts.py --model-path ./deepseek-v2-lite --rounds 10
+"""
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+
+import jax
+import numpy as np
+
+from jaxserve.arguments import parse_arguments
+from jaxserve.design import design_model, lay_out
+from jaxserve.mesh import make_mesh
+from jaxserve.model_source import find_config
+from jaxserve.request import SamplingParams
+from jaxserve.runner.batch import ForwardBatch, RowTable
+from jaxserve.runner.buckets import ForwardShape
+from jaxserve.runner.programs import StepModel, StepPrograms
+from jaxserve.runner.transfer import to_devices, zeros
+from jaxserve.step import NewRow, ScheduledRow, SchedulerOutput
+
+_POOL_BYTES = 4 << 30
+
+
+def make_batch(model: StepModel, num_tokens: int, length: int) -> ForwardBatch:
+    """One prompt's last tokens."""
+    rows = RowTable(model.layout)
+    new = NewRow(row=0, sampling=SamplingParams(), seed=0)
+    rows.admit(new)
+    pages = tuple(range(-(-length // model.layout.page_size)))
+    prompt = ScheduledRow(
+        row=0,
+        token_ids=(0,) * num_tokens,
+        num_computed_tokens=length - num_tokens,
+        new_page_ids=pages,
+        samples=False,
+    )
+    batch = rows.build(SchedulerOutput(step=0, new_rows=(new,), rows=(prompt,)), model.buckets[0])
+    return jax.tree.map(lambda array: array[None], batch)
+
+
+def main() -> None:
+    """Print a line for each length of a prompt."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=10)
+    args, flags = parser.parse_known_args()
+    config = parse_arguments(flags).engine
+    hf_config = find_config(config.model_path, config.revision, config.download_dir)
+    design = design_model(config, hf_config, make_mesh(config.tp_size, 1, config.ep_size))
+    model = lay_out(config, design, _POOL_BYTES).step
+    room = model.prompt_room
+    if room is None:
+        parser.error("--model-path: prompts of this model are not expanded")
+    programs = StepPrograms(model)
+    shapes = [ForwardShape(model.buckets[0], expanded=expanded) for expanded in (False, True)]
+    forwards = [programs.lower_forward(shape).compile() for shape in shapes]
+    weights, cache = zeros(programs.weight_shapes()), zeros(programs.cache_shapes())
+    last_token_R = zeros(programs.state_shapes().last_token_R)
+
+    def seconds(forward: Callable[..., tuple[dict[str, jax.Array], jax.Array]], batch: ForwardBatch) -> float:
+        nonlocal cache
+        start = time.perf_counter()
+        cache, logits = forward(weights, {}, cache, last_token_R, batch)
+        jax.block_until_ready(logits)
+        return time.perf_counter() - start
+
+    num_tokens = length = min(model.buckets[0].num_tokens, room.num_tokens)
+    while length <= room.num_tokens:
+        batch = to_devices(make_batch(model, num_tokens, length), programs.by_copy)
+        rounds = np.array([[seconds(forward, batch) for forward in forwards] for _ in range(args.rounds + 1)])[1:]
+        cached, expanded = np.median(rounds, axis=0) * 1e3
+        ratio = statistics.median(rounds[:, 1] / rounds[:, 0])
+        saved = room.saved_flops([(num_tokens, length)]) > 0
+        print(
+            f"{num_tokens} tokens after {length - num_tokens}: over the cache {cached:.0f} ms, expanded {expanded:.0f} "
+            f"ms, {ratio:.2f} of it; cheaper by its arithmetic: {saved}"
+        )
+        length *= 2
+
+
+if __name__ == "__main__":
+    main()
