@@ -3,11 +3,9 @@
 The engine is built from this, and `jaxserve.plan` compiles it for devices that are not there.
 """
 
-import dataclasses
 import logging
 import math
 from collections.abc import Mapping
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -23,8 +21,8 @@ from jaxserve.models.architecture import Architecture, BuildModel
 from jaxserve.models.decoder import Decoder, ParamSpec, Path
 from jaxserve.models.hf_quantization import with_requested
 from jaxserve.models.layers import format_of
-from jaxserve.models.prompt_room import PromptRoom
 from jaxserve.models.registry import find_architecture
+from jaxserve.prompt_design import design_room
 from jaxserve.runner.batch import BatchLayout
 from jaxserve.runner.buckets import ACCELERATOR_STEPS, CPU_STEPS, make_buckets
 from jaxserve.runner.programs import StepModel
@@ -39,17 +37,17 @@ from kernels_pallas.grouped_matmul.api import ExpertShape, GroupedMatmul
 from kernels_pallas.grouped_matmul.xla import XlaGroupedMatmul
 from kernels_pallas.lora_matmul.api import LoraMatmul
 from kernels_pallas.lora_matmul.xla import XlaLora
-from kernels_pallas.paged_attention.api import AttentionConfig, CacheSpec
-from kernels_pallas.shards import DATA, MODEL, model_size
+from kernels_pallas.paged_attention.api import AttentionConfig
+from kernels_pallas.paged_attention.head_shards import cache_bytes
+from kernels_pallas.shards import DATA, model_size
 
 logger = logging.getLogger(__name__)
 
 # Share of the memory left after the weights that the key/value pool gets.
 DEVICE_MEM_FRACTION = 0.88
 
-# Of the pool's bytes, so much is room for prompts that are expanded; it is not the pool's own.
+# Of the pool, what prompts that are expanded may take at most.
 _ROOM_PART = 32
-_KERNEL_NUMBERS = 128
 
 # By platform. Larger pages waste more at the end of a row, smaller ones cost a copy each.
 _PAGE_SIZES = {"cpu": (64,), "tpu": (128, 256)}
@@ -214,7 +212,11 @@ def lay_out(
         LaunchError: the pool is too small, or the attention backend that was named cannot serve the model.
     """
     page_size, scheduler = _fit_table(config, design)
-    page_bytes = _device_bytes(_attention(config, design, page_size, 1).backend.cache_spec(), config.tp_size)
+    one_page = _attention(config, design, page_size, 1)
+    page_bytes = cache_bytes(one_page.backend, design.mesh)
+    room = design_room(design.model, one_page, design.mesh, scheduler, pool_bytes // _ROOM_PART)
+    if room is not None:
+        pool_bytes -= cache_bytes(room.backend, design.mesh)
     if config.max_total_tokens is not None:
         num_pages = config.max_total_tokens // page_size
     else:
@@ -255,49 +257,9 @@ def lay_out(
         grouped_matmul=experts.matmul,
         linear_matmul=linear_matmul,
         linears=linears,
-        prompt_room=_prompt_room(design, chosen, scheduler, pool_bytes // _ROOM_PART),
+        prompt_room=room,
     )
     return EngineDesign(cache, num_pages * page_bytes, scheduler, chosen.name, step)
-
-
-def _prompt_room(
-    design: ModelDesign, chosen: ChosenAttention, scheduler: SchedulerConfig, max_bytes: int
-) -> PromptRoom | None:
-    """Where prompts of latent attention are expanded, if that is ever cheaper and there is room for a wide step's.
-
-    Deterministic mode has none: a prompt's results would tell which way it was cheaper to run the step.
-    """
-    latent, cached = design.model.latent, chosen.backend.config
-    if latent is None or cached.batch_invariant:
-        return None
-    numbers = max(latent.key_dim + latent.rope_dim, latent.value_dim)
-    by_kernel = chosen.name != "xla"
-    config = dataclasses.replace(
-        cached,
-        num_layers=1,
-        num_kv_heads=cached.num_q_heads,
-        # The kernels know sizes of whole tiles.
-        head_dim=-(-numbers // _KERNEL_NUMBERS) * _KERNEL_NUMBERS if by_kernel else numbers,
-        num_pages=1,
-        dtype=cached.compute_dtype,
-        value_dim=None,
-        # No rows of single tokens come here, and so the kernels leave out what is for those.
-        batch_invariant=by_kernel,
-    )
-    choose = partial(choose_attention, chosen.name, mesh=design.mesh)
-    try:
-        page_bytes = _device_bytes(choose(config).backend.cache_spec(), model_size(design.mesh))
-        num_pages = min(-(-scheduler.context_length // cached.page_size), max_bytes // page_bytes)
-        backend = choose(dataclasses.replace(config, num_pages=max(1, num_pages))).backend
-        writer = choose(dataclasses.replace(cached, num_q_heads=cached.num_kv_heads, window=1)).backend
-    except NotImplementedError as error:
-        logger.warning("prompts are attended over as they are cached: %s", error)
-        return None
-    room = PromptRoom(latent, backend, writer, design.mesh)
-    if room.num_tokens < room.fewest_tokens:
-        return None
-    logger.info("prompts: over expanded keys, of up to %d tokens, where that is cheaper", room.num_tokens)
-    return room
 
 
 def _decoder_of_cache(config: EngineConfig, design: ModelDesign) -> Decoder:
@@ -420,14 +382,6 @@ def _attention(config: EngineConfig, design: ModelDesign, page_size: int, num_pa
         return choose_attention(config.attention_backend, attention, design.mesh)
     except NotImplementedError as error:
         raise LaunchError(f"--attention-backend {config.attention_backend}: {error}") from None
-
-
-def _device_bytes(specs: Mapping[str, CacheSpec], tp_size: int) -> int:
-    """Bytes of a copy's cache on each of its devices."""
-    return sum(
-        math.prod(spec.shape) * jnp.dtype(spec.dtype).itemsize // (tp_size if MODEL in spec.partition else 1)
-        for spec in specs.values()
-    )
 
 
 def pick_dtype(config: EngineConfig, model: ModelConfig) -> jnp.dtype:

@@ -79,14 +79,13 @@ class StepModel(NamedTuple):
     linears: tuple[tuple[str, ...], ...] = ()
     prompt_room: PromptRoom | None = None
 
-    @property
-    def ops(self) -> StepOps:
+    def ops(self, *, expanded: bool = False) -> StepOps:
         """What the layers compute with."""
         return StepOps(
             self.attention,
             ExpertMaths(self.grouped_matmul, self.mesh),
             LinearMaths(self.linear_matmul, self.mesh, self.linears),
-            self.prompt_room,
+            self.prompt_room if expanded else None,
         )
 
     @property
@@ -96,8 +95,8 @@ class StepModel(NamedTuple):
         if self.adapters is not None:
             shapes += [ForwardShape(bucket, adapted=True) for bucket in self.buckets]
         if (room := self.prompt_room) is not None:
-            wide = (bucket for bucket in self.buckets if bucket.num_tokens >= room.fewest_tokens)
-            shapes += [ForwardShape(bucket, expanded=True) for bucket in wide if not bucket.single_tokens]
+            mixed = (bucket for bucket in self.buckets if not bucket.single_tokens)
+            shapes += [ForwardShape(bucket, expanded=True) for bucket in mixed if room.can_pay(bucket.num_tokens)]
         return shapes
 
 
@@ -136,7 +135,7 @@ class StepPrograms:
             (adapted, expanded): jax.jit(
                 # Over `model` the compiler splits what is in the function.
                 self._per_copy(
-                    partial(_forward, model if expanded else model._replace(prompt_room=None), maths),
+                    partial(_forward, model.decoder, _Maths(model.ops(expanded=expanded), maths)),
                     {DATA},
                     (weight_specs, bank_over_copies if adapted else {}, P(DATA), P(DATA), P(DATA)),
                     P(DATA),
@@ -269,9 +268,16 @@ class StepPrograms:
         )
 
 
+class _Maths(NamedTuple):
+    """How a forward pass computes."""
+
+    ops: StepOps
+    lora: LoraMaths
+
+
 def _forward(
-    model: StepModel,
-    maths: LoraMaths,
+    decoder: Decoder,
+    maths: _Maths,
     weights: Weights,
     bank: Weights,
     cache: Cache,
@@ -285,10 +291,10 @@ def _forward(
     pending_T = token_ids_T < 0
     last_T = last_token_R[jnp.where(pending_T, -1 - token_ids_T, 0)]
     token_ids_T = jnp.where(pending_T, last_T, token_ids_T)
-    adapters = Adapters(bank, adapter_slot_T, maths)
+    adapters = Adapters(bank, adapter_slot_T, maths.lora)
     meta = batch.attention_meta()
-    x_TD, cache = model.decoder.forward(weights, cache, token_ids_T, positions_T, meta, model.ops, adapters)
-    return cache, model.decoder.logits(weights, x_TD[token_index_B], adapters._replace(slot_T=adapter_slot_B))
+    x_TD, cache = decoder.forward(weights, cache, token_ids_T, positions_T, meta, maths.ops, adapters)
+    return cache, decoder.logits(weights, x_TD[token_index_B], adapters._replace(slot_T=adapter_slot_B))
 
 
 def _draw(

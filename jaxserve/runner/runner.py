@@ -178,11 +178,12 @@ class ModelRunner:
         return self._run_forward(shape, plans)
 
     def _expands(self, bucket: Bucket, plans: Sequence[SchedulerOutput]) -> bool:
-        """Whether a step that expands the prompts of all copies is cheaper."""
+        """Whether a step that expands the prompts of all copies is cheaper: it takes as long as the slowest copy."""
         room = self._model.prompt_room
         if room is None or ForwardShape(bucket, expanded=True) not in self._shapes:
             return False
-        return sum(room.saved_flops(_prompt_lengths(plan)) for plan in plans) > 0
+        costs = [room.costs(_prompt_lengths(plan)) for plan in plans]
+        return max(cost.expanded for cost in costs) < max(cost.cached for cost in costs)
 
     def draw(
         self,

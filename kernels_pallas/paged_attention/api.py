@@ -136,6 +136,10 @@ class AttentionBackend(Protocol):
         """The inverse of `unpack`, of keys and values of any float dtype."""
         ...
 
+    def writer(self) -> "AttentionBackend":
+        """A backend of the same cache for steps that only write: one query a key head, whose results are nothing."""
+        ...
+
     def plan(self, meta: AttentionMeta) -> Plan:
         """What `attend` needs of `meta`, computed once per step and shared by all layers of a window."""
         ...
@@ -168,6 +172,11 @@ class AttentionBackend(Protocol):
             o_TNH in q's dtype (padding tokens hold anything finite) and the cache.
         """
         ...
+
+
+def writing(config: AttentionConfig) -> AttentionConfig:
+    """Of `AttentionBackend.writer`: queries see no key but their own, and rows of single tokens are like others."""
+    return dataclasses.replace(config, num_q_heads=config.num_kv_heads, window=1, batch_invariant=True)
 
 
 def with_window(backend: AttentionBackend, window: int | None) -> AttentionBackend:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from kernels_pallas.kv_update.gpu import kv_update
-from kernels_pallas.paged_attention.api import AttentionConfig, AttentionMeta, Cache, CacheSpec
+from kernels_pallas.paged_attention.api import AttentionConfig, AttentionMeta, Cache, CacheSpec, writing
 from kernels_pallas.paged_attention.gpu_decode import attend_decode, choose_splits
 from kernels_pallas.paged_attention.gpu_layer import GpuLayer
 from kernels_pallas.paged_attention.gpu_prefill import QueryTiles, attend_prefill, padded_group, plan_tiles
@@ -91,6 +91,13 @@ class GpuAttention:
     def pack(self, k: jax.Array, v: jax.Array) -> Cache:
         """The inverse of `unpack`."""
         return {name: self.config.to_cache(x) for name, x in zip(self.cache_spec(), (k, v), strict=False)}
+
+    def writer(self) -> "GpuAttention":
+        """See `AttentionBackend.writer`."""
+        tiles = self._decode_tile, self._prefill_tile
+        return GpuAttention(
+            writing(self.config), self._mesh, num_cores=self._num_cores, tiles=tiles, interpret=self._interpret
+        )
 
     def plan(self, meta: AttentionMeta) -> GpuPlan:
         """Find which rows each tile of queries belongs to."""

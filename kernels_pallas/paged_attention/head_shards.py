@@ -1,13 +1,15 @@
 """What the backends share: heads split over the devices of a copy, and the head-major layout of pages."""
 
+import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import jax.numpy as jnp
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from kernels_pallas.paged_attention.api import AttentionConfig, CacheSpec
-from kernels_pallas.shards import MODEL, over_model
+from kernels_pallas.paged_attention.api import AttentionBackend, AttentionConfig, CacheSpec
+from kernels_pallas.shards import MODEL, model_size, over_model
 
 # Pages of every layout: [pages, key heads, tokens, numbers].
 PAGES_PARTITION = P(None, MODEL, None, None)
@@ -19,6 +21,14 @@ def head_major_spec(config: AttentionConfig) -> dict[str, CacheSpec]:
     shape = (c.num_layers * c.num_pages, c.num_kv_heads, c.page_size, c.head_dim)
     spec = CacheSpec(shape, c.dtype, PAGES_PARTITION)
     return {"k": spec, "v": spec} if c.value_dim is None else {"k": spec}
+
+
+def cache_bytes(backend: AttentionBackend, mesh: Mesh) -> int:
+    """Of a copy's cache, on each of its devices."""
+    return sum(
+        math.prod(spec.shape) * jnp.dtype(spec.dtype).itemsize // (model_size(mesh) if MODEL in spec.partition else 1)
+        for spec in backend.cache_spec().values()
+    )
 
 
 def over_heads(attend: Callable[..., Any], mesh: Mesh, cache: Iterable[str]) -> Callable[..., Any]:

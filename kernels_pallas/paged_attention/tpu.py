@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from kernels_pallas.paged_attention.api import AttentionConfig, AttentionMeta, Cache, CacheSpec
+from kernels_pallas.paged_attention.api import AttentionConfig, AttentionMeta, Cache, CacheSpec, writing
 from kernels_pallas.paged_attention.head_shards import PAGES_PARTITION, over_heads
 from kernels_pallas.paged_attention.token_blocks import rows_of_blocks
 from kernels_pallas.paged_attention.tpu_kernel import AttentionKernel, Refs
@@ -61,7 +61,7 @@ class TpuAttention:
         self._layout = TpuLayout.of(config)
         _check(config)
         self._tiles = choose_tpu_tiles(config.split(model_size(mesh)), self._layout, memory.vmem_bytes)
-        self._vmem_bytes = memory.vmem_bytes
+        self._memory = memory
         self._mesh = mesh
         self._interpret = interpret
 
@@ -79,6 +79,10 @@ class TpuAttention:
     def pack(self, k: jax.Array, v: jax.Array) -> Cache:
         """See `TpuLayout`."""
         return {"kv": self._layout.pack(self.config.to_cache(k), self.config.to_cache(v))}
+
+    def writer(self) -> "TpuAttention":
+        """See `AttentionBackend.writer`."""
+        return TpuAttention(writing(self.config), self._mesh, self._memory, interpret=self._interpret)
 
     def plan(self, meta: AttentionMeta) -> TpuPlan:
         """Find the rows of each block."""
@@ -216,7 +220,7 @@ class TpuAttention:
             ],
             input_output_aliases={num_scalars + len(operands): 1},
             compiler_params=pltpu.CompilerParams(
-                dimension_semantics=("arbitrary",), vmem_limit_bytes=int(self._vmem_bytes * VMEM_FRACTION)
+                dimension_semantics=("arbitrary",), vmem_limit_bytes=int(self._memory.vmem_bytes * VMEM_FRACTION)
             ),
             interpret=self._interpret,
             name="paged_decode" if shape.fused_write else "paged_prefill",

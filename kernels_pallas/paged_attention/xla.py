@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from kernels_pallas.kv_update.xla import write_tokens
-from kernels_pallas.paged_attention.api import AttentionConfig, AttentionMeta, Cache, CacheSpec
+from kernels_pallas.paged_attention.api import AttentionConfig, AttentionMeta, Cache, CacheSpec, writing
 from kernels_pallas.paged_attention.head_shards import head_major_spec, over_heads
 from kernels_pallas.paged_attention.partial_softmax import MASKED
 from kernels_pallas.paged_attention.xla_decode import DecodeItems, attend_decode, plan_decode
@@ -52,6 +52,10 @@ class XlaAttention:
     def pack(self, k: jax.Array, v: jax.Array) -> Cache:
         """The inverse of `unpack`."""
         return {name: to_stored(x, self.config) for name, x in zip(self.cache_spec(), (k, v), strict=False)}
+
+    def writer(self) -> "XlaAttention":
+        """See `AttentionBackend.writer`."""
+        return XlaAttention(writing(self.config), self._mesh)
 
     def plan(self, meta: AttentionMeta) -> XlaPlan:
         """List the decode items and the query tiles of a step."""

@@ -75,10 +75,10 @@ def main() -> None:
         rounds = np.array([[seconds(forward, batch) for forward in forwards] for _ in range(args.rounds + 1)])[1:]
         cached, expanded = np.median(rounds, axis=0) * 1e3
         ratio = statistics.median(rounds[:, 1] / rounds[:, 0])
-        saved = room.saved_flops([(num_tokens, length)]) > 0
+        costs = room.costs([(num_tokens, length)])
         print(
             f"{num_tokens} tokens after {length - num_tokens}: over the cache {cached:.0f} ms, expanded {expanded:.0f} "
-            f"ms, {ratio:.2f} of it; cheaper by its arithmetic: {saved}"
+            f"ms, {ratio:.2f} of it; taken: {costs.expanded < costs.cached}"
         )
         length *= 2
 

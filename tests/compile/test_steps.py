@@ -249,7 +249,7 @@ def test_step_with_expanded_prompts(
         pages = f"[{spec.shape[0]},{heads},"
         assert not [line for line in text.splitlines() if re.search(r" copy(-start)?\(", line) and pages in line]
     # Two kinds of layers. The cache is written, rows of single tokens decode, and the room has a backend of its own.
-    attention = 1 + 2 + 2 if target.startswith("h") else 2 + 1 + 1
+    attention = 1 + 2 + 2 if target.startswith("h") else 3
     kinds = [kind for group in group_layers(engine.step.decoder.config.layers) for kind in group.kinds]
     mlps = {"dense": 0, "experts": 3}
     assert num_kernels(text) == sum(attention + mlps[kind.mlp] + _num_linears(engine, kind) for kind in kinds)

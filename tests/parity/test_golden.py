@@ -12,7 +12,7 @@ import pytest
 
 from jaxserve.build import build_runner
 from jaxserve.config import EngineConfig
-from jaxserve.models.prompt_room import PromptRoom
+from jaxserve.models.prompt_room import PromptCosts, PromptRoom
 from jaxserve.request import SamplingParams
 from jaxserve.runner.batch import ForwardBatch
 from jaxserve.runner.buckets import Bucket, ForwardShape
@@ -35,6 +35,7 @@ class Model(NamedTuple):
     runner: ModelRunner
     token_ids: np.ndarray
     logits: np.ndarray
+    expanded: bool = False
 
 
 def load(name: str, **changes: object) -> Model:
@@ -46,17 +47,21 @@ def load(name: str, **changes: object) -> Model:
     return Model(build_runner(config, lambda items, *_: items).runner, golden["token_ids"], golden["logits"])
 
 
-@partial(jax.jit, static_argnums=0)
-def forward(model: StepModel, weights: object, cache: object, batch: ForwardBatch) -> tuple[jax.Array, object]:
-    x_TD, cache = model.decoder.forward(weights, cache, *batch.tokens_4T[:2], batch.attention_meta(), model.ops)
+@partial(jax.jit, static_argnums=(0, 1))
+def forward(
+    model: StepModel, expanded: bool, weights: object, cache: object, batch: ForwardBatch
+) -> tuple[jax.Array, object]:
+    ops = model.ops(expanded=expanded)
+    x_TD, cache = model.decoder.forward(weights, cache, *batch.tokens_4T[:2], batch.attention_meta(), ops)
     return model.decoder.logits(weights, x_TD), cache
 
 
-def run(runner: ModelRunner, rows: list[ScheduledRow]) -> np.ndarray:
+def run(model: Model, rows: list[ScheduledRow]) -> np.ndarray:
     """Logits of every token of a step."""
+    runner = model.runner
     plan = SchedulerOutput(step=0, new_rows=(), rows=tuple(rows))
     batch = jax.tree.map(jnp.asarray, runner._rows[0].build(plan, Bucket(128, 4)))
-    logits, runner._cache = forward(runner._model, runner._weights, runner._cache, batch)
+    logits, runner._cache = forward(runner._model, model.expanded, runner._weights, runner._cache, batch)
     return np.asarray(logits[: plan.num_tokens])
 
 
@@ -78,19 +83,19 @@ def close(got: np.ndarray, want: np.ndarray) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_whole_prompts_in_one_batch_then_chunks_and_single_tokens(name: str) -> None:
     model = load(name)
-    logits = run(model.runner, [row(i, ids, 0, 60) for i, ids in enumerate(model.token_ids)])
+    logits = run(model, [row(i, ids, 0, 60) for i, ids in enumerate(model.token_ids)])
     close(logits.reshape(model.logits.shape), model.logits)
     ids, want = model.token_ids[0], model.logits[0]
-    got = [run(model.runner, [row(0, ids, start, end)]) for start, end in ((0, 7), (7, 33), (33, 50))]
-    got += [run(model.runner, [row(0, ids, position, position + 1)]) for position in range(50, 60)]
+    got = [run(model, [row(0, ids, start, end)]) for start, end in ((0, 7), (7, 33), (33, 50))]
+    got += [run(model, [row(0, ids, position, position + 1)]) for position in range(50, 60)]
     close(np.concatenate(got), want)
 
 
 @pytest.mark.parametrize("name", ["llama", "mistral", "qwen3"])
 def test_decode_beside_prefill(name: str) -> None:
     model = load(name)
-    run(model.runner, [row(0, model.token_ids[0], 0, 59)])
-    logits = run(model.runner, [row(0, model.token_ids[0], 59, 60), row(1, model.token_ids[1], 0, 60)])
+    run(model, [row(0, model.token_ids[0], 0, 59)])
+    logits = run(model, [row(0, model.token_ids[0], 59, 60), row(1, model.token_ids[1], 0, 60)])
     close(logits[0], model.logits[0, 59])
     close(logits[1:], model.logits[1])
 
@@ -105,7 +110,7 @@ def test_decode_beside_prefill(name: str) -> None:
 def test_sharded(name: str, tp_size: int) -> None:
     """Four devices on two key heads: heads are repeated. In the case of latent attention, the only one is."""
     model = load(name, tp_size=tp_size)
-    logits = run(model.runner, [row(i, ids, 0, 60) for i, ids in enumerate(model.token_ids)])
+    logits = run(model, [row(i, ids, 0, 60) for i, ids in enumerate(model.token_ids)])
     close(logits.reshape(model.logits.shape), model.logits)
 
 
@@ -115,7 +120,7 @@ def test_sharded(name: str, tp_size: int) -> None:
 )
 def test_experts_on_devices_of_their_own(name: str, tp_size: int, ep_size: int) -> None:
     model = load(name, tp_size=tp_size, ep_size=ep_size)
-    logits = run(model.runner, [row(i, ids, 0, 60) for i, ids in enumerate(model.token_ids)])
+    logits = run(model, [row(i, ids, 0, 60) for i, ids in enumerate(model.token_ids)])
     close(logits.reshape(model.logits.shape), model.logits)
 
 
@@ -134,7 +139,7 @@ def test_a_cache_of_8_bits(name: str, sizes: dict[str, int], dtype: str) -> None
     model = load(name, kv_cache_dtype=dtype, **sizes)
     assert {array.dtype.itemsize for array in model.runner._cache.values()} == {1}
     ids, want = model.token_ids[0], model.logits[0]
-    parts = [run(model.runner, [row(0, ids, start, end)]) for start, end in ((0, 33), (33, 59), (59, 60))]
+    parts = [run(model, [row(0, ids, start, end)]) for start, end in ((0, 33), (33, 59), (59, 60))]
     error = np.concatenate(parts) - want
     assert np.sqrt(np.mean(error**2)) < 0.25 * want.std()
 
@@ -145,22 +150,27 @@ LATENT = [name for name in NAMES if name.startswith("deepseek")]
 @pytest.fixture
 def _expanded(monkeypatch: pytest.MonkeyPatch) -> None:
     """Prompts are expanded, though models as small as these gain nothing by that."""
-    monkeypatch.setattr(PromptRoom, "fewest_tokens", 1)
-    monkeypatch.setattr(PromptRoom, "saved_flops", lambda *_: 1.0)
+    monkeypatch.setattr(PromptRoom, "costs", lambda _, rows: PromptCosts(cached=len(list(rows)), expanded=0))
+
+
+def load_expanded(name: str, **changes: object) -> Model:
+    """With steps that expand all prompts."""
+    model = load(name, **changes)
+    assert model.runner._model.prompt_room is not None
+    return model._replace(expanded=True)
 
 
 @pytest.mark.usefixtures("_expanded")
 @pytest.mark.parametrize(("name", "tp_size"), [*((name, 1) for name in LATENT), ("deepseek_v3", 4)])
 def test_expanded_prompts(name: str, tp_size: int) -> None:
     """Whole, in chunks, and beside a row that runs a single token."""
-    model = load(name, tp_size=tp_size)
-    assert model.runner._model.prompt_room is not None
-    logits = run(model.runner, [row(i, ids, 0, 60) for i, ids in enumerate(model.token_ids)])
+    model = load_expanded(name, tp_size=tp_size)
+    logits = run(model, [row(i, ids, 0, 60) for i, ids in enumerate(model.token_ids)])
     close(logits.reshape(model.logits.shape), model.logits)
     one, two = model.token_ids[:2]
-    got = [run(model.runner, [row(2, two, start, end)]) for start, end in ((0, 7), (7, 33), (33, 59))]
+    got = [run(model, [row(2, two, start, end)]) for start, end in ((0, 7), (7, 33), (33, 59))]
     close(np.concatenate(got), model.logits[1, :59])
-    logits = run(model.runner, [row(2, two, 59, 60), row(3, one, 0, 60)])
+    logits = run(model, [row(2, two, 59, 60), row(3, one, 0, 60)])
     close(logits[0], model.logits[1, 59])
     close(logits[1:], model.logits[0])
 
@@ -168,9 +178,8 @@ def test_expanded_prompts(name: str, tp_size: int) -> None:
 @pytest.mark.usefixtures("_expanded")
 @pytest.mark.parametrize("dtype", ["fp8_e4m3", "int8"])
 def test_expanded_prompts_of_a_cache_of_8_bits(dtype: str) -> None:
-    model = load("deepseek_v3", kv_cache_dtype=dtype, tp_size=2)
-    assert model.runner._model.prompt_room is not None
-    parts = [run(model.runner, [row(0, model.token_ids[0], start, end)]) for start, end in ((0, 33), (33, 59))]
+    model = load_expanded("deepseek_v3", kv_cache_dtype=dtype, tp_size=2)
+    parts = [run(model, [row(0, model.token_ids[0], start, end)]) for start, end in ((0, 33), (33, 59))]
     want = model.logits[0, :59]
     assert np.sqrt(np.mean((np.concatenate(parts) - want) ** 2)) < 0.25 * want.std()
 
@@ -255,5 +264,5 @@ def test_a_runner_expands_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("name", ["llama", "qwen3"])
 def test_deterministic_mode_gives_the_same_numbers(name: str) -> None:
     model = load(name, deterministic=True)
-    logits = run(model.runner, [row(i, ids, 0, 60) for i, ids in enumerate(model.token_ids)])
+    logits = run(model, [row(i, ids, 0, 60) for i, ids in enumerate(model.token_ids)])
     close(logits.reshape(model.logits.shape), model.logits)

@@ -1,18 +1,26 @@
 """When expanding prompts is the cheaper way."""
 
-import dataclasses
+from types import SimpleNamespace
+from typing import Any
 
 import jax.numpy as jnp
 import pytest
 
+from jaxserve.config import EngineConfig
+from jaxserve.design import design_model, lay_out
 from jaxserve.mesh import make_mesh
 from jaxserve.models.prompt_room import PromptRoom
 from jaxserve.models.registry import find_architecture
+from jaxserve.runner.buckets import Bucket, ForwardShape
+from jaxserve.runner.runner import ModelRunner
+from jaxserve.step import ScheduledRow, SchedulerOutput
 from kernels_pallas.dispatch import choose_attention
 from kernels_pallas.paged_attention.api import AttentionConfig
-from tests.compile.models import DEEPSEEK_V31
+from tests.compile.models import DEEPSEEK_V2_LITE, DEEPSEEK_V31
 
-MODEL = find_architecture(DEEPSEEK_V31).model_config(DEEPSEEK_V31)
+LATENT = find_architecture(DEEPSEEK_V31).model_config(DEEPSEEK_V31).latent
+assert LATENT is not None
+COST = 3
 
 
 def make_room(head_dim: int, num_pages: int) -> PromptRoom:
@@ -27,41 +35,93 @@ def make_room(head_dim: int, num_pages: int) -> PromptRoom:
         dtype=jnp.dtype(jnp.bfloat16),
         scale=1.0,
     )
-    writer = dataclasses.replace(config, num_q_heads=1, num_kv_heads=1, head_dim=576, value_dim=512, window=1)
-    assert MODEL.latent is not None
     mesh = make_mesh(1)
-    backend, writing = (choose_attention("xla", each, mesh).backend for each in (config, writer))
-    return PromptRoom(MODEL.latent, backend, writing, mesh)
+    backend = choose_attention("xla", config, mesh).backend
+    assert LATENT is not None
+    return PromptRoom(latent=LATENT, backend=backend, expansion_cost=COST, mesh=mesh)
 
 
-def flops(num_tokens: int, length: int, *, expanded: bool) -> int:
-    """Of a prompt's attention, a layer and head, counted pair by pair."""
-    pairs = sum(length - num_tokens + token + 1 for token in range(num_tokens))
-    if expanded:
-        # What is expanded counts twice: it is written and read, too.
-        return pairs * 2 * (192 + 128) + (2 * length + num_tokens) * 2 * 512 * (128 + 128)
-    return pairs * 2 * (576 + 512) + num_tokens * 2 * 512 * (128 + 128)
-
-
-@pytest.mark.parametrize(("num_tokens", "length"), [(2, 2), (342, 8192), (360, 8192), (2048, 2048), (512, 8192)])
+@pytest.mark.parametrize(("num_tokens", "length"), [(2, 2), (500, 8192), (530, 8192), (2048, 2048)])
 def test_arithmetic_is_counted(num_tokens: int, length: int) -> None:
     # With room for 160 numbers, keys and values take together what 192 and 128 do.
     room = make_room(160, 1000)
-    saved = flops(num_tokens, length, expanded=False) - flops(num_tokens, length, expanded=True)
-    assert room.saved_flops([(num_tokens, length)]) == saved
-    assert room.saved_flops([(num_tokens, length)] * 2) == 2 * saved
-    assert (saved > 0) == (num_tokens in {360, 512, 2048})
-    assert saved <= 0 or num_tokens >= room.fewest_tokens
+    pairs = sum(length - num_tokens + token + 1 for token in range(num_tokens))
+    cached = pairs * 2 * (576 + 512)
+    expanded = pairs * 2 * (192 + 128) + COST * length * 2 * 512 * (128 + 128)
+    assert room.costs([(num_tokens, length)]) == (cached, expanded)
+    assert room.costs([(num_tokens, length)] * 2) == (2 * cached, 2 * expanded)
+    assert (expanded < cached) == (num_tokens in {530, 2048})
+    assert room.can_pay(num_tokens) == (num_tokens > 500)
 
 
-def test_what_does_not_fit_saves_nothing() -> None:
+def test_what_does_not_fit() -> None:
     room = make_room(256, 64)
     assert room.num_tokens == 64 * 64
-    assert 0 < room.saved_flops([(2048, 2048), (1024, 2048)]) < float("inf")
+    assert room.costs([(2048, 2048), (1024, 2048)]).expanded < float("inf")
     # A page more than there is.
-    assert room.saved_flops([(2048, 2049), (1024, 2048)]) == -float("inf")
-    assert room.saved_flops([]) == 0
+    assert room.costs([(2048, 2049), (1024, 2048)]).expanded == float("inf")
+    assert room.costs([]) == (0, 0)
+    # What is as wide as what is cached never pays.
+    assert not make_room(1024, 64).can_pay(4096)
 
 
-def test_wide_rooms_never_pay() -> None:
-    assert make_room(1024, 64).fewest_tokens == float("inf")
+def prompt(num_tokens: int, length: int) -> SchedulerOutput:
+    row = ScheduledRow(
+        row=0,
+        token_ids=(0,) * num_tokens,
+        num_computed_tokens=length - num_tokens,
+        new_page_ids=(),
+        samples=False,
+    )
+    return SchedulerOutput(step=0, new_rows=(), rows=(row,))
+
+
+@pytest.mark.parametrize(
+    ("plans", "expands"),
+    [
+        ([prompt(2048, 4096)], True),
+        ([prompt(2, 4096)], False),
+        ([prompt(1, 4096)], False),
+        # More than there is room for, in one of the copies.
+        ([prompt(2048, 8193)], False),
+        ([prompt(2048, 4096), prompt(2048, 8193)], False),
+        # All wait for the copy that takes longest.
+        ([prompt(2048, 4096), prompt(1, 4096)], True),
+        ([prompt(2048, 4096), prompt(2, 4096)], True),
+        ([prompt(40, 4096), prompt(2, 4096)], False),
+    ],
+)
+def test_a_runner_takes_what_is_cheaper(plans: list[SchedulerOutput], expands: bool) -> None:
+    wide, narrow = Bucket(2048, 256), Bucket(512, 256)
+    shapes = [ForwardShape(wide), ForwardShape(narrow), ForwardShape(wide, expanded=True)]
+    runner: Any = SimpleNamespace(_model=SimpleNamespace(prompt_room=make_room(256, 128)), _shapes=shapes)
+    assert ModelRunner._expands(runner, wide, plans) == expands
+    assert not ModelRunner._expands(runner, narrow, plans)
+    runner._model.prompt_room = None
+    assert not ModelRunner._expands(runner, wide, plans)
+
+
+POOL_BYTES = 4 << 30
+
+
+@pytest.mark.parametrize(
+    ("pool_bytes", "options", "num_tokens"),
+    [
+        # A context and a step; what a 32nd of the pool holds: 16 heads, twice 192 numbers of two bytes.
+        (POOL_BYTES, {}, 4096 + 512),
+        (POOL_BYTES // 2, {"context_length": 16384}, (POOL_BYTES // 64) // (64 * 16 * 2 * 192 * 2) * 64),
+        (POOL_BYTES, {"chunked_prefill_size": 64}, None),
+        (POOL_BYTES // 64, {}, None),
+        (POOL_BYTES, {"deterministic": True}, None),
+    ],
+)
+def test_design(pool_bytes: int, options: dict[str, Any], num_tokens: int | None) -> None:
+    config = EngineConfig(model_path="", **{"context_length": 4096, **options})
+    design = design_model(config, DEEPSEEK_V2_LITE, make_mesh(1))
+    engine = lay_out(config, design, pool_bytes)
+    room = engine.step.prompt_room
+    assert (room and room.num_tokens) == num_tokens
+    expanded = [shape.bucket.num_tokens for shape in engine.step.shapes if shape.expanded]
+    assert expanded == ([] if num_tokens is None else [512])
+    held = engine.pool_bytes + (0 if room is None else room.num_tokens * 16 * 2 * 192 * 2)
+    assert held <= pool_bytes
