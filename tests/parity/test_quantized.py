@@ -136,7 +136,7 @@ def linear_maps(tensors: dict[str, np.ndarray]) -> Iterator[str]:
 
 def logits(folder: Path, **changes: Any) -> np.ndarray:
     model = load(str(folder), **changes)
-    return run(model.runner, [row(i, ids, 0, 60) for i, ids in enumerate(model.token_ids)])
+    return run(model, [row(i, ids, 0, 60) for i, ids in enumerate(model.token_ids)])
 
 
 @pytest.mark.parametrize("name", FORMATS)
