@@ -180,7 +180,7 @@ def test_decode_step_and_draws(target: str, model: str, tp_size: int, record_pro
 @pytest.mark.parametrize(
     ("target", "model", "tp_size", "ep_size"),
     [
-        ("v6e:2x4", "qwen3-30b-a3b", 8, 2),
+        beside("v6e:2x4", "qwen3-30b-a3b", 8, 2),
         beside("h100:1", "qwen3-30b-a3b", 1, 1),
         beside("h100:8", "qwen3-235b-a22b", 8, 8),
         beside("v5p:2x2x2", "mixtral-8x22b", 8, 8),
@@ -191,7 +191,7 @@ def test_decode_step_and_draws(target: str, model: str, tp_size: int, record_pro
         beside("v5e:2x2", "gpt-oss-20b-mxfp4", 4, 4),
         ("v6e:2x4", "gpt-oss-120b-mxfp4", 8, 8),
         ("h100:1", "gpt-oss-120b-mxfp4", 1, 1),
-        ("h200:8", "kimi-k2-thinking", 8, 8),
+        beside("h200:8", "kimi-k2-thinking", 8, 8),
     ],
 )
 def test_step_with_experts(
