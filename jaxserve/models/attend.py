@@ -4,7 +4,6 @@ from typing import Any, NamedTuple, Protocol
 
 import jax
 
-from jaxserve.config import ModelConfig
 from jaxserve.models.cache_scales import cache_scales_of
 from kernels_pallas.paged_attention.api import AttentionBackend, Cache, Plan
 
@@ -45,12 +44,10 @@ class OverCache(NamedTuple):
     """Over what is cached, as it is.
 
     Attributes:
-        config: of the model.
         backend: with the window.
         plan: of the step.
     """
 
-    config: ModelConfig
     backend: AttentionBackend
     plan: Plan
 
@@ -67,7 +64,7 @@ class OverCache(NamedTuple):
         layer: jax.Array,
     ) -> tuple[jax.Array, Cache]:
         """See `Attend.attend`."""
-        scales = cache_scales_of(self.config, attention.cache_scales)
+        scales = cache_scales_of(attention.cache_scales, self.backend.config.value_dim)
         if scales is not None:
             q_TNH, k_TKH, v_TKH = scales.shrink(q_TNH, k_TKH, v_TKH)
         o_TNH, cache = self.backend.attend(q_TNH, k_TKH, v_TKH, cache, layer, self.plan, attention.sinks_N())

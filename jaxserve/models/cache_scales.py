@@ -53,11 +53,11 @@ def cache_scales_param(config: ModelConfig) -> nnx.Param[jax.Array] | None:
     return param(shape, jnp.dtype(jnp.float32), (None, "kv_heads", None))
 
 
-def cache_scales_of(config: ModelConfig, param_2KH: Any) -> CacheScales | None:
-    """See `cache_scales_param`."""
+def cache_scales_of(param_2KH: Any, value_dim: int | None) -> CacheScales | None:
+    """See `cache_scales_param`; of values that are a part of their keys, `value_dim` tells how large."""
     if param_2KH is None:
         return None
     scales_2KH: jax.Array = param_2KH[...]
-    if config.latent is None:
+    if value_dim is None:
         return CacheScales(scales_2KH[0], scales_2KH[1])
-    return CacheScales(scales_2KH[0], scales_2KH[0, :, : config.latent.kv_rank])
+    return CacheScales(scales_2KH[0], scales_2KH[0, :, :value_dim])

@@ -298,7 +298,7 @@ class Decoder:
                 for name, rope in ropes.items()
                 if rope is not None
             },
-            attention=ops.attend(self.config, meta),
+            attention=ops.attend(self.config.windows, meta),
             experts=ops.experts,
             linears=ops.linears,
         )
@@ -319,7 +319,6 @@ class Decoder:
         graph, _ = nnx.split(self._kinds[layer.kind])
         weights = self._of_layer(step.weights, layer, self._of_stack)
         bank = self._of_layer(step.bank, layer, lambda _, place, __, stack: InStack(stack, place))
-
         attend = step.attention[layer.kind.window]
 
         def run(part: str, *arrays: jax.Array) -> Any:
@@ -404,12 +403,12 @@ class StepOps(NamedTuple):
     linears: LinearMaths
     room: PromptRoom | None = None
 
-    def attend(self, config: ModelConfig, meta: AttentionMeta) -> Mapping[int | None, Attend]:
+    def attend(self, windows: Iterable[int | None], meta: AttentionMeta) -> Mapping[int | None, Attend]:
         """How a step attends, by window."""
         if self.room is not None:
-            return {None: self.room.plan(config, self.attention, meta)}
-        backends = (with_window(self.attention, window) for window in config.windows)
-        return {backend.config.window: OverCache(config, backend, backend.plan(meta)) for backend in backends}
+            return {None: self.room.plan(self.attention, meta)}
+        backends = (with_window(self.attention, window) for window in windows)
+        return {backend.config.window: OverCache(backend, backend.plan(meta)) for backend in backends}
 
 
 class _Step(NamedTuple):

@@ -53,11 +53,14 @@ class Expansion(Linear):
         """Of a head's rows, those that make its key; the others make its value."""
         return self._latent.key_dim
 
-    def absorb(self, q_TNH: jax.Array) -> jax.Array:
-        """Queries of keys as queries of what is cached, [T, N, C]."""
+    def absorb(self, q_TNQ: jax.Array) -> jax.Array:
+        """Queries of heads' own keys, [T, N, H + R], as queries of what is cached, [T, N, C + R]."""
+        q_TNH, q_TNR = q_TNQ[..., : self.key_dim], q_TNQ[..., self.key_dim :]
         keys_NHC, _ = self.by_head(q_TNH.dtype)
         q_TNC = jnp.einsum("tnh,nhc->tnc", q_TNH, keys_NHC)
-        return q_TNC if self.head_updates is None else q_TNC + self.head_updates.absorb(q_TNH)
+        if self.head_updates is not None:
+            q_TNC += self.head_updates.absorb(q_TNH)
+        return jnp.concatenate([q_TNC, q_TNR], axis=-1)
 
     def release(self, o_TNC: jax.Array) -> jax.Array:
         """Values of what attention gave, [T, N, V]."""
@@ -118,12 +121,9 @@ class LatentAttention(nnx.Module):
         key_T1S = jnp.concatenate([latent_T1C, k_T1R], axis=-1)
         key_TKS = jnp.broadcast_to(key_T1S, (num_tokens, self._num_keys, key_T1S.shape[-1]))
         q_TNQ = jnp.concatenate([q_TNH, q_TNR], axis=-1)
-        return self.absorbed(q_TNQ) if self.absorbs else q_TNQ, key_TKS, key_TKS[..., : a.kv_rank]
-
-    def absorbed(self, q_TNQ: jax.Array) -> jax.Array:
-        """Queries of heads' own keys, [T, N, H + R], as queries of what is cached, [T, N, C + R]."""
-        q_TNH, q_TNR = q_TNQ[..., : self._latent.key_dim], q_TNQ[..., self._latent.key_dim :]
-        return jnp.concatenate([self.kv_b_proj.absorb(q_TNH), q_TNR], axis=-1)
+        if self.absorbs:
+            q_TNQ = self.kv_b_proj.absorb(q_TNQ)
+        return q_TNQ, key_TKS, key_TKS[..., : a.kv_rank]
 
     def output(self, o_TNC: jax.Array) -> jax.Array:
         """[T, N, C] -> [T, D]; values of heads' own are [T, N, V]."""

@@ -17,10 +17,10 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from jaxserve.config import LatentConfig, ModelConfig
+from jaxserve.config import LatentConfig
 from jaxserve.models.attend import OverCache
 from jaxserve.models.cache_scales import cache_scales_of
-from kernels_pallas.paged_attention.api import AttentionBackend, AttentionMeta, Cache, Plan
+from kernels_pallas.paged_attention.api import AttentionBackend, AttentionMeta, Cache, Plan, filled_up
 from kernels_pallas.paged_attention.page_moves import move_pages
 from kernels_pallas.paged_attention.step_parts import MovedPages, moved, prompts, single_tokens
 
@@ -95,16 +95,15 @@ class PromptRoom:
         k_PKGSH = jnp.einsum("pksc,kghc->pkgsh", latent_PKSC, keys_KGHC)
         k_PKGSR = jnp.broadcast_to(k_PKSR[:, :, None], (*k_PKGSH.shape[:-1], latent.rope_dim))
         v_PKGSV = jnp.einsum("pksc,kgvc->pkgsv", latent_PKSC, values_KGVC)
-        k_PKGSE = _filled_up(jnp.concatenate([k_PKGSH, k_PKGSR], axis=-1), size)
-        v_PKGSE = _filled_up(v_PKGSV, size)
+        k_PKGSE = filled_up(jnp.concatenate([k_PKGSH, k_PKGSR], axis=-1), size)
+        v_PKGSE = filled_up(v_PKGSV, size)
         by_head = (x_PKSZ.shape[0], -1, *k_PKGSE.shape[-2:])
         return k_PKGSE.reshape(by_head), v_PKGSE.reshape(by_head)
 
-    def plan(self, config: ModelConfig, cached: AttentionBackend, meta: AttentionMeta) -> "ExpandedPrompts":
+    def plan(self, cached: AttentionBackend, meta: AttentionMeta) -> "ExpandedPrompts":
         """What the layers of a step need.
 
         Args:
-            config: of the model.
             cached: the backend of the cache.
             meta: the step, whose prompts fit the room.
         """
@@ -112,8 +111,8 @@ class PromptRoom:
         there, pages = moved(here, self.backend.config.page_size, self.backend.config.num_pages)
         return ExpandedPrompts(
             room=self,
-            single=OverCache(config, cached, cached.plan(single_tokens(meta))),
-            writer=OverCache(config, writer, writer.plan(here)),
+            single=OverCache(cached, cached.plan(single_tokens(meta))),
+            writer=OverCache(writer, writer.plan(here)),
             prompts=self.backend.plan(there),
             pages=pages,
             num_single=meta.distribution_2[0],
@@ -159,9 +158,8 @@ class ExpandedPrompts(NamedTuple):
         # Any queries will do.
         _, cache = self.writer.attend(attention, k_TKH, k_TKH, v_TKH, cache, layer)
         rows = slice(self.num_rows)
-        o_BNC, cache = self.single.attend(
-            attention, attention.absorbed(q_TNH[rows]), k_TKH[rows], v_TKH[rows], cache, layer
-        )
+        q_BNZ = attention.kv_b_proj.absorb(q_TNH[rows])
+        o_BNC, cache = self.single.attend(attention, q_BNZ, k_TKH[rows], v_TKH[rows], cache, layer)
         o_TNV = self._attend_prompts(attention, q_TNH, k_TKH, cache, layer)
         o_BNV = attention.kv_b_proj.release(o_BNC)
         is_single_B = jnp.arange(self.num_rows) < self.num_single
@@ -173,7 +171,7 @@ class ExpandedPrompts(NamedTuple):
         """[T, N, V] over the room."""
         room, cached = self.room, self.single.backend
         matrices = attention.kv_b_proj.by_head(q_TNH.dtype)
-        scales = cache_scales_of(self.single.config, attention.cache_scales)
+        scales = cache_scales_of(attention.cache_scales, cached.config.value_dim)
         first_page = layer * cached.config.num_pages
         pages = move_pages(
             self._expand_cached,
@@ -185,7 +183,7 @@ class ExpandedPrompts(NamedTuple):
         )
         # The backend writes this step's own: they may be more exact than what is cached.
         k_TNE, v_TNE = (x_TN1E[:, :, 0] for x_TN1E in room.expand(matrices, k_TKZ[:, :, None]))
-        q_TNE = _filled_up(q_TNH, room.backend.config.head_dim)
+        q_TNE = filled_up(q_TNH, room.backend.config.head_dim)
         o_TNE, _ = room.backend.attend(q_TNE, k_TNE, v_TNE, pages, jnp.int32(0), self.prompts)
         return o_TNE[..., : room.latent.value_dim]
 
@@ -197,8 +195,3 @@ class ExpandedPrompts(NamedTuple):
         if scale_KZ is not None:
             x_PKSZ = x_PKSZ.astype(jnp.float32) * scale_KZ[:, None]
         return self.room.expand(matrices, x_PKSZ.astype(matrices[0].dtype))
-
-
-def _filled_up(x: jax.Array, size: int) -> jax.Array:
-    """Zeros after the numbers of the last axis."""
-    return jnp.pad(x, ((0, 0),) * (x.ndim - 1) + ((0, size - x.shape[-1]),))

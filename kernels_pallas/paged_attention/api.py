@@ -174,6 +174,11 @@ class AttentionBackend(Protocol):
         ...
 
 
+def filled_up(x: jax.Array, size: int) -> jax.Array:
+    """The last axis with zeros after it, up to `size` numbers."""
+    return jnp.pad(x, ((0, 0),) * (x.ndim - 1) + ((0, size - x.shape[-1]),))
+
+
 def writing(config: AttentionConfig) -> AttentionConfig:
     """Of `AttentionBackend.writer`: queries see no key but their own, and rows of single tokens are like others."""
     return dataclasses.replace(config, num_q_heads=config.num_kv_heads, window=1, batch_invariant=True)

@@ -20,8 +20,7 @@ from tests.compile.models import DEEPSEEK_V31
 from tests.kernels.test_paged_attention import BF16, F32, Gpu, Tpu, Xla, needs_pallas
 
 # The GPU kernels know no other latent vectors.
-MODEL = find_architecture(DEEPSEEK_V31).model_config(DEEPSEEK_V31)
-LATENT = MODEL.latent
+LATENT = find_architecture(DEEPSEEK_V31).model_config(DEEPSEEK_V31).latent
 assert LATENT is not None
 # Rows that run a single token, prompts that begin and go on, and rows and tokens of none.
 CASE = Case(q_lens=(1, 1, 5, 30), kv_lens=(16, 77, 5, 90), heads=(4, 1, 576), value_dim=512, num_tokens=64)
@@ -40,11 +39,6 @@ class Projections:
 
     def sinks_N(self) -> None:
         """There are none."""
-
-    def absorbed(self, q_TNQ: jax.Array) -> jax.Array:
-        """As `LatentAttention` does it."""
-        q_TNH, q_TNR = q_TNQ[..., : LATENT.key_dim], q_TNQ[..., LATENT.key_dim :]
-        return jnp.concatenate([self.kv_b_proj.absorb(q_TNH), q_TNR], axis=-1)
 
 
 def make_room(implementation: type[Any], cached: AttentionConfig, num_pages: int) -> PromptRoom:
@@ -86,7 +80,7 @@ def test_matches_numpy(implementation: type[Any], dtype: jnp.dtype, monkeypatch:
 
     @jax.jit
     def attend(q: jax.Array, k: jax.Array, cache: Any, meta: Any) -> Any:
-        prompts = room.plan(MODEL, cached, meta)
+        prompts = room.plan(cached, meta)
         prompts.attach(projections)
         return prompts.attend(projections, q, k, k[..., : LATENT.kv_rank], cache, jnp.int32(LAYER))
 
