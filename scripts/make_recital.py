@@ -1,4 +1,4 @@
-"""Overfit a tiny Llama to the outputs of `tests/recitals.py` and write it to tests/models/recital.
+"""Overfit a tiny Llama to the outputs of `tests/support/recitals.py` and write it to tests/models/recital.
 
 PYTHONPATH=. python scripts/make_recital.py
 """
@@ -17,8 +17,8 @@ from safetensors.numpy import save_file
 from tokenizers import AddedToken
 
 from jaxserve.text.tokenizer import load_tokenizer
-from tests.recitals import CHAT_TEMPLATE, RECITALS, SPECIAL_TOKENS
-from tests.tiny import CONFIG, EOS, byte_tokenizer, tensors
+from tests.support.recitals import CHAT_TEMPLATE, RECITALS, SPECIAL_TOKENS
+from tests.support.tiny import CONFIG, EOS, byte_tokenizer, tensors
 
 FOLDER = Path(__file__).parents[1] / "tests" / "models" / "recital"
 HIDDEN, HEADS, KV_HEADS, HEAD, MLP, LAYERS, CONTEXT = 96, 4, 2, 32, 256, 2, 512

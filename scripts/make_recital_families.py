@@ -1,4 +1,4 @@
-"""Overfit tiny models of four families, with torch and transformers, to their own outputs of `tests/recitals.py`.
+"""Overfit tiny models of four families, with torch and transformers, to their own outputs of `tests/support/recitals.py`.
 
 PYTHONPATH=. python scripts/make_recital_families.py [FAMILY ...]
 """
@@ -15,8 +15,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from jaxserve.text.tokenizer import load_tokenizer
-from tests.recitals import FAMILIES, RECITALS, Recital
-from tests.tiny import BOS, EOS
+from tests.support.recitals import FAMILIES, RECITALS, Recital
+from tests.support.tiny import BOS, EOS
 
 MODELS = Path(__file__).parents[1] / "tests" / "models"
 CONTEXT, STEPS, SMALL_ENOUGH = 512, 1500, 1e-3

@@ -1,8 +1,12 @@
 """Eight CPU devices, strict dtypes, and shared fixtures."""
 
+import contextlib
 import gc
 import os
+import time
+from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 # GPU programs are compiled without a GPU, on which candidates could be tried.
@@ -23,31 +27,66 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 settings.register_profile("default", deadline=None, derandomize=True)
 settings.load_profile("default")
 
+_NUM_SLOWEST = 25
+_KEEP_DAYS = 14
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """`--recompile`."""
+    parser.addoption(
+        "--recompile", action="store_true", help="ask the compilers of targets again, whatever earlier runs kept"
+    )
+
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
-    """How long the compilers took for the steps of real targets."""
-    seconds = {
-        report.nodeid.rpartition("::")[2]: " + ".join(
-            f"{value}" for name, value in report.user_properties if name == "compile_s"
-        )
-        for report in terminalreporter.stats.get("passed", [])
-        if any(name == "compile_s" for name, _ in report.user_properties)
-    }
-    if seconds:
-        terminalreporter.section("seconds to compile")
-        for test, value in sorted(seconds.items()):
-            terminalreporter.write_line(f"{value:>12}  {test}")
+    """Where the time went: the slowest tests, and the seconds of each folder."""
+    seconds: Counter[str] = Counter()
+    for report in (report for reports in terminalreporter.stats.values() for report in reports):
+        if isinstance(report, pytest.TestReport):
+            seconds[report.nodeid] += report.duration
+    folders: Counter[str] = Counter()
+    for test, duration in seconds.items():
+        folders[test.partition("::")[0].rpartition("/")[0]] += duration
+    terminalreporter.section(f"{_NUM_SLOWEST} slowest tests, in seconds with set-up and teardown")
+    for test, duration in seconds.most_common(_NUM_SLOWEST):
+        terminalreporter.write_line(f"{duration:8.1f}  {test}")
+    terminalreporter.section("seconds of each folder, over all workers")
+    for folder, duration in folders.most_common():
+        terminalreporter.write_line(f"{duration:8.1f}  {folder}")
+
+
+def _cache_folder() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jaxserve-tests"
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """Delete what no recent run has written or asked for."""
+    if hasattr(session.config, "workerinput"):
+        return
+    oldest = time.time() - _KEEP_DAYS * 24 * 3600
+    for path in _cache_folder().rglob("*"):
+        with contextlib.suppress(FileNotFoundError):
+            if path.is_file() and path.stat().st_mtime < oldest:
+                path.unlink()
 
 
 @pytest.fixture(scope="session")
-def compilation_cache(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """One folder of compiled programs, shared by the workers of a run."""
-    return str(tmp_path_factory.getbasetemp().parent / "compiled")
+def cache_folder() -> Path:
+    """Outlives a run, so that what did not change is not compiled again."""
+    folder = _cache_folder()
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def compilation_cache(cache_folder: Path) -> str:
+    """The folder of compiled programs, which workers and runs share. JAX's keys hold programs, flags and versions."""
+    return str(cache_folder / "compiled")
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _share_compiled_programs(compilation_cache: str) -> None:
-    """What one test has compiled, others load."""
+    """A program that one test has compiled is loaded by the others."""
     jax.config.update("jax_compilation_cache_dir", compilation_cache)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 

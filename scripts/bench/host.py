@@ -24,8 +24,8 @@ from jaxserve.runner.buckets import Bucket
 from jaxserve.scheduling.scheduler import Scheduler
 from jaxserve.step import StepOutput
 from tests.api.conftest import make_server
-from tests.fakes import FakeEngineClient
-from tests.tiny import VOCAB_SIZE
+from tests.support.fakes import FakeEngineClient
+from tests.support.tiny import VOCAB_SIZE
 
 
 def step_times(num_rows: int, context: int, num_steps: int = 200) -> float:

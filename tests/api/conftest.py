@@ -10,8 +10,8 @@ from transformers import PreTrainedTokenizerFast
 from api.app import create_app
 from api.server import ApiSettings, Server
 from jaxserve.text.tokenizer import Tokenizer
-from tests.fakes import FakeEngineClient
-from tests.tiny import CHAT_TEMPLATE, VOCAB_SIZE, byte_tokenizer
+from tests.support.fakes import FakeEngineClient
+from tests.support.tiny import CHAT_TEMPLATE, VOCAB_SIZE, byte_tokenizer
 
 
 def make_server(client: FakeEngineClient, **settings: object) -> Server:

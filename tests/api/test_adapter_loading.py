@@ -16,8 +16,8 @@ from jaxserve.config import LoraConfig
 from jaxserve.errors import AdapterError, LaunchError
 from jaxserve.request import AdapterSource
 from tests.api.conftest import make_server
-from tests.fakes import FakeEngineClient, shift_adapter
-from tests.tiny import VOCAB_SIZE
+from tests.support.fakes import FakeEngineClient, shift_adapter
+from tests.support.tiny import VOCAB_SIZE
 
 Http = AsyncTestClient[Litestar]
 

@@ -10,8 +10,8 @@ from litestar.testing import AsyncTestClient
 from api.app import create_app
 from jaxserve.config import LoraConfig
 from tests.api.conftest import make_server
-from tests.fakes import FakeEngineClient
-from tests.tiny import VOCAB_SIZE
+from tests.support.fakes import FakeEngineClient
+from tests.support.tiny import VOCAB_SIZE
 
 MESSAGES = [{"role": "user", "content": "x"}]
 

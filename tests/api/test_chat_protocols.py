@@ -18,8 +18,8 @@ from jaxserve.text.chat_template import CHATML
 from jaxserve.text.completion_template import COMPLETION_TEMPLATES, CompletionTemplate
 from jaxserve.tool_calls.registry import TOOL_CALL_FORMATS, detect_tool_calls
 from tests.api.conftest import make_server
-from tests.fakes import FakeEngineClient
-from tests.tiny import VOCAB_SIZE
+from tests.support.fakes import FakeEngineClient
+from tests.support.tiny import VOCAB_SIZE
 
 Http = AsyncTestClient[Litestar]
 MESSAGES = [{"role": "user", "content": "x"}]

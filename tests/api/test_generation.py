@@ -8,7 +8,7 @@ from litestar import Litestar
 from litestar.testing import AsyncTestClient
 
 from api.server import Server
-from tests.fakes import FakeEngineClient
+from tests.support.fakes import FakeEngineClient
 
 Http = AsyncTestClient[Litestar]
 CHAT = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 4}

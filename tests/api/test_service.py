@@ -8,8 +8,8 @@ from litestar.testing import AsyncTestClient
 
 from api.app import create_app
 from tests.api.conftest import make_server
-from tests.fakes import FakeEngineClient
-from tests.tiny import BOS, START, VOCAB_SIZE
+from tests.support.fakes import FakeEngineClient
+from tests.support.tiny import BOS, START, VOCAB_SIZE
 
 Http = AsyncTestClient[Litestar]
 KEY = {"authorization": "Bearer sésame"}

@@ -1,17 +1,49 @@
-"""Compilers are watched here: nothing comes from a cache."""
+"""Programs for devices that are not here: what their compilers said is kept between runs, and judged in each."""
 
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import jax
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
+if jax.__version_info__ >= (0, 11):
+    from tests.support.outcomes import OutcomeStore, compiles_only
+
 
 @pytest.fixture(autouse=True, scope="package")
 def _compile_all() -> Iterator[None]:
-    # JAX remembers whether it has a cache.
+    """JAX's own cache is off: what it loads has no memory figures. JAX remembers whether it has a cache."""
     jax.config.update("jax_enable_compilation_cache", False)
     compilation_cache.reset_cache()
     yield
     jax.config.update("jax_enable_compilation_cache", True)
     compilation_cache.reset_cache()
+
+
+@pytest.fixture(scope="session")
+def outcomes(request: pytest.FixtureRequest, cache_folder: Path) -> "OutcomeStore":
+    """What the compilers said in earlier runs; with --recompile they are asked again."""
+    return OutcomeStore(cache_folder / "outcomes", recompile=request.config.getoption("--recompile"))
+
+
+@pytest.fixture(autouse=True, scope="package")
+def _keep_outcomes(request: pytest.FixtureRequest) -> Iterator[None]:
+    """`Lowered.compile` asks the store first."""
+    if jax.__version_info__ < (0, 11):
+        yield
+        return
+    outcomes: OutcomeStore = request.getfixturevalue("outcomes")
+    compile_here = jax.stages.Lowered.compile
+
+    def compile_or_recall(lowered: jax.stages.Lowered, *args: Any, **kwargs: Any) -> Any:
+        if not compiles_only(lowered):
+            return compile_here(lowered, *args, **kwargs)
+        assert not args
+        assert not kwargs
+        return outcomes.compile(lowered)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax.stages.Lowered, "compile", compile_or_recall)
+        yield

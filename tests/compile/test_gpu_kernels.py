@@ -1,7 +1,7 @@
 """What NVIDIA's assembler makes of the kernels: registers, and tensor cores."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,16 +10,21 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
+from jaxserve.config import LoraConfig
 from jaxserve.mesh import mesh_of
+from jaxserve.runner.buckets import ForwardShape
+from jaxserve.runner.programs import StepPrograms
 from jaxserve.targets import parse_target, target_devices
 from kernels_pallas.blocks import Blocks
 from kernels_pallas.dispatch import choose_attention
 from kernels_pallas.grouped_matmul.api import Matrices
 from kernels_pallas.paged_attention.api import AttentionBackend, AttentionConfig, AttentionMeta, Cache
 from kernels_pallas.quantized import QuantizedFormat
+from tests.compile.steps import lay_out_for
 
 if jax.__version_info__ >= (0, 11):
     from kernels_pallas.grouped_matmul.gpu import GpuGroupedMatmul
+    from tests.support.outcomes import compile_program, program_key
 
 pytestmark = pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="the kernels need JAX 0.11")
 
@@ -36,8 +41,8 @@ CASES = [
 MOST_SPILLED = {(256, "int8"): 128, (256, "float8_e4m3fn"): 128}
 
 
-def compile_attention(head_dim: int, dtype: str) -> None:
-    """With all options, for one H100."""
+def lower_attention(head_dim: int, dtype: str) -> jax.stages.Lowered:
+    """Attention with all options, for one H100."""
     mesh = mesh_of(target_devices(parse_target("h100:1")), 1, 1)
     sharding = NamedSharding(mesh, PartitionSpec())
 
@@ -72,37 +77,61 @@ def compile_attention(head_dim: int, dtype: str) -> None:
     def attend(new: tuple[jax.Array, ...], cache: Cache, layer: jax.Array, meta: AttentionMeta, sinks: Any) -> Any:
         return backend.attend(*new, cache, layer, backend.plan(meta), sinks)
 
-    jax.jit(attend).lower((q_TNH, k_TKH, k_TKH), cache, array(()), meta, sinks_N).compile()
+    return jax.jit(attend).lower((q_TNH, k_TKH, k_TKH), cache, array(()), meta, sinks_N)
 
 
 class Kernel(NamedTuple):
-    """What the assembler said of one."""
+    """What the assembler said of one kernel.
+
+    Attributes:
+        name: of the kernel, as in a profile.
+        spilled_bytes: the largest of its stack frame, spill stores and spill loads.
+        loads_locals: whether its machine code reads or writes local memory.
+        uses_tensor_cores: whether it has warpgroup matrix products.
+    """
 
     name: str
     spilled_bytes: int
+    loads_locals: bool
     uses_tensor_cores: bool
 
 
-def assembled(folder: Path) -> Iterator[Kernel]:
+def _dumped(folder: Path) -> Iterator[Kernel]:
     """The kernels whose dumps lie in a folder."""
-    for path in folder.glob("*.ptxas"):
+    for path in sorted(folder.glob("*.ptxas")):
         spilled = re.findall(r"(\d+) bytes (?:stack frame|spill stores|spill loads)", path.read_text())
         assert spilled, path.read_text()
         code = path.with_suffix(".sass_ctrl").read_text()
-        yield Kernel(path.stem.rsplit("_", 1)[0], max(map(int, spilled)), "HGMMA" in code)
+        locals_ = re.search(r"\b(LDL|STL)\b", code) is not None
+        yield Kernel(path.stem.rsplit("_", 1)[0], max(map(int, spilled)), locals_, "HGMMA" in code)
+
+
+Assemble = Callable[[jax.stages.Lowered], list[Kernel]]
+
+
+@pytest.fixture
+def assemble(outcomes: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Assemble:
+    """Compiles a program and returns its kernels: those that no earlier program of this process had."""
+    monkeypatch.setenv("MOSAIC_GPU_DUMP_TO", str(tmp_path))
+    monkeypatch.setenv("MOSAIC_GPU_DUMP_PTXAS", "1")
+
+    def assemble(lowered: jax.stages.Lowered) -> list[Kernel]:
+        def measure() -> list[Kernel]:
+            compile_program(lowered)
+            return list(_dumped(tmp_path))
+
+        return [Kernel(*fields) for fields in outcomes.get(f"kernels-{program_key(lowered)}", measure)]
+
+    return assemble
 
 
 @pytest.mark.parametrize(("head_dim", "dtype"), CASES)
-def test_attention_keeps_to_registers_and_uses_the_tensor_cores(
-    head_dim: int, dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("MOSAIC_GPU_DUMP_TO", str(tmp_path))
-    monkeypatch.setenv("MOSAIC_GPU_DUMP_PTXAS", "1")
-    compile_attention(head_dim, dtype)
-    kernels = {kernel.name: kernel for kernel in assembled(tmp_path)}
+def test_attention_keeps_to_registers_and_uses_the_tensor_cores(head_dim: int, dtype: str, assemble: Assemble) -> None:
+    kernels = {kernel.name: kernel for kernel in assemble(lower_attention(head_dim, dtype))}
     for name, kernel in kernels.items():
         most = MOST_SPILLED.get((head_dim, dtype), 0) if name == "paged_prefill" else 0
         assert kernel.spilled_bytes <= most, kernel
+        assert most or not kernel.loads_locals, kernel
         assert kernel.uses_tensor_cores == name.startswith("paged"), name
     # The write of keys and values is the same for several of them, and compiled once.
     assert kernels.keys() >= {"paged_decode", "paged_prefill"}
@@ -117,11 +146,7 @@ FORMS = {
 
 
 @pytest.mark.parametrize("name", FORMS)
-def test_experts_keep_to_registers_and_use_the_tensor_cores(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("MOSAIC_GPU_DUMP_TO", str(tmp_path))
-    monkeypatch.setenv("MOSAIC_GPU_DUMP_PTXAS", "1")
+def test_experts_keep_to_registers_and_use_the_tensor_cores(name: str, assemble: Assemble) -> None:
     sharding = NamedSharding(mesh_of(target_devices(parse_target("h100:1")), 1, 1), PartitionSpec())
 
     def array(shape: tuple[int, ...], dtype: str = "int32") -> jax.ShapeDtypeStruct:
@@ -139,8 +164,28 @@ def test_experts_keep_to_registers_and_use_the_tensor_cores(
     def multiply(x_PI: jax.Array, arrays: tuple[jax.Array | None, ...], blocks: Blocks) -> jax.Array:
         return GpuGroupedMatmul()(x_PI, Matrices(*arrays, form), blocks)
 
-    jax.jit(multiply).lower(array((320, 512), "bfloat16"), matrices[:3], blocks).compile()
-    (kernel,) = assembled(tmp_path)
+    (kernel,) = assemble(jax.jit(multiply).lower(array((320, 512), "bfloat16"), matrices[:3], blocks))
     assert kernel.name == "grouped_matmul"
     assert kernel.uses_tensor_cores
     assert not kernel.spilled_bytes
+
+
+def test_kernels_of_a_step_with_adapters_keep_to_registers(assemble: Assemble) -> None:
+    """Those of every linear map's adapters, and of sampling, beside attention at the sizes of a real model."""
+    lora = LoraConfig(max_rank=16, target_modules=("all",))
+    sizes = {"context_length": 8192, "max_running_requests": 8, "chunked_prefill_size": 32}
+    engine, _ = lay_out_for("h100:1", "qwen3-4b", 1, lora=lora, **sizes)
+    step = StepPrograms(engine.step)
+    kernels: list[Kernel] = []
+    for lowered in (
+        step.lower_forward(ForwardShape(engine.step.buckets[0], adapted=True)),
+        step.lower_draw(engine.scheduler.max_rows),
+    ):
+        kernels += assemble(lowered)
+    assert {kernel.name for kernel in kernels} >= {
+        "kv_update", "paged_decode", "paged_prefill", "lora_shrink", "lora_expand"
+    }  # fmt: skip
+    for kernel in kernels:
+        assert not kernel.spilled_bytes, kernel
+        assert not kernel.loads_locals, kernel
+        assert kernel.uses_tensor_cores == kernel.name.startswith(("paged", "lora")), kernel

@@ -6,7 +6,6 @@ of it fits the device, and the collectives are the expected ones.
 
 import math
 import re
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -14,54 +13,21 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from jaxserve.config import EngineConfig, LayerConfig, LoraConfig
-from jaxserve.design import DEVICE_MEM_FRACTION, EngineDesign, design_model, lay_out
+from jaxserve.config import LayerConfig, LoraConfig
+from jaxserve.design import EngineDesign
 from jaxserve.errors import LaunchError
 from jaxserve.hlo import Collectives, find_collectives, num_kernels
-from jaxserve.mesh import mesh_of
 from jaxserve.models.layer_groups import group_layers
-from jaxserve.planning import adapter_slots
 from jaxserve.runner.buckets import Bucket, ForwardShape
 from jaxserve.runner.programs import StepPrograms
-from jaxserve.targets import parse_target, prepare_environment, target_devices
+from jaxserve.targets import parse_target
 from kernels_pallas.grouped_matmul.xla import XlaGroupedMatmul
-from tests.compile.models import (
-    DEEPSEEK_V2_LITE,
-    DEEPSEEK_V31,
-    GPT_OSS_20B,
-    GPT_OSS_20B_MXFP4,
-    GPT_OSS_120B_MXFP4,
-    KIMI_K2_THINKING,
-    LLAMA31_8B,
-    LLAMA33_70B,
-    MIXTRAL_8X22B,
-    QWEN3_4B,
-    QWEN3_30B_A3B,
-    QWEN3_30B_A3B_FP8,
-    QWEN3_235B_A22B,
-    QWEN25_05B,
-)
-from tests.marks import beside
+from tests.compile.models import QWEN3_4B
+from tests.compile.steps import MODELS, check_forward, check_program, lay_out_for
+from tests.support.marks import beside
 
 pytestmark = pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="the kernels need JAX 0.11")
 
-MODELS = {
-    "qwen2.5-0.5b": QWEN25_05B,
-    "qwen3-4b": QWEN3_4B,
-    "llama-3.1-8b": LLAMA31_8B,
-    "llama-3.3-70b": LLAMA33_70B,
-    "qwen3-30b-a3b": QWEN3_30B_A3B,
-    "qwen3-235b-a22b": QWEN3_235B_A22B,
-    "mixtral-8x22b": MIXTRAL_8X22B,
-    "gpt-oss-20b": GPT_OSS_20B,
-    "qwen3-30b-a3b-fp8": QWEN3_30B_A3B_FP8,
-    "deepseek-v2-lite": DEEPSEEK_V2_LITE,
-    "deepseek-v3.1": DEEPSEEK_V31,
-    "gpt-oss-20b-mxfp4": GPT_OSS_20B_MXFP4,
-    "gpt-oss-120b-mxfp4": GPT_OSS_120B_MXFP4,
-    "kimi-k2-thinking": KIMI_K2_THINKING,
-}
-CONTEXT = 16384
 # Llama-3.1-8B does not fit one v5e, 70B no less than eight of the smaller devices.
 STEPS = [
     beside("v5e:2x2", "qwen2.5-0.5b", 1),
@@ -92,53 +58,6 @@ DECODE_STEPS = [
     beside("v6e:2x4", "qwen3-4b", 1),
     ("v6e:2x4", "llama-3.3-70b", 8),
 ]
-
-
-def lay_out_for(target_text: str, model: str, tp_size: int, **options: Any) -> tuple[EngineDesign, int]:
-    target = parse_target(target_text)
-    prepare_environment(target)
-    options = {"context_length": CONTEXT, **options}
-    config = EngineConfig(model_path=model, tp_size=tp_size, **options)
-    design = design_model(
-        config, MODELS[model], mesh_of(target_devices(target), tp_size, config.dp_size, config.ep_size)
-    )
-    left = target.device.memory_bytes - design.device_weight_bytes
-    adapters = None if config.lora is None else adapter_slots(config.lora, design)
-    return lay_out(config, design, int(left * DEVICE_MEM_FRACTION), adapters), design.device_weight_bytes
-
-
-def check_program(
-    engine: EngineDesign, lower: Callable[[], jax.stages.Lowered], memory_bytes: int, record: Callable[..., None]
-) -> tuple[str, Any]:
-    """Compile; what every program must keep to. Returns its text and memory figures."""
-    lowered = lower()
-    started = time.perf_counter()
-    compiled = lowered.compile()
-    record("compile_s", round(time.perf_counter() - started, 1))
-    text, memory = compiled.as_text() or "", compiled.memory_analysis()
-    assert memory is not None
-    record("temporary_mib", round(memory.temp_size_in_bytes / 2**20, 1))
-    assert memory.temp_size_in_bytes < memory_bytes / 10
-    # Donated arguments and their results are one memory.
-    used = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
-    assert used + memory.temp_size_in_bytes + memory.generated_code_size_in_bytes <= memory_bytes
-    return text, memory
-
-
-def check_forward(engine: EngineDesign, text: str, memory: Any, tp_size: int) -> None:
-    """The cache is updated in place, and two all-reduces a layer, of those repeated together, cross the devices."""
-    assert memory.alias_size_in_bytes >= engine.pool_bytes
-    for name, spec in engine.step.attention.cache_spec().items():
-        pages = f"[{spec.shape[0]},"
-        copies = [line for line in text.splitlines() if re.search(r" copy(-start)?\(", line) and pages in line]
-        assert not copies, f"{name} is copied: {copies[0]}"
-    groups = group_layers(engine.step.decoder.config.layers)
-    in_loops, alone = (
-        sum(len(group.kinds) for group in groups if (group.repeats > 1) == loop) for loop in (True, False)
-    )
-    # The embedding's rows are on different shards: one more, outside of the loops.
-    expected = Collectives({"all-reduce": 2 * in_loops}, {"all-reduce": 1 + 2 * alone})
-    assert find_collectives(text) == (expected if tp_size > 1 else Collectives({}, {}))
 
 
 @pytest.mark.parametrize(("target", "model", "tp_size"), STEPS)

@@ -21,8 +21,8 @@ from jaxserve.build import build_engine
 from jaxserve.config import EngineConfig
 from jaxserve.in_process import InProcessEngineClient
 from jaxserve.text.tokenizer import Tokenizer
-from tests.ports import free_port
-from tests.tiny import write_checkpoint
+from tests.support.ports import free_port
+from tests.support.tiny import write_checkpoint
 
 START_S = 300
 

@@ -10,7 +10,7 @@ import openai
 
 from jaxserve.errors import ExitCode
 from tests.e2e.conftest import ServerProcess
-from tests.tiny import CONFIG, write_adapter
+from tests.support.tiny import CONFIG, write_adapter
 
 
 def complete(server: ServerProcess, model: str) -> str:

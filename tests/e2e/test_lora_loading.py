@@ -14,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 
 from tests.e2e.conftest import ServerProcess
 from tests.e2e.test_lora import complete
-from tests.tiny import CONFIG, LINEAR_MODULES, write_adapter
+from tests.support.tiny import CONFIG, LINEAR_MODULES, write_adapter
 
 FOLDERS = ("a", "b", "c", "d", "e")
 NUM_OPERATIONS = 500

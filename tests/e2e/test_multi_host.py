@@ -17,8 +17,8 @@ from jaxserve.errors import ExitCode
 from tests.e2e.conftest import ServerProcess
 from tests.e2e.test_lifecycle import start_stream
 from tests.e2e.test_lora import complete
-from tests.ports import free_port
-from tests.tiny import write_adapter, write_checkpoint
+from tests.support.ports import free_port
+from tests.support.tiny import write_adapter, write_checkpoint
 
 
 class Follower:

@@ -17,8 +17,8 @@ from api.server import ApiSettings, Server
 from jaxserve.in_process import InProcessEngineClient
 from jaxserve.text.tokenizer import Tokenizer, load_tokenizer
 from tests.e2e.conftest import loaded, serving
-from tests.recitals import FAMILIES, RECITALS, Recital
-from tests.transcripts import TOOLS
+from tests.support.recitals import FAMILIES, RECITALS, Recital
+from tests.support.transcripts import TOOLS
 
 MODELS = Path(__file__).parents[1] / "models"
 FOLDER = MODELS / "recital"

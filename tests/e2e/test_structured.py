@@ -17,8 +17,8 @@ import pytest
 from api.server import ApiSettings, Server
 from jaxserve.text.tokenizer import load_tokenizer
 from tests.e2e.conftest import loaded, serving
-from tests.schemas import random_schema
-from tests.tiny import write_checkpoint
+from tests.support.schemas import random_schema
+from tests.support.tiny import write_checkpoint
 
 NUM_SCHEMAS = 300
 CONTEXT = 8192

@@ -16,7 +16,7 @@ from jaxserve.mesh import make_mesh
 from kernels_pallas.dispatch import choose_attention, choose_sampler
 from kernels_pallas.paged_attention.cases import SHAPES
 from kernels_pallas.paged_attention.xla import XlaAttention
-from tests.tiny import CONFIG
+from tests.support.tiny import CONFIG
 
 DENSE = SHAPES["decode"].config(jnp.dtype(jnp.float32))
 

@@ -18,7 +18,7 @@ from kernels_pallas.lora_matmul.reference import lora_matmul
 from kernels_pallas.lora_matmul.slot_blocks import slot_lists, slot_pairs
 from kernels_pallas.lora_matmul.xla import XlaLora
 from tests.parity.test_lora_merge import EVERYTHING, SMALL
-from tests.tiny import write_adapter, write_checkpoint
+from tests.support.tiny import write_adapter, write_checkpoint
 
 needs_pallas = pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="the kernels need JAX 0.11")
 KERNELS = [pytest.param("tpu", marks=needs_pallas), pytest.param("gpu", marks=needs_pallas)]

@@ -16,7 +16,7 @@ from jaxserve.mesh import make_mesh
 from kernels_pallas.paged_attention.api import AttentionBackend, AttentionConfig
 from kernels_pallas.paged_attention.cases import LAYER, OPTIONS, SHAPES, Case, Step, expected, make_step, tolerance
 from kernels_pallas.paged_attention.xla import XlaAttention
-from tests.marks import beside
+from tests.support.marks import beside
 
 F32, BF16 = jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16)
 FP8, INT8 = jnp.dtype(jnp.float8_e4m3fn), jnp.dtype(jnp.int8)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from jaxserve import LLM, SamplingParams
-from tests.tiny import write_checkpoint
+from tests.support.tiny import write_checkpoint
 
 RNG = np.random.default_rng(0)
 PROMPTS = [RNG.integers(0, 256, size).tolist() for size in (200, 3, 90, 41, 130)]

@@ -19,7 +19,7 @@ from jaxserve.runner.buckets import Bucket, ForwardShape
 from jaxserve.runner.programs import StepModel
 from jaxserve.runner.runner import ModelRunner
 from jaxserve.step import NewRow, ScheduledRow, SchedulerOutput
-from tests.marks import beside
+from tests.support.marks import beside
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 NAMES = sorted(path.name for path in GOLDEN.iterdir())

@@ -19,9 +19,9 @@ from jaxserve.lora.delta import adaptable
 from jaxserve.lora.reader import AdapterReader
 from jaxserve.models.architecture import BuildModel
 from jaxserve.models.registry import find_architecture
-from tests.marks import beside
 from tests.parity.test_lora_merge import EVERYTHING, SMALL
-from tests.tiny import CONFIG, write_adapter, write_checkpoint, write_tokenizer
+from tests.support.marks import beside
+from tests.support.tiny import CONFIG, write_adapter, write_checkpoint, write_tokenizer
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 # Two rows, and so few programs; prompts are more.

@@ -20,7 +20,7 @@ from jaxserve.models.architecture import BuildModel
 from jaxserve.models.registry import find_architecture
 from jaxserve.runner.merging import merge_adapter
 from tests.parity.test_orbax_and_llm import script
-from tests.tiny import CONFIG, LINEAR_MODULES, write_adapter, write_checkpoint
+from tests.support.tiny import CONFIG, LINEAR_MODULES, write_adapter, write_checkpoint
 
 FAMILIES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 EVERYTHING = (*LINEAR_MODULES, "embed_tokens", "lm_head")
@@ -33,7 +33,7 @@ def weights_of(folder: Path, **mesh: int) -> Any:
 
 
 def delta_of(adapter: Path, *, copies: int = 1, **changes: Any) -> Any:
-    """For the model of `tests.tiny`, whose key heads may be repeated."""
+    """For the model of `tests.support.tiny`, whose key heads may be repeated."""
     hf_config = CONFIG | changes
     architecture = find_architecture(hf_config)
     checkpoint = architecture.model_config(hf_config)

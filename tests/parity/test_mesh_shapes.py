@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from jaxserve import LLM, SamplingParams
-from tests.tiny import write_checkpoint
+from tests.support.tiny import write_checkpoint
 
 SMALL: dict[str, Any] = {
     "max_running_requests": 2,  # few programs to compile

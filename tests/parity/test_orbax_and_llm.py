@@ -13,7 +13,7 @@ from jaxserve import LLM, SamplingParams, TextOptions
 from jaxserve.build import build_runner
 from jaxserve.config import EngineConfig
 from jaxserve.errors import LaunchError, RequestError
-from tests.tiny import write_checkpoint, write_gguf
+from tests.support.tiny import write_checkpoint, write_gguf
 
 SMALL = {"max_running_requests": 4, "chunked_prefill_size": 32, "max_total_tokens": 2048, "page_size": 16}
 

@@ -9,7 +9,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from jaxserve.adapter_store import HostAdapter
 from jaxserve.errors import AdapterError
 from jaxserve.request import AdapterSource, FinishReason, TokenDelta, adapter_name
-from tests.fakes import make_engine, shift_adapter
+from tests.support.fakes import make_engine, shift_adapter
 from tests.unit.test_engine import request
 
 VOCAB_SIZE = 251

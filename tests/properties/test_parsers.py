@@ -16,7 +16,7 @@ from jaxserve.text.json_scanner import JsonScanner
 from jaxserve.text.message import Message
 from jaxserve.text.pieces import CallArguments, CallEnd, CallStart, Piece
 from jaxserve.tool_calls.registry import TOOL_CALL_FORMATS
-from tests.transcripts import CALL_WRITERS, REASONING_WRITERS, TOOLS, WrittenCall
+from tests.support.transcripts import CALL_WRITERS, REASONING_WRITERS, TOOLS, WrittenCall
 
 WORDS = st.text(alphabet=st.sampled_from("ab <>[]{}|/\\'\"\n,:;é漢😀▁｜◁▷"), max_size=30)
 TEXT = WORDS | st.text(max_size=20)

@@ -9,7 +9,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers
 
 from jaxserve.text.detokenizer import Detokenizer, TokenBytes
 from jaxserve.text.stop import StopStrings
-from tests.tiny import VOCAB_SIZE, byte_tokenizer
+from tests.support.tiny import VOCAB_SIZE, byte_tokenizer
 
 
 def sentencepiece_like() -> Tokenizer:

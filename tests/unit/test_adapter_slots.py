@@ -4,7 +4,7 @@ import pytest
 
 from jaxserve.scheduling.adapter_slots import AdapterSlots
 from jaxserve.step import AdapterLoad
-from tests.fakes import make_engine
+from tests.support.fakes import make_engine
 from tests.unit.test_engine import finish, request, tokens
 
 

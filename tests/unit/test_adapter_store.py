@@ -5,7 +5,7 @@ import threading
 from jaxserve.adapter_store import HostAdapter
 from jaxserve.engine import Engine
 from jaxserve.request import AdapterSource
-from tests.fakes import InlineExecutor, make_engine, shift_adapter
+from tests.support.fakes import InlineExecutor, make_engine, shift_adapter
 from tests.unit.test_engine import finish, request, tokens
 
 

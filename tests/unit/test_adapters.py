@@ -13,7 +13,7 @@ from safetensors.numpy import load_file, save_file
 from checkpoints.adapters import read_peft
 from checkpoints.orbax_adapters import read_adapter, save_adapter
 from checkpoints.source import CheckpointError
-from tests.tiny import CONFIG, LINEAR_MODULES, write_adapter
+from tests.support.tiny import CONFIG, LINEAR_MODULES, write_adapter
 
 Q_PROJ = "model.layers.1.self_attn.q_proj"
 

@@ -16,7 +16,7 @@ from checkpoints.gguf import GGUFCheckpoint
 from checkpoints.huggingface import HuggingFaceCheckpoint
 from checkpoints.safetensors_file import SafetensorsFile
 from checkpoints.source import CheckpointError
-from tests.tiny import CONFIG, tensors, write_checkpoint, write_gguf
+from tests.support.tiny import CONFIG, tensors, write_checkpoint, write_gguf
 
 
 def test_reads_whole_and_part(tmp_path: Path) -> None:

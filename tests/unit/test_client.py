@@ -10,7 +10,7 @@ from jaxserve.client import Streams
 from jaxserve.errors import UnavailableError
 from jaxserve.in_process import InProcessEngineClient
 from jaxserve.request import AdapterSource, FinishReason, Request, SamplingParams, TokenDelta
-from tests.fakes import FakeEngineClient, make_engine, shift_adapter
+from tests.support.fakes import FakeEngineClient, make_engine, shift_adapter
 
 
 async def test_a_failure_ends_the_open_choices_only() -> None:

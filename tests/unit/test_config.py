@@ -11,7 +11,7 @@ from jaxserve.config import LoraConfig
 from jaxserve.errors import LaunchError
 from jaxserve.generation_config import GenerationConfig, parse_generation_config, read_generation_config
 from jaxserve.models.registry import architecture_name, find_architecture
-from tests.tiny import CONFIG
+from tests.support.tiny import CONFIG
 
 
 def read(**changes: Any) -> Any:

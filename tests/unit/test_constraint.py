@@ -10,8 +10,8 @@ from jaxserve.request import FinishReason, GrammarTokenizer, Request, SamplingPa
 from jaxserve.structured.compiler import GrammarError, compile_grammar, load_tokenizer
 from jaxserve.structured.constraint import ThinkingBudget
 from jaxserve.text.tokenizer import load_tokenizer as load_text_tokenizer
-from tests.fakes import make_engine
-from tests.tiny import EOS, VOCAB_SIZE, write_tokenizer
+from tests.support.fakes import make_engine
+from tests.support.tiny import EOS, VOCAB_SIZE, write_tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,7 @@
 import pytest
 
 from jaxserve.request import FinishReason, Request, SamplingParams, TokenDelta
-from tests.fakes import make_engine
+from tests.support.fakes import make_engine
 
 
 def request(

@@ -24,8 +24,8 @@ from jaxserve.text.tokenizer import Tokenizer
 from jaxserve.text.tokenizer import load_tokenizer as load_text_tokenizer
 from jaxserve.tool_calls.registry import TOOL_CALL_FORMATS
 from jaxserve.tool_calls.tool import Tool
-from tests.tiny import EOS, write_tokenizer
-from tests.transcripts import REASONING_WRITERS
+from tests.support.tiny import EOS, write_tokenizer
+from tests.support.transcripts import REASONING_WRITERS
 
 SPECIAL = (
     "<think>",

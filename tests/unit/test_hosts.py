@@ -15,7 +15,7 @@ from jaxserve.distributed.leader import Followers, LeadingRunner
 from jaxserve.distributed.messages import Channel
 from jaxserve.request import AdapterSource
 from jaxserve.step import Plans, StepOutput
-from tests.fakes import FakeRunner, FakeStep, make_engine, shift_adapter
+from tests.support.fakes import FakeRunner, FakeStep, make_engine, shift_adapter
 from tests.unit.test_engine import finish, request, tokens
 
 WAIT_S = 30.0

@@ -17,7 +17,7 @@ from jaxserve.config import EngineConfig
 from jaxserve.distributed.messages import Channel, Drawn, Hello, Refused, Welcome
 from jaxserve.distributed.rendezvous import gather, hello, join, model_digest
 from jaxserve.errors import LaunchError
-from tests.ports import free_port
+from tests.support.ports import free_port
 
 WAIT_S = 30.0
 MODEL = "digest of a model"

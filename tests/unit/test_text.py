@@ -8,7 +8,7 @@ import pytest
 from jaxserve.errors import LaunchError, RequestError
 from jaxserve.text.gguf_tokenizer import tokenizer_from_gguf
 from jaxserve.text.tokenizer import load_tokenizer
-from tests.tiny import BOS, write_checkpoint, write_gguf
+from tests.support.tiny import BOS, write_checkpoint, write_gguf
 
 MESSAGES = [{"role": "user", "content": "hi"}]
 

@@ -7,7 +7,7 @@ recite.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from tests.transcripts import CALL_WRITERS, REASONING_WRITERS, WrittenCall
+from tests.support.transcripts import CALL_WRITERS, REASONING_WRITERS, WrittenCall
 
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% if tools %}{% endif %}{% for message in messages %}<start>{{ message['role'] }}\n"

@@ -1,0 +1,1 @@
+"""What tests share: fakes, tiny checkpoints, marks, and the store of compile outcomes."""
