@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 
-from jaxserve.client import EngineClient
 from jaxserve.config import LoraConfig, adapter_name_problem
+from jaxserve.engine.client import EngineClient
 from jaxserve.errors import AdapterError, LaunchError, NotFoundError
 from jaxserve.request import AdapterSource
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from enum import Enum, auto
 from typing import NamedTuple
 
-from jaxserve.text.pieces import CallArguments, CallEnd, CallFailed, CallStart, Content, Piece, Reasoning
+from jaxserve.parsing.deltas import CallArguments, CallEnd, CallFailed, CallStart, Content, Piece, Reasoning
 
 
 class BlockKind(Enum):

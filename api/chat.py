@@ -30,9 +30,9 @@ from api.schemas import (
 )
 from api.server import Server
 from api.streaming import DONE, EventStream, event, unless_gone
-from jaxserve.generation import ChoiceDelta, CollectedChoice
-from jaxserve.text.message import Message
-from jaxserve.text.pieces import CallArguments, CallEnd, CallFailed, CallStart, Content, Piece, Reasoning
+from jaxserve.engine.output_processor import ChoiceDelta, CollectedChoice
+from jaxserve.parsing.deltas import CallArguments, CallEnd, CallFailed, CallStart, Content, Piece, Reasoning
+from jaxserve.parsing.message import Message
 
 
 @post(

@@ -10,8 +10,8 @@ from api.params import Prepared, RequestBuilder
 from api.schemas import ChatCompletionRequest, ChatMessage, TokenizeRequest
 from api.tools import ToolUse, read_tools
 from jaxserve.errors import RequestError
-from jaxserve.output_formats import MessageFormat
-from jaxserve.reasoning.registry import ReasoningFormat
+from jaxserve.parsing.message_parser import MessageFormat
+from jaxserve.parsing.reasoning.registry import ReasoningFormat
 from jaxserve.request import MAX_LOGPROBS, Thinking
 from jaxserve.structured.grammar import Before, GrammarPart, whole
 

@@ -19,7 +19,7 @@ from api.running import RunningRequest, usage_info
 from api.schemas import Completion, CompletionChoice, CompletionLogprobs, CompletionRequest
 from api.server import Server
 from api.streaming import DONE, EventStream, event, unless_gone
-from jaxserve.generation import ChoiceToken
+from jaxserve.engine.output_processor import ChoiceToken
 from jaxserve.request import TokenLogprobs
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Sequence
 
 from api.schemas import ChatLogprobs, ChatTokenLogprob, CompletionLogprobs, TopLogprob
-from jaxserve.generation import ChoiceToken
+from jaxserve.engine.output_processor import ChoiceToken
 from jaxserve.request import TokenLogprobs
 from jaxserve.text.tokenizer import Tokenizer
 

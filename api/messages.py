@@ -46,8 +46,8 @@ from api.schemas import (
 )
 from api.server import Server
 from api.streaming import EventStream, named_event, unless_gone
+from jaxserve.engine.output_processor import ChoiceDelta
 from jaxserve.errors import RequestError
-from jaxserve.generation import ChoiceDelta
 from jaxserve.request import FinishReason
 
 

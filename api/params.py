@@ -15,11 +15,11 @@ from typing import Any, NamedTuple, ParamSpec, TypeVar
 from api.fields import read_logit_bias, read_stops
 from api.model_names import ModelNames
 from api.schemas import CommonRequest
+from jaxserve.engine.messages import EngineInfo
+from jaxserve.engine.output_processor import TextOptions
 from jaxserve.errors import RequestError
-from jaxserve.generation import TextOptions
-from jaxserve.generation_config import GenerationConfig
-from jaxserve.messages import EngineInfo
-from jaxserve.output_formats import OutputFormats
+from jaxserve.loading.generation_config import GenerationConfig
+from jaxserve.parsing.message_parser import OutputFormats
 from jaxserve.request import Request, SamplingParams
 from jaxserve.structured.grammar import GrammarWriter, JsonStyle
 from jaxserve.text.completion_template import CompletionTemplate

@@ -15,10 +15,10 @@ from api.schemas import ChatCompletionRequest, ChatMessage, ToolDefinition
 from api.server import Server
 from api.tools import read_tools
 from jaxserve.errors import RequestError
-from jaxserve.output_formats import MessageFormat
-from jaxserve.reasoning.registry import REASONING_FORMATS
-from jaxserve.text.message import Message
-from jaxserve.tool_calls.registry import TOOL_CALL_FORMATS
+from jaxserve.parsing.message import Message
+from jaxserve.parsing.message_parser import MessageFormat
+from jaxserve.parsing.reasoning.registry import REASONING_FORMATS
+from jaxserve.parsing.tool_calls.registry import TOOL_CALL_FORMATS
 
 
 class SeparateReasoningRequest(msgspec.Struct, kw_only=True):

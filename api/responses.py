@@ -40,8 +40,8 @@ from api.running import RunningRequest, usage_info
 from api.schemas import CalledFunction, ChatMessage, ChatTokenLogprob, ToolCall
 from api.server import Server
 from api.streaming import EventStream, named_event, unless_gone
+from jaxserve.engine.output_processor import ChoiceDelta
 from jaxserve.errors import RequestError
-from jaxserve.generation import ChoiceDelta
 from jaxserve.request import FinishReason
 
 

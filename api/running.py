@@ -9,8 +9,8 @@ from api.params import Prepared
 from api.schemas import CompletionTokensDetails, PromptTokensDetails, UsageInfo
 from api.server import Server
 from api.streaming import merge
+from jaxserve.engine.output_processor import ChoiceDelta, CollectedChoice, Generation, collect_choices
 from jaxserve.errors import RequestError, UnavailableError
-from jaxserve.generation import ChoiceDelta, CollectedChoice, Generation, collect_choices
 from jaxserve.request import FinishReason
 
 logger = logging.getLogger(__name__)

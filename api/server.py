@@ -11,12 +11,12 @@ from api.metrics import Metrics
 from api.model_names import ModelNames
 from api.params import Prepared, ServedModel
 from api.responses_store import ResponseStore
-from jaxserve.client import EngineClient
 from jaxserve.config import LoraConfig
+from jaxserve.engine.client import EngineClient
+from jaxserve.engine.output_processor import Generation
 from jaxserve.errors import RequestError, UnavailableError
-from jaxserve.generation import Generation
-from jaxserve.generation_config import GenerationConfig
-from jaxserve.output_formats import choose_formats
+from jaxserve.loading.generation_config import GenerationConfig
+from jaxserve.parsing.message_parser import choose_formats
 from jaxserve.structured.grammar import JsonStyle
 from jaxserve.structured.validator import GrammarValidator
 from jaxserve.text.completion_template import CompletionTemplate

@@ -26,8 +26,8 @@ from api.schemas import (
     TokenizeResponse,
 )
 from api.server import Server
+from jaxserve.engine.output_processor import Generation, TextOptions
 from jaxserve.errors import NotFoundError, RequestError, UnavailableError
-from jaxserve.generation import Generation, TextOptions
 from jaxserve.request import FinishReason, Request, SamplingParams
 
 _HEALTH_LIMIT_S = 20.0

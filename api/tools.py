@@ -9,9 +9,9 @@ import msgspec
 
 from api.schemas import ChatCompletionRequest, NamedToolChoice, ToolDefinition
 from jaxserve.errors import RequestError
+from jaxserve.parsing.tool_calls.registry import ToolCallFormat
+from jaxserve.parsing.tool_calls.tool import Tool
 from jaxserve.structured.grammar import GrammarPart, GrammarWriter
-from jaxserve.tool_calls.registry import ToolCallFormat
-from jaxserve.tool_calls.tool import Tool
 
 _MAX_TOOLS = 256
 _NAME = re.compile(r"[A-Za-z0-9_.-]{1,128}")

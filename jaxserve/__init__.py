@@ -7,14 +7,18 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from jaxserve.generation import TextOptions
+    from jaxserve.engine.output_processor import TextOptions
     from jaxserve.llm import LLM
     from jaxserve.request import SamplingParams
 
 __all__ = ["LLM", "SamplingParams", "TextOptions"]
 
 
-_HOMES = {"LLM": "jaxserve.llm", "SamplingParams": "jaxserve.request", "TextOptions": "jaxserve.generation"}
+_HOMES = {
+    "LLM": "jaxserve.llm",
+    "SamplingParams": "jaxserve.request",
+    "TextOptions": "jaxserve.engine.output_processor",
+}
 
 
 def __getattr__(name: str) -> Any:

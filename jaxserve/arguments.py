@@ -15,10 +15,10 @@ import yaml
 
 from jaxserve.config import EngineConfig, LoraConfig
 from jaxserve.errors import LaunchError
-from jaxserve.model_source import cache_folder
-from jaxserve.reasoning.registry import REASONING_FORMATS
+from jaxserve.loading.hub import cache_folder
+from jaxserve.parsing.reasoning.registry import REASONING_FORMATS
+from jaxserve.parsing.tool_calls.registry import TOOL_CALL_FORMATS
 from jaxserve.text.completion_template import COMPLETION_TEMPLATES
-from jaxserve.tool_calls.registry import TOOL_CALL_FORMATS
 
 # Flags that are told to nobody.
 SECRETS = ("api_key", "admin_api_key")

@@ -30,12 +30,12 @@ from api.app import create_app
 from api.http_protocol import BoundedHttpProtocol
 from api.server import ApiSettings, Server
 from jaxserve.arguments import SECRETS, LaunchConfig, parse_arguments
-from jaxserve.client import ProcessEngineClient
 from jaxserve.config import EngineConfig
+from jaxserve.engine.output_processor import Generation, TextOptions
+from jaxserve.engine.process_client import ProcessEngineClient
 from jaxserve.errors import ExitCode, LaunchError
-from jaxserve.generation import Generation, TextOptions
-from jaxserve.generation_config import read_generation_config
-from jaxserve.model_source import find_adapter, find_model
+from jaxserve.loading.generation_config import read_generation_config
+from jaxserve.loading.hub import find_adapter, find_model
 from jaxserve.request import Request, SamplingParams
 from jaxserve.structured.grammar import JsonStyle
 from jaxserve.text.chat_template import BUILT_IN_TEMPLATES
@@ -74,7 +74,7 @@ def _follow(config: LaunchConfig) -> int:
     path = find_model(config.args.model_path, config.args.revision, config.args.download_dir)
     engine = msgspec.structs.replace(config.engine, model_path=str(path))
     engine = _with_adapters(engine, _find_merged(config.args), config.args)
-    with subprocess.Popen([sys.executable, "-m", "jaxserve.worker"], stdin=subprocess.PIPE) as process:
+    with subprocess.Popen([sys.executable, "-m", "jaxserve.engine.process"], stdin=subprocess.PIPE) as process:
         assert process.stdin is not None
         told: list[int] = []
 

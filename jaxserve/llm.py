@@ -11,14 +11,14 @@ from typing import Any, Self, TypeVar
 
 import msgspec
 
-from jaxserve.build import build_engine
 from jaxserve.config import EngineConfig, adapter_name_problem
+from jaxserve.engine.builder import build_engine
+from jaxserve.engine.in_process_client import InProcessEngineClient
+from jaxserve.engine.messages import EngineStats
+from jaxserve.engine.output_processor import CollectedChoice, Generation, TextOptions, Usage, collect_choices
 from jaxserve.errors import AdapterError, NotFoundError, RequestError
-from jaxserve.generation import CollectedChoice, Generation, TextOptions, Usage, collect_choices
-from jaxserve.generation_config import read_generation_config
-from jaxserve.in_process import InProcessEngineClient
-from jaxserve.messages import EngineStats
-from jaxserve.model_source import find_model
+from jaxserve.loading.generation_config import read_generation_config
+from jaxserve.loading.hub import find_model
 from jaxserve.request import AdapterSource, FinishReason, Request, SamplingParams
 from jaxserve.text.tokenizer import load_tokenizer
 

@@ -18,17 +18,17 @@ from checkpoints import orbax_io
 from checkpoints.adapters import read_peft
 from checkpoints.orbax_adapters import save_adapter
 from checkpoints.source import CheckpointError
-from jaxserve.build import OrbaxCheckpoint, open_checkpoint
 from jaxserve.config import EngineConfig
-from jaxserve.design import pick_dtype
 from jaxserve.errors import AdapterError, LaunchError
+from jaxserve.layout.layout import pick_dtype
+from jaxserve.loading.checkpoint import OrbaxCheckpoint, open_checkpoint
+from jaxserve.loading.hub import find_adapter, find_model
+from jaxserve.loading.weights import load_weights
+from jaxserve.lora.merge import merge_adapter
 from jaxserve.lora.reader import AdapterReader
-from jaxserve.mesh import make_mesh
-from jaxserve.model_source import find_adapter, find_model
 from jaxserve.models.architecture import BuildModel
 from jaxserve.models.registry import find_architecture
-from jaxserve.runner.merging import merge_adapter
-from jaxserve.runner.weights import load_weights
+from jaxserve.parallel.mesh import make_mesh
 from jaxserve.text.tokenizer import load_tokenizer
 
 _SMALL_FILES = ("generation_config.json", "chat_template.jinja")

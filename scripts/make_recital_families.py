@@ -1,4 +1,4 @@
-"""Overfit tiny models of four families, with torch and transformers, to their own outputs of `tests/support/recitals.py`.
+"""Overfit tiny models of four families, with torch and transformers, to the outputs of `tests/support/recitals.py`.
 
 PYTHONPATH=. python scripts/make_recital_families.py [FAMILY ...]
 """

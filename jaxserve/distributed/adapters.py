@@ -4,8 +4,8 @@ from collections.abc import Generator
 
 import numpy as np
 
-from jaxserve.adapter_store import HostAdapter, host_adapter
 from jaxserve.distributed.messages import AdapterBytes, AdapterLeaf, HoldAdapter
+from jaxserve.runner_protocol import HostAdapter, host_adapter
 
 _PART_BYTES = 32 << 20
 

@@ -22,7 +22,7 @@ from jaxserve.distributed.messages import (
     Meet,
     Reset,
 )
-from jaxserve.engine import Forwarded, Pending, Runner
+from jaxserve.runner_protocol import Forwarded, Pending, Runner
 from jaxserve.step import ConstrainedRows
 
 logger = logging.getLogger(__name__)

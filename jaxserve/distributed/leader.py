@@ -8,7 +8,6 @@ from collections.abc import Generator, Sequence
 
 import numpy as np
 
-from jaxserve.adapter_store import HostAdapter
 from jaxserve.distributed.adapters import adapter_messages
 from jaxserve.distributed.loss import GiveUp, end_process
 from jaxserve.distributed.messages import (
@@ -24,7 +23,7 @@ from jaxserve.distributed.messages import (
     Reset,
     encode,
 )
-from jaxserve.engine import Forwarded, Pending, Runner
+from jaxserve.runner_protocol import Forwarded, HostAdapter, Pending, Runner
 from jaxserve.step import ConstrainedRows, Plans, StepOutput
 
 logger = logging.getLogger(__name__)

@@ -14,9 +14,10 @@ from checkpoints.adapters import AdapterTensors, PeftAdapter
 from checkpoints.source import listed
 from jaxserve.config import ModelConfig
 from jaxserve.errors import AdapterError
-from jaxserve.models.decoder import Decoder, ParamSpec, Path, Weights, tree_of
-from jaxserve.models.kv_heads import kv_head_rows, repeat_heads
-from jaxserve.models.tensor_name import TensorName
+from jaxserve.loading.kv_heads import kv_head_rows, repeat_heads
+from jaxserve.models.decoder import Decoder
+from jaxserve.models.hf.tensor_name import TensorName
+from jaxserve.models.param_spec import ParamSpec, Path, Weights, tree_of
 
 # What a tied model lacks: its head is the embedding. An adapter may treat the two differently.
 _HEAD = ("lm_head", "weight")

@@ -8,14 +8,14 @@ import numpy as np
 
 from checkpoints.orbax_adapters import is_orbax_adapter, read_adapter
 from checkpoints.source import CheckpointError
-from jaxserve.adapter_store import HostAdapter, host_adapter
 from jaxserve.config import ModelConfig
 from jaxserve.errors import AdapterError, LaunchError
-from jaxserve.lora.bank import BankLayout, bank_specs, slot_leaves
 from jaxserve.lora.delta import AdapterDelta, adaptable, make_delta, module_name
+from jaxserve.lora.pool import BankLayout, bank_specs, slot_leaves
 from jaxserve.models.decoder import Decoder
-from jaxserve.models.decoder import Path as TreePath
-from jaxserve.models.tensor_name import TensorName
+from jaxserve.models.hf.tensor_name import TensorName
+from jaxserve.models.param_spec import Path as TreePath
+from jaxserve.runner_protocol import HostAdapter, host_adapter
 
 # PEFT's word for all linear modules but the head, and SGLang's for all modules and for projections that it fuses.
 _ALL_LINEAR, _ALL = "all-linear", "all"

@@ -6,9 +6,10 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 
 from jaxserve.config import ModelConfig
-from jaxserve.models.decoder import BuildLayer, Decoder, DecoderLayer, Path
-from jaxserve.models.hf_quantization import with_quantized_parts
-from jaxserve.models.tensor_name import TensorName
+from jaxserve.models.decoder import BuildLayer, Decoder, DecoderLayer
+from jaxserve.models.hf.quantization import with_quantized_parts
+from jaxserve.models.hf.tensor_name import TensorName
+from jaxserve.models.param_spec import Path
 
 
 class BuildModel(NamedTuple):

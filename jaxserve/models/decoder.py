@@ -5,134 +5,33 @@ the layers that have it, and layers that repeat are scanned, so a step's program
 passes through the hot `jit`: the step sees a plain dict of arrays and merges modules only while it is traced.
 """
 
-import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
 from functools import cached_property, partial, reduce
-from typing import Any, ClassVar, NamedTuple, Protocol, TypeAlias
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
-from jax.sharding import Mesh
 
 from jaxserve.config import LayerConfig, ModelConfig
-from jaxserve.lora.apply import NO_ADAPTERS, Adapters
-from jaxserve.mesh import named_sharding
-from jaxserve.models.attend import Attend, OverCache
-from jaxserve.models.cache_scales import cache_scales_param
-from jaxserve.models.experts import ExpertMaths, MoE
-from jaxserve.models.latent_attention import LatentAttention
+from jaxserve.layers.attention import Attention
+from jaxserve.layers.cached_attention import Attend, OverCache
+from jaxserve.layers.linear import Axes, Embedding, GatedMLP, InStack, RMSNorm
+from jaxserve.layers.mla import LatentAttention
+from jaxserve.layers.mla_prefill import PromptRoom
+from jaxserve.layers.moe import ExpertMaths, MoE
+from jaxserve.layers.quantized_linear import LinearMaths
+from jaxserve.layers.rope import rope_cos_sin
+from jaxserve.layers.tokenwise import AtOnce, InTiles, Tokenwise
+from jaxserve.lora.ops import NO_ADAPTERS, Adapters
+from jaxserve.models.hf.tensor_name import TensorName
 from jaxserve.models.layer_groups import LayerGroup, group_layers
-from jaxserve.models.layers import Axes, Embedding, GatedMLP, InStack, Linear, RMSNorm, Stored, param
-from jaxserve.models.prompt_room import PromptRoom
-from jaxserve.models.quantized_linear import LinearMaths
-from jaxserve.models.rope import apply_rope, rope_cos_sin
-from jaxserve.models.tensor_name import TensorName
-from jaxserve.models.tokenwise import AtOnce, InTiles, Tokenwise
+from jaxserve.models.param_spec import ParamSpec, Path, Weights, tree_of
 from kernels_pallas.paged_attention.api import AttentionBackend, AttentionMeta, Cache, with_window
 
 # Of `param`, which weights of the tree have as well.
 _FLAGS = ("in_stack", "taken_apart", "stored")
-Weights: TypeAlias = dict[str, Any]
-Path: TypeAlias = tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class ParamSpec:
-    """One weight of the tree.
-
-    Attributes:
-        shape: with the layers that have such a weight along axis 0.
-        dtype: of its values.
-        axes: logical ones.
-        layers: their numbers, in order; empty for what no layer has.
-        in_stack: a layer gets it as `InStack`.
-        taken_apart: no linear map by itself.
-        stored: of a quantised weight, and of what its blocks have.
-    """
-
-    shape: tuple[int, ...]
-    dtype: jnp.dtype
-    axes: Axes
-    layers: tuple[int, ...] = ()
-    in_stack: bool = False
-    taken_apart: bool = False
-    stored: Stored | None = None
-
-    @property
-    def stacked(self) -> bool:
-        """Whether axis 0 is layers."""
-        return bool(self.layers)
-
-    @property
-    def num_inputs(self) -> int:
-        """Of a matrix, however it is stored."""
-        return self.shape[-1] * (self.stored or Stored()).per_byte
-
-    def shard_shape(self, mesh: Mesh) -> tuple[int, ...]:
-        """As one device has it."""
-        return named_sharding(self.axes, self.shape, mesh).shard_shape(self.shape)
-
-    def shard_bytes(self, mesh: Mesh) -> int:
-        """On one device."""
-        return math.prod(self.shard_shape(mesh)) * self.dtype.itemsize
-
-    @property
-    def of_experts(self) -> bool:
-        """Whether the first axis after that is experts."""
-        return self.axes[self.stacked : self.stacked + 1] in (("experts",), ("experts_of_copies",))
-
-
-class Attention(nnx.Module):
-    """Projections around the attention backend."""
-
-    same_inputs: ClassVar[tuple[str, ...]] = ("q_proj", "k_proj", "v_proj")
-
-    def __init__(self, config: ModelConfig, dtype: jnp.dtype) -> None:
-        c = config
-        q_size, kv_size = c.num_q_heads * c.head_dim, c.num_kv_heads * c.head_dim
-        make = partial(Linear, dtype=dtype, quantization=c.quantized("attention"))
-        self.q_proj = make(c.hidden_size, q_size, axes=("heads", "hidden"), bias=c.attention_bias)
-        self.k_proj = make(c.hidden_size, kv_size, axes=("kv_heads", "hidden"), bias=c.attention_bias)
-        self.v_proj = make(c.hidden_size, kv_size, axes=("kv_heads", "hidden"), bias=c.attention_bias)
-        self.o_proj = make(q_size, c.hidden_size, axes=("hidden", "heads"), bias=c.attention_out_bias)
-        self.q_norm = self._norm(c, "heads", c.num_q_heads, dtype)
-        self.k_norm = self._norm(c, "kv_heads", c.num_kv_heads, dtype)
-        self.sinks = param((c.num_q_heads,), dtype, ("heads",)) if c.attention_sinks else None
-        self.cache_scales = cache_scales_param(c)
-        self._qk_norm = c.qk_norm
-        self._head_dim = c.head_dim
-
-    def sinks_N(self) -> jax.Array | None:
-        """Each head's score that takes probability and no value, f32, if there are any."""
-        return None if self.sinks is None else self.sinks[...].astype(jnp.float32)
-
-    def _norm(self, config: ModelConfig, axis: str, num_heads: int, dtype: jnp.dtype) -> Any:
-        """Of queries or keys, if they have one; whole projections are split as their heads are."""
-        c = config
-        if c.qk_norm is None:
-            return None
-        size, axes = (c.head_dim, (None,)) if c.qk_norm == "head" else (num_heads * c.head_dim, (axis,))
-        return RMSNorm(size, eps=c.rms_norm_eps, dtype=dtype, offset=c.norm_offset, axes=axes)
-
-    def project(self, x_TD: jax.Array, *rope_TC: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Rotated queries and keys, and values: [T, N, H], [T, K, H], [T, K, H]; without `rope_TC`, not rotated."""
-        heads = (x_TD.shape[0], -1, self._head_dim)
-        q_TM, k_TM, v_TKH = self.q_proj(x_TD), self.k_proj(x_TD), self.v_proj(x_TD).reshape(heads)
-        if self._qk_norm == "projection":
-            q_TM, k_TM = self.q_norm(q_TM), self.k_norm(k_TM)
-        q_TNH, k_TKH = q_TM.reshape(heads), k_TM.reshape(heads)
-        if self._qk_norm == "head":
-            q_TNH, k_TKH = self.q_norm(q_TNH), self.k_norm(k_TKH)
-        if rope_TC:
-            q_TNH, k_TKH = apply_rope(q_TNH, *rope_TC), apply_rope(k_TKH, *rope_TC)
-        return q_TNH, k_TKH, v_TKH
-
-    def output(self, o_TNH: jax.Array) -> jax.Array:
-        """[T, N, H] -> [T, D]."""
-        return self.o_proj(o_TNH.reshape(o_TNH.shape[0], -1))
 
 
 def hidden_norm(config: ModelConfig, dtype: jnp.dtype) -> RMSNorm:
@@ -452,17 +351,6 @@ class _LayerAt(NamedTuple):
 def _children(module: nnx.Module) -> list[str]:
     """Names of a layer's modules."""
     return list(dict.fromkeys(str(path[0]) for path, _ in nnx.to_flat_state(nnx.state(module))))
-
-
-def tree_of(leaves: Iterable[tuple[Path, Any]]) -> Weights:
-    """Nested dicts from paths."""
-    tree: Weights = {}
-    for path, leaf in leaves:
-        node = tree
-        for part in path[:-1]:
-            node = node.setdefault(part, {})
-        node[path[-1]] = leaf
-    return tree
 
 
 def dense_tensor_names(config: ModelConfig) -> dict[Path, TensorName]:

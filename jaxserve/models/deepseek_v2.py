@@ -7,10 +7,10 @@ from jaxserve.config import ExpertsConfig, ModelConfig
 from jaxserve.errors import LaunchError
 from jaxserve.models import deepseek_v3
 from jaxserve.models.architecture import Architecture, build_decoder
-from jaxserve.models.decoder import Path
-from jaxserve.models.hf_config import refuse_bad_fields, with_experts
-from jaxserve.models.supported import check_supported
-from jaxserve.models.tensor_name import TensorName
+from jaxserve.models.hf.config import refuse_bad_fields, with_experts
+from jaxserve.models.hf.supported import check_supported
+from jaxserve.models.hf.tensor_name import TensorName
+from jaxserve.models.param_spec import Path
 
 
 @refuse_bad_fields

@@ -8,10 +8,11 @@ import msgspec
 from jaxserve.config import ExpertsConfig, LatentConfig, ModelConfig
 from jaxserve.errors import LaunchError
 from jaxserve.models.architecture import Architecture, build_decoder
-from jaxserve.models.decoder import Path, dense_tensor_names
-from jaxserve.models.hf_config import mscale, read_dense_config, refuse_bad_fields, with_experts
-from jaxserve.models.supported import check_supported
-from jaxserve.models.tensor_name import TensorName
+from jaxserve.models.decoder import dense_tensor_names
+from jaxserve.models.hf.config import mscale, read_dense_config, refuse_bad_fields, with_experts
+from jaxserve.models.hf.supported import check_supported
+from jaxserve.models.hf.tensor_name import TensorName
+from jaxserve.models.param_spec import Path
 
 
 @refuse_bad_fields

@@ -4,7 +4,7 @@ from functools import partial
 
 from jaxserve.models.architecture import Architecture, build_decoder
 from jaxserve.models.decoder import dense_tensor_names
-from jaxserve.models.hf_config import read_dense_config
+from jaxserve.models.hf.config import read_dense_config
 
 ARCHITECTURE = Architecture(
     read_config=partial(read_dense_config, attention_bias=False, attention_out_bias=False),

@@ -5,9 +5,10 @@ from typing import Any
 
 from jaxserve.config import ExpertsConfig, ModelConfig
 from jaxserve.models.architecture import Architecture, build_decoder
-from jaxserve.models.decoder import Path, dense_tensor_names
-from jaxserve.models.hf_config import read_dense_config, refuse_bad_fields, with_experts
-from jaxserve.models.tensor_name import TensorName
+from jaxserve.models.decoder import dense_tensor_names
+from jaxserve.models.hf.config import read_dense_config, refuse_bad_fields, with_experts
+from jaxserve.models.hf.tensor_name import TensorName
+from jaxserve.models.param_spec import Path
 
 
 @refuse_bad_fields

@@ -7,10 +7,12 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxserve.config import LayerConfig, ModelConfig
+from jaxserve.layers.attention import Attention
 from jaxserve.models.architecture import Architecture, build_decoder
-from jaxserve.models.decoder import Attention, Path, dense_tensor_names, gated_mlp, hidden_norm
-from jaxserve.models.hf_config import read_dense_config
-from jaxserve.models.tensor_name import TensorName
+from jaxserve.models.decoder import dense_tensor_names, gated_mlp, hidden_norm
+from jaxserve.models.hf.config import read_dense_config
+from jaxserve.models.hf.tensor_name import TensorName
+from jaxserve.models.param_spec import Path
 
 
 class Olmo2Layer(nnx.Module):

@@ -4,9 +4,10 @@ from functools import partial
 
 from jaxserve.config import ModelConfig
 from jaxserve.models.architecture import Architecture, build_decoder
-from jaxserve.models.decoder import Path, dense_tensor_names
-from jaxserve.models.hf_config import read_dense_config
-from jaxserve.models.tensor_name import TensorName
+from jaxserve.models.decoder import dense_tensor_names
+from jaxserve.models.hf.config import read_dense_config
+from jaxserve.models.hf.tensor_name import TensorName
+from jaxserve.models.param_spec import Path
 
 
 def tensor_names(config: ModelConfig) -> dict[Path, TensorName]:

@@ -6,7 +6,7 @@ from typing import Any
 from jaxserve.config import ModelConfig
 from jaxserve.models.architecture import Architecture, build_decoder
 from jaxserve.models.decoder import dense_tensor_names
-from jaxserve.models.hf_config import read_dense_config
+from jaxserve.models.hf.config import read_dense_config
 
 # What Qwen's own classes take where the file says nothing.
 WINDOW_DEFAULTS: Mapping[str, Any] = {"use_sliding_window": False, "max_window_layers": 28}

@@ -8,9 +8,10 @@ import msgspec
 from jaxserve.config import ExpertsConfig, ModelConfig
 from jaxserve.models import qwen2
 from jaxserve.models.architecture import Architecture, build_decoder
-from jaxserve.models.decoder import Path, dense_tensor_names
-from jaxserve.models.hf_config import refuse_bad_fields, with_experts
-from jaxserve.models.tensor_name import TensorName
+from jaxserve.models.decoder import dense_tensor_names
+from jaxserve.models.hf.config import refuse_bad_fields, with_experts
+from jaxserve.models.hf.tensor_name import TensorName
+from jaxserve.models.param_spec import Path
 
 
 def expert_layers(model: ModelConfig, config: Mapping[str, Any]) -> ModelConfig:

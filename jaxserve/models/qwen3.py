@@ -6,7 +6,7 @@ from typing import Any
 from jaxserve.config import ModelConfig
 from jaxserve.models.architecture import Architecture, build_decoder
 from jaxserve.models.decoder import dense_tensor_names
-from jaxserve.models.hf_config import read_dense_config
+from jaxserve.models.hf.config import read_dense_config
 from jaxserve.models.qwen2 import WINDOW_DEFAULTS
 
 

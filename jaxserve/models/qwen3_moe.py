@@ -6,7 +6,7 @@ from typing import Any
 from jaxserve.config import ModelConfig
 from jaxserve.models import qwen3
 from jaxserve.models.architecture import Architecture, build_decoder
-from jaxserve.models.hf_config import refuse_bad_fields
+from jaxserve.models.hf.config import refuse_bad_fields
 from jaxserve.models.qwen2_moe import expert_layers, tensor_names
 
 

@@ -9,7 +9,7 @@ from jaxserve.config import ModelConfig
 from jaxserve.errors import LaunchError
 from jaxserve.models.architecture import Architecture, build_decoder
 from jaxserve.models.decoder import dense_tensor_names
-from jaxserve.models.hf_config import read_dense_config, refuse_bad_fields
+from jaxserve.models.hf.config import read_dense_config, refuse_bad_fields
 
 
 @refuse_bad_fields

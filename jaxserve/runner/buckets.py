@@ -26,7 +26,7 @@ class ForwardShape(NamedTuple):
     Attributes:
         bucket: shape of the step.
         adapted: some rows have an adapter.
-        expanded: prompts are; see `jaxserve.models.prompt_room`.
+        expanded: prompts are; see `jaxserve.layers.mla_prefill`.
     """
 
     bucket: Bucket

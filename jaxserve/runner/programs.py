@@ -17,13 +17,14 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxserve.lora.apply import NO_ADAPTERS, Adapters, LoraMaths
-from jaxserve.lora.bank import BankLayout, bank_specs, bank_splits, slot_spec, write_slot
-from jaxserve.mesh import named_sharding, over_copies, partition_spec, weight_format
-from jaxserve.models.decoder import Decoder, ParamSpec, Path, StepOps, Weights, tree_of
-from jaxserve.models.experts import ExpertMaths
-from jaxserve.models.prompt_room import PromptRoom
-from jaxserve.models.quantized_linear import LinearMaths
+from jaxserve.layers.mla_prefill import PromptRoom
+from jaxserve.layers.moe import ExpertMaths
+from jaxserve.layers.quantized_linear import LinearMaths
+from jaxserve.lora.ops import NO_ADAPTERS, Adapters, LoraMaths
+from jaxserve.lora.pool import BankLayout, bank_specs, bank_splits, slot_spec, write_slot
+from jaxserve.models.decoder import Decoder, StepOps
+from jaxserve.models.param_spec import ParamSpec, Path, Weights, tree_of
+from jaxserve.parallel.mesh import named_sharding, over_copies, partition_spec, weight_format
 from jaxserve.request import SamplingParams
 from jaxserve.runner.batch import BatchLayout, DrawBatch, DrawMasks, ForwardBatch, RowTable
 from jaxserve.runner.buckets import Bucket, ForwardShape

@@ -13,14 +13,14 @@ import jax
 import msgspec
 import numpy as np
 
-from jaxserve.adapter_store import HostAdapter
-from jaxserve.models.decoder import Weights, tree_of
+from jaxserve.models.param_spec import Weights, tree_of
 from jaxserve.runner.batch import DrawBatch, DrawMasks, ForwardBatch, RowTable
 from jaxserve.runner.buckets import Bucket, ForwardShape
 from jaxserve.runner.compiled import CompiledSteps, Progress
 from jaxserve.runner.programs import NOTHING, StepModel, StepPrograms
 from jaxserve.runner.state import needs_row_state, row_state
 from jaxserve.runner.transfer import put, to_devices, zeros
+from jaxserve.runner_protocol import HostAdapter
 from jaxserve.step import AdapterLoad, ConstrainedRows, NewRow, Plans, PromptLogprobs, SchedulerOutput, StepOutput
 from kernels_pallas.sampling.api import SampleOutput, mask_words
 

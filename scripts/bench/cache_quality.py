@@ -12,9 +12,9 @@ import msgspec
 import numpy as np
 
 from jaxserve.arguments import parse_arguments
-from jaxserve.build import build_runner
 from jaxserve.config import EngineConfig
-from jaxserve.model_source import find_model
+from jaxserve.engine.builder import build_runner
+from jaxserve.loading.hub import find_model
 from jaxserve.request import SamplingParams
 from jaxserve.step import NewRow, ScheduledRow, SchedulerOutput
 from jaxserve.text.tokenizer import load_tokenizer

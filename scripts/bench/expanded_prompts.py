@@ -14,9 +14,9 @@ import jax
 import numpy as np
 
 from jaxserve.arguments import parse_arguments
-from jaxserve.design import design_model, lay_out
-from jaxserve.mesh import make_mesh
-from jaxserve.model_source import find_config
+from jaxserve.layout.layout import design_model, lay_out
+from jaxserve.loading.hub import find_config
+from jaxserve.parallel.mesh import make_mesh
 from jaxserve.request import SamplingParams
 from jaxserve.runner.batch import ForwardBatch, RowTable
 from jaxserve.runner.buckets import ForwardShape

@@ -16,8 +16,8 @@ from api.chat_params import build_chat
 from api.params import RequestBuilder, SeedSource
 from api.running import RunningRequest
 from api.schemas import ChatCompletionRequest, ChatMessage, FunctionDefinition, ToolDefinition
-from jaxserve.client import TokenStream
 from jaxserve.config import CacheConfig, SchedulerConfig
+from jaxserve.engine.client import TokenStream
 from jaxserve.request import FinishReason, Request, SamplingParams, TokenDelta
 from jaxserve.runner.batch import BatchLayout, RowTable
 from jaxserve.runner.buckets import Bucket

@@ -12,8 +12,8 @@ import time
 import msgspec
 
 from jaxserve.arguments import parse_arguments
-from jaxserve.build import BuiltRunner, build_runner
-from jaxserve.model_source import find_model
+from jaxserve.engine.builder import BuiltRunner, build_runner
+from jaxserve.loading.hub import find_model
 from jaxserve.request import SamplingParams
 from jaxserve.step import AdapterLoad, NewRow, ScheduledRow, SchedulerOutput
 

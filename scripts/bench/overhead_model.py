@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import save_file
 
-from jaxserve.model_source import find_model
+from jaxserve.loading.hub import find_model
 from jaxserve.models.architecture import BuildModel
 from jaxserve.models.qwen3 import ARCHITECTURE
 from jaxserve.text.tokenizer import load_tokenizer

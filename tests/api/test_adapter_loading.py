@@ -11,10 +11,10 @@ from litestar.testing import AsyncTestClient
 
 from api.adapter_registry import AdapterRegistry
 from api.app import create_app
-from jaxserve.adapter_store import HostAdapter
 from jaxserve.config import LoraConfig
 from jaxserve.errors import AdapterError, LaunchError
 from jaxserve.request import AdapterSource
+from jaxserve.runner_protocol import HostAdapter
 from tests.api.conftest import make_server
 from tests.support.fakes import FakeEngineClient, shift_adapter
 from tests.support.tiny import VOCAB_SIZE

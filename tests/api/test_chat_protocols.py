@@ -12,11 +12,11 @@ from api.app import create_app
 from api.conversation import template_messages
 from api.schemas import CalledFunction, ChatMessage, ContentPart, ToolCall
 from jaxserve.errors import LaunchError, RequestError
-from jaxserve.output_formats import choose_formats
-from jaxserve.reasoning.registry import REASONING_FORMATS, detect_reasoning
+from jaxserve.parsing.message_parser import choose_formats
+from jaxserve.parsing.reasoning.registry import REASONING_FORMATS, detect_reasoning
+from jaxserve.parsing.tool_calls.registry import TOOL_CALL_FORMATS, detect_tool_calls
 from jaxserve.text.chat_template import CHATML
 from jaxserve.text.completion_template import COMPLETION_TEMPLATES, CompletionTemplate
-from jaxserve.tool_calls.registry import TOOL_CALL_FORMATS, detect_tool_calls
 from tests.api.conftest import make_server
 from tests.support.fakes import FakeEngineClient
 from tests.support.tiny import VOCAB_SIZE

@@ -8,12 +8,13 @@ from typing import Any
 import jax
 
 from jaxserve.config import EngineConfig
-from jaxserve.design import DEVICE_MEM_FRACTION, EngineDesign, design_model, lay_out
-from jaxserve.hlo import Collectives, find_collectives
-from jaxserve.mesh import mesh_of
+from jaxserve.layout.layout import EngineDesign, design_model, lay_out
+from jaxserve.layout.memory import DEVICE_MEM_FRACTION
 from jaxserve.models.layer_groups import group_layers
-from jaxserve.planning import adapter_slots
-from jaxserve.targets import parse_target, prepare_environment, target_devices
+from jaxserve.parallel.mesh import mesh_of
+from jaxserve.plan.compile import adapter_slots
+from jaxserve.plan.hlo import Collectives, find_collectives
+from jaxserve.plan.targets import parse_target, prepare_environment, target_devices
 from tests.compile.models import (
     DEEPSEEK_V2_LITE,
     DEEPSEEK_V31,

@@ -11,10 +11,10 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxserve.config import LoraConfig
-from jaxserve.mesh import mesh_of
+from jaxserve.parallel.mesh import mesh_of
+from jaxserve.plan.targets import parse_target, target_devices
 from jaxserve.runner.buckets import ForwardShape
 from jaxserve.runner.programs import StepPrograms
-from jaxserve.targets import parse_target, target_devices
 from kernels_pallas.blocks import Blocks
 from kernels_pallas.dispatch import choose_attention
 from kernels_pallas.grouped_matmul.api import Matrices

@@ -15,8 +15,8 @@ import pytest
 from jax.experimental import topologies
 
 from jaxserve.errors import LaunchError
-from jaxserve.plan import main
-from jaxserve.targets import parse_target, target_devices
+from jaxserve.plan.__main__ import main
+from jaxserve.plan.targets import parse_target, target_devices
 from tests.compile.models import DEEPSEEK_V31, LLAMA33_70B, QWEN3_4B, QWEN3_30B_A3B_FP8
 
 # Two forward programs and one of draws.

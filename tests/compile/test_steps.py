@@ -14,13 +14,13 @@ import jax.numpy as jnp
 import pytest
 
 from jaxserve.config import LayerConfig, LoraConfig
-from jaxserve.design import EngineDesign
 from jaxserve.errors import LaunchError
-from jaxserve.hlo import Collectives, find_collectives, num_kernels
+from jaxserve.layout.layout import EngineDesign
 from jaxserve.models.layer_groups import group_layers
+from jaxserve.plan.hlo import Collectives, find_collectives, num_kernels
+from jaxserve.plan.targets import parse_target
 from jaxserve.runner.buckets import Bucket, ForwardShape
 from jaxserve.runner.programs import StepPrograms
-from jaxserve.targets import parse_target
 from kernels_pallas.grouped_matmul.xla import XlaGroupedMatmul
 from tests.compile.models import QWEN3_4B
 from tests.compile.steps import MODELS, check_forward, check_program, lay_out_for

@@ -17,9 +17,9 @@ import uvicorn
 
 from api.app import create_app
 from api.server import Server
-from jaxserve.build import build_engine
 from jaxserve.config import EngineConfig
-from jaxserve.in_process import InProcessEngineClient
+from jaxserve.engine.builder import build_engine
+from jaxserve.engine.in_process_client import InProcessEngineClient
 from jaxserve.text.tokenizer import Tokenizer
 from tests.support.ports import free_port
 from tests.support.tiny import write_checkpoint

@@ -14,7 +14,7 @@ import pytest
 from openai import AsyncOpenAI
 
 from api.server import ApiSettings, Server
-from jaxserve.in_process import InProcessEngineClient
+from jaxserve.engine.in_process_client import InProcessEngineClient
 from jaxserve.text.tokenizer import Tokenizer, load_tokenizer
 from tests.e2e.conftest import loaded, serving
 from tests.support.recitals import FAMILIES, RECITALS, Recital

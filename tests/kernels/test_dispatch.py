@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from jaxserve.config import EngineConfig
-from jaxserve.design import design_model, lay_out
 from jaxserve.errors import LaunchError
-from jaxserve.mesh import make_mesh
+from jaxserve.layout.layout import design_model, lay_out
+from jaxserve.parallel.mesh import make_mesh
 from kernels_pallas.dispatch import choose_attention, choose_sampler
 from kernels_pallas.paged_attention.cases import SHAPES
 from kernels_pallas.paged_attention.xla import XlaAttention
@@ -39,7 +39,7 @@ def test_a_named_backend_is_not_replaced(name: Any) -> None:
 
 def test_the_choice_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
     config = EngineConfig(model_path="x", max_total_tokens=1024)
-    with caplog.at_level(logging.INFO, "jaxserve.design"):
+    with caplog.at_level(logging.INFO, "jaxserve.layout.layout"):
         lay_out(config, design_model(config, CONFIG, make_mesh(1)), 0)
     assert [record.message for record in caplog.records] == [
         "attention backend: xla, made for cpu",

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxserve.mesh import make_mesh
-from jaxserve.models.quantized_linear import LinearMaths, multiply
+from jaxserve.layers.quantized_linear import LinearMaths, multiply
+from jaxserve.parallel.mesh import make_mesh
 from kernels_pallas.blocks import most_blocks, sort_into_blocks
 from kernels_pallas.grouped_matmul.api import ExpertShape, GroupedMatmul, Matrices
 from kernels_pallas.grouped_matmul.reference import grouped_matmul

@@ -11,7 +11,7 @@ import pytest
 
 from jaxserve import LLM, SamplingParams
 from jaxserve.config import LoraConfig
-from jaxserve.mesh import make_mesh
+from jaxserve.parallel.mesh import make_mesh
 from kernels_pallas.dispatch import ChosenLora
 from kernels_pallas.lora_matmul.api import Factors, LoraMatmul
 from kernels_pallas.lora_matmul.reference import lora_matmul
@@ -178,5 +178,5 @@ def test_a_model_with_the_kernels_gives_the_same_tokens(tmp_path: Path, monkeypa
 
     want = generated()
     kernel = implementation("tpu", tp_size=2, detect_races=False)  # it takes a minute
-    monkeypatch.setattr("jaxserve.design.choose_lora", lambda *_: ChosenLora(kernel, "tpu", "interpreted"))
+    monkeypatch.setattr("jaxserve.layout.layout.choose_lora", lambda *_: ChosenLora(kernel, "tpu", "interpreted"))
     assert generated() == want

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxserve.mesh import make_mesh
+from jaxserve.parallel.mesh import make_mesh
 from kernels_pallas.paged_attention.api import AttentionBackend, AttentionConfig
 from kernels_pallas.paged_attention.cases import LAYER, OPTIONS, SHAPES, Case, Step, expected, make_step, tolerance
 from kernels_pallas.paged_attention.xla import XlaAttention

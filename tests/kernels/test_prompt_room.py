@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jaxserve.mesh import make_mesh
-from jaxserve.models.latent_attention import Expansion
-from jaxserve.models.prompt_room import PromptRoom
+from jaxserve.layers.mla import Expansion
+from jaxserve.layers.mla_prefill import PromptRoom
 from jaxserve.models.registry import find_architecture
+from jaxserve.parallel.mesh import make_mesh
 from kernels_pallas.paged_attention import page_moves
 from kernels_pallas.paged_attention.api import AttentionConfig
 from kernels_pallas.paged_attention.cases import LAYER, Case, Step, expected, make_step

@@ -10,9 +10,9 @@ import msgspec
 import numpy as np
 import pytest
 
-from jaxserve.build import build_runner
 from jaxserve.config import EngineConfig
-from jaxserve.models.prompt_room import PromptCosts, PromptRoom
+from jaxserve.engine.builder import build_runner
+from jaxserve.layers.mla_prefill import PromptCosts, PromptRoom
 from jaxserve.request import SamplingParams
 from jaxserve.runner.batch import ForwardBatch
 from jaxserve.runner.buckets import Bucket, ForwardShape

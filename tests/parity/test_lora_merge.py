@@ -11,14 +11,14 @@ from safetensors.numpy import load_file, save_file
 
 from checkpoints.adapters import read_peft
 from jaxserve import LLM, SamplingParams
-from jaxserve.build import build_runner
 from jaxserve.config import EngineConfig
+from jaxserve.engine.builder import build_runner
 from jaxserve.errors import AdapterError, LaunchError
 from jaxserve.lora.delta import add_low_rank, merge, split
+from jaxserve.lora.merge import merge_adapter
 from jaxserve.lora.reader import AdapterReader
 from jaxserve.models.architecture import BuildModel
 from jaxserve.models.registry import find_architecture
-from jaxserve.runner.merging import merge_adapter
 from tests.parity.test_orbax_and_llm import script
 from tests.support.tiny import CONFIG, LINEAR_MODULES, write_adapter, write_checkpoint
 

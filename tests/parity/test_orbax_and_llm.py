@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from jaxserve import LLM, SamplingParams, TextOptions
-from jaxserve.build import build_runner
 from jaxserve.config import EngineConfig
+from jaxserve.engine.builder import build_runner
 from jaxserve.errors import LaunchError, RequestError
 from tests.support.tiny import write_checkpoint, write_gguf
 

@@ -6,9 +6,9 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from jaxserve.adapter_store import HostAdapter
 from jaxserve.errors import AdapterError
 from jaxserve.request import AdapterSource, FinishReason, TokenDelta, adapter_name
+from jaxserve.runner_protocol import HostAdapter
 from tests.support.fakes import make_engine, shift_adapter
 from tests.unit.test_engine import request
 

@@ -9,13 +9,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxserve.output_formats import MessageFormat
-from jaxserve.reasoning.registry import REASONING_FORMATS
-from jaxserve.text.harmony import MARKERS
-from jaxserve.text.json_scanner import JsonScanner
-from jaxserve.text.message import Message
-from jaxserve.text.pieces import CallArguments, CallEnd, CallStart, Piece
-from jaxserve.tool_calls.registry import TOOL_CALL_FORMATS
+from jaxserve.parsing.deltas import CallArguments, CallEnd, CallStart, Piece
+from jaxserve.parsing.harmony import MARKERS
+from jaxserve.parsing.json_scanner import JsonScanner
+from jaxserve.parsing.message import Message
+from jaxserve.parsing.message_parser import MessageFormat
+from jaxserve.parsing.reasoning.registry import REASONING_FORMATS
+from jaxserve.parsing.tool_calls.registry import TOOL_CALL_FORMATS
 from tests.support.transcripts import CALL_WRITERS, REASONING_WRITERS, TOOLS, WrittenCall
 
 WORDS = st.text(alphabet=st.sampled_from("ab <>[]{}|/\\'\"\n,:;é漢😀▁｜◁▷"), max_size=30)

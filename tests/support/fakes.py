@@ -8,13 +8,14 @@ from typing import Any
 
 import numpy as np
 
-from jaxserve.adapter_store import AdapterStore, Answer, HostAdapter, host_adapter
-from jaxserve.client import AdapterAnswers, Streams, TokenStream
 from jaxserve.config import CacheConfig, SchedulePolicy, SchedulerConfig
-from jaxserve.engine import Engine, Runner
+from jaxserve.engine.client import AdapterAnswers, Streams, TokenStream
+from jaxserve.engine.engine import Engine
+from jaxserve.engine.messages import EngineInfo, EngineStats
 from jaxserve.errors import OverloadedError, UnavailableError
-from jaxserve.messages import EngineInfo, EngineStats
+from jaxserve.lora.store import AdapterStore, Answer
 from jaxserve.request import AdapterSource, GrammarTokenizer, Request
+from jaxserve.runner_protocol import HostAdapter, Runner, host_adapter
 from jaxserve.scheduling.adapter_slots import AdapterSlots
 from jaxserve.scheduling.data_parallel import DataParallelScheduler
 from jaxserve.scheduling.scheduler import Scheduler

@@ -4,7 +4,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from jaxserve.tool_calls.tool import Tool
+from jaxserve.parsing.tool_calls.tool import Tool
 
 
 class WrittenCall(NamedTuple):

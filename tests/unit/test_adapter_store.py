@@ -2,9 +2,9 @@
 
 import threading
 
-from jaxserve.adapter_store import HostAdapter
-from jaxserve.engine import Engine
+from jaxserve.engine.engine import Engine
 from jaxserve.request import AdapterSource
+from jaxserve.runner_protocol import HostAdapter
 from tests.support.fakes import InlineExecutor, make_engine, shift_adapter
 from tests.unit.test_engine import finish, request, tokens
 

@@ -4,8 +4,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxserve.mesh import make_mesh
-from jaxserve.runner.calibration import _LARGEST, _MARGIN, _SMALLEST, _scales
+from jaxserve.parallel.mesh import make_mesh
+from jaxserve.runner.kv_calibration import _LARGEST, _MARGIN, _SMALLEST, _scales
 from kernels_pallas.paged_attention.api import AttentionConfig
 from kernels_pallas.paged_attention.xla import XlaAttention
 

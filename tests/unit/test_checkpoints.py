@@ -134,8 +134,8 @@ def test_not_gguf(tmp_path: Path) -> None:
 
 
 def test_problems_with_tensors_are_listed_together(tmp_path: Path) -> None:
-    from jaxserve.build import build_runner
     from jaxserve.config import EngineConfig
+    from jaxserve.engine.builder import build_runner
     from jaxserve.errors import LaunchError
 
     write_checkpoint(tmp_path)
@@ -151,8 +151,8 @@ def test_problems_with_tensors_are_listed_together(tmp_path: Path) -> None:
 
 
 def test_factors_of_a_cache_are_no_problem(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    from jaxserve.build import build_runner
     from jaxserve.config import EngineConfig
+    from jaxserve.engine.builder import build_runner
 
     write_checkpoint(tmp_path)
     arrays = tensors(CONFIG)

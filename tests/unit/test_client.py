@@ -5,11 +5,11 @@ import threading
 
 import pytest
 
-from jaxserve.adapter_store import HostAdapter
-from jaxserve.client import Streams
+from jaxserve.engine.client import Streams
+from jaxserve.engine.in_process_client import InProcessEngineClient
 from jaxserve.errors import UnavailableError
-from jaxserve.in_process import InProcessEngineClient
 from jaxserve.request import AdapterSource, FinishReason, Request, SamplingParams, TokenDelta
+from jaxserve.runner_protocol import HostAdapter
 from tests.support.fakes import FakeEngineClient, make_engine, shift_adapter
 
 

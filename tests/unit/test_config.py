@@ -9,7 +9,7 @@ import pytest
 from jaxserve.arguments import build_parser, parse_arguments
 from jaxserve.config import LoraConfig
 from jaxserve.errors import LaunchError
-from jaxserve.generation_config import GenerationConfig, parse_generation_config, read_generation_config
+from jaxserve.loading.generation_config import GenerationConfig, parse_generation_config, read_generation_config
 from jaxserve.models.registry import architecture_name, find_architecture
 from tests.support.tiny import CONFIG
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from jaxserve.engine import Engine
+from jaxserve.engine.engine import Engine
 from jaxserve.request import FinishReason, GrammarTokenizer, Request, SamplingParams, Thinking, TokenDelta
 from jaxserve.structured.compiler import GrammarError, compile_grammar, load_tokenizer
 from jaxserve.structured.constraint import ThinkingBudget

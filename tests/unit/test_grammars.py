@@ -14,16 +14,16 @@ from llguidance import LLTokenizer
 from api.constraints import read_constraint
 from api.schemas import CompletionRequest, JsonSchemaFormat, ResponseFormat, TagStructure
 from jaxserve.errors import RequestError
-from jaxserve.output_formats import MessageFormat
-from jaxserve.reasoning.registry import REASONING_FORMATS
+from jaxserve.parsing.message import Message
+from jaxserve.parsing.message_parser import MessageFormat
+from jaxserve.parsing.reasoning.registry import REASONING_FORMATS
+from jaxserve.parsing.tool_calls.registry import TOOL_CALL_FORMATS
+from jaxserve.parsing.tool_calls.tool import Tool
 from jaxserve.request import GrammarTokenizer
 from jaxserve.structured.compiler import GrammarError, compile_grammar, load_tokenizer
 from jaxserve.structured.grammar import Before, GrammarPart, GrammarWriter, JsonStyle, whole
-from jaxserve.text.message import Message
 from jaxserve.text.tokenizer import Tokenizer
 from jaxserve.text.tokenizer import load_tokenizer as load_text_tokenizer
-from jaxserve.tool_calls.registry import TOOL_CALL_FORMATS
-from jaxserve.tool_calls.tool import Tool
 from tests.support.tiny import EOS, write_tokenizer
 from tests.support.transcripts import REASONING_WRITERS
 

@@ -10,7 +10,7 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxserve.hlo import Collectives, find_collectives, num_kernels
+from jaxserve.plan.hlo import Collectives, find_collectives, num_kernels
 
 
 def compiled(*, loop: bool) -> str:

@@ -9,11 +9,11 @@ from concurrent.futures import ThreadPoolExecutor, wait
 
 import pytest
 
-from jaxserve.adapter_store import HostAdapter
 from jaxserve.distributed.follower import Follower, Leader
 from jaxserve.distributed.leader import Followers, LeadingRunner
 from jaxserve.distributed.messages import Channel
 from jaxserve.request import AdapterSource
+from jaxserve.runner_protocol import HostAdapter
 from jaxserve.step import Plans, StepOutput
 from tests.support.fakes import FakeRunner, FakeStep, make_engine, shift_adapter
 from tests.unit.test_engine import finish, request, tokens

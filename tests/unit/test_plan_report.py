@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from jaxserve.models.registry import find_architecture
-from jaxserve.plan_report import experts_read, num_multiplied
+from jaxserve.plan.report import experts_read, num_multiplied
 from tests.compile.models import DEEPSEEK_V31, GPT_OSS_20B, GPT_OSS_120B, LLAMA31_8B, QWEN3_30B_A3B, QWEN3_235B_A22B
 
 

@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import pytest
 
 from jaxserve.config import EngineConfig
-from jaxserve.design import design_model, lay_out
-from jaxserve.mesh import make_mesh
-from jaxserve.models.prompt_room import PromptRoom
+from jaxserve.layers.mla_prefill import PromptRoom
+from jaxserve.layout.layout import design_model, lay_out
 from jaxserve.models.registry import find_architecture
+from jaxserve.parallel.mesh import make_mesh
 from jaxserve.runner.buckets import Bucket, ForwardShape
 from jaxserve.runner.runner import ModelRunner
 from jaxserve.step import ScheduledRow, SchedulerOutput

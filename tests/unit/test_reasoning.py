@@ -2,9 +2,9 @@
 
 import pytest
 
-from jaxserve.output_formats import MessageFormat
-from jaxserve.reasoning.registry import REASONING_FORMATS
-from jaxserve.text.message import Message
+from jaxserve.parsing.message import Message
+from jaxserve.parsing.message_parser import MessageFormat
+from jaxserve.parsing.reasoning.registry import REASONING_FORMATS
 
 
 @pytest.mark.parametrize(

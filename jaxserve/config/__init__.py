@@ -1,0 +1,48 @@
+"""Frozen settings, checked where they are built, handed down in parts.
+
+Nothing here reads files, the environment or a device; `jaxserve.arguments` turns flags into these.
+"""
+
+from jaxserve.config.engine import (
+    CacheConfig,
+    EngineConfig,
+    KvCacheDtype,
+    LoraConfig,
+    LoraEvictionPolicy,
+    SchedulePolicy,
+    SchedulerConfig,
+    adapter_name_problem,
+)
+from jaxserve.config.model import (
+    Activation,
+    Dtype,
+    ExpertsConfig,
+    LatentConfig,
+    LayerConfig,
+    ModelConfig,
+    QuantizationConfig,
+    QuantizedPart,
+    RopeConfig,
+    RouterScores,
+)
+
+__all__ = [
+    "Activation",
+    "CacheConfig",
+    "Dtype",
+    "EngineConfig",
+    "ExpertsConfig",
+    "KvCacheDtype",
+    "LatentConfig",
+    "LayerConfig",
+    "LoraConfig",
+    "LoraEvictionPolicy",
+    "ModelConfig",
+    "QuantizationConfig",
+    "QuantizedPart",
+    "RopeConfig",
+    "RouterScores",
+    "SchedulePolicy",
+    "SchedulerConfig",
+    "adapter_name_problem",
+]

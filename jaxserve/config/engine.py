@@ -1,0 +1,203 @@
+"""Settings of an engine and of its parts.
+
+A component receives its own part (`SchedulerConfig`), never the whole.
+"""
+
+from typing import Literal
+
+import msgspec
+
+from jaxserve.config.base import Config
+from jaxserve.config.model import Dtype
+from jaxserve.errors import LaunchError
+
+KvCacheDtype = Literal["auto", "bf16", "bfloat16", "fp8_e4m3", "int8"]
+SchedulePolicy = Literal["fcfs", "lpm", "priority"]
+LoraEvictionPolicy = Literal["lru", "fifo"]
+
+_MAX_ADAPTER_NAME = 256
+
+
+class CacheConfig(Config, frozen=True):
+    """The paged key/value pool.
+
+    Attributes:
+        page_size: tokens per page.
+        num_pages: pages in the pool.
+        prefix_caching: keep computed pages of ended requests for prompts that start alike.
+    """
+
+    page_size: int
+    num_pages: int
+    prefix_caching: bool = True
+
+    def __post_init__(self) -> None:
+        _check_page_size(self.page_size)
+        if self.num_pages < 1:
+            raise LaunchError(f"the key/value pool has no room for a single page of {self.page_size} tokens")
+
+
+class SchedulerConfig(Config, frozen=True):
+    """Limits of one step, and the order of the queue.
+
+    Attributes:
+        max_rows: sequences that run at once.
+        max_step_tokens: tokens of all rows in one step; prompts are cut into chunks of this.
+        context_length: tokens of prompt and output together, at most.
+        policy: order of the waiting queue.
+    """
+
+    max_rows: int
+    max_step_tokens: int
+    context_length: int
+    policy: SchedulePolicy = "fcfs"
+
+    def __post_init__(self) -> None:
+        if self.max_rows < 1:
+            raise LaunchError(f"--max-running-requests must be at least 1, got {self.max_rows}")
+        if self.max_step_tokens < self.max_rows:
+            raise LaunchError(
+                f"--chunked-prefill-size ({self.max_step_tokens}) must be at least "
+                f"--max-running-requests ({self.max_rows})"
+            )
+
+
+def adapter_name_problem(name: str) -> str | None:
+    """What keeps an adapter from being called so, if anything."""
+    if name and len(name) <= _MAX_ADAPTER_NAME and name == name.strip() and ":" not in name and name.isprintable():
+        return None
+    return (
+        f"an adapter's name must be 1 to {_MAX_ADAPTER_NAME} printable characters without a colon or spaces around "
+        f"them, got {name[:_MAX_ADAPTER_NAME]!r}"
+    )
+
+
+class LoraConfig(Config, frozen=True):
+    """Adapters that requests can ask for.
+
+    Attributes:
+        paths: folder by name.
+        pinned: names of those that never leave memory or their slot.
+        max_loras_per_batch: slots on the device, the base model's included.
+        max_loaded: adapters in host memory; None for no limit.
+        max_rank: of a slot; None for that of the widest adapter.
+        target_modules: that adapters may change, as PEFT names them; None for those that the adapters change.
+        eviction_policy: which idle adapter gives its slot up.
+    """
+
+    paths: dict[str, str] = msgspec.field(default_factory=dict[str, str])
+    pinned: tuple[str, ...] = ()
+    max_loras_per_batch: int = 8
+    max_loaded: int | None = None
+    max_rank: int | None = None
+    target_modules: tuple[str, ...] | None = None
+    eviction_policy: LoraEvictionPolicy = "lru"
+
+    def __post_init__(self) -> None:
+        for problem in filter(None, map(adapter_name_problem, self.paths)):
+            raise LaunchError(f"--lora-paths: {problem}")
+        if self.max_loras_per_batch < 2:
+            raise LaunchError(
+                "--max-loras-per-batch must be at least 2, the base model and an adapter, got "
+                f"{self.max_loras_per_batch}"
+            )
+        if self.max_rank is not None and self.max_rank < 1:
+            raise LaunchError(f"--max-lora-rank must be at least 1, got {self.max_rank}")
+        if self.max_loaded is not None:
+            for flag, value in (("--max-loras-per-batch", self.max_loras_per_batch), ("--lora-paths", len(self.paths))):
+                if self.max_loaded < value:
+                    raise LaunchError(f"--max-loaded-loras must be at least {value} ({flag}), got {self.max_loaded}")
+        if not self.paths and (self.max_rank is None or self.target_modules is None):
+            raise LaunchError("--enable-lora without --lora-paths needs --max-lora-rank and --lora-target-modules")
+        if not self.fits_slots(num_pinned=len(self.pinned), num_others=len(self.paths) - len(self.pinned)):
+            raise LaunchError(
+                f"--lora-paths: {len(self.pinned)} of {len(self.paths)} adapters are pinned, which leaves no slot of "
+                f"--max-loras-per-batch {self.max_loras_per_batch} to the others"
+            )
+
+    def fits_slots(self, *, num_pinned: int, num_others: int) -> bool:
+        """Whether adapters that are not pinned find a slot that they can share."""
+        return num_pinned + min(num_others, 1) < self.max_loras_per_batch
+
+
+class EngineConfig(Config, frozen=True):
+    """What the engine process is told at its start.
+
+    `None` means that the engine decides once it has seen the device.
+
+    Attributes:
+        tp_size: devices of a copy of the model.
+        dp_size: copies.
+        ep_size: groups of a copy's devices that have experts of their own.
+        dp_attention: copies share one set of experts, which lie over the groups of all.
+    """
+
+    model_path: str
+    revision: str | None = None
+    download_dir: str | None = None
+    dtype: Dtype = "auto"
+    context_length: int | None = None
+    tp_size: int = 1
+    dp_size: int = 1
+    ep_size: int = 1
+    dp_attention: bool = False
+    page_size: int | None = None
+    mem_fraction_static: float | None = None
+    max_total_tokens: int | None = None
+    max_running_requests: int | None = None
+    max_queued_requests: int | None = None
+    chunked_prefill_size: int | None = None
+    schedule_policy: SchedulePolicy = "fcfs"
+    prefix_caching: bool = True
+    kv_cache_dtype: KvCacheDtype = "auto"
+    quantization: str | None = None
+    attention_backend: Literal["auto", "tpu", "gpu", "xla"] = "auto"
+    deterministic: bool = False
+    merge_lora: str | None = None
+    lora: LoraConfig | None = None
+    nnodes: int = 1
+    node_rank: int = 0
+    dist_init_addr: str | None = None
+    dist_timeout_s: float = 300.0
+    compilation_cache_dir: str | None = None
+    log_level: str = "info"
+    show_progress: bool = True
+
+    def __post_init__(self) -> None:
+        for name, flag in (
+            ("context_length", "--context-length"),
+            ("tp_size", "--tp-size"),
+            ("dp_size", "--dp-size"),
+            ("ep_size", "--ep-size"),
+            ("page_size", "--page-size"),
+            ("max_total_tokens", "--max-total-tokens"),
+            ("max_running_requests", "--max-running-requests"),
+            ("chunked_prefill_size", "--chunked-prefill-size"),
+            ("nnodes", "--nnodes"),
+        ):
+            value = getattr(self, name)
+            if value is not None and not 1 <= value < 2**31:
+                raise LaunchError(f"{flag} must be at least 1, got {value}")
+        if self.tp_size % self.ep_size:
+            raise LaunchError(f"--ep-size {self.ep_size} does not divide --tp-size {self.tp_size}")
+        if self.dp_attention and self.dp_size == 1:
+            raise LaunchError("--enable-dp-attention needs --dp-size above 1: copies of attention to share experts")
+        if not 0 <= self.node_rank < self.nnodes:
+            raise LaunchError(
+                f"--node-rank must be 0 to {self.nnodes - 1} with --nnodes {self.nnodes}, got {self.node_rank}"
+            )
+        if self.nnodes > 1 and self.dist_init_addr is None:
+            raise LaunchError(f"--nnodes {self.nnodes} needs --dist-init-addr, the address of host 0")
+        if self.max_queued_requests is not None and self.max_queued_requests < 0:
+            raise LaunchError(f"--max-queued-requests must not be negative, got {self.max_queued_requests}")
+        if self.page_size is not None:
+            _check_page_size(self.page_size)
+        if self.mem_fraction_static is not None and not 0 < self.mem_fraction_static < 1:
+            raise LaunchError(
+                f"--mem-fraction-static must be between 0 and 1 (exclusive), got {self.mem_fraction_static}"
+            )
+
+
+def _check_page_size(page_size: int) -> None:
+    if page_size < 1 or page_size & (page_size - 1):
+        raise LaunchError(f"--page-size must be a power of two, got {page_size}")

@@ -1,0 +1,268 @@
+"""The shape of a model, as its `config.json` gives it."""
+
+from typing import Literal
+
+from jaxserve.config.base import Config
+from jaxserve.errors import LaunchError
+
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+Activation = Literal["silu", "gelu_tanh"]
+RouterScores = Literal["softmax", "softmax_of_chosen", "sigmoid"]
+QuantizedPart = Literal["attention", "mlp", "shared_expert", "experts"]
+
+_MAX_EXPERTS = 4096
+_MAX_MTP_LAYERS = 16
+
+
+class RopeConfig(Config, frozen=True):
+    """Rotary position embedding.
+
+    Attributes:
+        theta: base of the frequencies.
+        scaling: how frequencies are stretched: `default`, `linear`, `llama3` or `yarn`.
+        factor: context stretch of every scaling.
+        original_max_position: context the model was first trained with, in tokens.
+        low_freq_factor, high_freq_factor: llama3's two wavelength limits.
+        beta_fast, beta_slow: yarn's two rotation limits.
+        attention_factor: yarn's multiplier of cos and sin; None derives 0.1 ln(factor) + 1 (arXiv:2309.00071).
+        truncate: yarn rounds its correction range to whole dimensions.
+        frequency_divisors: a finished divisor per frequency (GGUF files carry Llama 3's scaling so).
+    """
+
+    theta: float = 10_000.0
+    scaling: Literal["default", "linear", "llama3", "yarn"] = "default"
+    factor: float = 1.0
+    original_max_position: int = 0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    attention_factor: float | None = None
+    truncate: bool = True
+    frequency_divisors: tuple[float, ...] | None = None
+
+
+class LayerConfig(Config, frozen=True):
+    """What layers of one model may differ in.
+
+    Attributes:
+        window: keys a query can see counting itself, or None for all.
+        rope: which of the model's rotary embeddings turns queries and keys; None for no positions.
+        mlp: one for all tokens, or experts of which each token has a few.
+    """
+
+    window: int | None = None
+    rope: Literal["global", "local"] | None = "global"
+    mlp: Literal["dense", "experts"] = "dense"
+
+    def __post_init__(self) -> None:
+        if self.window is not None and self.window < 1:
+            raise LaunchError(f"config.json: sliding_window must be at least 1, got {self.window}")
+
+
+class ExpertsConfig(Config, frozen=True):
+    """A mixture of experts (arXiv:1701.06538).
+
+    Attributes:
+        num_experts: in each layer that has them.
+        top_k: of a token.
+        intermediate_size: of one expert.
+        scores: what a token's experts are weighed by: softmax over all experts, or over those chosen, or sigmoid.
+        normalize: the weights of a token's experts are divided by their sum.
+        scale: multiplies the weights.
+        correction: the choice, but not the weights, is by scores to which a number of each expert is added
+            (arXiv:2408.15664).
+        num_groups, top_groups: groups of neighbours, and how many of them a token's experts are from: those whose best
+            scores have the highest sum (arXiv:2412.19437, section 2.1.2).
+        group_scores: how many of a group's scores are summed.
+        bias: router and experts have biases.
+        swiglu_limit: gate and up are cut to it, and multiplied as gpt-oss does.
+        swiglu_alpha: of that product.
+        shared_intermediate_size: of an expert that all tokens have; None for none.
+        shared_gate: which is weighed by a gate of its own.
+        of_copies: all copies of the model have them together; set by the engine, not by the model.
+    """
+
+    num_experts: int
+    top_k: int
+    intermediate_size: int
+    scores: RouterScores = "softmax"
+    normalize: bool = True
+    scale: float = 1.0
+    correction: bool = False
+    num_groups: int = 1
+    top_groups: int = 1
+    group_scores: int = 2
+    bias: bool = False
+    swiglu_limit: float | None = None
+    swiglu_alpha: float = 1.702
+    shared_intermediate_size: int | None = None
+    shared_gate: bool = False
+    of_copies: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("num_experts", "intermediate_size", "shared_intermediate_size"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < 2**31:
+                raise LaunchError(f"config.json: {name} of experts must be a positive 32-bit number, got {value}")
+        if self.num_experts > _MAX_EXPERTS:
+            raise LaunchError(f"config.json: more than {_MAX_EXPERTS} experts a layer, got {self.num_experts}")
+        if not 1 <= self.top_k <= self.num_experts:
+            raise LaunchError(
+                f"config.json: num_experts_per_tok must be 1 to {self.num_experts} experts, got {self.top_k}"
+            )
+        if self.num_groups < 1 or self.num_experts % self.num_groups:
+            raise LaunchError(f"config.json: {self.num_experts} experts do not divide into {self.num_groups} groups")
+        own = self.num_experts // self.num_groups
+        if self.num_groups > 1 and own < self.group_scores:
+            raise LaunchError(f"config.json: groups need at least {self.group_scores} experts, these have {own}")
+        if not 1 <= self.top_groups <= self.num_groups or self.top_groups * own < self.top_k:
+            raise LaunchError(
+                f"config.json: topk_group must be 1 to {self.num_groups} and give {self.top_k} experts, "
+                f"got {self.top_groups}"
+            )
+        if self.swiglu_limit is not None and not self.swiglu_limit > 0:
+            raise LaunchError(f"config.json: swiglu_limit must be positive, got {self.swiglu_limit}")
+
+
+class QuantizationConfig(Config, frozen=True):
+    """How a checkpoint has the weights of linear maps: as small numbers, with a factor for each block of them.
+
+    Attributes:
+        numbers: float8_e4m3fn, int8, 4-bit integers or float4_e2m1fn.
+        block: rows and columns of a block; 0 columns are a whole row. The last ones may have fewer.
+        scale_dtype: of the factors; e8m0 are exponents of two.
+        zeros: each block of integers has a zero point.
+        parts: of the model, whose linear maps are quantised.
+        kept: modules that are not, as the checkpoint names them.
+    """
+
+    numbers: Literal["fp8", "int8", "int4", "mxfp4"]
+    block: tuple[int, int]
+    scale_dtype: Literal["float32", "bfloat16", "e8m0"] = "float32"
+    zeros: bool = False
+    parts: tuple[QuantizedPart, ...] = ("attention", "mlp", "shared_expert", "experts")
+    kept: tuple[str, ...] = ()
+
+
+class LatentConfig(Config, frozen=True):
+    """Attention over a latent vector that all heads share (MLA, arXiv:2405.04434, section 2.1).
+
+    Attributes:
+        q_rank: of the queries' projection, which is one matrix where it is None.
+        kv_rank: numbers of the latent vector.
+        rope_dim: numbers of a key, the same for all heads, that are rotated.
+        key_dim, value_dim: numbers of a head that come from the latent vector.
+        interleaved: rotated pairs are neighbours.
+    """
+
+    q_rank: int | None
+    kv_rank: int
+    rope_dim: int
+    key_dim: int
+    value_dim: int
+    interleaved: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("q_rank", "kv_rank", "rope_dim", "key_dim", "value_dim"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < 2**31:
+                raise LaunchError(f"config.json: {name} of latent attention must be positive, got {value}")
+
+
+class ModelConfig(Config, frozen=True):
+    """A decoder-only transformer's shape, from the checkpoint's `config.json`.
+
+    Attributes:
+        architecture: Hugging Face class name; a key of `jaxserve.models.registry`.
+        layers: of the model, in order.
+        max_position: context the weights are good for, in tokens.
+        local_rope: of the layers that say so.
+        embedding_scale: multiplies rows of the embedding.
+        attention_scale: multiplies scores; None for 1 / sqrt(head_dim).
+        activation: of the MLP.
+        experts: of the layers that have them.
+        latent: attention over a latent vector: its key is the only one, and its value a part of that.
+        quantization: of the weights of some parts.
+        num_mtp_layers: layers behind these that guess further tokens; they are not loaded.
+        attention_sinks: every head has an extra score that takes probability and no value.
+        cache_scales: keys and values are cached divided by factors of their own; no checkpoint has them.
+        qk_norm: how queries and keys are normalised: each head, or the whole projection.
+        norm_offset: added to the norms' weights.
+        dtype: dtype the checkpoint declares.
+        eos_token_ids: the model's own end tokens.
+    """
+
+    architecture: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    layers: tuple[LayerConfig, ...]
+    num_q_heads: int
+    num_kv_heads: int
+    head_dim: int
+    max_position: int
+    rms_norm_eps: float = 1e-6
+    rope: RopeConfig = RopeConfig()
+    local_rope: RopeConfig | None = None
+    embedding_scale: float = 1.0
+    attention_scale: float | None = None
+    activation: Activation = "silu"
+    experts: ExpertsConfig | None = None
+    latent: LatentConfig | None = None
+    quantization: QuantizationConfig | None = None
+    num_mtp_layers: int = 0
+    attention_sinks: bool = False
+    cache_scales: bool = False
+    tie_word_embeddings: bool = False
+    attention_bias: bool = False
+    attention_out_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: Literal["head", "projection"] | None = None
+    norm_offset: float = 0.0
+    dtype: Dtype = "float32"
+    eos_token_ids: tuple[int, ...] = ()
+
+    @property
+    def num_layers(self) -> int:
+        """How many there are."""
+        return len(self.layers)
+
+    def quantized(self, part: QuantizedPart) -> QuantizationConfig | None:
+        """How a part's linear maps are quantised, if they are."""
+        return self.quantization if self.quantization is not None and part in self.quantization.parts else None
+
+    @property
+    def rope_dim(self) -> int:
+        """Numbers of a head that are rotated."""
+        return self.head_dim if self.latent is None else self.latent.rope_dim
+
+    @property
+    def windows(self) -> tuple[int | None, ...]:
+        """Those of the layers, each once."""
+        return tuple(dict.fromkeys(layer.window for layer in self.layers))
+
+    def __post_init__(self) -> None:
+        for name in (
+            "vocab_size",
+            "hidden_size",
+            "intermediate_size",
+            "num_layers",
+            "num_q_heads",
+            "num_kv_heads",
+            "head_dim",
+            "max_position",
+        ):
+            value = getattr(self, name)
+            if not 0 < value < 2**31:
+                raise LaunchError(f"config.json: {name} must be a positive 32-bit number, got {value}")
+        if self.num_q_heads % self.num_kv_heads:
+            raise LaunchError(
+                f"config.json: {self.num_q_heads} query heads do not divide into {self.num_kv_heads} key heads"
+            )
+        if not 0 <= self.num_mtp_layers <= _MAX_MTP_LAYERS:
+            raise LaunchError(
+                f"config.json: num_nextn_predict_layers must be 0 to {_MAX_MTP_LAYERS}, got {self.num_mtp_layers}"
+            )
+        if self.rope_dim % 2:
+            raise LaunchError(f"config.json: head_dim must be even for rotary embedding, got {self.rope_dim}")

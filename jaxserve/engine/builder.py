@@ -1,0 +1,288 @@
+"""From an `EngineConfig` to a running engine: checkpoint, mesh, sizes, weights, programs."""
+
+import contextlib
+import ctypes
+import logging
+import time
+from collections.abc import Callable, Generator, Iterable
+from pathlib import Path
+from typing import Any, NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+
+from checkpoints.adapters import read_peft
+from checkpoints.orbax_adapters import is_orbax_adapter
+from checkpoints.source import CheckpointError, TensorSource
+from jaxserve.config import CacheConfig, EngineConfig, ModelConfig, SchedulerConfig
+from jaxserve.distributed.follower import Follower
+from jaxserve.distributed.hosts import meet_followers, meet_leader
+from jaxserve.distributed.leader import Followers, LeadingRunner
+from jaxserve.distributed.rendezvous import model_digest
+from jaxserve.engine.engine import Engine
+from jaxserve.engine.messages import EngineInfo
+from jaxserve.errors import AdapterError, LaunchError
+from jaxserve.layout.layout import ModelDesign, design_model, lay_out
+from jaxserve.layout.memory import DEVICE_MEM_FRACTION
+from jaxserve.loading.checkpoint import OrbaxCheckpoint, open_checkpoint
+from jaxserve.loading.weights import load_weights, quantized_as, restore_weights
+from jaxserve.lora.merge import merge_adapter
+from jaxserve.lora.pool import bank_bytes
+from jaxserve.lora.reader import AdapterReader
+from jaxserve.lora.startup import FirstAdapters, read_first_adapters
+from jaxserve.lora.store import AdapterStore
+from jaxserve.models.param_spec import Weights
+from jaxserve.parallel.mesh import make_mesh
+from jaxserve.request import AdapterSource
+from jaxserve.runner.compile_counter import CompileCounter
+from jaxserve.runner.kv_calibration import with_cache_scales
+from jaxserve.runner.runner import ModelRunner
+from jaxserve.runner_protocol import Runner
+from jaxserve.scheduling.adapter_slots import AdapterSlots
+from jaxserve.scheduling.data_parallel import DataParallelScheduler
+from jaxserve.scheduling.scheduler import Scheduler
+from kernels_pallas.dispatch import lora_rank_multiple
+
+logger = logging.getLogger(__name__)
+
+ProgressBar: TypeAlias = Callable[[Iterable[Any], str, int], Iterable[Any]]
+
+# Waits until every host has called it; gives the least of their values.
+Meet: TypeAlias = Callable[[int], int]
+
+_CPU_POOL_BYTES = 512 << 20
+
+
+class BuiltRunner(NamedTuple):
+    """A runner that has yet to warm up, and the sizes the scheduler must keep to."""
+
+    runner: ModelRunner
+    model: ModelConfig
+    cache: CacheConfig
+    scheduler: SchedulerConfig
+    dtype: jnp.dtype
+    adapters: FirstAdapters | None
+
+
+class BuiltEngine(NamedTuple):
+    """An engine that is ready for requests; `followers` are the other hosts, if there are any."""
+
+    engine: Engine
+    info: EngineInfo
+    compiles: CompileCounter
+    followers: Followers | None = None
+
+
+class Phase:
+    """Logs one line with its seconds when a start-up phase ends."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self.detail = ""
+
+    def __enter__(self) -> "Phase":
+        self._start = time.perf_counter()
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        if kind is None:
+            logger.info("%s: %.1f s%s", self._name, self.seconds, self.detail)
+
+    @property
+    def seconds(self) -> float:
+        """Since it began."""
+        return time.perf_counter() - self._start
+
+
+def build_engine(config: EngineConfig, bar: ProgressBar) -> BuiltEngine:
+    """Load the model and compile its steps; when this returns, nothing is left to compile.
+
+    Raises:
+        LaunchError: flags, checkpoint and devices do not fit together.
+    """
+    _configure_jax(config)
+    compiles = CompileCounter()
+    followers: Followers | None = None
+    with _open(config) as source:
+        if config.nnodes > 1:
+            followers = meet_followers(config, _digest(source, config))
+        meet = _alone if followers is None else followers.meet
+        built = _build_runner(config, source, bar, meet)
+    _warm_up(built, bar, meet)
+    compiles.mark_ready()
+    device = jax.devices()[0]
+    info = EngineInfo(
+        architecture=built.model.architecture,
+        vocab_size=built.model.vocab_size,
+        context_length=built.scheduler.context_length,
+        max_rows=built.scheduler.max_rows * config.dp_size,
+        page_size=built.cache.page_size,
+        num_pages=built.cache.num_pages * config.dp_size,
+        dtype=str(built.dtype),
+        device=f"{config.dp_size * config.tp_size} x {device.platform} {device.device_kind}",
+        eos_token_ids=built.model.eos_token_ids,
+        adapters=None if config.lora is None else tuple(config.lora.paths),
+    )
+    runner = built.runner if followers is None else LeadingRunner(built.runner, followers)
+    slots = AdapterSlots(config.lora.max_loras_per_batch, config.lora.eviction_policy) if config.lora else None
+    store = None if slots is None else _adapter_store(config, built, runner, slots)
+    schedulers = [Scheduler(built.scheduler, built.cache, slots) for _ in range(config.dp_size)]
+    engine = Engine(runner, DataParallelScheduler(schedulers), built.model.vocab_size, store)
+    return BuiltEngine(engine, info, compiles, followers)
+
+
+def _adapter_store(config: EngineConfig, built: BuiltRunner, runner: Runner, slots: AdapterSlots) -> AdapterStore:
+    assert config.lora is not None
+    assert built.adapters is not None
+    store = AdapterStore(built.adapters.reader, runner, slots, config.lora.max_loaded)
+    for name, folder in config.lora.paths.items():
+        source = AdapterSource(key=name, folder=folder, pinned=name in config.lora.pinned)
+        store.add(source, built.adapters.by_name[name])
+    return store
+
+
+def build_follower(config: EngineConfig, bar: ProgressBar) -> Follower:
+    """Join host 0, load the model and compile its steps.
+
+    Raises:
+        LaunchError: flags, checkpoint and devices do not fit together, or host 0 refuses.
+    """
+    _configure_jax(config)
+    with _open(config) as source:
+        leader = meet_leader(config, _digest(source, config))
+        built = _build_runner(config, source, bar, leader.meet)
+    _warm_up(built, bar, leader.meet)
+    return Follower(built.runner, leader)
+
+
+def _alone(value: int) -> int:
+    """See `Meet`: the only host."""
+    return value
+
+
+def _warm_up(built: BuiltRunner, bar: ProgressBar, meet: Meet) -> None:
+    with Phase("compilation") as phase:
+        built.runner.compile(lambda buckets: bar(buckets, "compiling steps", built.runner.num_programs))
+        meet(0)  # collectives of CPU devices wait 30 s for a host that compiles longer, no more
+        built.runner.warm_up()
+        phase.detail = f", {built.runner.num_programs} programs"
+    _trim_heap()
+
+
+def _trim_heap() -> None:
+    """Give what loading and compiling freed back to the system; glibc keeps it otherwise."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+
+
+def _configure_jax(config: EngineConfig) -> None:
+    jax.config.update("jax_numpy_dtype_promotion", "strict")
+    if config.compilation_cache_dir:
+        jax.config.update("jax_compilation_cache_dir", config.compilation_cache_dir)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+        jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+@contextlib.contextmanager
+def _open(config: EngineConfig) -> Generator[TensorSource | OrbaxCheckpoint, None, None]:
+    """The checkpoint; what is wrong with it is a `LaunchError`."""
+    source = open_checkpoint(Path(config.model_path))
+    try:
+        yield source
+    except CheckpointError as error:
+        raise LaunchError(str(error)) from None
+    finally:
+        source.close()
+
+
+def _digest(source: TensorSource | OrbaxCheckpoint, config: EngineConfig) -> str:
+    """See `model_digest`; an Orbax folder's tensors cannot be read before they are restored."""
+    tensors = None if isinstance(source, OrbaxCheckpoint) else source
+    merged = [] if config.merge_lora is None else [config.merge_lora]
+    served = [] if config.lora is None else list(config.lora.paths.values())
+    # Orbax would start JAX before the hosts have met; such adapters are refused later.
+    folders = [folder for folder in map(Path, merged + served) if not is_orbax_adapter(folder)]
+    return model_digest(source.config, tensors, map(read_peft, folders))
+
+
+def build_runner(config: EngineConfig, bar: ProgressBar) -> BuiltRunner:
+    """Load the model and lay out its memory.
+
+    Raises:
+        LaunchError: flags, checkpoint and devices do not fit together.
+    """
+    with _open(config) as source:
+        return _build_runner(config, source, bar, _alone)
+
+
+def _build_runner(
+    config: EngineConfig, source: TensorSource | OrbaxCheckpoint, bar: ProgressBar, meet: Meet
+) -> BuiltRunner:
+    design = design_model(config, source.config, make_mesh(config.tp_size, config.dp_size, config.ep_size))
+    platform = design.mesh.devices.flat[0].platform
+    names = design.architecture.tensor_names(design.checkpoint)
+    reader = AdapterReader(design.decoder, names, design.checkpoint, config.nnodes)
+    with Phase("weights") as phase:
+        weights = _load(source, design, bar)
+        if config.merge_lora is not None:
+            weights = _merge(weights, Path(config.merge_lora), reader)
+        megabytes = sum(leaf.nbytes for leaf in jax.tree.leaves(weights)) / 1e6
+        devices = f"{design.mesh.size} {platform} device(s)"
+        phase.detail = f", {megabytes:.0f} MB of {design.dtype} on {devices}, {megabytes / phase.seconds:.0f} MB/s"
+    first = None if config.lora is None else read_first_adapters(config.lora, reader, lora_rank_multiple(design.mesh))
+    layout = None if first is None else first.layout
+    slot_bytes = 0 if layout is None else bank_bytes(design.decoder, layout, design.mesh)
+    # All hosts run the same shapes: the one with the least room decides.
+    engine = lay_out(config, design, meet(_pool_bytes(config, platform, slot_bytes)), layout)
+    logger.info(
+        "key/value pool: %d pages of %d tokens, %.0f MB on each device",
+        engine.cache.num_pages,
+        engine.cache.page_size,
+        engine.pool_bytes / 1e6,
+    )
+    if engine.step.decoder.config.cache_scales:
+        with Phase("cache scales"):
+            weights = with_cache_scales(engine.step, design.decoder, weights, lambda: meet(0))
+    runner = ModelRunner(engine.step, weights)
+    for name, adapter in first.by_name.items() if first is not None else ():
+        runner.hold_adapter(name, adapter)
+    return BuiltRunner(runner, design.checkpoint, engine.cache, engine.scheduler, design.dtype, first)
+
+
+def _load(source: TensorSource | OrbaxCheckpoint, design: ModelDesign, bar: ProgressBar) -> Weights:
+    if isinstance(source, OrbaxCheckpoint):
+        return restore_weights(source.folder, design.decoder, design.checkpoint, design.mesh)
+    names = design.architecture.tensor_names(design.checkpoint)
+    return load_weights(
+        quantized_as(source, design.decoder, names),
+        design.decoder,
+        names,
+        design.checkpoint,
+        design.mesh,
+        lambda paths: bar(paths, "loading weights", len(design.decoder.param_specs)),
+    )
+
+
+def _merge(weights: Weights, adapter: Path, reader: AdapterReader) -> Weights:
+    try:
+        return merge_adapter(weights, reader.read(adapter))
+    except AdapterError as error:
+        raise LaunchError(f"--merge-lora: {error}") from None
+
+
+def _pool_bytes(config: EngineConfig, platform: str, slot_bytes: int) -> int:
+    """Bytes for the pool on one device, on which adapters' slots will take some, too."""
+    stats = jax.local_devices()[0].memory_stats() if platform != "cpu" else None
+    if stats is None:
+        return _CPU_POOL_BYTES if config.mem_fraction_static is None else _host_pool_bytes(config)
+    free = stats["bytes_limit"] - stats["bytes_in_use"] - slot_bytes
+    return int(free * (config.mem_fraction_static or DEVICE_MEM_FRACTION))
+
+
+def _host_pool_bytes(config: EngineConfig) -> int:
+    """A CPU "device" has its part of the one memory."""
+    assert config.mem_fraction_static is not None
+    meminfo = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+    return int(
+        int(meminfo["MemAvailable"].split()[0]) * 1024 * config.mem_fraction_static / (config.tp_size * config.dp_size)
+    )

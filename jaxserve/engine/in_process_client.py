@@ -1,0 +1,152 @@
+"""An engine in this process: a thread steps it, an event loop reads from it."""
+
+import asyncio
+import queue
+import threading
+from functools import partial
+
+from jaxserve.engine.client import AdapterAnswers, Streams, TokenStream
+from jaxserve.engine.engine import Engine
+from jaxserve.engine.messages import (
+    Abort,
+    EngineInfo,
+    EngineStats,
+    FlushCache,
+    LoadAdapter,
+    Shutdown,
+    Submit,
+    ToEngine,
+    UnloadAdapter,
+    UseTokenizer,
+)
+from jaxserve.errors import UnavailableError
+from jaxserve.request import AdapterSource, GrammarTokenizer, Request, TokenDelta
+
+
+class InProcessEngineClient:
+    """`EngineClient` over an engine object. Methods belong to the event loop that made it.
+
+    Args:
+        engine: stepped by a thread of this client from now on; nobody else may touch it.
+        info: what it serves.
+    """
+
+    def __init__(self, engine: Engine, info: EngineInfo) -> None:
+        self._engine = engine
+        self._info = info
+        self._loop = asyncio.get_running_loop()
+        self._streams = Streams()
+        self._inbox: queue.SimpleQueue[ToEngine] = queue.SimpleQueue()
+        self._flushed: queue.SimpleQueue[bool] = queue.SimpleQueue()
+        self._adapter_answers = AdapterAnswers()
+        self._lost: str | None = None
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._thread.start()
+
+    @property
+    def info(self) -> EngineInfo:
+        """See `EngineClient`."""
+        self.check_ready()
+        return self._info
+
+    @property
+    def stats(self) -> EngineStats:
+        """See `EngineClient`."""
+        return EngineStats(**self._engine.stats._asdict())
+
+    @property
+    def num_live(self) -> int:
+        """See `EngineClient`."""
+        return self._streams.num_live
+
+    def check_ready(self) -> None:
+        """See `EngineClient`."""
+        if self._lost is not None:
+            raise UnavailableError(self._lost)
+
+    def check_room(self, num_choices: int) -> None:
+        """See `EngineClient`. The queue has no limit here."""
+        self.check_ready()
+
+    def use_tokenizer(self, tokenizer: GrammarTokenizer) -> None:
+        """See `EngineClient`."""
+        self._inbox.put(UseTokenizer(tokenizer=tokenizer))
+
+    def submit(self, request: Request) -> TokenStream:
+        """See `EngineClient`."""
+        self.check_ready()
+        stream = self._streams.add(request, self._close)
+        self._inbox.put(Submit(request=request))
+        return stream
+
+    def abort(self, request_id: str, choice: int | None = None) -> None:
+        """See `EngineClient`."""
+        self._inbox.put(Abort(request_id=request_id, choice=choice))
+
+    async def flush_cache(self) -> bool:
+        """See `EngineClient`."""
+        self._inbox.put(FlushCache())
+        return await self._loop.run_in_executor(None, self._flushed.get)
+
+    async def load_adapter(self, source: AdapterSource) -> None:
+        """See `EngineClient`."""
+        self.check_ready()
+        await self._adapter_answers.ask(source.key, lambda: self._inbox.put(LoadAdapter(source)))
+
+    async def unload_adapter(self, key: str) -> None:
+        """See `EngineClient`."""
+        self.check_ready()
+        await self._adapter_answers.ask(key, lambda: self._inbox.put(UnloadAdapter(key)))
+
+    def stop(self) -> None:
+        """End the thread; what still runs ends with an error."""
+        self._inbox.put(Shutdown())
+        self._thread.join()
+        self._lost = self._lost or "the engine was stopped"
+        self._loop.call_soon_threadsafe(self._fail_all, self._lost)
+
+    def _close(self, request_id: str) -> None:
+        if self._streams.remove(request_id):
+            self._inbox.put(Abort(request_id=request_id))
+
+    def _answer(self, key: str, error: str | None) -> None:
+        """On the engine's thread."""
+        self._loop.call_soon_threadsafe(self._adapter_answers.tell, key, error)
+
+    def _run(self) -> None:
+        try:
+            while self._take_messages():
+                deltas = self._engine.step()
+                if deltas:
+                    self._loop.call_soon_threadsafe(self._deliver, deltas)
+        except Exception as error:
+            self._lost = f"the engine failed: {error}"
+            self._loop.call_soon_threadsafe(self._fail_all, self._lost)
+
+    def _fail_all(self, lost: str) -> None:
+        self._streams.fail_all(lost)
+        self._adapter_answers.fail_all(lost)
+
+    def _take_messages(self) -> bool:
+        """Handle what waits, or wait for something to handle; False to end."""
+        while self._engine.idle or not self._inbox.empty():
+            match self._inbox.get():
+                case UseTokenizer(tokenizer=tokenizer):
+                    self._engine.use_tokenizer(tokenizer)
+                case Submit(request=request):
+                    self._engine.add(request)
+                case Abort(request_id=request_id, choice=choice):
+                    self._engine.abort(request_id, choice)
+                case FlushCache():
+                    self._flushed.put(self._engine.flush_cache())
+                case LoadAdapter(source=source):
+                    self._engine.load_adapter(source, partial(self._answer, source.key))
+                case UnloadAdapter(key=key):
+                    self._engine.unload_adapter(key, partial(self._answer, key))
+                case Shutdown():
+                    return False
+        return True
+
+    def _deliver(self, deltas: list[TokenDelta]) -> None:
+        for delta in deltas:
+            self._streams.deliver(delta)

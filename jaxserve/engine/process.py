@@ -1,0 +1,185 @@
+"""The engine process: builds the engine, then turns messages into steps and steps into messages.
+
+`ProcessEngineClient` starts it as `python -m jaxserve.engine.process ENDPOINT` and writes the `EngineConfig` as one
+line of JSON to its standard input, which stays open: when it closes, the parent is gone and this process exits.
+"""
+
+import logging
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterable
+from functools import partial
+from typing import Any
+
+import msgspec
+import zmq
+
+from jaxserve.config import EngineConfig
+from jaxserve.engine.messages import (
+    Abort,
+    AdapterAnswer,
+    CacheFlushed,
+    Deltas,
+    EngineStats,
+    FlushCache,
+    FromEngine,
+    LoadAdapter,
+    Ready,
+    Shutdown,
+    StartFailed,
+    Submit,
+    UnloadAdapter,
+    UseTokenizer,
+    decode_to_engine,
+    encode,
+)
+from jaxserve.errors import ExitCode, LaunchError
+from jaxserve.layout.memory import GPU_MEM_FRACTION
+
+logger = logging.getLogger("jaxserve.engine.engine")
+
+_IDLE_POLL_MS = 1000
+
+
+def main() -> int:
+    """Run until told to shut down."""
+    # Ctrl-C reaches the whole group, and a service manager signals every process: the parent drains, then decides.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    config = msgspec.json.decode(_read_line(), type=EngineConfig)
+    # JAX keeps a quarter of a GPU for others by default; there are none.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", str(GPU_MEM_FRACTION))
+    threading.Thread(target=_exit_with_parent, name="parent-watch", daemon=True).start()
+    logging.basicConfig(
+        level=config.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr
+    )
+    logging.getLogger("jax").setLevel(logging.WARNING)  # it lists every platform that is not there
+    if config.node_rank > 0:
+        return _follow(config)
+    context = zmq.Context()
+    socket: zmq.Socket[bytes] = context.socket(zmq.PAIR)
+    socket.set_hwm(0)
+    socket.connect(sys.argv[1])
+    code = _serve(socket, config)
+    socket.close(linger=2000)
+    context.term()
+    return code if code == ExitCode.OK else _leave(config, code)
+
+
+def _serve(socket: "zmq.Socket[bytes]", config: EngineConfig) -> ExitCode:
+    try:
+        _Worker(socket, config).run()
+    except LaunchError as error:
+        socket.send(encode(StartFailed(error=str(error))))
+        return error.exit_code
+    except Exception:
+        logger.exception("the engine fails")
+        return ExitCode.ENGINE_LOST
+    return ExitCode.OK
+
+
+def _follow(config: EngineConfig) -> int:
+    """Run on another host than 0, which has the API."""
+    from jaxserve.engine.builder import build_follower
+
+    try:
+        follower = build_follower(config, lambda items, name, total: _bar(items, name, total, config.show_progress))
+        logger.info("host %d is ready", config.node_rank)
+        follower.run()
+    except LaunchError as error:
+        logger.error("%s", error)
+        return _leave(config, error.exit_code)
+    except Exception:
+        logger.exception("host %d fails", config.node_rank)
+        return _leave(config, ExitCode.ENGINE_LOST)
+    return int(ExitCode.OK)
+
+
+def _leave(config: EngineConfig, code: ExitCode) -> int:
+    """The exit code; one of several hosts ends at once instead, since JAX would wait for the others to end, too."""
+    if config.nnodes > 1:
+        logging.shutdown()
+        os._exit(int(code))
+    return int(code)
+
+
+class _Worker:
+    """The engine and its socket."""
+
+    def __init__(self, socket: "zmq.Socket[bytes]", config: EngineConfig) -> None:
+        # Imported here: jax takes the signal handlers and the environment as they are now.
+        from jaxserve.engine.builder import build_engine
+
+        self._socket = socket
+        self._built = build_engine(config, lambda items, name, total: _bar(items, name, total, config.show_progress))
+        self._engine = self._built.engine
+        self._send(Ready(info=self._built.info))
+
+    def run(self) -> None:
+        """Step while there is work; sleep on the socket while there is none."""
+        while True:
+            while self._socket.poll(0 if not self._engine.idle else _IDLE_POLL_MS):
+                if not self._handle(self._socket.recv()):
+                    return
+            if not self._engine.idle:
+                deltas = self._engine.step()
+                if deltas:
+                    self._send(Deltas(deltas=deltas, stats=self._stats()))
+
+    def _handle(self, data: bytes) -> bool:
+        match decode_to_engine(data):
+            case UseTokenizer(tokenizer=tokenizer):
+                self._engine.use_tokenizer(tokenizer)
+            case Submit(request=request):
+                self._engine.add(request)
+            case Abort(request_id=request_id, choice=choice):
+                self._engine.abort(request_id, choice)
+            case FlushCache():
+                self._send(CacheFlushed(flushed=self._engine.flush_cache()))
+            case LoadAdapter(source=source):
+                self._engine.load_adapter(source, partial(self._answer, source.key))
+            case UnloadAdapter(key=key):
+                self._engine.unload_adapter(key, partial(self._answer, key))
+            case Shutdown():
+                if self._built.followers is not None:
+                    self._built.followers.finish()
+                return False
+        return True
+
+    def _stats(self) -> EngineStats:
+        return EngineStats(**self._engine.stats._asdict(), **self._built.compiles.counts())
+
+    def _answer(self, key: str, error: str | None) -> None:
+        self._send(AdapterAnswer(key, error))
+
+    def _send(self, message: FromEngine) -> None:
+        self._socket.send(encode(message))
+
+
+def _read_line() -> bytes:
+    line = b""
+    while not line.endswith(b"\n"):
+        part = os.read(0, 4096)
+        if not part:
+            sys.exit(int(ExitCode.ENGINE_LOST))
+        line += part
+    return line
+
+
+def _exit_with_parent() -> None:
+    # The raw descriptor: a buffered read would hold a lock that interpreter shutdown wants.
+    while os.read(0, 4096):
+        pass
+    os._exit(int(ExitCode.ENGINE_LOST))
+
+
+def _bar(items: Iterable[Any], name: str, total: int, show: bool) -> Iterable[Any]:
+    from tqdm import tqdm
+
+    return tqdm(items, desc=name, total=total, disable=None if show else True, leave=False)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,384 @@
+"""Mixtures of experts: a router gives each token a few of many MLPs (arXiv:1701.06538, arXiv:2101.03961).
+
+Tokens are sorted by their experts once, multiplied in blocks of one expert each, and brought back. Every device has
+some of the experts, or a part of each, and adds what its own make of the tokens to the sum over all.
+
+Dimension key: E experts, U experts of a token, F an expert's hidden size, P places of tokens in blocks.
+"""
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+
+from jaxserve.config import ExpertsConfig, ModelConfig, QuantizationConfig, RouterScores
+from jaxserve.layers.linear import ACTIVATIONS, Axes, GatedMLP, Linear, format_of, param, weight_params
+from jaxserve.parallel.mesh import partition_spec
+from kernels_pallas.blocks import Blocks, Places, sort_into_blocks
+from kernels_pallas.grouped_matmul.api import GroupedMatmul, Matrices
+from kernels_pallas.quantized import QuantizedFormat
+from kernels_pallas.shards import DATA, EXPERT, IN_EXPERT, MODEL, over_model
+
+# Sigmoids may all be nothing.
+_SMALLEST_SUM = 1e-20
+# (gate, up) -> what the second product takes.
+Gated: TypeAlias = Callable[[jax.Array, jax.Array], jax.Array]
+
+
+class ExpertMaths(NamedTuple):
+    """How experts are computed.
+
+    Attributes:
+        matmul: the product of one device.
+        mesh: that experts lie on.
+    """
+
+    matmul: GroupedMatmul
+    mesh: Mesh
+
+
+class ExpertAdapters(NamedTuple):
+    """The adapters of tokens that go through experts.
+
+    Attributes:
+        matmul: the product with their factors, of one device.
+        num_slots: without slot 0.
+        slot_T: i32, of each token; 0 for none.
+    """
+
+    matmul: GroupedMatmul
+    num_slots: int
+    slot_T: jax.Array
+
+
+class ExpertFactors(NamedTuple):
+    """What adapters add to a linear map of each expert, the factors of all layers.
+
+    Attributes:
+        a: [L, S, E, R, in].
+        b: [L, S, E, R, out], the scale in them.
+        place: i32 scalar, of this layer's.
+    """
+
+    a: Any
+    b: Any
+    place: Any
+
+
+class Choice(NamedTuple):
+    """The experts of each token.
+
+    Attributes:
+        id_TU: i32.
+        weight_TU: f32, of each expert's result in their sum.
+    """
+
+    id_TU: jax.Array
+    weight_TU: jax.Array
+
+
+_SCORES: Mapping[RouterScores, Callable[[jax.Array], jax.Array]] = {
+    "softmax": partial(jax.nn.softmax, axis=-1),
+    "softmax_of_chosen": lambda logits: logits,
+    "sigmoid": jax.nn.sigmoid,
+}
+
+
+def choose_experts(logits_TE: jax.Array, config: ExpertsConfig, correction_E: jax.Array | None = None) -> Choice:
+    """The experts with the highest scores; of equal ones the first.
+
+    Args:
+        logits_TE: f32, from the router.
+        config: what is made of them.
+        correction_E: f32, added to the scores for the choice only.
+    """
+    scores_TE = _SCORES[config.scores](logits_TE)
+    ranked_TE = scores_TE if correction_E is None else scores_TE + correction_E
+    if config.top_groups < config.num_groups:
+        ranked_TE = jnp.where(_in_best_groups(ranked_TE, config), ranked_TE, -jnp.inf)
+    _, id_TU = lax.top_k(ranked_TE, config.top_k)
+    weight_TU = jnp.take_along_axis(scores_TE, id_TU, axis=-1)
+    if config.scores == "softmax_of_chosen":
+        weight_TU = jax.nn.softmax(weight_TU, axis=-1)
+    elif config.normalize:
+        weight_TU = weight_TU / jnp.maximum(jnp.sum(weight_TU, axis=-1, keepdims=True), _SMALLEST_SUM)
+    return Choice(id_TU, weight_TU * config.scale)
+
+
+def _in_best_groups(scores_TE: jax.Array, config: ExpertsConfig) -> jax.Array:
+    """Whether an expert is in one of the token's groups, bool[T, E]."""
+    num_tokens, num_experts = scores_TE.shape
+    best_TGU, _ = lax.top_k(scores_TE.reshape(num_tokens, config.num_groups, -1), config.group_scores)
+    _, group_TU = lax.top_k(jnp.sum(best_TGU, axis=-1), config.top_groups)
+    chosen_TG = jnp.any(group_TU[:, :, None] == jnp.arange(config.num_groups), axis=1)
+    return jnp.repeat(chosen_TG, num_experts // config.num_groups, axis=1)
+
+
+class _ByAdapter(NamedTuple):
+    """Rows that have an adapter, sorted by expert and adapter.
+
+    Attributes:
+        matmul: the product.
+        blocks: their groups are numbers of slots times experts, plus the expert.
+        source_Q: i32, the place among the experts' blocks of the row at each place here.
+        target_P: i32, the place here of the row at each place there; Q for rows without adapters.
+    """
+
+    matmul: GroupedMatmul
+    blocks: Blocks
+    source_Q: jax.Array
+    target_P: jax.Array
+
+    def update(self, factors: ExpertFactors, x_PI: jax.Array) -> jax.Array:
+        """What adapters add to the results of rows, [P, O]."""
+        num_factors = factors.a.shape[1] * factors.a.shape[2]
+        blocks = self.blocks._replace(group_C=self.blocks.group_C + factors.place * num_factors)
+        a, b = (Matrices(each.reshape(-1, *each.shape[3:])) for each in (factors.a, factors.b))
+        x_QI = x_PI.at[self.source_Q].get(mode="fill", fill_value=0)
+        y_QO = self.matmul(self.matmul(x_QI, a, blocks), b, blocks, transposed=True)
+        return y_QO.at[self.target_P].get(mode="fill", fill_value=0)
+
+
+class _Rows(NamedTuple):
+    """How rows in the experts' blocks are multiplied.
+
+    Attributes:
+        matmul: the product.
+        form: of quantised weights.
+        blocks: whose groups are the experts that are here.
+        by_adapter: of those that have an adapter, if there can be any.
+    """
+
+    matmul: GroupedMatmul
+    form: QuantizedFormat | None
+    blocks: Blocks
+    by_adapter: _ByAdapter | None
+
+
+class _Local(NamedTuple):
+    """The weights of a linear map of each expert, as a step uses them.
+
+    Attributes:
+        stack: [L, E, out, in], of all layers that have experts.
+        scale, zero: of its blocks where it is quantised.
+        place: i32 scalar, of this layer's in the stack.
+        bias: [E, out], or none.
+        update: of adapters, or none.
+    """
+
+    stack: Any
+    scale: Any
+    zero: Any
+    place: Any
+    bias: Any
+    update: ExpertFactors | None
+
+    def multiply(self, x_PI: jax.Array, rows: _Rows) -> jax.Array:
+        """Each row with its expert."""
+        blocks = rows.blocks
+        _, num_experts, num_outputs, _ = self.stack.shape
+        values, scale, zero = (
+            None if each is None else each.reshape(-1, *each.shape[2:]) for each in (self.stack, self.scale, self.zero)
+        )
+        matrices = Matrices(values, scale, zero, rows.form)  # pyright: ignore[reportArgumentType]  # there are values
+        y_PO = rows.matmul(x_PI, matrices, blocks._replace(group_C=blocks.group_C + self.place * num_experts))
+        if self.update is not None and rows.by_adapter is not None:
+            y_PO = y_PO + rows.by_adapter.update(self.update, x_PI)
+        if self.bias is None:
+            return y_PO
+        by_block_CWO = y_PO.reshape(blocks.group_C.shape[0], -1, num_outputs)
+        return (by_block_CWO + self.bias[blocks.group_C][:, None]).reshape(y_PO.shape)
+
+
+class ExpertLinear(nnx.Module):
+    """A linear map of each expert: weights [E, out, in], and biases [E, out] or none."""
+
+    def __init__(
+        self,
+        shape: tuple[int, int, int],
+        *,
+        axes: Axes,
+        bias: bool,
+        dtype: jnp.dtype,
+        quantization: QuantizationConfig | None,
+    ) -> None:
+        # A step reads the experts that have tokens: cut out of the stack, all of them would be copied.
+        self.weight, self.scale, self.zero = weight_params(shape, dtype, axes, quantization, in_stack=True)
+        self.bias = param(shape[:2], dtype, axes[:2]) if bias else None
+        self._axes, self._shape = axes, shape
+        # Set while a step is traced.
+        self.update: ExpertFactors | None = None
+
+    def arrays(self) -> _Local:
+        """The weights of all experts."""
+        weight: Any = self.weight.get_value()  # an InStack
+        scale, zero = (None if each is None else each.get_value().stack for each in self._of_blocks())
+        bias = None if self.bias is None else self.bias[...]
+        return _Local(weight.stack, scale, zero, weight.place, bias, self.update)
+
+    def specs(self, mesh: Mesh) -> _Local:
+        """How they lie on a mesh."""
+        stack = _in_copy(partition_spec(("layers", *self._axes), (1, *self._shape), mesh))
+        scale, zero = (None if each is None else self._block_specs(each, mesh) for each in self._of_blocks())
+        bias = None if self.bias is None else P(*stack[1:3])
+        return _Local(stack, scale, zero, P(), bias, None if self.update is None else self._factor_specs(mesh))
+
+    def _factor_specs(self, mesh: Mesh) -> ExpertFactors:
+        """Factors are split as the weights are (S-LoRA, arXiv:2311.03285)."""
+        experts, outputs, inputs = _in_copy(partition_spec(self._axes, self._shape, mesh))
+        return ExpertFactors(P(None, None, experts, None, inputs), P(None, None, experts, None, outputs), P())
+
+    def _of_blocks(self) -> tuple[Any, Any]:
+        return self.scale, self.zero
+
+    def _block_specs(self, of_blocks: Any, mesh: Mesh) -> P:
+        axes: Axes = of_blocks.get_metadata()["logical_axes"]
+        return _in_copy(partition_spec(("layers", *axes), (1, *self._shape), mesh))
+
+
+def _in_copy(spec: P) -> P:
+    """Of the part that a copy of the model has: steps are split over copies already."""
+    return P(*(EXPERT if isinstance(axis, tuple) and EXPERT in axis else axis for axis in spec))
+
+
+class Experts(nnx.Module):
+    """The MLPs."""
+
+    def __init__(self, config: ModelConfig, experts: ExpertsConfig, dtype: jnp.dtype) -> None:
+        number, inner, outer = experts.num_experts, experts.intermediate_size, config.hidden_size
+        make = partial(ExpertLinear, bias=experts.bias, dtype=dtype, quantization=config.quantized("experts"))
+        quantization = config.quantized("experts")
+        self._form = None if quantization is None else format_of(quantization)
+        axis = "experts_of_copies" if experts.of_copies else "experts"
+        self.gate_proj = make((number, inner, outer), axes=(axis, "expert_mlp", "hidden"))
+        self.up_proj = make((number, inner, outer), axes=(axis, "expert_mlp", "hidden"))
+        self.down_proj = make((number, outer, inner), axes=(axis, "hidden", "expert_mlp"))
+        self._gated = _gated(config, experts)
+        self._num_experts = number
+        self._of_copies = experts.of_copies
+        # Both are set while a step is traced.
+        self.maths: ExpertMaths | None = None
+        self.adapters: ExpertAdapters | None = None
+
+    def __call__(self, x_TD: jax.Array, choice: Choice) -> jax.Array:
+        """Weighted sum of each token's experts, [T, D] in x's dtype."""
+        assert self.maths is not None
+        mesh = self.maths.mesh
+        layers = (self.gate_proj, self.up_proj, self.down_proj)
+        slot_T = None if self.adapters is None else self.adapters.slot_T
+        if self._of_copies:
+            # Each copy has some of the experts, and sees the tokens of all.
+            gather = partial(lax.all_gather, axis_name=DATA, tiled=True)
+            x_TD, choice, slot_T = jax.tree.map(gather, (x_TD, choice, slot_T))
+        run = over_model(self._run_local, mesh, (P(), P(), P(), *(layer.specs(mesh) for layer in layers)), P())
+        y_TD = run(x_TD, choice, slot_T, *(layer.arrays() for layer in layers))
+        return lax.psum_scatter(y_TD, DATA, tiled=True) if self._of_copies else y_TD
+
+    def _run_local(
+        self, x_TD: jax.Array, choice: Choice, slot_T: jax.Array | None, gate: _Local, up: _Local, down: _Local
+    ) -> jax.Array:
+        """What the experts of all devices make of the tokens, from those of one."""
+        assert self.maths is not None
+        matmul = self.maths.matmul
+        num_tokens, top_k = choice.id_TU.shape
+        num_experts = gate.stack.shape[1]
+        own_TU = choice.id_TU - lax.axis_index((DATA, EXPERT) if self._of_copies else EXPERT) * num_experts
+        own_TU = jnp.where((own_TU >= 0) & (own_TU < num_experts), own_TU, num_experts)
+        # Of all experts: on average those that are here have their share of the tokens.
+        row_bytes = max(x_TD.shape[1], gate.stack.shape[2]) * x_TD.dtype.itemsize
+        block_rows = matmul.block_rows(num_tokens * top_k, self._num_experts, row_bytes)
+        blocks, places = sort_into_blocks(own_TU.reshape(-1), num_experts, block_rows)
+        by_adapter = None if slot_T is None else self._sort_by_adapter(own_TU, num_experts, slot_T, places, row_bytes)
+        rows = _Rows(matmul, self._form, blocks, by_adapter)
+        x_PD = x_TD[places.row_P // top_k]
+        gate_PF, up_PF = (each.multiply(x_PD, rows) for each in (gate, up))
+        h_PF = self._gated(gate_PF, up_PF)
+        if down.bias is not None:
+            # Once, and not by every device that has a part of the expert.
+            down = down._replace(bias=jnp.where(lax.axis_index(IN_EXPERT) == 0, down.bias, jnp.zeros_like(down.bias)))
+        y_PD = down.multiply(h_PF, rows)
+        # Those whose expert is elsewhere have no place.
+        y_TUD = y_PD.at[places.place_R.reshape(num_tokens, top_k)].get(mode="fill", fill_value=0)
+        y_TD = jnp.einsum("tud,tu->td", y_TUD.astype(jnp.float32), choice.weight_TU)
+        return lax.psum(y_TD.astype(x_TD.dtype), MODEL)
+
+    def _sort_by_adapter(
+        self, own_TU: jax.Array, num_experts: int, slot_T: jax.Array, places: Places, row_bytes: int
+    ) -> _ByAdapter:
+        """Sort the tokens anew: in the experts' own blocks a matrix would be read once for each adapter.
+
+        Args:
+            own_TU: i32, each token's experts among those that are here; their number for those that are not.
+            num_experts: that are here.
+            slot_T: i32, of each token.
+            places: of tokens among the experts' blocks.
+            row_bytes: of a row.
+        """
+        assert self.adapters is not None
+        matmul, num_slots, _ = self.adapters
+        adapted_TU = (slot_T[:, None] > 0) & (own_TU < num_experts)
+        group_TU = jnp.where(adapted_TU, (slot_T[:, None] - 1) * num_experts + own_TU, num_slots * num_experts)
+        block_rows = matmul.block_rows(group_TU.size, num_slots * self._num_experts, row_bytes)
+        blocks, own_places = sort_into_blocks(group_TU.reshape(-1), num_slots * num_experts, block_rows)
+        return _ByAdapter(matmul, blocks, places.place_R[own_places.row_P], own_places.place_R[places.row_P])
+
+
+def _gated(config: ModelConfig, experts: ExpertsConfig) -> Gated:
+    """What is made of gate and up."""
+    activation, limit = ACTIVATIONS[config.activation], experts.swiglu_limit
+    if limit is None:
+        return lambda gate, up: activation(gate) * up
+
+    def clamped(gate: jax.Array, up: jax.Array) -> jax.Array:
+        """gpt-oss's: gelu by a sigmoid (arXiv:1606.08415), times one more than up."""
+        gate, up = jnp.minimum(gate, limit), jnp.clip(up, -limit, limit)
+        return gate * jax.nn.sigmoid(experts.swiglu_alpha * gate) * (up + 1)
+
+    return clamped
+
+
+class Gate(Linear):
+    """Scores, which are not rounded."""
+
+    out_dtype = jnp.float32
+
+
+class MoE(nnx.Module):
+    """Experts with their router, and an expert of all tokens where there is one."""
+
+    def __init__(self, config: ModelConfig, dtype: jnp.dtype) -> None:
+        experts, size = config.experts, config.hidden_size
+        assert experts is not None
+        make_gate = partial(Gate, size, dtype=dtype)
+        self.router = make_gate(experts.num_experts, axes=(None, "hidden"), bias=experts.bias)
+        self.experts = Experts(config, experts, dtype)
+        if (shared := experts.shared_intermediate_size) is not None:
+            self.shared_expert = GatedMLP(
+                size,
+                shared,
+                bias=False,
+                dtype=dtype,
+                activation=config.activation,
+                quantization=config.quantized("shared_expert"),
+            )
+        if experts.shared_gate:
+            self.shared_expert_gate = make_gate(1, axes=(None, "hidden"), bias=False)
+        self.correction = param((experts.num_experts,), jnp.dtype(jnp.float32), (None,)) if experts.correction else None
+        self._config = experts
+
+    def __call__(self, x_TD: jax.Array) -> jax.Array:
+        """[T, D] -> [T, D]."""
+        correction_E = None if self.correction is None else self.correction[...]
+        y_TD = self.experts(x_TD, choose_experts(self.router(x_TD), self._config, correction_E))
+        if self._config.shared_intermediate_size is None:
+            return y_TD
+        shared_TD = self.shared_expert(x_TD)
+        if self._config.shared_gate:
+            shared_TD = jax.nn.sigmoid(self.shared_expert_gate(x_TD)).astype(x_TD.dtype) * shared_TD
+        return y_TD + shared_TD

@@ -1,0 +1,268 @@
+"""Weights from a checkpoint straight into their dtype and sharding.
+
+One shard of a stacked parameter is assembled at a time and handed to its devices, so the host holds no more of the
+model than that.
+"""
+
+import functools
+import logging
+import math
+import operator
+import pathlib
+from collections.abc import Callable, Iterable, Iterator
+from typing import TypeAlias
+
+import jax
+import numpy as np
+from jax.experimental.layout import Format
+from jax.sharding import Mesh, SingleDeviceSharding
+
+from checkpoints import orbax_io
+from checkpoints.quantized import Quantizer, quantizing
+from checkpoints.source import Index, TensorSource
+from jaxserve.config import ModelConfig
+from jaxserve.errors import LaunchError
+from jaxserve.loading.kv_heads import kv_head_rows, repeat_heads
+from jaxserve.models.decoder import Decoder
+from jaxserve.models.hf.tensor_name import TensorName
+from jaxserve.models.param_spec import ParamSpec, Path, Weights, tree_of
+from jaxserve.parallel.mesh import named_sharding, weight_format
+
+logger = logging.getLogger(__name__)
+
+Progress: TypeAlias = Callable[[Iterable[Path]], Iterable[Path]]
+
+# Buffers that some exporters save and no model reads.
+_IGNORED_SUFFIXES = ("rotary_emb.inv_freq", "attention.bias", "attention.masked_bias")
+# Factors of cached keys and values in FP8, which jaxserve casts without: the format has exponents enough.
+_CACHE_FACTORS = (".k_scale", ".v_scale", ".kv_scale")
+_MAX_LISTED = 20
+_PIECE_BYTES = 16 << 20
+_ALIGNMENT = 64
+
+
+def load_weights(
+    source: TensorSource,
+    decoder: Decoder,
+    names: dict[Path, TensorName],
+    checkpoint_config: ModelConfig,
+    mesh: Mesh,
+    progress: Progress,
+) -> Weights:
+    """Read every parameter of `decoder`.
+
+    Args:
+        source: the open checkpoint.
+        decoder: the model; its key/value heads may be a multiple of the checkpoint's.
+        names: path in the tree -> where the checkpoint has it.
+        checkpoint_config: the model as the checkpoint has it.
+        mesh: where the weights go.
+        progress: wraps the list of paths, to draw a bar.
+
+    Raises:
+        LaunchError: tensors are missing, unknown or of another shape; all are listed.
+    """
+    copies = decoder.config.num_kv_heads // checkpoint_config.num_kv_heads
+    names = {**names, **_names_of_blocks(decoder, names)}
+    _check_tensors(source, decoder, names, copies)
+
+    def load(path: Path) -> jax.Array:
+        spec = decoder.param_specs[path]
+        reader = _ParamReader(source, spec, names[path], kv_head_rows(spec, checkpoint_config, copies))
+        return _array_of_shards(spec, mesh, reader.read)
+
+    weights = tree_of((path, load(path)) for path in progress(list(decoder.param_specs)))
+    return jax.block_until_ready(weights)
+
+
+def _array_of_shards(spec: ParamSpec, mesh: Mesh, read: Callable[[Index], np.ndarray]) -> jax.Array:
+    """A weight whose shards are read one after the other, once each, however many devices hold a copy."""
+    sharding = named_sharding(spec.axes, spec.shape, mesh)
+    layout = weight_format(spec.axes, spec.shape, mesh).layout
+    holders: dict[str, tuple[Index, list[Format]]] = {}
+    for device, index in sharding.addressable_devices_indices_map(spec.shape).items():
+        assert index is not None
+        key = str(index)  # slices cannot be hashed before Python 3.12
+        holders.setdefault(key, (index, []))[1].append(Format(layout, SingleDeviceSharding(device)))
+    shards: list[jax.Array] = []
+    for index, formats in holders.values():
+        values = read(index)
+        shards += jax.block_until_ready([jax.device_put(values, each, may_alias=True) for each in formats])
+        del values  # before the next are read
+    return jax.make_array_from_single_device_arrays(spec.shape, sharding, shards)
+
+
+def quantized_as(source: TensorSource, decoder: Decoder, names: dict[Path, TensorName]) -> TensorSource:
+    """The checkpoint, quantised while it is read if the model is and the checkpoint is not.
+
+    Raises:
+        LaunchError: it has weights in an order that cannot be quantised so.
+    """
+    quantization = decoder.config.quantization
+    if quantization is None or any(name.endswith("_scale") for name in source.shapes if not _is_ignored(name)):
+        return source
+    wanted: set[str] = set()
+    quantizer = Quantizer(np.dtype(np.uint8), quantization.block[1], np.dtype(np.float32))
+    for path, spec in decoder.param_specs.items():
+        if spec.stored is not None and path[-1] == "weight":
+            if names[path].transposed:
+                raise LaunchError(f"--quantization: {names[path].pattern} has inputs and outputs the other way round")
+            wanted |= {name for name, *_ in _tensors_of(spec, names[path], 1)}
+            scale_dtype = decoder.param_specs[*path[:-1], "scale"].dtype
+            quantizer = Quantizer(spec.dtype, quantization.block[1], scale_dtype)
+    return quantizing(source, wanted, quantizer)
+
+
+def restore_weights(folder: pathlib.Path, decoder: Decoder, checkpoint_config: ModelConfig, mesh: Mesh) -> Weights:
+    """Restore an Orbax folder straight into shards.
+
+    Raises:
+        CheckpointError: the folder does not hold this model.
+    """
+    copies = decoder.config.num_kv_heads // checkpoint_config.num_kv_heads
+
+    def saved(path: Path, spec: ParamSpec) -> jax.ShapeDtypeStruct:
+        rows, copied = kv_head_rows(spec, checkpoint_config, copies)
+        shape = (spec.shape[0], spec.shape[1] // copied, *spec.shape[2:]) if rows else spec.shape
+        # Heads that are to be repeated arrive whole.
+        axes = (None,) * len(shape) if rows else spec.axes
+        return jax.ShapeDtypeStruct(shape, spec.dtype, sharding=named_sharding(axes, shape, mesh))
+
+    abstract = tree_of((path, saved(path, spec)) for path, spec in decoder.param_specs.items())
+    weights: Weights = orbax_io.restore(folder, abstract)
+    for path, spec in decoder.param_specs.items():
+        rows, copied = kv_head_rows(spec, checkpoint_config, copies)
+        node = functools.reduce(operator.getitem, path[:-1], weights)
+        restored = repeat_heads(np.asarray(node[path[-1]]), 1, rows, copied) if rows else node[path[-1]]
+        node[path[-1]] = jax.device_put(restored, weight_format(spec.axes, spec.shape, mesh))
+    return weights
+
+
+class _ParamReader:
+    """Reads any shard of one parameter."""
+
+    def __init__(self, source: TensorSource, spec: ParamSpec, name: TensorName, heads: tuple[int, int]) -> None:
+        self._source = source
+        self._spec = spec
+        self._name = name
+        self._head_rows, self._copies = heads
+
+    def read(self, index: Index) -> np.ndarray:
+        """The part of the (stacked) parameter that `index` names, in the parameter's dtype."""
+        shape = tuple(len(range(*part.indices(size))) for part, size in zip(index, self._spec.shape, strict=True))
+        out = _aligned_empty(shape, self._spec.dtype)
+        if not self._spec.stacked:
+            self._read_into(out, self._name.pattern, index)
+            return out
+        for position, layer in enumerate(self._spec.layers[index[0]]):
+            if self._spec.of_experts:
+                self._read_experts(out[position], layer, index[1:])
+            else:
+                self._read_into(out[position], self._name.of_layer(layer), index[1:])
+        return out
+
+    def _read_experts(self, out: np.ndarray, layer: int, index: Index) -> None:
+        """Read some experts' parts of a layer, one after the other."""
+        name, num_rows = self._name, self._spec.shape[2]
+        start, stop, _ = index[1].indices(num_rows)
+        rows = slice(name.first_row + start * name.row_step, name.first_row + stop * name.row_step, name.row_step)
+        part = (*index[2:], rows) if name.transposed else (rows, *index[2:])
+        for place, expert in enumerate(range(self._spec.shape[1])[index[0]]):
+            if name.by_expert:
+                values = self._read(name.of_layer(layer, expert), part)
+            else:
+                values = self._read(name.of_layer(layer), (slice(expert, expert + 1), *part))[0]
+            out[place] = values.T if name.transposed else values
+
+    def _read_into(self, out: np.ndarray, name: str, index: Index) -> None:
+        """Read one tensor's part, a few rows at a time: it is seldom in the right dtype already."""
+        first_row, num_rows = self._name.first_row, self._spec.shape[self._spec.stacked] // self._copies
+        if self._copies > 1:
+            whole = self._read(name, (slice(first_row, first_row + num_rows),))
+            out[...] = repeat_heads(whole, 0, self._head_rows, self._copies)[index]
+            return
+        start_row, end_row, _ = index[0].indices(num_rows)
+        step = max(1, _PIECE_BYTES * len(out) // max(1, out.nbytes))
+        for start in range(0, len(out), step):
+            first = first_row + start_row + start
+            part = slice(first, min(first + step, first_row + end_row))
+            out[start : start + step] = self._read(name, (part, *index[1:]))
+
+    def _read(self, name: str, index: Index) -> np.ndarray:
+        values = self._source.read(name, index)
+        # Other weights are brought to the dtype; what is quantised would mean something else, or be rounded.
+        found, wanted = values.dtype, self._spec.dtype
+        fits = found == wanted or (wanted.itemsize > 1 and np.can_cast(found, wanted))
+        if self._spec.stored is not None and not fits:
+            raise LaunchError(f"the checkpoint's {name} is {found}, the config says that it is {wanted}")
+        return values
+
+
+def _aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """Memory that a CPU device takes over as it is; what is less aligned it would copy."""
+    size = math.prod(shape) * dtype.itemsize
+    memory = np.empty(size + _ALIGNMENT, np.uint8)
+    start = -memory.ctypes.data % _ALIGNMENT
+    return memory[start : start + size].view(dtype).reshape(shape)
+
+
+def _names_of_blocks(decoder: Decoder, names: dict[Path, TensorName]) -> dict[Path, TensorName]:
+    """Where the numbers of quantised weights' blocks are: beside the weights; see `checkpoints.quantized`."""
+    found: dict[Path, TensorName] = {}
+    for path, spec in decoder.param_specs.items():
+        if path[-1] in ("scale", "zero") and spec.stored is not None:
+            weight, rows = names[*path[:-1], "weight"], spec.stored.block_rows
+            cut = rows > 1 and (weight.first_row % rows or weight.row_step != 1)
+            if weight.transposed or cut:
+                raise LaunchError(f"{weight.pattern}: its parts do not begin with a quantised block")
+            first_row = weight.first_row // rows
+            found[path] = weight._replace(pattern=f"{weight.pattern}_{path[-1]}", first_row=first_row)
+    return found
+
+
+def _is_ignored(name: str) -> bool:
+    return name.endswith(_IGNORED_SUFFIXES + _CACHE_FACTORS)
+
+
+def _check_tensors(source: TensorSource, decoder: Decoder, names: dict[Path, TensorName], copies: int) -> None:
+    wanted: dict[str, tuple[int, ...]] = {}
+    for path, spec in decoder.param_specs.items():
+        for name, shape, rows_axis in _tensors_of(spec, names[path], copies):
+            # A tensor of several weights is as long as all of them.
+            others = wanted[name][rows_axis] if name in wanted else 0
+            wanted[name] = (*shape[:rows_axis], shape[rows_axis] + others, *shape[rows_axis + 1 :])
+    found = dict(source.shapes)
+    if decoder.config.tie_word_embeddings:
+        found.pop("lm_head.weight", None)
+    first = decoder.config.num_layers
+    for layer in range(first, first + decoder.config.num_mtp_layers):
+        found = {name: shape for name, shape in found.items() if not name.startswith(f"model.layers.{layer}.")}
+    problems = [f"missing: {name}" for name in wanted if name not in found]
+    problems += [f"unknown: {name}" for name in found if name not in wanted and not _is_ignored(name)]
+    problems += [
+        f"wrong shape: {name} is {found[name]}, the config asks for {shape}"
+        for name, shape in wanted.items()
+        if name in found and found[name] != shape
+    ]
+    if any(name.endswith(_CACHE_FACTORS) for name in found):
+        logger.info("the checkpoint's factors of an FP8 cache are not used")
+    if problems:
+        more = f"\n  and {len(problems) - _MAX_LISTED} more" if len(problems) > _MAX_LISTED else ""
+        listed = "".join(f"\n  {problem}" for problem in problems[:_MAX_LISTED])
+        raise LaunchError(f"the checkpoint's tensors do not fit its config ({len(problems)} problems):{listed}{more}")
+
+
+def _tensors_of(spec: ParamSpec, name: TensorName, copies: int) -> Iterator[tuple[str, tuple[int, ...], int]]:
+    """Names and shapes of the tensors that have a weight, and the axis of its rows."""
+    shape = spec.shape[spec.stacked :]
+    if "kv_heads" in spec.axes:
+        shape = (shape[0] // copies, *shape[1:])
+    if name.transposed:
+        shape = (*shape[:-2], shape[-1], shape[-2])
+    rows_axis = len(shape) - 1 if name.transposed else int(spec.of_experts)
+    for layer in spec.layers or (0,):
+        if not name.by_expert:
+            yield name.of_layer(layer), shape, rows_axis
+            continue
+        for expert in range(shape[0]):
+            yield name.of_layer(layer, expert), shape[1:], rows_axis - 1

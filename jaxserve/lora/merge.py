@@ -1,0 +1,22 @@
+"""Adapters into the weights before anything is served: the model is then as fast as its base."""
+
+from typing import Any
+
+import jax
+
+from jaxserve.lora.delta import AdapterDelta, LowRank, add_low_rank, merge
+from jaxserve.models.param_spec import Weights
+
+
+def merge_adapter(weights: Weights, delta: AdapterDelta) -> Weights:
+    """The weights with an adapter in them, in their sharding and, leaf by leaf, in their memory.
+
+    Raises:
+        AdapterError: see `merge`.
+    """
+
+    def add(base: jax.Array, factor: LowRank) -> jax.Array:
+        layout: Any = base  # whose type does not tell it
+        return jax.jit(add_low_rank, donate_argnums=0, out_shardings=layout.format)(base, factor)
+
+    return merge(weights, delta, add)

@@ -1,0 +1,158 @@
+"""The adapters that a step can use: factors of all slots side by side, by module of the model.
+
+A bank is a tree of the model's modules. Where adapters may change linear modules it has a node for each group of them
+that reads the same activations: one array `a` of their first factors, one below the other in the order of the modules'
+names, and in `b` each one's second factor by its name. Slot 0, of rows without an adapter, takes no room: slot s is at
+s - 1.
+
+Dimension key: L layers, S slots, E experts where a module has them, R rank, I inputs, O outputs, J = modules of a
+group * R.
+"""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from jaxserve.lora.delta import EMBEDDING, AdapterDelta, adaptable
+from jaxserve.lora.ops import GroupSplit
+from jaxserve.models.decoder import Decoder
+from jaxserve.models.param_spec import ParamSpec, Path, Weights
+from jaxserve.parallel.mesh import partition_spec
+from kernels_pallas.grouped_matmul.api import ExpertShape
+from kernels_pallas.lora_matmul.api import LoraModule
+
+
+class BankLayout(NamedTuple):
+    """Sizes of a bank.
+
+    Attributes:
+        num_slots: slot 0 included.
+        rank: of any adapter, at most; those of a lower one are filled up with zeros.
+        paths: weights that adapters may change.
+        rank_multiple: that the devices want of the factors in the bank.
+    """
+
+    num_slots: int
+    rank: int
+    paths: tuple[Path, ...]
+    rank_multiple: int = 1
+
+    @property
+    def padded_rank(self) -> int:
+        """Of the factors in the bank."""
+        return -(-self.rank // self.rank_multiple) * self.rank_multiple
+
+
+def bank_specs(decoder: Decoder, layout: BankLayout) -> dict[Path, ParamSpec]:
+    """Of a group's `a` [(L,) S, (E,) J, I] and each `b` [(L,) S, (E,) R, O], split as the weights' own axes are."""
+    specs: dict[Path, ParamSpec] = {}
+    weights = adaptable(decoder)
+
+    def factor(base: ParamSpec, rank: int, axis: int) -> ParamSpec:
+        size = base.num_inputs if axis == -1 else base.shape[axis]
+        at = int(base.stacked)
+        shape = (*base.shape[:at], layout.num_slots - 1, *base.shape[at:-2], rank, size)
+        axes = (*base.axes[:at], None, *base.axes[at:-2], None, base.axes[axis])
+        return ParamSpec(shape, decoder.dtype, axes, base.layers)
+
+    for group, paths in _groups(decoder, layout).items():
+        specs[*group, "a"] = factor(weights[paths[0]], len(paths) * layout.padded_rank, -1)
+        for path in paths:
+            specs[*group, "b", path[-2]] = factor(weights[path], layout.padded_rank, -2)
+    return specs
+
+
+def bank_splits(decoder: Decoder, layout: BankLayout, mesh: Mesh) -> dict[Path, GroupSplit]:
+    """How each group lies on a mesh."""
+    specs = bank_specs(decoder, layout)
+
+    def split(path: Path) -> bool:
+        return partition_spec(specs[path].axes, specs[path].shape, mesh)[-1] is not None
+
+    return {
+        group: GroupSplit(split((*group, "a")), {path[-2]: split((*group, "b", path[-2])) for path in paths})
+        for group, paths in _groups(decoder, layout).items()
+    }
+
+
+def lora_modules(decoder: Decoder, layout: BankLayout, mesh: Mesh) -> dict[Path, list[LoraModule]]:
+    """The linear modules that adapters may change, as one device has them, by their group."""
+    specs = bank_specs(decoder, layout)
+
+    def size(path: Path) -> int:
+        return specs[path].shard_shape(mesh)[-1]
+
+    def module(group: Path, path: Path) -> LoraModule:
+        return LoraModule(size((*group, "a")), size((*group, "b", path[-2])), layout.padded_rank, decoder.dtype)
+
+    weights = adaptable(decoder)
+    return {
+        group: [module(group, path) for path in paths]
+        for group, paths in _groups(decoder, layout).items()
+        # Rows of the embedding are looked up; what is taken apart is portable XLA's.
+        if not (paths[0] == EMBEDDING or weights[paths[0]].of_experts or weights[paths[0]].taken_apart)
+    }
+
+
+def lora_expert_shapes(decoder: Decoder, layout: BankLayout, mesh: Mesh) -> set[ExpertShape]:
+    """Of the factors of experts, as one device has them."""
+    specs, weights = bank_specs(decoder, layout), adaptable(decoder)
+    shapes: set[ExpertShape] = set()
+    for group, paths in _groups(decoder, layout).items():
+        for path in paths if weights[paths[0]].of_experts else ():
+            *_, rank, num_inputs = specs[*group, "a"].shard_shape(mesh)
+            num_outputs = specs[*group, "b", path[-2]].shard_shape(mesh)[-1]
+            shapes.add(ExpertShape(rank, num_inputs, decoder.dtype))
+            shapes.add(ExpertShape(num_outputs, rank, decoder.dtype, transposed=True))
+    return shapes
+
+
+def _groups(decoder: Decoder, layout: BankLayout) -> dict[Path, list[Path]]:
+    """Nodes of the bank and the weights of their modules, in the order of their names."""
+    groups: dict[Path, list[Path]] = {}
+    for path in sorted(layout.paths):
+        parent = path[:-2]
+        names = (other for other in decoder.same_inputs(path[:-1]) if (*parent, other, "weight") in layout.paths)
+        groups.setdefault((*parent, "+".join(sorted(names))), []).append(path)
+    return groups
+
+
+def bank_bytes(decoder: Decoder, layout: BankLayout, mesh: Mesh) -> int:
+    """Of a bank, on each device."""
+    return sum(spec.shard_bytes(mesh) for spec in bank_specs(decoder, layout).values())
+
+
+def slot_leaves(delta: AdapterDelta, specs: Mapping[Path, ParamSpec]) -> dict[Path, np.ndarray]:
+    """An adapter as a slot holds it, on the host: `a` [(L,) (E,) J, I] and scale * each `b` [(L,) (E,) R, O]."""
+    leaves = {path: np.zeros(slot_spec(spec).shape, spec.dtype) for path, spec in specs.items()}
+    for path, leaf in leaves.items():
+        if path[-1] == "a":
+            continue
+        *group, _, name = path
+        factor = delta.factors.get((*group[:-1], name, "weight"))
+        if factor is None:
+            continue
+        first = leaf.shape[-2] * group[-1].split("+").index(name)
+        with np.errstate(over="ignore", invalid="ignore"):  # the caller looks at the values
+            leaves[*group, "a"][..., first : first + delta.rank, :] = factor.a
+            leaf[..., : delta.rank, :] = np.swapaxes(factor.b, -1, -2) * factor.scale[..., None, None]
+    return leaves
+
+
+def slot_spec(spec: ParamSpec) -> ParamSpec:
+    """Of one slot of a leaf: without the axis of slots, which comes after that of layers."""
+    at = int(spec.stacked)
+    shape, axes = (*spec.shape[:at], *spec.shape[at + 1 :]), (*spec.axes[:at], *spec.axes[at + 1 :])
+    return ParamSpec(shape, spec.dtype, axes, spec.layers)
+
+
+def write_slot(bank: Weights, slot: jax.Array, contents: Weights) -> Weights:
+    """Put an adapter into a slot."""
+
+    def write(path: tuple[Any, ...], leaf: jax.Array, new: jax.Array) -> jax.Array:
+        return jax.lax.dynamic_update_index_in_dim(leaf, new, slot - 1, axis=int(path[0].key == "layers"))
+
+    return jax.tree_util.tree_map_with_path(write, bank, contents)

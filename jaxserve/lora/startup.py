@@ -1,0 +1,66 @@
+"""The adapters that a server starts with, and the slots that hold them and later ones."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+from jaxserve.config import LoraConfig
+from jaxserve.errors import AdapterError, LaunchError
+from jaxserve.lora.delta import AdapterDelta
+from jaxserve.lora.pool import BankLayout
+from jaxserve.lora.reader import AdapterReader, SlotReader
+from jaxserve.runner_protocol import HostAdapter
+
+
+class FirstAdapters(NamedTuple):
+    """What `--lora-paths` came to.
+
+    Attributes:
+        layout: of the bank.
+        reader: of later adapters.
+        by_name: in memory.
+    """
+
+    layout: BankLayout
+    reader: SlotReader
+    by_name: Mapping[str, HostAdapter]
+
+
+def read_first_adapters(config: LoraConfig, reader: AdapterReader, rank_multiple: int) -> FirstAdapters:
+    """Read the adapters of `--lora-paths`; what is not set is what they need.
+
+    Args:
+        config: the settings.
+        reader: of the model.
+        rank_multiple: that the devices want of the factors in the bank.
+
+    Raises:
+        LaunchError: an adapter cannot be read or does not fit, or a module is not known.
+    """
+    deltas: dict[str, AdapterDelta] = {}
+    for name, folder in config.paths.items():
+        try:
+            deltas[name] = reader.read(Path(folder))
+        except AdapterError as error:
+            raise LaunchError(f"--lora-paths {name}: {error}") from None
+    layout = bank_layout(config, reader, deltas, rank_multiple)
+    slots = SlotReader(reader, layout)
+    adapters: dict[str, HostAdapter] = {}
+    for name, delta in deltas.items():
+        try:
+            adapters[name] = slots.fit(delta)
+        except AdapterError as error:
+            raise LaunchError(f"--lora-paths {name}: {error}") from None
+    return FirstAdapters(layout, slots, adapters)
+
+
+def bank_layout(
+    config: LoraConfig, reader: AdapterReader, deltas: Mapping[str, AdapterDelta], rank_multiple: int
+) -> BankLayout:
+    """What holds these adapters, and others of the rank and modules that were asked for."""
+    if config.target_modules is None:
+        paths = {path for delta in deltas.values() for path in delta.factors}
+    else:
+        paths = reader.target_paths(config.target_modules)
+    rank = config.max_rank or max(delta.rank for delta in deltas.values())
+    return BankLayout(config.max_loras_per_batch, rank, tuple(sorted(paths)), rank_multiple)

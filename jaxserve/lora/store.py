@@ -1,0 +1,277 @@
+"""LoRA adapters on the host: which are in memory, which are read again when they are asked for, and who uses them."""
+
+import logging
+from collections import OrderedDict
+from collections.abc import Callable
+from concurrent.futures import Executor, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from typing import NamedTuple, TypeAlias
+
+from jaxserve.errors import AdapterError
+from jaxserve.request import AdapterSource, Request, TokenDelta, adapter_name
+from jaxserve.runner_protocol import AdapterHolder, HostAdapter
+from jaxserve.scheduling.adapter_slots import AdapterSlots
+
+logger = logging.getLogger(__name__)
+
+_READ_POLL_S = 0.005
+
+# What is wrong, or None.
+Answer: TypeAlias = Callable[[str | None], None]
+
+
+class _Parked(NamedTuple):
+    """A request whose adapter is not in memory, and what is called once it is, or cannot be."""
+
+    request: Request
+    start: Answer
+
+
+@dataclass
+class _Entry:
+    """An adapter that requests can name.
+
+    Attributes:
+        source: where it is.
+        digest: of what was read first; None before.
+        in_memory: the holder has it.
+        leaving: it makes room for another one as soon as no request runs with it.
+        num_requests: that have begun and not ended.
+        num_active: of those, how many have been started.
+        loaded: whom to tell of the first reading.
+        unloaded: whom to tell when it is gone; set once it is to go.
+    """
+
+    source: AdapterSource
+    digest: int | None = None
+    in_memory: bool = False
+    leaving: bool = False
+    num_requests: int = 0
+    num_active: int = 0
+    loaded: Answer | None = None
+    unloaded: Answer | None = None
+
+    @property
+    def open(self) -> bool:
+        """Whether requests may begin with it."""
+        return self.loaded is None and self.unloaded is None
+
+
+class _Use(NamedTuple):
+    """A request that has begun."""
+
+    entry: _Entry
+    open_choices: set[int]
+    active: bool
+
+
+class AdapterStore:
+    """Adapters by key. One thread calls; files are read on another, one adapter after the other.
+
+    Args:
+        read: what a folder holds; raises AdapterError.
+        holder: gets what is in memory.
+        slots: of the device.
+        max_loaded: adapters in memory; None for no limit. The least recently used one that is not pinned makes room,
+            and is read again when a request asks for it.
+        executor: where files are read; a thread if None.
+    """
+
+    def __init__(
+        self,
+        read: Callable[[str], HostAdapter],
+        holder: AdapterHolder,
+        slots: AdapterSlots,
+        max_loaded: int | None = None,
+        executor: Executor | None = None,
+    ) -> None:
+        self._read = read
+        self._holder = holder
+        self._slots = slots
+        self._max_loaded = max_loaded
+        self._executor = executor or ThreadPoolExecutor(1, thread_name_prefix="adapters")
+        # Least recently used first.
+        self._entries: OrderedDict[str, _Entry] = OrderedDict()
+        self._wanted: OrderedDict[str, None] = OrderedDict()
+        self._reading: tuple[str, Future[HostAdapter]] | None = None
+        self._parked: dict[str, _Parked] = {}
+        self._uses: dict[str, _Use] = {}
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing is read or waits to be read or unloaded."""
+        return (
+            not self._reading
+            and not self._wanted
+            and not any(entry.unloaded is not None for entry in self._entries.values())
+        )
+
+    @property
+    def num_parked(self) -> int:
+        """Choices that wait for an adapter."""
+        return sum(parked.request.num_choices for parked in self._parked.values())
+
+    def add(self, source: AdapterSource, adapter: HostAdapter) -> None:
+        """Take an adapter that the holder has already."""
+        entry = self._entries[source.key] = _Entry(source)
+        self._note_held(entry, adapter)
+
+    def load(self, source: AdapterSource, loaded: Answer) -> None:
+        """Read an adapter; its key must be new."""
+        assert source.key not in self._entries
+        self._entries[source.key] = _Entry(source, loaded=loaded)
+        self._wanted[source.key] = None
+
+    def unload(self, key: str, unloaded: Answer) -> None:
+        """Let an adapter go when the last request that has begun with it has ended."""
+        entry = self._entries.get(key)
+        if entry is None or not entry.open:
+            unloaded(f"the adapter {adapter_name(key)!r} is not loaded")
+        else:
+            entry.unloaded = unloaded
+
+    def begin(self, request: Request) -> bool:
+        """Note that a request is there; False when its adapter is gone."""
+        entry = self._entries.get(request.adapter)
+        if entry is None or not entry.open:
+            return False
+        entry.num_requests += 1
+        self._uses[request.id] = _Use(entry, set(range(request.num_choices)), active=False)
+        return True
+
+    def enter(self, request: Request, start: Answer) -> None:
+        """Start a request that has begun as soon as its adapter is in memory."""
+        entry = self._uses[request.id].entry
+        self._entries.move_to_end(entry.source.key)
+        if entry.in_memory and not entry.leaving:
+            self._start(_Parked(request, start))
+        else:
+            self._parked[request.id] = _Parked(request, start)
+            self._wanted[entry.source.key] = None
+
+    def cancel(self, request_id: str) -> Request | None:
+        """Forget a request that waits for its adapter, and return it; it is still to be told that it has ended."""
+        parked = self._parked.pop(request_id, None)
+        return None if parked is None else parked.request
+
+    def note_end(self, delta: TokenDelta) -> None:
+        """Take note of the end of a choice."""
+        use = self._uses.get(delta.request_id)
+        if use is None or delta.finish_reason is None:
+            return
+        use.open_choices.discard(delta.choice)
+        if not use.open_choices:
+            del self._uses[delta.request_id]
+            use.entry.num_requests -= 1
+            use.entry.num_active -= use.active
+
+    def work(self, *, wait_for_reading: bool) -> None:
+        """Take in what was read, start the next reading, and let go what is to go."""
+        if self._reading is not None:
+            key, future = self._reading
+            if wait_for_reading:
+                wait([future], _READ_POLL_S)
+            if future.done():
+                self._reading = None
+                self._take(self._entries[key], future)
+        for entry in list(self._entries.values()):
+            if entry.unloaded is not None and not entry.num_requests and not self._is_read(entry):
+                self._forget(entry)
+        if self._reading is None and self._wanted:
+            self._bring(self._entries[next(iter(self._wanted))])
+
+    def _is_read(self, entry: _Entry) -> bool:
+        return self._reading is not None and self._reading[0] == entry.source.key
+
+    def _bring(self, entry: _Entry) -> None:
+        """Read an adapter, or make room for it first."""
+        if entry.in_memory:  # its turn has come before it left
+            entry.leaving = False
+            self._start_parked(entry)
+        elif self._has_room():
+            self._reading = entry.source.key, self._executor.submit(self._read, entry.source.folder)
+        else:
+            return
+        del self._wanted[entry.source.key]
+
+    def _has_room(self) -> bool:
+        """Whether one adapter more can be in memory, now that another has left for it."""
+        held = [entry for entry in self._entries.values() if entry.in_memory]
+        if self._max_loaded is None or len(held) < self._max_loaded:
+            return True
+        movable = [entry for entry in held if not entry.source.pinned]
+        idle = next((entry for entry in movable if not entry.num_active), None)
+        if idle is not None:
+            self._evict(idle)
+            return True
+        if movable and not any(entry.leaving for entry in movable):
+            # Else steady requests for those in memory would keep all others out for ever.
+            movable[0].leaving = True
+        return False
+
+    def _take(self, entry: _Entry, future: "Future[HostAdapter]") -> None:
+        """An adapter was read, or could not be."""
+        error = future.exception()
+        if error is not None:
+            self._fail(entry, error)
+            return
+        adapter = future.result()
+        if entry.digest not in (None, adapter.digest):
+            self._fail(entry, AdapterError("its files have changed since it was loaded first"))
+            return
+        self._holder.hold_adapter(entry.source.key, adapter)
+        self._note_held(entry, adapter)
+        if entry.loaded is not None:
+            entry.loaded(None)
+            entry.loaded = None
+        self._start_parked(entry)
+
+    def _fail(self, entry: _Entry, error: BaseException) -> None:
+        key = entry.source.key
+        if not isinstance(error, AdapterError):
+            logger.error("the adapter %r cannot be read", key, exc_info=error)
+        if entry.loaded is not None:
+            del self._entries[key]
+            entry.loaded(str(error) if isinstance(error, AdapterError) else f"it cannot be read: {error!r}")
+            return
+        logger.error("the adapter %r cannot be read again: %s", key, error)
+        for parked in self._parked_for(entry):
+            # The reason may name folders, which clients need not know.
+            parked.start(f"the adapter {adapter_name(key)!r} cannot be read again")
+
+    def _parked_for(self, entry: _Entry) -> list[_Parked]:
+        """Those that wait for it, and no longer do."""
+        found = [parked for parked in self._parked.values() if parked.request.adapter == entry.source.key]
+        for parked in found:
+            del self._parked[parked.request.id]
+        return found
+
+    def _start_parked(self, entry: _Entry) -> None:
+        for parked in self._parked_for(entry):
+            self._start(parked)
+
+    def _start(self, parked: _Parked) -> None:
+        request = parked.request
+        use = self._uses[request.id]
+        self._uses[request.id] = use._replace(active=True)
+        use.entry.num_active += 1
+        parked.start(None)
+
+    def _note_held(self, entry: _Entry, adapter: HostAdapter) -> None:
+        entry.digest, entry.in_memory = adapter.digest, True
+        if entry.source.pinned:
+            self._slots.pin(entry.source.key)
+
+    def _evict(self, entry: _Entry) -> None:
+        """Out of memory, and out of its slot, so that what is in a slot is in memory, too."""
+        self._slots.forget(entry.source.key)
+        self._holder.drop_adapter(entry.source.key)
+        entry.in_memory = entry.leaving = False
+
+    def _forget(self, entry: _Entry) -> None:
+        assert entry.unloaded is not None
+        if entry.in_memory:
+            self._evict(entry)
+        del self._entries[entry.source.key]
+        self._wanted.pop(entry.source.key, None)
+        entry.unloaded(None)

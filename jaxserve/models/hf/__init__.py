@@ -1,0 +1,1 @@
+"""Hugging Face's `config.json`, quantisation settings and tensor names."""

@@ -1,0 +1,227 @@
+"""Reading the `quantization_config` of a `config.json`. Host data only: knows no jax."""
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import msgspec
+import regex
+
+from jaxserve.config import ModelConfig, QuantizationConfig, QuantizedPart
+from jaxserve.errors import LaunchError
+from jaxserve.models.hf.supported import check_supported
+from jaxserve.models.hf.tensor_name import TensorName
+
+# Of Microscaling Formats, fixed by their standard.
+_MX_COLUMNS = 32
+_WHOLE_ROW = 0
+# A pattern comes with the model and may never end.
+_MATCH_S = 1.0
+
+
+def read_quantization(config: Mapping[str, Any]) -> QuantizationConfig | None:
+    """What the file says of quantised weights, if it does; see `with_quantized_parts` for which they are.
+
+    Raises:
+        LaunchError: a format that is not supported.
+    """
+    quantization = config.get("quantization_config") or config.get("compression_config")
+    if not quantization:
+        return None
+    method = str(quantization.get("quant_method", "unknown"))
+    if method not in _METHODS:
+        raise LaunchError(
+            f"config.json: quantised checkpoints ({method}) are not supported; supported: {', '.join(sorted(_METHODS))}"
+        )
+    dtype = str(config.get("dtype") or config.get("torch_dtype") or "float32")
+    return _METHODS[method](quantization, dtype)
+
+
+def with_requested(config: ModelConfig, hf_config: Mapping[str, Any], requested: str | None) -> ModelConfig:
+    """The model as `--quantization` wants it: quantised while it is loaded, or as its checkpoint is.
+
+    Raises:
+        LaunchError: the checkpoint is quantised otherwise, or not at all.
+    """
+    if requested is None:
+        return config
+    method = (hf_config.get("quantization_config") or {}).get("quant_method")
+    if requested == method:
+        return config
+    if config.quantization is not None:
+        raise LaunchError(f"--quantization {requested}: the checkpoint is quantised already, as {method}")
+    if requested not in REQUESTED:
+        raise LaunchError(f"--quantization {requested}: the checkpoint is not quantised so")
+    return msgspec.structs.replace(config, quantization=REQUESTED[requested])
+
+
+def with_quantized_parts(config: ModelConfig, names: Mapping[tuple[str, ...], TensorName]) -> ModelConfig:
+    """The model with those parts named whose modules are quantised.
+
+    Args:
+        config: of the model.
+        names: path in the tree -> where the checkpoint has it.
+
+    Raises:
+        LaunchError: a part is quantised in some layers, or some of its modules, and not in others.
+    """
+    if config.quantization is None:
+        return config
+    parts: list[QuantizedPart] = []
+    for part in config.quantization.parts:
+        kept = {name: _is_kept(config.quantization, name) for name in _modules(config, names, part)}
+        if any(kept.values()) and not all(kept.values()):
+            named = next(name for name, is_kept in kept.items() if is_kept)
+            raise LaunchError(
+                f"config.json: {named} is not quantised where others of its kind are, which is not supported"
+            )
+        if kept and not all(kept.values()):
+            parts.append(part)
+    quantization = msgspec.structs.replace(config.quantization, parts=tuple(parts))
+    return msgspec.structs.replace(config, quantization=quantization if parts else None)
+
+
+def _modules(config: ModelConfig, names: Mapping[tuple[str, ...], TensorName], part: QuantizedPart) -> Iterable[str]:
+    """Names in the checkpoint of a part's linear maps; of experts, those of the first and the last."""
+    kind = {"mlp": "dense", "experts": "experts", "shared_expert": "experts"}.get(part)
+    prefix = ("layers", "moe", part) if kind == "experts" else ("layers", part)
+    last = 0 if config.experts is None else config.experts.num_experts - 1
+    for path, name in names.items():
+        if path[: len(prefix)] != prefix or path[-1] != "weight" or path[-2].endswith("norm"):
+            continue
+        for number, layer in enumerate(config.layers):
+            if kind in (None, layer.mlp):
+                for expert in (0, last):
+                    yield name.of_layer(number, expert).removesuffix(".weight")
+
+
+def _is_kept(quantization: QuantizationConfig, name: str) -> bool:
+    return any(_means(entry, name) for entry in quantization.kept)
+
+
+def _means(entry: str, name: str) -> bool:
+    """Whether an entry of the list of modules that are not quantised means this one.
+
+    An entry is a regular expression of the beginning (`re:`), or some neighbouring parts of the dotted name, where a
+    star stands for any one.
+    """
+    if entry.startswith("re:"):
+        try:
+            return regex.match(entry[3:], name, timeout=_MATCH_S) is not None
+        except (regex.error, TimeoutError) as error:
+            raise LaunchError(f"config.json: modules that are not quantised: {entry[:200]!r}: {error}") from None
+    wanted, parts = entry.split("."), name.split(".")
+    return any(
+        all(want in ("*", part) for want, part in zip(wanted, parts[start:], strict=False))
+        for start in range(len(parts) - len(wanted) + 1)
+    )
+
+
+def _fp8(config: Mapping[str, Any], _: str) -> QuantizationConfig:
+    """DeepSeek's and Qwen's."""
+    block = config.get("weight_block_size")
+    if block is None or len(block) != 2:
+        raise LaunchError(f"config.json: fp8 weights need a weight_block_size of two numbers, got {block}")
+    rows, columns = (_positive(size, "weight_block_size") for size in block)
+    check_supported(config, "fp8", fmt=("e4m3",), activation_scheme=("dynamic",))
+    return QuantizationConfig(numbers="fp8", block=(rows, columns), kept=_kept(config))
+
+
+def _mxfp4(config: Mapping[str, Any], _: str) -> QuantizationConfig:
+    """gpt-oss's: the experts (OCP Microscaling Formats 1.0)."""
+    return QuantizationConfig(
+        numbers="mxfp4", block=(1, _MX_COLUMNS), scale_dtype="e8m0", parts=("experts",), kept=_kept(config)
+    )
+
+
+def _compressed_tensors(config: Mapping[str, Any], dtype: str) -> QuantizationConfig:
+    """What llm-compressor writes, and Kimi K2 Thinking."""
+    groups: Mapping[str, Any] = config.get("config_groups") or {}
+    if len(groups) != 1:
+        raise LaunchError(f"config.json: compressed-tensors with one group of settings is supported, got {len(groups)}")
+    group: Mapping[str, Any] = next(iter(groups.values()))
+    check_supported(group, "compressed-tensors", targets=(["Linear"],))
+    weights: Mapping[str, Any] = group.get("weights") or {}
+    kind = str(group.get("format") or config.get("format"))
+    found = (kind, weights.get("type"), weights.get("num_bits"))
+    if found not in _COMPRESSED:
+        supported = "; ".join(f"{form} of {bits}-bit {type}" for form, type, bits in _COMPRESSED)
+        raise LaunchError(
+            f"config.json: compressed-tensors {found[0]} of {found[2]}-bit {found[1]} is not supported; supported: "
+            f"{supported}"
+        )
+    check_supported(
+        weights, "compressed-tensors", symmetric=(True,), dynamic=(False,), actorder=(None, "weight", "static")
+    )
+    for key in ("input_activations", "output_activations"):
+        # Results are then those of activations that are not rounded.
+        if group.get(key) and not group[key].get("dynamic", False):
+            raise LaunchError(f"config.json: compressed-tensors with static {key} is not supported")
+    numbers, strategies = _COMPRESSED[found]
+    strategy = weights.get("strategy")
+    if strategy not in strategies:
+        raise LaunchError(
+            f"config.json: {kind} weights by {strategy} are not supported; supported: by {', '.join(strategies)}"
+        )
+    columns = _WHOLE_ROW if strategy == "channel" else _positive(weights.get("group_size"), "group_size")
+    return QuantizationConfig(
+        numbers=numbers,
+        block=(1, columns),
+        # TPUs have no float16.
+        scale_dtype="bfloat16" if numbers == "int4" and dtype == "bfloat16" else "float32",
+        kept=_strings(config.get("ignore"), "ignore"),
+    )
+
+
+def _awq(config: Mapping[str, Any], _: str) -> QuantizationConfig:
+    """AutoAWQ's (arXiv:2306.00978)."""
+    check_supported(config, "awq", bits=(4,), version=("gemm", "GEMM"), zero_point=(True,))
+    columns = _positive(config.get("group_size"), "group_size")
+    return QuantizationConfig(numbers="int4", block=(1, columns), zeros=True, kept=_kept(config))
+
+
+def _gptq(config: Mapping[str, Any], _: str) -> QuantizationConfig:
+    """GPTQ's (arXiv:2210.17323), as AutoGPTQ and GPTQModel write it."""
+    check_supported(config, "gptq", bits=(4,), desc_act=(False,), checkpoint_format=("gptq",))
+    columns = _positive(config.get("group_size"), "group_size")
+    if config.get("dynamic"):
+        raise LaunchError("config.json: gptq with settings of single modules (dynamic) is not supported")
+    return QuantizationConfig(numbers="int4", block=(1, columns), zeros=True, kept=_kept(config))
+
+
+def _positive(value: Any, key: str) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < 2**31:
+        raise LaunchError(f"config.json: {key} of quantised weights must be a positive number, got {value!r}")
+    return value
+
+
+def _kept(config: Mapping[str, Any]) -> tuple[str, ...]:
+    return _strings(config.get("modules_to_not_convert"), "modules_to_not_convert")
+
+
+def _strings(value: Any, key: str) -> tuple[str, ...]:
+    if value is None:
+        return ()
+    if not isinstance(value, list) or not all(isinstance(entry, str) for entry in value):
+        raise LaunchError(f"config.json: {key} must be a list of names")
+    return tuple(value)
+
+
+# What weights can be quantised to while they are loaded.
+REQUESTED: Mapping[str, QuantizationConfig] = {
+    "int8": QuantizationConfig(numbers="int8", block=(1, _WHOLE_ROW)),
+    "fp8": QuantizationConfig(numbers="fp8", block=(1, _WHOLE_ROW)),
+    "int4": QuantizationConfig(numbers="int4", block=(1, 32), scale_dtype="bfloat16"),
+}
+# (format, type, bits) -> numbers, and what may share a factor.
+_COMPRESSED: Mapping[tuple[Any, Any, Any], tuple[Any, tuple[str, ...]]] = {
+    ("pack-quantized", "int", 4): ("int4", ("group", "channel")),
+    ("int-quantized", "int", 8): ("int8", ("channel",)),
+    ("float-quantized", "float", 8): ("fp8", ("channel",)),
+}
+_METHODS: Mapping[str, Callable[[Mapping[str, Any], str], QuantizationConfig]] = {
+    "awq": _awq,
+    "compressed-tensors": _compressed_tensors,
+    "fp8": _fp8,
+    "gptq": _gptq,
+    "mxfp4": _mxfp4,
+}

@@ -1,0 +1,1 @@
+"""Meshes, and how arrays are split over them."""

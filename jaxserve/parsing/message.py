@@ -1,0 +1,55 @@
+"""A message put together from its pieces."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from jaxserve.parsing.deltas import CallArguments, CallEnd, CallFailed, CallStart, Content, Piece, Reasoning
+
+
+@dataclass
+class Call:
+    """One tool call.
+
+    Attributes:
+        name: of the function.
+        id: the model's own, where its format has one.
+        arguments: JSON text.
+        complete: whether the arguments have ended.
+    """
+
+    name: str
+    id: str | None
+    arguments: str = ""
+    complete: bool = False
+
+
+@dataclass
+class Message:
+    """What an output says.
+
+    Attributes:
+        calls: by index; those that failed are gone.
+    """
+
+    content: str = ""
+    reasoning: str = ""
+    calls: dict[int, Call] = field(default_factory=dict[int, Call])
+
+    def add(self, pieces: Iterable[Piece]) -> "Message":
+        """Append pieces, in order; returns the message."""
+        for piece in pieces:
+            match piece:
+                case Content(text=text):
+                    self.content += text
+                case Reasoning(text=text):
+                    self.reasoning += text
+                case CallStart(call=index, name=name, id=call_id):
+                    self.calls[index] = Call(name, call_id)
+                case CallArguments(call=index, text=text):
+                    self.calls[index].arguments += text
+                case CallEnd(call=index):
+                    self.calls[index].complete = True
+                case CallFailed(call=index, text=text):
+                    del self.calls[index]
+                    self.content += text
+        return self

@@ -1,0 +1,162 @@
+"""How a model's output is read: which reasoning and tool-call formats, and the parser made of them."""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from jaxserve.errors import LaunchError
+from jaxserve.parsing.deltas import CallEnd, Content, Piece, Reasoning
+from jaxserve.parsing.reasoning.registry import REASONING_FORMATS, ReasoningFormat, detect_reasoning
+from jaxserve.parsing.stream_parser import StreamParser
+from jaxserve.parsing.tool_calls.registry import TOOL_CALL_FORMATS, ToolCallFormat, detect_tool_calls
+from jaxserve.parsing.tool_calls.tool import Tool
+from jaxserve.text.chat_template import ChatTemplate
+
+logger = logging.getLogger(__name__)
+
+# What a model that was trained on no format is asked for.
+_FALLBACK_TOOL_CALLS = "hermes"
+
+
+@dataclass(frozen=True, kw_only=True)
+class OutputFormats:
+    """The formats of the served model.
+
+    Attributes:
+        reasoning: None where outputs are not searched for thinking.
+        tool_calls: of requests that declare tools.
+    """
+
+    reasoning: ReasoningFormat | None
+    tool_calls: ToolCallFormat
+
+
+def choose_formats(reasoning: str | None, tool_calls: str, template: ChatTemplate) -> OutputFormats:
+    """Formats by name; `auto` is what the chat template writes.
+
+    Raises:
+        LaunchError: a name is not known.
+    """
+    source = template.source or ""
+    if reasoning == "auto":
+        reasoning = detect_reasoning(source)
+        logger.info("reasoning parser: %s, by the chat template", reasoning or "none")
+    if tool_calls == "auto":
+        detected = detect_tool_calls(source)
+        tool_calls = detected or _FALLBACK_TOOL_CALLS
+        logger.info(
+            "tool-call parser: %s, %s", tool_calls, "by the chat template" if detected else "for want of a better one"
+        )
+    if reasoning is not None and reasoning.lower() not in REASONING_FORMATS:
+        raise LaunchError(f"--reasoning-parser: one of auto, {', '.join(REASONING_FORMATS)}, got {reasoning!r}")
+    if tool_calls.lower() not in TOOL_CALL_FORMATS:
+        raise LaunchError(f"--tool-call-parser: one of auto, {', '.join(TOOL_CALL_FORMATS)}, got {tool_calls!r}")
+    return OutputFormats(
+        reasoning=None if reasoning is None else REASONING_FORMATS[reasoning.lower()],
+        tool_calls=TOOL_CALL_FORMATS[tool_calls.lower()],
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class MessageFormat:
+    """How the outputs of one request are read.
+
+    Attributes:
+        reasoning: None where thinking is not told from content.
+        inside: the output starts inside thinking; None where the prompt does not tell.
+        stream_reasoning: pass thinking on as it comes, not at its end.
+        tool_calls: None where calls are content.
+        tools: those that may be called.
+        single_call: the message ends with its first call.
+        constrained: a grammar says where thinking is.
+    """
+
+    reasoning: ReasoningFormat | None = None
+    inside: bool | None = None
+    stream_reasoning: bool = True
+    tool_calls: ToolCallFormat | None = None
+    tools: Sequence[Tool] = ()
+    single_call: bool = False
+    constrained: bool = False
+
+    def parser(self) -> "MessageParser":
+        """A parser for one output."""
+        return MessageParser(self)
+
+
+class MessageParser:
+    """Text of one output to the pieces of a message: thinking first, then calls in what is left.
+
+    Attributes:
+        finished: the message is complete; what follows does not count.
+    """
+
+    def __init__(self, form: MessageFormat) -> None:
+        self._reasoning = None
+        if form.reasoning is not None:
+            self._reasoning = form.reasoning.parser(
+                form.inside, keeps_calls=form.tool_calls is not None, constrained=form.constrained
+            )
+        self._tool_calls = None if form.tool_calls is None else form.tool_calls.parser(form.tools)
+        self._stream_reasoning = form.stream_reasoning
+        self._single_call = form.single_call
+        self._held_reasoning = ""
+        self.finished = False
+
+    @property
+    def thinking(self) -> bool:
+        """Whether the text so far ends inside thinking."""
+        return self._reasoning is not None and self._reasoning.thinking
+
+    def push(self, text: str) -> list[Piece]:
+        """Pieces that are certain once this text is there."""
+        pieces = _push(self._reasoning, text)
+        return self._end_after_call(self._hold_reasoning(self._find_calls(pieces)))
+
+    def finish(self, *, cut_off: bool = False) -> list[Piece]:
+        """The rest; see `StreamParser.finish`."""
+        pieces = [] if self._reasoning is None else self._reasoning.finish(cut_off=cut_off)
+        pieces = self._find_calls(pieces)
+        if self._tool_calls is not None:
+            pieces += self._tool_calls.finish(cut_off=cut_off)
+        pieces = self._hold_reasoning(pieces)
+        if self._held_reasoning:
+            pieces.append(Reasoning(self._held_reasoning))
+        return self._end_after_call(pieces)
+
+    def _find_calls(self, pieces: list[Piece]) -> list[Piece]:
+        if self._tool_calls is None:
+            return pieces
+        out: list[Piece] = []
+        for piece in pieces:
+            out += self._tool_calls.push(piece.text) if isinstance(piece, Content) else [piece]
+        return out
+
+    def _hold_reasoning(self, pieces: list[Piece]) -> list[Piece]:
+        if self._stream_reasoning:
+            return pieces
+        out: list[Piece] = []
+        for piece in pieces:
+            if isinstance(piece, Reasoning):
+                self._held_reasoning += piece.text
+                continue
+            if self._held_reasoning:
+                out.append(Reasoning(self._held_reasoning))
+                self._held_reasoning = ""
+            out.append(piece)
+        return out
+
+    def _end_after_call(self, pieces: list[Piece]) -> list[Piece]:
+        if self.finished:
+            return []
+        for index, piece in enumerate(pieces):
+            if self._single_call and isinstance(piece, CallEnd):
+                self.finished = True
+                return pieces[: index + 1]
+        return pieces
+
+
+def _push(parser: StreamParser | None, text: str) -> list[Piece]:
+    if parser is None:
+        return [Content(text)] if text else []
+    return parser.push(text)

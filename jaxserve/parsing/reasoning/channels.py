@@ -1,0 +1,102 @@
+"""Thinking in a channel of its own (harmony, gpt-oss)."""
+
+from dataclasses import dataclass
+
+from jaxserve.parsing.harmony import CALL, CHANNEL, END, ENDS, MARKERS, MESSAGE, START, Header, read_header
+from jaxserve.parsing.stream_parser import StreamParser
+from jaxserve.parsing.stream_reader import Reads
+from jaxserve.structured.grammar import Before, GrammarWriter
+
+# Outputs from which the markers were stripped read so.
+_BARE_ANALYSIS, _BARE_FINAL = "analysis", "assistantfinal"
+
+
+@dataclass(frozen=True)
+class Channels:
+    """Analysis is thinking, final and commentary are content, and a message to a tool is passed on as it is."""
+
+    markers: tuple[str, ...] = MARKERS
+    presumed: bool = False
+    reopens: bool = True
+    interrupts: tuple[str, ...] = ()
+    start: str = f"{CHANNEL}analysis{MESSAGE}"
+    end: str = END
+
+    def closing(self, *, calls: bool) -> str:
+        """See `ReasoningFormat`."""
+        # The next message has to begin as well, or it could be thinking again.
+        return f"{END}{START}assistant{CHANNEL}" + ("commentary to=functions." if calls else f"final{MESSAGE}")
+
+    def inside(self, prompt: str) -> bool | None:
+        """Whether an output after this prompt starts inside thinking; None where the prompt's end does not tell."""
+        return prompt.endswith(self.start) or None
+
+    def inside_continued(self, message: str) -> bool | None:
+        """The same for an output that continues a message of the assistant's: templates close its channel."""
+        return None
+
+    def parser(self, inside: bool | None, *, keeps_calls: bool, constrained: bool) -> "ChannelsParser":
+        """See `ReasoningFormat`."""
+        return ChannelsParser(inside=bool(inside), keeps_calls=keeps_calls)
+
+    def grammar(self, writer: GrammarWriter, inside: bool | None, *, calls: bool) -> Before:
+        """See `ReasoningFormat`."""
+        channel, message, start = (writer.literal(marker) for marker in (CHANNEL, MESSAGE, START))
+        text = f'thinking {start} "assistant"'
+        more = f'({channel} "analysis" {message} {text})*'
+        final = "" if calls else f'{channel} "final" {message}'
+        return Before(" ".join((text if inside else "", more, final)), (writer.rule_until("thinking", END),))
+
+
+class ChannelsParser(StreamParser):
+    """Splits one output at its channels."""
+
+    def __init__(self, *, inside: bool, keeps_calls: bool) -> None:
+        super().__init__()
+        self._keeps_calls = keeps_calls
+        self._inside = inside
+        self.thinking = inside
+
+    def _parse(self) -> Reads[None]:
+        reader = self._reader
+        marker: str | None = None
+        if self._inside:
+            marker = yield from reader.until((*ENDS, START, CHANNEL), self._reasoning)
+            self.thinking = False
+        elif (yield from reader.accept(_BARE_ANALYSIS)) is not None:
+            yield from self._without_markers()
+            return
+        while True:
+            if marker not in (START, CHANNEL):
+                marker = yield from reader.until((START, CHANNEL), self._content)
+            if marker is None:
+                return
+            header = yield from read_header(reader, marker)
+            marker = yield from self._message(header)
+
+    def _message(self, header: Header) -> Reads[str | None]:
+        """Read a message's text; returns the marker that ended it."""
+        reader = self._reader
+        if not header.complete:
+            return None
+        if header.recipient and self._keeps_calls:
+            self._content(header.raw)
+            marker = yield from reader.until((*ENDS, START, CHANNEL), self._content)
+            if marker is not None or not self._cut_off:
+                self._content(CALL)
+            return marker
+        emit = {"analysis": self._reasoning, "final": self._content, "commentary": self._content}.get(header.channel)
+        if header.recipient:
+            emit = self._content
+        self.thinking = emit == self._reasoning
+        marker = yield from reader.until((*ENDS, START, CHANNEL), emit or (lambda _: None))
+        self.thinking = False
+        return marker
+
+    def _without_markers(self) -> Reads[None]:
+        held: list[str] = []
+        if (yield from self._reader.until((_BARE_FINAL,), held.append)) is None:
+            self._content(_BARE_ANALYSIS + "".join(held))
+            return
+        self._reasoning("".join(held))
+        yield from self._reader.rest(self._content)

@@ -1,0 +1,62 @@
+"""Base of the parsers of model output: text in, pieces of a message out, the same for any cutting of the text."""
+
+from abc import ABC, abstractmethod
+
+from jaxserve.parsing.deltas import Content, Piece, Reasoning
+from jaxserve.parsing.stream_reader import Reads, StreamReader
+
+_SLICE = 1024
+
+
+class StreamParser(ABC):
+    """A parser of one output. `push` text as it comes, then `finish` once.
+
+    A subclass writes `_parse`: it reads from `_reader` and appends to `_out`.
+
+    Attributes:
+        thinking: the text so far ends inside thinking.
+    """
+
+    def __init__(self) -> None:
+        self._reader = StreamReader()
+        self._out: list[Piece] = []
+        self._cut_off = False
+        self.thinking = False
+        self._reads: Reads[None] | None = None
+
+    def push(self, text: str) -> list[Piece]:
+        """Pieces that are certain once this text is there."""
+        out: list[Piece] = []
+        # Any cutting gives the same, and a short buffer is cheap to read from.
+        for start in range(0, len(text), _SLICE):
+            self._reader.text += text[start : start + _SLICE]
+            out += self._run()
+        return out
+
+    def finish(self, *, cut_off: bool = False) -> list[Piece]:
+        """The rest.
+
+        Args:
+            cut_off: the output would have gone on; what is incomplete at its end is not wrong.
+        """
+        self._cut_off = cut_off
+        self._reader.closed = True
+        return self._run()
+
+    @abstractmethod
+    def _parse(self) -> Reads[None]: ...
+
+    def _run(self) -> list[Piece]:
+        if self._reads is None:
+            self._reads = self._parse()
+        next(self._reads, None)
+        out, self._out = self._out, []
+        return out
+
+    def _content(self, text: str) -> None:
+        if text:
+            self._out.append(Content(text))
+
+    def _reasoning(self, text: str) -> None:
+        if text:
+            self._out.append(Reasoning(text))

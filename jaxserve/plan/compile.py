@@ -1,0 +1,263 @@
+"""Compiles a model's step for devices that are not here, and adds up what it needs."""
+
+import math
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from fractions import Fraction
+from functools import partial
+from typing import Any, NamedTuple, TypeAlias
+
+import jax
+
+from jaxserve.config import EngineConfig, LayerConfig, LoraConfig
+from jaxserve.errors import LaunchError
+from jaxserve.layout.layout import EngineDesign, ModelDesign, check_fit, design_model, lay_out
+from jaxserve.layout.memory import DEVICE_MEM_FRACTION
+from jaxserve.lora.pool import BankLayout, bank_bytes
+from jaxserve.lora.reader import AdapterReader
+from jaxserve.lora.startup import bank_layout
+from jaxserve.models.layer_groups import group_layers
+from jaxserve.parallel.mesh import mesh_of
+from jaxserve.plan.hlo import find_collectives, num_kernels
+from jaxserve.plan.report import Load, Memory, Program, Report, bound
+from jaxserve.plan.targets import Target, target_devices
+from jaxserve.runner.buckets import ForwardShape
+from jaxserve.runner.programs import StepPrograms
+from kernels_pallas.dispatch import lora_rank_multiple
+from kernels_pallas.shards import EXPERT, model_size
+
+_COMPILE_THREADS = 2
+# The next forward pass runs while tokens are drawn from the logits of the last.
+_STEPS_IN_FLIGHT = 2
+# Of a device's memory, where more devices are advised.
+_WEIGHTS_AT_MOST = 0.8
+_FEWER_SLOTS = "adapters' slots take room, too: --max-loras-per-batch, --max-lora-rank, --lora-target-modules"
+# For devices whose memory we do not know.
+_UNKNOWN_POOL_BYTES = 512 << 20
+
+
+# How to lower a program, and how often a step runs a layer in the bodies of its loops.
+Job: TypeAlias = tuple[Callable[[], jax.stages.Lowered], Fraction]
+
+
+class Outcome(NamedTuple):
+    """What compiling came to: the programs, or why the compiler gave up."""
+
+    programs: list[Program]
+    compile_s: float
+    error: str | None = None
+
+
+def make_plan(config: EngineConfig, hf_config: Mapping[str, Any], target: Target) -> Report:
+    """Lay a model out on a target and compile its programs.
+
+    Raises:
+        LaunchError: settings, model and target do not fit together, or there is no compiler for the target.
+    """
+    jax.config.update("jax_numpy_dtype_promotion", "strict")
+    mesh = mesh_of(target_devices(target), config.tp_size, config.dp_size, config.ep_size)
+    design = design_model(config, hf_config, mesh)
+    total = target.device.memory_bytes
+    adapters = None if config.lora is None else adapter_slots(config.lora, design)
+    held = design.device_weight_bytes + _bank_bytes(design, adapters)
+    left = total - held if total else _UNKNOWN_POOL_BYTES
+    if left <= 0:
+        return _too_heavy(config, design, adapters, target)
+    engine = lay_out(config, design, int(left * (config.mem_fraction_static or DEVICE_MEM_FRACTION)), adapters)
+    return _report(config, design, engine, target, _compile(engine, design.model.layers))
+
+
+def adapter_slots(config: LoraConfig, design: ModelDesign) -> BankLayout:
+    """Slots for adapters that are not there yet."""
+    reader = AdapterReader(design.decoder, design.architecture.tensor_names(design.checkpoint), design.checkpoint)
+    return bank_layout(config, reader, {}, lora_rank_multiple(design.mesh))
+
+
+def _bank_bytes(design: ModelDesign, adapters: BankLayout | None) -> int:
+    return 0 if adapters is None else bank_bytes(design.decoder, adapters, design.mesh)
+
+
+def _compile(engine: EngineDesign, layers: Sequence[LayerConfig]) -> Outcome:
+    """Compile every program of a step, two at a time."""
+    step = StepPrograms(engine.step)
+    lock = threading.Lock()
+    # Groups that are run once are not loops any more.
+    loops = [(len(group.kinds), group.repeats) for group in group_layers(layers) if group.repeats > 1]
+    turns = Fraction(sum(size * repeats for size, repeats in loops), max(1, sum(size for size, _ in loops)))
+
+    def compile_one(name: str, job: Job) -> Program:
+        lower, turns = job
+        with lock:  # tracing is not for threads
+            lowered = lower()
+        started = time.perf_counter()
+        compiled = lowered.compile()
+        seconds = time.perf_counter() - started
+        memory: Any = compiled.memory_analysis()
+        text = compiled.as_text() or ""
+        return Program(
+            name=name,
+            compile_s=seconds,
+            temporary_bytes=memory.temp_size_in_bytes,
+            code_bytes=memory.generated_code_size_in_bytes,
+            kernels=num_kernels(text),
+            collectives=find_collectives(text).per_step(turns),
+        )
+
+    jobs: dict[str, Job] = {_name(shape): (partial(step.lower_forward, shape), turns) for shape in engine.step.shapes}
+    for rows in sorted({bucket.num_rows for bucket in engine.step.buckets}, reverse=True):
+        # Its loops search what the candidates do not decide, which is rare.
+        jobs[f"draw {rows} rows"] = partial(step.lower_draw, rows), Fraction(0)
+    started = time.perf_counter()
+    with ThreadPoolExecutor(_COMPILE_THREADS) as pool:
+        try:
+            programs = list(pool.map(compile_one, jobs, jobs.values()))
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise LaunchError(f"the compiler for the target failed: {error}") from error
+            return Outcome([], time.perf_counter() - started, str(error).splitlines()[0])
+    return Outcome(programs, time.perf_counter() - started)
+
+
+def _name(shape: ForwardShape) -> str:
+    kind = "forward with adapters" if shape.adapted else "forward, prompts expanded," if shape.expanded else "forward"
+    return f"{kind} {shape.bucket.num_tokens} tokens, {shape.bucket.num_rows} rows"
+
+
+def _too_heavy(config: EngineConfig, design: ModelDesign, adapters: BankLayout | None, target: Target) -> Report:
+    """The weights, with adapters' slots, do not fit: nothing to compile."""
+    memory = Memory(
+        total=target.device.memory_bytes,
+        weights=design.device_weight_bytes,
+        adapters=_bank_bytes(design, adapters),
+        kv_pool=0,
+        state=0,
+        temporaries=0,
+        programs=0,
+    )
+    return Report(
+        **_names(config, design, target),
+        attention_backend="not compiled",
+        fits=False,
+        advice=[_more_devices(design, target), *([] if adapters is None else [_FEWER_SLOTS])],
+        memory=memory,
+        context_length=design.scheduler.context_length,
+        kv_tokens=0,
+        full_requests=0,
+        programs=[],
+        compile_s=0.0,
+        bounds=None,
+    )
+
+
+def _report(
+    config: EngineConfig, design: ModelDesign, engine: EngineDesign, target: Target, outcome: Outcome
+) -> Report:
+    memory = _memory(design, engine, target, outcome.programs)
+    kv_tokens = engine.cache.num_pages * engine.cache.page_size * config.dp_size
+    context_length = design.scheduler.context_length
+    whole = engine.scheduler.context_length == context_length
+    fits = outcome.error is None and memory.fits and (whole or config.context_length is None)
+    rows = max(1, min(engine.scheduler.max_rows, kv_tokens // config.dp_size * 2 // engine.scheduler.context_length))
+    load = Load(
+        weight_bytes=design.device_read_bytes,
+        expert_bytes=design.device_expert_bytes,
+        key_bytes=engine.pool_bytes / (engine.cache.num_pages * engine.cache.page_size),
+        rows=rows,
+        context=engine.scheduler.context_length // 2,
+        tp_size=config.tp_size,
+        num_copies=config.dp_size if config.dp_attention else 1,
+    )
+    return Report(
+        **_names(config, design, target),
+        attention_backend=engine.attention_name,
+        fits=fits,
+        advice=_advice(design, engine, target, outcome, memory),
+        memory=memory,
+        context_length=context_length,
+        kv_tokens=kv_tokens,
+        full_requests=config.dp_size * (engine.cache.num_pages * engine.cache.page_size // context_length),
+        programs=outcome.programs,
+        compile_s=outcome.compile_s,
+        bounds=bound(design.model, target.device, load),
+    )
+
+
+def _names(config: EngineConfig, design: ModelDesign, target: Target) -> dict[str, Any]:
+    return {
+        "model": f"{config.model_path} ({design.model.architecture})",
+        "target": target.text,
+        "devices": config.tp_size * config.dp_size,
+        "tp_size": config.tp_size,
+        "dp_size": config.dp_size,
+        "ep_size": config.ep_size,
+        "dp_attention": config.dp_attention,
+        "dtype": str(design.dtype),
+        "kv_dtype": str(design.kv_dtype),
+    }
+
+
+def _memory(design: ModelDesign, engine: EngineDesign, target: Target, programs: list[Program]) -> Memory:
+    step = StepPrograms(engine.step)
+    state = sum(_device_bytes(leaf) for leaf in jax.tree.leaves(step.state_shapes()))
+    logits = _device_bytes(step.logits_shape(engine.scheduler.max_rows))
+    return Memory(
+        total=target.device.memory_bytes or None,
+        weights=design.device_weight_bytes,
+        adapters=_bank_bytes(design, engine.step.adapters),
+        kv_pool=engine.pool_bytes,
+        state=state + _STEPS_IN_FLIGHT * logits,
+        temporaries=max((program.temporary_bytes for program in programs), default=0),
+        programs=sum(program.code_bytes for program in programs),
+    )
+
+
+def _device_bytes(array: jax.ShapeDtypeStruct) -> int:
+    assert array.sharding is not None
+    return math.prod(array.sharding.shard_shape(array.shape)) * array.dtype.itemsize
+
+
+def _advice(design: ModelDesign, engine: EngineDesign, target: Target, outcome: Outcome, memory: Memory) -> list[str]:
+    advice: list[str] = []
+    if outcome.error is not None:
+        advice.append(f"the compiler: {outcome.error}")
+    if outcome.error is not None or not memory.fits:
+        advice.append("a lower --mem-fraction-static leaves more room for temporaries")
+    if engine.scheduler.context_length < design.scheduler.context_length:
+        advice.append(
+            f"the pool holds no request of {design.scheduler.context_length:,} tokens, only of "
+            f"{engine.scheduler.context_length:,}: --context-length, --kv-cache-dtype int8 or more devices help"
+        )
+    return advice
+
+
+def _more_devices(design: ModelDesign, target: Target) -> str:
+    """How many devices of this kind would hold the weights, with room for the rest of a step."""
+    now, total = model_size(design.mesh), target.device.memory_bytes
+    held = (
+        f"weights are {design.device_weight_bytes / 2**30:.1f} GiB on each of {now} devices of {total / 2**30:.1f} GiB"
+    )
+    if design.checkpoint.experts is not None and design.checkpoint.experts.of_copies:
+        return f"{held}: try more of them, a lower --dp-size, or smaller weights"
+    least = math.ceil(design.device_weight_bytes * now / (_WEIGHTS_AT_MOST * total))
+    for tp_size in range(max(now + 1, least), design.checkpoint.num_q_heads + 1):
+        # Whole experts on each device where they cannot be split as before.
+        for ep_size in dict.fromkeys((design.mesh.shape[EXPERT], *_whole_experts(design, tp_size))):
+            if tp_size % ep_size == 0 and _fits(design, tp_size, ep_size):
+                flags = f"--tp-size {tp_size}" + (f" --ep-size {ep_size}" if ep_size > 1 else "")
+                return f"{held}: try {flags} or smaller weights"
+    return f"{held}: no number of them that divides the model is enough, only smaller weights"
+
+
+def _whole_experts(design: ModelDesign, tp_size: int) -> tuple[int, ...]:
+    experts = design.checkpoint.experts
+    return () if experts is None else (math.gcd(tp_size, experts.num_experts),)
+
+
+def _fits(design: ModelDesign, tp_size: int, ep_size: int) -> bool:
+    try:
+        check_fit(design, tp_size, ep_size)
+    except LaunchError:
+        return False
+    return True

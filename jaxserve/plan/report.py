@@ -1,0 +1,245 @@
+"""What `jaxserve.plan` tells: memory, programs, and bounds on speed, as a table or as JSON."""
+
+from typing import NamedTuple
+
+import msgspec
+
+from jaxserve.config import ModelConfig
+from jaxserve.plan.targets import DeviceSpec
+
+
+class Program(msgspec.Struct, frozen=True, kw_only=True):
+    """One compiled program.
+
+    Attributes:
+        name: `forward` with its tokens and rows, or `draw` with its rows.
+        compile_s: seconds here, other work beside it.
+        temporary_bytes, code_bytes: on each device.
+        kernels: Pallas kernels in it; one in the loop over layers counts once.
+        collectives: how often a step runs each kind.
+    """
+
+    name: str
+    compile_s: float
+    temporary_bytes: int
+    code_bytes: int
+    kernels: int
+    collectives: dict[str, int]
+
+
+class Memory(msgspec.Struct, frozen=True, kw_only=True):
+    """Bytes on each device.
+
+    Attributes:
+        total: of the device, or None where it is not known.
+        weights, adapters, kv_pool: what they take; of adapters, those in slots.
+        state: of the requests that run, and the logits of two steps.
+        temporaries: of the program that needs most.
+        programs: all of them.
+    """
+
+    total: int | None
+    weights: int
+    adapters: int
+    kv_pool: int
+    state: int
+    temporaries: int
+    programs: int
+
+    @property
+    def used(self) -> int:
+        """Sum of the parts."""
+        return self.weights + self.adapters + self.kv_pool + self.state + self.temporaries + self.programs
+
+    @property
+    def fits(self) -> bool:
+        """Whether they fit."""
+        return self.total is None or self.used <= self.total
+
+
+class Bounds(msgspec.Struct, frozen=True, kw_only=True):
+    """Tokens per second that memory and arithmetic allow each device at best; never measured.
+
+    Attributes:
+        rows, context: the decode step they are for: requests, and keys of each.
+        decode: of all rows together.
+        decode_alone: of a single request.
+        prefill: prompt tokens.
+    """
+
+    rows: int
+    context: int
+    decode: float
+    decode_alone: float
+    prefill: float
+
+
+class Report(msgspec.Struct, frozen=True, kw_only=True):
+    """A plan.
+
+    Attributes:
+        fits: whether the model fits the target.
+        advice: what would make it fit, or what to know.
+        kv_tokens: that the pools of all copies hold.
+        full_requests: requests of `context_length` tokens that they hold.
+    """
+
+    model: str
+    target: str
+    devices: int
+    tp_size: int
+    dp_size: int
+    ep_size: int
+    dp_attention: bool
+    dtype: str
+    kv_dtype: str
+    attention_backend: str
+    fits: bool
+    advice: list[str]
+    memory: Memory
+    context_length: int
+    kv_tokens: int
+    full_requests: int
+    programs: list[Program]
+    compile_s: float
+    bounds: Bounds | None
+
+    def table(self) -> str:
+        """For people."""
+        rows = [
+            ("model", self.model),
+            ("target", f"{self.target}, {self.devices} devices: {self._split()}"),
+            ("dtype", f"{self.dtype}, keys and values {self.kv_dtype}"),
+            ("attention", self.attention_backend),
+            ("fits", "yes" if self.fits else "NO"),
+            *(("", line) for line in self.advice),
+            ("", ""),
+            *self._memory_rows(),
+            ("", ""),
+            ("KV tokens", f"{self.kv_tokens:,}, or {self.full_requests:,} requests of {self.context_length:,} tokens"),
+            *self._bound_rows(),
+            ("", ""),
+            ("programs", f"{len(self.programs)}, compiled in {self.compile_s:.1f} s"),
+        ]
+        lines = [f"{name:<16}{text}".rstrip() for name, text in rows]
+        return "\n".join(lines + self._program_lines())
+
+    def _split(self) -> str:
+        experts = f", ep {self.ep_size}" if self.ep_size > 1 else ""
+        shared = ", one set of experts for all copies" if self.dp_attention else ""
+        return f"tp {self.tp_size}, dp {self.dp_size}{experts}{shared}"
+
+    def _memory_rows(self) -> list[tuple[str, str]]:
+        memory = self.memory
+        parts = [("weights", memory.weights)]
+        parts += [("adapters", memory.adapters)] if memory.adapters else []
+        parts += [("KV pool", memory.kv_pool), ("state, logits", memory.state)]
+        parts += [("temporaries", memory.temporaries), ("programs", memory.programs), ("total", memory.used)]
+        rows = [(name, f"{size / 2**30:8.2f} GiB on each device") for name, size in parts]
+        if memory.total is not None:
+            rows.append(("device has", f"{memory.total / 2**30:8.2f} GiB"))
+        return rows
+
+    def _bound_rows(self) -> list[tuple[str, str]]:
+        if self.bounds is None:
+            return [("bounds", "not known for this device")]
+        b = self.bounds
+        return [
+            ("decode bound", f"{b.decode:,.0f} tokens/s a device, {b.rows} requests with {b.context:,} keys each"),
+            ("alone bound", f"{b.decode_alone:,.0f} tokens/s a device, one request"),
+            ("prefill bound", f"{b.prefill:,.0f} tokens/s a device"),
+        ]
+
+    def _program_lines(self) -> list[str]:
+        def line(name: str, *numbers: object) -> str:
+            compile_s, temporary, kernels, collectives = numbers
+            return f"  {name:<30}{compile_s:>10}{temporary:>10}{kernels:>9}  {collectives}"
+
+        return [line("", "compile s", "temp MiB", "kernels", "collectives of a step")] + [
+            line(
+                program.name,
+                f"{program.compile_s:.1f}",
+                f"{program.temporary_bytes / 2**20:.1f}",
+                program.kernels,
+                ", ".join(f"{count} {kind}" for kind, count in program.collectives.items()) or "none",
+            )
+            for program in self.programs
+        ]
+
+
+class Load(NamedTuple):
+    """What a decode step is bounded for.
+
+    Attributes:
+        weight_bytes: of one device, those that a step reads.
+        expert_bytes: of one device, all experts.
+        key_bytes: of one cached token on one device.
+        rows: requests.
+        context: keys of each.
+        tp_size: devices of a copy.
+        num_copies: that share experts, and have as many requests each.
+    """
+
+    weight_bytes: int
+    expert_bytes: int
+    key_bytes: float
+    rows: int
+    context: int
+    tp_size: int
+    num_copies: int = 1
+
+
+def bound(model: ModelConfig, device: DeviceSpec, load: Load) -> Bounds | None:
+    """Roofline bounds: every weight that is used and every live key read once, every multiplication at full speed."""
+    if not device.bytes_per_s:
+        return None
+    flops = device.flops * load.tp_size
+    # On average over the layers.
+    seen = sum(min(load.context, layer.window or load.context) for layer in model.layers) / model.num_layers
+    value_dim = model.head_dim if model.latent is None else model.latent.kv_rank
+    attention_flops = 2 * model.num_layers * model.num_q_heads * (model.head_dim + value_dim)
+
+    def step_s(rows: int) -> float:
+        weight_bytes = load.weight_bytes + load.expert_bytes * experts_read(model, rows * load.num_copies)
+        memory_s = (weight_bytes + rows * seen * load.key_bytes) / device.bytes_per_s
+        arithmetic_s = rows * (2 * num_multiplied(model) + attention_flops * seen) / flops
+        return max(memory_s, arithmetic_s)
+
+    # A prompt's tokens see half of it on average, and none needs the vocabulary but the last.
+    head = model.vocab_size * model.hidden_size
+    prefill = flops / (2 * (num_multiplied(model) - head) + attention_flops * seen / 2)
+    return Bounds(
+        rows=load.rows,
+        context=load.context,
+        decode=load.rows / step_s(load.rows) / load.tp_size,
+        decode_alone=1 / step_s(1) / load.tp_size,
+        prefill=prefill / load.tp_size,
+    )
+
+
+def num_multiplied(model: ModelConfig) -> int:
+    """Weights that a token is multiplied with: all but the input embedding and the norms, and its own experts."""
+    rows = {"dense": 3 * model.intermediate_size}
+    if (experts := model.experts) is not None:
+        own = experts.top_k * experts.intermediate_size + (experts.shared_intermediate_size or 0)
+        rows["experts"] = 3 * own + experts.num_experts
+    mlps = sum(rows[layer.mlp] for layer in model.layers) * model.hidden_size
+    return mlps + model.num_layers * _attention_multiplied(model) + model.vocab_size * model.hidden_size
+
+
+def _attention_multiplied(model: ModelConfig) -> int:
+    """Weights of a layer's projections."""
+    heads, hidden = model.num_q_heads, model.hidden_size
+    if (latent := model.latent) is None:
+        return hidden * model.head_dim * (2 * heads + 2 * model.num_kv_heads)
+    q_size = heads * (latent.key_dim + latent.rope_dim)
+    queries = hidden * q_size if latent.q_rank is None else latent.q_rank * (hidden + q_size)
+    expansion = heads * (latent.key_dim + latent.value_dim) * latent.kv_rank
+    return queries + hidden * model.head_dim + expansion + heads * latent.value_dim * hidden
+
+
+def experts_read(model: ModelConfig, rows: int) -> float:
+    """Share of the experts that a step of so many tokens uses, if the router prefers none."""
+    if model.experts is None:
+        return 0.0
+    return 1 - (1 - model.experts.top_k / model.experts.num_experts) ** rows

@@ -1,0 +1,128 @@
+"""Measures how large keys and values are, for a cache whose integers need factors.
+
+The model runs prompts of random tokens with a cache of its own dtype, which is then looked at. How large the numbers of
+a head are is the model's rather than the text's; what is cut off costs more than a bit does, so there is room for half
+as much again.
+"""
+
+import dataclasses
+import logging
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+from jaxserve.errors import LaunchError
+from jaxserve.models.decoder import Decoder
+from jaxserve.models.param_spec import Weights
+from jaxserve.parallel.mesh import weight_format
+from jaxserve.request import SamplingParams
+from jaxserve.runner.batch import BatchLayout, ForwardBatch, RowTable
+from jaxserve.runner.buckets import Bucket, ForwardShape
+from jaxserve.runner.programs import StepModel, StepPrograms
+from jaxserve.runner.transfer import to_devices, zeros
+from jaxserve.step import NewRow, ScheduledRow, SchedulerOutput
+from kernels_pallas.dispatch import choose_attention
+from kernels_pallas.paged_attention.api import AttentionBackend, Cache
+
+logger = logging.getLogger(__name__)
+
+_NUM_TOKENS = 2048
+# Other tokens have larger numbers.
+_MARGIN = 1.5
+_LARGEST = 127
+# Of the head's largest number.
+_SMALLEST = 1 / 8
+
+
+def with_cache_scales(served: StepModel, plain: Decoder, weights: Weights, meet: Callable[[], object]) -> Weights:
+    """The weights with the factors of `jaxserve.layers.kv_scales`, measured.
+
+    Args:
+        served: the model with its cache of integers.
+        plain: the same without factors, whose weights these are.
+        weights: on the mesh.
+        meet: waits for the other hosts, before the first step.
+
+    Raises:
+        LaunchError: some keys or values are not finite.
+    """
+    model = _to_measure(served, plain)
+    programs = StepPrograms(model)
+    spec = served.decoder.param_specs["layers", "attention", "cache_scales"]
+    results = weight_format(spec.axes, spec.shape, served.mesh), NamedSharding(served.mesh, PartitionSpec())
+    measure = partial(_scales, model.attention, plain.config.rope_dim, programs.num_copies)
+    measure = jax.jit(measure, out_shardings=results)
+    forward = programs.lower_forward(ForwardShape(model.buckets[0])).compile()
+    measured = measure.lower(programs.cache_shapes()).compile()
+    meet()
+    cache, last_token_R = zeros(programs.cache_shapes()), zeros(programs.state_shapes().last_token_R)
+    for prompt in _prompts(model.layout, model.buckets[0]):
+        batch = jax.tree.map(lambda array: np.stack([array] * programs.num_copies), prompt)
+        cache, _ = forward(weights, {}, cache, last_token_R, to_devices(batch, programs.by_copy))
+    scales, finite = measured(cache)
+    if not finite:
+        raise LaunchError("--kv-cache-dtype int8: keys or values of random tokens are not finite")
+    logger.info("cached keys and values: int8, with factors measured on random tokens")
+    attention = {**weights["layers"]["attention"], "cache_scales": scales}
+    return {**weights, "layers": {**weights["layers"], "attention": attention}}
+
+
+def _to_measure(served: StepModel, plain: Decoder) -> StepModel:
+    """Steps of the most tokens, and a cache of the activations' dtype that holds all prompts."""
+    bucket, page_size = served.buckets[0], served.layout.page_size
+    prompt_pages = min(-(-bucket.num_tokens // page_size), served.layout.pages_per_row)
+    num_prompts = -(-_NUM_TOKENS // min(bucket.num_tokens, prompt_pages * page_size))
+    layout = served.layout._replace(num_pages=num_prompts * prompt_pages, pages_per_row=prompt_pages)
+    config = dataclasses.replace(served.attention.config, dtype=plain.dtype, num_pages=layout.num_pages)
+    attention = choose_attention("auto", config, served.mesh).backend
+    return served._replace(decoder=plain, attention=attention, layout=layout, buckets=(bucket,), adapters=None)
+
+
+def _prompts(layout: BatchLayout, bucket: Bucket) -> Iterator[ForwardBatch]:
+    """Random tokens, one prompt a step, until the cache is full."""
+    rng = np.random.default_rng(0)
+    num_tokens = min(bucket.num_tokens, layout.pages_per_row * layout.page_size)
+    rows = RowTable(layout)
+    for first_page in range(0, layout.num_pages, layout.pages_per_row):
+        prompt = ScheduledRow(
+            row=0,
+            token_ids=tuple(rng.integers(layout.vocab_size, size=num_tokens).tolist()),
+            num_computed_tokens=0,
+            new_page_ids=tuple(range(first_page, first_page + layout.pages_per_row)),
+            samples=False,
+        )
+        new = NewRow(row=0, sampling=SamplingParams(), seed=0)
+        rows.admit(new)
+        yield rows.build(SchedulerOutput(step=0, new_rows=(new,), rows=(prompt,)), bucket)
+
+
+def _scales(attention: AttentionBackend, rope_dim: int, num_copies: int, cache: Cache) -> tuple[jax.Array, jax.Array]:
+    """Factors f32[L, 2, K, H] of what is cached, [L, 1, K, H] where values are a part of their keys; all finite?
+
+    Args:
+        attention: has the cache.
+        rope_dim: the last so many numbers of a key are rotated, the first half of them against the other.
+        num_copies: of the model.
+        cache: once the prompts have run.
+    """
+    num_layers = attention.config.num_layers
+
+    def peaks(pages: jax.Array) -> jax.Array:
+        """[L, K, Z] of an array [copies * L * P, K, S, Z]."""
+        pages = pages.reshape(num_copies, num_layers, -1, *pages.shape[1:])
+        return jnp.max(jnp.abs(pages), axis=(0, 2, 4))
+
+    peaks_L2KH = jnp.stack(attention.unpack(jax.tree.map(peaks, cache)), axis=1).astype(jnp.float32)
+    finite = jnp.all(jnp.isfinite(peaks_L2KH))
+    # Where the rotation is slow, what one number of a pair has in these prompts the other has in longer ones.
+    pairs_LK2R = peaks_L2KH[:, 0, :, -rope_dim:].reshape(*peaks_L2KH[:, 0].shape[:-1], 2, -1)
+    larger_LKR = jnp.max(pairs_LK2R, axis=-2)
+    peaks_L2KH = peaks_L2KH.at[:, 0, :, -rope_dim:].set(jnp.concatenate([larger_LKR, larger_LKR], axis=-1))
+    # Nor is a number that was small with these tokens sure to be with others.
+    head_L2K1 = jnp.max(peaks_L2KH, axis=-1, keepdims=True)
+    peaks_L2KH = jnp.maximum(peaks_L2KH, head_L2K1 * _SMALLEST)
+    return jnp.where(peaks_L2KH > 0, peaks_L2KH * (_MARGIN / _LARGEST), 1.0), finite
