@@ -9,11 +9,16 @@ from litestar.exceptions import HTTPException
 from litestar.openapi import OpenAPIConfig
 from litestar.openapi.plugins import JsonRenderPlugin
 
-from api import adapters, chat, completions, messages, parsers, responses, service
+from api.adapters import routes as adapters
 from api.auth import KeyGuard
+from api.chat import routes as chat
+from api.completions import routes as completions
 from api.errors import error_response, handle
-from api.params import RequestBuilder, SeedSource
+from api.messages import routes as messages
+from api.requests.builder import RequestBuilder, SeedSource
+from api.responses import routes as responses
 from api.server import Server
+from api.service import control, health, info, models, parsers, tokenize
 from api.streaming import ClientGone
 
 _MAX_BODY_BYTES = 8 << 20
@@ -29,18 +34,18 @@ ROUTES = (
     messages.count_tokens,
     parsers.separate_reasoning,
     parsers.parse_function_call,
-    service.list_models,
-    service.get_model,
-    service.live,
-    service.health,
-    service.health_generate,
-    service.metrics,
-    service.tokenize,
-    service.detokenize,
-    service.model_info,
-    service.server_info,
-    service.flush_cache,
-    service.abort_request,
+    models.list_models,
+    models.get_model,
+    health.live,
+    health.health,
+    health.health_generate,
+    health.metrics,
+    tokenize.tokenize,
+    tokenize.detokenize,
+    info.model_info,
+    info.server_info,
+    control.flush_cache,
+    control.abort_request,
     adapters.load_lora_adapter,
     adapters.unload_lora_adapter,
 )

@@ -8,7 +8,7 @@ import msgspec
 from litestar import Request, Response
 from litestar.exceptions import HTTPException, SerializationException, ValidationException
 
-from api.schemas import ErrorBody, ErrorInfo
+from api.requests.schemas import ErrorBody, ErrorInfo
 from jaxserve.errors import NotFoundError, OverloadedError, RequestError, UnavailableError
 
 logger = logging.getLogger(__name__)

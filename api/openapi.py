@@ -6,7 +6,7 @@ from typing import Any
 from litestar.openapi.datastructures import ResponseSpec
 from litestar.openapi.spec import OpenAPIMediaType, OpenAPIResponse, OpenAPIType, Operation, Schema
 
-from api.schemas import ErrorBody
+from api.requests.schemas import ErrorBody
 
 _WITH_BODY = (400, 413, 415)
 _ALWAYS = (401, 500, 503)

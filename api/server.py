@@ -6,11 +6,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from api.adapter_registry import AdapterRegistry
+from api.adapters.registry import AdapterRegistry
 from api.metrics import Metrics
-from api.model_names import ModelNames
-from api.params import Prepared, ServedModel
-from api.responses_store import ResponseStore
+from api.requests.builder import Prepared, ServedModel
+from api.requests.model_names import ModelNames
+from api.responses.store import ResponseStore
 from jaxserve.config import LoraConfig
 from jaxserve.engine.client import EngineClient
 from jaxserve.engine.output_processor import Generation

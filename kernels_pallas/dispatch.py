@@ -13,12 +13,12 @@ import jax
 from jax.sharding import Mesh
 
 from kernels_pallas.grouped_matmul.api import ExpertShape, GroupedMatmul
-from kernels_pallas.grouped_matmul.xla import XlaGroupedMatmul
+from kernels_pallas.grouped_matmul.xla.backend import XlaGroupedMatmul
 from kernels_pallas.lora_matmul.api import LoraMatmul, LoraModule
 from kernels_pallas.paged_attention.api import AttentionBackend, AttentionConfig
-from kernels_pallas.paged_attention.xla import XlaAttention
+from kernels_pallas.paged_attention.xla.backend import XlaAttention
 from kernels_pallas.sampling.api import SampleOutput, SamplingInputs, SamplingState
-from kernels_pallas.sampling.summary import Shard
+from kernels_pallas.sampling.common.summary import Shard
 
 BackendName: TypeAlias = Literal["auto", "tpu", "gpu", "xla"]
 
@@ -129,7 +129,7 @@ def lora_rank_multiple(mesh: Mesh) -> int:
 
 
 def _tpu_attention(config: AttentionConfig, mesh: Mesh) -> AttentionBackend:
-    from kernels_pallas.paged_attention.tpu import TpuAttention  # noqa: PLC0415
+    from kernels_pallas.paged_attention.tpu.backend import TpuAttention  # noqa: PLC0415
     from kernels_pallas.pallas import tpu_memory  # noqa: PLC0415
 
     return TpuAttention(config, mesh, tpu_memory(mesh.devices.flat[0]))
@@ -138,7 +138,7 @@ def _tpu_attention(config: AttentionConfig, mesh: Mesh) -> AttentionBackend:
 def _gpu_attention(config: AttentionConfig, mesh: Mesh) -> AttentionBackend:
     device = mesh.devices.flat[0]
     _require_hopper(device)
-    from kernels_pallas.paged_attention.gpu import GpuAttention  # noqa: PLC0415
+    from kernels_pallas.paged_attention.gpu.backend import GpuAttention  # noqa: PLC0415
 
     return GpuAttention(config, mesh, num_cores=getattr(device, "core_count", HOPPER_CORES))
 
@@ -153,26 +153,26 @@ def _require_hopper(device: Any) -> None:
 
 def _tpu_sampler(device: Any) -> Sampler:
     from kernels_pallas.pallas import tpu_memory  # noqa: PLC0415
-    from kernels_pallas.sampling.tpu import choose_block, sample  # noqa: PLC0415
+    from kernels_pallas.sampling.tpu.backend import choose_block, sample  # noqa: PLC0415
 
     return partial(sample, block=choose_block(tpu_memory(device).vmem_bytes))
 
 
 def _gpu_sampler(device: Any) -> Sampler:
     _require_hopper(device)
-    from kernels_pallas.sampling.gpu import sample  # noqa: PLC0415
+    from kernels_pallas.sampling.gpu.backend import sample  # noqa: PLC0415
 
     return sample
 
 
 def _xla_sampler(_: Any) -> Sampler:
-    from kernels_pallas.sampling.xla import sample  # noqa: PLC0415
+    from kernels_pallas.sampling.xla.backend import sample  # noqa: PLC0415
 
     return sample
 
 
 def _tpu_lora(modules: Collection[LoraModule], mesh: Mesh) -> LoraMatmul:
-    from kernels_pallas.lora_matmul.tpu import check_inputs, make_lora_matmul  # noqa: PLC0415
+    from kernels_pallas.lora_matmul.tpu.backend import check_inputs, make_lora_matmul  # noqa: PLC0415
 
     for module in modules:
         check_inputs(module.num_inputs)
@@ -182,7 +182,7 @@ def _tpu_lora(modules: Collection[LoraModule], mesh: Mesh) -> LoraMatmul:
 def _gpu_lora(modules: Collection[LoraModule], mesh: Mesh) -> LoraMatmul:
     device = mesh.devices.flat[0]
     _require_hopper(device)
-    from kernels_pallas.lora_matmul.gpu import check_module, make_lora_matmul  # noqa: PLC0415
+    from kernels_pallas.lora_matmul.gpu.backend import check_module, make_lora_matmul  # noqa: PLC0415
 
     for module in modules:
         check_module(module)
@@ -190,13 +190,13 @@ def _gpu_lora(modules: Collection[LoraModule], mesh: Mesh) -> LoraMatmul:
 
 
 def _xla_lora(_: Collection[LoraModule], __: Mesh) -> LoraMatmul:
-    from kernels_pallas.lora_matmul.xla import XlaLora  # noqa: PLC0415
+    from kernels_pallas.lora_matmul.xla.backend import XlaLora  # noqa: PLC0415
 
     return XlaLora()
 
 
 def _tpu_grouped(shapes: Collection[ExpertShape], _: Any) -> GroupedMatmul:
-    from kernels_pallas.grouped_matmul.tpu import TpuGroupedMatmul, check_shape  # noqa: PLC0415
+    from kernels_pallas.grouped_matmul.tpu.backend import TpuGroupedMatmul, check_shape  # noqa: PLC0415
 
     for shape in shapes:
         check_shape(shape)
@@ -205,7 +205,7 @@ def _tpu_grouped(shapes: Collection[ExpertShape], _: Any) -> GroupedMatmul:
 
 def _gpu_grouped(shapes: Collection[ExpertShape], device: Any) -> GroupedMatmul:
     _require_hopper(device)
-    from kernels_pallas.grouped_matmul.gpu import GpuGroupedMatmul, check_shape  # noqa: PLC0415
+    from kernels_pallas.grouped_matmul.gpu.backend import GpuGroupedMatmul, check_shape  # noqa: PLC0415
 
     for shape in shapes:
         check_shape(shape)

@@ -21,8 +21,8 @@ from jaxserve.config import LatentConfig
 from jaxserve.layers.cached_attention import OverCache
 from jaxserve.layers.kv_scales import cache_scales_of
 from kernels_pallas.paged_attention.api import AttentionBackend, AttentionMeta, Cache, Plan, filled_up
-from kernels_pallas.paged_attention.page_moves import move_pages
-from kernels_pallas.paged_attention.step_parts import MovedPages, moved, prompts, single_tokens
+from kernels_pallas.paged_attention.common.page_moves import move_pages
+from kernels_pallas.paged_attention.common.step_parts import MovedPages, moved, prompts, single_tokens
 
 
 class PromptCosts(NamedTuple):

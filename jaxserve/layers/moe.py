@@ -20,10 +20,10 @@ from jax.sharding import PartitionSpec as P
 from jaxserve.config import ExpertsConfig, ModelConfig, QuantizationConfig, RouterScores
 from jaxserve.layers.linear import ACTIVATIONS, Axes, GatedMLP, Linear, format_of, param, weight_params
 from jaxserve.parallel.mesh import partition_spec
-from kernels_pallas.blocks import Blocks, Places, sort_into_blocks
 from kernels_pallas.grouped_matmul.api import GroupedMatmul, Matrices
 from kernels_pallas.quantized import QuantizedFormat
 from kernels_pallas.shards import DATA, EXPERT, IN_EXPERT, MODEL, over_model
+from kernels_pallas.token_tiles import Blocks, Places, sort_into_blocks
 
 # Sigmoids may all be nothing.
 _SMALLEST_SUM = 1e-20

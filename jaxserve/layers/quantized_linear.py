@@ -13,9 +13,9 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from jaxserve.parallel.mesh import partition_spec
-from kernels_pallas.blocks import Blocks
 from kernels_pallas.grouped_matmul.api import GroupedMatmul, Matrices
 from kernels_pallas.shards import over_model
+from kernels_pallas.token_tiles import Blocks
 
 
 class LinearMaths(NamedTuple):

@@ -35,11 +35,11 @@ from kernels_pallas.dispatch import (
     choose_sampler,
 )
 from kernels_pallas.grouped_matmul.api import ExpertShape, GroupedMatmul
-from kernels_pallas.grouped_matmul.xla import XlaGroupedMatmul
+from kernels_pallas.grouped_matmul.xla.backend import XlaGroupedMatmul
 from kernels_pallas.lora_matmul.api import LoraMatmul
-from kernels_pallas.lora_matmul.xla import XlaLora
+from kernels_pallas.lora_matmul.xla.backend import XlaLora
 from kernels_pallas.paged_attention.api import AttentionConfig
-from kernels_pallas.paged_attention.head_shards import cache_bytes
+from kernels_pallas.paged_attention.common.head_shards import cache_bytes
 from kernels_pallas.shards import DATA, model_size
 
 logger = logging.getLogger(__name__)

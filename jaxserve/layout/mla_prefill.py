@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 from jaxserve.config import ModelConfig, SchedulerConfig
 from jaxserve.layers.mla_prefill import PromptRoom
 from kernels_pallas.dispatch import ChosenAttention, choose_attention
-from kernels_pallas.paged_attention.head_shards import cache_bytes
+from kernels_pallas.paged_attention.common.head_shards import cache_bytes
 
 logger = logging.getLogger(__name__)
 

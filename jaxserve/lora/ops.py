@@ -12,9 +12,9 @@ from jaxserve.layers.linear import Embedding
 from jaxserve.layers.mla import Expansion
 from jaxserve.layers.moe import ExpertAdapters, ExpertFactors, ExpertLinear, Experts
 from kernels_pallas.grouped_matmul.api import GroupedMatmul
-from kernels_pallas.grouped_matmul.xla import XlaGroupedMatmul
+from kernels_pallas.grouped_matmul.xla.backend import XlaGroupedMatmul
 from kernels_pallas.lora_matmul.api import Factors, LoraMatmul
-from kernels_pallas.lora_matmul.xla import HeadLora, TokenBlocks, XlaLora, lora_embed
+from kernels_pallas.lora_matmul.xla.backend import HeadLora, TokenBlocks, XlaLora, lora_embed
 
 M = TypeVar("M", bound=nnx.Module)
 

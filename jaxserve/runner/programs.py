@@ -33,12 +33,12 @@ from jaxserve.runner.state import DeviceState, empty_state, row_state, write_row
 from jaxserve.step import NewRow, SchedulerOutput
 from kernels_pallas.dispatch import Sampler
 from kernels_pallas.grouped_matmul.api import GroupedMatmul
-from kernels_pallas.grouped_matmul.xla import XlaGroupedMatmul
+from kernels_pallas.grouped_matmul.xla.backend import XlaGroupedMatmul
 from kernels_pallas.lora_matmul.api import LoraMatmul
-from kernels_pallas.lora_matmul.xla import XlaLora
+from kernels_pallas.lora_matmul.xla.backend import XlaLora
 from kernels_pallas.paged_attention.api import AttentionBackend, Cache
 from kernels_pallas.sampling.api import SampleOutput, SamplingInputs, SamplingState, mask_words
-from kernels_pallas.sampling.summary import Shard
+from kernels_pallas.sampling.common.summary import Shard
 from kernels_pallas.shards import DATA, MODEL, model_size
 
 T = TypeVar("T")

@@ -9,7 +9,7 @@ import numpy as np
 from jaxserve.request import MAX_LOGIT_BIAS, MAX_STOP_TOKEN_IDS
 from jaxserve.step import NewRow
 from kernels_pallas.sampling.api import SampleOutput, SamplingState
-from kernels_pallas.sampling.summary import Shard
+from kernels_pallas.sampling.common.summary import Shard
 
 # End-of-sequence ids of the model come on top of the request's own.
 _MAX_STOPS = MAX_STOP_TOKEN_IDS + 16

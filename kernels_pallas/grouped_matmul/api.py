@@ -13,8 +13,8 @@ import jax
 from jax import lax
 from jax.typing import DTypeLike
 
-from kernels_pallas.blocks import Blocks
 from kernels_pallas.quantized import QuantizedFormat, QuantizedMatrix, dequantize
+from kernels_pallas.token_tiles import Blocks
 
 
 class ExpertShape(NamedTuple):

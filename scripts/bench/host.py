@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from api.chat import _Chat
-from api.chat_params import build_chat
-from api.params import RequestBuilder, SeedSource
-from api.running import RunningRequest
-from api.schemas import ChatCompletionRequest, ChatMessage, FunctionDefinition, ToolDefinition
+from api.chat.build import build_chat
+from api.chat.routes import _Chat
+from api.chat.schemas import ChatCompletionRequest, ChatMessage, FunctionDefinition, ToolDefinition
+from api.requests.builder import RequestBuilder, SeedSource
+from api.requests.running import RunningRequest
 from jaxserve.config import CacheConfig, SchedulerConfig
 from jaxserve.engine.client import TokenStream
 from jaxserve.request import FinishReason, Request, SamplingParams, TokenDelta

@@ -9,7 +9,7 @@ import pytest
 from litestar import Litestar
 from litestar.testing import AsyncTestClient
 
-from api.adapter_registry import AdapterRegistry
+from api.adapters.registry import AdapterRegistry
 from api.app import create_app
 from jaxserve.config import LoraConfig
 from jaxserve.errors import AdapterError, LaunchError

@@ -9,8 +9,8 @@ from litestar import Litestar
 from litestar.testing import AsyncTestClient
 
 from api.app import create_app
-from api.conversation import template_messages
-from api.schemas import CalledFunction, ChatMessage, ContentPart, ToolCall
+from api.chat.conversation import template_messages
+from api.chat.schemas import CalledFunction, ChatMessage, ContentPart, ToolCall
 from jaxserve.errors import LaunchError, RequestError
 from jaxserve.parsing.message_parser import choose_formats
 from jaxserve.parsing.reasoning.registry import REASONING_FORMATS, detect_reasoning

@@ -15,15 +15,15 @@ from jaxserve.parallel.mesh import mesh_of
 from jaxserve.plan.targets import parse_target, target_devices
 from jaxserve.runner.buckets import ForwardShape
 from jaxserve.runner.programs import StepPrograms
-from kernels_pallas.blocks import Blocks
 from kernels_pallas.dispatch import choose_attention
 from kernels_pallas.grouped_matmul.api import Matrices
 from kernels_pallas.paged_attention.api import AttentionBackend, AttentionConfig, AttentionMeta, Cache
 from kernels_pallas.quantized import QuantizedFormat
+from kernels_pallas.token_tiles import Blocks
 from tests.compile.steps import lay_out_for
 
 if jax.__version_info__ >= (0, 11):
-    from kernels_pallas.grouped_matmul.gpu import GpuGroupedMatmul
+    from kernels_pallas.grouped_matmul.gpu.backend import GpuGroupedMatmul
     from tests.support.outcomes import compile_program, program_key
 
 pytestmark = pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="the kernels need JAX 0.11")

@@ -21,7 +21,7 @@ from jaxserve.plan.hlo import Collectives, find_collectives, num_kernels
 from jaxserve.plan.targets import parse_target
 from jaxserve.runner.buckets import Bucket, ForwardShape
 from jaxserve.runner.programs import StepPrograms
-from kernels_pallas.grouped_matmul.xla import XlaGroupedMatmul
+from kernels_pallas.grouped_matmul.xla.backend import XlaGroupedMatmul
 from tests.compile.models import QWEN3_4B
 from tests.compile.steps import MODELS, check_forward, check_program, lay_out_for
 from tests.support.marks import beside

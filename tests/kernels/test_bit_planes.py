@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels_pallas.sampling.planes import bit_planes, mask_words_from
+from kernels_pallas.sampling.common.planes import bit_planes, mask_words_from
 
 
 @pytest.mark.parametrize("first", [0, 5, 31, 32, 64, 77])

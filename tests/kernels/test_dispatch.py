@@ -15,7 +15,7 @@ from jaxserve.layout.layout import design_model, lay_out
 from jaxserve.parallel.mesh import make_mesh
 from kernels_pallas.dispatch import choose_attention, choose_sampler
 from kernels_pallas.paged_attention.cases import SHAPES
-from kernels_pallas.paged_attention.xla import XlaAttention
+from kernels_pallas.paged_attention.xla.backend import XlaAttention
 from tests.support.tiny import CONFIG
 
 DENSE = SHAPES["decode"].config(jnp.dtype(jnp.float32))

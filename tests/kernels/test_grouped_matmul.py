@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 
 from jaxserve.layers.quantized_linear import LinearMaths, multiply
 from jaxserve.parallel.mesh import make_mesh
-from kernels_pallas.blocks import most_blocks, sort_into_blocks
 from kernels_pallas.grouped_matmul.api import ExpertShape, GroupedMatmul, Matrices
 from kernels_pallas.grouped_matmul.reference import grouped_matmul
-from kernels_pallas.grouped_matmul.xla import XlaGroupedMatmul
+from kernels_pallas.grouped_matmul.xla.backend import XlaGroupedMatmul
 from kernels_pallas.quantized import QuantizedFormat
+from kernels_pallas.token_tiles import most_blocks, sort_into_blocks
 
 needs_pallas = pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="the kernels need JAX 0.11")
 # Few enough for blocks of any number of rows.
@@ -29,14 +29,14 @@ def implementation(name: str) -> GroupedMatmul:
     if name == "tpu":
         from jax.experimental.pallas import tpu as pltpu
 
-        from kernels_pallas.grouped_matmul.tpu import TpuGroupedMatmul
+        from kernels_pallas.grouped_matmul.tpu.backend import TpuGroupedMatmul
 
         return TpuGroupedMatmul(
             pltpu.InterpretParams(detect_races=True, out_of_bounds_reads="raise", uninitialized_memory="nan")
         )
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
-    from kernels_pallas.grouped_matmul.gpu import GpuGroupedMatmul
+    from kernels_pallas.grouped_matmul.gpu.backend import GpuGroupedMatmul
 
     return GpuGroupedMatmul(plgpu.InterpretGPUParams(detect_races=True))
 
@@ -252,7 +252,7 @@ def test_tpus_take_any_size_and_float32() -> None:
     ],
 )
 def test_what_the_gpu_kernel_cannot_do(shape: ExpertShape, problem: str) -> None:
-    from kernels_pallas.grouped_matmul.gpu import check_shape
+    from kernels_pallas.grouped_matmul.gpu.backend import check_shape
 
     with pytest.raises(NotImplementedError, match=problem):
         check_shape(shape)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels_pallas.kv_update.xla import write_tokens
+from kernels_pallas.kv_update.xla.backend import write_tokens
 
 HEADS, HEAD_DIM, PAGE_SIZE, PAGES, LAYERS = 2, 64, 16, 5, 2
 needs_pallas = pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="the kernels need JAX 0.11")
@@ -16,7 +16,7 @@ needs_pallas = pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="the ke
 def on_gpu(new_2TKH: jax.Array, pages_2PKSH: jax.Array, slot_T: jax.Array, first_page: jax.Array) -> Any:
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
-    from kernels_pallas.kv_update.gpu import kv_update
+    from kernels_pallas.kv_update.gpu.backend import kv_update
 
     params = plgpu.InterpretGPUParams(detect_races=True)
     return jnp.stack(kv_update(list(new_2TKH), list(pages_2PKSH), slot_T, first_page, PAGES, params))

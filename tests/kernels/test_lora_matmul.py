@@ -14,9 +14,9 @@ from jaxserve.config import LoraConfig
 from jaxserve.parallel.mesh import make_mesh
 from kernels_pallas.dispatch import ChosenLora
 from kernels_pallas.lora_matmul.api import Factors, LoraMatmul
+from kernels_pallas.lora_matmul.common.slot_blocks import slot_lists, slot_pairs
 from kernels_pallas.lora_matmul.reference import lora_matmul
-from kernels_pallas.lora_matmul.slot_blocks import slot_lists, slot_pairs
-from kernels_pallas.lora_matmul.xla import XlaLora
+from kernels_pallas.lora_matmul.xla.backend import XlaLora
 from tests.parity.test_lora_merge import EVERYTHING, SMALL
 from tests.support.tiny import write_adapter, write_checkpoint
 
@@ -31,7 +31,7 @@ def implementation(name: str, tp_size: int = 1, *, detect_races: bool = True) ->
     if name == "tpu":
         from jax.experimental.pallas import tpu as pltpu
 
-        from kernels_pallas.lora_matmul import tpu
+        from kernels_pallas.lora_matmul.tpu import backend as tpu
 
         params: Any = pltpu.InterpretParams(
             detect_races=detect_races, out_of_bounds_reads="raise", uninitialized_memory="nan"
@@ -39,7 +39,7 @@ def implementation(name: str, tp_size: int = 1, *, detect_races: bool = True) ->
         return tpu.make_lora_matmul(mesh, params)
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
-    from kernels_pallas.lora_matmul import gpu
+    from kernels_pallas.lora_matmul.gpu import backend as gpu
 
     return gpu.make_lora_matmul(mesh, num_cores=5, interpret=plgpu.InterpretGPUParams(detect_races=detect_races))
 

@@ -15,7 +15,7 @@ import pytest
 from jaxserve.parallel.mesh import make_mesh
 from kernels_pallas.paged_attention.api import AttentionBackend, AttentionConfig
 from kernels_pallas.paged_attention.cases import LAYER, OPTIONS, SHAPES, Case, Step, expected, make_step, tolerance
-from kernels_pallas.paged_attention.xla import XlaAttention
+from kernels_pallas.paged_attention.xla.backend import XlaAttention
 from tests.support.marks import beside
 
 F32, BF16 = jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16)
@@ -42,7 +42,7 @@ class Tpu:
     def __init__(self, config: AttentionConfig, tp_size: int) -> None:
         from jax.experimental.pallas import tpu as pltpu
 
-        from kernels_pallas.paged_attention.tpu import TpuAttention
+        from kernels_pallas.paged_attention.tpu.backend import TpuAttention
         from kernels_pallas.pallas import TpuMemory
 
         params = pltpu.InterpretParams(detect_races=True, out_of_bounds_reads="raise", uninitialized_memory="nan")
@@ -52,7 +52,7 @@ class Tpu:
 
     @staticmethod
     def to_cache(config: AttentionConfig, k_PSKH: jax.Array, v_PSKH: jax.Array) -> dict[str, jax.Array]:
-        from kernels_pallas.paged_attention.tpu_layout import TpuLayout
+        from kernels_pallas.paged_attention.tpu.layout import TpuLayout
 
         packed_PSKZ = TpuLayout.of(config).pack(k_PSKH, v_PSKH)
         return {"kv": jnp.moveaxis(packed_PSKZ, 2, 1).astype(config.dtype)}
@@ -64,8 +64,8 @@ class Gpu(Xla):
     def __init__(self, config: AttentionConfig, tp_size: int) -> None:
         from jax.experimental.pallas import mosaic_gpu as plgpu
 
-        from kernels_pallas.paged_attention.gpu import GpuAttention
-        from kernels_pallas.paged_attention.gpu_tile import choose_tile
+        from kernels_pallas.paged_attention.gpu.backend import GpuAttention
+        from kernels_pallas.paged_attention.gpu.tile import choose_tile
 
         tiles = tuple(
             dataclasses.replace(choose_tile(config, decode=decode), interpretable=True) for decode in (True, False)
@@ -237,8 +237,8 @@ def test_heads_split_over_devices(implementation: type[Any], shape: str) -> None
 @needs_pallas
 @pytest.mark.parametrize("window", [None, 100])
 def test_tpu_decode_reads_live_pages_once(window: int | None) -> None:
-    from kernels_pallas.paged_attention.tpu_layout import TpuLayout
-    from kernels_pallas.paged_attention.tpu_schedule import KernelShape, decode_bytes
+    from kernels_pallas.paged_attention.tpu.layout import TpuLayout
+    from kernels_pallas.paged_attention.tpu.schedule import KernelShape, decode_bytes
 
     config = Case(q_lens=(), kv_lens=(), page_size=64, heads=(32, 8, 128), window=window).config(BF16)
     shape = KernelShape(
@@ -261,8 +261,8 @@ def test_tpu_decode_reads_live_pages_once(window: int | None) -> None:
 @pytest.mark.parametrize("window", [None, 100])
 @pytest.mark.parametrize("page_size", [16, 64, 128])
 def test_gpu_decode_reads_live_pages_once(page_size: int, window: int | None) -> None:
-    from kernels_pallas.paged_attention.gpu_decode import decode_bytes
-    from kernels_pallas.paged_attention.gpu_tile import choose_tile
+    from kernels_pallas.paged_attention.gpu.decode import decode_bytes
+    from kernels_pallas.paged_attention.gpu.tile import choose_tile
 
     config = Case(q_lens=(), kv_lens=(), page_size=page_size, heads=(32, 8, 128), window=window).config(BF16)
     tile = choose_tile(config, decode=True)

@@ -13,9 +13,9 @@ from jaxserve.layers.mla import Expansion
 from jaxserve.layers.mla_prefill import PromptRoom
 from jaxserve.models.registry import find_architecture
 from jaxserve.parallel.mesh import make_mesh
-from kernels_pallas.paged_attention import page_moves
 from kernels_pallas.paged_attention.api import AttentionConfig
 from kernels_pallas.paged_attention.cases import LAYER, Case, Step, expected, make_step
+from kernels_pallas.paged_attention.common import page_moves
 from tests.compile.models import DEEPSEEK_V31
 from tests.kernels.test_paged_attention import BF16, F32, Gpu, Tpu, Xla, needs_pallas
 

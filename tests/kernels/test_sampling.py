@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 
 from kernels_pallas.sampling.api import NUM_TOP_LOGPROBS, SamplingInputs, SamplingState, mask_words
-from kernels_pallas.sampling.random import gumbel_noise, threefry2x32
+from kernels_pallas.sampling.common.random import gumbel_noise, threefry2x32
 from kernels_pallas.sampling.reference import (
     RowParams,
     adjusted_logits,
     sample_reference,
     threefry2x32_reference,
 )
-from kernels_pallas.sampling.xla import sample
+from kernels_pallas.sampling.xla.backend import sample
 
 SAMPLE = jax.jit(sample)
 

@@ -12,10 +12,10 @@ import pytest
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from kernels_pallas.sampling import xla
 from kernels_pallas.sampling.api import SampleOutput, SamplingInputs, SamplingState
 from kernels_pallas.sampling.cases import Case, expected, large_case, step_cases
-from kernels_pallas.sampling.summary import NUM_CANDIDATES, Shard
+from kernels_pallas.sampling.common.summary import NUM_CANDIDATES, Shard
+from kernels_pallas.sampling.xla import backend as xla
 
 Sample = Callable[..., SampleOutput]
 
@@ -27,7 +27,7 @@ def implementation(name: str, block: int = 4096, *, detect_races: bool = True) -
     if name == "tpu":
         from jax.experimental.pallas import tpu as pltpu
 
-        from kernels_pallas.sampling import tpu
+        from kernels_pallas.sampling.tpu import backend as tpu
 
         params: Any = pltpu.InterpretParams(
             detect_races=detect_races, out_of_bounds_reads="raise", uninitialized_memory="nan"
@@ -35,7 +35,7 @@ def implementation(name: str, block: int = 4096, *, detect_races: bool = True) -
         return partial(tpu.sample, block=block, interpret=params)
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
-    from kernels_pallas.sampling import gpu
+    from kernels_pallas.sampling.gpu import backend as gpu
 
     return partial(gpu.sample, interpret=plgpu.InterpretGPUParams(detect_races=detect_races))
 

@@ -7,7 +7,7 @@ import pytest
 from jaxserve.parallel.mesh import make_mesh
 from jaxserve.runner.kv_calibration import _LARGEST, _MARGIN, _SMALLEST, _scales
 from kernels_pallas.paged_attention.api import AttentionConfig
-from kernels_pallas.paged_attention.xla import XlaAttention
+from kernels_pallas.paged_attention.xla.backend import XlaAttention
 
 NUM_LAYERS, NUM_HEADS, HEAD_DIM = 2, 2, 4
 

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 from llguidance import LLTokenizer
 
-from api.constraints import read_constraint
-from api.schemas import CompletionRequest, JsonSchemaFormat, ResponseFormat, TagStructure
+from api.completions.schemas import CompletionRequest
+from api.requests.constraints import read_constraint
+from api.requests.schemas import JsonSchemaFormat, ResponseFormat, TagStructure
 from jaxserve.errors import RequestError
 from jaxserve.parsing.message import Message
 from jaxserve.parsing.message_parser import MessageFormat

@@ -1,0 +1,1 @@
+"""Loading and unloading of LoRA adapters."""

@@ -1,0 +1,190 @@
+"""From the body of `/v1/chat/completions` to an engine request. The other chat protocols are translated to it."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from api.chat.conversation import template_messages
+from api.chat.schemas import ChatCompletionRequest, ChatMessage
+from api.chat.tools import ToolUse, read_tools
+from api.requests.builder import Prepared, RequestBuilder
+from api.requests.constraints import read_constraint
+from api.requests.fields import check_common, check_range
+from api.service.schemas import TokenizeRequest
+from jaxserve.errors import RequestError
+from jaxserve.parsing.message_parser import MessageFormat
+from jaxserve.parsing.reasoning.registry import ReasoningFormat
+from jaxserve.request import MAX_LOGPROBS, Thinking
+from jaxserve.structured.grammar import Before, GrammarPart, whole
+
+_MAX_BUDGET = 2**31 - 1
+
+
+def build_chat(builder: RequestBuilder, body: ChatCompletionRequest) -> Prepared:
+    """One conversation.
+
+    Raises:
+        RequestError: names the field, its value and the limit.
+    """
+    check_common(body)
+    check_range("top_logprobs", body.top_logprobs, 0, MAX_LOGPROBS)
+    if body.top_logprobs is not None and not body.logprobs:
+        raise RequestError("top_logprobs needs logprobs to be true", param="top_logprobs")
+    tools = read_tools(body)
+    kwargs = template_kwargs(body)
+    prompt = render(builder, body.messages, kwargs, tools, continue_final=bool(body.continue_final_message))
+    # The template has written the special tokens already.
+    ids = builder.encode(prompt, add_special_tokens=False, param="messages")
+    inside = _starts_inside(builder, body, prompt)
+    max_tokens = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
+    grammar, param = _grammar(builder, body, tools, inside)
+    request = builder.request(
+        body,
+        ids,
+        sampling=builder.sampling(
+            body,
+            builder.model.generation.sampling,
+            max_tokens=builder.max_tokens(len(ids), max_tokens, "messages"),
+            num_logprobs=(body.top_logprobs or 0) if body.logprobs else None,
+        ),
+        num_choices=body.n or 1,
+        adapter=builder.model.names.adapter(body.model, body.lora_path),
+        grammar=grammar,
+        thinking=_thinking(builder, body, inside, forced=tools is not None and tools.forced),
+    )
+    formats = builder.model.formats
+    separate = body.separate_reasoning is not False
+    message = MessageFormat(
+        reasoning=formats.reasoning if separate else None,
+        inside=inside,
+        stream_reasoning=body.stream_reasoning is not False,
+        tool_calls=None if tools is None else formats.tool_calls,
+        tools=() if tools is None else tools.callable,
+        single_call=tools is not None and not tools.parallel,
+        constrained=bool(grammar),
+    )
+    markers = () if formats.reasoning is None else formats.reasoning.markers
+    if tools is not None:
+        markers += formats.tool_calls.markers
+    kept = builder.model.tokenizer.special_ids_in(markers)
+    return Prepared(request, builder.text_options(body, message=message, kept_ids=kept), param)
+
+
+def count_prompt_tokens(builder: RequestBuilder, body: ChatCompletionRequest) -> int:
+    """Tokens of a conversation's prompt."""
+    prompt = render(builder, body.messages, template_kwargs(body), read_tools(body))
+    return len(builder.encode(prompt, add_special_tokens=False, param="messages"))
+
+
+def tokenize(builder: RequestBuilder, body: TokenizeRequest) -> list[int]:
+    """Token ids of a prompt, or of messages through the chat template.
+
+    Raises:
+        RequestError: neither or both are given, or they are not valid.
+    """
+    if body.messages is not None and body.prompt is None:
+        tools = read_tools(ChatCompletionRequest(messages=[], tools=body.tools))
+        text = render(builder, body.messages, body.chat_template_kwargs or {}, tools)
+        return builder.encode(text, add_special_tokens=False, param="messages")
+    if body.prompt is None or body.messages is not None:
+        raise RequestError("give prompt or messages, and not both", param="prompt")
+    return builder.encode(body.prompt, add_special_tokens=body.add_special_tokens, param="prompt")
+
+
+def render(
+    builder: RequestBuilder,
+    messages: Sequence[ChatMessage],
+    kwargs: dict[str, Any],
+    tools: ToolUse | None,
+    *,
+    continue_final: bool = False,
+) -> str:
+    """Messages to a prompt.
+
+    Raises:
+        RequestError: the messages are not valid, or the template refuses them.
+    """
+    if continue_final and (not messages or messages[-1].role != "assistant"):
+        raise RequestError(
+            "continue_final_message needs the last message to be the assistant's", param="continue_final_message"
+        )
+    template = builder.model.tokenizer.chat_template
+    turns = template_messages(messages, template.source or "")
+    shown = None if tools is None else tools.shown
+    return template.render(turns, kwargs, tools=shown, continue_final_message=continue_final)
+
+
+def template_kwargs(body: ChatCompletionRequest) -> dict[str, Any]:
+    """Variables of the template: the request's own, and what its effort means for the switches of thinking."""
+    options = body.reasoning
+    effort = body.reasoning_effort or (None if options is None else options.effort)
+    thinks = None if options is None else options.enabled
+    if effort is not None:
+        thinks = effort != "none" if thinks is None else thinks
+    derived: dict[str, Any] = {} if thinks is None else {"thinking": thinks, "enable_thinking": thinks}
+    if effort is not None:
+        derived["reasoning_effort"] = effort
+    return {**derived, **(body.chat_template_kwargs or {})}
+
+
+def _starts_inside(builder: RequestBuilder, body: ChatCompletionRequest, prompt: str) -> bool | None:
+    reasoning = builder.model.formats.reasoning
+    if reasoning is None:
+        return None
+    if body.continue_final_message:
+        final = template_messages(body.messages[-1:], "")[0]["content"]
+        inside = reasoning.inside_continued(final)
+        if inside is not None:
+            return inside
+    return reasoning.inside(prompt)
+
+
+def _grammar(
+    builder: RequestBuilder, body: ChatCompletionRequest, tools: ToolUse | None, inside: bool | None
+) -> tuple[str, str | None]:
+    """The output's grammar, empty for none, and the field that demands it."""
+    writer, formats = builder.model.grammars, builder.model.formats
+    content, param = read_constraint(body, writer)
+    if content is None and tools is None:
+        return "", None
+
+    def before(*, calls: bool) -> Before:
+        if formats.reasoning is None:
+            return Before()
+        return formats.reasoning.grammar(writer, inside, calls=calls)
+
+    alternatives: list[tuple[Before, GrammarPart]] = []
+    if tools is not None:
+        calls = tools.grammar(writer, formats.tool_calls)
+        if content is not None and not tools.forced:
+            # Either the content as demanded, or calls.
+            calls = formats.tool_calls.syntax.calls(writer, tools.callable, parallel=tools.parallel)
+        if calls is not None:
+            alternatives.append((before(calls=True), calls))
+            param = param or "tools"
+    if content is not None and not (tools is not None and tools.forced):
+        alternatives.append((before(calls=False), content))
+    return (whole(alternatives) if alternatives else ""), param
+
+
+def _thinking(
+    builder: RequestBuilder, body: ChatCompletionRequest, inside: bool | None, *, forced: bool
+) -> Thinking | None:
+    """The limit on thinking; `forced` tells that tool calls have to follow it."""
+    if body.thinking_budget is None:
+        return None
+    check_range("thinking_budget", body.thinking_budget, 0, _MAX_BUDGET)
+    reasoning: ReasoningFormat | None = builder.model.formats.reasoning
+    if reasoning is None:
+        raise RequestError("thinking_budget needs a server with --reasoning-parser", param="thinking_budget")
+    if inside is False:
+        return None
+    closing = reasoning.closing(calls=forced)
+    return Thinking(
+        start=reasoning.start,
+        end=reasoning.end,
+        interrupts=reasoning.interrupts,
+        reopens=reasoning.reopens,
+        inside=bool(inside) or reasoning.presumed,
+        budget=body.thinking_budget,
+        end_token_ids=tuple(builder.encode(closing, add_special_tokens=False, param="thinking_budget")),
+    )

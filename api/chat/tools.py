@@ -1,0 +1,99 @@
+"""`tools` and `tool_choice` of a request."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+
+from api.chat.schemas import ChatCompletionRequest, NamedToolChoice, ToolDefinition
+from jaxserve.errors import RequestError
+from jaxserve.parsing.tool_calls.registry import ToolCallFormat
+from jaxserve.parsing.tool_calls.tool import Tool
+from jaxserve.structured.grammar import GrammarPart, GrammarWriter
+
+_MAX_TOOLS = 256
+_NAME = re.compile(r"[A-Za-z0-9_.-]{1,128}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ToolUse:
+    """What a request wants of its tools.
+
+    Attributes:
+        shown: as the template is given them.
+        callable: those that the model may call.
+        forced: it must call one.
+        parallel: it may call several.
+    """
+
+    shown: Sequence[dict[str, Any]]
+    callable: Sequence[Tool]
+    forced: bool
+    parallel: bool
+
+    def grammar(self, writer: GrammarWriter, form: ToolCallFormat) -> GrammarPart | None:
+        """What the output must be for the sake of its calls; None where it may be anything."""
+        if self.forced:
+            return form.syntax.calls(writer, self.callable, parallel=self.parallel)
+        if any(tool.strict for tool in self.callable):
+            return form.syntax.text_and_calls(writer, self.callable, parallel=self.parallel)
+        return None
+
+
+def read_tools(body: ChatCompletionRequest) -> ToolUse | None:
+    """The request's tools, or None if none may be called.
+
+    Raises:
+        RequestError: the definitions or the choice are not valid.
+    """
+    if not body.tools:
+        if body.tool_choice in (None, "none", "auto"):
+            return None
+        raise RequestError(f"tool_choice {_shown(body.tool_choice)} needs tools", param="tool_choice")
+    if len(body.tools) > _MAX_TOOLS:
+        raise RequestError(f"{len(body.tools)} tools, the limit is {_MAX_TOOLS}", param="tools")
+    tools = [_tool(definition, index) for index, definition in enumerate(body.tools)]
+    names = [tool.name for tool in tools]
+    if len(set(names)) != len(names):
+        raise RequestError("tools have the same name twice", param="tools")
+    shown = [_as_shown(definition) for definition in body.tools]
+    parallel = body.parallel_tool_calls is not False
+    match body.tool_choice:
+        case "none":
+            return None
+        case NamedToolChoice(function=function):
+            if function.name not in names:
+                raise RequestError(
+                    f"tool_choice names {function.name!r}; tools has {', '.join(names)}", param="tool_choice"
+                )
+            index = names.index(function.name)
+            return ToolUse(shown=[shown[index]], callable=[tools[index]], forced=True, parallel=False)
+        case choice:
+            return ToolUse(shown=shown, callable=tools, forced=choice == "required", parallel=parallel)
+
+
+def _tool(definition: ToolDefinition, index: int) -> Tool:
+    function = definition.function
+    if not _NAME.fullmatch(function.name):
+        raise RequestError(
+            f"tools.{index}: a name has 1 to 128 letters, digits, '_', '-' or '.', got {function.name[:140]!r}",
+            param="tools",
+        )
+    parameters = function.parameters or {}
+    if parameters.get("type", "object") != "object":
+        raise RequestError(
+            f"tools.{index}: parameters must describe an object, got type {parameters['type']!r}", param="tools"
+        )
+    return Tool(name=function.name, parameters=parameters, strict=bool(function.strict))
+
+
+def _as_shown(definition: ToolDefinition) -> dict[str, Any]:
+    function: dict[str, Any] = {"name": definition.function.name, "description": definition.function.description or ""}
+    function["parameters"] = definition.function.parameters or {"type": "object", "properties": {}}
+    return {"type": "function", "function": function}
+
+
+def _shown(choice: Any) -> str:
+    return msgspec.json.encode(choice).decode()

@@ -1,0 +1,87 @@
+"""From the body of `/v1/completions` and `/tokenize` to engine requests."""
+
+from typing import Any
+
+from api.completions.schemas import CompletionRequest
+from api.requests.builder import Prepared, RequestBuilder
+from api.requests.constraints import read_constraint
+from api.requests.fields import check_common, check_range
+from jaxserve.errors import RequestError
+from jaxserve.request import MAX_CHOICES, MAX_LOGPROBS
+from jaxserve.structured.grammar import Before, whole
+
+_MAX_PROMPTS = 128
+_DEFAULT_MAX_TOKENS = 16
+
+
+def build_completions(builder: RequestBuilder, body: CompletionRequest) -> list[Prepared]:
+    """One request per prompt.
+
+    Raises:
+        RequestError: names the field, its value and the limit.
+    """
+    check_common(body)
+    num_choices = body.n or 1
+    best_of = num_choices if body.best_of is None else body.best_of
+    check_range("best_of", best_of, num_choices, MAX_CHOICES)
+    if body.stream and best_of > num_choices:
+        raise RequestError("best_of above n cannot be streamed", param="best_of")
+    check_range("logprobs", body.logprobs, 0, MAX_LOGPROBS)
+    part, param = read_constraint(body, builder.model.grammars)
+    grammar = "" if part is None else whole([(Before(), part)])
+    # Ranking needs log-probabilities whether or not the client wants to see them.
+    num_logprobs = 0 if body.logprobs is None and best_of > num_choices else body.logprobs
+    max_tokens = _DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
+    prepared: list[Prepared] = []
+    prompts = _prompts(builder, body)
+    adapters = builder.model.names.adapters_for(body.model, body.lora_path, len(prompts))
+    for ids, adapter in zip(prompts, adapters, strict=True):
+        sampling = builder.sampling(
+            body,
+            {},
+            max_tokens=builder.max_tokens(len(ids), max_tokens, "prompt"),
+            num_logprobs=num_logprobs,
+            prompt_logprobs=bool(body.echo) and body.logprobs is not None,
+        )
+        request = builder.request(body, ids, sampling=sampling, num_choices=best_of, grammar=grammar, adapter=adapter)
+        prepared.append(Prepared(request, builder.text_options(body), param))
+    return prepared
+
+
+def _prompts(builder: RequestBuilder, body: CompletionRequest) -> list[list[int]]:
+    """Token ids of each prompt."""
+    prompt = body.prompt
+    if isinstance(prompt, str):
+        prompts: list[Any] = [prompt]
+    elif prompt and all(isinstance(item, int) for item in prompt):
+        prompts = [prompt]
+    else:
+        prompts = list(prompt)
+    if not 1 <= len(prompts) <= _MAX_PROMPTS:
+        raise RequestError(f"between 1 and {_MAX_PROMPTS} prompts, got {len(prompts)}", param="prompt")
+    return [_prompt_ids(builder, item, body.suffix) for item in prompts]
+
+
+def _prompt_ids(builder: RequestBuilder, prompt: Any, suffix: str | None) -> list[int]:
+    if suffix is not None:
+        template = builder.model.completion_template
+        if template is None:
+            raise RequestError("suffix needs a server with --completion-template", param="suffix")
+        if not isinstance(prompt, str):
+            raise RequestError("suffix needs a prompt that is text", param="suffix")
+        prompt = template.render(prompt, suffix)
+    if isinstance(prompt, str):
+        ids = builder.encode(prompt, add_special_tokens=True, param="prompt")
+    elif isinstance(prompt, list):
+        ids = prompt
+        vocab_size = builder.model.info.vocab_size
+        for token_id in ids:
+            if not isinstance(token_id, int) or not 0 <= token_id < vocab_size:
+                raise RequestError(
+                    f"prompt: token id {token_id!r} is outside the vocabulary of {vocab_size}", param="prompt"
+                )
+    else:
+        raise RequestError("prompt must be text or token ids, and not both in one list", param="prompt")
+    if not ids:
+        raise RequestError("prompt must not be empty", param="prompt")
+    return ids

@@ -1,0 +1,194 @@
+"""From wire requests to valid engine requests: what the endpoints share.
+
+All checks that can be made before a token is drawn are made on the way.
+"""
+
+import asyncio
+import random
+import secrets
+import uuid
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, NamedTuple, ParamSpec, TypeVar
+
+from api.requests.fields import read_logit_bias, read_stops
+from api.requests.model_names import ModelNames
+from api.requests.schemas import CommonRequest
+from jaxserve.engine.messages import EngineInfo
+from jaxserve.engine.output_processor import TextOptions
+from jaxserve.errors import RequestError
+from jaxserve.loading.generation_config import GenerationConfig
+from jaxserve.parsing.message_parser import OutputFormats
+from jaxserve.request import Request, SamplingParams
+from jaxserve.structured.grammar import GrammarWriter, JsonStyle
+from jaxserve.text.completion_template import CompletionTemplate
+from jaxserve.text.tokenizer import Tokenizer
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+_SAMPLING_FIELDS = (
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "repetition_penalty",
+    "frequency_penalty",
+    "presence_penalty",
+    "min_tokens",
+    "ignore_eos",
+)
+_MAX_REQUEST_ID_CHARACTERS = 256
+# Larger bodies are rendered and tokenised in a thread: the streams of others must go on meanwhile.
+_LARGE_BODY_BYTES = 16 << 10
+
+
+class Prepared(NamedTuple):
+    """A wire request, ready for the engine but for the check of its grammar.
+
+    Attributes:
+        request: for the engine.
+        options: how its output becomes text.
+        grammar_param: the field that demands the grammar.
+    """
+
+    request: Request
+    options: TextOptions
+    grammar_param: str | None = None
+
+
+class SeedSource:
+    """Seeds for requests that bring none; the same sequence again for the same `--random-seed`."""
+
+    def __init__(self, seed: int | None) -> None:
+        self._random = random.Random(secrets.randbits(64) if seed is None else seed)
+
+    def draw(self) -> int:
+        """A seed in [0, 2**63)."""
+        return self._random.getrandbits(63)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServedModel:
+    """What requests are built for.
+
+    Attributes:
+        tokenizer: of the model.
+        info: limits of the engine.
+        generation: the model's own sampling defaults, for chats, and end tokens.
+        formats: how outputs are read.
+        json_style: how constrained JSON may be laid out.
+        completion_template: puts a prompt and a suffix together; None where the model cannot fill in.
+        names: of the model and its adapters.
+    """
+
+    tokenizer: Tokenizer
+    info: EngineInfo
+    generation: GenerationConfig
+    formats: OutputFormats
+    json_style: JsonStyle
+    completion_template: CompletionTemplate | None
+    names: ModelNames
+
+    @cached_property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """Tokens that end an output."""
+        own = self.generation.eos_token_ids
+        return tuple(sorted({*self.info.eos_token_ids, *self.tokenizer.eos_token_ids, *own}))
+
+    @cached_property
+    def grammars(self) -> GrammarWriter:
+        """Writes grammars over the model's tokens."""
+        return GrammarWriter(self.tokenizer, self.json_style)
+
+
+class RequestBuilder:
+    """Builds engine requests for one model; the endpoints' own builders use it.
+
+    Args:
+        model: what is served.
+        seeds: where unset seeds come from.
+    """
+
+    def __init__(self, model: ServedModel, seeds: SeedSource) -> None:
+        self.model = model
+        self._seeds = seeds
+
+    def encode(self, text: str, *, add_special_tokens: bool, param: str) -> list[int]:
+        """A prompt's tokens; raises RequestError when they cannot fit the context."""
+        limit = self.model.info.context_length
+        return self.model.tokenizer.encode(text, add_special_tokens=add_special_tokens, max_tokens=limit, param=param)
+
+    def request(self, body: CommonRequest, ids: list[int], **fields: Any) -> Request:
+        """A request of these tokens; `fields` are those of `Request` that the endpoint decides."""
+        return Request(
+            # Never the client's `rid`: what is still on its way for an ended request must not meet a new one.
+            id=uuid.uuid4().hex,
+            prompt_token_ids=tuple(ids),
+            eos_token_ids=self.model.eos_token_ids,
+            cache_salt=body.cache_salt or "",
+            priority=body.priority or 0,
+            **fields,
+        )
+
+    def sampling(self, body: CommonRequest, defaults: Mapping[str, Any], **fields: Any) -> SamplingParams:
+        """How to draw; `fields` are those of `SamplingParams` that the endpoint decides."""
+        given = {name: value for name in _SAMPLING_FIELDS if (value := getattr(body, name)) is not None}
+        sampling = SamplingParams(
+            **{**defaults, **given},
+            seed=self._seeds.draw() if body.seed is None else body.seed,
+            logit_bias=read_logit_bias(body.logit_bias or {}),
+            stop_token_ids=tuple(body.stop_token_ids or ()),
+            **fields,
+        )
+        sampling.check_token_ids(self.model.info.vocab_size)
+        return sampling
+
+    def text_options(self, body: CommonRequest, **fields: Any) -> TextOptions:
+        """How output becomes text; `fields` are those of `TextOptions` that the endpoint decides."""
+        return TextOptions(
+            stop=read_stops(body.stop),
+            keep_stop=bool(body.no_stop_trim),
+            skip_special_tokens=True if body.skip_special_tokens is None else body.skip_special_tokens,
+            **fields,
+        )
+
+    def max_tokens(self, num_prompt_tokens: int, max_tokens: int | None, prompt_param: str) -> int:
+        """Output tokens that may be drawn; unset fills the context."""
+        limit = self.model.info.context_length
+        if num_prompt_tokens >= limit:
+            raise RequestError(
+                f"the prompt of {num_prompt_tokens} tokens is longer than the model's context length of {limit} tokens "
+                "leaves room for",
+                param=prompt_param,
+                code="context_length_exceeded",
+            )
+        if max_tokens is None:
+            return limit - num_prompt_tokens
+        if max_tokens < 0:
+            raise RequestError(f"max_tokens must not be negative, got {max_tokens}", param="max_tokens")
+        if num_prompt_tokens + max_tokens > limit:
+            raise RequestError(
+                f"the prompt of {num_prompt_tokens} tokens and max_tokens of {max_tokens} exceed "
+                f"the model's context length of {limit} tokens",
+                param="max_tokens",
+                code="context_length_exceeded",
+            )
+        return max_tokens
+
+
+def answer_id(kind: str, rid: str | None) -> str:
+    """Id of a new answer: the client's own `rid`, or a fresh one that starts with `kind`."""
+    if rid is None:
+        return f"{kind}{uuid.uuid4().hex}"
+    if not (1 <= len(rid) <= _MAX_REQUEST_ID_CHARACTERS and rid.isprintable()):
+        raise RequestError(f"rid must have 1 to {_MAX_REQUEST_ID_CHARACTERS} printable characters", param="rid")
+    return rid
+
+
+async def build(size: int, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    """Call a builder for a body of `size` bytes: small ones at once, large ones in a thread."""
+    if size < _LARGE_BODY_BYTES:
+        return function(*args, **kwargs)
+    return await asyncio.to_thread(function, *args, **kwargs)

@@ -1,0 +1,1 @@
+"""OpenAI's Responses, over a chat."""

@@ -1,0 +1,75 @@
+"""Responses that can be followed, retrieved, cancelled and deleted. Bounded; the oldest are forgotten first."""
+
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from api.chat.schemas import ChatMessage
+from api.responses.schemas import ResponseObject
+from jaxserve.errors import NotFoundError
+
+_MAX_RESPONSES = 1024
+_MAX_BYTES = 64 << 20
+
+
+@dataclass
+class StoredResponse:
+    """One response.
+
+    Attributes:
+        response: as it was last told to the client.
+        size: what it takes, in bytes, roughly.
+        turns: the conversation with its answer; empty while it is not complete.
+        cancel: ends it while it runs.
+    """
+
+    response: ResponseObject
+    size: int
+    turns: Sequence[ChatMessage] = ()
+    cancel: Callable[[], None] | None = None
+
+
+class ResponseStore:
+    """The responses of one server, by id."""
+
+    def __init__(self) -> None:
+        self._responses: OrderedDict[str, StoredResponse] = OrderedDict()
+        self._num_bytes = 0
+
+    def add(self, stored: StoredResponse) -> None:
+        """Keep a response that has begun."""
+        self._responses[stored.response.id] = stored
+        self._num_bytes += stored.size
+        self._shrink()
+
+    def end(self, response_id: str, turns: Sequence[ChatMessage] = ()) -> None:
+        """A response has ended, with a conversation that can be followed or without; it may be deleted by now."""
+        stored = self._responses.get(response_id)
+        if stored is None or stored.cancel is None:
+            return
+        earlier = sum(len(turn.content or "") + len(turn.reasoning_content or "") for turn in turns)
+        stored.turns, stored.cancel = turns, None
+        stored.size += earlier
+        self._num_bytes += earlier
+        self._shrink()
+
+    def get(self, response_id: str, param: str | None = None) -> StoredResponse:
+        """A kept response.
+
+        Raises:
+            NotFoundError: there is none, or not any more.
+        """
+        stored = self._responses.get(response_id)
+        if stored is None:
+            raise NotFoundError(f"no response with id {response_id[:80]!r} is kept", param=param, code="not_found")
+        return stored
+
+    def remove(self, response_id: str) -> None:
+        """Forget a response; raises NotFoundError if there is none."""
+        self._num_bytes -= self.get(response_id).size
+        del self._responses[response_id]
+
+    def _shrink(self) -> None:
+        while len(self._responses) > _MAX_RESPONSES or self._num_bytes > _MAX_BYTES:
+            _, oldest = self._responses.popitem(last=False)
+            self._num_bytes -= oldest.size

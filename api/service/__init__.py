@@ -1,0 +1,1 @@
+"""Routes beside generation: models, health, tokenizer, information, control."""

@@ -1,0 +1,186 @@
+"""Grouped products on Hopper GPUs: a kernel over blocks of 64 rows, each with its group's matrix.
+
+Dimension key: C blocks, P places, m rows of a block (64), X matrices, I inputs, i a step of them, O outputs, o a block
+of them. Of 4-bit matrices two inputs are one column, a byte; and the rows of a block come twice, first what meets the
+lower halves of the bytes.
+"""
+
+from functools import partial
+from math import gcd
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from kernels_pallas.grouped_matmul.api import ExpertShape, Matrices
+from kernels_pallas.grouped_matmul.gpu.sums import (
+    BLOCK_INPUTS,
+    Operands,
+    Scratch,
+    SumUp,
+    sum_up,
+    sum_up_blocks,
+    sum_up_groups,
+    sum_up_rows,
+)
+from kernels_pallas.pallas import pl, plgpu
+from kernels_pallas.quantized import QuantizedFormat
+from kernels_pallas.token_tiles import Blocks
+from kernels_pallas.warpgroup import WARPGROUP_ROWS, Stages, smem
+
+# Inputs of a step: a row of either operand is then 128 bytes, which one swizzle spans. Fewer are
+# for factors of adapters.
+_STEP_INPUTS = 64
+_STEPS_INPUTS = (_STEP_INPUTS, 32, 16)
+# Bytes of a step of 4-bit matrices, as many as divide a row: gpt-oss's have 1,440.
+_STEPS_BYTES = (64, 48, 32, 16)
+_STAGES = 4
+_BLOCK_OUTPUTS = (128, 64, 32, 16)
+# Of quantised matrices: conversions are in pieces of as many rows.
+_QUANTIZED_OUTPUTS = 64
+# Of quantised matrices: a block is two steps of one block of outputs, or a whole row.
+_IN_BLOCKS = QuantizedFormat("fp8", (BLOCK_INPUTS, BLOCK_INPUTS))
+_BY_ROW = (QuantizedFormat("fp8", (1, 0)), QuantizedFormat("int8", (1, 0)))
+
+
+def check_shape(shape: ExpertShape) -> None:
+    """Raise NotImplementedError for matrices that the kernel cannot multiply."""
+    num_outputs, num_inputs, dtype, form = shape[:4]
+    if dtype != jnp.bfloat16:
+        raise NotImplementedError(f"matrices in {dtype}: the kernel multiplies bfloat16")
+    inputs, outputs = _multiples(form)
+    if num_inputs % inputs or num_outputs % outputs:
+        raise NotImplementedError(
+            f"matrices of {num_inputs} inputs and {num_outputs} outputs on a device: the kernel wants multiples of "
+            f"{inputs} and {outputs}"
+        )
+
+
+def _multiples(form: QuantizedFormat | None) -> tuple[int, int]:
+    """Inputs and outputs that the kernel can split a matrix into."""
+    if form is None:
+        return _STEPS_INPUTS[-1], _BLOCK_OUTPUTS[-1]
+    if form == _IN_BLOCKS:
+        return form.block
+    if form in _BY_ROW:
+        return _STEP_INPUTS, _QUANTIZED_OUTPUTS
+    rows, columns = form.block
+    if form.per_byte == 2 and rows == 1 and columns % (2 * _STEPS_BYTES[-1]) == 0:
+        return 2 * _STEPS_BYTES[-1], _QUANTIZED_OUTPUTS
+    raise NotImplementedError(
+        f"matrices in {form.numbers} and blocks of {form.block}: the kernel wants {_IN_BLOCKS.numbers} in "
+        f"{_IN_BLOCKS.block}, 8 bits with a factor for each row, or 4 bits with one for each {2 * _STEPS_BYTES[-1]} "
+        "numbers or a multiple of them"
+    )
+
+
+class _Cut(NamedTuple):
+    """How a product is cut.
+
+    Attributes:
+        columns: of a step.
+        outputs: of a block.
+        swizzled: columns that both operands' swizzle spans, where those are fewer; else None.
+        sum_up: what sums up the steps.
+    """
+
+    columns: int
+    outputs: int
+    swizzled: int | None
+    sum_up: SumUp
+
+
+def _cut(matrices: Matrices, *, transposed: bool) -> _Cut:
+    w_XOI, form = matrices.values_XOI, matrices.form
+    num_outputs, num_columns = w_XOI.shape[:0:-1] if transposed else w_XOI.shape[1:]
+    if form is not None and form.per_byte == 2:
+        columns = next(size for size in _STEPS_BYTES if num_columns % size == 0)
+        piece = gcd(columns, form.block[1] // 2)
+        return _Cut(columns, _QUANTIZED_OUTPUTS, piece, partial(sum_up_groups, form=form, piece=piece))
+    outputs = next(size for size in _BLOCK_OUTPUTS if num_outputs % size == 0)
+    most = outputs if transposed else _STEP_INPUTS  # a row of the matrix must span a row's swizzle
+    columns = next(size for size in _STEPS_INPUTS if num_columns % size == 0 and size <= most)
+    if form is not None:
+        return _Cut(columns, outputs, None, sum_up_rows if form in _BY_ROW else sum_up_blocks)
+    return _Cut(columns, outputs, columns if transposed else None, partial(sum_up, transposed=transposed))
+
+
+class GpuGroupedMatmul:
+    """A `GroupedMatmul`.
+
+    Args:
+        interpret: parameters of the GPU interpret mode, or False to compile.
+    """
+
+    def __init__(self, interpret: Any = False) -> None:
+        self._interpret = interpret
+
+    def block_rows(self, num_rows: int, num_groups: int, row_bytes: int) -> int:
+        """See `GroupedMatmul`; as many as a warpgroup multiplies."""
+        del num_rows, num_groups, row_bytes
+        return WARPGROUP_ROWS
+
+    def __call__(self, x_PI: jax.Array, matrices: Matrices, blocks: Blocks, *, transposed: bool = False) -> jax.Array:
+        """See `GroupedMatmul`."""
+        operands = _operands(x_PI, matrices, blocks)
+        cut = _cut(matrices, transposed=transposed)
+        num_blocks, num_rows, num_columns = operands.x_CmI.shape
+        num_outputs = operands.w.shape[2 if transposed else 1]
+        block = (cut.columns, cut.outputs) if transposed else (cut.outputs, cut.columns)
+        converted = (num_rows // WARPGROUP_ROWS * cut.outputs, cut.columns)
+        kernel = plgpu.kernel(
+            partial(_multiply_block, num_steps=num_columns // cut.columns, sum_up=cut.sum_up, transposed=transposed),
+            out_type=jax.ShapeDtypeStruct((num_blocks, WARPGROUP_ROWS, num_outputs), x_PI.dtype),
+            scratch_types=[
+                Scratch(
+                    x_mi=smem((_STAGES, num_rows, cut.columns), x_PI.dtype, like=cut.swizzled),
+                    w=smem((_STAGES, *block), operands.w.dtype, like=cut.swizzled),
+                    arrived=plgpu.Barrier(num_arrivals=2, num_barriers=_STAGES),
+                    out_mo=smem((WARPGROUP_ROWS, cut.outputs), x_PI.dtype),
+                    converted_oi=None if matrices.form is None else smem(converted, x_PI.dtype, like=cut.swizzled),
+                )
+            ],
+            grid=(num_outputs // cut.outputs, num_blocks),
+            grid_names=("outputs", "block"),
+            kernel_name="grouped_matmul",
+            interpret=self._interpret,
+        )
+        return kernel(operands).reshape(-1, num_outputs)
+
+
+def _operands(x_PI: jax.Array, matrices: Matrices, blocks: Blocks) -> Operands:
+    scale, form = matrices.scale_Xoi, matrices.form
+    if form in _BY_ROW and scale is not None:
+        scale = scale[:, :, 0]
+    x_CmI = x_PI.reshape(-1, WARPGROUP_ROWS, x_PI.shape[1])
+    if form is not None and form.per_byte == 2:
+        # Bytes are not taken apart, but the rows: those that meet the lower halves, and those that meet the upper ones.
+        x_CmI = jnp.concatenate([x_CmI[:, :, half::2] for half in range(2)], axis=1)
+    return Operands(blocks, x_CmI, matrices.values_XOI, scale, matrices.zero_Xoi)
+
+
+def _multiply_block(
+    operands: Operands, out_CmO: Any, scratch: Scratch, *, num_steps: int, sum_up: SumUp, transposed: bool
+) -> None:
+    block, block_outputs, step_columns = lax.axis_index("block"), scratch.out_mo.shape[1], scratch.x_mi.shape[2]
+
+    @pl.when(block < operands.blocks.num_1[0])
+    def _multiply() -> None:
+        group = operands.blocks.group_C[block]
+        outputs = pl.ds(lax.axis_index("outputs") * block_outputs, block_outputs)
+
+        def copy(step: jax.Array, stage: jax.Array) -> None:
+            columns, arrived = pl.ds(step * step_columns, step_columns), scratch.arrived.at[stage]
+            part = (columns, outputs) if transposed else (outputs, columns)
+            plgpu.copy_gmem_to_smem(operands.x_CmI.at[block, :, columns], scratch.x_mi.at[stage], arrived)
+            plgpu.copy_gmem_to_smem(operands.w.at[group, *part], scratch.w.at[stage], arrived)
+
+        stages = Stages(num_steps, copy, scratch.arrived)
+        stages.start()
+
+        sum_mo = sum_up(operands, scratch, stages, group)
+        scratch.out_mo[...] = sum_mo.astype(scratch.out_mo.dtype)
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(scratch.out_mo, out_CmO.at[block, :, outputs])
+        plgpu.wait_smem_to_gmem(0)

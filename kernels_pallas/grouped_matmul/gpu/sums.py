@@ -1,0 +1,178 @@
+"""What a block of rows and a block of a matrix's outputs sum up to on a Hopper GPU, by how the matrix is stored.
+
+Dimension key as in `gpu`; B a step's columns of a 4-bit matrix, of which p share a factor.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from kernels_pallas.pallas import pl, plgpu
+from kernels_pallas.quantized import INT4_ZERO, QuantizedFormat, float4, scale_factors
+from kernels_pallas.token_tiles import Blocks
+from kernels_pallas.warpgroup import MATRIX, WARPGROUP_ROWS, Stages, product
+
+# Inputs, and outputs, of a block of a matrix in blocks.
+BLOCK_INPUTS = 128
+# Bytes as they are read to become two numbers of 16 bits each where a product wants them.
+_BYTES = plgpu.Layout.WGMMA_UPCAST_2X
+# A number whose unit is its last bit: an integer in its lower bits is added to it.
+_ABOVE = 2.0**23
+_ABOVE_BITS = 0x4B000000
+
+
+class Operands(NamedTuple):
+    """In global memory.
+
+    Attributes:
+        x_CmI: rows.
+        w: matrices, [X, O, I] or, transposed, [X, I, O].
+        scale: of quantised matrices, [X, o, i] or, of rows, [X, O]; else None.
+        zero: of 4-bit integers that have zero points of their own, [X, o, i]; else None.
+    """
+
+    blocks: Blocks
+    x_CmI: Any
+    w: Any
+    scale: Any
+    zero: Any
+
+
+class Scratch(NamedTuple):
+    """Stages of both operands, the barriers of their arrival, and the result on its way out.
+
+    Attributes:
+        w: stages of the matrix, [o, i] or, transposed, [i, o].
+        converted_oi: a stage of a quantised matrix, in the rows' dtype, of 4 bits the lower halves and then the upper
+            ones; else None.
+    """
+
+    x_mi: Any
+    w: Any
+    arrived: Any
+    out_mo: Any
+    converted_oi: Any
+
+
+# f32[m, o] of all steps; the last argument is the group.
+SumUp: TypeAlias = Callable[[Operands, Scratch, Stages, jax.Array], jax.Array]
+
+
+def sum_up(_: Operands, scratch: Scratch, stages: Stages, __: jax.Array, *, transposed: bool) -> jax.Array:
+    """The product of all steps, f32[m, o]."""
+
+    def multiply(_: jax.Array, stage: jax.Array, sum_mo: Any) -> None:
+        w = scratch.w.at[stage]
+        plgpu.wgmma(sum_mo, scratch.x_mi.at[stage], w if transposed else w.T)
+
+    return _accumulate(scratch, stages, multiply)
+
+
+def sum_up_blocks(operands: Operands, scratch: Scratch, stages: Stages, group: jax.Array) -> jax.Array:
+    """The same of a matrix in blocks: the result of each step is scaled."""
+    shape, row = scratch.out_mo.shape, lax.axis_index("outputs")
+
+    def scaled(step: jax.Array, part_mo: jax.Array) -> jax.Array:
+        scale = operands.scale[group, row, lax.div(step, BLOCK_INPUTS // scratch.w.shape[2])]
+        return part_mo * plgpu.layout_cast(lax.broadcast_in_dim(scale, shape, ()), MATRIX)
+
+    return _sum_up_converted(scratch, stages, scaled)
+
+
+def sum_up_rows(operands: Operands, scratch: Scratch, stages: Stages, group: jax.Array) -> jax.Array:
+    """The same of a matrix whose rows have factors: the sum is scaled."""
+    sum_mo = _sum_up_converted(scratch, stages, lambda _, part_mo: part_mo)
+    shape = scratch.out_mo.shape
+    outputs = pl.ds(lax.axis_index("outputs") * shape[1], shape[1])
+    scale_o = plgpu.load(operands.scale.at[group, outputs], layout=MATRIX.reduce(0), optimized=False)
+    return sum_mo * lax.broadcast_in_dim(scale_o.astype(jnp.float32), shape, [1])
+
+
+def _sum_up_converted(
+    scratch: Scratch, stages: Stages, scaled: Callable[[jax.Array, jax.Array], jax.Array]
+) -> jax.Array:
+    """The product of all steps, each converted and then scaled."""
+    shape = scratch.out_mo.shape
+
+    def multiply(step: jax.Array, sum_mo: jax.Array) -> jax.Array:
+        stage = stages.next(step)
+        for start in range(0, shape[1], WARPGROUP_ROWS):
+            rows = slice(start, start + WARPGROUP_ROWS)
+            source = scratch.w.at[stage, rows]
+            w_oi = plgpu.load(source, layout=_BYTES, optimized=False)
+            if jnp.issubdtype(w_oi.dtype, jnp.floating):
+                # Hopper has no instruction from 8 to 16 bits of this kind; both steps are exact.
+                w_oi = w_oi.astype(jnp.float32)
+            scratch.converted_oi.at[rows][...] = plgpu.layout_cast(w_oi.astype(scratch.converted_oi.dtype), MATRIX)
+        plgpu.commit_smem()
+        return sum_mo + scaled(step, product(scratch.x_mi.at[stage], scratch.converted_oi.T, shape[1]))
+
+    zeros_mo = plgpu.layout_cast(jnp.zeros(shape, jnp.float32), MATRIX)
+    return lax.fori_loop(0, stages.num_steps, multiply, zeros_mo)
+
+
+def sum_up_groups(
+    operands: Operands, scratch: Scratch, stages: Stages, group: jax.Array, *, form: QuantizedFormat, piece: int
+) -> jax.Array:
+    """The same of a matrix of 4 bits, whose factors are for numbers of one row: it is multiplied out, a step at a time.
+
+    A `piece` is columns that share a factor and lie side by side in shared memory.
+    """
+    shape, num_columns = scratch.out_mo.shape, scratch.w.shape[2]
+    columns_of_factor = form.block[1] // form.per_byte
+    first_output = lax.axis_index("outputs") * shape[1]
+
+    def of_rows(numbers: Any, row: int, column: jax.Array) -> jax.Array:
+        """What the rows of a piece have, [64, p]."""
+        at = 0 if columns_of_factor == 0 else lax.div(column, columns_of_factor)
+        rows = pl.ds(first_output + row, WARPGROUP_ROWS)
+        of_row = plgpu.load(numbers.at[group, rows, at], layout=_BYTES.reduce(1), optimized=False)
+        return lax.broadcast_in_dim(of_row, (WARPGROUP_ROWS, piece), [0])
+
+    def convert(step: jax.Array, stage: jax.Array, row: int, start: int) -> None:
+        rows, columns = slice(row, row + WARPGROUP_ROWS), slice(start, start + piece)
+        byte_op = plgpu.load(scratch.w.at[stage, rows, columns], layout=_BYTES, optimized=False).astype(jnp.int32)
+        column = step * num_columns + start
+        factor_op = scale_factors(of_rows(operands.scale, row, column))
+        zero_op: Any = _ABOVE + INT4_ZERO
+        if operands.zero is not None:
+            zero_op = _above(of_rows(operands.zero, row, column).astype(jnp.int32))
+        for half in range(form.per_byte):
+            code_op = (byte_op >> (4 * half)) & 15
+            w_op = float4(code_op) if form.numbers == "mxfp4" else _above(code_op) - zero_op
+            w_op = (w_op * factor_op).astype(scratch.converted_oi.dtype)
+            place = slice(half * shape[1] + row, half * shape[1] + row + WARPGROUP_ROWS)
+            scratch.converted_oi.at[place, columns][...] = plgpu.layout_cast(w_op, MATRIX)
+
+    def multiply(step: jax.Array, stage: jax.Array, sum_mo: Any) -> None:
+        for row in range(0, shape[1], WARPGROUP_ROWS):
+            for start in range(0, num_columns, piece):
+                convert(step, stage, row, start)
+        plgpu.commit_smem()
+        for half in range(form.per_byte):
+            x_mB = scratch.x_mi.at[stage, half * WARPGROUP_ROWS : (half + 1) * WARPGROUP_ROWS]
+            plgpu.wgmma(sum_mo, x_mB, scratch.converted_oi.at[half * shape[1] : (half + 1) * shape[1]].T)
+
+    return _accumulate(scratch, stages, multiply)
+
+
+def _accumulate(scratch: Scratch, stages: Stages, multiply: Callable[[jax.Array, jax.Array, Any], None]) -> jax.Array:
+    """f32[m, o] of what `multiply`, of a step, its stage and the sum, adds to the sum."""
+
+    def accumulate(sum_mo: Any) -> jax.Array:
+        @pl.loop(0, stages.num_steps)
+        def _step(step: jax.Array) -> None:
+            multiply(step, stages.next(step), sum_mo)
+            plgpu.wgmma_wait(0)
+
+        return sum_mo[...]
+
+    return pl.run_scoped(accumulate, plgpu.WGMMAAccumulatorRef(scratch.out_mo.shape, jnp.float32))
+
+
+def _above(integer: jax.Array) -> jax.Array:
+    """i32 of a few bits as f32 above `_ABOVE`: a fourth of the time that the conversion takes."""
+    return lax.bitcast_convert_type(integer | _ABOVE_BITS, jnp.float32)

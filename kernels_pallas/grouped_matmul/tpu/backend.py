@@ -1,0 +1,205 @@
+"""Grouped products on TPU: a kernel over blocks of rows, which fetches each block's matrix.
+
+A block's rows stay while its matrix streams by. So a matrix is fetched once for each block, and multiplied out once if
+it is quantised: blocks have as many rows as fit, where a group has as many.
+
+Dimension key: C blocks, P places, W rows of a block, X matrices, I inputs, O outputs, o a block of them.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from kernels_pallas.grouped_matmul.api import ExpertShape, Matrices
+from kernels_pallas.mxu import mxu_dot
+from kernels_pallas.pallas import pl, pltpu
+from kernels_pallas.quantized import INT4_ZERO, QuantizedFormat, float4, scale_factors
+from kernels_pallas.token_tiles import Blocks, rows_of_blocks
+
+_LANES = 128
+# A tile of bf16 has 16 rows. Of the most, each byte of a matrix is multiplied often enough to hide its way.
+_FEWEST_ROWS = 16
+_MOST_ROWS = 512
+# Of a block's rows, of which there are two.
+_ROWS_BYTES = 8 << 20
+# Of a matrix's block: there are two of them, beside two of the rows and of the results.
+_BLOCK_BYTES = 4 << 20
+# Bytes that a quantised one becomes on its way, as f32 and i32, twice.
+_GROUPED_WORK = 16
+# Of sums, and of f32 operands in parts: more than all blocks where those are f32.
+_SPARE_BYTES = 16 << 20
+
+
+def check_shape(shape: ExpertShape) -> None:
+    """Raise NotImplementedError for matrices that the kernel cannot multiply."""
+    if shape.rows_dtype == jnp.float16:
+        raise NotImplementedError("the TPU kernel has no float16: the MXU has none")
+    if shape.form is None:
+        return
+    rows, columns = shape.form.block
+    if rows == 1:
+        if (columns or shape.num_inputs) % shape.form.per_byte:
+            raise NotImplementedError(f"matrices in blocks of {columns} numbers: the kernel wants whole bytes")
+        return
+    if shape.form.numbers != "fp8":
+        raise NotImplementedError(f"matrices in {shape.form.numbers} and blocks of {rows} rows: the kernel wants fp8")
+    if shape.form.block != (_LANES, _LANES) or shape.num_outputs % _LANES or shape.num_inputs % _LANES:
+        raise NotImplementedError(
+            f"matrices of {shape.num_inputs} inputs and {shape.num_outputs} outputs on a device, quantised in blocks "
+            f"of {shape.form.block}: the kernel wants multiples of {_LANES}, and blocks of that"
+        )
+
+
+class TpuGroupedMatmul:
+    """A `GroupedMatmul`.
+
+    Args:
+        interpret: parameters of the TPU interpret mode, or False to compile.
+    """
+
+    def __init__(self, interpret: Any = False) -> None:
+        self._interpret = interpret
+
+    def block_rows(self, num_rows: int, num_groups: int, row_bytes: int) -> int:
+        """See `GroupedMatmul`."""
+        most = min(_MOST_ROWS, 1 << (_ROWS_BYTES // row_bytes).bit_length() - 1)
+        return rows_of_blocks(num_rows, num_groups, fewest=_FEWEST_ROWS, most=max(_FEWEST_ROWS, most))
+
+    def __call__(self, x_PI: jax.Array, matrices: Matrices, blocks: Blocks, *, transposed: bool = False) -> jax.Array:
+        """See `GroupedMatmul`."""
+        problem = _transposed_problem(x_PI, matrices.values_XOI) if transposed else _problem(x_PI, matrices)
+        row_axis, out_axis = (1, 2) if transposed else (2, 1)
+        (num_places, _), num_outputs = x_PI.shape, matrices.values_XOI.shape[out_axis]
+        block_rows = num_places // blocks.group_C.shape[0]
+        row_bytes = matrices.values_XOI.shape[row_axis] * matrices.values_XOI.dtype.itemsize * problem.work
+        block_outputs = _block_outputs(num_outputs, row_bytes)
+        rows = [pl.BlockSpec((block_rows, x.shape[1]), lambda c, o, _: (c, 0)) for x in problem.rows]
+        of_matrices = [
+            pl.BlockSpec((1, block_outputs, each.shape[2]), lambda c, o, group_C: (group_C[c], o, 0))
+            for each in problem.by_output
+        ]
+        of_matrices += [
+            pl.BlockSpec((1, each.shape[1], block_outputs), lambda c, o, group_C: (group_C[c], 0, o))
+            for each in problem.by_input
+        ]
+        whole = [pl.BlockSpec(each.shape, lambda c, o, _: (0, 0)) for each in problem.constants]
+        scalars = [
+            pl.BlockSpec((1, *each.shape[1:]), lambda c, o, group_C: (group_C[c], 0, 0), memory_space=pltpu.SMEM)
+            for each in problem.scalars
+        ]
+        operands = (*problem.rows, *problem.by_output, *problem.by_input, *problem.constants, *problem.scalars)
+        block_bytes = sum(block_rows * x.shape[1] * x.dtype.itemsize for x in problem.rows)
+        block_bytes += sum(block_outputs * each.shape[2] * each.dtype.itemsize for each in problem.by_output)
+        block_bytes += sum(block_outputs * each.shape[1] * each.dtype.itemsize for each in problem.by_input)
+        block_bytes += block_rows * block_outputs * x_PI.dtype.itemsize
+        return pl.pallas_call(
+            problem.kernel,
+            grid_spec=pltpu.PrefetchScalarGridSpec(
+                num_scalar_prefetch=1,
+                # A device may have none that counts.
+                grid=(jnp.maximum(blocks.num_1[0], 1), pl.cdiv(num_outputs, block_outputs)),
+                in_specs=[*rows, *of_matrices, *whole, *scalars],
+                out_specs=pl.BlockSpec((block_rows, block_outputs), lambda c, o, _: (c, o)),
+            ),
+            out_shape=jax.ShapeDtypeStruct((num_places, num_outputs), x_PI.dtype),
+            compiler_params=pltpu.CompilerParams(
+                dimension_semantics=("arbitrary", "arbitrary"), vmem_limit_bytes=2 * block_bytes + _SPARE_BYTES
+            ),
+            interpret=self._interpret,
+            name="grouped_matmul",
+        )(blocks.group_C, *operands)
+
+
+class _Problem(NamedTuple):
+    """What a kernel gets, in this order.
+
+    Attributes:
+        kernel: its body.
+        rows: what is multiplied, [P, ...].
+        by_output: what each output of a matrix has, [X, O, ...].
+        by_input: what each input has, [X, I, O].
+        constants: that all steps share.
+        scalars: of each matrix, [X, ...].
+        work: bytes that a step needs beside each byte of a matrix's block.
+    """
+
+    kernel: Callable[..., None]
+    rows: tuple[jax.Array, ...]
+    by_output: tuple[jax.Array, ...]
+    by_input: tuple[jax.Array, ...] = ()
+    constants: tuple[jax.Array, ...] = ()
+    scalars: tuple[jax.Array, ...] = ()
+    work: int = 1
+
+
+def _problem(x_PI: jax.Array, matrices: Matrices) -> _Problem:
+    w_XOI, scale_Xoi, zero_Xoi, form = matrices
+    if form is None or scale_Xoi is None:
+        return _Problem(_multiply_block, (x_PI,), (w_XOI,))
+    if form.block[0] > 1:
+        return _Problem(_multiply_scaled_block, (x_PI,), (w_XOI,), scalars=(scale_Xoi,))
+    # Bytes are not taken apart, but the rows: those that meet the lower halves, and those that meet the upper ones.
+    rows = tuple(x_PI[:, part :: form.per_byte] for part in range(form.per_byte))
+    by_output = (w_XOI, scale_Xoi, *(() if zero_Xoi is None else (zero_Xoi,)))
+    num_bytes, num_groups = w_XOI.shape[2], scale_Xoi.shape[2]
+    group_bytes = (form.block[1] or num_bytes * form.per_byte) // form.per_byte
+    # Multiplied with a number of each group it gives one of each byte: all else is slower in a vector's lanes.
+    group_1B = lax.broadcasted_iota(jnp.int32, (1, num_bytes), 1) // group_bytes
+    spread_gB = (lax.broadcasted_iota(jnp.int32, (num_groups, 1), 0) == group_1B).astype(jnp.float32)
+    kernel = partial(_multiply_grouped_block, form=form, zeros=zero_Xoi is not None)
+    return _Problem(kernel, rows, by_output, constants=(spread_gB,), work=_GROUPED_WORK)
+
+
+def _transposed_problem(x_PI: jax.Array, w_XIO: jax.Array) -> _Problem:
+    return _Problem(_multiply_transposed_block, (x_PI,), (), by_input=(w_XIO,))
+
+
+def _multiply_transposed_block(_: Any, x_WI: Any, w_1Io: Any, out_Wo: Any) -> None:
+    out_Wo[...] = mxu_dot(x_WI[...], w_1Io[0], contract=0).astype(out_Wo.dtype)
+
+
+def _multiply_block(_: Any, x_WI: Any, w_1oI: Any, out_Wo: Any) -> None:
+    out_Wo[...] = mxu_dot(x_WI[...], w_1oI[0], contract=1).astype(out_Wo.dtype)
+
+
+def _multiply_scaled_block(_: Any, x_WI: Any, w_1oI: Any, scale_1oi: Any, out_Wo: Any) -> None:
+    """As `_multiply_block`, one block of columns after the other: their results are scaled, not the matrix."""
+    num_rows = out_Wo.shape[1] // _LANES
+    first_row, last_row = pl.program_id(1) * num_rows, scale_1oi.shape[1] - 1
+
+    def multiply(column: jax.Array, sum_Wo: jax.Array) -> jax.Array:
+        columns = pl.ds(pl.multiple_of(column * _LANES, _LANES), _LANES)
+        part_Wo = mxu_dot(x_WI[:, columns], w_1oI[0, :, columns].astype(x_WI.dtype), contract=1)
+        # The last block of outputs may be cut.
+        scales = [scale_1oi[0, jnp.minimum(first_row + row, last_row), column] for row in range(num_rows)]
+        scale_1o = jnp.concatenate([jnp.full((1, _LANES), scale, jnp.float32) for scale in scales], axis=1)
+        return sum_Wo + part_Wo * scale_1o
+
+    num_columns = x_WI.shape[1] // _LANES
+    out_Wo[...] = lax.fori_loop(0, num_columns, multiply, jnp.zeros(out_Wo.shape, jnp.float32)).astype(out_Wo.dtype)
+
+
+def _multiply_grouped_block(_: Any, *refs: Any, form: QuantizedFormat, zeros: bool) -> None:
+    """As `_multiply_block`; each output has factors of its own, for groups of its inputs."""
+    rows_WI, of_matrix, (spread_gB, out_Wo) = refs[: form.per_byte], refs[form.per_byte : -2], refs[-2:]
+    w_1oB, scale_1og = of_matrix[:2]
+    spread = partial(mxu_dot, right=spread_gB[...], contract=0)
+    scale_oB = spread(scale_factors(scale_1og[0]))
+    middle = spread(of_matrix[2][0].astype(jnp.int32).astype(jnp.float32)) if zeros else INT4_ZERO
+    sum_Wo = jnp.zeros(out_Wo.shape, jnp.float32)
+    for part, x_WI in enumerate(rows_WI):
+        if form.per_byte == 1:
+            w_oB = w_1oB[0].astype(jnp.float32)
+        else:
+            code_oB = (w_1oB[0].astype(jnp.int32) >> (4 * part)) & 15
+            w_oB = float4(code_oB) if form.numbers == "mxfp4" else code_oB.astype(jnp.float32) - middle
+        sum_Wo += mxu_dot(x_WI[...], (w_oB * scale_oB).astype(x_WI.dtype), contract=1)
+    out_Wo[...] = sum_Wo.astype(out_Wo.dtype)
+
+
+def _block_outputs(num_outputs: int, row_bytes: int) -> int:
+    return min(num_outputs, max(_LANES, _BLOCK_BYTES // row_bytes // _LANES * _LANES))

@@ -1,0 +1,240 @@
+"""Low-rank updates on Hopper GPUs: two kernels over blocks of 64 tokens, which go through the slots of their tokens.
+
+The factors of a slot are fetched when a token of the block has it. As a row has one slot only, nothing is added up over
+slots: each slot's product is kept for its own rows.
+
+Dimension key: T tokens, m tokens of a block (64), C blocks, S slots (without slot 0), X those of all layers, R rank,
+I inputs, O outputs, i and o blocks of them, K parts that the inputs are cut to, J = modules with the same inputs * R,
+j a part of it.
+"""
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import Mesh
+
+from kernels_pallas.lora_matmul.api import Factors, LoraModule
+from kernels_pallas.lora_matmul.common.sharded import Kernels, ShardedLora
+from kernels_pallas.lora_matmul.common.slot_blocks import SlotLists, slot_lists
+from kernels_pallas.pallas import pl, plgpu
+from kernels_pallas.warpgroup import MATRIX, WARPGROUP_ROWS, Stages, along_rows, product, smem
+
+# Inputs of a step: a row of the tokens' tile and of a factor's are then 128 bytes, which one swizzle spans.
+_STEP_INPUTS = 64
+_STAGES = 4
+_BLOCK_OUTPUTS = (128, 64)
+# What a product of the tensor cores takes along the rank, and what the registers hold of it.
+_RANK_MULTIPLE = 16
+_MAX_RANK = 128
+
+
+def make_lora_matmul(mesh: Mesh, num_cores: int, interpret: Any = False) -> ShardedLora:
+    """The kernels on a mesh.
+
+    Args:
+        mesh: of the devices.
+        num_cores: multiprocessors of a device.
+        interpret: parameters of the GPU interpret mode, or False to compile.
+    """
+    kernels = Kernels(
+        plan, partial(shrink, num_cores=num_cores, interpret=interpret), partial(expand, interpret=interpret)
+    )
+    return ShardedLora(kernels, mesh)
+
+
+def check_module(module: LoraModule) -> None:
+    """Raise NotImplementedError for a module that the kernels cannot serve."""
+    num_inputs, num_outputs, rank, dtype = module
+    if dtype != jnp.bfloat16:
+        raise NotImplementedError(f"adapters in {dtype}: the kernels multiply bfloat16")
+    if rank % _RANK_MULTIPLE or rank > _MAX_RANK:
+        raise NotImplementedError(f"rank {rank}: the kernels want a multiple of {_RANK_MULTIPLE} up to {_MAX_RANK}")
+    if num_inputs % _STEP_INPUTS or num_outputs % _BLOCK_OUTPUTS[-1]:
+        raise NotImplementedError(
+            f"a module of {num_inputs} inputs and {num_outputs} outputs on a device: the kernels want multiples of "
+            f"{_STEP_INPUTS} and {_BLOCK_OUTPUTS[-1]}"
+        )
+
+
+class TokenSlots(NamedTuple):
+    """The tokens' slots, by token and by block.
+
+    Attributes:
+        slot_Cm: i32; the last block is filled up with slot 0.
+        slots: of each block.
+    """
+
+    slot_Cm: Any
+    slots: SlotLists
+
+
+def plan(slot_T: jax.Array, num_slots: int) -> TokenSlots:
+    """Find the slots of each block."""
+    return TokenSlots(_to_blocks(slot_T), slot_lists(slot_T, num_slots, WARPGROUP_ROWS))
+
+
+class _ShrinkInputs(NamedTuple):
+    """Operands in global memory."""
+
+    plan: TokenSlots
+    first_1: Any
+    x_CmI: Any
+    a_XJI: Any
+
+
+class _ShrinkScratch(NamedTuple):
+    """Stages of both operands, the barriers of their arrival, and the result on its way out."""
+
+    x_mi: Any
+    a_ji: Any
+    arrived: Any
+    out_mj: Any
+
+
+def shrink(x_TI: jax.Array, a: Factors, plan: TokenSlots, *, num_cores: int, interpret: Any = False) -> jax.Array:
+    """(x A^T) of each token's slot, f32[T, J], and 0 for slot 0."""
+    (num_tokens, num_inputs), joint_rank = x_TI.shape, a.stack.shape[2]
+    inputs = _ShrinkInputs(plan, a.first[None], _to_blocks(x_TI), a.flat)
+    part_rank = max(size for size in range(_RANK_MULTIPLE, _MAX_RANK + 1, _RANK_MULTIPLE) if joint_rank % size == 0)
+    num_blocks, num_rank_parts, num_steps = inputs.x_CmI.shape[0], joint_rank // part_rank, num_inputs // _STEP_INPUTS
+    # A step of decoding has few blocks: their inputs are cut, so that all multiprocessors work.
+    num_parts = max(1, min(num_steps, num_cores // (num_blocks * num_rank_parts)))
+    kernel = plgpu.kernel(
+        partial(_shrink_block, steps_per_part=-(-num_steps // num_parts), num_steps=num_steps),
+        out_type=jax.ShapeDtypeStruct((num_parts, num_blocks, WARPGROUP_ROWS, joint_rank), jnp.float32),
+        scratch_types=[
+            _ShrinkScratch(
+                x_mi=smem((_STAGES, WARPGROUP_ROWS, _STEP_INPUTS), x_TI.dtype),
+                a_ji=smem((_STAGES, part_rank, _STEP_INPUTS), x_TI.dtype),
+                arrived=plgpu.Barrier(num_arrivals=2, num_barriers=_STAGES),
+                out_mj=smem((WARPGROUP_ROWS, part_rank), jnp.float32),
+            )
+        ],
+        grid=(num_blocks, num_rank_parts, num_parts),
+        grid_names=("block", "rank_part", "part"),
+        kernel_name="lora_shrink",
+        interpret=interpret,
+    )
+    h_KCmJ = kernel(inputs)
+    return jnp.sum(h_KCmJ, axis=0).reshape(-1, joint_rank)[:num_tokens]
+
+
+def _shrink_block(
+    inputs: _ShrinkInputs, out_KCmJ: Any, scratch: _ShrinkScratch, *, steps_per_part: int, num_steps: int
+) -> None:
+    (slot_Cm, slots), block, part = inputs.plan, lax.axis_index("block"), lax.axis_index("part")
+    part_rank = scratch.out_mj.shape[1]
+    ranks = pl.ds(lax.axis_index("rank_part") * part_rank, part_rank)
+    first = part * steps_per_part
+    num_own = jnp.maximum(jnp.minimum(num_steps - first, steps_per_part), 0)
+
+    def copy(step: jax.Array, stage: jax.Array) -> None:
+        slot = inputs.first_1[0] + slots.slot_CS[block, lax.div(step, num_own)]
+        columns = pl.ds((first + lax.rem(step, num_own)) * _STEP_INPUTS, _STEP_INPUTS)
+        arrived = scratch.arrived.at[stage]
+        plgpu.copy_gmem_to_smem(inputs.x_CmI.at[block, :, columns], scratch.x_mi.at[stage], arrived)
+        plgpu.copy_gmem_to_smem(inputs.a_XJI.at[slot, ranks, columns], scratch.a_ji.at[stage], arrived)
+
+    slot_m = plgpu.load(slot_Cm.at[block], optimized=False)
+    zeros_mj = plgpu.layout_cast(jnp.zeros((WARPGROUP_ROWS, part_rank), jnp.float32), MATRIX)
+    num_slots = slots.num_C[block]
+    stages = Stages(num_slots * num_own, copy, scratch.arrived)
+    stages.start()
+
+    def take_slot(index: jax.Array, h_mj: jax.Array) -> jax.Array:
+        def multiply(step: jax.Array, sum_mj: jax.Array) -> jax.Array:
+            stage = stages.next(index * num_own + step)
+            return sum_mj + product(scratch.x_mi.at[stage], scratch.a_ji.at[stage].T, part_rank)
+
+        sum_mj = lax.fori_loop(0, num_own, multiply, zeros_mj)
+        own_m = slot_m == slots.slot_CS[block, index] + 1
+        return jnp.where(along_rows(own_m, part_rank), sum_mj, h_mj)
+
+    scratch.out_mj[...] = lax.fori_loop(0, num_slots, take_slot, zeros_mj)
+    plgpu.commit_smem()
+    plgpu.copy_smem_to_gmem(scratch.out_mj, out_KCmJ.at[part, block, :, ranks])
+    plgpu.wait_smem_to_gmem(0)
+
+
+class _ExpandInputs(NamedTuple):
+    """Operands in global memory."""
+
+    plan: TokenSlots
+    first_1: Any
+    h_CmJ: Any
+    b_XRO: Any
+
+
+class _ExpandScratch(NamedTuple):
+    """The tokens' tile and its barrier, stages of the factors, and the result on its way out."""
+
+    h_mR: Any
+    h_arrived: Any
+    b_Ro: Any
+    arrived: Any
+    out_mo: Any
+
+
+def expand(h_TJ: jax.Array, b: Factors, plan: TokenSlots, member: int = 0, *, interpret: Any = False) -> jax.Array:
+    """(h B) of each token's slot, [T, O] in h's dtype, and 0 for slot 0; h is the `member`-th of the modules' in J."""
+    num_tokens, (*_, rank, num_outputs) = h_TJ.shape[0], b.stack.shape
+    block_outputs = next(size for size in _BLOCK_OUTPUTS if num_outputs % size == 0)
+    inputs = _ExpandInputs(plan, b.first[None], _to_blocks(h_TJ), b.flat)
+    num_blocks = inputs.h_CmJ.shape[0]
+    kernel = plgpu.kernel(
+        partial(_expand_block, block_outputs=block_outputs, member=member),
+        out_type=jax.ShapeDtypeStruct((num_blocks, WARPGROUP_ROWS, num_outputs), h_TJ.dtype),
+        scratch_types=[
+            _ExpandScratch(
+                h_mR=smem((WARPGROUP_ROWS, rank), h_TJ.dtype),
+                h_arrived=plgpu.Barrier(),
+                b_Ro=smem((2, rank, block_outputs), h_TJ.dtype, like=rank),
+                arrived=plgpu.Barrier(num_barriers=2),
+                out_mo=smem((WARPGROUP_ROWS, block_outputs), h_TJ.dtype),
+            )
+        ],
+        grid=(num_blocks, num_outputs // block_outputs),
+        grid_names=("block", "outputs"),
+        kernel_name="lora_expand",
+        interpret=interpret,
+    )
+    return kernel(inputs).reshape(-1, num_outputs)[:num_tokens]
+
+
+def _expand_block(
+    inputs: _ExpandInputs, out_CmO: Any, scratch: _ExpandScratch, *, block_outputs: int, member: int
+) -> None:
+    (slot_Cm, slots), block, rank = inputs.plan, lax.axis_index("block"), inputs.b_XRO.shape[1]
+    columns = pl.ds(lax.axis_index("outputs") * block_outputs, block_outputs)
+    plgpu.copy_gmem_to_smem(inputs.h_CmJ.at[block, :, pl.ds(member * rank, rank)], scratch.h_mR, scratch.h_arrived)
+
+    def copy(step: jax.Array, stage: jax.Array) -> None:
+        slot = inputs.first_1[0] + slots.slot_CS[block, step]
+        plgpu.copy_gmem_to_smem(inputs.b_XRO.at[slot, :, columns], scratch.b_Ro.at[stage], scratch.arrived.at[stage])
+
+    slot_m = plgpu.load(slot_Cm.at[block], optimized=False)
+    num_slots = slots.num_C[block]
+    stages = Stages(num_slots, copy, scratch.arrived)
+    stages.start()
+
+    def take_slot(index: jax.Array, out_mo: jax.Array) -> jax.Array:
+        new_mo = product(scratch.h_mR, scratch.b_Ro.at[stages.next(index)], block_outputs)
+        own_m = slot_m == slots.slot_CS[block, index] + 1
+        return jnp.where(along_rows(own_m, block_outputs), new_mo, out_mo)
+
+    plgpu.barrier_wait(scratch.h_arrived)
+    zeros_mo = plgpu.layout_cast(jnp.zeros((WARPGROUP_ROWS, block_outputs), jnp.float32), MATRIX)
+    out_mo = lax.fori_loop(0, num_slots, take_slot, zeros_mo)
+    scratch.out_mo[...] = out_mo.astype(scratch.out_mo.dtype)
+    plgpu.commit_smem()
+    plgpu.copy_smem_to_gmem(scratch.out_mo, out_CmO.at[block, :, columns])
+    plgpu.wait_smem_to_gmem(0)
+
+
+def _to_blocks(array: jax.Array) -> jax.Array:
+    """[T, ...] -> [C, 64, ...]; the last block is filled up with zeros."""
+    array = jnp.pad(array, ((0, -array.shape[0] % WARPGROUP_ROWS), *((0, 0),) * (array.ndim - 1)))
+    return array.reshape(-1, WARPGROUP_ROWS, *array.shape[1:])

@@ -1,0 +1,74 @@
+"""Pages of one backend's cache as another's, changed on their way."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental.layout import Layout, with_layout_constraint
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+
+from kernels_pallas.paged_attention.api import AttentionBackend, Cache
+from kernels_pallas.paged_attention.common.step_parts import MovedPages
+from kernels_pallas.shards import MODEL, model_size, over_model
+
+# That are moved at a time.
+_TOKENS_AT_ONCE = 1024
+
+
+def move_pages(
+    change: Callable[..., tuple[jax.Array, jax.Array]],
+    operands: Any,
+    source: tuple[AttentionBackend, Cache],
+    target: AttentionBackend,
+    moved: MovedPages,
+    mesh: Mesh,
+) -> Cache:
+    """A cache of one layer with the pages that are live; the others hold anything.
+
+    Args:
+        change: `(operands, *unpacked) -> keys and values`, [pages, heads, S, H], on one shard of the heads.
+        operands: arrays whose first axis is heads, or None.
+        source: a backend and its cache.
+        target: the other backend.
+        moved: pages of the source, of all layers.
+        mesh: of the devices.
+    """
+    backend, cache = source
+    specs = {name: spec.partition for name, spec in backend.cache_spec().items()}
+    by_head = jax.tree.map(lambda _: P(MODEL), operands)
+    results = {name: spec.partition for name, spec in target.cache_spec().items()}
+    move = partial(_move_shard, change, backend, target, model_size(mesh))
+    return over_model(move, mesh, (by_head, specs, P()), results)(operands, cache, moved)
+
+
+def _move_shard(
+    change: Callable[..., tuple[jax.Array, jax.Array]],
+    source: AttentionBackend,
+    target: AttentionBackend,
+    num_shards: int,
+    operands: Any,
+    cache: Cache,
+    moved: MovedPages,
+) -> Cache:
+    num_pages = target.config.num_pages
+    at_once = min(max(1, _TOKENS_AT_ONCE // target.config.page_size), num_pages)
+    made = {
+        name: lax.empty((num_pages, spec.shape[1] // num_shards, *spec.shape[2:]), spec.dtype)
+        for name, spec in target.cache_spec().items()
+    }
+
+    def body(turn: jax.Array, made: Cache) -> Cache:
+        # The last turn is moved back, and makes some pages once more.
+        first = jnp.minimum(turn * at_once, num_pages - at_once)
+        page_P = lax.dynamic_slice_in_dim(moved.page_P, first, at_once)
+        taken = {name: pages.at[page_P].get(mode="promise_in_bounds") for name, pages in cache.items()}
+        packed = target.pack(*change(operands, *source.unpack(taken)))
+        # As kernels want pages: TPUs would have them as a product leaves them, and turn the whole cache round after.
+        rows = {name: with_layout_constraint(new, Layout(tuple(range(new.ndim)))) for name, new in packed.items()}
+        return {name: lax.dynamic_update_slice_in_dim(pages, rows[name], first, axis=0) for name, pages in made.items()}
+
+    return lax.fori_loop(0, -(-moved.num_live // at_once), body, made)

@@ -1,0 +1,181 @@
+"""Paged attention on NVIDIA Hopper: Pallas kernels of the Mosaic GPU backend.
+
+Keys and values of a step are scattered into their pages first. Rows that run one token and the others have a kernel
+each; both read pages through the tensor memory accelerator and multiply on the tensor cores.
+"""
+
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from kernels_pallas.kv_update.gpu.backend import kv_update
+from kernels_pallas.paged_attention.api import AttentionConfig, AttentionMeta, Cache, CacheSpec, writing
+from kernels_pallas.paged_attention.common.head_shards import head_major_spec, over_heads
+from kernels_pallas.paged_attention.gpu.decode import attend_decode, choose_splits
+from kernels_pallas.paged_attention.gpu.layer import GpuLayer
+from kernels_pallas.paged_attention.gpu.prefill import QueryTiles, attend_prefill, padded_group, plan_tiles
+from kernels_pallas.paged_attention.gpu.tile import HOPPER_SMEM_BYTES, Tile, choose_tile
+from kernels_pallas.warpgroup import WARPGROUP_ROWS
+
+_CACHE_DTYPES = (jnp.bfloat16, jnp.float8_e4m3fn, jnp.int8)
+_PAGE_SIZES = (16, 32, 64, 128, 256)
+
+
+class GpuPlan(NamedTuple):
+    """Work of one step: the tiles of the rows that run several tokens, None where the shapes say there are none."""
+
+    meta: AttentionMeta
+    tiles: QueryTiles | None
+
+
+class GpuAttention:
+    """Backend `gpu`. Heads are split over the devices of a copy; every shard attends on its own."""
+
+    def __init__(
+        self,
+        config: AttentionConfig,
+        mesh: Mesh,
+        *,
+        num_cores: int = 132,
+        smem_bytes: int = HOPPER_SMEM_BYTES,
+        tiles: tuple[Tile, Tile] | None = None,
+        interpret: Any = False,
+    ) -> None:
+        """Check that the kernels can do what `config` asks.
+
+        Args:
+            config: of the model.
+            mesh: of the devices.
+            num_cores: multiprocessors of the device.
+            smem_bytes: shared memory that a thread block may use.
+            tiles: of decode and prefill, in place of those chosen for the device.
+            interpret: parameters of the GPU interpret mode, or False to compile.
+
+        Raises:
+            NotImplementedError: for what the kernels cannot do, with the reason.
+        """
+        if config.dtype not in _CACHE_DTYPES:
+            raise NotImplementedError(
+                f"a cache of {jnp.dtype(config.dtype)}: Hopper's tensor cores multiply float32 only as TF32, with 10 "
+                f"bits of mantissa; use one of {[jnp.dtype(dtype).name for dtype in _CACHE_DTYPES]}"
+            )
+        if config.page_size not in _PAGE_SIZES:
+            raise NotImplementedError(f"pages of {config.page_size} tokens: use one of {_PAGE_SIZES}")
+        self.config = config
+        self.max_table_entries: int | None = None
+        self._mesh = mesh
+        self._num_cores = num_cores
+        self._interpret = interpret
+        self._decode_tile, self._prefill_tile = tiles or (
+            choose_tile(config, decode=True, smem_bytes=smem_bytes),
+            choose_tile(config, decode=False, smem_bytes=smem_bytes),
+        )
+        # A tile holds the query heads of a key head, or each pass some of them and reads the keys anew.
+        group = config.num_q_heads // config.num_kv_heads
+        self._num_passes = math.ceil(group / WARPGROUP_ROWS)
+        if group % self._num_passes:
+            raise NotImplementedError(f"{group} query heads per key head do not divide into {self._num_passes} tiles")
+        self._group = padded_group(config.num_q_heads // self._num_passes, config.num_kv_heads)
+
+    def cache_spec(self) -> dict[str, CacheSpec]:
+        """Keys and values apart, head-major pages: a page of a head is one copy of the memory accelerator."""
+        return head_major_spec(self.config)
+
+    def unpack(self, arrays: Cache) -> tuple[jax.Array, ...]:
+        """They lie apart."""
+        return tuple(arrays.values())
+
+    def pack(self, k: jax.Array, v: jax.Array) -> Cache:
+        """The inverse of `unpack`."""
+        return {name: self.config.to_cache(x) for name, x in zip(self.cache_spec(), (k, v), strict=False)}
+
+    def writer(self) -> "GpuAttention":
+        """See `AttentionBackend.writer`."""
+        tiles = self._decode_tile, self._prefill_tile
+        return GpuAttention(
+            writing(self.config), self._mesh, num_cores=self._num_cores, tiles=tiles, interpret=self._interpret
+        )
+
+    def plan(self, meta: AttentionMeta) -> GpuPlan:
+        """Find which rows each tile of queries belongs to."""
+        if self.config.batch_invariant:
+            # The two kernels round differently. In tiles, blocks of keys that a row does not see change nothing at
+            # all, so that a row's result depends on that row alone.
+            meta = meta._replace(distribution_2=meta.distribution_2.at[0].set(0))
+        elif meta.positions_T.shape == meta.kv_lens_B.shape:
+            return GpuPlan(meta, None)
+        return GpuPlan(meta, plan_tiles(meta, self._prefill_tile.rows // self._group))
+
+    def attend(
+        self,
+        q_TNH: jax.Array,
+        k_TKH: jax.Array,
+        v_TKH: jax.Array,
+        cache: Cache,
+        layer: jax.Array,
+        plan: GpuPlan,
+        sinks_N: jax.Array | None = None,
+    ) -> tuple[jax.Array, Cache]:
+        """See `AttentionBackend.attend`."""
+        return over_heads(self._attend_shard, self._mesh, cache)(q_TNH, k_TKH, v_TKH, cache, layer, plan, sinks_N)
+
+    def _attend_shard(
+        self,
+        q_TNH: jax.Array,
+        k_TKH: jax.Array,
+        v_TKH: jax.Array,
+        cache: Cache,
+        layer: jax.Array,
+        plan: GpuPlan,
+        sinks_N: jax.Array | None,
+    ) -> tuple[jax.Array, Cache]:
+        c, meta = self.config, plan.meta
+        first_page = (layer * c.num_pages).astype(jnp.int32)
+        new = list(self.pack(k_TKH, v_TKH).values())
+        pages = kv_update(new, list(cache.values()), meta.slot_mapping_T, first_page, c.num_pages, self._interpret)
+        cache = dict(zip(cache, pages, strict=True))
+        attended = GpuLayer(cache["k"], cache.get("v"), first_page, meta, sinks_N)
+        if self._num_passes == 1:
+            return self._attend_pages(q_TNH, attended, plan), cache
+        num_tokens, num_heads, head_dim = q_TNH.shape
+        shape = (attended.num_kv_heads, self._num_passes, -1)
+        q_TKAGH = q_TNH.reshape(num_tokens, *shape, head_dim)
+        sinks_KAG = None if sinks_N is None else sinks_N.reshape(shape)
+        passes = [
+            self._attend_pages(
+                q_TKAGH[:, :, part].reshape(num_tokens, -1, head_dim),
+                attended._replace(sinks_N=None if sinks_KAG is None else sinks_KAG[:, part].reshape(-1)),
+                plan,
+            )
+            for part in range(self._num_passes)
+        ]
+        o_ATKGH = jnp.stack([each.reshape(num_tokens, shape[0], -1, c.out_dim) for each in passes])
+        return o_ATKGH.transpose(1, 2, 0, 3, 4).reshape(num_tokens, num_heads, c.out_dim), cache
+
+    def _attend_pages(self, q_TNH: jax.Array, layer: GpuLayer, plan: GpuPlan) -> jax.Array:
+        """What is in the pages, with queries that a tile holds."""
+        c = self.config
+        o_TNH = jnp.zeros((*q_TNH.shape[:2], c.out_dim), q_TNH.dtype)
+        if plan.tiles is not None:
+            o_TNH = attend_prefill(c, self._prefill_tile, q_TNH, layer, plan.tiles, self._interpret)
+            o_TNH = o_TNH.astype(q_TNH.dtype)
+        if not c.batch_invariant:
+            o_BNH = self._decode(q_TNH, layer)
+            live_B = jnp.arange(o_BNH.shape[0]) < plan.meta.distribution_2[0]
+            rows = slice(0, o_BNH.shape[0])
+            o_TNH = o_TNH.at[rows].set(jnp.where(live_B[:, None, None], o_BNH.astype(q_TNH.dtype), o_TNH[rows]))
+        return o_TNH
+
+    def _decode(self, q_TNH: jax.Array, layer: GpuLayer) -> jax.Array:
+        """See `attend_decode`."""
+        c = self.config
+        num_rows = min(q_TNH.shape[0], layer.meta.kv_lens_B.shape[0])
+        longest = layer.meta.page_table_BM.shape[1]
+        if c.window is not None:
+            # A window may begin and end within a block.
+            longest = min(longest, math.ceil((c.window + 2 * self._decode_tile.keys) / c.page_size))
+        splits = choose_splits(num_rows, layer.num_kv_heads, longest, c.page_size, self._decode_tile, self._num_cores)
+        return attend_decode(c, self._decode_tile, splits, q_TNH[:num_rows], layer, self._interpret)

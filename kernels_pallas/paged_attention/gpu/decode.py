@@ -1,0 +1,367 @@
+"""Attention of rows that run one token.
+
+The query heads of a key head share a tile of 64 rows. A row's keys are split over several thread blocks, so that a
+few long rows fill the device; their parts are merged afterwards. Each part is a mean already: where values are a part
+of their keys it is kept in bf16, in the place of the queries.
+
+Dimension key: B rows, M pages per row, K key/value heads, G query heads of each (padded to a multiple of 8), H head
+dim, V numbers of a value, S page size, P pages of all layers, X splits.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from kernels_pallas.paged_attention.api import AttentionConfig
+from kernels_pallas.paged_attention.common.partial_softmax import MASKED
+from kernels_pallas.paged_attention.gpu.layer import GpuLayer
+from kernels_pallas.paged_attention.gpu.softmax import (
+    LOG2E,
+    Block,
+    Softmax,
+    Workspace,
+    attend_block,
+    converted_types,
+    empty_softmax,
+    key_iota,
+)
+from kernels_pallas.paged_attention.gpu.stream import (
+    KeyBlocks,
+    Source,
+    Stages,
+    blocks_between,
+    copy_block,
+    find_pages,
+    live_keys,
+    page_numbers,
+    stage_types,
+)
+from kernels_pallas.paged_attention.gpu.tile import Tile
+from kernels_pallas.pallas import pl, plgpu
+from kernels_pallas.warpgroup import WARPGROUP_ROWS, along_rows, meet, smem
+
+# Thread blocks per multiprocessor to aim for.
+_BLOCKS_PER_CORE = 2
+_ROW_MULTIPLE = 8
+
+
+class DecodeInputs(NamedTuple):
+    """What the kernel reads, and in this order.
+
+    Attributes:
+        layer_2: i32, (first page of the layer, rows that run one token).
+        kv_lens_B: i32, keys per row.
+        page_table_BM: i32.
+        q_BKGH: bf16.
+        keys_PKSH, values_PKSH: pages of all layers; no values where they are a part of their keys.
+    """
+
+    layer_2: Any
+    kv_lens_B: Any
+    page_table_BM: Any
+    q_BKGH: Any
+    keys_PKSH: Any
+    values_PKSH: Any
+
+
+class DecodeOutputs(NamedTuple):
+    """Partial softmaxes in base 2: means [B, K, X, G, H], maxima and sums of weights f32[B, K, X, G].
+
+    Rows not decoded hold anything, and so do columns that no value has.
+    """
+
+    out: Any
+    top: Any
+    total: Any
+
+
+class _Problem(NamedTuple):
+    """What is fixed when the kernel is traced."""
+
+    config: AttentionConfig
+    tile: Tile
+    splits: int
+
+
+class _Scratch(NamedTuple):
+    queries: Any
+    queries_ready: Any
+    stages: Any
+    free: Any
+    together: Any
+    weights: Any
+    converted: Any
+    out: Any
+    top: Any
+    total: Any
+
+
+def choose_splits(num_rows: int, num_kv_heads: int, num_pages: int, page_size: int, tile: Tile, num_cores: int) -> int:
+    """Thread blocks per row and key head: enough to fill the device, none that could never have work."""
+    wanted = -(-_BLOCKS_PER_CORE * num_cores // (num_rows * num_kv_heads))
+    return max(1, min(wanted, -(-num_pages * page_size // tile.keys)))
+
+
+def decode_bytes(config: AttentionConfig, tile: Tile, splits: int, kv_lens: list[int]) -> int:
+    """Bytes between memory and chip for one layer of a decode step, by the kernel's own schedule.
+
+    Per row: its pages, or the stretches of them that a block takes, once (copies named twice by one split come from the
+    cache), a query per head and split, and the parts, which are written by the kernel and read by the merge.
+    """
+    problem = _Problem(config, tile, splits)
+    itemsize = jnp.dtype(config.dtype).itemsize
+    group = -(-config.num_q_heads // config.num_kv_heads // _ROW_MULTIPLE) * _ROW_MULTIPLE
+    stretch = min(config.page_size, tile.keys)
+    stretches = 0
+    for kv_len in kv_lens:
+        for split in range(splits):
+            blocks = _split_blocks(problem, jnp.int32(0), jnp.int32(kv_len), jnp.int32(split))
+            copied: set[tuple[int, int]] = set()
+            for index in range(int(blocks.first), int(blocks.end)):
+                part = index if config.page_size > tile.keys else 0
+                numbers = page_numbers(blocks, tile, config.page_size, jnp.int32(index))
+                copied |= {(int(number), part) for number in numbers}
+            stretches += len(copied)
+    arrays = 2 if config.value_dim is None else 1
+    cached = stretches * stretch * arrays * config.num_kv_heads * config.head_dim * itemsize
+    heads = len(kv_lens) * config.num_kv_heads * group
+    part = config.head_dim * jnp.dtype(_part_dtype(config)).itemsize + 2 * 4
+    return cached + heads * splits * (2 * config.head_dim + 2 * part)
+
+
+def attend_decode(
+    config: AttentionConfig, tile: Tile, splits: int, q_BNH: jax.Array, layer: GpuLayer, interpret: Any = False
+) -> jax.Array:
+    """Attend the rows that run one token; they come first, so that row and token have one number.
+
+    Returns:
+        o_BNH in f32, 0 for the other rows.
+    """
+    num_rows, num_heads, head_dim = q_BNH.shape
+    num_kv_heads, num_decode = layer.num_kv_heads, layer.meta.distribution_2[0]
+    group = num_heads // num_kv_heads
+    if group > WARPGROUP_ROWS:
+        raise NotImplementedError(f"{group} query heads per key head: a tile holds {WARPGROUP_ROWS}")
+    q_BKGH = q_BNH.reshape(num_rows, num_kv_heads, group, head_dim).astype(jnp.bfloat16)
+    q_BKGH = jnp.pad(q_BKGH, ((0, 0), (0, 0), (0, -group % _ROW_MULTIPLE), (0, 0)))
+    inputs = DecodeInputs(
+        layer_2=jnp.stack([layer.first_page, num_decode]).astype(jnp.int32),
+        kv_lens_B=layer.meta.kv_lens_B[:num_rows],
+        page_table_BM=layer.meta.page_table_BM[:num_rows],
+        q_BKGH=q_BKGH,
+        keys_PKSH=layer.keys_PKSH,
+        values_PKSH=layer.values_PKSH,
+    )
+    parts = (num_rows, num_kv_heads, splits, q_BKGH.shape[2])
+    stats = jax.ShapeDtypeStruct(parts, jnp.float32)
+    # A fresh function per call: one that is reused with another grid keeps its first trace.
+    kernel = plgpu.kernel(
+        partial(_kernel, problem=_Problem(config, tile, splits)),
+        out_type=(jax.ShapeDtypeStruct((*parts, head_dim), _part_dtype(config)), stats, stats),
+        scratch_types=[_scratch_types(tile, config)],
+        grid=(splits, num_kv_heads, num_rows),
+        grid_names=("split", "head", "row"),
+        num_threads=tile.warpgroups if tile.shares_rows else None,
+        thread_name="warpgroup" if tile.shares_rows else None,
+        kernel_name="paged_decode",
+        compiler_params=plgpu.CompilerParams(approx_math=True),
+        interpret=interpret,
+    )
+    outputs = DecodeOutputs(*kernel(inputs))
+    o_BKGH = _merge(outputs, None if layer.sinks_N is None else layer.sinks_N.reshape(num_kv_heads, group))
+    live_B = jnp.arange(num_rows) < num_decode
+    o_BKGV = jnp.where(live_B[:, None, None, None], o_BKGH[:, :, :group, : config.out_dim], 0)
+    return o_BKGV.reshape(num_rows, num_heads, config.out_dim)
+
+
+def _part_dtype(config: AttentionConfig) -> Any:
+    return jnp.float32 if config.value_dim is None else jnp.bfloat16
+
+
+def _scratch_types(tile: Tile, config: AttentionConfig) -> _Scratch:
+    rows = plgpu.SMEM((WARPGROUP_ROWS,), jnp.float32)
+    together = plgpu.Barrier(num_arrivals=tile.warpgroups) if tile.warpgroups > 1 else None
+    return _Scratch(
+        queries=smem((WARPGROUP_ROWS, config.head_dim), jnp.bfloat16),
+        queries_ready=plgpu.Barrier(),
+        stages=stage_types(tile, config),
+        free=plgpu.Barrier(num_arrivals=tile.warpgroups, num_barriers=tile.stages) if tile.warpgroups > 1 else None,
+        together=together,
+        weights=smem((tile.warpgroups, WARPGROUP_ROWS, tile.keys), jnp.bfloat16) if tile.interpretable else None,
+        converted=converted_types(tile, config, together, together),
+        out=smem((WARPGROUP_ROWS, tile.width), jnp.float32) if config.value_dim is None else None,
+        top=rows,
+        total=rows,
+    )
+
+
+def _merge(parts: DecodeOutputs, sinks_KG: jax.Array | None) -> jax.Array:
+    """The softmax over the keys of all parts, [B, K, G, H]."""
+    top_BKG = jnp.max(parts.top, axis=2)
+    if sinks_KG is not None:
+        sinks_KG = jnp.pad(sinks_KG * LOG2E, ((0, 0), (0, top_BKG.shape[-1] - sinks_KG.shape[-1])))
+        top_BKG = jnp.maximum(top_BKG, sinks_KG)
+    weight_BKXG = parts.total * jnp.exp2(parts.top - top_BKG[:, :, None])
+    total_BKG = jnp.sum(weight_BKXG, axis=2)
+    if sinks_KG is not None:
+        total_BKG += jnp.exp2(sinks_KG - top_BKG)
+    return jnp.sum(parts.out.astype(jnp.float32) * weight_BKXG[..., None], axis=2) / total_BKG[..., None]
+
+
+def _kernel(inputs: DecodeInputs, out: Any, top: Any, total: Any, scratch: _Scratch, *, problem: _Problem) -> None:
+    outputs = DecodeOutputs(out, top, total)
+    row = lax.axis_index("row")
+
+    @pl.when(row < inputs.layer_2[1])
+    def _live() -> None:
+        kv_len = inputs.kv_lens_B[row]
+        blocks = _split_blocks(problem, row, kv_len, lax.axis_index("split"))
+        if not problem.tile.shares_rows:
+            _attend(problem, inputs, outputs, scratch, blocks, 0)
+            return
+        for warpgroup in range(problem.tile.warpgroups):
+            attend = partial(_attend, problem, inputs, outputs, scratch, blocks, warpgroup)
+            pl.when(lax.axis_index("warpgroup") == warpgroup)(attend)
+
+
+def _split_blocks(problem: _Problem, row: jax.Array, kv_len: jax.Array, split: jax.Array) -> KeyBlocks:
+    """A split's share of the row's blocks; it may be empty."""
+    config = problem.config
+    first_key = jnp.int32(0) if config.window is None else jnp.maximum(kv_len - config.window, 0)
+    blocks = blocks_between(row, first_key, kv_len, problem.tile, config.page_size)
+    share = pl.cdiv(blocks.end - blocks.first, problem.splits)
+    first = blocks.first + split * share
+    return blocks._replace(first=first, end=jnp.minimum(first + share, blocks.end))
+
+
+def _attend(
+    problem: _Problem,
+    inputs: DecodeInputs,
+    outputs: DecodeOutputs,
+    scratch: _Scratch,
+    blocks: KeyBlocks,
+    warpgroup: int,
+) -> None:
+    """Attend the blocks, write the partial softmax. The first warpgroup copies for all."""
+    config, tile = problem.config, problem.tile
+    head, split, kv_len = lax.axis_index("head"), lax.axis_index("split"), inputs.kv_lens_B[blocks.row]
+    group = pl.ds(0, inputs.q_BKGH.shape[2])
+    stages = Stages(*scratch.stages)
+    source = Source(head, inputs.layer_2[0], inputs.page_table_BM, inputs.keys_PKSH, inputs.values_PKSH)
+    # The tile's other rows hold anything: rows of a product do not mix, and theirs are not written.
+    if warpgroup == 0:
+        plgpu.copy_gmem_to_smem(inputs.q_BKGH.at[blocks.row, head], scratch.queries.at[group], scratch.queries_ready)
+        for ahead in range(tile.stages):
+            for copy in _copies(tile, source, stages, blocks, blocks.first + ahead, jnp.int32(ahead)):
+                copy()
+    plgpu.barrier_wait(scratch.queries_ready)
+    work = Workspace(
+        warpgroup=warpgroup,
+        parts=tile.parts(config.out_dim, warpgroup),
+        queries=scratch.queries,
+        stages=stages,
+        weights=None if scratch.weights is None else scratch.weights.at[warpgroup],
+        mended=scratch.together,
+        converted=scratch.converted,
+    )
+
+    def body(index: jax.Array, state: Softmax) -> Softmax:
+        slot = lax.rem(index - blocks.first, tile.stages)
+        copies = []
+        if warpgroup == 0:
+            copies = _copies(tile, source, stages, blocks, index + tile.stages, slot)
+        free = None if scratch.free is None else scratch.free.at[slot]
+        block = Block(
+            slot=slot,
+            live=live_keys(blocks, index, kv_len, tile, config.page_size),
+            mask=partial(_mask, config, tile, index * tile.keys, kv_len),
+            keys_read=partial(_refill, copies[:-1], None),
+            values_read=partial(_refill, copies[-1:], free),
+        )
+        return attend_block(config, tile, work, block, state)
+
+    state = lax.fori_loop(blocks.first, blocks.end, body, empty_softmax(tile, work.parts))
+    _write(work, outputs, scratch, state, (blocks.row, head, split), group)
+
+
+def _refill(copies: list[Callable[[], None]], free: Any) -> None:
+    """Copy into what has been read: by all warpgroups, if there is a barrier of theirs."""
+    if free is not None:
+        plgpu.barrier_arrive(free)
+        if copies:
+            plgpu.barrier_wait(free)
+    for copy in copies:
+        copy()
+
+
+def _copies(
+    tile: Tile, source: Source, stages: Stages, blocks: KeyBlocks, index: jax.Array, slot: jax.Array
+) -> list[Callable[[], None]]:
+    """What starts to copy a block's keys, and its values where they are apart, if there is such a block."""
+    # Looked up now, so that the answer is there when the copies start.
+    pages = find_pages(source, blocks, tile, index)
+
+    def copy(pages_PKSH: Any, buffer: Any, ready: Any) -> None:
+        @pl.when(index < blocks.end)
+        def _exists() -> None:
+            copy_block(pages_PKSH, source.head, pages, index, tile, buffer, ready, slot)
+
+    copies = [partial(copy, source.keys_PKSH, stages.keys, stages.keys_ready)]
+    if stages.values is not None:
+        copies.append(partial(copy, source.values_PKSH, stages.values, stages.values_ready))
+    return copies
+
+
+def _write(
+    work: Workspace,
+    outputs: DecodeOutputs,
+    scratch: _Scratch,
+    state: Softmax,
+    part: tuple[jax.Array, ...],
+    group: Any,
+) -> None:
+    """Send the group's rows of the partial softmax to their place."""
+    factor_m = jnp.where(state.total > 0, 1 / state.total, 0.0)
+    if scratch.together is not None:
+        # The queries' place is taken once all have read them.
+        meet(scratch.together)
+    for columns, out_mh in zip(work.parts, state.out, strict=True):
+        buffer = scratch.queries.at[:, columns] if scratch.out is None else scratch.out
+        buffer[...] = (out_mh * along_rows(factor_m, out_mh.shape[1])).astype(outputs.out.dtype)
+        plgpu.commit_smem()
+        if scratch.out is not None:
+            plgpu.copy_smem_to_gmem(scratch.out.at[group], outputs.out.at[(*part, slice(None), columns)])
+            # The buffer is used again for the next columns.
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+    if scratch.together is not None:
+        meet(scratch.together)
+    if work.warpgroup == 0:
+        if scratch.out is None:
+            plgpu.copy_smem_to_gmem(scratch.queries.at[group], outputs.out.at[part])
+        scratch.top[...], scratch.total[...] = state.top, state.total
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(scratch.top.at[group], outputs.top.at[part])
+        plgpu.copy_smem_to_gmem(scratch.total.at[group], outputs.total.at[part])
+    plgpu.wait_smem_to_gmem(0)
+
+
+def _mask(
+    config: AttentionConfig, tile: Tile, first_key: jax.Array, kv_len: jax.Array, scores_ms: jax.Array
+) -> jax.Array:
+    """Hide keys past the row's end and before its window; blocks in between need nothing."""
+    inside = first_key + tile.keys <= kv_len
+    if config.window is not None:
+        inside &= first_key >= kv_len - config.window
+
+    def hide(scores_ms: jax.Array) -> jax.Array:
+        key_ms = key_iota(tile.keys) + first_key
+        live_ms = key_ms < kv_len
+        if config.window is not None:
+            live_ms &= key_ms >= kv_len - config.window
+        return jnp.where(live_ms, scores_ms, MASKED)
+
+    return lax.cond(inside, lambda scores_ms: scores_ms, hide, scores_ms)

@@ -1,0 +1,58 @@
+"""Tile sizes of the attention kernels."""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+
+from kernels_pallas.paged_attention.api import AttentionConfig
+from kernels_pallas.paged_attention.tpu.layout import TpuLayout
+from kernels_pallas.paged_attention.tpu.schedule import KernelShape
+
+# Of the memory on the chip, what a kernel may take.
+VMEM_FRACTION = 0.9
+# Large enough that a copy's latency is small beside it, small enough that short rows waste little.
+_BUFFER_BYTES = 1 << 20
+_MIN_BUFFER_TOKENS, _MAX_BUFFER_TOKENS = 128, 1024
+# Query rows per key head: enough to keep the MXU busy between loads of keys.
+_BLOCK_ROWS = 512
+_MIN_BLOCK_TOKENS, _MAX_BLOCK_TOKENS = 8, 128
+
+
+class TpuTiles(NamedTuple):
+    """Tiles of the TPU kernel.
+
+    Attributes:
+        block_tokens: packed tokens of a prefill block.
+        pages_per_buffer: pages of one of the two key buffers.
+    """
+
+    block_tokens: int
+    pages_per_buffer: int
+
+
+def choose_tpu_tiles(config: AttentionConfig, layout: TpuLayout, vmem_bytes: int) -> TpuTiles:
+    """The largest tiles for the heads of one shard that fit the chip.
+
+    Raises:
+        NotImplementedError: not even the smallest do.
+    """
+    group = config.num_q_heads // config.num_kv_heads
+    block_tokens = 1 << min(_MAX_BLOCK_TOKENS, max(_MIN_BLOCK_TOKENS, _BLOCK_ROWS // group)).bit_length() - 1
+    token_bytes = config.num_kv_heads * layout.lanes * jnp.dtype(config.dtype).itemsize
+    tokens = min(max(_BUFFER_BYTES // token_bytes, _MIN_BUFFER_TOKENS), _MAX_BUFFER_TOKENS)
+    pages = max(1, tokens // config.page_size)
+    while True:
+        shape = KernelShape(
+            config=config, layout=layout, block_tokens=block_tokens, pages_per_buffer=pages, num_table_entries=0
+        )
+        if shape.vmem_bytes <= vmem_bytes * VMEM_FRACTION:
+            return TpuTiles(block_tokens, pages)
+        if block_tokens > _MIN_BLOCK_TOKENS:
+            block_tokens //= 2
+        elif pages > 1:
+            pages //= 2
+        else:
+            raise NotImplementedError(
+                f"{config.num_kv_heads} key heads of {config.head_dim} in pages of {config.page_size} tokens need "
+                f"{shape.vmem_bytes} bytes on the chip, which has {vmem_bytes}"
+            )

@@ -1,0 +1,174 @@
+"""From the shards' summaries to drawn tokens. Plain XLA, shared by every implementation.
+
+Only summaries cross the mesh: `NUM_CANDIDATES` values and ids and a few scalars per draw and shard. What they cannot
+decide, which the certificate of `filters` finds out row by row, is drawn exactly by `threshold`.
+
+Dimension key: B draws, V the shard's ids, K candidates of all shards, N shards.
+"""
+
+from functools import partial
+from typing import TypeVar
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from kernels_pallas.sampling.api import NUM_TOP_LOGPROBS, SampleOutput, SamplingInputs, SamplingState
+from kernels_pallas.sampling.common.adjust import values_of
+from kernels_pallas.sampling.common.filters import draw_from_candidates
+from kernels_pallas.sampling.common.summary import Best, Candidates, Plan, Shard, Summarise, plan_draws
+from kernels_pallas.sampling.common.threshold import Exact, Known, draw_exactly
+
+T = TypeVar("T")
+
+
+def sample_with(
+    summarise: Summarise,
+    logits_BV: jax.Array,
+    inputs: SamplingInputs,
+    state: SamplingState,
+    shard: Shard,
+    *,
+    rows_at_once: int,
+    retry: int = 0,
+) -> SampleOutput:
+    """Draw one token per row of f32 logits.
+
+    Args:
+        summarise: the platform's pass over the logits.
+        logits_BV: f32[B, V], the shard's logits; `state.counts_RV` holds the same ids, the other arrays are whole.
+        inputs: one entry per draw, the same on every shard.
+        state: per-request rows.
+        shard: which ids these are.
+        rows_at_once: draws that the exact fallback takes together: 1 where a pass over a row is bound by the work, more
+            where it is bound by latency.
+        retry: candidates that the fallback tries first, where a longer list is cheaper than a search; 0 for none.
+    """
+    plan = plan_draws(inputs, shard.vocab_size)
+    few = ~jnp.any(plan.adjusted_B | plan.listed_B)
+    # A target is never drawn, and its log-probability is only given with `logprobs_B`, which is `listed`.
+    listed = partial(_sample_listed, summarise, shard, rows_at_once, retry)
+    return lax.cond(few, partial(_sample_few, summarise, shard), listed, logits_BV, inputs, state)
+
+
+def _sample_few(
+    summarise: Summarise, shard: Shard, logits_BV: jax.Array, inputs: SamplingInputs, state: SamplingState
+) -> SampleOutput:
+    """Every draw is greedy or from the whole row, of logits as they are."""
+    best, _ = summarise(logits_BV, inputs, state, shard, listed=False)
+    best = _merge_best(_gather(best, shard))
+    plan = plan_draws(inputs, shard.vocab_size)
+    shape = (logits_BV.shape[0], NUM_TOP_LOGPROBS)
+    return SampleOutput(
+        _choose(best, plan, inputs, best.best_B),
+        _finite(best),
+        jnp.zeros_like(best.max_B),
+        jnp.zeros(shape, jnp.int32),
+        jnp.zeros(shape, jnp.float32),
+    )
+
+
+def _sample_listed(
+    summarise: Summarise,
+    shard: Shard,
+    rows_at_once: int,
+    retry: int,
+    logits_BV: jax.Array,
+    inputs: SamplingInputs,
+    state: SamplingState,
+) -> SampleOutput:
+    plan = plan_draws(inputs, shard.vocab_size)
+    local, listed = summarise(logits_BV, inputs, state, shard, listed=True)
+    assert listed is not None
+    parts, listed_parts = _gather((local, listed), shard)
+    best = _merge_best(parts)
+    finite_B = _finite(best)
+    candidates = _merge_candidates(parts, listed_parts, best)
+    log_sum_B = best.max_B + jnp.log(candidates.sum_B)
+    drawn = draw_from_candidates(candidates, log_sum_B, inputs)
+    exact = Exact(drawn.token_B, candidates.id_BK[:, :NUM_TOP_LOGPROBS], candidates.value_BK[:, :NUM_TOP_LOGPROBS])
+    known = Known(
+        bound_B=candidates.bound_B,
+        max_B=best.max_B,
+        log_sum_B=log_sum_B,
+        undecided_B=drawn.undecided_B & plan.filtered_B & finite_B,
+        short_B=_too_few_for_logprobs(candidates) & inputs.logprobs_B & finite_B,
+    )
+
+    def fall_back(logits_BV: jax.Array, exact: Exact) -> Exact:
+        return draw_exactly(exact, known, logits_BV, inputs, state, shard, rows_at_once=rows_at_once, retry=retry)
+
+    exact = lax.cond(jnp.any(known.undecided_B | known.short_B), fall_back, lambda _, exact: exact, logits_BV, exact)
+    token_B = _choose(best, plan, inputs, exact.token_B)
+    logprob_B = lax.cond(
+        jnp.any(inputs.logprobs_B),
+        lambda logits_BV: values_of(token_B, logits_BV, inputs, state, shard) - log_sum_B,
+        lambda _: jnp.zeros_like(log_sum_B),
+        logits_BV,
+    )
+    top_BJ = jnp.where(inputs.logprobs_B[:, None], exact.top_BJ - log_sum_B[:, None], 0.0)
+    return SampleOutput(token_B, finite_B, logprob_B, exact.top_ids_BJ, top_BJ)
+
+
+def _choose(best: Best, plan: Plan, inputs: SamplingInputs, filtered_B: jax.Array) -> jax.Array:
+    drawn_B = jnp.where(plan.greedy_B, best.best_B, jnp.where(plan.noisy_B, best.noised_id_B, filtered_B))
+    return jnp.where(inputs.target_B >= 0, inputs.target_B, drawn_B)
+
+
+def _finite(best: Best) -> jax.Array:
+    return ~best.bad_B & (best.max_B > -jnp.inf)
+
+
+def _gather(tree: T, shard: Shard) -> T:
+    """Each leaf [B, ...] of every shard, as [N, B, ...]; one collective for all of them."""
+    leaves, treedef = jax.tree.flatten(tree)
+    if shard.axis_name is None:
+        return treedef.unflatten([leaf[None] for leaf in leaves])
+    rows = leaves[0].shape[0]
+    words = [_as_words(leaf).reshape(rows, -1) for leaf in leaves]
+    gathered_NBX = lax.all_gather(jnp.concatenate(words, axis=1), shard.axis_name)
+    out: list[jax.Array] = []
+    start = 0
+    for leaf, word in zip(leaves, words, strict=True):
+        part_NBX = gathered_NBX[:, :, start : start + word.shape[1]]
+        start += word.shape[1]
+        out.append(_from_words(part_NBX, leaf.dtype).reshape(-1, *leaf.shape))
+    return treedef.unflatten(out)
+
+
+def _as_words(x: jax.Array) -> jax.Array:
+    return x.astype(jnp.int32) if x.dtype == jnp.bool_ else lax.bitcast_convert_type(x, jnp.int32)
+
+
+def _from_words(words: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    return words != 0 if dtype == jnp.bool_ else lax.bitcast_convert_type(words, dtype)
+
+
+def _merge_best(parts: Best) -> Best:
+    """Shards hold ascending ids, so the first of equal maxima has the lowest id."""
+    bad_NB, max_NB, best_NB, noised_NB, noised_id_NB = parts
+    if bad_NB.shape[0] == 1:
+        return jax.tree.map(lambda x: x[0], parts)
+    draw_B = jnp.arange(max_NB.shape[1])
+    best_B = best_NB[jnp.argmax(max_NB, axis=0), draw_B]
+    noised_id_B = noised_id_NB[jnp.argmax(noised_NB, axis=0), draw_B]
+    return Best(jnp.any(bad_NB, axis=0), jnp.max(max_NB, axis=0), best_B, jnp.max(noised_NB, axis=0), noised_id_B)
+
+
+def _merge_candidates(best: Best, parts: Candidates, whole: Best) -> Candidates:
+    """A stable sort by value keeps equal values in order of id, as shards and their lists are."""
+    shards, rows, count = parts.value_BK.shape
+    if shards == 1:
+        return jax.tree.map(lambda x: x[0], parts)
+    value_BK, id_BK = (x.swapaxes(0, 1).reshape(rows, shards * count) for x in (parts.value_BK, parts.id_BK))
+    # It would set -0 below 0, which are one value.
+    value_BK, order_BK = lax.top_k(jnp.where(value_BK == 0, 0.0, value_BK), shards * count)
+    # A shard without an allowed token has no mass; -inf - -inf would be NaN.
+    scale_NB = jnp.where(best.max_B == -jnp.inf, 0.0, jnp.exp(best.max_B - whole.max_B))
+    sum_B = jnp.sum(parts.sum_B * scale_NB, axis=0)
+    return Candidates(value_BK, jnp.take_along_axis(id_BK, order_BK, axis=1), jnp.max(parts.bound_B, axis=0), sum_B)
+
+
+def _too_few_for_logprobs(candidates: Candidates) -> jax.Array:
+    last_B = candidates.value_BK[:, NUM_TOP_LOGPROBS - 1]
+    return (last_B <= candidates.bound_B) & (candidates.bound_B > -jnp.inf)

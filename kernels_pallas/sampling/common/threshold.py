@@ -1,0 +1,303 @@
+"""Exact top-k, top-p and min-p without a sort, for the rows that the candidates do not decide. Plain XLA.
+
+Top-k and top-p keep a prefix of the row in order of value, so they come down to one value: whether a token of value t
+would be kept follows from the count and the mass of the tokens above t. That value is found by bisection, each step
+one pass over the row and one sum over the shards. Equal values at the edge are cut by id, by a second bisection.
+
+Dimension key: B draws of the step, G draws taken together, V the shard's ids, S and C a row's V as blocks of S.
+"""
+
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from kernels_pallas.sampling.api import NUM_TOP_LOGPROBS, SamplingInputs, SamplingState
+from kernels_pallas.sampling.common.adjust import adjust_logits
+from kernels_pallas.sampling.common.filters import draw_from_candidates
+from kernels_pallas.sampling.common.random import gumbel_noise
+from kernels_pallas.sampling.common.row_blocks import blockwise_sum, first_largest, top_of_rows
+from kernels_pallas.sampling.common.summary import Candidates, Shard, inverse_temperature, unbounded_top_p
+
+# Halving the range of values separates tokens fastest; halving the range of bit patterns is sure to end.
+_STEPS_BY_VALUE = 24
+# Log-masses closer than this to a bound are left to the search, which sums as the filter is defined.
+_MARGIN = 0.01
+
+
+class Exact(NamedTuple):
+    """What a draw comes to.
+
+    Attributes:
+        token_B: i32.
+        top_ids_BJ, top_BJ: i32 and f32, the `NUM_TOP_LOGPROBS` largest values, in order.
+    """
+
+    token_B: jax.Array
+    top_ids_BJ: jax.Array
+    top_BJ: jax.Array
+
+
+class _Rows(NamedTuple):
+    """G rows of the shard.
+
+    Attributes:
+        value_GV: f32, over temperature; never -0.
+        image_GV: i32, in the order of the values.
+        mass_GV: f32.
+        id_1V: i32.
+    """
+
+    value_GV: jax.Array
+    image_GV: jax.Array
+    mass_GV: jax.Array
+    id_1V: jax.Array
+
+
+class Known(NamedTuple):
+    """What one pass over the rows has told.
+
+    Attributes:
+        bound_B: f32, a value that all larger ones are kept of.
+        max_B: f32, the largest value.
+        log_sum_B: f32, log of the sum of exp.
+        undecided_B: bool, the draw is still open.
+        short_B: bool, the largest values are.
+    """
+
+    bound_B: jax.Array
+    max_B: jax.Array
+    log_sum_B: jax.Array
+    undecided_B: jax.Array
+    short_B: jax.Array
+
+
+def draw_exactly(
+    found: Exact,
+    known: Known,
+    logits_BV: jax.Array,
+    inputs: SamplingInputs,
+    state: SamplingState,
+    shard: Shard,
+    *,
+    rows_at_once: int,
+    retry: int,
+) -> Exact:
+    """Redo some rows from their logits.
+
+    Args:
+        found: what stays of the other rows.
+        known: of all rows.
+        logits_BV: f32[B, V], the shard's logits as they were before any adjustment.
+        inputs: one entry per draw.
+        state: per-request rows.
+        shard: which ids these are.
+        rows_at_once: G.
+        retry: candidates to try before a search; 0 for none, as where the vocabulary is split.
+    """
+    any_B = known.undecided_B | known.short_B
+    size = min(rows_at_once, any_B.shape[0])
+    count = jnp.sum(any_B)
+    # Undone rows first; the last group may repeat rows, which gives the same again.
+    order_B = jnp.argsort(~any_B, stable=True)
+
+    def group(carry: tuple[jax.Array, Exact]) -> tuple[jax.Array, Exact]:
+        start, found = carry
+        row_G = lax.dynamic_slice_in_dim(order_B, start, size)
+        inputs_G, known_G, old = jax.tree.map(lambda x: x[row_G], (inputs, known, found))
+        new = _draw_group(known_G, logits_BV[row_G], inputs_G, state, shard, retry)
+        token_G = jnp.where(known_G.undecided_B, new.token_B, old.token_B)
+        keep_G1 = ~known_G.short_B[:, None]
+        top_ids_GJ = jnp.where(keep_G1, old.top_ids_BJ, new.top_ids_BJ)
+        new = Exact(token_G, top_ids_GJ, jnp.where(keep_G1, old.top_BJ, new.top_BJ))
+        return start + size, jax.tree.map(lambda x, y: x.at[row_G].set(y), found, new)
+
+    return lax.while_loop(lambda carry: carry[0] < count, group, (jnp.int32(0), found))[1]
+
+
+def _draw_group(
+    known: Known, logits_GV: jax.Array, inputs: SamplingInputs, state: SamplingState, shard: Shard, retry: int
+) -> Exact:
+    value_GV = adjust_logits(logits_GV, inputs, state, shard) * inverse_temperature(inputs)[:, None]
+    # -0 and 0 are one value to every comparison, and have to have one image.
+    value_GV = jnp.where(value_GV == 0, 0.0, value_GV)
+    if retry and retry < value_GV.shape[1] and shard.axis_name is None:
+        token_G = _draw_from_more(value_GV, known, inputs, shard, retry)
+    else:
+        token_G = _search(value_GV, known, inputs, shard)
+    top_ids_GJ, top_GJ = lax.cond(jnp.any(known.short_B), partial(_top, shard=shard), _no_top, value_GV)
+    return Exact(token_G, top_ids_GJ, top_GJ)
+
+
+def _draw_from_more(value_GV: jax.Array, known: Known, inputs: SamplingInputs, shard: Shard, count: int) -> jax.Array:
+    """i32[G], from this many candidates if they decide."""
+    value_GK, id_GK = top_of_rows(value_GV, count)
+    candidates = Candidates(value_GK, id_GK, value_GK[:, -1], jnp.ones_like(known.log_sum_B))
+    drawn = draw_from_candidates(candidates, known.log_sum_B, inputs)
+
+    def search(value_GV: jax.Array) -> jax.Array:
+        token_G = _search(value_GV, known._replace(bound_B=candidates.bound_B), inputs, shard)
+        return jnp.where(drawn.undecided_B, token_G, drawn.token_B)
+
+    return lax.cond(jnp.any(drawn.undecided_B), search, lambda _: drawn.token_B, value_GV)
+
+
+def _search(value_GV: jax.Array, known: Known, inputs: SamplingInputs, shard: Shard) -> jax.Array:
+    """i32[G], by bisection."""
+    id_1V = (shard.first(value_GV.shape[1]) + jnp.arange(value_GV.shape[1], dtype=jnp.int32))[None]
+    rows = _Rows(value_GV, _image(value_GV), jnp.exp(value_GV - known.log_sum_B[:, None]), id_1V)
+    edge = _find_edge(rows, known, inputs, shard)
+    last_id_G = _find_last_id(rows, edge, known, inputs, shard)
+    return _draw_kept(rows, edge, last_id_G, known, inputs, shard)
+
+
+def _image(value: jax.Array) -> jax.Array:
+    """i32 in the order of f32 values; its own inverse on the bits."""
+    bits = lax.bitcast_convert_type(value, jnp.int32)
+    return bits ^ ((bits >> 31) & jnp.int32(0x7FFFFFFF))
+
+
+def _from_image(image: jax.Array) -> jax.Array:
+    return lax.bitcast_convert_type(image ^ ((image >> 31) & jnp.int32(0x7FFFFFFF)), jnp.float32)
+
+
+def _sums(arrays_GV: tuple[jax.Array, ...], shard: Shard) -> tuple[jax.Array, ...]:
+    """Sums of rows over all shards, by one collective."""
+    sums_G = tuple(blockwise_sum(x_GV) for x_GV in arrays_GV)
+    return sums_G if shard.axis_name is None else lax.psum(sums_G, shard.axis_name)
+
+
+class _Edge(NamedTuple):
+    """Where a row's filter ends, i32 and f32[G]: tokens with an image above `high` are kept, those up to `low` are not.
+
+    Attributes:
+        low_G, high_G: images; the tokens between are one, or equal, or none.
+        count_above_G, mass_above_G: of the tokens above `high`.
+        count_between_G: of the tokens between.
+    """
+
+    low_G: jax.Array
+    high_G: jax.Array
+    count_above_G: jax.Array
+    mass_above_G: jax.Array
+    count_between_G: jax.Array
+
+
+def _find_edge(rows: _Rows, known: Known, inputs: SamplingInputs, shard: Shard) -> _Edge:
+    top_p_G = unbounded_top_p(inputs)
+
+    def above(image_G: jax.Array) -> tuple[jax.Array, jax.Array]:
+        above_GV = rows.image_GV > image_G[:, None]
+        count_G, mass_G = _sums((above_GV.astype(jnp.float32), jnp.where(above_GV, rows.mass_GV, 0.0)), shard)
+        # Counts stay below 2**24: exact in f32.
+        return count_G.astype(jnp.int32), mass_G
+
+    def open_(edge: _Edge) -> jax.Array:
+        # The images may lie further apart than i32 reaches: compare, never subtract.
+        return (edge.count_between_G > 1) & (edge.low_G + 1 < edge.high_G)
+
+    def step(carry: tuple[jax.Array, _Edge]) -> tuple[jax.Array, _Edge]:
+        index, edge = carry
+        middle_G = _middle(edge.low_G, edge.high_G, index < _STEPS_BY_VALUE)
+        count_G, mass_G = above(middle_G)
+        kept_G = (count_G < inputs.top_k_B) & (mass_G <= top_p_G)
+        count_high_low_G = edge.count_above_G + edge.count_between_G
+        lower = _Edge(edge.low_G, middle_G, count_G, mass_G, count_high_low_G - count_G)
+        upper = edge._replace(low_G=middle_G, count_between_G=count_G - edge.count_above_G)
+        # A closed row stays as it is, however long its neighbours take.
+        new = jax.tree.map(lambda x, y: jnp.where(kept_G, x, y), lower, upper)
+        return index + 1, jax.tree.map(lambda x, y: jnp.where(open_(edge), x, y), new, edge)
+
+    high_G = _image(jnp.where(known.bound_B == 0, 0.0, known.bound_B))
+    low_G = jnp.minimum(_image(_surely_dropped(rows, known, inputs, shard)), high_G - 1)
+    count_G, mass_G = above(high_G)
+    count_low_G, mass_low_G = above(low_G)
+    # Where min-p ends the search, top-k and top-p may keep everything above.
+    all_kept_G = (count_low_G < inputs.top_k_B) & (mass_low_G <= top_p_G)
+    edge = _Edge(
+        low_G,
+        jnp.where(all_kept_G, low_G, high_G),
+        jnp.where(all_kept_G, count_low_G, count_G),
+        jnp.where(all_kept_G, mass_low_G, mass_G),
+        jnp.where(all_kept_G, 0, count_low_G - count_G),
+    )
+    return lax.while_loop(lambda carry: jnp.any(open_(carry[1])), step, (jnp.int32(0), edge))[1]
+
+
+def _surely_dropped(rows: _Rows, known: Known, inputs: SamplingInputs, shard: Shard) -> jax.Array:
+    """f32[G], a value that no kept token is at or below: where a search may begin."""
+    smallest_G = jnp.min(jnp.where(rows.value_GV == -jnp.inf, jnp.inf, rows.value_GV), axis=1)
+    if shard.axis_name is not None:
+        smallest_G = lax.pmin(smallest_G, shard.axis_name)
+    below_all_G = _from_image(_image(jnp.where(smallest_G == 0, 0.0, smallest_G)) - 1)
+    # All tokens of mass (1 - p) / V and less weigh no more than 1 - p together.
+    by_top_p_G = known.log_sum_B + jnp.log(jnp.maximum(1 - inputs.top_p_B, 0.0) / shard.vocab_size) - _MARGIN
+    by_min_p_G = known.max_B + jnp.log(inputs.min_p_B) - _MARGIN
+    return jnp.maximum(below_all_G, jnp.maximum(by_top_p_G, by_min_p_G))
+
+
+def _middle(low: jax.Array, high: jax.Array, by_value: jax.Array) -> jax.Array:
+    """An image between two, neither of them where another lies between."""
+    halves = (low >> 1) + (high >> 1) + (low & high & 1)
+    mean = 0.5 * _from_image(low) + 0.5 * _from_image(high)
+    mean = jnp.clip(_image(jnp.where(mean == 0, 0.0, mean)), low + 1, high - 1)
+    return jnp.where(by_value, mean, halves)
+
+
+def _find_last_id(rows: _Rows, edge: _Edge, known: Known, inputs: SamplingInputs, shard: Shard) -> jax.Array:
+    """i32[G]: of the tokens at the edge, those up to this id are kept: as many as fit, lowest ids first."""
+    mass_G = jnp.exp(_from_image(edge.high_G) - known.log_sum_B)
+    by_top_p_G = jnp.floor((unbounded_top_p(inputs) - edge.mass_above_G) / mass_G) + 1
+    # The first at the edge is kept, or the edge would lie higher, whatever the sums round to.
+    by_top_p_G = jnp.clip(by_top_p_G, 1, shard.vocab_size).astype(jnp.int32)
+    fits_G = jnp.minimum(by_top_p_G, inputs.top_k_B - edge.count_above_G)
+    between_GV = (rows.image_GV > edge.low_G[:, None]) & (rows.image_GV <= edge.high_G[:, None])
+
+    def step(carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        low_G, high_G = carry
+        middle_G = (low_G + high_G) // 2
+        (up_to_G,) = _sums(((between_GV & (rows.id_1V <= middle_G[:, None])).astype(jnp.float32),), shard)
+        fit_G = up_to_G.astype(jnp.int32) <= fits_G
+        return jnp.where(fit_G, middle_G, low_G), jnp.where(fit_G, high_G, middle_G)
+
+    # Up to `low` fit, up to `high` do not; a row where all fit is done before it starts.
+    all_fit_G = edge.count_between_G <= fits_G
+    low_G = jnp.where(all_fit_G, shard.vocab_size - 1, -1)
+    high_G = jnp.full_like(low_G, shard.vocab_size)
+    return lax.while_loop(lambda carry: jnp.any(carry[0] + 1 < carry[1]), step, (low_G, high_G))[0]
+
+
+def _draw_kept(
+    rows: _Rows, edge: _Edge, last_id_G: jax.Array, known: Known, inputs: SamplingInputs, shard: Shard
+) -> jax.Array:
+    """i32[G], the draw among what all filters keep."""
+    at_edge_GV = (rows.image_GV > edge.low_G[:, None]) & (rows.id_1V <= last_id_G[:, None])
+    least_G = inputs.min_p_B * jnp.exp(known.max_B - known.log_sum_B)
+    kept_GV = ((rows.image_GV > edge.high_G[:, None]) | at_edge_GV) & (rows.mass_GV >= least_G[:, None])
+    noised_GV = rows.value_GV + gumbel_noise(inputs.seed_B2, inputs.position_B, rows.id_1V)
+    best_G, id_G = first_largest(jnp.where(kept_GV, noised_GV, -jnp.inf))
+    id_G += shard.first(rows.value_GV.shape[1])
+    if shard.axis_name is None:
+        return id_G
+    best_NG, id_NG = lax.all_gather((best_G, id_G), shard.axis_name)
+    return jnp.take_along_axis(id_NG, jnp.argmax(best_NG, axis=0)[None], axis=0)[0]
+
+
+def _top(value_GV: jax.Array, *, shard: Shard) -> tuple[jax.Array, jax.Array]:
+    """The `NUM_TOP_LOGPROBS` largest values of all shards with their ids, in order."""
+    count = min(NUM_TOP_LOGPROBS, value_GV.shape[1])
+    top_GJ, ids_GJ = top_of_rows(value_GV, count)  # of values that are never -0
+    ids_GJ += shard.first(value_GV.shape[1])
+    if shard.axis_name is not None:
+        top_GJ, ids_GJ = lax.all_gather((top_GJ, ids_GJ), shard.axis_name, axis=1, tiled=True)
+        top_GJ, order_GJ = lax.top_k(top_GJ, min(NUM_TOP_LOGPROBS, top_GJ.shape[1]))
+        ids_GJ = jnp.take_along_axis(ids_GJ, order_GJ, axis=1)
+    padding = ((0, 0), (0, NUM_TOP_LOGPROBS - top_GJ.shape[1]))
+    return jnp.pad(ids_GJ, padding), jnp.pad(top_GJ, padding, constant_values=-jnp.inf)
+
+
+def _no_top(value_GV: jax.Array) -> tuple[jax.Array, jax.Array]:
+    shape = (value_GV.shape[0], NUM_TOP_LOGPROBS)
+    return jnp.zeros(shape, jnp.int32), jnp.zeros(shape, jnp.float32)
