@@ -58,12 +58,12 @@ def main() -> int:
             logging.getLogger(noisy).setLevel(logging.WARNING)
         if config.engine.node_rank > 0:
             return _follow(config)
-        listener = _bind(config.args.host, config.args.port)
-        template = _chat_template(config.args.chat_template)
-        path = find_model(config.args.model_path, config.args.revision, config.args.download_dir)
-        launcher = _Launcher(config, path, template)
-        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            return int(runner.run(launcher.run(listener)))
+        with _bind(config.args.host, config.args.port) as listener:
+            template = _chat_template(config.args.chat_template)
+            path = find_model(config.args.model_path, config.args.revision, config.args.download_dir)
+            launcher = _Launcher(config, path, template)
+            with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+                return int(runner.run(launcher.run(listener)))
     except LaunchError as error:
         print(f"error: {error}", file=sys.stderr)
         return int(error.exit_code)

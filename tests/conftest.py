@@ -32,7 +32,8 @@ _KEEP_DAYS = 14
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """`--recompile`."""
+    """`--all` and `--recompile`."""
+    parser.addoption("--all", action="store_true", help="also the cases that are marked slow")
     parser.addoption(
         "--recompile", action="store_true", help="ask the compilers of targets again, whatever earlier runs kept"
     )
@@ -57,6 +58,28 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
 
 def _cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jaxserve-tests"
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out slow cases, and keep on one worker what shares a server or an engine."""
+    if not config.getoption("--all") and "slow" not in (config.option.markexpr or ""):
+        left_out = [item for item in items if item.get_closest_marker("slow")]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if not item.get_closest_marker("slow")]
+    for item in items:
+        if group := _group(item):
+            item.add_marker(pytest.mark.xdist_group(group))
+
+
+def _group(item: pytest.Item) -> str | None:
+    shared = getattr(item, "fixturenames", ())
+    for name in ("server", "demo"):
+        if name in shared:
+            return name
+    scopes = getattr(item, "_fixtureinfo").name2fixturedefs  # noqa: B009
+    own = [name for name, definitions in scopes.items() if definitions[-1].scope == "module"]
+    # Every module has the fixture that forgets its programs.
+    return item.nodeid.partition("::")[0] if len(own) > 1 else None
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:

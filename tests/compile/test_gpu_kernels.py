@@ -32,7 +32,7 @@ NUM_TOKENS, NUM_ROWS, NUM_PAGES, NUM_Q_HEADS, NUM_KV_HEADS = 256, 32, 16, 16, 4
 # Both dtypes of 8 bits are read and converted in the same places.
 _ALIKE = [(64, "int8"), (80, "float8_e4m3fn"), (96, "int8"), (128, "float8_e4m3fn"), (256, "int8")]
 CASES = [
-    pytest.param(head_dim, dtype, marks=[pytest.mark.exhaustive] * ((head_dim, dtype) in _ALIKE))
+    pytest.param(head_dim, dtype, marks=[pytest.mark.slow] * ((head_dim, dtype) in _ALIKE))
     for head_dim in (64, 80, 96, 128, 256)
     for dtype in ("bfloat16", "int8", "float8_e4m3fn")
 ]

@@ -16,11 +16,13 @@ from jax.experimental import topologies
 
 from jaxserve.errors import LaunchError
 from jaxserve.plan.__main__ import main
+from jaxserve.plan.compile import Outcome
 from jaxserve.plan.targets import parse_target, target_devices
 from tests.compile.models import DEEPSEEK_V31, LLAMA33_70B, QWEN3_4B, QWEN3_30B_A3B_FP8
 
 # Two forward programs and one of draws.
 SMALL = ("--max-running-requests", "8", "--chunked-prefill-size", "32")
+SMALLEST = ("--max-running-requests", "8", "--chunked-prefill-size", "8")
 TINY = QWEN3_4B | {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "vocab_size": 512}
 needs_compilers = pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="the kernels need JAX 0.11")
 
@@ -110,7 +112,9 @@ def test_advice_knows_blocks_and_experts(model: dict[str, Any], target: str, fla
 
 
 @needs_compilers
-def test_a_context_that_does_not_fit(plan: Plan) -> None:
+def test_a_context_that_does_not_fit(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    # The pool is sized before a program is compiled.
+    monkeypatch.setattr("jaxserve.plan.compile._compile", lambda *_: Outcome([], 0.0))
     long = QWEN3_4B | {"max_position_embeddings": 1 << 20}
     arguments = ("--target", "v5e:1x1", "--context-length", str(1 << 20), "--json", *SMALL)
     done = plan(long, *arguments)
@@ -123,7 +127,7 @@ def test_a_context_that_does_not_fit(plan: Plan) -> None:
 def test_a_target_whose_memory_is_not_known(plan: Plan) -> None:
     """A context that the pool of a CPU does not hold is told of, without advice on devices."""
     long = TINY | {"max_position_embeddings": 1 << 20}
-    done = plan(long, "--target", "cpu:1", "--json", *SMALL)
+    done = plan(long, "--target", "cpu:1", "--json", *SMALLEST)
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
     assert report["full_requests"] == 0
@@ -157,6 +161,7 @@ def test_a_missing_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @needs_compilers
+@pytest.mark.slow
 def test_programs_of_adapters(plan: Plan) -> None:
     lora = ("--enable-lora", "--max-lora-rank", "16", "--lora-target-modules", "all")
     done = plan(QWEN3_4B, "--target", "h100:1", "--json", "--context-length", "8192", *SMALL, *lora)

@@ -24,39 +24,39 @@ from jaxserve.runner.programs import StepPrograms
 from kernels_pallas.grouped_matmul.xla.backend import XlaGroupedMatmul
 from tests.compile.models import QWEN3_4B
 from tests.compile.steps import MODELS, check_forward, check_program, lay_out_for
-from tests.support.marks import beside
+from tests.support.marks import slow
 
 pytestmark = pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="the kernels need JAX 0.11")
 
 # Llama-3.1-8B does not fit one v5e, 70B no less than eight of the smaller devices.
 STEPS = [
-    beside("v5e:2x2", "qwen2.5-0.5b", 1),
-    ("v5e:2x2", "qwen3-4b", 4),
-    beside("v5e:2x2", "llama-3.1-8b", 4),
-    beside("v6e:2x4", "qwen2.5-0.5b", 1),
-    beside("v6e:2x4", "qwen3-4b", 1),
-    ("v6e:2x4", "llama-3.1-8b", 1),
-    beside("v6e:2x4", "llama-3.1-8b", 4),
+    slow("v5e:2x2", "qwen2.5-0.5b", 1),
+    slow("v5e:2x2", "qwen3-4b", 4),
+    slow("v5e:2x2", "llama-3.1-8b", 4),
+    slow("v6e:2x4", "qwen2.5-0.5b", 1),
+    slow("v6e:2x4", "qwen3-4b", 1),
+    slow("v6e:2x4", "llama-3.1-8b", 1),
+    slow("v6e:2x4", "llama-3.1-8b", 4),
     ("v6e:2x4", "llama-3.3-70b", 8),
-    beside("v5p:2x2x2", "llama-3.3-70b", 8),
-    beside("tpu7x:2x2x1", "llama-3.3-70b", 8),
+    slow("v5p:2x2x2", "llama-3.3-70b", 8),
+    slow("tpu7x:2x2x1", "llama-3.3-70b", 8),
     ("h100:1", "qwen2.5-0.5b", 1),
-    beside("h100:1", "qwen3-4b", 1),
-    beside("h100:1", "llama-3.1-8b", 1),
-    beside("h100:8", "llama-3.1-8b", 4),
+    slow("h100:1", "qwen3-4b", 1),
+    slow("h100:1", "llama-3.1-8b", 1),
+    slow("h100:8", "llama-3.1-8b", 4),
     ("h100:8", "llama-3.3-70b", 8),
-    beside("h200:8", "llama-3.3-70b", 8),
+    slow("h200:8", "llama-3.3-70b", 8),
 ]
 # Each model on a TPU and on a GPU, and both vocabularies split and whole.
 DECODE_STEPS = [
     ("v5e:2x2", "qwen2.5-0.5b", 1),
-    beside("v5e:2x2", "llama-3.1-8b", 4),
-    beside("h100:8", "qwen2.5-0.5b", 1),
+    slow("v5e:2x2", "llama-3.1-8b", 4),
+    slow("h100:8", "qwen2.5-0.5b", 1),
     ("h100:8", "qwen3-4b", 8),
-    beside("h100:8", "llama-3.1-8b", 1),
-    beside("h100:8", "llama-3.3-70b", 8),
-    beside("v6e:2x4", "qwen3-4b", 1),
-    ("v6e:2x4", "llama-3.3-70b", 8),
+    slow("h100:8", "llama-3.1-8b", 1),
+    slow("h100:8", "llama-3.3-70b", 8),
+    slow("v6e:2x4", "qwen3-4b", 1),
+    slow("v6e:2x4", "llama-3.3-70b", 8),
 ]
 
 
@@ -99,18 +99,18 @@ def test_decode_step_and_draws(target: str, model: str, tp_size: int, record_pro
 @pytest.mark.parametrize(
     ("target", "model", "tp_size", "ep_size"),
     [
-        beside("v6e:2x4", "qwen3-30b-a3b", 8, 2),
-        beside("h100:1", "qwen3-30b-a3b", 1, 1),
-        beside("h100:8", "qwen3-235b-a22b", 8, 8),
-        beside("v5p:2x2x2", "mixtral-8x22b", 8, 8),
-        beside("h100:8", "gpt-oss-20b", 4, 4),
-        beside("h100:1", "qwen3-30b-a3b-fp8", 1, 1),
+        slow("v6e:2x4", "qwen3-30b-a3b", 8, 2),
+        slow("h100:1", "qwen3-30b-a3b", 1, 1),
+        slow("h100:8", "qwen3-235b-a22b", 8, 8),
+        slow("v5p:2x2x2", "mixtral-8x22b", 8, 8),
+        slow("h100:8", "gpt-oss-20b", 4, 4),
+        slow("h100:1", "qwen3-30b-a3b-fp8", 1, 1),
         ("h200:8", "deepseek-v3.1", 8, 8),
-        ("v5p:2x2x4", "deepseek-v3.1", 16, 16),
-        beside("v5e:2x2", "gpt-oss-20b-mxfp4", 4, 4),
+        slow("v5p:2x2x4", "deepseek-v3.1", 16, 16),
+        slow("v5e:2x2", "gpt-oss-20b-mxfp4", 4, 4),
         ("v6e:2x4", "gpt-oss-120b-mxfp4", 8, 8),
-        ("h100:1", "gpt-oss-120b-mxfp4", 1, 1),
-        beside("h200:8", "kimi-k2-thinking", 8, 8),
+        slow("h100:1", "gpt-oss-120b-mxfp4", 1, 1),
+        slow("h200:8", "kimi-k2-thinking", 8, 8),
     ],
 )
 def test_step_with_experts(
@@ -147,8 +147,8 @@ def test_step_with_experts(
     [
         ("v6e:2x4", "deepseek-v2-lite", 4),
         ("h100:1", "deepseek-v2-lite", 1),
-        beside("v5p:2x2x4", "deepseek-v3.1", 16),
-        beside("h200:8", "deepseek-v3.1", 8),
+        slow("v5p:2x2x4", "deepseek-v3.1", 16),
+        slow("h200:8", "deepseek-v3.1", 8),
     ],
 )
 def test_step_with_expanded_prompts(
@@ -174,7 +174,7 @@ def test_step_with_expanded_prompts(
     assert num_kernels(text) == sum(attention + mlps[kind.mlp] + _num_linears(engine, kind) for kind in kinds)
 
 
-@pytest.mark.parametrize(("target", "model"), [("v6e:2x4", "qwen3-30b-a3b"), beside("h200:8", "deepseek-v3.1")])
+@pytest.mark.parametrize(("target", "model"), [("v6e:2x4", "qwen3-30b-a3b"), slow("h200:8", "deepseek-v3.1")])
 def test_copies_share_experts(target: str, model: str, record_property: Callable[..., None]) -> None:
     """--enable-dp-attention: tokens of all copies go to the experts of each, and their sums back; nothing else."""
     num_tokens = {"h200:8": 32768}.get(target)  # as above
@@ -201,8 +201,9 @@ def _num_linears(engine: EngineDesign, kind: LayerConfig) -> int:
     ("target", "model", "tp_size", "quantization"),
     [
         ("v5e:2x2", "qwen3-4b", 4, "int4"),
-        beside("v6e:2x4", "qwen3-4b", 1, "int8"),
-        beside("h100:8", "llama-3.1-8b", 4, "fp8"),
+        slow("v6e:2x4", "qwen3-4b", 1, "int8"),
+        ("v6e:2x4", "qwen3-4b", 1, "fp8"),
+        slow("h100:8", "llama-3.1-8b", 4, "fp8"),
         ("h100:1", "qwen3-4b", 1, "int4"),
     ],
 )
@@ -232,7 +233,7 @@ def _check_gathers(text: str, rows: int, tp_size: int) -> None:
     assert max(sizes, default=0) <= rows * tp_size * 300
 
 
-@pytest.mark.parametrize("target", ["v6e:2x4", "h100:8"])
+@pytest.mark.parametrize("target", ["v6e:2x4", slow("h100:8")])
 def test_copies_share_nothing(target: str, record_property: Callable[..., None]) -> None:
     """--dp: no collective runs over `data`."""
     engine, _ = lay_out_for(target, "qwen2.5-0.5b", 2, dp_size=4)
@@ -246,7 +247,7 @@ def test_copies_share_nothing(target: str, record_property: Callable[..., None])
 
 
 @pytest.mark.parametrize(
-    ("target", "model", "tp_size"), [("v6e:2x4", "llama-3.1-8b", 4), beside("h100:8", "llama-3.3-70b", 8)]
+    ("target", "model", "tp_size"), [slow("v6e:2x4", "llama-3.1-8b", 4), ("h100:8", "llama-3.3-70b", 8)]
 )
 def test_step_with_adapters(target: str, model: str, tp_size: int, record_property: Callable[..., None]) -> None:
     """Factors are split with their weights: small all-reduces after those of the base, and nothing else crosses."""
@@ -288,7 +289,7 @@ def test_step_with_adapted_experts(
     assert memory.alias_size_in_bytes >= engine.pool_bytes
 
 
-@pytest.mark.parametrize("target", ["v6e:2x4", "h100:1"])
+@pytest.mark.parametrize("target", [slow("v6e:2x4"), "h100:1"])
 def test_draws_from_the_largest_vocabulary(
     target: str, monkeypatch: pytest.MonkeyPatch, record_property: Callable[..., None]
 ) -> None:
@@ -325,8 +326,8 @@ def test_a_named_backend_is_no_wish() -> None:
     [
         ("v6e:2x4", "int8"),
         ("h100:1", "fp8_e4m3"),
-        beside("v6e:2x4", "fp8_e4m3"),
-        beside("h100:1", "int8"),
+        slow("v6e:2x4", "fp8_e4m3"),
+        slow("h100:1", "int8"),
     ],
 )
 def test_quantised_cache(target: str, dtype: str, record_property: Callable[..., None]) -> None:

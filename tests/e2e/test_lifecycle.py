@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import pytest
 
 from tests.e2e.conftest import ServerProcess
 
@@ -109,50 +108,12 @@ def test_a_busy_port_is_told_before_the_model_is_touched(server: ServerProcess) 
     assert "Address already in use" in result.stderr
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--model-path", "/does/not/exist"], "neither a model folder nor a .gguf file"),
-        (["--model-path", "some-org/some-model"], "some-org/some-model"),
-        (["--model-path", "demo", "--no-such-flag"], "unrecognized arguments: --no-such-flag"),
-        (["--model-path", "demo", "--tp-size", "0"], "--tp-size must be at least 1, got 0"),
-        (["--model-path", "demo", "--page-size", "48"], "--page-size must be a power of two, got 48"),
-        (["--model-path", "demo", "--mem-fraction-static", "1.5"], "--mem-fraction-static"),
-        (["--model-path", "demo", "--chat-template", "no-such-file"], "--chat-template no-such-file"),
-        ([], "--model-path is required"),
-    ],
-    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
-)
-def test_what_cannot_start_says_why(arguments: list[str], message: str) -> None:
-    result = launch(*arguments, "--port", "0")
+def test_an_engine_that_cannot_start_says_why(checkpoint: Path) -> None:
+    """The engine process finds it; the exit code and the message are the launcher's."""
+    result = launch("--model-path", str(checkpoint), "--port", "0", "--tp", "3")
     assert result.returncode == 2
-    assert message in result.stderr
-    assert "Traceback" not in result.stderr
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--max-running-requests", "32", "--chunked-prefill-size", "16"], "(16) must be at least"),
-        (["--context-length", "1024"], "--context-length 1024 is more than the 512 tokens"),
-        (["--tp", "3"], "--tp-size 3 does not divide the model's 8 attention heads"),
-        (["--tp", "2", "--dp", "64"], "--tp-size 2 and --dp-size 64 need 128 devices"),
-    ],
-    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
-)
-def test_contradictions_are_told_before_weights_are_read(checkpoint: Path, arguments: list[str], message: str) -> None:
-    result = launch("--model-path", str(checkpoint), "--port", "0", *arguments)
-    assert result.returncode == 2
-    assert message in result.stderr, result.stderr
+    assert "error: --tp-size 3 does not divide the model's 8 attention heads" in result.stderr, result.stderr
     assert "weights:" not in result.stderr
-
-
-def test_an_unknown_architecture_is_refused_before_its_weights(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text(json.dumps({"architectures": ["MambaForCausalLM"]}))
-    result = launch("--model-path", str(tmp_path), "--port", "0")
-    assert result.returncode == 2
-    assert "MambaForCausalLM" in result.stderr
-    assert "LlamaForCausalLM" in result.stderr
 
 
 def test_eight_devices_give_the_tokens_of_one(flags: list[str], server: ServerProcess, tmp_path: Path) -> None:

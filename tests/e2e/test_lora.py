@@ -8,9 +8,8 @@ from typing import Any
 import httpx
 import openai
 
-from jaxserve.errors import ExitCode
 from tests.e2e.conftest import ServerProcess
-from tests.support.tiny import CONFIG, write_adapter
+from tests.support.tiny import write_adapter
 
 
 def complete(server: ServerProcess, model: str) -> str:
@@ -29,13 +28,6 @@ def test_a_merged_adapter_is_served_under_its_name(flags: list[str], server: Ser
     assert [model["id"] for model in models] == ["poet"]
     assert complete(merged, "poet") != complete(server, "tiny")
     assert merged.stop() == 0
-
-
-def test_an_adapter_of_another_model_is_told_at_the_start(flags: list[str], tmp_path: Path) -> None:
-    adapter = write_adapter(tmp_path / "adapter", CONFIG | {"hidden_size": 32})
-    process = ServerProcess(*flags, "--merge-lora", str(adapter), log=tmp_path / "log")
-    assert process.process.wait(60) == ExitCode.BAD_CONFIG
-    assert "--merge-lora: the adapter does not fit the model" in process.log.read_text()
 
 
 def test_adapters_are_served_beside_the_base(flags: list[str], server: ServerProcess, tmp_path: Path) -> None:
@@ -62,9 +54,3 @@ def test_adapters_are_served_beside_the_base(flags: list[str], server: ServerPro
     assert answer.choices[0].text == alone["tiny:b"]
     assert "jaxserve_compiles_after_ready_total 0.0" in httpx.get(f"{process.url}/metrics").text
     assert process.stop() == 0
-
-
-def test_an_adapter_that_is_not_there_is_told_at_once(flags: list[str], tmp_path: Path) -> None:
-    process = ServerProcess(*flags, "--lora-paths", "a=/nowhere", log=tmp_path / "log")
-    assert process.process.wait(60) == ExitCode.BAD_CONFIG
-    assert "adapter /nowhere: no such folder" in process.log.read_text()

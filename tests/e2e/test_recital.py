@@ -17,6 +17,7 @@ from api.server import ApiSettings, Server
 from jaxserve.engine.in_process_client import InProcessEngineClient
 from jaxserve.text.tokenizer import Tokenizer, load_tokenizer
 from tests.e2e.conftest import loaded, serving
+from tests.support.marks import slow
 from tests.support.recitals import FAMILIES, RECITALS, Recital
 from tests.support.transcripts import TOOLS
 
@@ -68,7 +69,8 @@ async def test_chat(engine: InProcessEngineClient, tokenizer: Tokenizer, recital
     await check_chat(engine, tokenizer, recital)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+# Kimi's is DeepSeek's architecture.
+@pytest.mark.parametrize("family", [slow(family) if family == "deepseek" else family for family in FAMILIES])
 async def test_architectures_recite(family: str, compilation_cache: str) -> None:
     """Qwen3, DeepSeek V3, Kimi K2 and gpt-oss in small, with files as their makers publish them."""
     folder = MODELS / f"recital_{family}"

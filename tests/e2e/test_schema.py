@@ -14,7 +14,7 @@ from schemathesis.specs.openapi.checks import (
 from tests.e2e.conftest import ServerProcess
 
 CHECKS = [not_a_server_error, content_type_conformance, response_schema_conformance, status_code_conformance]
-NUM_CASES = 100
+NUM_CASES, NUM_CASES_OF_ALL = 25, 100
 OPERATIONS = (
     "DELETE /v1/responses/{response_id}",
     "GET /get_model_info",
@@ -62,15 +62,18 @@ def test_every_operation_is_listed(schema: schemathesis.BaseSchema) -> None:
 
 @pytest.mark.parametrize("mode", [GenerationMode.POSITIVE, GenerationMode.NEGATIVE], ids=lambda mode: mode.value)
 @pytest.mark.parametrize("label", OPERATIONS)
-def test_operation(schema: schemathesis.BaseSchema, label: str, mode: GenerationMode) -> None:
+def test_operation(
+    schema: schemathesis.BaseSchema, label: str, mode: GenerationMode, pytestconfig: pytest.Config
+) -> None:
     method, path = label.split()
     operation = schema[path][method]
     if mode is GenerationMode.NEGATIVE and not operation.body:
         pytest.skip("it takes no body")
+    num_cases = NUM_CASES_OF_ALL if pytestconfig.getoption("--all") else NUM_CASES
 
     @settings(
         # Half of an operation's cases are valid bodies and half are not; without a body there is one kind.
-        max_examples=NUM_CASES if operation.body else 2 * NUM_CASES,
+        max_examples=num_cases if operation.body else 2 * num_cases,
         deadline=None,
         derandomize=True,
         database=None,

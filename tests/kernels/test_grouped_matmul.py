@@ -16,6 +16,7 @@ from kernels_pallas.grouped_matmul.reference import grouped_matmul
 from kernels_pallas.grouped_matmul.xla.backend import XlaGroupedMatmul
 from kernels_pallas.quantized import QuantizedFormat
 from kernels_pallas.token_tiles import most_blocks, sort_into_blocks
+from tests.support.marks import slow
 
 needs_pallas = pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="the kernels need JAX 0.11")
 # Few enough for blocks of any number of rows.
@@ -188,7 +189,7 @@ def random_matrices(name: str, shape: tuple[int, int, int]) -> tuple[Matrices, n
     return Matrices(values, scale, None if zero is None else jnp.asarray(zero, jnp.uint8), form), w64_XOI
 
 
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, slow(jnp.float32)])
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("name", ["xla", pytest.param("tpu", marks=needs_pallas)])
 def test_matrices_with_factors_of_groups(name: str, form: str, dtype: Any) -> None:
@@ -210,7 +211,7 @@ def test_matrices_with_factors_of_groups(name: str, form: str, dtype: Any) -> No
 
 
 @needs_pallas
-@pytest.mark.parametrize(("num_outputs", "num_inputs"), [(64, 192), (256, 256)])
+@pytest.mark.parametrize(("num_outputs", "num_inputs"), [(64, 192), slow(256, 256)])
 @pytest.mark.parametrize("form", FORMS)
 def test_matrices_with_factors_of_groups_on_gpu(form: str, num_outputs: int, num_inputs: int) -> None:
     """A step of 4-bit matrices is 48 bytes or 64, and pieces of it that share factors are 16, 32 or 64."""
@@ -229,6 +230,7 @@ def test_matrices_with_factors_of_groups_on_gpu(form: str, num_outputs: int, num
 
 
 @needs_pallas
+@pytest.mark.slow
 def test_a_cut_block_of_8_bits() -> None:
     """2,176 outputs of 4,096 inputs are two blocks of 1,024 and one of 128."""
     check_quantized("tpu", spread(2, 20), 2, (2176, 4096))
@@ -281,7 +283,7 @@ def test_blocks_hold_every_row_once_beside_its_own(groups: list[int], num_groups
     assert np.all(group_C[num:] == group_C[max(num - 1, 0)])
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", [form if form in ("int4 with zeros", "fp8") else slow(form) for form in FORMS])
 @pytest.mark.parametrize("axes", [("heads", "hidden"), ("hidden", "heads"), (None, "hidden")])
 @needs_pallas
 def test_a_linear_map_split_over_devices(axes: tuple[Any, Any], form: str) -> None:

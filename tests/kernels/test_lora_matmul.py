@@ -18,6 +18,7 @@ from kernels_pallas.lora_matmul.common.slot_blocks import slot_lists, slot_pairs
 from kernels_pallas.lora_matmul.reference import lora_matmul
 from kernels_pallas.lora_matmul.xla.backend import XlaLora
 from tests.parity.test_lora_merge import EVERYTHING, SMALL
+from tests.support.marks import slow
 from tests.support.tiny import write_adapter, write_checkpoint
 
 needs_pallas = pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="the kernels need JAX 0.11")
@@ -111,7 +112,7 @@ def last_only(num_slots: int, tokens: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize("slots", [mixed, of_prompts, none, last_only])
-@pytest.mark.parametrize("sizes", [(8, 64, 64, 16, 3), (130, 320, 192, 48, 7), (300, 128, 384, 16, 2)])
+@pytest.mark.parametrize("sizes", [slow((8, 64, 64, 16, 3)), (130, 320, 192, 48, 7), slow((300, 128, 384, 16, 2))])
 @pytest.mark.parametrize("name", ["xla", *KERNELS])
 def test_each_token_gets_its_own_adapter(name: str, sizes: tuple[int, ...], slots: Any) -> None:
     Case(sizes, slots, jnp.bfloat16).check(implementation(name))
@@ -163,6 +164,7 @@ def test_blocks_list_the_slots_of_their_tokens() -> None:
 
 
 @needs_pallas
+@pytest.mark.slow
 def test_a_model_with_the_kernels_gives_the_same_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In all modules, over two devices of each of two copies."""
     base = write_checkpoint(tmp_path / "base")

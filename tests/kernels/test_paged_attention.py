@@ -16,7 +16,7 @@ from jaxserve.parallel.mesh import make_mesh
 from kernels_pallas.paged_attention.api import AttentionBackend, AttentionConfig
 from kernels_pallas.paged_attention.cases import LAYER, OPTIONS, SHAPES, Case, Step, expected, make_step, tolerance
 from kernels_pallas.paged_attention.xla.backend import XlaAttention
-from tests.support.marks import beside
+from tests.support.marks import slow
 
 F32, BF16 = jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16)
 FP8, INT8 = jnp.dtype(jnp.float8_e4m3fn), jnp.dtype(jnp.int8)
@@ -122,10 +122,14 @@ def _check_pages(config: AttentionConfig, old: Any, new: Any, want: list[np.ndar
         np.testing.assert_array_equal(new_PSKH[held], want_PSKH[held])
 
 
-PLAIN = [(shape, "plain", F32) for shape in SHAPES]
-PLAIN += [(shape, "plain", BF16) for shape in ("decode", "mixed", "chunk_of_a_long_prompt")]
+# "mixed" has single tokens and prompts, "many_rows" the former alone; the others are like parts of these.
+_PARTS = ("decode", "one_row_alone", "short_prefill", "multi_head", "latent")
+PLAIN = [slow(shape, "plain", F32) if shape in _PARTS else (shape, "plain", F32) for shape in SHAPES]
+PLAIN += [("mixed", "plain", BF16), slow("decode", "plain", BF16), slow("chunk_of_a_long_prompt", "plain", BF16)]
 WITH_OPTIONS = [
     (shape, options, F32)
+    if (shape, options) == ("chunk_of_a_long_prompt", "window") or shape == "mixed"
+    else slow(shape, options, F32)
     for options in OPTIONS
     for shape in ("mixed", "many_rows", "chunk_of_a_long_prompt")
     if options != "plain"
@@ -140,11 +144,11 @@ def test_matches_numpy(implementation: type[Any], shape: str, options: str, dtyp
 
 
 # The GPU kernels multiply in bf16, and know head dims from 64 on. Their interpreter takes half a minute a case.
-_ALIKE = ("decode", "short_prefill", "tiles_of_both_sizes", "multi_head")
+_ALIKE = ("decode", "short_prefill", "tiles_of_both_sizes", "multi_head", "multi_query", "one_row_alone")
 GPU_CASES = [
-    *(beside(shape, "plain") if shape in _ALIKE else (shape, "plain") for shape in SHAPES if shape != "latent"),
+    *(slow(shape, "plain") if shape in _ALIKE else (shape, "plain") for shape in SHAPES if shape != "latent"),
     *(("mixed", options) for options in OPTIONS if options != "plain"),
-    *(beside("chunk_of_a_long_prompt", options) for options in OPTIONS if options != "plain"),
+    *(slow("chunk_of_a_long_prompt", options) for options in OPTIONS if options != "plain"),
 ]
 
 
@@ -160,14 +164,14 @@ def test_xla_takes_pages_of_any_size() -> None:
     run(Xla, case, F32)
 
 
-@pytest.mark.parametrize("head_dim", [beside(64), 80, beside(96), 128, 256])
+@pytest.mark.parametrize("head_dim", [slow(64), 80, slow(96), 128, 256])
 @pytest.mark.parametrize("implementation", [pytest.param(one, marks=needs_pallas) for one in (Tpu, Gpu)])
 def test_head_dims(implementation: type[Any], head_dim: int) -> None:
     case = Case(q_lens=(1, 1, 5), kv_lens=(16, 40, 37), num_tokens=16, heads=(4, 2, head_dim))
     run(implementation, case, BF16)
 
 
-@pytest.mark.parametrize("page_size", [32, beside(64), beside(128), 256])
+@pytest.mark.parametrize("page_size", [32, slow(64), slow(128), 256])
 @pytest.mark.parametrize("implementation", [pytest.param(one, marks=needs_pallas) for one in (Tpu, Gpu)])
 def test_page_sizes(implementation: type[Any], page_size: int) -> None:
     # The last slot of a page, the first of the next, and a chunk over the border.
@@ -181,7 +185,7 @@ def test_page_sizes(implementation: type[Any], page_size: int) -> None:
     run(implementation, case, BF16)
 
 
-@pytest.mark.parametrize("page_size", [16, beside(64)])
+@pytest.mark.parametrize("page_size", [16, slow(64)])
 @pytest.mark.parametrize("dtype", [FP8, INT8], ids=str)
 @pytest.mark.parametrize("implementation", [Xla, *(pytest.param(one, marks=needs_pallas) for one in (Tpu, Gpu))])
 def test_quantised_cache(implementation: type[Any], dtype: jnp.dtype, page_size: int) -> None:
@@ -196,13 +200,13 @@ def test_quantised_cache(implementation: type[Any], dtype: jnp.dtype, page_size:
     run(implementation, case, dtype)
 
 
-@pytest.mark.parametrize("dtype", [BF16, FP8, INT8], ids=str)
+@pytest.mark.parametrize("dtype", [BF16, slow(FP8), INT8], ids=str)
 @pytest.mark.parametrize("implementation", [Xla, *(pytest.param(one, marks=needs_pallas) for one in (Tpu, Gpu))])
 def test_values_that_are_a_part_of_their_keys(implementation: type[Any], dtype: jnp.dtype) -> None:
     run(implementation, SHAPES["latent"].with_options(magnitude=30.0 if dtype == INT8 else 1.0), dtype)
 
 
-@pytest.mark.parametrize("group", [1, 7, beside(8)])
+@pytest.mark.parametrize("group", [1, 7, slow(8)])
 @pytest.mark.parametrize("implementation", [pytest.param(one, marks=needs_pallas) for one in (Tpu, Gpu)])
 def test_groups(implementation: type[Any], group: int) -> None:
     case = Case(q_lens=(1, 3, 20), kv_lens=(18, 3, 37), num_tokens=32, heads=(2 * group, 2, 64))
@@ -211,15 +215,16 @@ def test_groups(implementation: type[Any], group: int) -> None:
 
 @needs_pallas
 @pytest.mark.parametrize(
-    "case", [{"heads": (160, 2, 64), "sinks": True}, {"heads": (128, 1, 576), "value_dim": 512}], ids=str
+    "case", [slow({"heads": (160, 2, 64), "sinks": True}), {"heads": (128, 1, 576), "value_dim": 512}], ids=str
 )
 def test_more_query_heads_than_a_gpu_tile_holds(case: dict[str, Any]) -> None:
     """They take several passes: of 40 heads, and of 64."""
     run(Gpu, Case(q_lens=(1, 1, 3), kv_lens=(18, 3, 37), num_tokens=16, **case), BF16)
 
 
-@pytest.mark.parametrize("window", [None, 20])
-@pytest.mark.parametrize("shape", ["mixed", "many_rows"])
+@pytest.mark.parametrize(
+    ("shape", "window"), [("mixed", None), slow("mixed", 20), slow("many_rows", None), ("many_rows", 20)]
+)
 @pytest.mark.parametrize("implementation", [Xla, *(pytest.param(one, marks=needs_pallas) for one in (Tpu, Gpu))])
 def test_batch_invariant(implementation: type[Any], shape: str, window: int | None) -> None:
     case = SHAPES[shape].with_options(window=window)
@@ -228,7 +233,7 @@ def test_batch_invariant(implementation: type[Any], shape: str, window: int | No
     run(implementation, case, BF16 if implementation is Gpu else F32, batch_invariant=True)
 
 
-@pytest.mark.parametrize("shape", ["mixed", "many_rows"])
+@pytest.mark.parametrize("shape", ["mixed", slow("many_rows")])
 @pytest.mark.parametrize("implementation", [Xla, pytest.param(Tpu, marks=needs_pallas)])
 def test_heads_split_over_devices(implementation: type[Any], shape: str) -> None:
     run(implementation, SHAPES[shape].with_options(sinks=True), F32, tp_size=2)

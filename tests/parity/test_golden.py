@@ -19,7 +19,7 @@ from jaxserve.runner.buckets import Bucket, ForwardShape
 from jaxserve.runner.programs import StepModel
 from jaxserve.runner.runner import ModelRunner
 from jaxserve.step import NewRow, ScheduledRow, SchedulerOutput
-from tests.support.marks import beside
+from tests.support.marks import slow
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 NAMES = sorted(path.name for path in GOLDEN.iterdir())
@@ -91,7 +91,7 @@ def test_whole_prompts_in_one_batch_then_chunks_and_single_tokens(name: str) -> 
     close(np.concatenate(got), want)
 
 
-@pytest.mark.parametrize("name", ["llama", "mistral", "qwen3"])
+@pytest.mark.parametrize("name", [slow("llama"), "mistral", slow("qwen3")])
 def test_decode_beside_prefill(name: str) -> None:
     model = load(name)
     run(model, [row(0, model.token_ids[0], 0, 59)])
@@ -103,8 +103,9 @@ def test_decode_beside_prefill(name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "tp_size"),
     [
-        *(((name, 4) if name in SPLIT else beside(name, 4)) for name in NAMES),
-        *((name, 2) for name in ("qwen3", "qwen2_moe", "gpt_oss")),
+        *(((name, 4) if name in SPLIT else slow(name, 4)) for name in NAMES),
+        ("qwen3", 2),
+        *(slow(name, 2) for name in ("qwen2_moe", "gpt_oss")),
     ],
 )
 def test_sharded(name: str, tp_size: int) -> None:
@@ -116,7 +117,12 @@ def test_sharded(name: str, tp_size: int) -> None:
 
 @pytest.mark.parametrize(
     ("name", "tp_size", "ep_size"),
-    [*(("qwen3_moe", 8, ep_size) for ep_size in (1, 2, 4, 8)), ("gpt_oss", 4, 2), ("deepseek_v3_fp8", 4, 2)],
+    [
+        ("qwen3_moe", 8, 2),
+        *(slow("qwen3_moe", 8, ep_size) for ep_size in (1, 4, 8)),
+        slow("gpt_oss", 4, 2),
+        ("deepseek_v3_fp8", 4, 2),
+    ],
 )
 def test_experts_on_devices_of_their_own(name: str, tp_size: int, ep_size: int) -> None:
     model = load(name, tp_size=tp_size, ep_size=ep_size)
@@ -125,16 +131,19 @@ def test_experts_on_devices_of_their_own(name: str, tp_size: int, ep_size: int) 
 
 
 @pytest.mark.parametrize(
-    ("name", "sizes"),
+    ("dtype", "name", "sizes"),
     [
-        ("qwen3", {}),
-        ("qwen2_windows", {"tp_size": 4}),
-        ("gpt_oss", {"deterministic": True}),
-        ("deepseek_v3", {"tp_size": 2}),
+        ("fp8_e4m3", "qwen3", {}),
+        ("int8", "qwen2_windows", {"tp_size": 4}),
+        ("int8", "gpt_oss", {"deterministic": True}),
+        ("fp8_e4m3", "deepseek_v3", {"tp_size": 2}),
+        slow("int8", "qwen3", {}),
+        slow("fp8_e4m3", "qwen2_windows", {"tp_size": 4}),
+        slow("fp8_e4m3", "gpt_oss", {"deterministic": True}),
+        slow("int8", "deepseek_v3", {"tp_size": 2}),
     ],
 )
-@pytest.mark.parametrize("dtype", ["fp8_e4m3", "int8"])
-def test_a_cache_of_8_bits(name: str, sizes: dict[str, int], dtype: str) -> None:
+def test_a_cache_of_8_bits(dtype: str, name: str, sizes: dict[str, int]) -> None:
     """Rounded keys and values move the logits a little: by a share of how far those of a token are apart."""
     model = load(name, kv_cache_dtype=dtype, **sizes)
     assert {array.dtype.itemsize for array in model.runner._cache.values()} == {1}
@@ -161,7 +170,13 @@ def load_expanded(name: str, **changes: object) -> Model:
 
 
 @pytest.mark.usefixtures("_expanded")
-@pytest.mark.parametrize(("name", "tp_size"), [*((name, 1) for name in LATENT), ("deepseek_v3", 4)])
+@pytest.mark.parametrize(
+    ("name", "tp_size"),
+    [
+        *((name, 1) if name == "deepseek_v3_fp8" else slow(name, 1) for name in LATENT),
+        ("deepseek_v3", 4),
+    ],
+)
 def test_expanded_prompts(name: str, tp_size: int) -> None:
     """Whole, in chunks, and beside a row that runs a single token."""
     model = load_expanded(name, tp_size=tp_size)
@@ -176,7 +191,7 @@ def test_expanded_prompts(name: str, tp_size: int) -> None:
 
 
 @pytest.mark.usefixtures("_expanded")
-@pytest.mark.parametrize("dtype", ["fp8_e4m3", "int8"])
+@pytest.mark.parametrize("dtype", [slow("fp8_e4m3"), "int8"])
 def test_expanded_prompts_of_a_cache_of_8_bits(dtype: str) -> None:
     model = load_expanded("deepseek_v3", kv_cache_dtype=dtype, tp_size=2)
     parts = [run(model, [row(0, model.token_ids[0], start, end)]) for start, end in ((0, 33), (33, 59))]
@@ -211,7 +226,7 @@ def drawn_alone() -> list[list[int]]:
     return [output.token_ids_B.tolist() for output in outputs if output is not None]
 
 
-@pytest.mark.parametrize("tp_size", [1, 2])
+@pytest.mark.parametrize("tp_size", [slow(1), 2])
 def test_copies_side_by_side(drawn_alone: list[list[int]], tp_size: int) -> None:
     """Two copies of the model run different steps in one program; their tokens are those of one copy."""
     runner, plans = warm_runner(tp_size=tp_size, dp_size=2)
@@ -225,7 +240,7 @@ def test_copies_side_by_side(drawn_alone: list[list[int]], tp_size: int) -> None
 
 @pytest.mark.parametrize(
     ("name", "tp_size", "dp_size", "ep_size"),
-    [("qwen3_moe", 1, 4, 1), ("deepseek_v3_fp8", 1, 2, 1), ("gpt_oss", 2, 2, 2)],
+    [slow("qwen3_moe", 1, 4, 1), slow("deepseek_v3_fp8", 1, 2, 1), ("gpt_oss", 2, 2, 2)],
 )
 def test_copies_share_experts(name: str, tp_size: int, dp_size: int, ep_size: int) -> None:
     """Each copy has prompts of its own, and the last has none."""
@@ -261,7 +276,7 @@ def test_a_runner_expands_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
     close(logits[2][1, 0], model.logits[1, 40])
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen3"])
+@pytest.mark.parametrize("name", [slow("llama"), "qwen3"])
 def test_deterministic_mode_gives_the_same_numbers(name: str) -> None:
     model = load(name, deterministic=True)
     logits = run(model, [row(i, ids, 0, 60) for i, ids in enumerate(model.token_ids)])

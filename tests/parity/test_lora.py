@@ -20,12 +20,12 @@ from jaxserve.lora.reader import AdapterReader
 from jaxserve.models.architecture import BuildModel
 from jaxserve.models.registry import find_architecture
 from tests.parity.test_lora_merge import EVERYTHING, SMALL
-from tests.support.marks import beside
+from tests.support.marks import slow
 from tests.support.tiny import CONFIG, write_adapter, write_checkpoint, write_tokenizer
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 # Two rows, and so few programs; prompts are more.
-SIZES = SMALL | {"max_running_requests": 2, "max_total_tokens": 2048, "chunked_prefill_size": 32}
+SIZES = SMALL | {"max_running_requests": 2, "max_total_tokens": 2048, "chunked_prefill_size": 16}
 GREEDY = SamplingParams(temperature=0, max_tokens=16, ignore_eos=True)
 PROMPTS = [[1, 2, 3], [7] * 40, [5]]
 
@@ -45,7 +45,7 @@ def merged(base: Path, adapter: Path) -> list[tuple[int, ...]]:
 
 
 # The other families' adapters are PEFT's, below.
-@pytest.mark.parametrize("family", ["LlamaForCausalLM", "Qwen2ForCausalLM"])
+@pytest.mark.parametrize("family", [slow("LlamaForCausalLM"), "Qwen2ForCausalLM"])
 def test_rows_get_what_their_merged_models_give(family: str, tmp_path: Path) -> None:
     """More adapters than slots, of different ranks and modules; afterwards the base is what it was."""
     base = write_checkpoint(tmp_path / "base", architectures=[family])
@@ -87,7 +87,13 @@ def alone(base: Path, adapters: dict[str, Path]) -> dict[str, list[tuple[int, ..
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"tp_size": 8}, {"dp_size": 2, "tp_size": 2}, {"deterministic": True}, {"enough_pages_for_two": True}],
+    [
+        slow({}),
+        slow({"tp_size": 8}),
+        {"dp_size": 2, "tp_size": 2},
+        {"deterministic": True},
+        {"enough_pages_for_two": True},
+    ],
     ids=str,
 )
 def test_a_mixed_batch_is_each_alone(
@@ -134,11 +140,11 @@ def test_choices_grammars_and_logprobs_work_with_adapters(base: Path, adapters: 
 
 
 # Norms around both halves of a layer, latent attention, fused modules, and experts in three ways.
-FAMILIES = ("gemma3", "deepseek_v3", "phi3", "gpt_oss", "qwen2_moe", "qwen3_moe")
+FAMILIES = ("gemma3", "deepseek_v3", "phi3", "gpt_oss", "qwen2_moe")
 WITH_ADAPTERS = sorted(folder.parent.name for folder in GOLDEN.glob("*/adapters"))
 
 
-@pytest.mark.parametrize("name", [name if name in FAMILIES else beside(name) for name in WITH_ADAPTERS])
+@pytest.mark.parametrize("name", [name if name in FAMILIES else slow(name) for name in WITH_ADAPTERS])
 def test_adapters_that_peft_wrote_say_what_they_say_there(name: str, tmp_path: Path) -> None:
     """Beside the base, and in it: patterns of ranks and alphas, fused and all linear modules, embedding and head.
 
@@ -160,7 +166,7 @@ def test_adapters_that_peft_wrote_say_what_they_say_there(name: str, tmp_path: P
     [
         ("qwen3_moe", {"tp_size": 4, "ep_size": 2}),
         ("qwen3_moe", {"deterministic": True}),
-        ("qwen3_moe", {"dp_size": 2, "dp_attention": True}),
+        slow("qwen3_moe", {"dp_size": 2, "dp_attention": True}),
         ("deepseek_v3", {"tp_size": 2, "dp_size": 2}),
     ],
     ids=str,

@@ -24,7 +24,13 @@ from tests.support.tiny import CONFIG, LINEAR_MODULES, write_adapter, write_chec
 
 FAMILIES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 EVERYTHING = (*LINEAR_MODULES, "embed_tokens", "lm_head")
-SMALL: dict[str, Any] = {"max_total_tokens": 256, "page_size": 16, "max_running_requests": 2, "dtype": "float32"}
+SMALL: dict[str, Any] = {
+    "max_total_tokens": 256,
+    "page_size": 16,
+    "max_running_requests": 2,
+    "chunked_prefill_size": 16,  # few programs to compile
+    "dtype": "float32",
+}
 
 
 def weights_of(folder: Path, **mesh: int) -> Any:

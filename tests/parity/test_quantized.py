@@ -18,6 +18,7 @@ from safetensors.numpy import load_file, save_file
 from checkpoints import orbax_io
 from jaxserve.errors import LaunchError
 from tests.parity.test_golden import GOLDEN, close, load, row, run
+from tests.support.marks import slow
 
 GROUP = 8
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
@@ -139,8 +140,22 @@ def logits(folder: Path, **changes: Any) -> np.ndarray:
     return run(model, [row(i, ids, 0, 60) for i, ids in enumerate(model.token_ids)])
 
 
-@pytest.mark.parametrize("name", FORMATS)
-def test_dense_layers_and_experts(name: str, tmp_path: Path) -> None:
+ONE, TWO_GROUPS, SPLIT = {}, {"tp_size": 2, "ep_size": 2}, {"tp_size": 4}
+
+
+@pytest.mark.parametrize(
+    ("name", "meshes"),
+    [
+        ("int4", [ONE, TWO_GROUPS]),
+        ("int8", [SPLIT]),  # no group is shared by devices
+        ("fp8", [ONE]),
+        ("gptq", [ONE]),
+        ("awq", [ONE]),
+        *(slow(name, [ONE, TWO_GROUPS]) for name in ("int8", "fp8", "gptq", "awq")),
+        slow("fp8", [SPLIT]),
+    ],
+)
+def test_dense_layers_and_experts(name: str, meshes: list[dict[str, int]], tmp_path: Path) -> None:
     quantize, settings = FORMATS[name]
     plain = load_file(GOLDEN / "qwen3_moe" / "model.safetensors")
     stored = dict(plain)
@@ -151,10 +166,8 @@ def test_dense_layers_and_experts(name: str, tmp_path: Path) -> None:
         plain[tensor] = quantized.plain.astype(np.float32)
     folder = write(tmp_path / "quantised", "qwen3_moe", stored, quantization_config=settings)
     want = logits(write(tmp_path / "plain", "qwen3_moe", plain))
-    close(logits(folder), want)
-    close(logits(folder, tp_size=2, ep_size=2), want)
-    if name in ("int8", "fp8"):  # no group is shared by devices
-        close(logits(folder, tp_size=4), want)
+    for mesh in meshes:
+        close(logits(folder, **mesh), want)
 
 
 def save_as_orbax(folder: Path, destination: Path) -> Path:
@@ -182,15 +195,15 @@ REQUESTED = {
 }
 
 
-@pytest.mark.parametrize("name", REQUESTED)
-def test_quantised_while_loading(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "mesh"), [("int4", ONE), ("int8", SPLIT), ("fp8", ONE), slow("int8", ONE), slow("fp8", SPLIT)]
+)
+def test_quantised_while_loading(name: str, mesh: dict[str, int], tmp_path: Path) -> None:
     plain = load_file(GOLDEN / "qwen3_moe" / "model.safetensors")
     for tensor in linear_maps(plain):
         plain[tensor] = REQUESTED[name](plain[tensor]).plain.astype(np.float32)
     want = logits(write(tmp_path / "plain", "qwen3_moe", plain))
-    close(logits(GOLDEN / "qwen3_moe", quantization=name), want)
-    if name != "int4":
-        close(logits(GOLDEN / "qwen3_moe", quantization=name, tp_size=4), want)
+    close(logits(GOLDEN / "qwen3_moe", quantization=name, **mesh), want)
 
 
 def test_what_cannot_be_quantised_is_told(gpt_oss: tuple[Path, Path]) -> None:

@@ -4,5 +4,5 @@ from functools import partial
 
 import pytest
 
-# A case that others are like: `scripts/test` leaves it out, `scripts/test -m exhaustive` runs it.
-beside = partial(pytest.param, marks=pytest.mark.exhaustive)
+# A case that is like one that always runs: a row of a grid, left to `scripts/test --all`.
+slow = partial(pytest.param, marks=pytest.mark.slow)
