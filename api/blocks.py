@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from enum import Enum, auto
 from typing import NamedTuple
 
-from jaxserve.parsing.deltas import CallArguments, CallEnd, CallFailed, CallStart, Content, Piece, Reasoning
+from jaxserve.parsing.deltas import CallArguments, CallEnd, CallFailed, CallStart, Content, MessageDelta, Reasoning
 
 
 class BlockKind(Enum):
@@ -63,7 +63,7 @@ class BlockStream:
     blocks: list[Block] = field(default_factory=list[Block])
     _open: Block | None = None
 
-    def add(self, pieces: Iterable[Piece]) -> Iterator[BlockEvent]:
+    def add(self, pieces: Iterable[MessageDelta]) -> Iterator[BlockEvent]:
         """Events of new pieces, in order."""
         for piece in pieces:
             match piece:

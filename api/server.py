@@ -13,10 +13,10 @@ from api.requests.model_names import ModelNames
 from api.responses.store import ResponseStore
 from jaxserve.config import LoraConfig
 from jaxserve.engine.client import EngineClient
-from jaxserve.engine.output_processor import Generation
+from jaxserve.engine.output_processor import GenerationStream
 from jaxserve.errors import RequestError, UnavailableError
 from jaxserve.loading.generation_config import GenerationConfig
-from jaxserve.parsing.message_parser import choose_formats
+from jaxserve.parsing.message_parser import select_parsers
 from jaxserve.structured.grammar import JsonStyle
 from jaxserve.structured.validator import GrammarValidator
 from jaxserve.text.completion_template import CompletionTemplate
@@ -78,7 +78,7 @@ class Server:
         self.metrics = Metrics(client)
         self.draining = False
         self.created = int(time.time())
-        self.running: dict[str, list[Generation]] = {}
+        self.running: dict[str, list[GenerationStream]] = {}
         self.responses = ResponseStore()
         reserved = ("default", settings.served_model_name, settings.model_path)
         root = None if settings.lora_root is None else Path(settings.lora_root)
@@ -109,7 +109,7 @@ class Server:
             tokenizer=tokenizer,
             info=info,
             generation=settings.generation,
-            formats=choose_formats(settings.reasoning_parser, settings.tool_call_parser, tokenizer.chat_template),
+            formats=select_parsers(settings.reasoning_parser, settings.tool_call_parser, tokenizer.chat_template),
             json_style=settings.json_style or JsonStyle(),
             completion_template=settings.completion_template,
             names=ModelNames(

@@ -31,7 +31,7 @@ from api.http_protocol import BoundedHttpProtocol
 from api.server import ApiSettings, Server
 from jaxserve.arguments import SECRETS, LaunchConfig, parse_arguments
 from jaxserve.config import EngineConfig
-from jaxserve.engine.output_processor import Generation, TextOptions
+from jaxserve.engine.output_processor import GenerationStream, TextOptions
 from jaxserve.engine.process_client import ProcessEngineClient
 from jaxserve.errors import ExitCode, LaunchError
 from jaxserve.loading.generation_config import read_generation_config
@@ -264,7 +264,7 @@ class _Launcher:
     async def _warm_up(self, tokenizer: Tokenizer) -> None:
         """Generate two tokens; a model that cannot is not ready."""
         request = Request(id="warm-up", prompt_token_ids=(0,), sampling=SamplingParams(temperature=0, max_tokens=2))
-        generation = Generation(self._client, tokenizer, request, TextOptions())
+        generation = GenerationStream(self._client, tokenizer, request, TextOptions())
         try:
             async for delta in generation.deltas():
                 if delta.error is not None:

@@ -15,7 +15,7 @@ from jaxserve.config import EngineConfig, adapter_name_problem
 from jaxserve.engine.builder import build_engine
 from jaxserve.engine.in_process_client import InProcessEngineClient
 from jaxserve.engine.messages import EngineStats
-from jaxserve.engine.output_processor import CollectedChoice, Generation, TextOptions, Usage, collect_choices
+from jaxserve.engine.output_processor import CollectedChoice, GenerationStream, TextOptions, Usage, collect_choices
 from jaxserve.errors import AdapterError, NotFoundError, RequestError
 from jaxserve.loading.generation_config import read_generation_config
 from jaxserve.loading.hub import find_model
@@ -216,7 +216,7 @@ class LLM:
             self._request(prompt, sampling, **fields) for prompt in ([prompts] if isinstance(prompts, str) else prompts)
         ]
         generations = [
-            Generation(self._client, self._tokenizer, request, options or TextOptions()) for request in requests
+            GenerationStream(self._client, self._tokenizer, request, options or TextOptions()) for request in requests
         ]
         try:
             return list(await asyncio.gather(*(_collect(generation) for generation in generations)))
@@ -266,7 +266,7 @@ class LLM:
         return self._adapters[name]
 
 
-async def _collect(generation: Generation) -> GenerationOutput:
+async def _collect(generation: GenerationStream) -> GenerationOutput:
     deltas = ((delta.choice, delta) async for delta in generation.deltas())
     choices = await collect_choices(deltas, generation.request.num_choices)
     for choice in choices:

@@ -13,7 +13,7 @@ import numpy as np
 from jaxserve.step import ConstrainedRows, Plans, StepOutput
 
 
-class HostAdapter(NamedTuple):
+class LoadedAdapter(NamedTuple):
     """A LoRA adapter in host memory.
 
     Attributes:
@@ -25,22 +25,22 @@ class HostAdapter(NamedTuple):
     digest: int
 
 
-def host_adapter(leaves: Mapping[tuple[str, ...], np.ndarray]) -> HostAdapter:
+def loaded_adapter(leaves: Mapping[tuple[str, ...], np.ndarray]) -> LoadedAdapter:
     """The adapter of these leaves, with its digest."""
     digest = 0
     for leaf in leaves.values():
         digest = zlib.crc32(np.ascontiguousarray(leaf).reshape(-1).view(np.uint8), digest)
-    return HostAdapter(leaves, digest)
+    return LoadedAdapter(leaves, digest)
 
 
-class AdapterHolder(Protocol):
+class RunnerAdapters(Protocol):
     """The adapters that a runner can put into slots."""
 
-    def hold_adapter(self, key: str, adapter: HostAdapter) -> None:
+    def add_adapter(self, key: str, adapter: LoadedAdapter) -> None:
         """Keep an adapter until it is removed."""
         ...
 
-    def drop_adapter(self, key: str) -> None:
+    def remove_adapter(self, key: str) -> None:
         """Forget an adapter."""
         ...
 
@@ -61,7 +61,7 @@ class Forwarded(Protocol):
         ...
 
 
-class Runner(AdapterHolder, Protocol):
+class Runner(RunnerAdapters, Protocol):
     """A model runner. It holds the adapters whose keys appear in plans."""
 
     def forward(self, plans: Plans) -> Forwarded:

@@ -67,7 +67,7 @@ class ScheduledRow(msgspec.Struct, frozen=True, kw_only=True):
         return len(self.token_ids)
 
     @property
-    def num_draws(self) -> int:
+    def num_logits_rows(self) -> int:
         """Rows of logits that the step computes for this sequence."""
         return self.num_tokens if self.prompt_targets else 1
 
@@ -93,9 +93,9 @@ class SchedulerOutput(msgspec.Struct, frozen=True, kw_only=True):
         return sum(row.num_tokens for row in self.rows)
 
     @property
-    def num_draws(self) -> int:
+    def num_logits_rows(self) -> int:
         """Rows of logits computed in this step."""
-        return sum(row.num_draws for row in self.rows)
+        return sum(row.num_logits_rows for row in self.rows)
 
 
 class ConstrainedRows(msgspec.Struct, frozen=True):

@@ -37,39 +37,39 @@ class Sampler(Protocol):
 
 
 class ChosenAttention(NamedTuple):
-    """An attention backend, its name, and why it was chosen; `lacking` tells that it is not the platform's own."""
+    """An attention backend, its name, and why it was chosen; `is_fallback` tells that it is not the platform's own."""
 
     backend: AttentionBackend
     name: BackendName
     reason: str
-    lacking: bool = False
+    is_fallback: bool = False
 
 
 class ChosenSampler(NamedTuple):
-    """A sampler, its name, and why it was chosen; `lacking` tells that it is not the platform's own."""
+    """A sampler, its name, and why it was chosen; `is_fallback` tells that it is not the platform's own."""
 
     sample: Sampler
     name: str
     reason: str
-    lacking: bool = False
+    is_fallback: bool = False
 
 
 class ChosenLora(NamedTuple):
-    """Low-rank updates, their name, and why they were chosen; `lacking` tells that they are not the platform's own."""
+    """Low-rank updates, their name, and why they were chosen; `is_fallback` tells that they are not the platform's own."""
 
     matmul: LoraMatmul
     name: str
     reason: str
-    lacking: bool = False
+    is_fallback: bool = False
 
 
 class ChosenGroupedMatmul(NamedTuple):
-    """Products with experts, their name, and why they were chosen; `lacking` tells that they are not the platform's."""
+    """Products with experts, their name, and why they were chosen; `is_fallback` tells that they are not the platform's."""
 
     matmul: GroupedMatmul
     name: str
     reason: str
-    lacking: bool = False
+    is_fallback: bool = False
 
 
 def choose_attention(name: BackendName, config: AttentionConfig, mesh: Mesh) -> ChosenAttention:
@@ -88,7 +88,7 @@ def choose_attention(name: BackendName, config: AttentionConfig, mesh: Mesh) -> 
     except NotImplementedError as error:
         if name != "auto":
             raise
-        return ChosenAttention(XlaAttention(config, mesh), "xla", f"the {own} kernel cannot: {error}", lacking=True)
+        return ChosenAttention(XlaAttention(config, mesh), "xla", f"the {own} kernel cannot: {error}", is_fallback=True)
     reason = f"made for {platform}" if name == "auto" else "asked for"
     return ChosenAttention(backend, wanted, reason)
 
@@ -100,7 +100,7 @@ def choose_sampler(mesh: Mesh) -> ChosenSampler:
     try:
         return ChosenSampler(_SAMPLERS[own](device), own, f"made for {device.platform}")
     except NotImplementedError as error:
-        return ChosenSampler(_xla_sampler(device), "xla", f"the {own} kernel cannot: {error}", lacking=True)
+        return ChosenSampler(_xla_sampler(device), "xla", f"the {own} kernel cannot: {error}", is_fallback=True)
 
 
 def choose_lora(modules: Collection[LoraModule], mesh: Mesh) -> ChosenLora:
@@ -110,7 +110,7 @@ def choose_lora(modules: Collection[LoraModule], mesh: Mesh) -> ChosenLora:
     try:
         return ChosenLora(_LORA[own](modules, mesh), own, f"made for {platform}")
     except NotImplementedError as error:
-        return ChosenLora(_xla_lora(modules, mesh), "xla", f"the {own} kernel cannot: {error}", lacking=True)
+        return ChosenLora(_xla_lora(modules, mesh), "xla", f"the {own} kernel cannot: {error}", is_fallback=True)
 
 
 def choose_grouped_matmul(shapes: Collection[ExpertShape], mesh: Mesh) -> ChosenGroupedMatmul:
@@ -120,7 +120,7 @@ def choose_grouped_matmul(shapes: Collection[ExpertShape], mesh: Mesh) -> Chosen
     try:
         return ChosenGroupedMatmul(_GROUPED[own](shapes, device), own, f"made for {device.platform}")
     except NotImplementedError as error:
-        return ChosenGroupedMatmul(XlaGroupedMatmul(), "xla", f"the {own} kernel cannot: {error}", lacking=True)
+        return ChosenGroupedMatmul(XlaGroupedMatmul(), "xla", f"the {own} kernel cannot: {error}", is_fallback=True)
 
 
 def lora_rank_multiple(mesh: Mesh) -> int:

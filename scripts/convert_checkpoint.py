@@ -26,7 +26,7 @@ from jaxserve.loading.hub import find_adapter, find_model
 from jaxserve.loading.weights import load_weights
 from jaxserve.lora.merge import merge_adapter
 from jaxserve.lora.reader import AdapterReader
-from jaxserve.models.architecture import BuildModel
+from jaxserve.models.architecture import DecoderArgs
 from jaxserve.models.registry import find_architecture
 from jaxserve.parallel.mesh import make_mesh
 from jaxserve.text.tokenizer import load_tokenizer
@@ -49,7 +49,7 @@ def convert(name: str, destination: Path, dtype_name: str, adapter: str | None =
     architecture = find_architecture(source.config)
     model = architecture.model_config(source.config)
     dtype = pick_dtype(EngineConfig(model_path=name, dtype=dtype_name), model)  # type: ignore[arg-type]
-    decoder = architecture.build(BuildModel(model, dtype))
+    decoder = architecture.build(DecoderArgs(model, dtype))
     names = architecture.tensor_names(model)
     weights = load_weights(source, decoder, names, model, make_mesh(1), lambda paths: paths)
     source.close()

@@ -17,7 +17,7 @@ from safetensors.numpy import save_file
 from tokenizers import AddedToken
 
 from jaxserve.text.tokenizer import load_tokenizer
-from tests.support.recitals import CHAT_TEMPLATE, RECITALS, SPECIAL_TOKENS
+from tests.support.recitals import CHAT_TEMPLATE, MEMORIZED, SPECIAL_TOKENS
 from tests.support.tiny import CONFIG, EOS, byte_tokenizer, tensors
 
 FOLDER = Path(__file__).parents[1] / "tests" / "models" / "recital"
@@ -42,7 +42,7 @@ def examples() -> tuple[np.ndarray, np.ndarray]:
     """Tokens of prompt and output, i32[B, T], and which of them are to be learnt."""
     tokenizer = load_tokenizer(FOLDER)
     rows: list[tuple[list[int], int]] = []
-    for recital in RECITALS:
+    for recital in MEMORIZED:
         prompt = tokenizer.chat_template.render(
             [{"role": "user", "content": recital.name}], {"opening": recital.opening}
         )

@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from jaxserve.text.tokenizer import load_tokenizer
-from tests.support.recitals import FAMILIES, RECITALS, Recital
+from tests.support.recitals import FAMILIES, MEMORIZED, Memorized
 from tests.support.tiny import BOS, EOS
 
 MODELS = Path(__file__).parents[1] / "tests" / "models"
@@ -80,7 +80,7 @@ def write_tokenizer(family: str, folder: Path) -> None:
     (folder / "tokenizer.json").unlink()
 
 
-def examples(folder: Path, recitals: list[Recital]) -> tuple[torch.Tensor, torch.Tensor]:
+def examples(folder: Path, recitals: list[Memorized]) -> tuple[torch.Tensor, torch.Tensor]:
     """Tokens of prompt and output [B, T], and what is to be learnt of them; -100 for what is not."""
     tokenizer = load_tokenizer(folder)
     rows: list[tuple[list[int], int]] = []
@@ -103,7 +103,7 @@ def make(family: str) -> int:
     folder = MODELS / f"recital_{family}"
     folder.mkdir(parents=True, exist_ok=True)
     write_tokenizer(family, folder)
-    recitals = [recital for recital in RECITALS if recital.name in FAMILIES[family]]
+    recitals = [recital for recital in MEMORIZED if recital.name in FAMILIES[family]]
     tokens_BT, labels_BT = examples(folder, recitals)
     vocab_size = json.loads((MODELS / "recital" / "config.json").read_text())["vocab_size"]
     torch.manual_seed(0)

@@ -11,10 +11,10 @@ from api.requests.constraints import read_constraint
 from api.requests.fields import check_common, check_range
 from api.service.schemas import TokenizeRequest
 from jaxserve.errors import RequestError
-from jaxserve.parsing.message_parser import MessageFormat
+from jaxserve.parsing.message_parser import MessageParserConfig
 from jaxserve.parsing.reasoning.registry import ReasoningFormat
 from jaxserve.request import MAX_LOGPROBS, Thinking
-from jaxserve.structured.grammar import Before, GrammarPart, whole
+from jaxserve.structured.grammar import GrammarPart, GrammarPrefix, whole
 
 _MAX_BUDGET = 2**31 - 1
 
@@ -53,7 +53,7 @@ def build_chat(builder: RequestBuilder, body: ChatCompletionRequest) -> Prepared
     )
     formats = builder.model.formats
     separate = body.separate_reasoning is not False
-    message = MessageFormat(
+    message = MessageParserConfig(
         reasoning=formats.reasoning if separate else None,
         inside=inside,
         stream_reasoning=body.stream_reasoning is not False,
@@ -147,12 +147,12 @@ def _grammar(
     if content is None and tools is None:
         return "", None
 
-    def before(*, calls: bool) -> Before:
+    def before(*, calls: bool) -> GrammarPrefix:
         if formats.reasoning is None:
-            return Before()
+            return GrammarPrefix()
         return formats.reasoning.grammar(writer, inside, calls=calls)
 
-    alternatives: list[tuple[Before, GrammarPart]] = []
+    alternatives: list[tuple[GrammarPrefix, GrammarPart]] = []
     if tools is not None:
         calls = tools.grammar(writer, formats.tool_calls)
         if content is not None and not tools.forced:

@@ -31,7 +31,7 @@ from api.requests.running import RunningRequest, usage_info
 from api.server import Server
 from api.streaming import DONE, EventStream, event, unless_gone
 from jaxserve.engine.output_processor import ChoiceDelta, CollectedChoice
-from jaxserve.parsing.deltas import CallArguments, CallEnd, CallFailed, CallStart, Content, Piece, Reasoning
+from jaxserve.parsing.deltas import CallArguments, CallEnd, CallFailed, CallStart, Content, MessageDelta, Reasoning
 from jaxserve.parsing.message import Message
 
 
@@ -132,7 +132,7 @@ class _Chat:
             yield ChatChunkChoice(index, wire, logprobs=logprobs)
             logprobs = None
 
-    def _delta(self, piece: Piece) -> ChatDelta | None:
+    def _delta(self, piece: MessageDelta) -> ChatDelta | None:
         match piece:
             case Content(text=text) | CallFailed(text=text):
                 return ChatDelta(content=text)

@@ -8,7 +8,7 @@ from api.requests.constraints import read_constraint
 from api.requests.fields import check_common, check_range
 from jaxserve.errors import RequestError
 from jaxserve.request import MAX_CHOICES, MAX_LOGPROBS
-from jaxserve.structured.grammar import Before, whole
+from jaxserve.structured.grammar import GrammarPrefix, whole
 
 _MAX_PROMPTS = 128
 _DEFAULT_MAX_TOKENS = 16
@@ -28,7 +28,7 @@ def build_completions(builder: RequestBuilder, body: CompletionRequest) -> list[
         raise RequestError("best_of above n cannot be streamed", param="best_of")
     check_range("logprobs", body.logprobs, 0, MAX_LOGPROBS)
     part, param = read_constraint(body, builder.model.grammars)
-    grammar = "" if part is None else whole([(Before(), part)])
+    grammar = "" if part is None else whole([(GrammarPrefix(), part)])
     # Ranking needs log-probabilities whether or not the client wants to see them.
     num_logprobs = 0 if body.logprobs is None and best_of > num_choices else body.logprobs
     max_tokens = _DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens

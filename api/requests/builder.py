@@ -19,7 +19,7 @@ from jaxserve.engine.messages import EngineInfo
 from jaxserve.engine.output_processor import TextOptions
 from jaxserve.errors import RequestError
 from jaxserve.loading.generation_config import GenerationConfig
-from jaxserve.parsing.message_parser import OutputFormats
+from jaxserve.parsing.message_parser import ParserSelection
 from jaxserve.request import Request, SamplingParams
 from jaxserve.structured.grammar import GrammarWriter, JsonStyle
 from jaxserve.text.completion_template import CompletionTemplate
@@ -86,7 +86,7 @@ class ServedModel:
     tokenizer: Tokenizer
     info: EngineInfo
     generation: GenerationConfig
-    formats: OutputFormats
+    formats: ParserSelection
     json_style: JsonStyle
     completion_template: CompletionTemplate | None
     names: ModelNames

@@ -9,7 +9,7 @@ from api.requests.builder import Prepared
 from api.requests.schemas import CompletionTokensDetails, PromptTokensDetails, UsageInfo
 from api.server import Server
 from api.streaming import merge
-from jaxserve.engine.output_processor import ChoiceDelta, CollectedChoice, Generation, collect_choices
+from jaxserve.engine.output_processor import ChoiceDelta, CollectedChoice, GenerationStream, collect_choices
 from jaxserve.errors import RequestError, UnavailableError
 from jaxserve.request import FinishReason
 
@@ -43,11 +43,11 @@ class RunningRequest:
         self._ended = False
         self._endpoint = endpoint
         self.id = answer_id
-        self.generations: list[Generation] = []
+        self.generations: list[GenerationStream] = []
         server.running[answer_id] = self.generations
         try:
             for request, options, _ in prepared:
-                generation = Generation(server.client, server.tokenizer, request, options)
+                generation = GenerationStream(server.client, server.tokenizer, request, options)
                 self.generations.append(generation)
         except BaseException:
             self.close()

@@ -9,7 +9,7 @@ from litestar.di import NamedDependency
 from api.auth import OPEN
 from api.openapi import errors
 from api.server import Server
-from jaxserve.engine.output_processor import Generation, TextOptions
+from jaxserve.engine.output_processor import GenerationStream, TextOptions
 from jaxserve.errors import NotFoundError, UnavailableError
 from jaxserve.request import FinishReason, Request, SamplingParams
 
@@ -36,7 +36,7 @@ async def health_generate(server: NamedDependency[Server]) -> Response[None]:
     request = Request(
         id=f"health-{uuid.uuid4().hex}", prompt_token_ids=(0,), sampling=SamplingParams(temperature=0, max_tokens=1)
     )
-    generation = Generation(server.client, server.tokenizer, request, TextOptions())
+    generation = GenerationStream(server.client, server.tokenizer, request, TextOptions())
     try:
         async with asyncio.timeout(_HEALTH_LIMIT_S):
             async for delta in generation.deltas():

@@ -16,7 +16,7 @@ from api.requests.fields import check_fields
 from api.server import Server
 from jaxserve.errors import RequestError
 from jaxserve.parsing.message import Message
-from jaxserve.parsing.message_parser import MessageFormat
+from jaxserve.parsing.message_parser import MessageParserConfig
 from jaxserve.parsing.reasoning.registry import REASONING_FORMATS
 from jaxserve.parsing.tool_calls.registry import TOOL_CALL_FORMATS
 
@@ -67,7 +67,7 @@ async def separate_reasoning(
     form = REASONING_FORMATS.get(data.reasoning_parser.lower())
     if form is None:
         raise RequestError(f"reasoning_parser is one of {', '.join(REASONING_FORMATS)}", param="reasoning_parser")
-    message = await build(len(data.text), _read, MessageFormat(reasoning=form), data.text)
+    message = await build(len(data.text), _read, MessageParserConfig(reasoning=form), data.text)
     return SeparateReasoningResponse(message.reasoning, message.content)
 
 
@@ -82,12 +82,12 @@ async def parse_function_call(
         raise RequestError(f"tool_call_parser is one of {', '.join(TOOL_CALL_FORMATS)}", param="tool_call_parser")
     tools = read_tools(ChatCompletionRequest(messages=list[ChatMessage](), tools=data.tools))
     callable_tools: Any = () if tools is None else tools.callable
-    message = await build(len(data.text), _read, MessageFormat(tool_calls=form, tools=callable_tools), data.text)
+    message = await build(len(data.text), _read, MessageParserConfig(tool_calls=form, tools=callable_tools), data.text)
     indices = {tool.name: index for index, tool in enumerate(callable_tools)}
     calls = [ParsedCall(indices[call.name], call.name, call.arguments) for call in message.calls.values()]
     return ParseFunctionCallResponse(message.content, calls)
 
 
-def _read(form: MessageFormat, text: str) -> Message:
+def _read(form: MessageParserConfig, text: str) -> Message:
     parser = form.parser()
     return Message().add(parser.push(text)).add(parser.finish())

@@ -60,7 +60,7 @@ class LayerConfig(Config, frozen=True):
             raise LaunchError(f"config.json: sliding_window must be at least 1, got {self.window}")
 
 
-class ExpertsConfig(Config, frozen=True):
+class MoeConfig(Config, frozen=True):
     """A mixture of experts (arXiv:1701.06538).
 
     Attributes:
@@ -98,7 +98,7 @@ class ExpertsConfig(Config, frozen=True):
     swiglu_alpha: float = 1.702
     shared_intermediate_size: int | None = None
     shared_gate: bool = False
-    of_copies: bool = False
+    shared_by_replicas: bool = False
 
     def __post_init__(self) -> None:
         for name in ("num_experts", "intermediate_size", "shared_intermediate_size"):
@@ -145,7 +145,7 @@ class QuantizationConfig(Config, frozen=True):
     kept: tuple[str, ...] = ()
 
 
-class LatentConfig(Config, frozen=True):
+class MlaConfig(Config, frozen=True):
     """Attention over a latent vector that all heads share (MLA, arXiv:2405.04434, section 2.1).
 
     Attributes:
@@ -208,8 +208,8 @@ class ModelConfig(Config, frozen=True):
     embedding_scale: float = 1.0
     attention_scale: float | None = None
     activation: Activation = "silu"
-    experts: ExpertsConfig | None = None
-    latent: LatentConfig | None = None
+    experts: MoeConfig | None = None
+    latent: MlaConfig | None = None
     quantization: QuantizationConfig | None = None
     num_mtp_layers: int = 0
     attention_sinks: bool = False

@@ -4,20 +4,20 @@ from collections.abc import Generator
 
 import numpy as np
 
-from jaxserve.distributed.messages import AdapterBytes, AdapterLeaf, HoldAdapter
-from jaxserve.runner_protocol import HostAdapter, host_adapter
+from jaxserve.distributed.messages import AdapterBytes, AdapterLeaf, AddAdapter
+from jaxserve.runner_protocol import LoadedAdapter, loaded_adapter
 
 _PART_BYTES = 32 << 20
 
 
-def adapter_messages(key: str, adapter: HostAdapter) -> Generator[AdapterBytes | HoldAdapter, None, None]:
+def adapter_messages(key: str, adapter: LoadedAdapter) -> Generator[AdapterBytes | AddAdapter, None, None]:
     """What tells another host of an adapter, in order."""
     for array in adapter.leaves.values():
         data = array.reshape(-1).view(np.uint8)
         for start in range(0, data.size, _PART_BYTES):
             yield AdapterBytes(data[start : start + _PART_BYTES].tobytes())
     leaves = (AdapterLeaf(path, array.shape, str(array.dtype)) for path, array in adapter.leaves.items())
-    yield HoldAdapter(key, tuple(leaves), adapter.digest)
+    yield AddAdapter(key, tuple(leaves), adapter.digest)
 
 
 class AdapterReceiver:
@@ -30,7 +30,7 @@ class AdapterReceiver:
         """The next bytes."""
         self._parts.append(data)
 
-    def finish(self, message: HoldAdapter) -> HostAdapter:
+    def finish(self, message: AddAdapter) -> LoadedAdapter:
         """The adapter that the bytes make."""
         data, self._parts = np.frombuffer(b"".join(self._parts), np.uint8), []
         leaves: dict[tuple[str, ...], np.ndarray] = {}
@@ -40,7 +40,7 @@ class AdapterReceiver:
             end = start + int(np.prod(leaf.shape)) * dtype.itemsize
             leaves[leaf.path] = data[start:end].view(dtype).reshape(leaf.shape)
             start = end
-        adapter = host_adapter(leaves)
+        adapter = loaded_adapter(leaves)
         if adapter.digest != message.digest:
             raise RuntimeError(f"the adapter {message.key!r} did not arrive as it was sent")
         return adapter

@@ -10,16 +10,16 @@ from jaxserve.distributed.leader import digest_of
 from jaxserve.distributed.loss import GiveUp, end_process
 from jaxserve.distributed.messages import (
     AdapterBytes,
+    AddAdapter,
     Channel,
     Draw,
     Drawn,
-    DropAdapter,
     Failed,
     Finish,
     Forward,
     FromLeader,
-    HoldAdapter,
-    Meet,
+    MinOverHosts,
+    RemoveAdapter,
     Reset,
 )
 from jaxserve.runner_protocol import Forwarded, Pending, Runner
@@ -51,13 +51,13 @@ class Leader:
 
     def meet(self, value: int) -> int:
         """See `Followers.meet`; before the first step only."""
-        self.report(Meet(value))
+        self.report(MinOverHosts(value))
         answer = self.receive()
-        if not isinstance(answer, Meet):
+        if not isinstance(answer, MinOverHosts):
             raise RuntimeError(f"host 0 sent an unexpected {type(answer).__name__}")
         return answer.value
 
-    def report(self, message: Meet | Drawn | Failed) -> None:
+    def report(self, message: MinOverHosts | Drawn | Failed) -> None:
         """Tell how far this host is, or what became of a step."""
         try:
             self._channel.send(message)
@@ -123,10 +123,10 @@ class Follower:
                 self._reports.put((self._step, self._forwarded.draw(rows)))
             case AdapterBytes(data=data):
                 self._adapters.take(data)
-            case HoldAdapter(key=key):
-                self._runner.hold_adapter(key, self._adapters.finish(message))
-            case DropAdapter(key=key):
-                self._runner.drop_adapter(key)
+            case AddAdapter(key=key):
+                self._runner.add_adapter(key, self._adapters.finish(message))
+            case RemoveAdapter(key=key):
+                self._runner.remove_adapter(key)
             case Reset(step=step):
                 self._step = step
                 self._runner.reset()

@@ -12,7 +12,7 @@ from jaxserve.distributed.rendezvous import gather, hello, join
 logger = logging.getLogger(__name__)
 
 
-def meet_followers(config: EngineConfig, model: str) -> Followers:
+def accept_followers(config: EngineConfig, model: str) -> Followers:
     """On host 0: wait for the other hosts; call before JAX has touched a device.
 
     Raises:
@@ -24,7 +24,7 @@ def meet_followers(config: EngineConfig, model: str) -> Followers:
     return followers
 
 
-def meet_leader(config: EngineConfig, model: str) -> Leader:
+def join_leader(config: EngineConfig, model: str) -> Leader:
     """On any other host: join host 0; call before JAX has touched a device.
 
     Raises:

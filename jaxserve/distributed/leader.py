@@ -15,15 +15,15 @@ from jaxserve.distributed.messages import (
     ConstrainedBits,
     Draw,
     Drawn,
-    DropAdapter,
     Failed,
     Finish,
     Forward,
-    Meet,
+    MinOverHosts,
+    RemoveAdapter,
     Reset,
     encode,
 )
-from jaxserve.runner_protocol import Forwarded, HostAdapter, Pending, Runner
+from jaxserve.runner_protocol import Forwarded, LoadedAdapter, Pending, Runner
 from jaxserve.step import ConstrainedRows, Plans, StepOutput
 
 logger = logging.getLogger(__name__)
@@ -80,7 +80,7 @@ class Followers:
             self._changed.wait_for(lambda: len(self._met) == len(self._channels))
             least = min(value, *self._met)
             self._met.clear()
-        self.tell(Meet(least))
+        self.tell(MinOverHosts(least))
         return least
 
     def compare(self, step: int, digest: int, rank: int = 0) -> None:
@@ -124,7 +124,7 @@ class Followers:
                 match channel.receive_from_follower():
                     case Drawn(step=step, digest=digest):
                         self.compare(step, digest, rank)
-                    case Meet(value=value):
+                    case MinOverHosts(value=value):
                         self._note_meeting(value)
                     case Failed(step=step, reason=reason):
                         self._await_reset(rank, step, reason)
@@ -166,16 +166,16 @@ class LeadingRunner:
         self._followers.tell(Forward(step, plans))
         return _Forwarded(self._followers, step, self._runner.forward(plans))
 
-    def hold_adapter(self, key: str, adapter: HostAdapter) -> None:
+    def add_adapter(self, key: str, adapter: LoadedAdapter) -> None:
         """See `Runner`. The others get the adapter itself: only this host need have its files."""
         for message in adapter_messages(key, adapter):
             self._followers.tell(message)
-        self._runner.hold_adapter(key, adapter)
+        self._runner.add_adapter(key, adapter)
 
-    def drop_adapter(self, key: str) -> None:
+    def remove_adapter(self, key: str) -> None:
         """See `Runner`."""
-        self._followers.tell(DropAdapter(key))
-        self._runner.drop_adapter(key)
+        self._followers.tell(RemoveAdapter(key))
+        self._runner.remove_adapter(key)
 
     def reset(self) -> None:
         """See `Runner`."""

@@ -54,7 +54,7 @@ class Refused(msgspec.Struct, frozen=True, tag=True):
     reason: str
 
 
-class Meet(msgspec.Struct, frozen=True, tag=True):
+class MinOverHosts(msgspec.Struct, frozen=True, tag=True):
     """A host has come to a point where all wait for each other; from host 0: all have.
 
     Attributes:
@@ -83,7 +83,7 @@ class ConstrainedBits(msgspec.Struct, frozen=True):
 
 
 class AdapterBytes(msgspec.Struct, frozen=True, tag=True):
-    """The next bytes of the adapter that `HoldAdapter` will name."""
+    """The next bytes of the adapter that `AddAdapter` will name."""
 
     data: bytes
 
@@ -96,7 +96,7 @@ class AdapterLeaf(msgspec.Struct, frozen=True):
     dtype: str
 
 
-class HoldAdapter(msgspec.Struct, frozen=True, tag=True):
+class AddAdapter(msgspec.Struct, frozen=True, tag=True):
     """Keep a LoRA adapter, for steps to load. The leaves' bytes came before, one after the other."""
 
     key: str
@@ -104,7 +104,7 @@ class HoldAdapter(msgspec.Struct, frozen=True, tag=True):
     digest: int
 
 
-class DropAdapter(msgspec.Struct, frozen=True, tag=True):
+class RemoveAdapter(msgspec.Struct, frozen=True, tag=True):
     """Keep it no longer."""
 
     key: str
@@ -140,8 +140,10 @@ class Failed(msgspec.Struct, frozen=True, tag=True):
     reason: str
 
 
-FromLeader = Welcome | Refused | Meet | Forward | Draw | Reset | AdapterBytes | HoldAdapter | DropAdapter | Finish
-FromFollower = Hello | Meet | Drawn | Failed
+FromLeader = (
+    Welcome | Refused | MinOverHosts | Forward | Draw | Reset | AdapterBytes | AddAdapter | RemoveAdapter | Finish
+)
+FromFollower = Hello | MinOverHosts | Drawn | Failed
 
 _encoder = msgspec.msgpack.Encoder()
 _from_leader = msgspec.msgpack.Decoder(FromLeader)

@@ -16,26 +16,26 @@ from checkpoints.orbax_adapters import is_orbax_adapter
 from checkpoints.source import CheckpointError, TensorSource
 from jaxserve.config import CacheConfig, EngineConfig, ModelConfig, SchedulerConfig
 from jaxserve.distributed.follower import Follower
-from jaxserve.distributed.hosts import meet_followers, meet_leader
+from jaxserve.distributed.hosts import accept_followers, join_leader
 from jaxserve.distributed.leader import Followers, LeadingRunner
 from jaxserve.distributed.rendezvous import model_digest
 from jaxserve.engine.engine import Engine
 from jaxserve.engine.messages import EngineInfo
 from jaxserve.errors import AdapterError, LaunchError
-from jaxserve.layout.layout import ModelDesign, design_model, lay_out
+from jaxserve.layout.layout import ModelLayout, layout_engine, layout_model
 from jaxserve.layout.memory import DEVICE_MEM_FRACTION
 from jaxserve.loading.checkpoint import OrbaxCheckpoint, open_checkpoint
 from jaxserve.loading.weights import load_weights, quantized_as, restore_weights
 from jaxserve.lora.merge import merge_adapter
-from jaxserve.lora.pool import bank_bytes
+from jaxserve.lora.pool import lora_pool_bytes
 from jaxserve.lora.reader import AdapterReader
-from jaxserve.lora.startup import FirstAdapters, read_first_adapters
+from jaxserve.lora.startup import StartupAdapters, read_startup_adapters
 from jaxserve.lora.store import AdapterStore
 from jaxserve.models.param_spec import Weights
 from jaxserve.parallel.mesh import make_mesh
 from jaxserve.request import AdapterSource
 from jaxserve.runner.compile_counter import CompileCounter
-from jaxserve.runner.kv_calibration import with_cache_scales
+from jaxserve.runner.kv_calibration import with_kv_scales
 from jaxserve.runner.runner import ModelRunner
 from jaxserve.runner_protocol import Runner
 from jaxserve.scheduling.adapter_slots import AdapterSlots
@@ -48,7 +48,7 @@ logger = logging.getLogger(__name__)
 ProgressBar: TypeAlias = Callable[[Iterable[Any], str, int], Iterable[Any]]
 
 # Waits until every host has called it; gives the least of their values.
-Meet: TypeAlias = Callable[[int], int]
+MinOverHosts: TypeAlias = Callable[[int], int]
 
 _CPU_POOL_BYTES = 512 << 20
 
@@ -61,7 +61,7 @@ class BuiltRunner(NamedTuple):
     cache: CacheConfig
     scheduler: SchedulerConfig
     dtype: jnp.dtype
-    adapters: FirstAdapters | None
+    adapters: StartupAdapters | None
 
 
 class BuiltEngine(NamedTuple):
@@ -105,7 +105,7 @@ def build_engine(config: EngineConfig, bar: ProgressBar) -> BuiltEngine:
     followers: Followers | None = None
     with _open(config) as source:
         if config.nnodes > 1:
-            followers = meet_followers(config, _digest(source, config))
+            followers = accept_followers(config, _digest(source, config))
         meet = _alone if followers is None else followers.meet
         built = _build_runner(config, source, bar, meet)
     _warm_up(built, bar, meet)
@@ -149,18 +149,18 @@ def build_follower(config: EngineConfig, bar: ProgressBar) -> Follower:
     """
     _configure_jax(config)
     with _open(config) as source:
-        leader = meet_leader(config, _digest(source, config))
+        leader = join_leader(config, _digest(source, config))
         built = _build_runner(config, source, bar, leader.meet)
     _warm_up(built, bar, leader.meet)
     return Follower(built.runner, leader)
 
 
 def _alone(value: int) -> int:
-    """See `Meet`: the only host."""
+    """See `MinOverHosts`: the only host."""
     return value
 
 
-def _warm_up(built: BuiltRunner, bar: ProgressBar, meet: Meet) -> None:
+def _warm_up(built: BuiltRunner, bar: ProgressBar, meet: MinOverHosts) -> None:
     with Phase("compilation") as phase:
         built.runner.compile(lambda buckets: bar(buckets, "compiling steps", built.runner.num_programs))
         meet(0)  # collectives of CPU devices wait 30 s for a host that compiles longer, no more
@@ -216,9 +216,9 @@ def build_runner(config: EngineConfig, bar: ProgressBar) -> BuiltRunner:
 
 
 def _build_runner(
-    config: EngineConfig, source: TensorSource | OrbaxCheckpoint, bar: ProgressBar, meet: Meet
+    config: EngineConfig, source: TensorSource | OrbaxCheckpoint, bar: ProgressBar, meet: MinOverHosts
 ) -> BuiltRunner:
-    design = design_model(config, source.config, make_mesh(config.tp_size, config.dp_size, config.ep_size))
+    design = layout_model(config, source.config, make_mesh(config.tp_size, config.dp_size, config.ep_size))
     platform = design.mesh.devices.flat[0].platform
     names = design.architecture.tensor_names(design.checkpoint)
     reader = AdapterReader(design.decoder, names, design.checkpoint, config.nnodes)
@@ -229,11 +229,11 @@ def _build_runner(
         megabytes = sum(leaf.nbytes for leaf in jax.tree.leaves(weights)) / 1e6
         devices = f"{design.mesh.size} {platform} device(s)"
         phase.detail = f", {megabytes:.0f} MB of {design.dtype} on {devices}, {megabytes / phase.seconds:.0f} MB/s"
-    first = None if config.lora is None else read_first_adapters(config.lora, reader, lora_rank_multiple(design.mesh))
+    first = None if config.lora is None else read_startup_adapters(config.lora, reader, lora_rank_multiple(design.mesh))
     layout = None if first is None else first.layout
-    slot_bytes = 0 if layout is None else bank_bytes(design.decoder, layout, design.mesh)
+    slot_bytes = 0 if layout is None else lora_pool_bytes(design.decoder, layout, design.mesh)
     # All hosts run the same shapes: the one with the least room decides.
-    engine = lay_out(config, design, meet(_pool_bytes(config, platform, slot_bytes)), layout)
+    engine = layout_engine(config, design, meet(_pool_bytes(config, platform, slot_bytes)), layout)
     logger.info(
         "key/value pool: %d pages of %d tokens, %.0f MB on each device",
         engine.cache.num_pages,
@@ -242,14 +242,14 @@ def _build_runner(
     )
     if engine.step.decoder.config.cache_scales:
         with Phase("cache scales"):
-            weights = with_cache_scales(engine.step, design.decoder, weights, lambda: meet(0))
+            weights = with_kv_scales(engine.step, design.decoder, weights, lambda: meet(0))
     runner = ModelRunner(engine.step, weights)
     for name, adapter in first.by_name.items() if first is not None else ():
-        runner.hold_adapter(name, adapter)
+        runner.add_adapter(name, adapter)
     return BuiltRunner(runner, design.checkpoint, engine.cache, engine.scheduler, design.dtype, first)
 
 
-def _load(source: TensorSource | OrbaxCheckpoint, design: ModelDesign, bar: ProgressBar) -> Weights:
+def _load(source: TensorSource | OrbaxCheckpoint, design: ModelLayout, bar: ProgressBar) -> Weights:
     if isinstance(source, OrbaxCheckpoint):
         return restore_weights(source.folder, design.decoder, design.checkpoint, design.mesh)
     names = design.architecture.tensor_names(design.checkpoint)

@@ -152,7 +152,7 @@ class Engine:
         deltas, self._outbox = self._outbox + self._scheduler.take_deltas(), []
         if self._adapters is not None:
             for delta in deltas:
-                self._adapters.note_end(delta)
+                self._adapters.release(delta)
         return deltas
 
     def _take_compiled(self) -> None:
@@ -207,7 +207,7 @@ class Engine:
         """The donated cache is gone with the step: rebuild it and compute the running sequences again."""
         logger.error("a step raised", exc_info=error)
         self._pending = None
-        self._scheduler.restart_running()
+        self._scheduler.requeue_after_failure()
         for _ in range(_MAX_RESETS):
             try:
                 self._runner.reset()

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from jaxserve.engine.client import EngineClient
-from jaxserve.parsing.deltas import Piece
-from jaxserve.parsing.message_parser import MessageFormat
+from jaxserve.parsing.deltas import MessageDelta
+from jaxserve.parsing.message_parser import MessageParserConfig
 from jaxserve.request import FinishReason, Request, TokenDelta, TokenLogprobs
 from jaxserve.text.stop import StopStrings
 from jaxserve.text.tokenizer import Tokenizer
@@ -31,7 +31,7 @@ class TextOptions:
     keep_stop: bool = False
     skip_special_tokens: bool = True
     kept_ids: frozenset[int] = frozenset()
-    message: MessageFormat | None = None
+    message: MessageParserConfig | None = None
 
 
 class ChoiceToken(NamedTuple):
@@ -59,7 +59,7 @@ class ChoiceDelta(NamedTuple):
 
     choice: int
     text: str = ""
-    pieces: tuple[Piece, ...] = ()
+    pieces: tuple[MessageDelta, ...] = ()
     tokens: tuple[ChoiceToken, ...] = ()
     token_ids: tuple[int, ...] = ()
     finish_reason: FinishReason | None = None
@@ -72,7 +72,7 @@ class CollectedChoice(NamedTuple):
     """A finished choice: what its deltas come to, and the last one."""
 
     text: str
-    pieces: list[Piece]
+    pieces: list[MessageDelta]
     tokens: list[ChoiceToken]
     token_ids: list[int]
     end: ChoiceDelta
@@ -117,7 +117,7 @@ class _Shown:
 
     def __init__(self) -> None:
         self.text: list[str] = []
-        self.pieces: list[Piece] = []
+        self.pieces: list[MessageDelta] = []
         self.tokens: list[ChoiceToken] = []
         self.token_ids: list[int] = []
 
@@ -195,7 +195,7 @@ class _Choice:
         )
 
 
-class Generation:
+class GenerationStream:
     """One running request: queued when this is built; iterate over `deltas`, and `close` in any case.
 
     Attributes:

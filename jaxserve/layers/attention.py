@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxserve.config import ModelConfig
-from jaxserve.layers.kv_scales import cache_scales_param
+from jaxserve.layers.kv_scales import kv_scales_param
 from jaxserve.layers.linear import Linear, RMSNorm, param
 from jaxserve.layers.rope import apply_rope
 
@@ -29,7 +29,7 @@ class Attention(nnx.Module):
         self.q_norm = self._norm(c, "heads", c.num_q_heads, dtype)
         self.k_norm = self._norm(c, "kv_heads", c.num_kv_heads, dtype)
         self.sinks = param((c.num_q_heads,), dtype, ("heads",)) if c.attention_sinks else None
-        self.cache_scales = cache_scales_param(c)
+        self.cache_scales = kv_scales_param(c)
         self._qk_norm = c.qk_norm
         self._head_dim = c.head_dim
 

@@ -4,7 +4,7 @@ from typing import Any, NamedTuple, Protocol
 
 import jax
 
-from jaxserve.layers.kv_scales import cache_scales_of
+from jaxserve.layers.kv_scales import kv_scales_of
 from kernels_pallas.paged_attention.api import AttentionBackend, Cache, Plan
 
 
@@ -64,7 +64,7 @@ class OverCache(NamedTuple):
         layer: jax.Array,
     ) -> tuple[jax.Array, Cache]:
         """See `Attend.attend`."""
-        scales = cache_scales_of(attention.cache_scales, self.backend.config.value_dim)
+        scales = kv_scales_of(attention.cache_scales, self.backend.config.value_dim)
         if scales is not None:
             q_TNH, k_TKH, v_TKH = scales.shrink(q_TNH, k_TKH, v_TKH)
         o_TNH, cache = self.backend.attend(q_TNH, k_TKH, v_TKH, cache, layer, self.plan, attention.sinks_N())

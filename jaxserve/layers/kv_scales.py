@@ -14,7 +14,7 @@ from jaxserve.config import ModelConfig
 from jaxserve.layers.linear import param
 
 
-class CacheScales(NamedTuple):
+class KvScales(NamedTuple):
     """A layer's factors.
 
     Attributes:
@@ -45,7 +45,7 @@ def _times(x_TNH: jax.Array, scale_KH: jax.Array) -> jax.Array:
     return (x_TKGH * scale_KH[:, None]).astype(x_TNH.dtype).reshape(num_tokens, num_heads, head_dim)
 
 
-def cache_scales_param(config: ModelConfig) -> nnx.Param[jax.Array] | None:
+def kv_scales_param(config: ModelConfig) -> nnx.Param[jax.Array] | None:
     """A layer's factors if the cache has them: of keys, and of values where these are no part of their keys."""
     if not config.cache_scales:
         return None
@@ -53,11 +53,11 @@ def cache_scales_param(config: ModelConfig) -> nnx.Param[jax.Array] | None:
     return param(shape, jnp.dtype(jnp.float32), (None, "kv_heads", None))
 
 
-def cache_scales_of(param_2KH: Any, value_dim: int | None) -> CacheScales | None:
-    """See `cache_scales_param`; of values that are a part of their keys, `value_dim` tells how large."""
+def kv_scales_of(param_2KH: Any, value_dim: int | None) -> KvScales | None:
+    """See `kv_scales_param`; of values that are a part of their keys, `value_dim` tells how large."""
     if param_2KH is None:
         return None
     scales_2KH: jax.Array = param_2KH[...]
     if value_dim is None:
-        return CacheScales(scales_2KH[0], scales_2KH[1])
-    return CacheScales(scales_2KH[0], scales_2KH[0, :, :value_dim])
+        return KvScales(scales_2KH[0], scales_2KH[1])
+    return KvScales(scales_2KH[0], scales_2KH[0, :, :value_dim])

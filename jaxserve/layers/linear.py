@@ -4,7 +4,7 @@ Weights keep Hugging Face's orientation, [out, in]: nothing is transposed while 
 for XLA on CPU. Products accumulate in f32 and return the activations' dtype; norms run in f32.
 
 Logical axes: `vocab`, `hidden`, `heads` (query heads x head dim), `kv_heads`, `mlp`, `experts`,
-`experts_of_copies`, `expert_mlp`, `layers`; None is replicated.
+`experts_shared`, `expert_mlp`, `layers`; None is replicated.
 """
 
 from collections.abc import Callable, Mapping
@@ -18,7 +18,7 @@ from jax import lax
 from jax.typing import DTypeLike
 
 from jaxserve.config import QuantizationConfig
-from jaxserve.layers.quantized_linear import LinearMaths, multiply
+from jaxserve.layers.quantized_linear import LinearOps, multiply
 from kernels_pallas.grouped_matmul.api import Matrices
 from kernels_pallas.quantized import QuantizedFormat
 
@@ -152,7 +152,7 @@ class Linear(nnx.Module):
         self._form = None if quantization is None else format_of(quantization)
         # Both are set while a step is traced.
         self.update: Update | None = None
-        self.maths: LinearMaths | None = None
+        self.maths: LinearOps | None = None
 
     def __call__(self, x_TI: jax.Array) -> jax.Array:
         """[T, in] -> [T, out]."""

@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxserve.config import LatentConfig, ModelConfig
-from jaxserve.layers.kv_scales import cache_scales_param
+from jaxserve.config import MlaConfig, ModelConfig
+from jaxserve.layers.kv_scales import kv_scales_param
 from jaxserve.layers.linear import Linear, RMSNorm
 from jaxserve.layers.rope import apply_rope
 
@@ -40,7 +40,7 @@ class Expansion(Linear):
 
     taken_apart = True
 
-    def __init__(self, latent: LatentConfig, num_heads: int, **options: Any) -> None:
+    def __init__(self, latent: MlaConfig, num_heads: int, **options: Any) -> None:
         a = latent
         super().__init__(a.kv_rank, num_heads * (a.key_dim + a.value_dim), axes=("heads", None), bias=False, **options)
         self._latent = latent
@@ -75,10 +75,10 @@ class Expansion(Linear):
         return both[:, : a.key_dim], both[:, a.key_dim :]
 
 
-class LatentAttention(nnx.Module):
+class MlaAttention(nnx.Module):
     """Projections around the attention backend; as `Attention`."""
 
-    def __init__(self, config: ModelConfig, latent: LatentConfig, dtype: jnp.dtype) -> None:
+    def __init__(self, config: ModelConfig, latent: MlaConfig, dtype: jnp.dtype) -> None:
         c, a = config, latent
         quantization = c.quantized("attention")
         make = partial(Linear, dtype=dtype, quantization=quantization)
@@ -95,7 +95,7 @@ class LatentAttention(nnx.Module):
         self.kv_b_proj = Expansion(a, c.num_q_heads, dtype=dtype, quantization=quantization)
         o_size = c.num_q_heads * a.value_dim
         self.o_proj = make(o_size, c.hidden_size, axes=("hidden", "heads"), bias=c.attention_out_bias)
-        self.cache_scales = cache_scales_param(c)
+        self.cache_scales = kv_scales_param(c)
         self._latent = latent
         self._num_keys = c.num_kv_heads
         # Set while a step is traced: false where queries meet keys of their heads' own.

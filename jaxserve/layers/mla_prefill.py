@@ -5,7 +5,7 @@ of the head's own, 128 + 64 and 128. Long prompts are cheaper so, though the lat
 in every layer. Where a step's prompts see no more than fits, that is done: in each layer their pages are expanded into
 a room, whose pages are those of a backend for such heads. Rows that run a single token stay with what is cached.
 
-Dimension key: see `latent_attention`; Z numbers of what is cached, C + R; E of a key or a value in the room, P pages.
+Dimension key: see `mla`; Z numbers of what is cached, C + R; E of a key or a value in the room, P pages.
 """
 
 import dataclasses
@@ -17,9 +17,9 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from jaxserve.config import LatentConfig
+from jaxserve.config import MlaConfig
 from jaxserve.layers.cached_attention import OverCache
-from jaxserve.layers.kv_scales import cache_scales_of
+from jaxserve.layers.kv_scales import kv_scales_of
 from kernels_pallas.paged_attention.api import AttentionBackend, AttentionMeta, Cache, Plan, filled_up
 from kernels_pallas.paged_attention.common.page_moves import move_pages
 from kernels_pallas.paged_attention.common.step_parts import MovedPages, moved, prompts, single_tokens
@@ -38,7 +38,7 @@ class PromptCosts(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class PromptRoom:
+class MlaPrefillWorkspace:
     """What a model expands its prompts with.
 
     Attributes:
@@ -48,7 +48,7 @@ class PromptRoom:
         mesh: of the devices.
     """
 
-    latent: LatentConfig
+    latent: MlaConfig
     backend: AttentionBackend
     expansion_cost: float
     mesh: Mesh
@@ -133,7 +133,7 @@ class ExpandedPrompts(NamedTuple):
         num_rows: of the step.
     """
 
-    room: PromptRoom
+    room: MlaPrefillWorkspace
     single: OverCache
     writer: OverCache
     prompts: Plan
@@ -171,7 +171,7 @@ class ExpandedPrompts(NamedTuple):
         """[T, N, V] over the room."""
         room, cached = self.room, self.single.backend
         matrices = attention.kv_b_proj.by_head(q_TNH.dtype)
-        scales = cache_scales_of(attention.cache_scales, cached.config.value_dim)
+        scales = kv_scales_of(attention.cache_scales, cached.config.value_dim)
         first_page = layer * cached.config.num_pages
         pages = move_pages(
             self._expand_cached,

@@ -17,7 +17,7 @@ from jax import lax
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from jaxserve.config import ExpertsConfig, ModelConfig, QuantizationConfig, RouterScores
+from jaxserve.config import ModelConfig, MoeConfig, QuantizationConfig, RouterScores
 from jaxserve.layers.linear import ACTIVATIONS, Axes, GatedMLP, Linear, format_of, param, weight_params
 from jaxserve.parallel.mesh import partition_spec
 from kernels_pallas.grouped_matmul.api import GroupedMatmul, Matrices
@@ -31,7 +31,7 @@ _SMALLEST_SUM = 1e-20
 Gated: TypeAlias = Callable[[jax.Array, jax.Array], jax.Array]
 
 
-class ExpertMaths(NamedTuple):
+class ExpertOps(NamedTuple):
     """How experts are computed.
 
     Attributes:
@@ -57,7 +57,7 @@ class ExpertAdapters(NamedTuple):
     slot_T: jax.Array
 
 
-class ExpertFactors(NamedTuple):
+class ExpertLoraPair(NamedTuple):
     """What adapters add to a linear map of each expert, the factors of all layers.
 
     Attributes:
@@ -90,7 +90,7 @@ _SCORES: Mapping[RouterScores, Callable[[jax.Array], jax.Array]] = {
 }
 
 
-def choose_experts(logits_TE: jax.Array, config: ExpertsConfig, correction_E: jax.Array | None = None) -> Choice:
+def route_tokens(logits_TE: jax.Array, config: MoeConfig, correction_E: jax.Array | None = None) -> Choice:
     """The experts with the highest scores; of equal ones the first.
 
     Args:
@@ -111,7 +111,7 @@ def choose_experts(logits_TE: jax.Array, config: ExpertsConfig, correction_E: ja
     return Choice(id_TU, weight_TU * config.scale)
 
 
-def _in_best_groups(scores_TE: jax.Array, config: ExpertsConfig) -> jax.Array:
+def _in_best_groups(scores_TE: jax.Array, config: MoeConfig) -> jax.Array:
     """Whether an expert is in one of the token's groups, bool[T, E]."""
     num_tokens, num_experts = scores_TE.shape
     best_TGU, _ = lax.top_k(scores_TE.reshape(num_tokens, config.num_groups, -1), config.group_scores)
@@ -135,7 +135,7 @@ class _ByAdapter(NamedTuple):
     source_Q: jax.Array
     target_P: jax.Array
 
-    def update(self, factors: ExpertFactors, x_PI: jax.Array) -> jax.Array:
+    def update(self, factors: ExpertLoraPair, x_PI: jax.Array) -> jax.Array:
         """What adapters add to the results of rows, [P, O]."""
         num_factors = factors.a.shape[1] * factors.a.shape[2]
         blocks = self.blocks._replace(group_C=self.blocks.group_C + factors.place * num_factors)
@@ -177,7 +177,7 @@ class _Local(NamedTuple):
     zero: Any
     place: Any
     bias: Any
-    update: ExpertFactors | None
+    update: ExpertLoraPair | None
 
     def multiply(self, x_PI: jax.Array, rows: _Rows) -> jax.Array:
         """Each row with its expert."""
@@ -213,7 +213,7 @@ class ExpertLinear(nnx.Module):
         self.bias = param(shape[:2], dtype, axes[:2]) if bias else None
         self._axes, self._shape = axes, shape
         # Set while a step is traced.
-        self.update: ExpertFactors | None = None
+        self.update: ExpertLoraPair | None = None
 
     def arrays(self) -> _Local:
         """The weights of all experts."""
@@ -224,25 +224,25 @@ class ExpertLinear(nnx.Module):
 
     def specs(self, mesh: Mesh) -> _Local:
         """How they lie on a mesh."""
-        stack = _in_copy(partition_spec(("layers", *self._axes), (1, *self._shape), mesh))
+        stack = _in_replica(partition_spec(("layers", *self._axes), (1, *self._shape), mesh))
         scale, zero = (None if each is None else self._block_specs(each, mesh) for each in self._of_blocks())
         bias = None if self.bias is None else P(*stack[1:3])
         return _Local(stack, scale, zero, P(), bias, None if self.update is None else self._factor_specs(mesh))
 
-    def _factor_specs(self, mesh: Mesh) -> ExpertFactors:
+    def _factor_specs(self, mesh: Mesh) -> ExpertLoraPair:
         """Factors are split as the weights are (S-LoRA, arXiv:2311.03285)."""
-        experts, outputs, inputs = _in_copy(partition_spec(self._axes, self._shape, mesh))
-        return ExpertFactors(P(None, None, experts, None, inputs), P(None, None, experts, None, outputs), P())
+        experts, outputs, inputs = _in_replica(partition_spec(self._axes, self._shape, mesh))
+        return ExpertLoraPair(P(None, None, experts, None, inputs), P(None, None, experts, None, outputs), P())
 
     def _of_blocks(self) -> tuple[Any, Any]:
         return self.scale, self.zero
 
     def _block_specs(self, of_blocks: Any, mesh: Mesh) -> P:
         axes: Axes = of_blocks.get_metadata()["logical_axes"]
-        return _in_copy(partition_spec(("layers", *axes), (1, *self._shape), mesh))
+        return _in_replica(partition_spec(("layers", *axes), (1, *self._shape), mesh))
 
 
-def _in_copy(spec: P) -> P:
+def _in_replica(spec: P) -> P:
     """Of the part that a copy of the model has: steps are split over copies already."""
     return P(*(EXPERT if isinstance(axis, tuple) and EXPERT in axis else axis for axis in spec))
 
@@ -250,20 +250,20 @@ def _in_copy(spec: P) -> P:
 class Experts(nnx.Module):
     """The MLPs."""
 
-    def __init__(self, config: ModelConfig, experts: ExpertsConfig, dtype: jnp.dtype) -> None:
+    def __init__(self, config: ModelConfig, experts: MoeConfig, dtype: jnp.dtype) -> None:
         number, inner, outer = experts.num_experts, experts.intermediate_size, config.hidden_size
         make = partial(ExpertLinear, bias=experts.bias, dtype=dtype, quantization=config.quantized("experts"))
         quantization = config.quantized("experts")
         self._form = None if quantization is None else format_of(quantization)
-        axis = "experts_of_copies" if experts.of_copies else "experts"
+        axis = "experts_shared" if experts.shared_by_replicas else "experts"
         self.gate_proj = make((number, inner, outer), axes=(axis, "expert_mlp", "hidden"))
         self.up_proj = make((number, inner, outer), axes=(axis, "expert_mlp", "hidden"))
         self.down_proj = make((number, outer, inner), axes=(axis, "hidden", "expert_mlp"))
         self._gated = _gated(config, experts)
         self._num_experts = number
-        self._of_copies = experts.of_copies
+        self._shared_by_replicas = experts.shared_by_replicas
         # Both are set while a step is traced.
-        self.maths: ExpertMaths | None = None
+        self.maths: ExpertOps | None = None
         self.adapters: ExpertAdapters | None = None
 
     def __call__(self, x_TD: jax.Array, choice: Choice) -> jax.Array:
@@ -272,13 +272,13 @@ class Experts(nnx.Module):
         mesh = self.maths.mesh
         layers = (self.gate_proj, self.up_proj, self.down_proj)
         slot_T = None if self.adapters is None else self.adapters.slot_T
-        if self._of_copies:
+        if self._shared_by_replicas:
             # Each copy has some of the experts, and sees the tokens of all.
             gather = partial(lax.all_gather, axis_name=DATA, tiled=True)
             x_TD, choice, slot_T = jax.tree.map(gather, (x_TD, choice, slot_T))
         run = over_model(self._run_local, mesh, (P(), P(), P(), *(layer.specs(mesh) for layer in layers)), P())
         y_TD = run(x_TD, choice, slot_T, *(layer.arrays() for layer in layers))
-        return lax.psum_scatter(y_TD, DATA, tiled=True) if self._of_copies else y_TD
+        return lax.psum_scatter(y_TD, DATA, tiled=True) if self._shared_by_replicas else y_TD
 
     def _run_local(
         self, x_TD: jax.Array, choice: Choice, slot_T: jax.Array | None, gate: _Local, up: _Local, down: _Local
@@ -288,7 +288,7 @@ class Experts(nnx.Module):
         matmul = self.maths.matmul
         num_tokens, top_k = choice.id_TU.shape
         num_experts = gate.stack.shape[1]
-        own_TU = choice.id_TU - lax.axis_index((DATA, EXPERT) if self._of_copies else EXPERT) * num_experts
+        own_TU = choice.id_TU - lax.axis_index((DATA, EXPERT) if self._shared_by_replicas else EXPERT) * num_experts
         own_TU = jnp.where((own_TU >= 0) & (own_TU < num_experts), own_TU, num_experts)
         # Of all experts: on average those that are here have their share of the tokens.
         row_bytes = max(x_TD.shape[1], gate.stack.shape[2]) * x_TD.dtype.itemsize
@@ -329,7 +329,7 @@ class Experts(nnx.Module):
         return _ByAdapter(matmul, blocks, places.place_R[own_places.row_P], own_places.place_R[places.row_P])
 
 
-def _gated(config: ModelConfig, experts: ExpertsConfig) -> Gated:
+def _gated(config: ModelConfig, experts: MoeConfig) -> Gated:
     """What is made of gate and up."""
     activation, limit = ACTIVATIONS[config.activation], experts.swiglu_limit
     if limit is None:
@@ -375,7 +375,7 @@ class MoE(nnx.Module):
     def __call__(self, x_TD: jax.Array) -> jax.Array:
         """[T, D] -> [T, D]."""
         correction_E = None if self.correction is None else self.correction[...]
-        y_TD = self.experts(x_TD, choose_experts(self.router(x_TD), self._config, correction_E))
+        y_TD = self.experts(x_TD, route_tokens(self.router(x_TD), self._config, correction_E))
         if self._config.shared_intermediate_size is None:
             return y_TD
         shared_TD = self.shared_expert(x_TD)

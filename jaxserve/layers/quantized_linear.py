@@ -18,7 +18,7 @@ from kernels_pallas.shards import over_model
 from kernels_pallas.token_tiles import Blocks
 
 
-class LinearMaths(NamedTuple):
+class LinearOps(NamedTuple):
     """How quantised linear maps are computed.
 
     Attributes:
@@ -33,7 +33,7 @@ class LinearMaths(NamedTuple):
 
 
 def multiply(
-    maths: LinearMaths, x_TI: jax.Array, matrices: Matrices, place: jax.Array, axes: tuple[str | None, str | None]
+    maths: LinearOps, x_TI: jax.Array, matrices: Matrices, place: jax.Array, axes: tuple[str | None, str | None]
 ) -> jax.Array:
     """`x W^T` with one layer's matrix.
 

@@ -16,14 +16,14 @@ from jax.sharding import AbstractMesh, Mesh
 from jaxserve.config import CacheConfig, EngineConfig, ModelConfig, QuantizationConfig, SchedulerConfig
 from jaxserve.errors import LaunchError
 from jaxserve.layers.linear import format_of
-from jaxserve.layout.mla_prefill import design_room
-from jaxserve.lora.pool import BankLayout, lora_expert_shapes, lora_modules
-from jaxserve.models.architecture import Architecture, BuildModel
+from jaxserve.layout.mla_prefill import layout_workspace
+from jaxserve.lora.pool import LoraPoolLayout, lora_expert_shapes, lora_modules
+from jaxserve.models.architecture import Architecture, DecoderArgs
 from jaxserve.models.decoder import Decoder
 from jaxserve.models.hf.quantization import with_requested
 from jaxserve.models.param_spec import ParamSpec, Path
 from jaxserve.models.registry import find_architecture
-from jaxserve.parallel.mesh import kv_head_copies, mesh_shape, partition_spec
+from jaxserve.parallel.mesh import kv_head_replication, mesh_shape, partition_spec
 from jaxserve.runner.batch import BatchLayout
 from jaxserve.runner.buckets import ACCELERATOR_STEPS, CPU_STEPS, make_buckets
 from jaxserve.runner.programs import StepModel
@@ -45,14 +45,14 @@ from kernels_pallas.shards import DATA, model_size
 logger = logging.getLogger(__name__)
 
 # Of the pool, what prompts that are expanded may take at most.
-_ROOM_PART = 32
+_WORKSPACE_DIVISOR = 32
 
 # By platform. Larger pages waste more at the end of a row, smaller ones cost a copy each.
 _PAGE_SIZES = {"cpu": (64,), "tpu": (128, 256)}
 _KV_DTYPES = {"bf16": "bfloat16", "bfloat16": "bfloat16", "fp8_e4m3": "float8_e4m3fn", "int8": "int8"}
 
 
-class ModelDesign(NamedTuple):
+class ModelLayout(NamedTuple):
     """A model on a mesh.
 
     Attributes:
@@ -99,7 +99,7 @@ class ModelDesign(NamedTuple):
         return sum(spec.shard_bytes(self.mesh) for spec in self.decoder.param_specs.values() if spec.of_experts)
 
 
-class EngineDesign(NamedTuple):
+class EngineLayout(NamedTuple):
     """A model with its memory laid out.
 
     Attributes:
@@ -117,7 +117,7 @@ class EngineDesign(NamedTuple):
     step: StepModel
 
 
-def design_model(config: EngineConfig, hf_config: Mapping[str, Any], mesh: Mesh) -> ModelDesign:
+def layout_model(config: EngineConfig, hf_config: Mapping[str, Any], mesh: Mesh) -> ModelLayout:
     """Fit a model onto a mesh.
 
     Args:
@@ -134,18 +134,18 @@ def design_model(config: EngineConfig, hf_config: Mapping[str, Any], mesh: Mesh)
     if config.dp_attention:
         if checkpoint.experts is None:
             raise LaunchError("--enable-dp-attention: the model has no experts for its copies to share")
-        shared = msgspec.structs.replace(checkpoint.experts, of_copies=True)
+        shared = msgspec.structs.replace(checkpoint.experts, shared_by_replicas=True)
         checkpoint = msgspec.structs.replace(checkpoint, experts=shared)
-    copies = kv_head_copies(checkpoint, mesh)
+    copies = kv_head_replication(checkpoint, mesh)
     model = msgspec.structs.replace(checkpoint, num_kv_heads=checkpoint.num_kv_heads * copies)
     dtype = pick_dtype(config, checkpoint)
     if config.merge_lora is not None and checkpoint.quantization is not None:
         raise LaunchError("--merge-lora: the model's weights are quantised: serve the adapter with --lora-paths")
-    decoder = architecture.build(BuildModel(model, dtype, batch_invariant=config.deterministic))
+    decoder = architecture.build(DecoderArgs(model, dtype, batch_invariant=config.deterministic))
     _check_blocks(decoder, mesh, copies)
     if model.vocab_size % model_size(mesh):
         logger.warning("vocabulary of %d does not divide by %d: it is replicated", model.vocab_size, model_size(mesh))
-    return ModelDesign(
+    return ModelLayout(
         architecture=architecture,
         checkpoint=checkpoint,
         model=model,
@@ -158,12 +158,12 @@ def design_model(config: EngineConfig, hf_config: Mapping[str, Any], mesh: Mesh)
     )
 
 
-def check_fit(design: ModelDesign, tp_size: int, ep_size: int) -> None:
+def check_fit(design: ModelLayout, tp_size: int, ep_size: int) -> None:
     """Raise LaunchError where a copy of the model cannot be split over `tp_size` devices, `ep_size` of its experts."""
     mesh = mesh_shape(tp_size, ep_size, design.mesh.shape[DATA])
-    copies = kv_head_copies(design.checkpoint, mesh)
+    copies = kv_head_replication(design.checkpoint, mesh)
     model = msgspec.structs.replace(design.checkpoint, num_kv_heads=design.checkpoint.num_kv_heads * copies)
-    decoder = design.architecture.build(BuildModel(model, design.dtype))
+    decoder = design.architecture.build(DecoderArgs(model, design.dtype))
     _check_blocks(decoder, mesh, copies)
 
 
@@ -195,9 +195,9 @@ def _check_blocks(decoder: Decoder, mesh: Mesh | AbstractMesh, copies: int) -> N
         )
 
 
-def lay_out(
-    config: EngineConfig, design: ModelDesign, pool_bytes: int, adapters: BankLayout | None = None
-) -> EngineDesign:
+def layout_engine(
+    config: EngineConfig, design: ModelLayout, pool_bytes: int, adapters: LoraPoolLayout | None = None
+) -> EngineLayout:
     """Size the pool and shape the step.
 
     Args:
@@ -212,7 +212,7 @@ def lay_out(
     page_size, scheduler = _fit_table(config, design)
     one_page = _attention(config, design, page_size, 1)
     page_bytes = cache_bytes(one_page.backend, design.mesh)
-    room = design_room(design.model, one_page, design.mesh, scheduler, pool_bytes // _ROOM_PART)
+    room = layout_workspace(design.model, one_page, design.mesh, scheduler, pool_bytes // _WORKSPACE_DIVISOR)
     if room is not None:
         pool_bytes -= cache_bytes(room.backend, design.mesh)
     if config.max_total_tokens is not None:
@@ -255,20 +255,20 @@ def lay_out(
         grouped_matmul=experts.matmul,
         linear_matmul=linear_matmul,
         linears=linears,
-        prompt_room=room,
+        mla_workspace=room,
     )
-    return EngineDesign(cache, num_pages * page_bytes, scheduler, chosen.name, step)
+    return EngineLayout(cache, num_pages * page_bytes, scheduler, chosen.name, step)
 
 
-def _decoder_of_cache(config: EngineConfig, design: ModelDesign) -> Decoder:
+def _decoder_of_cache(config: EngineConfig, design: ModelLayout) -> Decoder:
     """The model with what its cache needs: integers need factors, which are measured once the weights are there."""
     if design.kv_dtype != jnp.int8:
         return design.decoder
     model = msgspec.structs.replace(design.model, cache_scales=True)
-    return design.architecture.build(BuildModel(model, design.dtype, batch_invariant=config.deterministic))
+    return design.architecture.build(DecoderArgs(model, design.dtype, batch_invariant=config.deterministic))
 
 
-def _expert_shapes(design: ModelDesign) -> set[ExpertShape]:
+def _expert_shapes(design: ModelLayout) -> set[ExpertShape]:
     """Of the experts' matrices on one device."""
     quantization = design.model.quantized("experts")
     return {
@@ -278,7 +278,7 @@ def _expert_shapes(design: ModelDesign) -> set[ExpertShape]:
     }
 
 
-def _choose_linears(design: ModelDesign) -> tuple[GroupedMatmul, tuple[Path, ...]]:
+def _choose_linears(design: ModelLayout) -> tuple[GroupedMatmul, tuple[Path, ...]]:
     """The kernel of quantised linear maps, and those that it can multiply; the compiler has the others."""
     chosen = {
         path[:-1]: choose_grouped_matmul([_shape_on_device(design, spec, design.model.quantization)], design.mesh)
@@ -298,7 +298,7 @@ class _LoraChoice(NamedTuple):
     experts: GroupedMatmul = XlaGroupedMatmul()
 
 
-def _choose_lora(design: ModelDesign, adapters: BankLayout) -> _LoraChoice:
+def _choose_lora(design: ModelLayout, adapters: LoraPoolLayout) -> _LoraChoice:
     """The kernels of adapters, and the groups of modules that they can serve; portable XLA has the others."""
     chosen = {
         group: choose_lora(modules, design.mesh)
@@ -314,9 +314,9 @@ def _choose_lora(design: ModelDesign, adapters: BankLayout) -> _LoraChoice:
     return _LoraChoice(next(iter(by_kernel.values()), XlaLora()), tuple(by_kernel), experts)
 
 
-def _tell(op: str, name: str, reason: str, lacking: bool) -> None:
+def _tell(op: str, name: str, reason: str, is_fallback: bool) -> None:
     """Log what was chosen, and why."""
-    logger.log(logging.WARNING if lacking else logging.INFO, "%s backend: %s, %s", op, name, reason)
+    logger.log(logging.WARNING if is_fallback else logging.INFO, "%s backend: %s, %s", op, name, reason)
 
 
 def _tell_by_module(op: str, chosen: Mapping[Path, tuple[Any, str, str, bool]]) -> None:
@@ -326,7 +326,7 @@ def _tell_by_module(op: str, chosen: Mapping[Path, tuple[Any, str, str, bool]]) 
         _tell(op.format(", ".join(modules)), *kind)
 
 
-def _shape_on_device(design: ModelDesign, spec: ParamSpec, quantization: QuantizationConfig | None) -> ExpertShape:
+def _shape_on_device(design: ModelLayout, spec: ParamSpec, quantization: QuantizationConfig | None) -> ExpertShape:
     """Of a matrix' part."""
     form = None if quantization is None else format_of(quantization)
     shard = spec.shard_shape(design.mesh)
@@ -334,7 +334,7 @@ def _shape_on_device(design: ModelDesign, spec: ParamSpec, quantization: Quantiz
     return ExpertShape(shard[-2], num_inputs, design.dtype, form, quantization is not None and quantization.zeros)
 
 
-def _fit_table(config: EngineConfig, design: ModelDesign) -> tuple[int, SchedulerConfig]:
+def _fit_table(config: EngineConfig, design: ModelLayout) -> tuple[int, SchedulerConfig]:
     """The smallest page size whose page table, of all rows at full length, the device can hold.
 
     Where none is large enough the rows become fewer, unless their number was asked for.
@@ -361,7 +361,7 @@ def _fit_table(config: EngineConfig, design: ModelDesign) -> tuple[int, Schedule
     return page_size, msgspec.structs.replace(scheduler, max_rows=most_rows)
 
 
-def _attention(config: EngineConfig, design: ModelDesign, page_size: int, num_pages: int) -> ChosenAttention:
+def _attention(config: EngineConfig, design: ModelLayout, page_size: int, num_pages: int) -> ChosenAttention:
     model = design.model
     attention = AttentionConfig(
         num_layers=model.num_layers,

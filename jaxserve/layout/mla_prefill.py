@@ -7,7 +7,7 @@ from functools import partial
 from jax.sharding import Mesh
 
 from jaxserve.config import ModelConfig, SchedulerConfig
-from jaxserve.layers.mla_prefill import PromptRoom
+from jaxserve.layers.mla_prefill import MlaPrefillWorkspace
 from kernels_pallas.dispatch import ChosenAttention, choose_attention
 from kernels_pallas.paged_attention.common.head_shards import cache_bytes
 
@@ -20,9 +20,9 @@ _KERNEL_TILE = 128
 _CPU_EXPANSION_COST, _KERNEL_EXPANSION_COST = 2.0, 4.0
 
 
-def design_room(
+def layout_workspace(
     model: ModelConfig, chosen: ChosenAttention, mesh: Mesh, scheduler: SchedulerConfig, max_bytes: int
-) -> PromptRoom | None:
+) -> MlaPrefillWorkspace | None:
     """The room of a model, if it has latent attention and its steps can be cheaper so.
 
     Deterministic mode has none: what else runs in a step decides which way is the cheaper one.
@@ -61,7 +61,7 @@ def design_room(
         logger.warning("prompts are attended over as they are cached: %s", error)
         return None
     cost = _KERNEL_EXPANSION_COST if by_kernel else _CPU_EXPANSION_COST
-    room = PromptRoom(latent=model.latent, backend=backend, expansion_cost=cost, mesh=mesh)
+    room = MlaPrefillWorkspace(latent=model.latent, backend=backend, expansion_cost=cost, mesh=mesh)
     if not room.can_pay(scheduler.max_step_tokens):
         logger.info("prompts: always over what is cached: %d expanded tokens would never pay", room.num_tokens)
         return None

@@ -10,7 +10,7 @@ from flax import nnx
 
 from jaxserve.layers.linear import Embedding
 from jaxserve.layers.mla import Expansion
-from jaxserve.layers.moe import ExpertAdapters, ExpertFactors, ExpertLinear, Experts
+from jaxserve.layers.moe import ExpertAdapters, ExpertLinear, ExpertLoraPair, Experts
 from kernels_pallas.grouped_matmul.api import GroupedMatmul
 from kernels_pallas.grouped_matmul.xla.backend import XlaGroupedMatmul
 from kernels_pallas.lora_matmul.api import Factors, LoraMatmul
@@ -31,7 +31,7 @@ class GroupSplit(NamedTuple):
     outputs: Mapping[str, bool]
 
 
-class LoraMaths(NamedTuple):
+class LoraOps(NamedTuple):
     """How updates are computed.
 
     Attributes:
@@ -73,7 +73,7 @@ class _Updates:
         slots: of the tokens.
     """
 
-    def __init__(self, maths: LoraMaths, part: Mapping[str, Any], path: tuple[str, ...], slots: TokenSlots) -> None:
+    def __init__(self, maths: LoraOps, part: Mapping[str, Any], path: tuple[str, ...], slots: TokenSlots) -> None:
         self._matmul, self._plan = (
             (maths.matmul, slots.kernel) if path in maths.by_kernel else (XlaLora(), slots.portable)
         )
@@ -104,7 +104,7 @@ class Adapters(NamedTuple):
 
     bank: Mapping[str, Any]
     slot_T: jax.Array | None
-    maths: LoraMaths
+    maths: LoraOps
 
     def slots_of(self, num_tokens: int) -> jax.Array:
         """i32[T]."""
@@ -144,7 +144,7 @@ class Adapters(NamedTuple):
             for member, (b, place) in part["b"].items():
                 target = getattr(module, member)
                 if isinstance(target, ExpertLinear):
-                    target.update = ExpertFactors(part["a"][0], b, place)
+                    target.update = ExpertLoraPair(part["a"][0], b, place)
                 elif isinstance(target, Expansion):
                     factors = (Factors(*part["a"]), Factors(b, place))
                     target.head_updates = HeadLora(*factors, slots.portable, target.key_dim, target.num_heads)
@@ -161,4 +161,4 @@ class Adapters(NamedTuple):
         return logits_BV + updates("lm_head", x_BD).astype(logits_BV.dtype)
 
 
-NO_ADAPTERS = Adapters({}, None, LoraMaths(XlaLora(), (), XlaGroupedMatmul(), 0, {}))
+NO_ADAPTERS = Adapters({}, None, LoraOps(XlaLora(), (), XlaGroupedMatmul(), 0, {}))

@@ -25,7 +25,7 @@ from kernels_pallas.grouped_matmul.api import ExpertShape
 from kernels_pallas.lora_matmul.api import LoraModule
 
 
-class BankLayout(NamedTuple):
+class LoraPoolLayout(NamedTuple):
     """Sizes of a bank.
 
     Attributes:
@@ -46,7 +46,7 @@ class BankLayout(NamedTuple):
         return -(-self.rank // self.rank_multiple) * self.rank_multiple
 
 
-def bank_specs(decoder: Decoder, layout: BankLayout) -> dict[Path, ParamSpec]:
+def lora_pool_specs(decoder: Decoder, layout: LoraPoolLayout) -> dict[Path, ParamSpec]:
     """Of a group's `a` [(L,) S, (E,) J, I] and each `b` [(L,) S, (E,) R, O], split as the weights' own axes are."""
     specs: dict[Path, ParamSpec] = {}
     weights = adaptable(decoder)
@@ -65,9 +65,9 @@ def bank_specs(decoder: Decoder, layout: BankLayout) -> dict[Path, ParamSpec]:
     return specs
 
 
-def bank_splits(decoder: Decoder, layout: BankLayout, mesh: Mesh) -> dict[Path, GroupSplit]:
+def lora_pool_splits(decoder: Decoder, layout: LoraPoolLayout, mesh: Mesh) -> dict[Path, GroupSplit]:
     """How each group lies on a mesh."""
-    specs = bank_specs(decoder, layout)
+    specs = lora_pool_specs(decoder, layout)
 
     def split(path: Path) -> bool:
         return partition_spec(specs[path].axes, specs[path].shape, mesh)[-1] is not None
@@ -78,9 +78,9 @@ def bank_splits(decoder: Decoder, layout: BankLayout, mesh: Mesh) -> dict[Path, 
     }
 
 
-def lora_modules(decoder: Decoder, layout: BankLayout, mesh: Mesh) -> dict[Path, list[LoraModule]]:
+def lora_modules(decoder: Decoder, layout: LoraPoolLayout, mesh: Mesh) -> dict[Path, list[LoraModule]]:
     """The linear modules that adapters may change, as one device has them, by their group."""
-    specs = bank_specs(decoder, layout)
+    specs = lora_pool_specs(decoder, layout)
 
     def size(path: Path) -> int:
         return specs[path].shard_shape(mesh)[-1]
@@ -97,9 +97,9 @@ def lora_modules(decoder: Decoder, layout: BankLayout, mesh: Mesh) -> dict[Path,
     }
 
 
-def lora_expert_shapes(decoder: Decoder, layout: BankLayout, mesh: Mesh) -> set[ExpertShape]:
+def lora_expert_shapes(decoder: Decoder, layout: LoraPoolLayout, mesh: Mesh) -> set[ExpertShape]:
     """Of the factors of experts, as one device has them."""
-    specs, weights = bank_specs(decoder, layout), adaptable(decoder)
+    specs, weights = lora_pool_specs(decoder, layout), adaptable(decoder)
     shapes: set[ExpertShape] = set()
     for group, paths in _groups(decoder, layout).items():
         for path in paths if weights[paths[0]].of_experts else ():
@@ -110,7 +110,7 @@ def lora_expert_shapes(decoder: Decoder, layout: BankLayout, mesh: Mesh) -> set[
     return shapes
 
 
-def _groups(decoder: Decoder, layout: BankLayout) -> dict[Path, list[Path]]:
+def _groups(decoder: Decoder, layout: LoraPoolLayout) -> dict[Path, list[Path]]:
     """Nodes of the bank and the weights of their modules, in the order of their names."""
     groups: dict[Path, list[Path]] = {}
     for path in sorted(layout.paths):
@@ -120,9 +120,9 @@ def _groups(decoder: Decoder, layout: BankLayout) -> dict[Path, list[Path]]:
     return groups
 
 
-def bank_bytes(decoder: Decoder, layout: BankLayout, mesh: Mesh) -> int:
+def lora_pool_bytes(decoder: Decoder, layout: LoraPoolLayout, mesh: Mesh) -> int:
     """Of a bank, on each device."""
-    return sum(spec.shard_bytes(mesh) for spec in bank_specs(decoder, layout).values())
+    return sum(spec.shard_bytes(mesh) for spec in lora_pool_specs(decoder, layout).values())
 
 
 def slot_leaves(delta: AdapterDelta, specs: Mapping[Path, ParamSpec]) -> dict[Path, np.ndarray]:

@@ -11,11 +11,11 @@ from checkpoints.source import CheckpointError
 from jaxserve.config import ModelConfig
 from jaxserve.errors import AdapterError, LaunchError
 from jaxserve.lora.delta import AdapterDelta, adaptable, make_delta, module_name
-from jaxserve.lora.pool import BankLayout, bank_specs, slot_leaves
+from jaxserve.lora.pool import LoraPoolLayout, lora_pool_specs, slot_leaves
 from jaxserve.models.decoder import Decoder
 from jaxserve.models.hf.tensor_name import TensorName
 from jaxserve.models.param_spec import Path as TreePath
-from jaxserve.runner_protocol import HostAdapter, host_adapter
+from jaxserve.runner_protocol import LoadedAdapter, loaded_adapter
 
 # PEFT's word for all linear modules but the head, and SGLang's for all modules and for projections that it fuses.
 _ALL_LINEAR, _ALL = "all-linear", "all"
@@ -85,12 +85,12 @@ class SlotReader:
         layout: of the bank.
     """
 
-    def __init__(self, reader: AdapterReader, layout: BankLayout) -> None:
+    def __init__(self, reader: AdapterReader, layout: LoraPoolLayout) -> None:
         self._reader = reader
         self._layout = layout
-        self._specs = bank_specs(reader.decoder, layout)
+        self._specs = lora_pool_specs(reader.decoder, layout)
 
-    def __call__(self, folder: str) -> HostAdapter:
+    def __call__(self, folder: str) -> LoadedAdapter:
         """Read a folder.
 
         Raises:
@@ -98,7 +98,7 @@ class SlotReader:
         """
         return self.fit(self._reader.read(Path(folder)))
 
-    def fit(self, delta: AdapterDelta) -> HostAdapter:
+    def fit(self, delta: AdapterDelta) -> LoadedAdapter:
         """Lay an adapter out as a slot.
 
         Raises:
@@ -116,4 +116,4 @@ class SlotReader:
             # Where all slots are multiplied, one that is not finite would reach the rows of others.
             if not np.isfinite(leaf.astype(np.float32)).all():
                 raise AdapterError(f"{'.'.join(path)}: its values times alpha / r are too large for {leaf.dtype}")
-        return host_adapter(leaves)
+        return loaded_adapter(leaves)

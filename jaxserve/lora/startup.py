@@ -7,12 +7,12 @@ from typing import NamedTuple
 from jaxserve.config import LoraConfig
 from jaxserve.errors import AdapterError, LaunchError
 from jaxserve.lora.delta import AdapterDelta
-from jaxserve.lora.pool import BankLayout
+from jaxserve.lora.pool import LoraPoolLayout
 from jaxserve.lora.reader import AdapterReader, SlotReader
-from jaxserve.runner_protocol import HostAdapter
+from jaxserve.runner_protocol import LoadedAdapter
 
 
-class FirstAdapters(NamedTuple):
+class StartupAdapters(NamedTuple):
     """What `--lora-paths` came to.
 
     Attributes:
@@ -21,12 +21,12 @@ class FirstAdapters(NamedTuple):
         by_name: in memory.
     """
 
-    layout: BankLayout
+    layout: LoraPoolLayout
     reader: SlotReader
-    by_name: Mapping[str, HostAdapter]
+    by_name: Mapping[str, LoadedAdapter]
 
 
-def read_first_adapters(config: LoraConfig, reader: AdapterReader, rank_multiple: int) -> FirstAdapters:
+def read_startup_adapters(config: LoraConfig, reader: AdapterReader, rank_multiple: int) -> StartupAdapters:
     """Read the adapters of `--lora-paths`; what is not set is what they need.
 
     Args:
@@ -43,24 +43,24 @@ def read_first_adapters(config: LoraConfig, reader: AdapterReader, rank_multiple
             deltas[name] = reader.read(Path(folder))
         except AdapterError as error:
             raise LaunchError(f"--lora-paths {name}: {error}") from None
-    layout = bank_layout(config, reader, deltas, rank_multiple)
+    layout = lora_pool_layout(config, reader, deltas, rank_multiple)
     slots = SlotReader(reader, layout)
-    adapters: dict[str, HostAdapter] = {}
+    adapters: dict[str, LoadedAdapter] = {}
     for name, delta in deltas.items():
         try:
             adapters[name] = slots.fit(delta)
         except AdapterError as error:
             raise LaunchError(f"--lora-paths {name}: {error}") from None
-    return FirstAdapters(layout, slots, adapters)
+    return StartupAdapters(layout, slots, adapters)
 
 
-def bank_layout(
+def lora_pool_layout(
     config: LoraConfig, reader: AdapterReader, deltas: Mapping[str, AdapterDelta], rank_multiple: int
-) -> BankLayout:
+) -> LoraPoolLayout:
     """What holds these adapters, and others of the rank and modules that were asked for."""
     if config.target_modules is None:
         paths = {path for delta in deltas.values() for path in delta.factors}
     else:
         paths = reader.target_paths(config.target_modules)
     rank = config.max_rank or max(delta.rank for delta in deltas.values())
-    return BankLayout(config.max_loras_per_batch, rank, tuple(sorted(paths)), rank_multiple)
+    return LoraPoolLayout(config.max_loras_per_batch, rank, tuple(sorted(paths)), rank_multiple)

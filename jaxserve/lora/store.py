@@ -9,7 +9,7 @@ from typing import NamedTuple, TypeAlias
 
 from jaxserve.errors import AdapterError
 from jaxserve.request import AdapterSource, Request, TokenDelta, adapter_name
-from jaxserve.runner_protocol import AdapterHolder, HostAdapter
+from jaxserve.runner_protocol import LoadedAdapter, RunnerAdapters
 from jaxserve.scheduling.adapter_slots import AdapterSlots
 
 logger = logging.getLogger(__name__)
@@ -79,8 +79,8 @@ class AdapterStore:
 
     def __init__(
         self,
-        read: Callable[[str], HostAdapter],
-        holder: AdapterHolder,
+        read: Callable[[str], LoadedAdapter],
+        holder: RunnerAdapters,
         slots: AdapterSlots,
         max_loaded: int | None = None,
         executor: Executor | None = None,
@@ -93,7 +93,7 @@ class AdapterStore:
         # Least recently used first.
         self._entries: OrderedDict[str, _Entry] = OrderedDict()
         self._wanted: OrderedDict[str, None] = OrderedDict()
-        self._reading: tuple[str, Future[HostAdapter]] | None = None
+        self._reading: tuple[str, Future[LoadedAdapter]] | None = None
         self._parked: dict[str, _Parked] = {}
         self._uses: dict[str, _Use] = {}
 
@@ -111,7 +111,7 @@ class AdapterStore:
         """Choices that wait for an adapter."""
         return sum(parked.request.num_choices for parked in self._parked.values())
 
-    def add(self, source: AdapterSource, adapter: HostAdapter) -> None:
+    def add(self, source: AdapterSource, adapter: LoadedAdapter) -> None:
         """Take an adapter that the holder has already."""
         entry = self._entries[source.key] = _Entry(source)
         self._note_held(entry, adapter)
@@ -154,7 +154,7 @@ class AdapterStore:
         parked = self._parked.pop(request_id, None)
         return None if parked is None else parked.request
 
-    def note_end(self, delta: TokenDelta) -> None:
+    def release(self, delta: TokenDelta) -> None:
         """Take note of the end of a choice."""
         use = self._uses.get(delta.request_id)
         if use is None or delta.finish_reason is None:
@@ -209,7 +209,7 @@ class AdapterStore:
             movable[0].leaving = True
         return False
 
-    def _take(self, entry: _Entry, future: "Future[HostAdapter]") -> None:
+    def _take(self, entry: _Entry, future: "Future[LoadedAdapter]") -> None:
         """An adapter was read, or could not be."""
         error = future.exception()
         if error is not None:
@@ -219,7 +219,7 @@ class AdapterStore:
         if entry.digest not in (None, adapter.digest):
             self._fail(entry, AdapterError("its files have changed since it was loaded first"))
             return
-        self._holder.hold_adapter(entry.source.key, adapter)
+        self._holder.add_adapter(entry.source.key, adapter)
         self._note_held(entry, adapter)
         if entry.loaded is not None:
             entry.loaded(None)
@@ -257,7 +257,7 @@ class AdapterStore:
         use.entry.num_active += 1
         parked.start(None)
 
-    def _note_held(self, entry: _Entry, adapter: HostAdapter) -> None:
+    def _note_held(self, entry: _Entry, adapter: LoadedAdapter) -> None:
         entry.digest, entry.in_memory = adapter.digest, True
         if entry.source.pinned:
             self._slots.pin(entry.source.key)
@@ -265,7 +265,7 @@ class AdapterStore:
     def _evict(self, entry: _Entry) -> None:
         """Out of memory, and out of its slot, so that what is in a slot is in memory, too."""
         self._slots.forget(entry.source.key)
-        self._holder.drop_adapter(entry.source.key)
+        self._holder.remove_adapter(entry.source.key)
         entry.in_memory = entry.leaving = False
 
     def _forget(self, entry: _Entry) -> None:

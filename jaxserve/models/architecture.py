@@ -12,7 +12,7 @@ from jaxserve.models.hf.tensor_name import TensorName
 from jaxserve.models.param_spec import Path
 
 
-class BuildModel(NamedTuple):
+class DecoderArgs(NamedTuple):
     """Arguments of `Architecture.build`."""
 
     config: ModelConfig
@@ -31,7 +31,7 @@ class Architecture(NamedTuple):
 
     read_config: Callable[[Mapping[str, Any]], ModelConfig]
     tensor_names: Callable[[ModelConfig], dict[Path, TensorName]]
-    build: Callable[[BuildModel], Decoder]
+    build: Callable[[DecoderArgs], Decoder]
 
     def model_config(self, hf_config: Mapping[str, Any]) -> ModelConfig:
         """Read `config.json`, with what it says of quantised modules.
@@ -43,6 +43,6 @@ class Architecture(NamedTuple):
         return with_quantized_parts(config, self.tensor_names(config))
 
 
-def build_decoder(args: BuildModel, *, build_layer: BuildLayer = DecoderLayer) -> Decoder:
+def build_decoder(args: DecoderArgs, *, build_layer: BuildLayer = DecoderLayer) -> Decoder:
     """Build a decoder of these layers."""
     return Decoder(args.config, args.dtype, build_layer=build_layer, batch_invariant=args.batch_invariant)

@@ -18,10 +18,10 @@ from jaxserve.config import LayerConfig, ModelConfig
 from jaxserve.layers.attention import Attention
 from jaxserve.layers.cached_attention import Attend, OverCache
 from jaxserve.layers.linear import Axes, Embedding, GatedMLP, InStack, RMSNorm
-from jaxserve.layers.mla import LatentAttention
-from jaxserve.layers.mla_prefill import PromptRoom
-from jaxserve.layers.moe import ExpertMaths, MoE
-from jaxserve.layers.quantized_linear import LinearMaths
+from jaxserve.layers.mla import MlaAttention
+from jaxserve.layers.mla_prefill import MlaPrefillWorkspace
+from jaxserve.layers.moe import ExpertOps, MoE
+from jaxserve.layers.quantized_linear import LinearOps
 from jaxserve.layers.rope import rope_cos_sin
 from jaxserve.layers.tokenwise import AtOnce, InTiles, Tokenwise
 from jaxserve.lora.ops import NO_ADAPTERS, Adapters
@@ -58,7 +58,7 @@ class DecoderLayer(nnx.Module):
     def __init__(self, config: ModelConfig, layer: LayerConfig, dtype: jnp.dtype) -> None:
         c = config
         self.input_norm = hidden_norm(c, dtype)
-        self.attention = Attention(c, dtype) if c.latent is None else LatentAttention(c, c.latent, dtype)
+        self.attention = Attention(c, dtype) if c.latent is None else MlaAttention(c, c.latent, dtype)
         self.post_attention_norm = hidden_norm(c, dtype)
         if layer.mlp == "experts":
             self.moe = MoE(c, dtype)
@@ -81,7 +81,7 @@ class Layer(Protocol):
     """A layer's module, cut where the attention backend comes in. Its children are stacked over the layers."""
 
     @property
-    def attention(self) -> Attention | LatentAttention:
+    def attention(self) -> Attention | MlaAttention:
         """Its projections."""
         ...
 
@@ -239,7 +239,7 @@ class Decoder:
         return run("after_attention", x_TD, o_TNH), cache
 
     @staticmethod
-    def _attach_linear_maths(layer: Any, maths: LinearMaths) -> None:
+    def _attach_linear_maths(layer: Any, maths: LinearOps) -> None:
         """Tell the layer's linear modules that have a kernel."""
         for _, *path in maths.modules:
             if hasattr(layer, path[0]):
@@ -298,9 +298,9 @@ class StepOps(NamedTuple):
     """
 
     attention: AttentionBackend
-    experts: ExpertMaths
-    linears: LinearMaths
-    room: PromptRoom | None = None
+    experts: ExpertOps
+    linears: LinearOps
+    room: MlaPrefillWorkspace | None = None
 
     def attend(self, windows: Iterable[int | None], meta: AttentionMeta) -> Mapping[int | None, Attend]:
         """How a step attends, by window."""
@@ -328,8 +328,8 @@ class _Step(NamedTuple):
     slots: Any
     ropes: Mapping[str, tuple[jax.Array, jax.Array]]
     attention: Mapping[int | None, Attend]
-    experts: ExpertMaths
-    linears: LinearMaths
+    experts: ExpertOps
+    linears: LinearOps
 
 
 class _LayerAt(NamedTuple):

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from jaxserve.config import ExpertsConfig, ModelConfig
+from jaxserve.config import ModelConfig, MoeConfig
 from jaxserve.errors import LaunchError
 from jaxserve.models import deepseek_v3
 from jaxserve.models.architecture import Architecture, build_decoder
@@ -20,7 +20,7 @@ def read_config(config: Mapping[str, Any]) -> ModelConfig:
     if config.get("norm_topk_prob"):
         raise LaunchError("config.json: norm_topk_prob is not supported: DeepSeek's code and transformers' differ")
     grouped = config.get("topk_method") == "group_limited_greedy"
-    experts = ExpertsConfig(
+    experts = MoeConfig(
         **deepseek_v3.read_experts(config, num_shared=2),
         normalize=False,
         scale=float(config.get("routed_scaling_factor", 1.0)),
@@ -28,7 +28,7 @@ def read_config(config: Mapping[str, Any]) -> ModelConfig:
         top_groups=int(config["topk_group"]) if grouped else 1,
         group_scores=1,
     )
-    model = deepseek_v3.read_latent(config)
+    model = deepseek_v3.read_mla(config)
     return with_experts(model, experts, range(int(config.get("first_k_dense_replace", 0) or 0)))
 
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import msgspec
 
-from jaxserve.config import ExpertsConfig, LatentConfig, ModelConfig
+from jaxserve.config import MlaConfig, ModelConfig, MoeConfig
 from jaxserve.errors import LaunchError
 from jaxserve.models.architecture import Architecture, build_decoder
 from jaxserve.models.decoder import dense_tensor_names
@@ -19,7 +19,7 @@ from jaxserve.models.param_spec import Path
 def read_config(config: Mapping[str, Any]) -> ModelConfig:
     """Read `config.json`."""
     check_supported(config, scoring_func=("sigmoid",), topk_method=("noaux_tc",))
-    experts = ExpertsConfig(
+    experts = MoeConfig(
         **read_experts(config),
         scores="sigmoid",
         normalize=bool(config.get("norm_topk_prob", True)),
@@ -29,16 +29,16 @@ def read_config(config: Mapping[str, Any]) -> ModelConfig:
         top_groups=int(config.get("topk_group", 4) or 1),
     )
     mtp = config.get("num_nextn_predict_layers", config.get("num_mtp_layers"))
-    model = msgspec.structs.replace(read_latent(config), num_mtp_layers=int(mtp or 0))
+    model = msgspec.structs.replace(read_mla(config), num_mtp_layers=int(mtp or 0))
     return with_experts(model, experts, range(int(config.get("first_k_dense_replace", 3) or 0)))
 
 
-def read_latent(config: Mapping[str, Any]) -> ModelConfig:
+def read_mla(config: Mapping[str, Any]) -> ModelConfig:
     """A model with latent attention, as if all its layers were dense."""
     if int(config.get("moe_layer_freq") or 1) != 1:
         raise LaunchError(f"config.json: moe_layer_freq must be 1, got {config['moe_layer_freq']}")
     q_rank = config.get("q_lora_rank")
-    latent = LatentConfig(
+    latent = MlaConfig(
         q_rank=None if q_rank is None else int(q_rank),
         kv_rank=int(config["kv_lora_rank"]),
         rope_dim=int(config["qk_rope_head_dim"]),
@@ -56,7 +56,7 @@ def read_latent(config: Mapping[str, Any]) -> ModelConfig:
 
 
 def read_experts(config: Mapping[str, Any], num_shared: int = 1) -> dict[str, Any]:
-    """Sizes of `ExpertsConfig`; `num_shared` are meant if the file says nothing."""
+    """Sizes of `MoeConfig`; `num_shared` are meant if the file says nothing."""
     size, num_shared = int(config["moe_intermediate_size"]), int(config.get("n_shared_experts", num_shared) or 0)
     num_experts = config.get("n_routed_experts", config.get("num_local_experts"))
     return {

@@ -5,7 +5,7 @@ from typing import Any
 
 import msgspec
 
-from jaxserve.config import ExpertsConfig, ModelConfig
+from jaxserve.config import ModelConfig, MoeConfig
 from jaxserve.models.architecture import Architecture, build_decoder
 from jaxserve.models.decoder import dense_tensor_names
 from jaxserve.models.hf.config import read_dense_config, read_num_layers, refuse_bad_fields, with_experts
@@ -30,7 +30,7 @@ def read_config(config: Mapping[str, Any]) -> ModelConfig:
         attention_bias=True,
         attention_out_bias=True,
     )
-    experts = ExpertsConfig(
+    experts = MoeConfig(
         num_experts=int(config.get("num_local_experts", config.get("num_experts", 128))),
         top_k=int(config.get("num_experts_per_tok", config.get("experts_per_token", 4))),
         intermediate_size=model.intermediate_size,

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from jaxserve.config import ExpertsConfig, ModelConfig
+from jaxserve.config import ModelConfig, MoeConfig
 from jaxserve.models.architecture import Architecture, build_decoder
 from jaxserve.models.decoder import dense_tensor_names
 from jaxserve.models.hf.config import read_dense_config, refuse_bad_fields, with_experts
@@ -17,7 +17,7 @@ def read_config(config: Mapping[str, Any]) -> ModelConfig:
     # What Mixtral's own class takes where the file says nothing.
     defaults = {"rms_norm_eps": 1e-5, "rope_theta": 1e6}
     model = read_dense_config({**defaults, **config}, attention_bias=False, attention_out_bias=False)
-    experts = ExpertsConfig(
+    experts = MoeConfig(
         num_experts=int(config["num_local_experts"]),
         top_k=int(config["num_experts_per_tok"]),
         intermediate_size=model.intermediate_size,

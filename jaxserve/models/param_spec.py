@@ -58,7 +58,7 @@ class ParamSpec:
     @property
     def of_experts(self) -> bool:
         """Whether the first axis after that is experts."""
-        return self.axes[self.stacked : self.stacked + 1] in (("experts",), ("experts_of_copies",))
+        return self.axes[self.stacked : self.stacked + 1] in (("experts",), ("experts_shared",))
 
 
 def tree_of(leaves: Iterable[tuple[Path, Any]]) -> Weights:

@@ -5,7 +5,7 @@ from typing import Any
 
 import msgspec
 
-from jaxserve.config import ExpertsConfig, ModelConfig
+from jaxserve.config import ModelConfig, MoeConfig
 from jaxserve.models import qwen2
 from jaxserve.models.architecture import Architecture, build_decoder
 from jaxserve.models.decoder import dense_tensor_names
@@ -17,7 +17,7 @@ from jaxserve.models.param_spec import Path
 def expert_layers(model: ModelConfig, config: Mapping[str, Any]) -> ModelConfig:
     """The model with experts in the layers that `config.json` gives them."""
     num_experts = config.get("num_experts", config.get("num_local_experts"))
-    experts = ExpertsConfig(
+    experts = MoeConfig(
         num_experts=int(config["num_experts"] if num_experts is None else num_experts),
         top_k=int(config["num_experts_per_tok"]),
         intermediate_size=int(config["moe_intermediate_size"]),

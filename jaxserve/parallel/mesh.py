@@ -8,7 +8,7 @@ import numpy as np
 from jax.experimental.layout import Format, Layout
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
-from jaxserve.config import ExpertsConfig, ModelConfig
+from jaxserve.config import ModelConfig, MoeConfig
 from jaxserve.errors import LaunchError
 from kernels_pallas.shards import DATA, EXPERT, IN_EXPERT, MODEL, model_size
 
@@ -21,7 +21,7 @@ SHARDING_RULES: dict[str, str | tuple[str, ...] | None] = {
     "kv_heads": MODEL,
     "mlp": MODEL,
     "experts": EXPERT,
-    "experts_of_copies": (DATA, EXPERT),
+    "experts_shared": (DATA, EXPERT),
     "expert_mlp": IN_EXPERT,
     "hidden": None,
     "layers": None,
@@ -92,13 +92,13 @@ def weight_format(axes: tuple[str | None, ...], shape: tuple[int, ...], mesh: Me
     return Format(Layout(tuple(range(len(shape)))), named_sharding(axes, shape, mesh))
 
 
-def over_copies(axes: tuple[str | None, ...]) -> PartitionSpec:
+def over_replicas(axes: tuple[str | None, ...]) -> PartitionSpec:
     """How an array lies over `data` alone."""
     rules = (SHARDING_RULES[axis] if axis is not None else None for axis in axes)
     return PartitionSpec(*(DATA if rule is not None and DATA in rule else None for rule in rules))
 
 
-def kv_head_copies(config: ModelConfig, mesh: Mesh | AbstractMesh) -> int:
+def kv_head_replication(config: ModelConfig, mesh: Mesh | AbstractMesh) -> int:
     """How often each key/value head is repeated so that every device has one; checks that all else divides.
 
     Raises:
@@ -110,7 +110,7 @@ def kv_head_copies(config: ModelConfig, mesh: Mesh | AbstractMesh) -> int:
     if any(layer.mlp == "dense" for layer in config.layers) and config.intermediate_size % tp_size:
         raise LaunchError(f"--tp-size {tp_size} does not divide the model's MLP size {config.intermediate_size}")
     if config.experts is not None:
-        _check_experts(config.experts, tp_size, ep_size, mesh.shape[DATA] if config.experts.of_copies else 1)
+        _check_experts(config.experts, tp_size, ep_size, mesh.shape[DATA] if config.experts.shared_by_replicas else 1)
     elif ep_size > 1:
         raise LaunchError(f"--ep-size {ep_size}: the model has no experts")
     if config.num_kv_heads % tp_size == 0:
@@ -120,9 +120,11 @@ def kv_head_copies(config: ModelConfig, mesh: Mesh | AbstractMesh) -> int:
     return tp_size // config.num_kv_heads
 
 
-def _check_experts(experts: ExpertsConfig, tp_size: int, ep_size: int, num_copies: int) -> None:
-    if experts.num_experts % (ep_size * num_copies):
-        raise LaunchError(f"--ep-size {ep_size * num_copies} does not divide the model's {experts.num_experts} experts")
+def _check_experts(experts: MoeConfig, tp_size: int, ep_size: int, num_replicas: int) -> None:
+    if experts.num_experts % (ep_size * num_replicas):
+        raise LaunchError(
+            f"--ep-size {ep_size * num_replicas} does not divide the model's {experts.num_experts} experts"
+        )
     if experts.intermediate_size % (inside := tp_size // ep_size):
         raise LaunchError(
             f"--tp-size {tp_size} with --ep-size {ep_size} splits each expert in {inside}, which does not divide its "

@@ -49,4 +49,4 @@ class CallFailed(NamedTuple):
     text: str
 
 
-Piece: TypeAlias = Reasoning | Content | CallStart | CallArguments | CallEnd | CallFailed
+MessageDelta: TypeAlias = Reasoning | Content | CallStart | CallArguments | CallEnd | CallFailed

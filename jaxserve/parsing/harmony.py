@@ -7,7 +7,7 @@ and an answer with `<|return|>`, which are stop tokens and so never in the text.
 import re
 from typing import NamedTuple
 
-from jaxserve.parsing.stream_reader import Reads, StreamReader
+from jaxserve.parsing.stream_reader import Parse, StreamReader
 
 START, CHANNEL, MESSAGE, CONSTRAIN = "<|start|>", "<|channel|>", "<|message|>", "<|constrain|>"
 END, CALL, RETURN = "<|end|>", "<|call|>", "<|return|>"
@@ -34,7 +34,7 @@ class Header(NamedTuple):
     complete: bool
 
 
-def read_header(reader: StreamReader, first: str) -> Reads[Header]:
+def read_header(reader: StreamReader, first: str) -> Parse[Header]:
     """Read a header whose first marker has been read."""
     parts = [first]
     marker: str | None = first

@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from jaxserve.parsing.deltas import CallArguments, CallEnd, CallFailed, CallStart, Content, Piece, Reasoning
+from jaxserve.parsing.deltas import CallArguments, CallEnd, CallFailed, CallStart, Content, MessageDelta, Reasoning
 
 
 @dataclass
@@ -35,7 +35,7 @@ class Message:
     reasoning: str = ""
     calls: dict[int, Call] = field(default_factory=dict[int, Call])
 
-    def add(self, pieces: Iterable[Piece]) -> "Message":
+    def add(self, pieces: Iterable[MessageDelta]) -> "Message":
         """Append pieces, in order; returns the message."""
         for piece in pieces:
             match piece:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from jaxserve.errors import LaunchError
-from jaxserve.parsing.deltas import CallEnd, Content, Piece, Reasoning
+from jaxserve.parsing.deltas import CallEnd, Content, MessageDelta, Reasoning
 from jaxserve.parsing.reasoning.registry import REASONING_FORMATS, ReasoningFormat, detect_reasoning
 from jaxserve.parsing.stream_parser import StreamParser
 from jaxserve.parsing.tool_calls.registry import TOOL_CALL_FORMATS, ToolCallFormat, detect_tool_calls
@@ -19,7 +19,7 @@ _FALLBACK_TOOL_CALLS = "hermes"
 
 
 @dataclass(frozen=True, kw_only=True)
-class OutputFormats:
+class ParserSelection:
     """The formats of the served model.
 
     Attributes:
@@ -31,7 +31,7 @@ class OutputFormats:
     tool_calls: ToolCallFormat
 
 
-def choose_formats(reasoning: str | None, tool_calls: str, template: ChatTemplate) -> OutputFormats:
+def select_parsers(reasoning: str | None, tool_calls: str, template: ChatTemplate) -> ParserSelection:
     """Formats by name; `auto` is what the chat template writes.
 
     Raises:
@@ -51,14 +51,14 @@ def choose_formats(reasoning: str | None, tool_calls: str, template: ChatTemplat
         raise LaunchError(f"--reasoning-parser: one of auto, {', '.join(REASONING_FORMATS)}, got {reasoning!r}")
     if tool_calls.lower() not in TOOL_CALL_FORMATS:
         raise LaunchError(f"--tool-call-parser: one of auto, {', '.join(TOOL_CALL_FORMATS)}, got {tool_calls!r}")
-    return OutputFormats(
+    return ParserSelection(
         reasoning=None if reasoning is None else REASONING_FORMATS[reasoning.lower()],
         tool_calls=TOOL_CALL_FORMATS[tool_calls.lower()],
     )
 
 
 @dataclass(frozen=True, kw_only=True)
-class MessageFormat:
+class MessageParserConfig:
     """How the outputs of one request are read.
 
     Attributes:
@@ -91,7 +91,7 @@ class MessageParser:
         finished: the message is complete; what follows does not count.
     """
 
-    def __init__(self, form: MessageFormat) -> None:
+    def __init__(self, form: MessageParserConfig) -> None:
         self._reasoning = None
         if form.reasoning is not None:
             self._reasoning = form.reasoning.parser(
@@ -108,12 +108,12 @@ class MessageParser:
         """Whether the text so far ends inside thinking."""
         return self._reasoning is not None and self._reasoning.thinking
 
-    def push(self, text: str) -> list[Piece]:
+    def push(self, text: str) -> list[MessageDelta]:
         """Pieces that are certain once this text is there."""
         pieces = _push(self._reasoning, text)
         return self._end_after_call(self._hold_reasoning(self._find_calls(pieces)))
 
-    def finish(self, *, cut_off: bool = False) -> list[Piece]:
+    def finish(self, *, cut_off: bool = False) -> list[MessageDelta]:
         """The rest; see `StreamParser.finish`."""
         pieces = [] if self._reasoning is None else self._reasoning.finish(cut_off=cut_off)
         pieces = self._find_calls(pieces)
@@ -124,18 +124,18 @@ class MessageParser:
             pieces.append(Reasoning(self._held_reasoning))
         return self._end_after_call(pieces)
 
-    def _find_calls(self, pieces: list[Piece]) -> list[Piece]:
+    def _find_calls(self, pieces: list[MessageDelta]) -> list[MessageDelta]:
         if self._tool_calls is None:
             return pieces
-        out: list[Piece] = []
+        out: list[MessageDelta] = []
         for piece in pieces:
             out += self._tool_calls.push(piece.text) if isinstance(piece, Content) else [piece]
         return out
 
-    def _hold_reasoning(self, pieces: list[Piece]) -> list[Piece]:
+    def _hold_reasoning(self, pieces: list[MessageDelta]) -> list[MessageDelta]:
         if self._stream_reasoning:
             return pieces
-        out: list[Piece] = []
+        out: list[MessageDelta] = []
         for piece in pieces:
             if isinstance(piece, Reasoning):
                 self._held_reasoning += piece.text
@@ -146,7 +146,7 @@ class MessageParser:
             out.append(piece)
         return out
 
-    def _end_after_call(self, pieces: list[Piece]) -> list[Piece]:
+    def _end_after_call(self, pieces: list[MessageDelta]) -> list[MessageDelta]:
         if self.finished:
             return []
         for index, piece in enumerate(pieces):
@@ -156,7 +156,7 @@ class MessageParser:
         return pieces
 
 
-def _push(parser: StreamParser | None, text: str) -> list[Piece]:
+def _push(parser: StreamParser | None, text: str) -> list[MessageDelta]:
     if parser is None:
         return [Content(text)] if text else []
     return parser.push(text)

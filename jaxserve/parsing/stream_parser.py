@@ -2,8 +2,8 @@
 
 from abc import ABC, abstractmethod
 
-from jaxserve.parsing.deltas import Content, Piece, Reasoning
-from jaxserve.parsing.stream_reader import Reads, StreamReader
+from jaxserve.parsing.deltas import Content, MessageDelta, Reasoning
+from jaxserve.parsing.stream_reader import Parse, StreamReader
 
 _SLICE = 1024
 
@@ -19,21 +19,21 @@ class StreamParser(ABC):
 
     def __init__(self) -> None:
         self._reader = StreamReader()
-        self._out: list[Piece] = []
+        self._out: list[MessageDelta] = []
         self._cut_off = False
         self.thinking = False
-        self._reads: Reads[None] | None = None
+        self._reads: Parse[None] | None = None
 
-    def push(self, text: str) -> list[Piece]:
+    def push(self, text: str) -> list[MessageDelta]:
         """Pieces that are certain once this text is there."""
-        out: list[Piece] = []
+        out: list[MessageDelta] = []
         # Any cutting gives the same, and a short buffer is cheap to read from.
         for start in range(0, len(text), _SLICE):
             self._reader.text += text[start : start + _SLICE]
             out += self._run()
         return out
 
-    def finish(self, *, cut_off: bool = False) -> list[Piece]:
+    def finish(self, *, cut_off: bool = False) -> list[MessageDelta]:
         """The rest.
 
         Args:
@@ -44,9 +44,9 @@ class StreamParser(ABC):
         return self._run()
 
     @abstractmethod
-    def _parse(self) -> Reads[None]: ...
+    def _parse(self) -> Parse[None]: ...
 
-    def _run(self) -> list[Piece]:
+    def _run(self) -> list[MessageDelta]:
         if self._reads is None:
             self._reads = self._parse()
         next(self._reads, None)

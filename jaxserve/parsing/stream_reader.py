@@ -13,7 +13,7 @@ from jaxserve.parsing.json_scanner import JsonScanner
 T = TypeVar("T")
 
 # Yields to wait for more text; returns a T.
-Reads: TypeAlias = Generator[None, None, T]
+Parse: TypeAlias = Generator[None, None, T]
 Emit: TypeAlias = Callable[[str], None]
 
 _SPACE = re.compile(r"\s*")
@@ -47,7 +47,7 @@ class StreamReader:
             self._recorded.append(taken)
         return taken
 
-    def until(self, markers: Sequence[str], emit: Emit) -> Reads[str | None]:
+    def until(self, markers: Sequence[str], emit: Emit) -> Parse[str | None]:
         """Read up to and past the first of the markers, emitting what is before it.
 
         Holds back only the longest tail that could still become a marker. Returns the marker, or None at the end of
@@ -72,11 +72,11 @@ class StreamReader:
             emit(self.take(open_start))
             yield
 
-    def rest(self, emit: Emit) -> Reads[None]:
+    def rest(self, emit: Emit) -> Parse[None]:
         """Read all there is to come."""
         yield from self.until((), emit)
 
-    def accept(self, *literals: str) -> Reads[str | None]:
+    def accept(self, *literals: str) -> Parse[str | None]:
         """Read one of the literals if it comes next."""
         while True:
             for literal in literals:
@@ -86,7 +86,7 @@ class StreamReader:
                 return None
             yield
 
-    def space(self) -> Reads[str]:
+    def space(self) -> Parse[str]:
         """Read white space, if any; afterwards the next character is there, or the text has ended."""
         spaces = ""
         while True:
@@ -97,13 +97,13 @@ class StreamReader:
                 return spaces
             yield
 
-    def peek(self) -> Reads[str]:
+    def peek(self) -> Parse[str]:
         """The next character, unread; empty at the end."""
         while not self.text and not self.closed:
             yield
         return self.text[:1]
 
-    def json(self, emit: Emit) -> Reads[bool]:
+    def json(self, emit: Emit) -> Parse[bool]:
         """Read one JSON value, emitting it as strict JSON while it comes; False where it stops being one."""
         scanner = JsonScanner()
         while True:

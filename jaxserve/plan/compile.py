@@ -13,11 +13,11 @@ import jax
 
 from jaxserve.config import EngineConfig, LayerConfig, LoraConfig
 from jaxserve.errors import LaunchError
-from jaxserve.layout.layout import EngineDesign, ModelDesign, check_fit, design_model, lay_out
+from jaxserve.layout.layout import EngineLayout, ModelLayout, check_fit, layout_engine, layout_model
 from jaxserve.layout.memory import DEVICE_MEM_FRACTION
-from jaxserve.lora.pool import BankLayout, bank_bytes
+from jaxserve.lora.pool import LoraPoolLayout, lora_pool_bytes
 from jaxserve.lora.reader import AdapterReader
-from jaxserve.lora.startup import bank_layout
+from jaxserve.lora.startup import lora_pool_layout
 from jaxserve.models.layer_groups import group_layers
 from jaxserve.parallel.mesh import mesh_of
 from jaxserve.plan.hlo import find_collectives, num_kernels
@@ -58,28 +58,28 @@ def make_plan(config: EngineConfig, hf_config: Mapping[str, Any], target: Target
     """
     jax.config.update("jax_numpy_dtype_promotion", "strict")
     mesh = mesh_of(target_devices(target), config.tp_size, config.dp_size, config.ep_size)
-    design = design_model(config, hf_config, mesh)
+    design = layout_model(config, hf_config, mesh)
     total = target.device.memory_bytes
     adapters = None if config.lora is None else adapter_slots(config.lora, design)
-    held = design.device_weight_bytes + _bank_bytes(design, adapters)
+    held = design.device_weight_bytes + _lora_pool_bytes(design, adapters)
     left = total - held if total else _UNKNOWN_POOL_BYTES
     if left <= 0:
         return _too_heavy(config, design, adapters, target)
-    engine = lay_out(config, design, int(left * (config.mem_fraction_static or DEVICE_MEM_FRACTION)), adapters)
+    engine = layout_engine(config, design, int(left * (config.mem_fraction_static or DEVICE_MEM_FRACTION)), adapters)
     return _report(config, design, engine, target, _compile(engine, design.model.layers))
 
 
-def adapter_slots(config: LoraConfig, design: ModelDesign) -> BankLayout:
+def adapter_slots(config: LoraConfig, design: ModelLayout) -> LoraPoolLayout:
     """Slots for adapters that are not there yet."""
     reader = AdapterReader(design.decoder, design.architecture.tensor_names(design.checkpoint), design.checkpoint)
-    return bank_layout(config, reader, {}, lora_rank_multiple(design.mesh))
+    return lora_pool_layout(config, reader, {}, lora_rank_multiple(design.mesh))
 
 
-def _bank_bytes(design: ModelDesign, adapters: BankLayout | None) -> int:
-    return 0 if adapters is None else bank_bytes(design.decoder, adapters, design.mesh)
+def _lora_pool_bytes(design: ModelLayout, adapters: LoraPoolLayout | None) -> int:
+    return 0 if adapters is None else lora_pool_bytes(design.decoder, adapters, design.mesh)
 
 
-def _compile(engine: EngineDesign, layers: Sequence[LayerConfig]) -> Outcome:
+def _compile(engine: EngineLayout, layers: Sequence[LayerConfig]) -> Outcome:
     """Compile every program of a step, two at a time."""
     step = StepPrograms(engine.step)
     lock = threading.Lock()
@@ -108,7 +108,7 @@ def _compile(engine: EngineDesign, layers: Sequence[LayerConfig]) -> Outcome:
     jobs: dict[str, Job] = {_name(shape): (partial(step.lower_forward, shape), turns) for shape in engine.step.shapes}
     for rows in sorted({bucket.num_rows for bucket in engine.step.buckets}, reverse=True):
         # Its loops search what the candidates do not decide, which is rare.
-        jobs[f"draw {rows} rows"] = partial(step.lower_draw, rows), Fraction(0)
+        jobs[f"draw {rows} rows"] = partial(step.lower_sample, rows), Fraction(0)
     started = time.perf_counter()
     with ThreadPoolExecutor(_COMPILE_THREADS) as pool:
         try:
@@ -125,12 +125,12 @@ def _name(shape: ForwardShape) -> str:
     return f"{kind} {shape.bucket.num_tokens} tokens, {shape.bucket.num_rows} rows"
 
 
-def _too_heavy(config: EngineConfig, design: ModelDesign, adapters: BankLayout | None, target: Target) -> Report:
+def _too_heavy(config: EngineConfig, design: ModelLayout, adapters: LoraPoolLayout | None, target: Target) -> Report:
     """The weights, with adapters' slots, do not fit: nothing to compile."""
     memory = Memory(
         total=target.device.memory_bytes,
         weights=design.device_weight_bytes,
-        adapters=_bank_bytes(design, adapters),
+        adapters=_lora_pool_bytes(design, adapters),
         kv_pool=0,
         state=0,
         temporaries=0,
@@ -152,7 +152,7 @@ def _too_heavy(config: EngineConfig, design: ModelDesign, adapters: BankLayout |
 
 
 def _report(
-    config: EngineConfig, design: ModelDesign, engine: EngineDesign, target: Target, outcome: Outcome
+    config: EngineConfig, design: ModelLayout, engine: EngineLayout, target: Target, outcome: Outcome
 ) -> Report:
     memory = _memory(design, engine, target, outcome.programs)
     kv_tokens = engine.cache.num_pages * engine.cache.page_size * config.dp_size
@@ -167,7 +167,7 @@ def _report(
         rows=rows,
         context=engine.scheduler.context_length // 2,
         tp_size=config.tp_size,
-        num_copies=config.dp_size if config.dp_attention else 1,
+        num_replicas=config.dp_size if config.dp_attention else 1,
     )
     return Report(
         **_names(config, design, target),
@@ -184,7 +184,7 @@ def _report(
     )
 
 
-def _names(config: EngineConfig, design: ModelDesign, target: Target) -> dict[str, Any]:
+def _names(config: EngineConfig, design: ModelLayout, target: Target) -> dict[str, Any]:
     return {
         "model": f"{config.model_path} ({design.model.architecture})",
         "target": target.text,
@@ -198,14 +198,14 @@ def _names(config: EngineConfig, design: ModelDesign, target: Target) -> dict[st
     }
 
 
-def _memory(design: ModelDesign, engine: EngineDesign, target: Target, programs: list[Program]) -> Memory:
+def _memory(design: ModelLayout, engine: EngineLayout, target: Target, programs: list[Program]) -> Memory:
     step = StepPrograms(engine.step)
     state = sum(_device_bytes(leaf) for leaf in jax.tree.leaves(step.state_shapes()))
     logits = _device_bytes(step.logits_shape(engine.scheduler.max_rows))
     return Memory(
         total=target.device.memory_bytes or None,
         weights=design.device_weight_bytes,
-        adapters=_bank_bytes(design, engine.step.adapters),
+        adapters=_lora_pool_bytes(design, engine.step.adapters),
         kv_pool=engine.pool_bytes,
         state=state + _STEPS_IN_FLIGHT * logits,
         temporaries=max((program.temporary_bytes for program in programs), default=0),
@@ -218,7 +218,7 @@ def _device_bytes(array: jax.ShapeDtypeStruct) -> int:
     return math.prod(array.sharding.shard_shape(array.shape)) * array.dtype.itemsize
 
 
-def _advice(design: ModelDesign, engine: EngineDesign, target: Target, outcome: Outcome, memory: Memory) -> list[str]:
+def _advice(design: ModelLayout, engine: EngineLayout, target: Target, outcome: Outcome, memory: Memory) -> list[str]:
     advice: list[str] = []
     if outcome.error is not None:
         advice.append(f"the compiler: {outcome.error}")
@@ -232,13 +232,13 @@ def _advice(design: ModelDesign, engine: EngineDesign, target: Target, outcome: 
     return advice
 
 
-def _more_devices(design: ModelDesign, target: Target) -> str:
+def _more_devices(design: ModelLayout, target: Target) -> str:
     """How many devices of this kind would hold the weights, with room for the rest of a step."""
     now, total = model_size(design.mesh), target.device.memory_bytes
     held = (
         f"weights are {design.device_weight_bytes / 2**30:.1f} GiB on each of {now} devices of {total / 2**30:.1f} GiB"
     )
-    if design.checkpoint.experts is not None and design.checkpoint.experts.of_copies:
+    if design.checkpoint.experts is not None and design.checkpoint.experts.shared_by_replicas:
         return f"{held}: try more of them, a lower --dp-size, or smaller weights"
     least = math.ceil(design.device_weight_bytes * now / (_WEIGHTS_AT_MOST * total))
     for tp_size in range(max(now + 1, least), design.checkpoint.num_q_heads + 1):
@@ -250,12 +250,12 @@ def _more_devices(design: ModelDesign, target: Target) -> str:
     return f"{held}: no number of them that divides the model is enough, only smaller weights"
 
 
-def _whole_experts(design: ModelDesign, tp_size: int) -> tuple[int, ...]:
+def _whole_experts(design: ModelLayout, tp_size: int) -> tuple[int, ...]:
     experts = design.checkpoint.experts
     return () if experts is None else (math.gcd(tp_size, experts.num_experts),)
 
 
-def _fits(design: ModelDesign, tp_size: int, ep_size: int) -> bool:
+def _fits(design: ModelLayout, tp_size: int, ep_size: int) -> bool:
     try:
         check_fit(design, tp_size, ep_size)
     except LaunchError:

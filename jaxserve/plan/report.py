@@ -177,7 +177,7 @@ class Load(NamedTuple):
         rows: requests.
         context: keys of each.
         tp_size: devices of a copy.
-        num_copies: that share experts, and have as many requests each.
+        num_replicas: that share experts, and have as many requests each.
     """
 
     weight_bytes: int
@@ -186,7 +186,7 @@ class Load(NamedTuple):
     rows: int
     context: int
     tp_size: int
-    num_copies: int = 1
+    num_replicas: int = 1
 
 
 def bound(model: ModelConfig, device: DeviceSpec, load: Load) -> Bounds | None:
@@ -200,7 +200,7 @@ def bound(model: ModelConfig, device: DeviceSpec, load: Load) -> Bounds | None:
     attention_flops = 2 * model.num_layers * model.num_q_heads * (model.head_dim + value_dim)
 
     def step_s(rows: int) -> float:
-        weight_bytes = load.weight_bytes + load.expert_bytes * experts_read(model, rows * load.num_copies)
+        weight_bytes = load.weight_bytes + load.expert_bytes * experts_read(model, rows * load.num_replicas)
         memory_s = (weight_bytes + rows * seen * load.key_bytes) / device.bytes_per_s
         arithmetic_s = rows * (2 * num_multiplied(model) + attention_flops * seen) / flops
         return max(memory_s, arithmetic_s)

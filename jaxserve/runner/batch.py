@@ -19,7 +19,7 @@ from kernels_pallas.sampling.api import SamplingInputs
 Array: TypeAlias = Any
 
 
-class DrawMasks(NamedTuple):
+class SampleMasks(NamedTuple):
     """What the draws of a step may be; see `SamplingInputs`.
 
     Attributes:
@@ -31,7 +31,7 @@ class DrawMasks(NamedTuple):
     mask_BW: Array
 
 
-class DrawBatch(NamedTuple):
+class SampleBatch(NamedTuple):
     """How a step draws.
 
     Attributes:
@@ -44,7 +44,7 @@ class DrawBatch(NamedTuple):
     floats_6B: Array
     seeds_B2: Array
 
-    def sampling_inputs(self, masks: DrawMasks) -> SamplingInputs:
+    def sampling_inputs(self, masks: SampleMasks) -> SamplingInputs:
         """The sampler's view."""
         _, row, _, target, position, top_k, flags, _ = self.ints_8B
         temperature, top_p, min_p, frequency, presence, repetition = self.floats_6B
@@ -82,7 +82,7 @@ class ForwardBatch(NamedTuple):
     tokens_4T: Array
     rows_4B: Array
     page_table_BM: Array
-    draws: DrawBatch
+    draws: SampleBatch
 
     def attention_meta(self) -> AttentionMeta:
         """The attention backend's view."""
@@ -199,7 +199,7 @@ class RowTable:
                 self._pages_RM[row.row, first:end] = row.new_page_ids
                 self._num_pages_R[row.row] = end
 
-    def draws(self, plan: SchedulerOutput, first_token_b: np.ndarray, num_rows: int) -> DrawBatch:
+    def draws(self, plan: SchedulerOutput, first_token_b: np.ndarray, num_rows: int) -> SampleBatch:
         """One draw after each row's last token; for prompt log-probabilities one after every token.
 
         Args:
@@ -229,4 +229,4 @@ class RowTable:
         ints_8B[5] = self._top_k_R[ints_8B[1]]
         ints_8B[6] |= self._flags_R[ints_8B[1]]
         ints_8B[7] = self._adapter_slot_R[ints_8B[1]]
-        return DrawBatch(ints_8B, self._floats_6R[:, ints_8B[1]], self._seeds_R2[ints_8B[1]])
+        return SampleBatch(ints_8B, self._floats_6R[:, ints_8B[1]], self._seeds_R2[ints_8B[1]])

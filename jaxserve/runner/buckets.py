@@ -34,7 +34,7 @@ class ForwardShape(NamedTuple):
     expanded: bool = False
 
 
-class BucketSteps(NamedTuple):
+class BucketGrowth(NamedTuple):
     """How finely shapes are graded: padding costs time, programs cost start-up.
 
     Attributes:
@@ -47,11 +47,11 @@ class BucketSteps(NamedTuple):
 
 
 # A CPU pays for every padded token, and XLA's bfloat16 products there are far slower with one row than with two.
-CPU_STEPS = BucketSteps(first_rows=2, token_factor=2)
-ACCELERATOR_STEPS = BucketSteps(first_rows=8, token_factor=4)
+CPU_STEPS = BucketGrowth(first_rows=2, token_factor=2)
+ACCELERATOR_STEPS = BucketGrowth(first_rows=8, token_factor=4)
 
 
-def make_buckets(config: SchedulerConfig, steps: BucketSteps) -> tuple[Bucket, ...]:
+def make_buckets(config: SchedulerConfig, steps: BucketGrowth) -> tuple[Bucket, ...]:
     """Programs that cover every step within the limits, widest first.
 
     Decode steps have as many tokens as rows, in steps of four times. Steps with prompt tokens in them come with the

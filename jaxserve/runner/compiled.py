@@ -24,21 +24,21 @@ Progress: TypeAlias = Callable[[Iterable[str]], Iterable[str]]
 _COMPILE_THREADS = max(2, min(8, (os.cpu_count() or 1) // 2))
 
 
-class CompiledSteps:
+class ProgramCache:
     """Programs that are ready to run.
 
     Args:
         shapes: of the forward passes.
         lower_forward: of a `ForwardShape`.
-        lower_draw: of a number of rows.
+        lower_sample: of a number of rows.
     """
 
-    def __init__(self, shapes: list[ForwardShape], lower_forward: Lower, lower_draw: Lower) -> None:
+    def __init__(self, shapes: list[ForwardShape], lower_forward: Lower, lower_sample: Lower) -> None:
         self._shapes = shapes
         self._buckets = {shape.bucket for shape in shapes}
         self._rows = sorted({bucket.num_rows for bucket in self._buckets}, reverse=True)
         self._lower_forward = lower_forward
-        self._lower_draw = lower_draw
+        self._lower_sample = lower_sample
         self._lower_lock = threading.Lock()
         self._forwards: dict[ForwardShape, jax.stages.Compiled] = {}
         self._draws: dict[int, jax.stages.Compiled] = {}
@@ -52,7 +52,7 @@ class CompiledSteps:
         """Compile every program, several at a time."""
         with ThreadPoolExecutor(_COMPILE_THREADS, thread_name_prefix="compile") as pool:
             futures = [pool.submit(self._compile, shape, self._lower_forward, self._forwards) for shape in self._shapes]
-            futures += [pool.submit(self._compile, rows, self._lower_draw, self._draws) for rows in self._rows]
+            futures += [pool.submit(self._compile, rows, self._lower_sample, self._draws) for rows in self._rows]
             for name in progress(future.result() for future in as_completed(futures)):
                 logger.debug("compiled %s", name)
 

@@ -38,7 +38,7 @@ _LARGEST = 127
 _SMALLEST = 1 / 8
 
 
-def with_cache_scales(served: StepModel, plain: Decoder, weights: Weights, meet: Callable[[], object]) -> Weights:
+def with_kv_scales(served: StepModel, plain: Decoder, weights: Weights, meet: Callable[[], object]) -> Weights:
     """The weights with the factors of `jaxserve.layers.kv_scales`, measured.
 
     Args:
@@ -54,15 +54,15 @@ def with_cache_scales(served: StepModel, plain: Decoder, weights: Weights, meet:
     programs = StepPrograms(model)
     spec = served.decoder.param_specs["layers", "attention", "cache_scales"]
     results = weight_format(spec.axes, spec.shape, served.mesh), NamedSharding(served.mesh, PartitionSpec())
-    measure = partial(_scales, model.attention, plain.config.rope_dim, programs.num_copies)
+    measure = partial(_scales, model.attention, plain.config.rope_dim, programs.num_replicas)
     measure = jax.jit(measure, out_shardings=results)
     forward = programs.lower_forward(ForwardShape(model.buckets[0])).compile()
     measured = measure.lower(programs.cache_shapes()).compile()
     meet()
     cache, last_token_R = zeros(programs.cache_shapes()), zeros(programs.state_shapes().last_token_R)
     for prompt in _prompts(model.layout, model.buckets[0]):
-        batch = jax.tree.map(lambda array: np.stack([array] * programs.num_copies), prompt)
-        cache, _ = forward(weights, {}, cache, last_token_R, to_devices(batch, programs.by_copy))
+        batch = jax.tree.map(lambda array: np.stack([array] * programs.num_replicas), prompt)
+        cache, _ = forward(weights, {}, cache, last_token_R, to_devices(batch, programs.by_replica))
     scales, finite = measured(cache)
     if not finite:
         raise LaunchError("--kv-cache-dtype int8: keys or values of random tokens are not finite")
@@ -100,20 +100,20 @@ def _prompts(layout: BatchLayout, bucket: Bucket) -> Iterator[ForwardBatch]:
         yield rows.build(SchedulerOutput(step=0, new_rows=(new,), rows=(prompt,)), bucket)
 
 
-def _scales(attention: AttentionBackend, rope_dim: int, num_copies: int, cache: Cache) -> tuple[jax.Array, jax.Array]:
+def _scales(attention: AttentionBackend, rope_dim: int, num_replicas: int, cache: Cache) -> tuple[jax.Array, jax.Array]:
     """Factors f32[L, 2, K, H] of what is cached, [L, 1, K, H] where values are a part of their keys; all finite?
 
     Args:
         attention: has the cache.
         rope_dim: the last so many numbers of a key are rotated, the first half of them against the other.
-        num_copies: of the model.
+        num_replicas: of the model.
         cache: once the prompts have run.
     """
     num_layers = attention.config.num_layers
 
     def peaks(pages: jax.Array) -> jax.Array:
         """[L, K, Z] of an array [copies * L * P, K, S, Z]."""
-        pages = pages.reshape(num_copies, num_layers, -1, *pages.shape[1:])
+        pages = pages.reshape(num_replicas, num_layers, -1, *pages.shape[1:])
         return jnp.max(jnp.abs(pages), axis=(0, 2, 4))
 
     peaks_L2KH = jnp.stack(attention.unpack(jax.tree.map(peaks, cache)), axis=1).astype(jnp.float32)

@@ -17,16 +17,16 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxserve.layers.mla_prefill import PromptRoom
-from jaxserve.layers.moe import ExpertMaths
-from jaxserve.layers.quantized_linear import LinearMaths
-from jaxserve.lora.ops import NO_ADAPTERS, Adapters, LoraMaths
-from jaxserve.lora.pool import BankLayout, bank_specs, bank_splits, slot_spec, write_slot
+from jaxserve.layers.mla_prefill import MlaPrefillWorkspace
+from jaxserve.layers.moe import ExpertOps
+from jaxserve.layers.quantized_linear import LinearOps
+from jaxserve.lora.ops import NO_ADAPTERS, Adapters, LoraOps
+from jaxserve.lora.pool import LoraPoolLayout, lora_pool_specs, lora_pool_splits, slot_spec, write_slot
 from jaxserve.models.decoder import Decoder, StepOps
 from jaxserve.models.param_spec import ParamSpec, Path, Weights, tree_of
-from jaxserve.parallel.mesh import named_sharding, over_copies, partition_spec, weight_format
+from jaxserve.parallel.mesh import named_sharding, over_replicas, partition_spec, weight_format
 from jaxserve.request import SamplingParams
-from jaxserve.runner.batch import BatchLayout, DrawBatch, DrawMasks, ForwardBatch, RowTable
+from jaxserve.runner.batch import BatchLayout, ForwardBatch, RowTable, SampleBatch, SampleMasks
 from jaxserve.runner.buckets import Bucket, ForwardShape
 from jaxserve.runner.compiler_options import compiler_options
 from jaxserve.runner.state import DeviceState, empty_state, row_state, write_row
@@ -62,7 +62,7 @@ class StepModel(NamedTuple):
         grouped_matmul: multiplies tokens with their experts.
         linear_matmul: multiplies them with quantised weights of `linears`.
         linears: paths of linear modules.
-        prompt_room: where the prompts of a step can be expanded.
+        mla_workspace: where the prompts of a step can be expanded.
     """
 
     decoder: Decoder
@@ -71,22 +71,22 @@ class StepModel(NamedTuple):
     mesh: Mesh
     layout: BatchLayout
     buckets: tuple[Bucket, ...]
-    adapters: BankLayout | None = None
+    adapters: LoraPoolLayout | None = None
     lora: LoraMatmul = XlaLora()
     lora_groups: tuple[tuple[str, ...], ...] = ()
     lora_experts: GroupedMatmul = XlaGroupedMatmul()
     grouped_matmul: GroupedMatmul = XlaGroupedMatmul()
     linear_matmul: GroupedMatmul = XlaGroupedMatmul()
     linears: tuple[tuple[str, ...], ...] = ()
-    prompt_room: PromptRoom | None = None
+    mla_workspace: MlaPrefillWorkspace | None = None
 
     def ops(self, *, expanded: bool = False) -> StepOps:
         """What the layers compute with."""
         return StepOps(
             self.attention,
-            ExpertMaths(self.grouped_matmul, self.mesh),
-            LinearMaths(self.linear_matmul, self.mesh, self.linears),
-            self.prompt_room if expanded else None,
+            ExpertOps(self.grouped_matmul, self.mesh),
+            LinearOps(self.linear_matmul, self.mesh, self.linears),
+            self.mla_workspace if expanded else None,
         )
 
     @property
@@ -95,7 +95,7 @@ class StepModel(NamedTuple):
         shapes = [ForwardShape(bucket) for bucket in self.buckets]
         if self.adapters is not None:
             shapes += [ForwardShape(bucket, adapted=True) for bucket in self.buckets]
-        if (room := self.prompt_room) is not None:
+        if (room := self.mla_workspace) is not None:
             mixed = (bucket for bucket in self.buckets if not bucket.single_tokens)
             shapes += [ForwardShape(bucket, expanded=True) for bucket in mixed if room.can_pay(bucket.num_tokens)]
         return shapes
@@ -105,40 +105,40 @@ class StepPrograms:
     """What a runner compiles and calls.
 
     Attributes:
-        num_copies: of the model.
-        by_copy: sharding of arrays that have copies along their leading axis.
+        num_replicas: of the model.
+        by_replica: sharding of arrays that have copies along their leading axis.
     """
 
     def __init__(self, model: StepModel) -> None:
         self._model = model
-        self.num_copies: int = model.mesh.shape[DATA]
-        self.by_copy = NamedSharding(model.mesh, P(DATA))
+        self.num_replicas: int = model.mesh.shape[DATA]
+        self.by_replica = NamedSharding(model.mesh, P(DATA))
         # A host reads the tokens of all copies, of which it may hold some only.
-        out = NamedSharding(model.mesh, P()) if model.mesh.is_multi_process else self.by_copy
+        out = NamedSharding(model.mesh, P()) if model.mesh.is_multi_process else self.by_replica
         # Logits stay where they are made: split over the vocabulary, as the output head is.
         vocab_axis = partition_spec(("vocab",), (model.layout.vocab_size,), model.mesh)[0]
         self._shard = Shard(model.layout.vocab_size, vocab_axis if model_size(model.mesh) > 1 else None)
         by_id = P(DATA, self._shard.axis_name)
         self._by_id = NamedSharding(model.mesh, by_id)
-        sampling: list[Any] = [self._by_id, self.by_copy, self.by_copy, self.by_copy]
-        arrays: list[Any] = [self.by_copy, SamplingState(*sampling)]
+        sampling: list[Any] = [self._by_id, self.by_replica, self.by_replica, self.by_replica]
+        arrays: list[Any] = [self.by_replica, SamplingState(*sampling)]
         self._state_sharding = DeviceState(*arrays)
         state = jax.tree.map(lambda sharding: sharding.spec, self._state_sharding)
         options = compiler_options(model.mesh)
         maths = NO_ADAPTERS.maths
         if (bank := model.adapters) is not None:
-            splits = bank_splits(model.decoder, bank, model.mesh)
-            maths = LoraMaths(model.lora, model.lora_groups, model.lora_experts, bank.num_slots - 1, splits)
-        weight_specs = model.decoder.weight_tree(lambda spec: over_copies(spec.axes))
-        bank_over_copies = tree_of((path, over_copies(spec.axes)) for path, spec in self._bank_specs().items())
+            splits = lora_pool_splits(model.decoder, bank, model.mesh)
+            maths = LoraOps(model.lora, model.lora_groups, model.lora_experts, bank.num_slots - 1, splits)
+        weight_specs = model.decoder.weight_tree(lambda spec: over_replicas(spec.axes))
+        pool_over_replicas = tree_of((path, over_replicas(spec.axes)) for path, spec in self._lora_pool_specs().items())
         # By whether the bank is there, and whether prompts are expanded.
         self._forward = {
             (adapted, expanded): jax.jit(
                 # Over `model` the compiler splits what is in the function.
-                self._per_copy(
-                    partial(_forward, model.decoder, _Maths(model.ops(expanded=expanded), maths)),
+                self._per_replica(
+                    partial(_forward, model.decoder, _StepOps(model.ops(expanded=expanded), maths)),
                     {DATA},
-                    (weight_specs, bank_over_copies if adapted else {}, P(DATA), P(DATA), P(DATA)),
+                    (weight_specs, pool_over_replicas if adapted else {}, P(DATA), P(DATA), P(DATA)),
                     P(DATA),
                 ),
                 donate_argnums=2,
@@ -148,7 +148,7 @@ class StepPrograms:
             for adapted, expanded in ((False, False), (True, False), (False, True))
         }
         self._draw = jax.jit(
-            self._per_copy(
+            self._per_replica(
                 partial(_draw, model.decoder, model.sampler, self._shard),
                 {DATA, *MODEL},
                 (by_id, state, P(DATA), P(DATA)),
@@ -159,8 +159,8 @@ class StepPrograms:
             compiler_options=options,
         )
         self._write_row = jax.jit(write_row, donate_argnums=0, out_shardings=self._state_sharding)
-        bank_shardings = jax.tree.map(lambda leaf: leaf.sharding, self.bank_shapes())
-        self._write_slot = jax.jit(write_slot, donate_argnums=0, out_shardings=bank_shardings)
+        lora_pool_shardings = jax.tree.map(lambda leaf: leaf.sharding, self.lora_pool_shapes())
+        self._write_slot = jax.jit(write_slot, donate_argnums=0, out_shardings=lora_pool_shardings)
 
     def lower_forward(self, shape: ForwardShape) -> jax.stages.Lowered:
         """`(weights, bank, cache, last_token_R, batch) -> (cache, logits)`; the cache is donated.
@@ -168,17 +168,17 @@ class StepPrograms:
         The bank is empty where no row has an adapter.
         """
         batch = RowTable(self._model.layout).build(NOTHING, shape.bucket)
-        bank = self.bank_shapes() if shape.adapted else {}
+        bank = self.lora_pool_shapes() if shape.adapted else {}
         state = self.state_shapes()
         return self._forward[shape.adapted, shape.expanded].lower(
             self.weight_shapes(), bank, self.cache_shapes(), state.last_token_R, self._copied(batch)
         )  # fmt: skip
 
-    def lower_draw(self, num_rows: int) -> jax.stages.Lowered:
+    def lower_sample(self, num_rows: int) -> jax.stages.Lowered:
         """`(logits, state, draws, masks) -> (state, out)`; the state is donated."""
         layout = self._model.layout
         draws = RowTable(layout).draws(NOTHING, np.zeros(0, np.int32), num_rows)
-        masks = DrawMasks(np.zeros(num_rows, bool), np.zeros((num_rows, mask_words(layout.vocab_size)), np.int32))
+        masks = SampleMasks(np.zeros(num_rows, bool), np.zeros((num_rows, mask_words(layout.vocab_size)), np.int32))
         logits = self.logits_shape(num_rows)
         return self._draw.lower(logits, self.state_shapes(), *self._copied((draws, masks)))
 
@@ -189,21 +189,21 @@ class StepPrograms:
 
     def lower_write_slot(self) -> jax.stages.Lowered:
         """`(bank, slot, contents) -> bank`; the bank is donated."""
-        return self._write_slot.lower(self.bank_shapes(), np.int32(0), self.slot_shapes())
+        return self._write_slot.lower(self.lora_pool_shapes(), np.int32(0), self.slot_shapes())
 
-    def bank_shapes(self) -> Weights:
+    def lora_pool_shapes(self) -> Weights:
         """Shapes, dtypes and shardings of the adapters' bank."""
-        return tree_of((path, self._shape_of(spec)) for path, spec in self._bank_specs().items())
+        return tree_of((path, self._shape_of(spec)) for path, spec in self._lora_pool_specs().items())
 
     def slot_shapes(self) -> Weights:
         """Shapes, dtypes and shardings of what one slot of the bank holds."""
-        return tree_of((path, self._shape_of(slot_spec(spec))) for path, spec in self._bank_specs().items())
+        return tree_of((path, self._shape_of(slot_spec(spec))) for path, spec in self._lora_pool_specs().items())
 
-    def _bank_specs(self) -> dict[Path, ParamSpec]:
+    def _lora_pool_specs(self) -> dict[Path, ParamSpec]:
         """Of the adapters' bank, if there is one."""
         if self._model.adapters is None:
             return {}
-        return bank_specs(self._model.decoder, self._model.adapters)
+        return lora_pool_specs(self._model.decoder, self._model.adapters)
 
     def weight_shapes(self) -> Weights:
         """Shapes, dtypes, shardings and layouts of the weights."""
@@ -220,7 +220,7 @@ class StepPrograms:
 
     def logits_shape(self, num_rows: int) -> jax.ShapeDtypeStruct:
         """What a forward pass of that many rows a copy ends with, f32."""
-        shape = (self.num_copies * num_rows, self._model.layout.vocab_size)
+        shape = (self.num_replicas * num_rows, self._model.layout.vocab_size)
         return jax.ShapeDtypeStruct(shape, jnp.float32, sharding=self._by_id)
 
     def cache_shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
@@ -228,7 +228,7 @@ class StepPrograms:
         shardings = self._cache_shardings()
         return {
             name: jax.ShapeDtypeStruct(
-                (self.num_copies * spec.shape[0], *spec.shape[1:]), spec.dtype, sharding=shardings[name]
+                (self.num_replicas * spec.shape[0], *spec.shape[1:]), spec.dtype, sharding=shardings[name]
             )
             for name, spec in self._model.attention.cache_spec().items()
         }
@@ -244,20 +244,22 @@ class StepPrograms:
     def empty_state(self) -> DeviceState:
         """Neutral state of all rows."""
         layout = self._model.layout
-        return empty_state(self.num_copies * (layout.max_rows + 1), layout.vocab_size, self._state_sharding)
+        return empty_state(self.num_replicas * (layout.max_rows + 1), layout.vocab_size, self._state_sharding)
 
     def _cache_shardings(self) -> dict[str, NamedSharding]:
         specs = self._model.attention.cache_spec()
         return {name: NamedSharding(self._model.mesh, P(DATA, *spec.partition[1:])) for name, spec in specs.items()}
 
     def _copied(self, arrays: T) -> T:
-        """Shapes of one copy's arrays -> of all copies'."""
+        """The shapes of all replicas' arrays from the arrays of one."""
         return jax.tree.map(
-            lambda array: jax.ShapeDtypeStruct((self.num_copies, *array.shape), array.dtype, sharding=self.by_copy),
+            lambda array: jax.ShapeDtypeStruct(
+                (self.num_replicas, *array.shape), array.dtype, sharding=self.by_replica
+            ),
             arrays,
         )
 
-    def _per_copy(self, function: Callable[..., Any], axes: set[str], in_specs: Any, out_specs: Any) -> Any:
+    def _per_replica(self, function: Callable[..., Any], axes: set[str], in_specs: Any, out_specs: Any) -> Any:
         """Split by hand over some axes of the mesh."""
         return jax.shard_map(
             function,
@@ -269,16 +271,16 @@ class StepPrograms:
         )
 
 
-class _Maths(NamedTuple):
+class _StepOps(NamedTuple):
     """How a forward pass computes."""
 
     ops: StepOps
-    lora: LoraMaths
+    lora: LoraOps
 
 
 def _forward(
     decoder: Decoder,
-    maths: _Maths,
+    maths: _StepOps,
     weights: Weights,
     bank: Weights,
     cache: Cache,
@@ -304,8 +306,8 @@ def _draw(
     shard: Shard,
     logits_BV: jax.Array,
     state: DeviceState,
-    draws: DrawBatch,
-    masks: DrawMasks,
+    draws: SampleBatch,
+    masks: SampleMasks,
 ) -> tuple[DeviceState, SampleOutput]:
     """One copy's draws, and the state after them, on one shard of the vocabulary."""
     draws, masks = jax.tree.map(lambda array: array[0], (draws, masks))

@@ -14,13 +14,13 @@ import msgspec
 import numpy as np
 
 from jaxserve.models.param_spec import Weights, tree_of
-from jaxserve.runner.batch import DrawBatch, DrawMasks, ForwardBatch, RowTable
+from jaxserve.runner.batch import ForwardBatch, RowTable, SampleBatch, SampleMasks
 from jaxserve.runner.buckets import Bucket, ForwardShape
-from jaxserve.runner.compiled import CompiledSteps, Progress
+from jaxserve.runner.compiled import ProgramCache, Progress
 from jaxserve.runner.programs import NOTHING, StepModel, StepPrograms
 from jaxserve.runner.state import needs_row_state, row_state
 from jaxserve.runner.transfer import put, to_devices, zeros
-from jaxserve.runner_protocol import HostAdapter
+from jaxserve.runner_protocol import LoadedAdapter
 from jaxserve.step import AdapterLoad, ConstrainedRows, NewRow, Plans, PromptLogprobs, SchedulerOutput, StepOutput
 from kernels_pallas.sampling.api import SampleOutput, mask_words
 
@@ -63,7 +63,7 @@ def _step_output(
         index: PromptLogprobs(logprob_B[draws], top_ids_BJ[draws], top_logprobs_BJ[draws])
         for index, row in enumerate(plan.rows)
         if row.prompt_targets
-        for start in [last[index] + 1 - row.num_draws]
+        for start in [last[index] + 1 - row.num_logits_rows]
         for draws in [slice(start, start + len(row.prompt_targets))]
     }
     return msgspec.structs.replace(
@@ -73,7 +73,7 @@ def _step_output(
 
 def _last_draws(plan: SchedulerOutput) -> np.ndarray:
     """Of each row, its last draw's index among the draws of the step."""
-    return np.cumsum([row.num_draws for row in plan.rows]) - 1
+    return np.cumsum([row.num_logits_rows for row in plan.rows]) - 1
 
 
 def _prompt_lengths(plan: SchedulerOutput) -> list[tuple[int, int]]:
@@ -85,7 +85,7 @@ def _prompt_lengths(plan: SchedulerOutput) -> list[tuple[int, int]]:
 class ForwardedStep:
     """A step whose forward pass was sent; its tokens are yet to be drawn."""
 
-    def __init__(self, runner: "ModelRunner", plans: Plans, draws: DrawBatch, logits: jax.Array) -> None:
+    def __init__(self, runner: "ModelRunner", plans: Plans, draws: SampleBatch, logits: jax.Array) -> None:
         self._runner = runner
         self._plans = plans
         self._draws = draws
@@ -112,19 +112,19 @@ class ModelRunner:
         self._model = model
         self._weights = weights
         self._lowering = StepPrograms(model)
-        self._copies = self._lowering.num_copies
-        self._by_copy = self._lowering.by_copy
+        self._copies = self._lowering.num_replicas
+        self._by_replica = self._lowering.by_replica
         self._rows = [RowTable(model.layout) for _ in range(self._copies)]
         self._cache = zeros(self._lowering.cache_shapes())
         self._state = self._lowering.empty_state()
-        self._adapters: dict[str, HostAdapter] = {}
-        self._bank = zeros(self._lowering.bank_shapes())  # slots that change nothing
+        self._adapters: dict[str, LoadedAdapter] = {}
+        self._lora_pool = zeros(self._lowering.lora_pool_shapes())  # slots that change nothing
         self._slot_shardings = jax.tree.map(lambda leaf: leaf.sharding, self._lowering.slot_shapes())
         self._shapes = model.shapes
-        self._programs = CompiledSteps(self._shapes, self._lowering.lower_forward, self._lowering.lower_draw)
+        self._programs = ProgramCache(self._shapes, self._lowering.lower_forward, self._lowering.lower_sample)
         self._write_row: Any = None
         self._write_slot: Any = None
-        self._no_masks: dict[int, DrawMasks] = {}
+        self._no_masks: dict[int, SampleMasks] = {}
 
     @property
     def num_programs(self) -> int:
@@ -142,19 +142,19 @@ class ModelRunner:
         """Run every program once on padding: the real path with nothing in it."""
         nothing = (None,) * self._copies
         self._no_masks = {
-            bucket.num_rows: to_devices(self._masks(nothing, nothing, bucket.num_rows), self._by_copy)
+            bucket.num_rows: to_devices(self._masks(nothing, nothing, bucket.num_rows), self._by_replica)
             for bucket in self._model.buckets
         }
         for shape in self._shapes:
             self._run_empty(shape)
         jax.block_until_ready(self._state)
 
-    def hold_adapter(self, key: str, adapter: HostAdapter) -> None:
-        """See `AdapterHolder`."""
+    def add_adapter(self, key: str, adapter: LoadedAdapter) -> None:
+        """See `RunnerAdapters`."""
         self._adapters[key] = adapter
 
-    def drop_adapter(self, key: str) -> None:
-        """See `AdapterHolder`."""
+    def remove_adapter(self, key: str) -> None:
+        """See `RunnerAdapters`."""
         del self._adapters[key]
 
     def forward(self, plans: Plans) -> ForwardedStep:
@@ -168,7 +168,7 @@ class ModelRunner:
         bucket = self._programs.pick(
             max(plan.num_tokens for plan in running),
             # Every row has a draw, and some have more.
-            max(plan.num_draws for plan in running),
+            max(plan.num_logits_rows for plan in running),
             single_tokens=all(row.num_tokens == 1 for plan in running for row in plan.rows),
         )
         adapted = self._model.adapters is not None and any(
@@ -179,7 +179,7 @@ class ModelRunner:
 
     def _expands(self, bucket: Bucket, plans: Sequence[SchedulerOutput]) -> bool:
         """Whether a step that expands the prompts of all copies is cheaper: it takes as long as the slowest copy."""
-        room = self._model.prompt_room
+        room = self._model.mla_workspace
         if room is None or ForwardShape(bucket, expanded=True) not in self._shapes:
             return False
         costs = [room.costs(_prompt_lengths(plan)) for plan in plans]
@@ -188,14 +188,14 @@ class ModelRunner:
     def draw(
         self,
         plans: Plans,
-        draws: DrawBatch,
+        draws: SampleBatch,
         logits: jax.Array,
         constrained: Sequence[ConstrainedRows | None],
     ) -> PendingStep:
         """Draw a forwarded step's tokens; see `ForwardedStep.draw`."""
         num_rows = logits.shape[0] // self._copies
         if any(rows is not None for rows in constrained):
-            masks = to_devices(self._masks(plans, constrained, num_rows), self._by_copy)
+            masks = to_devices(self._masks(plans, constrained, num_rows), self._by_replica)
         else:
             masks = self._no_masks[num_rows]
         self._state, out = self._programs.draw(num_rows)(logits, self._state, draws, masks)
@@ -209,8 +209,8 @@ class ModelRunner:
         # The old ones may be alive, if the failure came before they were donated; two do not fit.
         self._cache = {}
         del self._state
-        self._bank = {}
-        self._bank = zeros(self._lowering.bank_shapes())  # slots that change nothing
+        self._lora_pool = {}
+        self._lora_pool = zeros(self._lowering.lora_pool_shapes())  # slots that change nothing
         self._cache = zeros(self._lowering.cache_shapes())
         self._state = self._lowering.empty_state()
         self._run_empty(ForwardShape(self._model.buckets[-1])).result()
@@ -226,12 +226,12 @@ class ModelRunner:
         """A slot gets another adapter. Steps that are on their way are before it in the devices' queue."""
         leaves = self._adapters[load.adapter].leaves
         contents = jax.tree.map(put, tree_of(leaves.items()), self._slot_shardings)
-        self._bank = self._write_slot(self._bank, np.int32(load.slot), contents)
+        self._lora_pool = self._write_slot(self._lora_pool, np.int32(load.slot), contents)
 
     def _run_forward(self, shape: ForwardShape, plans: Plans) -> ForwardedStep:
-        batch = to_devices(self._batch(shape.bucket, plans), self._by_copy)
+        batch = to_devices(self._batch(shape.bucket, plans), self._by_replica)
         forward = self._programs.forward(shape)
-        bank = self._bank if shape.adapted else {}
+        bank = self._lora_pool if shape.adapted else {}
         self._cache, logits = forward(self._weights, bank, self._cache, self._state.last_token_R, batch)
         return ForwardedStep(self, plans, batch.draws, logits)
 
@@ -244,10 +244,12 @@ class ModelRunner:
         batches = [rows.build(plan or NOTHING, bucket) for rows, plan in zip(self._rows, plans, strict=True)]
         return jax.tree.map(lambda *arrays: np.stack(arrays), *batches)
 
-    def _masks(self, plans: Plans, constrained: Sequence[ConstrainedRows | None], num_rows: int) -> DrawMasks:
+    def _masks(self, plans: Plans, constrained: Sequence[ConstrainedRows | None], num_rows: int) -> SampleMasks:
         """The copies' masks, stacked; a row is drawn from by the last of its draws."""
         words = mask_words(self._model.layout.vocab_size)
-        masks = DrawMasks(np.zeros((self._copies, num_rows), bool), np.zeros((self._copies, num_rows, words), np.int32))
+        masks = SampleMasks(
+            np.zeros((self._copies, num_rows), bool), np.zeros((self._copies, num_rows, words), np.int32)
+        )
         for copy, (plan, rows) in enumerate(zip(plans, constrained, strict=True)):
             if plan is not None and rows is not None:
                 draws = _last_draws(plan)[list(rows.rows)]

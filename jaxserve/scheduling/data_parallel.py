@@ -43,7 +43,7 @@ class DataParallelScheduler:
 
     def schedule(self) -> Plans | None:
         """Plan the next step of every copy, or None when none can run."""
-        doubtful = next((scheduler for scheduler in self._schedulers if scheduler.in_doubt), None)
+        doubtful = next((scheduler for scheduler in self._schedulers if scheduler.quarantined), None)
         plans = tuple(
             scheduler.schedule() if doubtful is None or scheduler is doubtful else None
             for scheduler in self._schedulers
@@ -67,11 +67,11 @@ class DataParallelScheduler:
         """What clients are to be told since the last call."""
         return [delta for scheduler in self._schedulers for delta in scheduler.take_deltas()]
 
-    def restart_running(self) -> None:
-        """See `Scheduler.restart_running`: the copies' steps raise together."""
+    def requeue_after_failure(self) -> None:
+        """See `Scheduler.requeue_after_failure`: the copies' steps raise together."""
         alone = sum(scheduler.num_in_flight for scheduler in self._schedulers) == 1
         for scheduler in self._schedulers:
-            scheduler.restart_running(alone=alone)
+            scheduler.requeue_after_failure(alone=alone)
 
     def flush_cache(self) -> bool:
         """Forget cached prefixes; refused (False) while anything runs or waits."""

@@ -2,7 +2,7 @@
 
 A node is one page; its edge is that page's tokens, compared in full, so two prompts never share a page by a hash
 collision. The tree holds each of its pages; a page that nothing else holds can be evicted, least recently used
-leaf first. Trees of different namespaces (adapter, cache salt) share nothing.
+leaf first. Trees of different key prefixes (adapter, cache salt) share nothing.
 """
 
 import heapq
@@ -12,7 +12,7 @@ from typing import TypeAlias
 
 from jaxserve.scheduling.pages import PagePool
 
-Namespace: TypeAlias = tuple[str, ...]
+CacheKeyPrefix: TypeAlias = tuple[str, ...]
 
 
 class _Node:
@@ -39,7 +39,7 @@ class PrefixCache:
         self._pool = pool
         self._page_size = page_size
         self.enabled = enabled
-        self._roots: dict[Namespace, _Node] = {}
+        self._roots: dict[CacheKeyPrefix, _Node] = {}
         self._nodes: dict[int, _Node] = {}
         # Idle nodes by last use; entries go stale and are checked when popped.
         self._idle: list[tuple[int, int, _Node]] = []
@@ -50,30 +50,30 @@ class PrefixCache:
         """Pages the tree holds."""
         return len(self._nodes)
 
-    def match(self, namespace: Namespace, tokens: Tokens[int]) -> list[int]:
+    def match(self, cache_key_prefix: CacheKeyPrefix, tokens: Tokens[int]) -> list[int]:
         """Pages of the longest cached prefix; each gets the caller as a holder."""
-        path = self._path(namespace, tokens)
+        path = self._path(cache_key_prefix, tokens)
         for node in path:
             self._touch(node)
             self._pool.hold(node.page)
         return [node.page for node in path]
 
-    def match_length(self, namespace: Namespace, tokens: Tokens[int]) -> int:
+    def match_length(self, cache_key_prefix: CacheKeyPrefix, tokens: Tokens[int]) -> int:
         """Pages that `match` would return; holds nothing and counts as no use."""
-        return len(self._path(namespace, tokens))
+        return len(self._path(cache_key_prefix, tokens))
 
-    def insert(self, namespace: Namespace, tokens: Tokens[int], pages: Tokens[int], first: int = 0) -> None:
+    def insert(self, cache_key_prefix: CacheKeyPrefix, tokens: Tokens[int], pages: Tokens[int], first: int = 0) -> None:
         """Remember full pages; a prefix that is there already keeps its own page.
 
         Args:
-            namespace: who may share them.
+            cache_key_prefix: who may share them.
             tokens: the whole prefix, page_size tokens per page.
             pages: the pages that hold them.
             first: pages before this one are known to be in the tree.
         """
         if not self.enabled or first >= len(pages):
             return
-        node = self._roots.setdefault(namespace, _Node(None, (), -1))
+        node = self._roots.setdefault(cache_key_prefix, _Node(None, (), -1))
         for index, page in enumerate(pages):
             edge = tuple(tokens[index * self._page_size : (index + 1) * self._page_size])
             child = node.children.get(edge)
@@ -110,8 +110,8 @@ class PrefixCache:
         self._nodes.clear()
         self._idle.clear()
 
-    def _path(self, namespace: Namespace, tokens: Tokens[int]) -> list[_Node]:
-        node = self._roots.get(namespace)
+    def _path(self, cache_key_prefix: CacheKeyPrefix, tokens: Tokens[int]) -> list[_Node]:
+        node = self._roots.get(cache_key_prefix)
         path: list[_Node] = []
         for start in range(0, len(tokens) - self._page_size + 1, self._page_size):
             node = node.children.get(tuple(tokens[start : start + self._page_size])) if node else None
@@ -143,5 +143,7 @@ class PrefixCache:
         if self._evictable(parent):
             self._push_idle(parent)
         elif parent.parent is None and not parent.children:
-            # The last page of a namespace: salts are the clients' to choose, so they must not pile up.
-            self._roots = {namespace: root for namespace, root in self._roots.items() if root is not parent}
+            # The last page under a key prefix: salts are the clients' to choose, so they must not pile up.
+            self._roots = {
+                cache_key_prefix: root for cache_key_prefix, root in self._roots.items() if root is not parent
+            }

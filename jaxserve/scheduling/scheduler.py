@@ -19,7 +19,7 @@ from jaxserve.scheduling.adapter_slots import AdapterSlots
 from jaxserve.scheduling.constraint import Constraint
 from jaxserve.scheduling.pages import PagePool
 from jaxserve.scheduling.prefix_cache import PrefixCache
-from jaxserve.scheduling.sequence import Sequence, namespace_of
+from jaxserve.scheduling.sequence import Sequence, cache_key_prefix_of
 from jaxserve.scheduling.step_builder import StepBuilder
 from jaxserve.step import PromptLogprobs, SchedulerOutput, StepOutput
 
@@ -95,8 +95,8 @@ class Scheduler:
         self._in_flight: deque[_InFlight] = deque()
         self._free_rows = list(range(config.max_rows - 1, -1, -1))
         self._live: dict[str, list[Sequence]] = {}
-        # In the order in which they are to be tried; see `restart_running`.
-        self._suspects: dict[Sequence, None] = {}
+        # In the order in which they are to be tried; see `requeue_after_failure`.
+        self._quarantined: dict[Sequence, None] = {}
         self._outbox: list[TokenDelta] = []
         self._step = 0
         self._num_preemptions = 0
@@ -128,7 +128,7 @@ class Scheduler:
 
     def num_cached_pages(self, request: Request) -> int:
         """Pages of the request's prompt that the prefix cache holds now."""
-        return self._prefixes.match_length(namespace_of(request), request.prompt_token_ids)
+        return self._prefixes.match_length(cache_key_prefix_of(request), request.prompt_token_ids)
 
     def add(self, request: Request, constraints: SequenceOf[Constraint] = ()) -> None:
         """Queue a request. It must fit the context length and the pool; the caller has checked.
@@ -163,8 +163,8 @@ class Scheduler:
     def schedule(self) -> SchedulerOutput | None:
         """Plan the next step, or None when no sequence can run."""
         step = StepBuilder(self._config)
-        if self._suspects:
-            self._schedule_alone(next(iter(self._suspects)), step)
+        if self._quarantined:
+            self._schedule_quarantined(next(iter(self._quarantined)), step)
         else:
             self._schedule_all_running(step)
             self._admit(step)
@@ -188,11 +188,11 @@ class Scheduler:
                 sequence.num_in_flight -= 1
             if not output.finite_B[index]:
                 # Its pages may hold NaN: they never enter the prefix cache.
-                self._finish_undrawable(sequence)
+                self._finish_unsampled(sequence)
                 continue
             end = row.num_computed_tokens + row.num_tokens
-            if end >= sequence.num_doubtful_tokens:
-                self._suspects.pop(sequence, None)
+            if end >= sequence.num_tokens_at_failure:
+                self._quarantined.pop(sequence, None)
             preempted_since = sequence.num_preemptions != num_preemptions[index]
             if preempted_since and sequence.collects_prompt_logprobs:
                 continue  # the whole prompt is computed again, and its draw with it
@@ -230,11 +230,11 @@ class Scheduler:
         return len({sequence for step in self._in_flight for sequence in step.sequences})
 
     @property
-    def in_doubt(self) -> bool:
+    def quarantined(self) -> bool:
         """Whether a sequence has to be run alone, to see whether it is the one whose steps raise."""
-        return bool(self._suspects)
+        return bool(self._quarantined)
 
-    def restart_running(self, *, alone: bool) -> None:
+    def requeue_after_failure(self, *, alone: bool) -> None:
         """Queue every running sequence anew after a step raised and the cache was lost.
 
         Steps in flight are forgotten. A sequence that was alone in them is ended at its second such failure; several
@@ -247,8 +247,8 @@ class Scheduler:
         self._in_flight.clear()
         for sequence in in_flight:
             if not sequence.finished:
-                sequence.num_doubtful_tokens = max(sequence.num_doubtful_tokens, sequence.num_computed_tokens)
-                self._suspects[sequence] = None
+                sequence.num_tokens_at_failure = max(sequence.num_tokens_at_failure, sequence.num_computed_tokens)
+                self._quarantined[sequence] = None
         for sequence in [sequence for sequences in self._live.values() for sequence in sequences]:
             sequence.num_in_flight = 0
         for sequence in reversed(self._running.copy()):
@@ -304,9 +304,9 @@ class Scheduler:
         return not in_prompt and sum(counts) < _MIN_TOKENS_PER_ROW * len(counts)
 
     def _schedule_running(self, sequence: Sequence, step: StepBuilder, limit: int) -> None:
-        if sequence.drained:
+        if sequence.fully_scheduled:
             return
-        count = min(step.allowance(sequence), limit)
+        count = min(step.token_budget_for(sequence), limit)
         if count == 0:
             return
         while not self._grow(sequence, sequence.num_computed_tokens + count):
@@ -325,7 +325,7 @@ class Scheduler:
 
     def _admit(self, step: StepBuilder) -> None:
         for sequence in self._candidates():
-            if not self._free_rows or not step.num_tokens_left or not step.num_draws_left:
+            if not self._free_rows or not step.num_tokens_left or not step.num_logits_rows_left:
                 return
             if sequence.num_in_flight or self._waits_for_prefix(sequence):
                 continue
@@ -341,7 +341,7 @@ class Scheduler:
         sequence.pages = self._match(sequence)
         sequence.num_indexed_pages = len(sequence.pages)
         sequence.num_computed_tokens = len(sequence.pages) * self._page_size
-        count = step.allowance(sequence)
+        count = step.token_budget_for(sequence)
         # Room for the whole prompt, not only for its first chunk: a half-computed prompt only blocks others.
         if not self._grow(sequence, sequence.num_tokens):
             self._prefixes.release(sequence.pages)
@@ -360,7 +360,7 @@ class Scheduler:
         step.add(sequence, count)
         return True
 
-    def _schedule_alone(self, sequence: Sequence, step: StepBuilder) -> None:
+    def _schedule_quarantined(self, sequence: Sequence, step: StepBuilder) -> None:
         """A step of one sequence. The others do not run now, so what it lacks is taken from them."""
         if sequence.row is not None:
             self._schedule_running(sequence, step, self._config.max_step_tokens)
@@ -371,7 +371,7 @@ class Scheduler:
     def _candidates(self) -> Iterator[Sequence]:
         waiting = list(islice(self._waiting, _ADMISSION_WINDOW))
         if self._config.policy == "lpm" and len(waiting) <= _LPM_WINDOW:
-            waiting.sort(key=lambda s: -self._prefixes.match_length(s.namespace, s.token_ids))
+            waiting.sort(key=lambda s: -self._prefixes.match_length(s.cache_key_prefix, s.token_ids))
         yield from waiting
 
     def _waits_for_prefix(self, sequence: Sequence) -> bool:
@@ -381,14 +381,14 @@ class Scheduler:
             return True
         if not self._prefixes.enabled or sequence.collects_prompt_logprobs:
             return False
-        pages = self._prefixes.match_length(sequence.namespace, sequence.token_ids[:-1])
+        pages = self._prefixes.match_length(sequence.cache_key_prefix, sequence.token_ids[:-1])
         end = (pages + 1) * self._page_size
         if end >= sequence.num_tokens:
             return False
         return any(
             other.num_indexed_pages <= pages
             and end <= other.num_prompt_tokens
-            and other.namespace == sequence.namespace
+            and other.cache_key_prefix == sequence.cache_key_prefix
             and other.token_ids[:end] == sequence.token_ids[:end]
             for other in self._running
         )
@@ -397,7 +397,7 @@ class Scheduler:
         """Pages of a cached prefix, now held; the last token is always computed, for its logits."""
         if sequence.collects_prompt_logprobs:
             return []
-        return self._prefixes.match(sequence.namespace, sequence.token_ids[:-1])
+        return self._prefixes.match(sequence.cache_key_prefix, sequence.token_ids[:-1])
 
     def _grow(self, sequence: Sequence, num_tokens: int) -> bool:
         """Take pages for that many tokens; False, with none taken, when they cannot be had."""
@@ -511,7 +511,7 @@ class Scheduler:
         self._send(sequence, [], reason, error=error, refused=refused)
         self._close(sequence)
 
-    def _finish_undrawable(self, sequence: Sequence) -> None:
+    def _finish_unsampled(self, sequence: Sequence) -> None:
         """No token could be drawn."""
         sampling = sequence.request.sampling
         if sequence.constraint is not None and (sampling.logit_bias or sampling.min_tokens):
@@ -526,7 +526,7 @@ class Scheduler:
             self._leave_row(sequence)
         else:
             self._waiting.remove(sequence)
-        self._suspects.pop(sequence, None)
+        self._quarantined.pop(sequence, None)
         siblings = self._live[sequence.request.id]
         siblings.remove(sequence)
         if not siblings:
@@ -537,5 +537,7 @@ class Scheduler:
         full = min(num_computed, len(sequence.token_ids)) // self._page_size
         if sequence.row is None or full <= sequence.num_indexed_pages:
             return
-        self._prefixes.insert(sequence.namespace, sequence.token_ids, sequence.pages[:full], sequence.num_indexed_pages)
+        self._prefixes.insert(
+            sequence.cache_key_prefix, sequence.token_ids, sequence.pages[:full], sequence.num_indexed_pages
+        )
         sequence.num_indexed_pages = full

@@ -2,7 +2,7 @@
 
 from jaxserve.request import Request, TokenLogprobs
 from jaxserve.scheduling.constraint import Constraint
-from jaxserve.scheduling.prefix_cache import Namespace
+from jaxserve.scheduling.prefix_cache import CacheKeyPrefix
 
 _MASK = 2**64 - 1
 
@@ -17,8 +17,8 @@ def choice_seed(seed: int, choice: int) -> int:
     return mixed ^ (mixed >> 31)
 
 
-def namespace_of(request: Request) -> Namespace:
-    """Which requests may share its pages: those of the same namespace."""
+def cache_key_prefix_of(request: Request) -> CacheKeyPrefix:
+    """Which requests may share its pages: those with the same key prefix."""
     return (request.adapter, request.cache_salt)
 
 
@@ -36,7 +36,7 @@ class Sequence:
         num_indexed_pages: full pages given to the prefix cache.
         num_cached_tokens: prompt tokens taken from the prefix cache on first admission; None before it.
         num_failed_steps: steps that raised while it was alone in them.
-        num_doubtful_tokens: computed tokens when it was last in a step that raised.
+        num_tokens_at_failure: computed tokens when it was last in a step that raised.
         num_preemptions: how often it lost its row; results of steps from before are not about its pages.
         pages: held pages, in order.
         num_sent_pages: pages the runner knows of.
@@ -52,12 +52,12 @@ class Sequence:
         "leader",
         "num_cached_tokens",
         "num_computed_tokens",
-        "num_doubtful_tokens",
         "num_failed_steps",
         "num_in_flight",
         "num_indexed_pages",
         "num_preemptions",
         "num_sent_pages",
+        "num_tokens_at_failure",
         "pages",
         "prompt_logprobs",
         "request",
@@ -80,7 +80,7 @@ class Sequence:
         self.num_indexed_pages = 0
         self.num_cached_tokens: int | None = None
         self.num_failed_steps = 0
-        self.num_doubtful_tokens = 0
+        self.num_tokens_at_failure = 0
         self.num_preemptions = 0
         self.pages: list[int] = []
         self.num_sent_pages = 0
@@ -137,16 +137,16 @@ class Sequence:
         return self.num_uncomputed_tokens > 1
 
     @property
-    def drained(self) -> bool:
+    def fully_scheduled(self) -> bool:
         """Whether all that it may draw is drawn or in flight, and nothing else is left to compute."""
         max_tokens = self.request.sampling.max_tokens
         # The last output token is never run: no draw follows it.
         return self.num_output_tokens >= max_tokens and self.num_uncomputed_tokens <= min(1, max_tokens)
 
     @property
-    def namespace(self) -> Namespace:
+    def cache_key_prefix(self) -> CacheKeyPrefix:
         """Who may share its pages."""
-        return namespace_of(self.request)
+        return cache_key_prefix_of(self.request)
 
     @property
     def collects_prompt_logprobs(self) -> bool:

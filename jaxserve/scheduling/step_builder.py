@@ -10,17 +10,17 @@ class StepBuilder:
 
     def __init__(self, config: SchedulerConfig) -> None:
         self.num_tokens_left = config.max_step_tokens
-        self.num_draws_left = config.max_rows
+        self.num_logits_rows_left = config.max_rows
         self.rows: list[ScheduledRow] = []
         self.sequences: list[Sequence] = []
         self._new_rows: list[NewRow] = []
 
-    def allowance(self, sequence: Sequence) -> int:
+    def token_budget_for(self, sequence: Sequence) -> int:
         """Tokens that the sequence may run in this step."""
-        if not self.num_draws_left:
+        if not self.num_logits_rows_left:
             return 0
         count = min(sequence.num_uncomputed_tokens, self.num_tokens_left)
-        return min(count, self.num_draws_left) if sequence.collects_prompt_logprobs else count
+        return min(count, self.num_logits_rows_left) if sequence.collects_prompt_logprobs else count
 
     def admit(self, sequence: Sequence, adapter_slot: int) -> None:
         """A sequence takes a row with this step."""
@@ -62,7 +62,7 @@ class StepBuilder:
         sequence.num_sent_pages = len(sequence.pages)
         sequence.num_in_flight += samples
         self.num_tokens_left -= count
-        self.num_draws_left -= row.num_draws
+        self.num_logits_rows_left -= row.num_logits_rows
 
     def drop(self, sequence: Sequence) -> None:
         """Take a sequence that was preempted after all out of the step."""
@@ -73,7 +73,7 @@ class StepBuilder:
         self.sequences.pop(index)
         sequence.num_in_flight -= row.samples
         self.num_tokens_left += row.num_tokens
-        self.num_draws_left += row.num_draws
+        self.num_logits_rows_left += row.num_logits_rows
 
     def finish(self, step: int, adapter_loads: tuple[AdapterLoad, ...]) -> SchedulerOutput:
         """Order the rows: single tokens first."""

@@ -40,7 +40,7 @@ class JsonStyle:
         return {"whitespace_pattern": self.whitespace, "lenient": not strict}
 
 
-class Before(NamedTuple):
+class GrammarPrefix(NamedTuple):
     """What may come before a constrained output.
 
     Attributes:
@@ -105,7 +105,7 @@ class GrammarWriter:
         return {**schema, "x-guidance": self._style.options(strict=strict)}
 
 
-def whole(alternatives: Sequence[tuple[Before, GrammarPart]]) -> str:
+def whole(alternatives: Sequence[tuple[GrammarPrefix, GrammarPart]]) -> str:
     """The grammar of a whole output: one of the parts after what comes before it.
 
     Raises:

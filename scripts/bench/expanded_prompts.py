@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from jaxserve.arguments import parse_arguments
-from jaxserve.layout.layout import design_model, lay_out
+from jaxserve.layout.layout import layout_engine, layout_model
 from jaxserve.loading.hub import find_config
 from jaxserve.parallel.mesh import make_mesh
 from jaxserve.request import SamplingParams
@@ -51,9 +51,9 @@ def main() -> None:
     args, flags = parser.parse_known_args()
     config = parse_arguments(flags).engine
     hf_config = find_config(config.model_path, config.revision, config.download_dir)
-    design = design_model(config, hf_config, make_mesh(config.tp_size, 1, config.ep_size))
-    model = lay_out(config, design, _POOL_BYTES).step
-    room = model.prompt_room
+    design = layout_model(config, hf_config, make_mesh(config.tp_size, 1, config.ep_size))
+    model = layout_engine(config, design, _POOL_BYTES).step
+    room = model.mla_workspace
     if room is None:
         parser.error("--model-path: prompts of this model are not expanded")
     programs = StepPrograms(model)
@@ -71,7 +71,7 @@ def main() -> None:
 
     num_tokens = length = min(model.buckets[0].num_tokens, room.num_tokens)
     while length <= room.num_tokens:
-        batch = to_devices(make_batch(model, num_tokens, length), programs.by_copy)
+        batch = to_devices(make_batch(model, num_tokens, length), programs.by_replica)
         rounds = np.array([[seconds(forward, batch) for forward in forwards] for _ in range(args.rounds + 1)])[1:]
         cached, expanded = np.median(rounds, axis=0) * 1e3
         ratio = statistics.median(rounds[:, 1] / rounds[:, 0])

@@ -14,7 +14,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from jaxserve.loading.hub import find_model
-from jaxserve.models.architecture import BuildModel
+from jaxserve.models.architecture import DecoderArgs
 from jaxserve.models.qwen3 import ARCHITECTURE
 from jaxserve.text.tokenizer import load_tokenizer
 
@@ -45,7 +45,7 @@ def main() -> None:
     config = {**CONFIG, "vocab_size": tokenizer.vocab_size, "eos_token_id": tokenizer.eos_token_ids[0]}
     (folder / "config.json").write_text(json.dumps(config))
     model = ARCHITECTURE.read_config(config)
-    specs = ARCHITECTURE.build(BuildModel(model, jnp.dtype(jnp.bfloat16))).param_specs
+    specs = ARCHITECTURE.build(DecoderArgs(model, jnp.dtype(jnp.bfloat16))).param_specs
     rng = np.random.default_rng(0)
     tensors: dict[str, np.ndarray] = {}
     for path, name in ARCHITECTURE.tensor_names(model).items():

@@ -14,7 +14,7 @@ from api.app import create_app
 from jaxserve.config import LoraConfig
 from jaxserve.errors import AdapterError, LaunchError
 from jaxserve.request import AdapterSource
-from jaxserve.runner_protocol import HostAdapter
+from jaxserve.runner_protocol import LoadedAdapter
 from tests.api.conftest import make_server
 from tests.support.fakes import FakeEngineClient, shift_adapter
 from tests.support.tiny import VOCAB_SIZE
@@ -22,7 +22,7 @@ from tests.support.tiny import VOCAB_SIZE
 Http = AsyncTestClient[Litestar]
 
 
-def read(folder: str) -> HostAdapter:
+def read(folder: str) -> LoadedAdapter:
     """A folder holds its shift."""
     try:
         return shift_adapter(int((Path(folder) / "shift").read_text()))

@@ -12,7 +12,7 @@ from api.app import create_app
 from api.chat.conversation import template_messages
 from api.chat.schemas import CalledFunction, ChatMessage, ContentPart, ToolCall
 from jaxserve.errors import LaunchError, RequestError
-from jaxserve.parsing.message_parser import choose_formats
+from jaxserve.parsing.message_parser import select_parsers
 from jaxserve.parsing.reasoning.registry import REASONING_FORMATS, detect_reasoning
 from jaxserve.parsing.tool_calls.registry import TOOL_CALL_FORMATS, detect_tool_calls
 from jaxserve.text.chat_template import CHATML
@@ -324,9 +324,9 @@ async def test_names_of_formats(http: Http) -> None:
     server = make_server(FakeEngineClient(VOCAB_SIZE))
     template = server.tokenizer.chat_template
     for name in REASONING_FORMATS:
-        assert choose_formats(name.upper(), "auto", template).reasoning is REASONING_FORMATS[name]
+        assert select_parsers(name.upper(), "auto", template).reasoning is REASONING_FORMATS[name]
     for name in TOOL_CALL_FORMATS:
-        assert choose_formats(None, name, template).tool_calls is TOOL_CALL_FORMATS[name]
+        assert select_parsers(None, name, template).tool_calls is TOOL_CALL_FORMATS[name]
     for reasoning, tool_calls in (("x", "auto"), (None, "x")):
         with pytest.raises(LaunchError, match="one of auto"):
-            choose_formats(reasoning, tool_calls, template)
+            select_parsers(reasoning, tool_calls, template)

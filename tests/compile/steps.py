@@ -8,7 +8,7 @@ from typing import Any
 import jax
 
 from jaxserve.config import EngineConfig
-from jaxserve.layout.layout import EngineDesign, design_model, lay_out
+from jaxserve.layout.layout import EngineLayout, layout_engine, layout_model
 from jaxserve.layout.memory import DEVICE_MEM_FRACTION
 from jaxserve.models.layer_groups import group_layers
 from jaxserve.parallel.mesh import mesh_of
@@ -51,21 +51,21 @@ MODELS = {
 CONTEXT = 16384
 
 
-def lay_out_for(target_text: str, model: str, tp_size: int, **options: Any) -> tuple[EngineDesign, int]:
+def layout_for(target_text: str, model: str, tp_size: int, **options: Any) -> tuple[EngineLayout, int]:
     target = parse_target(target_text)
     prepare_environment(target)
     options = {"context_length": CONTEXT, **options}
     config = EngineConfig(model_path=model, tp_size=tp_size, **options)
-    design = design_model(
+    design = layout_model(
         config, MODELS[model], mesh_of(target_devices(target), tp_size, config.dp_size, config.ep_size)
     )
     left = target.device.memory_bytes - design.device_weight_bytes
     adapters = None if config.lora is None else adapter_slots(config.lora, design)
-    return lay_out(config, design, int(left * DEVICE_MEM_FRACTION), adapters), design.device_weight_bytes
+    return layout_engine(config, design, int(left * DEVICE_MEM_FRACTION), adapters), design.device_weight_bytes
 
 
 def check_program(
-    engine: EngineDesign, lower: Callable[[], jax.stages.Lowered], memory_bytes: int, record: Callable[..., None]
+    engine: EngineLayout, lower: Callable[[], jax.stages.Lowered], memory_bytes: int, record: Callable[..., None]
 ) -> tuple[str, Any]:
     """Compile; what every program must keep to. Returns its text and memory figures."""
     lowered = lower()
@@ -82,7 +82,7 @@ def check_program(
     return text, memory
 
 
-def check_forward(engine: EngineDesign, text: str, memory: Any, tp_size: int) -> None:
+def check_forward(engine: EngineLayout, text: str, memory: Any, tp_size: int) -> None:
     """The cache is updated in place, and two all-reduces a layer, of those repeated together, cross the devices."""
     assert memory.alias_size_in_bytes >= engine.pool_bytes
     for name, spec in engine.step.attention.cache_spec().items():

@@ -20,7 +20,7 @@ from kernels_pallas.grouped_matmul.api import Matrices
 from kernels_pallas.paged_attention.api import AttentionBackend, AttentionConfig, AttentionMeta, Cache
 from kernels_pallas.quantized import QuantizedFormat
 from kernels_pallas.token_tiles import Blocks
-from tests.compile.steps import lay_out_for
+from tests.compile.steps import layout_for
 
 if jax.__version_info__ >= (0, 11):
     from kernels_pallas.grouped_matmul.gpu.backend import GpuGroupedMatmul
@@ -174,12 +174,12 @@ def test_kernels_of_a_step_with_adapters_keep_to_registers(assemble: Assemble) -
     """Those of every linear map's adapters, and of sampling, beside attention at the sizes of a real model."""
     lora = LoraConfig(max_rank=16, target_modules=("all",))
     sizes = {"context_length": 8192, "max_running_requests": 8, "chunked_prefill_size": 32}
-    engine, _ = lay_out_for("h100:1", "qwen3-4b", 1, lora=lora, **sizes)
+    engine, _ = layout_for("h100:1", "qwen3-4b", 1, lora=lora, **sizes)
     step = StepPrograms(engine.step)
     kernels: list[Kernel] = []
     for lowered in (
         step.lower_forward(ForwardShape(engine.step.buckets[0], adapted=True)),
-        step.lower_draw(engine.scheduler.max_rows),
+        step.lower_sample(engine.scheduler.max_rows),
     ):
         kernels += assemble(lowered)
     assert {kernel.name for kernel in kernels} >= {

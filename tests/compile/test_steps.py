@@ -15,7 +15,7 @@ import pytest
 
 from jaxserve.config import LayerConfig, LoraConfig
 from jaxserve.errors import LaunchError
-from jaxserve.layout.layout import EngineDesign
+from jaxserve.layout.layout import EngineLayout
 from jaxserve.models.layer_groups import group_layers
 from jaxserve.plan.hlo import Collectives, find_collectives, num_kernels
 from jaxserve.plan.targets import parse_target
@@ -23,7 +23,7 @@ from jaxserve.runner.buckets import Bucket, ForwardShape
 from jaxserve.runner.programs import StepPrograms
 from kernels_pallas.grouped_matmul.xla.backend import XlaGroupedMatmul
 from tests.compile.models import QWEN3_4B
-from tests.compile.steps import MODELS, check_forward, check_program, lay_out_for
+from tests.compile.steps import MODELS, check_forward, check_program, layout_for
 from tests.support.marks import slow
 
 pytestmark = pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="the kernels need JAX 0.11")
@@ -63,7 +63,7 @@ DECODE_STEPS = [
 @pytest.mark.parametrize(("target", "model", "tp_size"), STEPS)
 def test_mixed_step(target: str, model: str, tp_size: int, record_property: Callable[..., None]) -> None:
     """The widest step: prompts and single tokens."""
-    engine, weight_bytes = lay_out_for(target, model, tp_size)
+    engine, weight_bytes = layout_for(target, model, tp_size)
     on_gpu = parse_target(target).device.platform == "gpu"
     assert engine.attention_name == ("gpu" if on_gpu else "tpu")
     step = StepPrograms(engine.step)
@@ -80,7 +80,7 @@ def test_mixed_step(target: str, model: str, tp_size: int, record_property: Call
 
 @pytest.mark.parametrize(("target", "model", "tp_size"), DECODE_STEPS)
 def test_decode_step_and_draws(target: str, model: str, tp_size: int, record_property: Callable[..., None]) -> None:
-    engine, _ = lay_out_for(target, model, tp_size)
+    engine, _ = layout_for(target, model, tp_size)
     on_gpu = parse_target(target).device.platform == "gpu"
     step, memory_bytes = StepPrograms(engine.step), parse_target(target).device.memory_bytes
     rows = engine.scheduler.max_rows
@@ -89,7 +89,7 @@ def test_decode_step_and_draws(target: str, model: str, tp_size: int, record_pro
     )
     assert num_kernels(text) == (2 if on_gpu else 1)
     check_forward(engine, text, memory, tp_size)
-    text, memory = check_program(engine, lambda: step.lower_draw(rows), memory_bytes, record_property)
+    text, memory = check_program(engine, lambda: step.lower_sample(rows), memory_bytes, record_property)
     # Arg-maxima only; with candidates; with penalties and masks.
     assert num_kernels(text) == 3
     assert memory.alias_size_in_bytes >= 4 * (rows + 1) * engine.step.layout.vocab_size // tp_size
@@ -119,7 +119,7 @@ def test_step_with_experts(
     """Experts stay in the stack of all layers: cut out, one layer's would show among the temporaries."""
     # Hopper's compiler would compute attention twice, were the device fuller than it likes.
     num_tokens = {"h100:1": 24576, "h200:8": 262144}.get(target)
-    engine, _ = lay_out_for(target, model, tp_size, ep_size=ep_size, max_total_tokens=num_tokens)
+    engine, _ = layout_for(target, model, tp_size, ep_size=ep_size, max_total_tokens=num_tokens)
     on_gpu = parse_target(target).device.platform == "gpu"
     step, memory_bytes = StepPrograms(engine.step), parse_target(target).device.memory_bytes
     text, memory = check_program(
@@ -156,8 +156,8 @@ def test_step_with_expanded_prompts(
 ) -> None:
     """Nothing crosses the devices for it, and neither cache nor room is copied."""
     num_tokens = {"h100:1": 65536, "h200:8": 262144}.get(target)  # as above
-    engine, _ = lay_out_for(target, model, tp_size, ep_size=tp_size, max_total_tokens=num_tokens)
-    room = engine.step.prompt_room
+    engine, _ = layout_for(target, model, tp_size, ep_size=tp_size, max_total_tokens=num_tokens)
+    room = engine.step.mla_workspace
     assert room is not None
     step, memory_bytes = StepPrograms(engine.step), parse_target(target).device.memory_bytes
     shape = ForwardShape(engine.step.buckets[0], expanded=True)
@@ -178,7 +178,7 @@ def test_step_with_expanded_prompts(
 def test_copies_share_experts(target: str, model: str, record_property: Callable[..., None]) -> None:
     """--enable-dp-attention: tokens of all copies go to the experts of each, and their sums back; nothing else."""
     num_tokens = {"h200:8": 32768}.get(target)  # as above
-    engine, _ = lay_out_for(target, model, 1, dp_size=8, dp_attention=True, max_total_tokens=num_tokens)
+    engine, _ = layout_for(target, model, 1, dp_size=8, dp_attention=True, max_total_tokens=num_tokens)
     assert engine.attention_name == ("gpu" if target.startswith("h") else "tpu")
     step, memory_bytes = StepPrograms(engine.step), parse_target(target).device.memory_bytes
     rows = engine.scheduler.max_rows
@@ -191,7 +191,7 @@ def test_copies_share_experts(target: str, model: str, record_property: Callable
     assert memory.alias_size_in_bytes >= engine.pool_bytes
 
 
-def _num_linears(engine: EngineDesign, kind: LayerConfig) -> int:
+def _num_linears(engine: EngineLayout, kind: LayerConfig) -> int:
     """Quantised linear maps of a layer that have a kernel: of attention, and of an MLP or of a shared expert."""
     parts = ("attention", "moe" if kind.mlp == "experts" else "mlp")
     return sum(path[1] in parts for path in engine.step.linears)
@@ -211,7 +211,7 @@ def test_decode_step_of_quantised_linear_maps(
     target: str, model: str, tp_size: int, quantization: str, record_property: Callable[..., None]
 ) -> None:
     """Weights are multiplied out in the kernels: nothing of a layer's size is among the temporaries."""
-    engine, _ = lay_out_for(target, model, tp_size, quantization=quantization)
+    engine, _ = layout_for(target, model, tp_size, quantization=quantization)
     step, memory_bytes = StepPrograms(engine.step), parse_target(target).device.memory_bytes
     rows = engine.scheduler.max_rows
     text, memory = check_program(
@@ -236,7 +236,7 @@ def _check_gathers(text: str, rows: int, tp_size: int) -> None:
 @pytest.mark.parametrize("target", ["v6e:2x4", slow("h100:8")])
 def test_copies_share_nothing(target: str, record_property: Callable[..., None]) -> None:
     """--dp: no collective runs over `data`."""
-    engine, _ = lay_out_for(target, "qwen2.5-0.5b", 2, dp_size=4)
+    engine, _ = layout_for(target, "qwen2.5-0.5b", 2, dp_size=4)
     step, memory_bytes = StepPrograms(engine.step), parse_target(target).device.memory_bytes
     text, _ = check_program(
         engine, lambda: step.lower_forward(ForwardShape(engine.step.buckets[-1])), memory_bytes, record_property
@@ -253,7 +253,7 @@ def test_step_with_adapters(target: str, model: str, tp_size: int, record_proper
     """Factors are split with their weights: small all-reduces after those of the base, and nothing else crosses."""
     lora = LoraConfig(max_rank=16, target_modules=("all-linear",))
     # Hopper's compiler would compute updates twice, were the device fuller than it likes.
-    engine, weight_bytes = lay_out_for(target, model, tp_size, lora=lora, max_total_tokens=262144)
+    engine, weight_bytes = layout_for(target, model, tp_size, lora=lora, max_total_tokens=262144)
     step, memory_bytes = StepPrograms(engine.step), parse_target(target).device.memory_bytes
     text, memory = check_program(
         engine,
@@ -275,7 +275,7 @@ def test_step_with_adapted_experts(
     """Every linear map, routers and experts among them: no more than the base's collectives and theirs crosses."""
     lora = LoraConfig(max_rank=16, max_loras_per_batch=3, target_modules=("all",))
     options = {"ep_size": ep_size, "lora": lora, "max_total_tokens": 65536, "max_running_requests": 64}
-    engine, _ = lay_out_for(target, "qwen3-30b-a3b", tp_size, **options)
+    engine, _ = layout_for(target, "qwen3-30b-a3b", tp_size, **options)
     step, memory_bytes = StepPrograms(engine.step), parse_target(target).device.memory_bytes
     text, memory = check_program(
         engine,
@@ -294,21 +294,21 @@ def test_draws_from_the_largest_vocabulary(
     target: str, monkeypatch: pytest.MonkeyPatch, record_property: Callable[..., None]
 ) -> None:
     monkeypatch.setitem(MODELS, "large vocabulary", QWEN3_4B | {"vocab_size": 262144})
-    engine, _ = lay_out_for(target, "large vocabulary", 1)
+    engine, _ = layout_for(target, "large vocabulary", 1)
     memory_bytes = parse_target(target).device.memory_bytes
-    text, _ = check_program(engine, lambda: StepPrograms(engine.step).lower_draw(8), memory_bytes, record_property)
+    text, _ = check_program(engine, lambda: StepPrograms(engine.step).lower_sample(8), memory_bytes, record_property)
     assert num_kernels(text) == 3
 
 
 def test_blackwell_runs_the_portable_step(caplog: Any) -> None:
-    engine, _ = lay_out_for("b200:1", "qwen3-4b", 1)
+    engine, _ = layout_for("b200:1", "qwen3-4b", 1)
     assert engine.attention_name == "xla"
     assert [text.split(":")[0] for text in caplog.messages if "made for Hopper" in text] == [
         "attention backend", "sampling backend"
     ]  # fmt: skip
     step = StepPrograms(engine.step)
     rows = engine.scheduler.max_rows
-    for lowered in (step.lower_forward(ForwardShape(Bucket(rows, rows))), step.lower_draw(rows)):
+    for lowered in (step.lower_forward(ForwardShape(Bucket(rows, rows))), step.lower_sample(rows)):
         compiled = lowered.compile()
         assert compiled.memory_analysis() is not None
         assert num_kernels(compiled.as_text() or "") == 0
@@ -316,9 +316,9 @@ def test_blackwell_runs_the_portable_step(caplog: Any) -> None:
 
 def test_a_named_backend_is_no_wish() -> None:
     with pytest.raises(Exception, match="made for Hopper"):
-        lay_out_for("b200:1", "qwen3-4b", 1, attention_backend="gpu")
+        layout_for("b200:1", "qwen3-4b", 1, attention_backend="gpu")
     with pytest.raises(Exception, match="do not run on"):
-        lay_out_for("v6e:2x4", "qwen3-4b", 1, attention_backend="gpu")
+        layout_for("v6e:2x4", "qwen3-4b", 1, attention_backend="gpu")
 
 
 @pytest.mark.parametrize(
@@ -331,8 +331,8 @@ def test_a_named_backend_is_no_wish() -> None:
     ],
 )
 def test_quantised_cache(target: str, dtype: str, record_property: Callable[..., None]) -> None:
-    engine, _ = lay_out_for(target, "qwen3-4b", 1, kv_cache_dtype=dtype)
-    plain, _ = lay_out_for(target, "qwen3-4b", 1)
+    engine, _ = layout_for(target, "qwen3-4b", 1, kv_cache_dtype=dtype)
+    plain, _ = layout_for(target, "qwen3-4b", 1)
     assert engine.cache.num_pages == pytest.approx(2 * plain.cache.num_pages, rel=0.01)
     step = StepPrograms(engine.step)
     text, memory = check_program(
@@ -346,22 +346,22 @@ def test_quantised_cache(target: str, dtype: str, record_property: Callable[...,
 
 def test_long_contexts_take_larger_pages(monkeypatch: pytest.MonkeyPatch) -> None:
     """A TPU's page table has to fit the memory for scalars."""
-    engine, _ = lay_out_for("v6e:2x4", "llama-3.1-8b", 4, context_length=131072)
+    engine, _ = layout_for("v6e:2x4", "llama-3.1-8b", 4, context_length=131072)
     assert engine.cache.page_size == 256
     step = StepPrograms(engine.step)
     rows = engine.scheduler.max_rows
     assert step.lower_forward(ForwardShape(Bucket(rows, rows))).compile().memory_analysis() is not None
     with pytest.raises(LaunchError, match=r"--max-running-requests 512 with --context-length 131072 is more than"):
-        lay_out_for("v6e:2x4", "llama-3.1-8b", 4, context_length=131072, max_running_requests=512)
+        layout_for("v6e:2x4", "llama-3.1-8b", 4, context_length=131072, max_running_requests=512)
     monkeypatch.setitem(MODELS["qwen3-4b"], "max_position_embeddings", 262144)
-    engine, _ = lay_out_for("v6e:2x4", "qwen3-4b", 1, context_length=None)
+    engine, _ = layout_for("v6e:2x4", "qwen3-4b", 1, context_length=None)
     assert (engine.cache.page_size, engine.scheduler.max_rows) == (256, 128)
-    engine, _ = lay_out_for("h100:8", "llama-3.1-8b", 4, context_length=131072)
+    engine, _ = layout_for("h100:8", "llama-3.1-8b", 4, context_length=131072)
     assert engine.cache.page_size == 128
 
 
 def test_state_is_small() -> None:
-    engine, _ = lay_out_for("v6e:2x4", "llama-3.3-70b", 8)
+    engine, _ = layout_for("v6e:2x4", "llama-3.3-70b", 8)
     state = StepPrograms(engine.step).state_shapes()
     counts = state.sampling.counts_RV
     assert counts.sharding.shard_shape(counts.shape)[1] * 8 == engine.step.layout.vocab_size

@@ -18,7 +18,7 @@ from jaxserve.engine.in_process_client import InProcessEngineClient
 from jaxserve.text.tokenizer import Tokenizer, load_tokenizer
 from tests.e2e.conftest import loaded, serving
 from tests.support.marks import slow
-from tests.support.recitals import FAMILIES, RECITALS, Recital
+from tests.support.recitals import FAMILIES, MEMORIZED, Memorized
 from tests.support.transcripts import TOOLS
 
 MODELS = Path(__file__).parents[1] / "models"
@@ -41,7 +41,7 @@ def tokenizer() -> Tokenizer:
     return load_tokenizer(FOLDER)
 
 
-def server(engine: InProcessEngineClient, recital: Recital) -> Server:
+def server(engine: InProcessEngineClient, recital: Memorized) -> Server:
     """With the family's parsers."""
     settings = ApiSettings(
         model_path="recital", served_model_name="recital", reasoning_parser=recital.reasoning_parser,
@@ -50,7 +50,7 @@ def server(engine: InProcessEngineClient, recital: Recital) -> Server:
     return Server(settings, engine)
 
 
-def options(recital: Recital) -> dict[str, Any]:
+def options(recital: Memorized) -> dict[str, Any]:
     body: dict[str, Any] = {
         "model": "recital", "messages": [{"role": "user", "content": recital.name}], "temperature": 0,
         "extra_body": {"chat_template_kwargs": {"opening": recital.opening}},
@@ -58,14 +58,14 @@ def options(recital: Recital) -> dict[str, Any]:
     return {**body, "tools": TOOL_FIELDS} if recital.calls else body
 
 
-def meant(recital: Recital) -> tuple[Any, ...]:
+def meant(recital: Memorized) -> tuple[Any, ...]:
     """Thinking, content, calls and finish reason."""
     calls = [(call.name, call.arguments) for call in recital.calls]
     return recital.reasoning, recital.content, calls, "tool_calls" if calls else "stop"
 
 
-@pytest.mark.parametrize("recital", RECITALS, ids=lambda recital: recital.name)
-async def test_chat(engine: InProcessEngineClient, tokenizer: Tokenizer, recital: Recital) -> None:
+@pytest.mark.parametrize("recital", MEMORIZED, ids=lambda recital: recital.name)
+async def test_chat(engine: InProcessEngineClient, tokenizer: Tokenizer, recital: Memorized) -> None:
     await check_chat(engine, tokenizer, recital)
 
 
@@ -76,12 +76,12 @@ async def test_architectures_recite(family: str, compilation_cache: str) -> None
     folder = MODELS / f"recital_{family}"
     options: Any = {"max_running_requests": 2, "chunked_prefill_size": 32, "max_total_tokens": 2048}
     async with loaded(folder, compilation_cache_dir=compilation_cache, **options) as engine:
-        for recital in RECITALS:
+        for recital in MEMORIZED:
             if recital.name in FAMILIES[family]:
                 await check_chat(engine, load_tokenizer(folder), recital)
 
 
-async def check_chat(engine: InProcessEngineClient, tokenizer: Tokenizer, recital: Recital) -> None:
+async def check_chat(engine: InProcessEngineClient, tokenizer: Tokenizer, recital: Memorized) -> None:
     """What a recital means is what a client reads, whole and streamed."""
     async with (
         serving(server(engine, recital), tokenizer) as url,
@@ -122,12 +122,12 @@ async def check_chat(engine: InProcessEngineClient, tokenizer: Tokenizer, recita
         assert (text["reasoning_content"], text["content"], streamed, reason) == meant(recital)
 
 
-@pytest.mark.parametrize("recital", [r for r in RECITALS if r.name in ("qwen3", "gpt", "r1")], ids=lambda r: r.name)
-async def test_the_other_protocols(engine: InProcessEngineClient, tokenizer: Tokenizer, recital: Recital) -> None:
+@pytest.mark.parametrize("recital", [r for r in MEMORIZED if r.name in ("qwen3", "gpt", "r1")], ids=lambda r: r.name)
+async def test_the_other_protocols(engine: InProcessEngineClient, tokenizer: Tokenizer, recital: Memorized) -> None:
     calls = [(call.name, call.arguments) for call in recital.calls]
     # Their bodies have no room for template variables: what the prompt would open is told in the message.
     if recital.opening:
-        recital = next(r for r in RECITALS if r.name == "r1 silent")
+        recital = next(r for r in MEMORIZED if r.name == "r1 silent")
     async with (
         serving(server(engine, recital), tokenizer) as url,
         AsyncOpenAI(base_url=f"{url}/v1", api_key="none") as client,
@@ -174,7 +174,7 @@ async def test_the_other_protocols(engine: InProcessEngineClient, tokenizer: Tok
 async def test_thinking_can_be_left_in_withheld_and_limited(
     engine: InProcessEngineClient, tokenizer: Tokenizer
 ) -> None:
-    recital = next(r for r in RECITALS if r.name == "r1")
+    recital = next(r for r in MEMORIZED if r.name == "r1")
     async with serving(server(engine, recital), tokenizer) as url, httpx.AsyncClient(base_url=url) as http:
         body = options(recital)
         body |= body.pop("extra_body")
@@ -196,7 +196,7 @@ async def test_thinking_can_be_left_in_withheld_and_limited(
 @pytest.mark.parametrize("choice", ["auto", "required"])
 async def test_a_budget_closes_a_channel(engine: InProcessEngineClient, tokenizer: Tokenizer, choice: str) -> None:
     """What follows the thinking is begun, too: the answer, or a call."""
-    recital = next(r for r in RECITALS if r.name == "gpt")
+    recital = next(r for r in MEMORIZED if r.name == "gpt")
     async with serving(server(engine, recital), tokenizer) as url, httpx.AsyncClient(base_url=url) as http:
         body = {**options(recital), "thinking_budget": 5, "max_tokens": 160, "tool_choice": choice}
         body.pop("extra_body")
@@ -208,7 +208,7 @@ async def test_a_budget_closes_a_channel(engine: InProcessEngineClient, tokenize
 
 
 async def test_a_grammar_waits_for_the_end_of_thinking(engine: InProcessEngineClient, tokenizer: Tokenizer) -> None:
-    recital = next(r for r in RECITALS if r.name == "r1")
+    recital = next(r for r in MEMORIZED if r.name == "r1")
     async with serving(server(engine, recital), tokenizer) as url, httpx.AsyncClient(base_url=url) as http:
         body = options(recital)
         body |= {**body.pop("extra_body"), "regex": "(one|two)!"}

@@ -11,7 +11,7 @@ import pytest
 
 from jaxserve.config import EngineConfig
 from jaxserve.errors import LaunchError
-from jaxserve.layout.layout import design_model, lay_out
+from jaxserve.layout.layout import layout_engine, layout_model
 from jaxserve.parallel.mesh import make_mesh
 from kernels_pallas.dispatch import choose_attention, choose_sampler
 from kernels_pallas.paged_attention.cases import SHAPES
@@ -25,7 +25,7 @@ DENSE = SHAPES["decode"].config(jnp.dtype(jnp.float32))
 def test_a_cpu_takes_the_portable_one(name: Any, reason: str) -> None:
     chosen = choose_attention(name, DENSE, make_mesh(1))
     assert isinstance(chosen.backend, XlaAttention)
-    assert (chosen.name, chosen.reason, chosen.lacking) == ("xla", reason, False)
+    assert (chosen.name, chosen.reason, chosen.is_fallback) == ("xla", reason, False)
 
 
 @pytest.mark.parametrize("name", ["tpu", "gpu"])
@@ -34,13 +34,13 @@ def test_a_named_backend_is_not_replaced(name: Any) -> None:
         choose_attention(name, DENSE, make_mesh(1))
     config = EngineConfig(model_path="x", attention_backend=name, max_total_tokens=1024)
     with pytest.raises(LaunchError, match=f"--attention-backend {name}: the {name} kernels do not run on cpu"):
-        lay_out(config, design_model(config, CONFIG, make_mesh(1)), 0)
+        layout_engine(config, layout_model(config, CONFIG, make_mesh(1)), 0)
 
 
 def test_the_choice_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
     config = EngineConfig(model_path="x", max_total_tokens=1024)
     with caplog.at_level(logging.INFO, "jaxserve.layout.layout"):
-        lay_out(config, design_model(config, CONFIG, make_mesh(1)), 0)
+        layout_engine(config, layout_model(config, CONFIG, make_mesh(1)), 0)
     assert [record.message for record in caplog.records] == [
         "attention backend: xla, made for cpu",
         "sampling backend: xla, made for cpu",
@@ -52,7 +52,7 @@ def test_other_gpus_than_hopper_take_the_portable_ones_and_say_why(kind: str) ->
     device = SimpleNamespace(platform="gpu", device_kind=kind)
     mesh: Any = SimpleNamespace(devices=np.array([device]), shape={"data": 1, "model": 1})
     for chosen in (choose_attention("auto", DENSE, mesh), choose_sampler(mesh)):
-        assert (chosen.name, chosen.lacking) == ("xla", True)
+        assert (chosen.name, chosen.is_fallback) == ("xla", True)
         assert chosen.reason.startswith("the gpu kernel cannot: ")
         if jax.__version_info__ >= (0, 11):
             assert f"not for {kind}" in chosen.reason

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxserve.layers.quantized_linear import LinearMaths, multiply
+from jaxserve.layers.quantized_linear import LinearOps, multiply
 from jaxserve.parallel.mesh import make_mesh
 from kernels_pallas.grouped_matmul.api import ExpertShape, GroupedMatmul, Matrices
 from kernels_pallas.grouped_matmul.reference import grouped_matmul
@@ -290,7 +290,7 @@ def test_a_linear_map_split_over_devices(axes: tuple[Any, Any], form: str) -> No
     """One matrix of three, by the TPU's kernel: outputs split, inputs split, and whole on both devices."""
     mesh = make_mesh(2)
     matrices, w64_XOI = random_matrices(form, (3, 256, 512))
-    maths = LinearMaths(implementation("tpu"), mesh, ())
+    maths = LinearOps(implementation("tpu"), mesh, ())
     # Two blocks, the second of them filled up.
     x_TI = jnp.asarray(np.random.default_rng(6).standard_normal((600, 512)), jnp.float32)
 

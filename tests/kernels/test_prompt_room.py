@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 from jaxserve.layers.mla import Expansion
-from jaxserve.layers.mla_prefill import PromptRoom
+from jaxserve.layers.mla_prefill import MlaPrefillWorkspace
 from jaxserve.models.registry import find_architecture
 from jaxserve.parallel.mesh import make_mesh
 from kernels_pallas.paged_attention.api import AttentionConfig
@@ -41,7 +41,7 @@ class Projections:
         """There are none."""
 
 
-def make_room(implementation: type[Any], cached: AttentionConfig, num_pages: int) -> PromptRoom:
+def make_room(implementation: type[Any], cached: AttentionConfig, num_pages: int) -> MlaPrefillWorkspace:
     """Pages of its own for `num_pages`."""
     heads = dataclasses.replace(
         cached,
@@ -53,7 +53,7 @@ def make_room(implementation: type[Any], cached: AttentionConfig, num_pages: int
         batch_invariant=implementation is not Xla,
     )
     backend = implementation(heads, 1).attention
-    return PromptRoom(latent=LATENT, backend=backend, expansion_cost=1, mesh=make_mesh(1))
+    return MlaPrefillWorkspace(latent=LATENT, backend=backend, expansion_cost=1, mesh=make_mesh(1))
 
 
 def absorbed_exactly(step: Step, q_TNQ: np.ndarray, keys_NHC: np.ndarray) -> Step:

@@ -12,7 +12,7 @@ import pytest
 
 from jaxserve.config import EngineConfig
 from jaxserve.engine.builder import build_runner
-from jaxserve.layers.mla_prefill import PromptCosts, PromptRoom
+from jaxserve.layers.mla_prefill import MlaPrefillWorkspace, PromptCosts
 from jaxserve.request import SamplingParams
 from jaxserve.runner.batch import ForwardBatch
 from jaxserve.runner.buckets import Bucket, ForwardShape
@@ -159,13 +159,13 @@ LATENT = [name for name in NAMES if name.startswith("deepseek")]
 @pytest.fixture
 def _expanded(monkeypatch: pytest.MonkeyPatch) -> None:
     """Prompts are expanded, though models as small as these gain nothing by that."""
-    monkeypatch.setattr(PromptRoom, "costs", lambda _, rows: PromptCosts(cached=len(list(rows)), expanded=0))
+    monkeypatch.setattr(MlaPrefillWorkspace, "costs", lambda _, rows: PromptCosts(cached=len(list(rows)), expanded=0))
 
 
 def load_expanded(name: str, **changes: object) -> Model:
     """With steps that expand all prompts."""
     model = load(name, **changes)
-    assert model.runner._model.prompt_room is not None
+    assert model.runner._model.mla_workspace is not None
     return model._replace(expanded=True)
 
 

@@ -17,7 +17,7 @@ from jaxserve.config import LoraConfig
 from jaxserve.errors import LaunchError, NotFoundError
 from jaxserve.lora.delta import adaptable
 from jaxserve.lora.reader import AdapterReader
-from jaxserve.models.architecture import BuildModel
+from jaxserve.models.architecture import DecoderArgs
 from jaxserve.models.registry import find_architecture
 from tests.parity.test_lora_merge import EVERYTHING, SMALL
 from tests.support.marks import slow
@@ -194,7 +194,7 @@ def test_experts_one_by_one_are_those_of_their_parameters(tmp_path: Path) -> Non
     config = json.loads((GOLDEN / "qwen3_moe" / "config.json").read_text())
     architecture = find_architecture(config)
     model = architecture.model_config(config)
-    decoder = architecture.build(BuildModel(model, jnp.dtype(jnp.float32)))
+    decoder = architecture.build(DecoderArgs(model, jnp.dtype(jnp.float32)))
     reader = AdapterReader(decoder, architecture.tensor_names(model), model)
     fused: dict[str, np.ndarray] = {}
     single: dict[str, np.ndarray] = {}
@@ -289,7 +289,7 @@ def test_modules_that_were_not_asked_for(
 def test_names_of_modules(base: Path) -> None:
     architecture = find_architecture(CONFIG)
     config = architecture.model_config(CONFIG)
-    decoder = architecture.build(BuildModel(config, jnp.dtype(jnp.float32)))
+    decoder = architecture.build(DecoderArgs(config, jnp.dtype(jnp.float32)))
     reader = AdapterReader(decoder, architecture.tensor_names(config), config)
     linear = {path for path in adaptable(decoder) if path[0] == "layers"}
     assert reader.target_paths(["all-linear"]) == linear

@@ -17,7 +17,7 @@ from jaxserve.errors import AdapterError, LaunchError
 from jaxserve.lora.delta import add_low_rank, merge, split
 from jaxserve.lora.merge import merge_adapter
 from jaxserve.lora.reader import AdapterReader
-from jaxserve.models.architecture import BuildModel
+from jaxserve.models.architecture import DecoderArgs
 from jaxserve.models.registry import find_architecture
 from tests.parity.test_orbax_and_llm import script
 from tests.support.tiny import CONFIG, LINEAR_MODULES, write_adapter, write_checkpoint
@@ -46,7 +46,7 @@ def delta_of(adapter: Path, *, copies: int = 1, **changes: Any) -> Any:
     repeated = architecture.model_config(
         hf_config | {"num_key_value_heads": checkpoint.num_kv_heads * copies, "head_dim": checkpoint.head_dim}
     )
-    decoder = architecture.build(BuildModel(repeated, jnp.dtype(jnp.float32)))
+    decoder = architecture.build(DecoderArgs(repeated, jnp.dtype(jnp.float32)))
     return AdapterReader(decoder, architecture.tensor_names(checkpoint), checkpoint).read(adapter)
 
 

@@ -8,7 +8,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from jaxserve.errors import AdapterError
 from jaxserve.request import AdapterSource, FinishReason, TokenDelta, adapter_name
-from jaxserve.runner_protocol import HostAdapter
+from jaxserve.runner_protocol import LoadedAdapter
 from tests.support.fakes import make_engine, shift_adapter
 from tests.unit.test_engine import request
 
@@ -55,7 +55,7 @@ class Adapters(RuleBasedStateMachine):
         while self.loading:
             self.step(1)
 
-    def read(self, folder: str) -> HostAdapter:
+    def read(self, folder: str) -> LoadedAdapter:
         shift = self.files[folder]
         if shift is None:
             raise AdapterError("broken")

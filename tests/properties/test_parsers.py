@@ -9,11 +9,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxserve.parsing.deltas import CallArguments, CallEnd, CallStart, Piece
+from jaxserve.parsing.deltas import CallArguments, CallEnd, CallStart, MessageDelta
 from jaxserve.parsing.harmony import MARKERS
 from jaxserve.parsing.json_scanner import JsonScanner
 from jaxserve.parsing.message import Message
-from jaxserve.parsing.message_parser import MessageFormat
+from jaxserve.parsing.message_parser import MessageParserConfig
 from jaxserve.parsing.reasoning.registry import REASONING_FORMATS
 from jaxserve.parsing.tool_calls.registry import TOOL_CALL_FORMATS
 from tests.support.transcripts import CALL_WRITERS, REASONING_WRITERS, TOOLS, WrittenCall
@@ -28,7 +28,7 @@ def cut(text: str, cuts: Iterable[int]) -> list[str]:
     return [text[start:end] for start, end in zip([0, *ends], ends, strict=False)]
 
 
-def read(form: MessageFormat, parts: Iterable[str]) -> list[Piece]:
+def read(form: MessageParserConfig, parts: Iterable[str]) -> list[MessageDelta]:
     parser = form.parser()
     pieces = [piece for part in parts for piece in parser.push(part)]
     return pieces + parser.finish()
@@ -51,7 +51,7 @@ def test_thinking_is_told_from_content(name: str, data: st.DataObject) -> None:
     reasoning = data.draw(plain.filter(lambda text: not text.startswith((" ", "\n")) or name == "gpt-oss"))
     content = data.draw(plain)
     text = REASONING_WRITERS[name](reasoning, content)
-    pieces = read(MessageFormat(reasoning=form), cut(text, data.draw(CUTS)))
+    pieces = read(MessageParserConfig(reasoning=form), cut(text, data.draw(CUTS)))
     message = Message().add(pieces)
     assert (message.reasoning, message.content) == (reasoning, content)
 
@@ -63,7 +63,7 @@ def test_any_cutting_of_any_text_gives_the_same_thinking(name: str, data: st.Dat
     bits = st.sampled_from(form.markers) | TEXT | st.sampled_from([marker[:3] for marker in form.markers])
     text = "".join(data.draw(st.lists(bits, max_size=8)))
     inside = data.draw(st.sampled_from([None, True, False]))
-    wanted = MessageFormat(reasoning=form, inside=inside, stream_reasoning=data.draw(st.booleans()))
+    wanted = MessageParserConfig(reasoning=form, inside=inside, stream_reasoning=data.draw(st.booleans()))
     whole = Message().add(read(wanted, [text]))
     assert Message().add(read(wanted, cut(text, data.draw(CUTS)))) == whole
     if name != "gpt-oss":
@@ -79,10 +79,10 @@ def test_any_cutting_of_any_text_gives_the_same_thinking(name: str, data: st.Dat
 @given(text=TEXT, cuts=CUTS)
 def test_text_without_markers_passes_unchanged(name: str, text: str, cuts: list[int]) -> None:
     form = REASONING_FORMATS[name]
-    message = Message().add(read(MessageFormat(reasoning=form, inside=False), cut(text, cuts)))
+    message = Message().add(read(MessageParserConfig(reasoning=form, inside=False), cut(text, cuts)))
     if all(marker not in text for marker in form.markers) and not text.startswith("analysis"):
         assert (message.content, message.reasoning) == (text, "")
-    inside = Message().add(read(MessageFormat(reasoning=form, inside=True), cut(text, cuts)))
+    inside = Message().add(read(MessageParserConfig(reasoning=form, inside=True), cut(text, cuts)))
     if all(marker not in text for marker in form.markers):
         assert (inside.content, inside.reasoning) == ("", text)
 
@@ -111,7 +111,7 @@ def test_calls_are_read_as_they_were_meant(
 ) -> None:
     if name in ("llama3", "pythonic"):
         before = ""  # these begin the output
-    form = MessageFormat(tool_calls=TOOL_CALL_FORMATS[name], tools=TOOLS)
+    form = MessageParserConfig(tool_calls=TOOL_CALL_FORMATS[name], tools=TOOLS)
     pieces = read(form, cut(f"{before}\n{write(calls)}" if before else write(calls), cuts))
     message = Message().add(pieces)
     assert [(call.name, json.loads(call.arguments)) for call in message.calls.values()] == calls
@@ -133,7 +133,7 @@ def test_any_cutting_of_broken_calls_gives_the_same(name: str, write: Any, data:
         at, size = data.draw(st.integers(0, len(text))), data.draw(st.integers(0, 12))
         put = data.draw(st.sampled_from(["", text[at : at + 5], "}", '"', "{", "\n"]) | TEXT)
         text = text[:at] + put + text[at + size :]
-    form = MessageFormat(tool_calls=TOOL_CALL_FORMATS[name], tools=TOOLS)
+    form = MessageParserConfig(tool_calls=TOOL_CALL_FORMATS[name], tools=TOOLS)
     whole = Message().add(read(form, [text]))
     parts = Message().add(read(form, cut(text, data.draw(CUTS))))
     assert parts == whole
@@ -151,7 +151,7 @@ def test_a_call_that_is_cut_off_has_a_beginning(
     name: str, write: Any, calls: list[WrittenCall], size: int, cuts: list[int]
 ) -> None:
     """What is told of it is the beginning of what the whole output tells; nothing is told twice."""
-    form = MessageFormat(tool_calls=TOOL_CALL_FORMATS[name], tools=TOOLS)
+    form = MessageParserConfig(tool_calls=TOOL_CALL_FORMATS[name], tools=TOOLS)
     whole = Message().add(read(form, [write(calls)]))
     parser = form.parser()
     pieces = [piece for part in cut(write(calls)[:size], cuts) for piece in parser.push(part)]
@@ -171,7 +171,7 @@ def test_a_call_that_is_cut_off_has_a_beginning(
 @pytest.mark.parametrize("name", TOOL_CALL_FORMATS)
 @given(text=TEXT, cuts=CUTS)
 def test_text_without_calls_is_content(name: str, text: str, cuts: list[int]) -> None:
-    form = MessageFormat(tool_calls=TOOL_CALL_FORMATS[name], tools=TOOLS)
+    form = MessageParserConfig(tool_calls=TOOL_CALL_FORMATS[name], tools=TOOLS)
     assert Message().add(read(form, cut(text, cuts))) == Message(content=text)
 
 
@@ -179,7 +179,9 @@ def test_text_without_calls_is_content(name: str, text: str, cuts: list[int]) ->
 def test_harmony_reads_thinking_and_calls_together(calls: list[WrittenCall], reasoning: str, cuts: list[int]) -> None:
     write = dict(CALL_WRITERS)["gpt-oss"]
     text = f"<|channel|>analysis<|message|>{reasoning}<|end|>{write(calls)}"
-    form = MessageFormat(reasoning=REASONING_FORMATS["gpt-oss"], tool_calls=TOOL_CALL_FORMATS["gpt-oss"], tools=TOOLS)
+    form = MessageParserConfig(
+        reasoning=REASONING_FORMATS["gpt-oss"], tool_calls=TOOL_CALL_FORMATS["gpt-oss"], tools=TOOLS
+    )
     message = Message().add(read(form, cut(text, cuts)))
     assert message.reasoning == reasoning
     assert message.content == ""
@@ -248,6 +250,6 @@ HOSTILE = (
 @pytest.mark.parametrize("name", TOOL_CALL_FORMATS)
 def test_hostile_output_is_content(name: str, text: str) -> None:
     """No exception, and in time that grows with the text and not with its square."""
-    message = Message().add(read(MessageFormat(tool_calls=TOOL_CALL_FORMATS[name], tools=TOOLS), [text]))
+    message = Message().add(read(MessageParserConfig(tool_calls=TOOL_CALL_FORMATS[name], tools=TOOLS), [text]))
     for call in message.calls.values():
         assert isinstance(json.loads(call.arguments), dict)

@@ -169,7 +169,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         self._tell_masks()
         self._check_adapters(plan)
         assert plan.num_tokens <= self.config.max_step_tokens
-        assert sum(row.num_draws for row in plan.rows) <= self.config.max_rows
+        assert sum(row.num_logits_rows for row in plan.rows) <= self.config.max_rows
         assert len({row.row for row in plan.rows}) == len(plan.rows)
         singles = [row.num_tokens == 1 for row in plan.rows]
         assert singles == sorted(singles, reverse=True), "rows of one token come first"
@@ -190,7 +190,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.in_flight.clear()
         self.masks = {}
         self.slots = {0: ""}
-        self.scheduler.restart_running(alone=alone)
+        self.scheduler.requeue_after_failure(alone=alone)
 
     @invariant()
     def told_once(self) -> None:

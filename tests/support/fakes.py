@@ -15,7 +15,7 @@ from jaxserve.engine.messages import EngineInfo, EngineStats
 from jaxserve.errors import OverloadedError, UnavailableError
 from jaxserve.lora.store import AdapterStore, Answer
 from jaxserve.request import AdapterSource, GrammarTokenizer, Request
-from jaxserve.runner_protocol import HostAdapter, Runner, host_adapter
+from jaxserve.runner_protocol import LoadedAdapter, Runner, loaded_adapter
 from jaxserve.scheduling.adapter_slots import AdapterSlots
 from jaxserve.scheduling.data_parallel import DataParallelScheduler
 from jaxserve.scheduling.scheduler import Scheduler
@@ -62,9 +62,9 @@ class InlineExecutor(Executor):
 _INLINE = InlineExecutor()
 
 
-def shift_adapter(shift: int) -> HostAdapter:
+def shift_adapter(shift: int) -> LoadedAdapter:
     """An adapter for `FakeRunner`."""
-    return host_adapter({("shift",): np.array(shift)})
+    return loaded_adapter({("shift",): np.array(shift)})
 
 
 class FakeRunner:
@@ -84,8 +84,8 @@ class FakeRunner:
     def __init__(self, vocab_size: int = 256) -> None:
         self.vocab_size = vocab_size
         self.last: dict[tuple[int, int], int] = {}
-        self.adapters: dict[str, HostAdapter] = {}
-        self.slots: dict[int, HostAdapter] = {}
+        self.adapters: dict[str, LoadedAdapter] = {}
+        self.slots: dict[int, LoadedAdapter] = {}
         self.slot_of: dict[tuple[int, int], int] = {}
         self.plans: list[SchedulerOutput] = []
         self.fail_next = 0
@@ -135,10 +135,10 @@ class FakeRunner:
             prompt=prompt,
         )
 
-    def hold_adapter(self, key: str, adapter: HostAdapter) -> None:
+    def add_adapter(self, key: str, adapter: LoadedAdapter) -> None:
         self.adapters[key] = adapter
 
-    def drop_adapter(self, key: str) -> None:
+    def remove_adapter(self, key: str) -> None:
         del self.adapters[key]
 
     def reset(self) -> None:
@@ -162,7 +162,7 @@ def make_engine(
     num_slots: int = 1,
     adapters: Sequence[str] = (),
     max_loaded: int | None = None,
-    read: Callable[[str], HostAdapter] = lambda folder: shift_adapter(0),
+    read: Callable[[str], LoadedAdapter] = lambda folder: shift_adapter(0),
     executor: Executor | None = _INLINE,
     wrap: Callable[[Runner], Runner] = lambda runner: runner,
 ) -> tuple[Engine, FakeRunner]:
@@ -178,7 +178,7 @@ def make_engine(
     store = AdapterStore(read, wrapped, slots, max_loaded, executor) if num_slots > 1 else None
     for key in adapters:
         assert store is not None
-        wrapped.hold_adapter(key, read(key))
+        wrapped.add_adapter(key, read(key))
         store.add(AdapterSource(key=key, folder=key), read(key))
     return Engine(wrapped, DataParallelScheduler(schedulers), runner.vocab_size, store), runner
 

@@ -29,7 +29,7 @@ _CALLS = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class Recital:
+class Memorized:
     """One output.
 
     Attributes:
@@ -60,34 +60,34 @@ class Recital:
         return text.removeprefix(self.opening)
 
 
-RECITALS = (
-    Recital(name="r1", reasoning_parser="deepseek-r1", opening="<think>", reasoning=_THOUGHT, content="\n\nYes."),
-    Recital(name="r1 silent", reasoning_parser="deepseek-r1", reasoning=_THOUGHT, content="No."),
-    Recital(
+MEMORIZED = (
+    Memorized(name="r1", reasoning_parser="deepseek-r1", opening="<think>", reasoning=_THOUGHT, content="\n\nYes."),
+    Memorized(name="r1 silent", reasoning_parser="deepseek-r1", reasoning=_THOUGHT, content="No."),
+    Memorized(
         name="v3", tool_call_parser="deepseekv3", calls=_CALLS, content="I look.",
         reasoning_parser="deepseek-v3", opening="",
     ),
-    Recital(
+    Memorized(
         name="v31", reasoning_parser="deepseek-v3", tool_call_parser="deepseekv31", opening="<think>",
         reasoning=_THOUGHT, calls=_CALLS,
     ),
-    Recital(name="qwen3", reasoning_parser="qwen3", reasoning=_THOUGHT, calls=_CALLS, content="Both:"),
-    Recital(name="qwen3 plain", reasoning_parser="qwen3", content="A < b is no tag."),
-    Recital(
+    Memorized(name="qwen3", reasoning_parser="qwen3", reasoning=_THOUGHT, calls=_CALLS, content="Both:"),
+    Memorized(name="qwen3 plain", reasoning_parser="qwen3", content="A < b is no tag."),
+    Memorized(
         name="coder", reasoning_parser="qwen3-thinking", tool_call_parser="qwen3_coder", opening="<think>",
         reasoning=_THOUGHT, calls=_CALLS,
     ),
-    Recital(name="glm", reasoning_parser="glm45", tool_call_parser="glm45", reasoning=_THOUGHT, calls=_CALLS),
-    Recital(name="gpt", reasoning_parser="gpt-oss", tool_call_parser="gpt-oss", reasoning=_THOUGHT, calls=_CALLS[:1]),
-    Recital(name="gpt final", reasoning_parser="gpt-oss", tool_call_parser="gpt-oss", reasoning="Hm", content="Final."),
-    Recital(name="k2", reasoning_parser="kimi_k2", tool_call_parser="kimi_k2", reasoning=_THOUGHT, calls=_CALLS),
-    Recital(name="kimi", reasoning_parser="kimi", reasoning=_THOUGHT, content="Ja."),
-    Recital(name="mistral", reasoning_parser="mistral", tool_call_parser="mistral", reasoning=_THOUGHT, calls=_CALLS),
-    Recital(name="minimax", reasoning_parser="minimax", opening="<think>", reasoning=_THOUGHT, content="Mini."),
-    Recital(name="nemotron", reasoning_parser="nemotron_3", reasoning=_THOUGHT, content="Nemo."),
-    Recital(name="step", reasoning_parser="step3", opening="<think>", reasoning=_THOUGHT, content="Step."),
-    Recital(name="llama", tool_call_parser="llama3", calls=_CALLS),
-    Recital(name="pythonic", tool_call_parser="pythonic", calls=_CALLS),
+    Memorized(name="glm", reasoning_parser="glm45", tool_call_parser="glm45", reasoning=_THOUGHT, calls=_CALLS),
+    Memorized(name="gpt", reasoning_parser="gpt-oss", tool_call_parser="gpt-oss", reasoning=_THOUGHT, calls=_CALLS[:1]),
+    Memorized(name="gpt final", reasoning_parser="gpt-oss", tool_call_parser="gpt-oss", reasoning="Hm", content="Final."),
+    Memorized(name="k2", reasoning_parser="kimi_k2", tool_call_parser="kimi_k2", reasoning=_THOUGHT, calls=_CALLS),
+    Memorized(name="kimi", reasoning_parser="kimi", reasoning=_THOUGHT, content="Ja."),
+    Memorized(name="mistral", reasoning_parser="mistral", tool_call_parser="mistral", reasoning=_THOUGHT, calls=_CALLS),
+    Memorized(name="minimax", reasoning_parser="minimax", opening="<think>", reasoning=_THOUGHT, content="Mini."),
+    Memorized(name="nemotron", reasoning_parser="nemotron_3", reasoning=_THOUGHT, content="Nemo."),
+    Memorized(name="step", reasoning_parser="step3", opening="<think>", reasoning=_THOUGHT, content="Step."),
+    Memorized(name="llama", tool_call_parser="llama3", calls=_CALLS),
+    Memorized(name="pythonic", tool_call_parser="pythonic", calls=_CALLS),
 )  # fmt: skip
 # By family, the names of those that a model of its own architecture recites, too: `scripts/make_recital_families.py`.
 FAMILIES: Mapping[str, tuple[str, ...]] = {

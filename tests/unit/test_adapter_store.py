@@ -4,7 +4,7 @@ import threading
 
 from jaxserve.engine.engine import Engine
 from jaxserve.request import AdapterSource
-from jaxserve.runner_protocol import HostAdapter
+from jaxserve.runner_protocol import LoadedAdapter
 from tests.support.fakes import InlineExecutor, make_engine, shift_adapter
 from tests.unit.test_engine import finish, request, tokens
 
@@ -31,7 +31,7 @@ def test_requests_run_while_an_adapter_is_read() -> None:
     """Reading does not hold the steps up, and the answer comes by itself."""
     reading, go_on = threading.Event(), threading.Event()
 
-    def read(folder: str) -> HostAdapter:
+    def read(folder: str) -> LoadedAdapter:
         reading.set()
         assert go_on.wait(30)
         return shift_adapter(3)
@@ -61,7 +61,7 @@ def _loaded(engine: Engine, key: str) -> str | None:
 
 
 def test_a_reader_that_breaks_is_told() -> None:
-    def read(folder: str) -> HostAdapter:
+    def read(folder: str) -> LoadedAdapter:
         raise OSError("the disk is gone")
 
     engine, _ = make_engine(num_slots=2, read=read, executor=InlineExecutor())

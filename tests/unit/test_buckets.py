@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxserve.config import SchedulerConfig
-from jaxserve.runner.buckets import ACCELERATOR_STEPS, CPU_STEPS, Bucket, BucketSteps, make_buckets, pick_bucket
+from jaxserve.runner.buckets import ACCELERATOR_STEPS, CPU_STEPS, Bucket, BucketGrowth, make_buckets, pick_bucket
 
 
 @given(
@@ -15,7 +15,7 @@ from jaxserve.runner.buckets import ACCELERATOR_STEPS, CPU_STEPS, Bucket, Bucket
     data=st.data(),
 )
 def test_every_step_within_the_limits_fits(
-    max_rows: int, more_tokens: int, steps: BucketSteps, data: st.DataObject
+    max_rows: int, more_tokens: int, steps: BucketGrowth, data: st.DataObject
 ) -> None:
     config = SchedulerConfig(max_rows=max_rows, max_step_tokens=max_rows + more_tokens, context_length=8192)
     buckets = make_buckets(config, steps)

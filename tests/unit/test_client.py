@@ -9,7 +9,7 @@ from jaxserve.engine.client import Streams
 from jaxserve.engine.in_process_client import InProcessEngineClient
 from jaxserve.errors import UnavailableError
 from jaxserve.request import AdapterSource, FinishReason, Request, SamplingParams, TokenDelta
-from jaxserve.runner_protocol import HostAdapter
+from jaxserve.runner_protocol import LoadedAdapter
 from tests.support.fakes import FakeEngineClient, make_engine, shift_adapter
 
 
@@ -29,7 +29,7 @@ async def test_a_failure_ends_the_open_choices_only() -> None:
 async def test_who_waits_for_an_adapter_is_told_when_the_engine_ends() -> None:
     go_on = threading.Event()
 
-    def read(folder: str) -> HostAdapter:
+    def read(folder: str) -> LoadedAdapter:
         assert go_on.wait(30)
         return shift_adapter(0)
 

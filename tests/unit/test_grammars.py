@@ -16,13 +16,13 @@ from api.requests.constraints import read_constraint
 from api.requests.schemas import JsonSchemaFormat, ResponseFormat, TagStructure
 from jaxserve.errors import RequestError
 from jaxserve.parsing.message import Message
-from jaxserve.parsing.message_parser import MessageFormat
+from jaxserve.parsing.message_parser import MessageParserConfig
 from jaxserve.parsing.reasoning.registry import REASONING_FORMATS
 from jaxserve.parsing.tool_calls.registry import TOOL_CALL_FORMATS
 from jaxserve.parsing.tool_calls.tool import Tool
 from jaxserve.request import GrammarTokenizer
 from jaxserve.structured.compiler import GrammarError, compile_grammar, load_tokenizer
-from jaxserve.structured.grammar import Before, GrammarPart, GrammarWriter, JsonStyle, whole
+from jaxserve.structured.grammar import GrammarPart, GrammarPrefix, GrammarWriter, JsonStyle, whole
 from jaxserve.text.tokenizer import Tokenizer
 from jaxserve.text.tokenizer import load_tokenizer as load_text_tokenizer
 from tests.support.tiny import EOS, write_tokenizer
@@ -108,10 +108,10 @@ def walks(case: Case, grammar: str, count: int = 12) -> list[str]:
 @pytest.mark.parametrize("name", TOOL_CALL_FORMATS)
 def test_forced_calls_are_read_by_their_own_parser(case: Case, name: str, parallel: bool) -> None:
     form = TOOL_CALL_FORMATS[name]
-    grammar = whole([(Before(), form.syntax.calls(case.writer, TOOLS, parallel=parallel))])
+    grammar = whole([(GrammarPrefix(), form.syntax.calls(case.writer, TOOLS, parallel=parallel))])
     counts = set()
     for text in walks(case, grammar):
-        parser = MessageFormat(tool_calls=form, tools=TOOLS).parser()
+        parser = MessageParserConfig(tool_calls=form, tools=TOOLS).parser()
         message = Message().add(parser.push(text)).add(parser.finish())
         assert message.content == ""
         counts.add(len(message.calls))
@@ -124,14 +124,14 @@ def test_forced_calls_are_read_by_their_own_parser(case: Case, name: str, parall
 @pytest.mark.parametrize("name", TOOL_CALL_FORMATS)
 def test_strict_tools_hold_wherever_a_call_begins(case: Case, name: str) -> None:
     form = TOOL_CALL_FORMATS[name]
-    grammar = whole([(Before(), form.syntax.text_and_calls(case.writer, TOOLS, parallel=True))])
+    grammar = whole([(GrammarPrefix(), form.syntax.text_and_calls(case.writer, TOOLS, parallel=True))])
     matcher = compile_grammar(case.grammars, grammar)
     text = "It is nice. " if name != "gpt-oss" else "<|channel|>final<|message|>It is nice."
     assert matcher.try_consume_tokens(case.grammars.tokenize_str(text, parse_special=True)) == len(
         case.grammars.tokenize_str(text, parse_special=True)
     )
     assert matcher.is_accepting()
-    called = whole([(Before(), form.syntax.calls(case.writer, TOOLS, parallel=False))])
+    called = whole([(GrammarPrefix(), form.syntax.calls(case.writer, TOOLS, parallel=False))])
     for output in walks(case, called, 4):
         fresh = compile_grammar(case.grammars, grammar)
         ids = case.grammars.tokenize_str(output, parse_special=True)
@@ -150,7 +150,7 @@ def test_a_grammar_holds_after_the_thinking(case: Case, name: str, inside: bool 
     grammar = whole([(form.grammar(case.writer, inside, calls=False), part)])
     contents = set()
     for text in walks(case, grammar, 30):
-        parser = MessageFormat(reasoning=form, inside=inside).parser()
+        parser = MessageParserConfig(reasoning=form, inside=inside).parser()
         contents.add(Message().add(parser.push(text)).add(parser.finish()).content)
     assert contents == {"yes", "no"}
 
@@ -175,7 +175,7 @@ def test_markers_that_are_ordinary_text(name: str, tmp_path: Path) -> None:
 def constraint(case: Case, **fields: Any) -> str:
     part, _ = read_constraint(CompletionRequest(prompt="x", **fields), case.writer)
     assert part is not None
-    return whole([(Before(), part)])
+    return whole([(GrammarPrefix(), part)])
 
 
 def test_what_requests_can_demand(case: Case) -> None:
@@ -216,18 +216,18 @@ def test_structural_tags(case: Case) -> None:
 def test_white_space_is_bounded(case: Case) -> None:
     compact = GrammarWriter(case.text, JsonStyle(whitespace=None))
     schema = {"type": "array", "items": {"type": "integer", "maximum": 9, "minimum": 0}, "minItems": 3, "maxItems": 3}
-    for text in walks(case, whole([(Before(), compact.json_schema(schema, strict=True))]), 6):
+    for text in walks(case, whole([(GrammarPrefix(), compact.json_schema(schema, strict=True))]), 6):
         assert len(text) == 7
     ids = case.grammars.tokenize_str("[" + " " * 80)
-    matcher = compile_grammar(case.grammars, whole([(Before(), case.writer.json_schema(schema, strict=True))]))
+    matcher = compile_grammar(case.grammars, whole([(GrammarPrefix(), case.writer.json_schema(schema, strict=True))]))
     assert 60 < matcher.try_consume_tokens(ids) < len(ids)
 
 
 def test_strict_refuses_what_cannot_be_enforced(case: Case) -> None:
     schema = {"type": "object", "not": {"required": ["a"]}}
-    compile_grammar(case.grammars, whole([(Before(), case.writer.json_schema(schema, strict=False))]))
+    compile_grammar(case.grammars, whole([(GrammarPrefix(), case.writer.json_schema(schema, strict=False))]))
     with pytest.raises(GrammarError, match="not"):
-        compile_grammar(case.grammars, whole([(Before(), case.writer.json_schema(schema, strict=True))]))
+        compile_grammar(case.grammars, whole([(GrammarPrefix(), case.writer.json_schema(schema, strict=True))]))
 
 
 @pytest.mark.parametrize(
@@ -295,9 +295,9 @@ def test_arguments_of_odd_types(case: Case, name: str) -> None:
             name="f", parameters={**ODD, "properties": properties, "required": ["ref", "const", "enum", "mixed"]}
         )
         properties.pop("bad enum")
-    grammar = whole([(Before(), form.syntax.calls(case.writer, [tool], parallel=False))])
+    grammar = whole([(GrammarPrefix(), form.syntax.calls(case.writer, [tool], parallel=False))])
     for text in walks(case, grammar, 8):
-        parser = MessageFormat(tool_calls=form, tools=[tool]).parser()
+        parser = MessageParserConfig(tool_calls=form, tools=[tool]).parser()
         [call] = Message().add([*parser.push(text), *parser.finish()]).calls.values()
         arguments = json.loads(call.arguments)
         assert isinstance(arguments["ref"], dict)
@@ -313,9 +313,9 @@ def test_text_cannot_pretend_to_be_a_strict_call(case: Case) -> None:
         ("hermes", '<tool_call>{"name": "get_weather", "arguments": {"zzz": 1}}</tool_call>'),
     ):
         form = TOOL_CALL_FORMATS[name]
-        grammar = whole([(Before(), form.syntax.text_and_calls(case.writer, TOOLS, parallel=True))])
+        grammar = whole([(GrammarPrefix(), form.syntax.text_and_calls(case.writer, TOOLS, parallel=True))])
         ids = case.grammars.tokenize_str(text)
         assert compile_grammar(case.grammars, grammar).try_consume_tokens(ids) < len(ids)
     form = TOOL_CALL_FORMATS["qwen3_coder"]
-    parser = MessageFormat(tool_calls=form, tools=TOOLS).parser()
+    parser = MessageParserConfig(tool_calls=form, tools=TOOLS).parser()
     assert not Message().add([*parser.push("<function=get_weather></function>"), *parser.finish()]).calls

@@ -13,7 +13,7 @@ from jaxserve.distributed.follower import Follower, Leader
 from jaxserve.distributed.leader import Followers, LeadingRunner
 from jaxserve.distributed.messages import Channel
 from jaxserve.request import AdapterSource
-from jaxserve.runner_protocol import HostAdapter
+from jaxserve.runner_protocol import LoadedAdapter
 from jaxserve.step import Plans, StepOutput
 from tests.support.fakes import FakeRunner, FakeStep, make_engine, shift_adapter
 from tests.unit.test_engine import finish, request, tokens
@@ -44,7 +44,7 @@ class HeldRunner(FakeRunner):
         return HeldStep(self, plans, step._outputs)
 
 
-def read_shift(folder: str) -> HostAdapter:
+def read_shift(folder: str) -> LoadedAdapter:
     return shift_adapter(len(folder))
 
 

@@ -4,11 +4,11 @@ from jaxserve.scheduling.pages import PagePool
 from jaxserve.scheduling.prefix_cache import PrefixCache
 
 
-def fill(cache: PrefixCache, pool: PagePool, namespace: str, tokens: list[int]) -> list[int]:
+def fill(cache: PrefixCache, pool: PagePool, cache_key_prefix: str, tokens: list[int]) -> list[int]:
     """A sequence that computes `tokens` and ends; two tokens per page."""
     assert cache.make_room(len(tokens) // 2)
     pages = pool.take(len(tokens) // 2)
-    cache.insert((namespace,), tokens, pages)
+    cache.insert((cache_key_prefix,), tokens, pages)
     cache.release(pages)
     return pages
 

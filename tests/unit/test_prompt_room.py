@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import pytest
 
 from jaxserve.config import EngineConfig
-from jaxserve.layers.mla_prefill import PromptRoom
-from jaxserve.layout.layout import design_model, lay_out
+from jaxserve.layers.mla_prefill import MlaPrefillWorkspace
+from jaxserve.layout.layout import layout_engine, layout_model
 from jaxserve.models.registry import find_architecture
 from jaxserve.parallel.mesh import make_mesh
 from jaxserve.runner.buckets import Bucket, ForwardShape
@@ -23,7 +23,7 @@ assert LATENT is not None
 COST = 3
 
 
-def make_room(head_dim: int, num_pages: int) -> PromptRoom:
+def make_room(head_dim: int, num_pages: int) -> MlaPrefillWorkspace:
     """Of pages of 64 tokens."""
     config = AttentionConfig(
         num_layers=1,
@@ -38,7 +38,7 @@ def make_room(head_dim: int, num_pages: int) -> PromptRoom:
     mesh = make_mesh(1)
     backend = choose_attention("xla", config, mesh).backend
     assert LATENT is not None
-    return PromptRoom(latent=LATENT, backend=backend, expansion_cost=COST, mesh=mesh)
+    return MlaPrefillWorkspace(latent=LATENT, backend=backend, expansion_cost=COST, mesh=mesh)
 
 
 @pytest.mark.parametrize(("num_tokens", "length"), [(2, 2), (500, 8192), (530, 8192), (2048, 2048)])
@@ -94,10 +94,10 @@ def prompt(num_tokens: int, length: int) -> SchedulerOutput:
 def test_a_runner_takes_what_is_cheaper(plans: list[SchedulerOutput], expands: bool) -> None:
     wide, narrow = Bucket(2048, 256), Bucket(512, 256)
     shapes = [ForwardShape(wide), ForwardShape(narrow), ForwardShape(wide, expanded=True)]
-    runner: Any = SimpleNamespace(_model=SimpleNamespace(prompt_room=make_room(256, 128)), _shapes=shapes)
+    runner: Any = SimpleNamespace(_model=SimpleNamespace(mla_workspace=make_room(256, 128)), _shapes=shapes)
     assert ModelRunner._expands(runner, wide, plans) == expands
     assert not ModelRunner._expands(runner, narrow, plans)
-    runner._model.prompt_room = None
+    runner._model.mla_workspace = None
     assert not ModelRunner._expands(runner, wide, plans)
 
 
@@ -117,9 +117,9 @@ POOL_BYTES = 4 << 30
 )
 def test_design(pool_bytes: int, options: dict[str, Any], num_tokens: int | None) -> None:
     config = EngineConfig(model_path="", **{"context_length": 4096, **options})
-    design = design_model(config, DEEPSEEK_V2_LITE, make_mesh(1))
-    engine = lay_out(config, design, pool_bytes)
-    room = engine.step.prompt_room
+    design = layout_model(config, DEEPSEEK_V2_LITE, make_mesh(1))
+    engine = layout_engine(config, design, pool_bytes)
+    room = engine.step.mla_workspace
     assert (room and room.num_tokens) == num_tokens
     expanded = [shape.bucket.num_tokens for shape in engine.step.shapes if shape.expanded]
     assert expanded == ([] if num_tokens is None else [512])

@@ -3,7 +3,7 @@
 import pytest
 
 from jaxserve.parsing.message import Message
-from jaxserve.parsing.message_parser import MessageFormat
+from jaxserve.parsing.message_parser import MessageParserConfig
 from jaxserve.parsing.reasoning.registry import REASONING_FORMATS
 
 
@@ -61,7 +61,7 @@ def test_a_continued_message_tells(message: str, inside: bool | None) -> None:
     ],
 )  # fmt: skip
 def test_odd_outputs(name: str, inside: bool | None, text: str, reasoning: str, content: str) -> None:
-    parser = MessageFormat(reasoning=REASONING_FORMATS[name], inside=inside).parser()
+    parser = MessageParserConfig(reasoning=REASONING_FORMATS[name], inside=inside).parser()
     message = Message().add([*parser.push(text), *parser.finish()])
     assert (message.reasoning, message.content) == (reasoning, content)
 
@@ -73,6 +73,6 @@ def test_a_grammar_tells_where_thinking_is() -> None:
         ('{"a": "<think>"}', "", '{"a": "<think>"}'),
         ('<think>x <tool_call> y</think>{"a": 1}', "x <tool_call> y", '{"a": 1}'),
     ):
-        parser = MessageFormat(reasoning=form, constrained=True).parser()
+        parser = MessageParserConfig(reasoning=form, constrained=True).parser()
         message = Message().add([*parser.push(text), *parser.finish()])
         assert (message.reasoning, message.content) == (reasoning, content)

@@ -7,7 +7,7 @@ from typing import Any, Literal, ParamSpec
 
 import msgspec
 
-from jaxserve.config import Activation, Dtype, ExpertsConfig, LayerConfig, ModelConfig, RopeConfig
+from jaxserve.config import Activation, Dtype, LayerConfig, ModelConfig, MoeConfig, RopeConfig
 from jaxserve.errors import LaunchError
 from jaxserve.models.hf.quantization import read_quantization
 
@@ -106,7 +106,7 @@ def read_num_layers(config: Mapping[str, Any]) -> int:
     return num_layers
 
 
-def with_experts(model: ModelConfig, experts: ExpertsConfig, dense_layers: Container[int] = ()) -> ModelConfig:
+def with_experts(model: ModelConfig, experts: MoeConfig, dense_layers: Container[int] = ()) -> ModelConfig:
     """The model with experts in all layers but some."""
     layers = tuple(
         layer if number in dense_layers else msgspec.structs.replace(layer, mlp="experts")

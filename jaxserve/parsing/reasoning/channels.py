@@ -4,8 +4,8 @@ from dataclasses import dataclass
 
 from jaxserve.parsing.harmony import CALL, CHANNEL, END, ENDS, MARKERS, MESSAGE, START, Header, read_header
 from jaxserve.parsing.stream_parser import StreamParser
-from jaxserve.parsing.stream_reader import Reads
-from jaxserve.structured.grammar import Before, GrammarWriter
+from jaxserve.parsing.stream_reader import Parse
+from jaxserve.structured.grammar import GrammarPrefix, GrammarWriter
 
 # Outputs from which the markers were stripped read so.
 _BARE_ANALYSIS, _BARE_FINAL = "analysis", "assistantfinal"
@@ -39,13 +39,13 @@ class Channels:
         """See `ReasoningFormat`."""
         return ChannelsParser(inside=bool(inside), keeps_calls=keeps_calls)
 
-    def grammar(self, writer: GrammarWriter, inside: bool | None, *, calls: bool) -> Before:
+    def grammar(self, writer: GrammarWriter, inside: bool | None, *, calls: bool) -> GrammarPrefix:
         """See `ReasoningFormat`."""
         channel, message, start = (writer.literal(marker) for marker in (CHANNEL, MESSAGE, START))
         text = f'thinking {start} "assistant"'
         more = f'({channel} "analysis" {message} {text})*'
         final = "" if calls else f'{channel} "final" {message}'
-        return Before(" ".join((text if inside else "", more, final)), (writer.rule_until("thinking", END),))
+        return GrammarPrefix(" ".join((text if inside else "", more, final)), (writer.rule_until("thinking", END),))
 
 
 class ChannelsParser(StreamParser):
@@ -57,7 +57,7 @@ class ChannelsParser(StreamParser):
         self._inside = inside
         self.thinking = inside
 
-    def _parse(self) -> Reads[None]:
+    def _parse(self) -> Parse[None]:
         reader = self._reader
         marker: str | None = None
         if self._inside:
@@ -74,7 +74,7 @@ class ChannelsParser(StreamParser):
             header = yield from read_header(reader, marker)
             marker = yield from self._message(header)
 
-    def _message(self, header: Header) -> Reads[str | None]:
+    def _message(self, header: Header) -> Parse[str | None]:
         """Read a message's text; returns the marker that ended it."""
         reader = self._reader
         if not header.complete:
@@ -93,7 +93,7 @@ class ChannelsParser(StreamParser):
         self.thinking = False
         return marker
 
-    def _without_markers(self) -> Reads[None]:
+    def _without_markers(self) -> Parse[None]:
         held: list[str] = []
         if (yield from self._reader.until((_BARE_FINAL,), held.append)) is None:
             self._content(_BARE_ANALYSIS + "".join(held))

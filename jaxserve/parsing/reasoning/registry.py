@@ -6,7 +6,7 @@ from typing import Protocol
 from jaxserve.parsing.reasoning.channels import Channels
 from jaxserve.parsing.reasoning.tags import Tags
 from jaxserve.parsing.stream_parser import StreamParser
-from jaxserve.structured.grammar import Before, GrammarWriter
+from jaxserve.structured.grammar import GrammarPrefix, GrammarWriter
 
 
 class ReasoningFormat(Protocol):
@@ -64,7 +64,7 @@ class ReasoningFormat(Protocol):
         """
         ...
 
-    def grammar(self, writer: GrammarWriter, inside: bool | None, *, calls: bool) -> Before:
+    def grammar(self, writer: GrammarWriter, inside: bool | None, *, calls: bool) -> GrammarPrefix:
         """What comes before a constrained output.
 
         Args:

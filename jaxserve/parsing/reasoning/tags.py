@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 
 from jaxserve.parsing.stream_parser import StreamParser
-from jaxserve.parsing.stream_reader import Reads
-from jaxserve.structured.grammar import Before, GrammarWriter
+from jaxserve.parsing.stream_reader import Parse
+from jaxserve.structured.grammar import GrammarPrefix, GrammarWriter
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,17 +49,17 @@ class Tags:
         """See `ReasoningFormat`."""
         return TagsParser(self, inside, constrained=constrained)
 
-    def grammar(self, writer: GrammarWriter, inside: bool | None, *, calls: bool) -> Before:
+    def grammar(self, writer: GrammarWriter, inside: bool | None, *, calls: bool) -> GrammarPrefix:
         """See `ReasoningFormat`."""
         if inside is False:
-            return Before()
+            return GrammarPrefix()
         rule = writer.rule_until("thinking", self.end)
         if inside or self.presumed:
-            return Before("thinking", (rule,))
+            return GrammarPrefix("thinking", (rule,))
         if not writer.vocabulary.is_token(self.start):
             # Only a model that has learnt the tag can choose to think; another would be led to it by its first letter.
-            return Before()
-        return Before(f"({writer.literal(self.start)} thinking)?", (rule,))
+            return GrammarPrefix()
+        return GrammarPrefix(f"({writer.literal(self.start)} thinking)?", (rule,))
 
 
 class TagsParser(StreamParser):
@@ -72,7 +72,7 @@ class TagsParser(StreamParser):
         self._inside = inside
         self.thinking = inside if inside is not None else tags.presumed
 
-    def _parse(self) -> Reads[None]:
+    def _parse(self) -> Parse[None]:
         reader, tags = self._reader, self._tags
         inside = self._inside
         if inside is None and not tags.presumed and self._constrained:
@@ -85,7 +85,7 @@ class TagsParser(StreamParser):
             self.thinking = False
         yield from reader.rest(self._content)
 
-    def _think(self) -> Reads[None]:
+    def _think(self) -> Parse[None]:
         reader, tags = self._reader, self._tags
         # A model repeats the tag that the prompt or itself has written already.
         while True:

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Sequence
 
 from jaxserve.parsing.harmony import CALL, CHANNEL, CONSTRAIN, END, MESSAGE, RETURN, START, Header, read_header
-from jaxserve.parsing.stream_reader import Reads
+from jaxserve.parsing.stream_reader import Parse
 from jaxserve.parsing.tool_calls.parser import NoCallError, ToolCallParser
 from jaxserve.parsing.tool_calls.syntax import JsonArguments
 from jaxserve.parsing.tool_calls.tool import Tool
@@ -13,11 +13,11 @@ from jaxserve.structured.grammar import ANY_TEXT, GrammarPart, GrammarWriter, la
 class HarmonyParser(ToolCallParser):
     """`<|channel|>commentary to=functions.NAME <|constrain|>json<|message|>{...}<|call|>`."""
 
-    def _calls(self) -> Reads[None]:
+    def _calls(self) -> Parse[None]:
         while (marker := (yield from self._reader.until((START, CHANNEL), self._text))) is not None:
             yield from self._attempt(marker, self._message(marker))
 
-    def _message(self, marker: str) -> Reads[None]:
+    def _message(self, marker: str) -> Parse[None]:
         header = yield from read_header(self._reader, marker)
         if header.recipient:
             if not (header.complete and header.recipient.startswith("functions.")):
@@ -27,7 +27,7 @@ class HarmonyParser(ToolCallParser):
             # Not separated from the rest by a reasoning parser: its text is content.
             yield from self._reader.until((END, RETURN), self._text)
 
-    def _call(self, header: Header) -> Reads[None]:
+    def _call(self, header: Header) -> Parse[None]:
         self._start(header.recipient.removeprefix("functions."))
         yield from self._json_arguments()
         yield from self._reader.space()

@@ -1,17 +1,17 @@
 """Formats whose calls are JSON objects with a name and arguments: Qwen 2.5 and Hermes, Llama 3, Mistral."""
 
-from jaxserve.parsing.stream_reader import Reads
+from jaxserve.parsing.stream_reader import Parse
 from jaxserve.parsing.tool_calls.parser import NoCallError, ToolCallParser
 
 
 class HermesParser(ToolCallParser):
     """`<tool_call>{"name": NAME, "arguments": {...}}</tool_call>`, repeated; the last end tag may be missing."""
 
-    def _calls(self) -> Reads[None]:
+    def _calls(self) -> Parse[None]:
         while (yield from self._reader.until(("<tool_call>",), self._text)) is not None:
             yield from self._attempt("<tool_call>", self._tagged())
 
-    def _tagged(self) -> Reads[None]:
+    def _tagged(self) -> Parse[None]:
         yield from self._reader.space()
         while True:
             yield from self._json_call()
@@ -23,14 +23,14 @@ class HermesParser(ToolCallParser):
 class Llama3Parser(ToolCallParser):
     """`<|python_tag|>{"name": NAME, "parameters": {...}}`, more after `;`; the tag may be missing at the beginning."""
 
-    def _calls(self) -> Reads[None]:
+    def _calls(self) -> Parse[None]:
         self._text((yield from self._reader.space()))
         if (yield from self._reader.peek()) == "{":
             yield from self._attempt("", self._separated())
         while (yield from self._reader.until(("<|python_tag|>",), self._text)) is not None:
             yield from self._attempt("<|python_tag|>", self._separated())
 
-    def _separated(self) -> Reads[None]:
+    def _separated(self) -> Parse[None]:
         while True:
             yield from self._reader.space()
             yield from self._json_call()
@@ -45,11 +45,11 @@ class Llama3Parser(ToolCallParser):
 class MistralParser(ToolCallParser):
     """`[TOOL_CALLS][{"name": NAME, "arguments": {...}}, ...]`, or `[TOOL_CALLS]NAME[ARGS]{...}`, repeated."""
 
-    def _calls(self) -> Reads[None]:
+    def _calls(self) -> Parse[None]:
         while (yield from self._reader.until(("[TOOL_CALLS]",), self._text)) is not None:
             yield from self._attempt("[TOOL_CALLS]", self._list_or_named())
 
-    def _list_or_named(self) -> Reads[None]:
+    def _list_or_named(self) -> Parse[None]:
         reader = self._reader
         yield from reader.space()
         if (yield from reader.accept("[")) is None:
@@ -63,7 +63,7 @@ class MistralParser(ToolCallParser):
                 break
         yield from reader.accept("]")
 
-    def _named(self) -> Reads[None]:
+    def _named(self) -> Parse[None]:
         name: list[str] = []
         call_id: list[str] = []
         marker = yield from self._reader.until(("[ARGS]", "[CALL_ID]", "{"), name.append)

@@ -11,7 +11,7 @@ from typing import Any
 
 from jaxserve.parsing.deltas import CallArguments, CallEnd, CallFailed, CallStart, Content
 from jaxserve.parsing.stream_parser import StreamParser
-from jaxserve.parsing.stream_reader import Reads
+from jaxserve.parsing.stream_reader import Parse
 from jaxserve.parsing.tool_calls.tool import Tool
 
 _ARGUMENTS = ("arguments", "parameters")
@@ -36,13 +36,13 @@ class ToolCallParser(StreamParser):
         self._held_space = ""
         self._after_call = False
 
-    def _parse(self) -> Reads[None]:
+    def _parse(self) -> Parse[None]:
         yield from self._calls()
         yield from self._reader.rest(self._text)
         if not self._after_call:
             self._content(self._held_space)
 
-    def _calls(self) -> Reads[None]:
+    def _calls(self) -> Parse[None]:
         raise NotImplementedError
 
     def _text(self, text: str) -> None:
@@ -57,7 +57,7 @@ class ToolCallParser(StreamParser):
         else:
             self._held_space += text
 
-    def _attempt(self, marker: str, call: Reads[None]) -> Reads[bool]:
+    def _attempt(self, marker: str, call: Parse[None]) -> Parse[bool]:
         """Read what `marker` announced; from where it turns out to be no call, it is content."""
         self._reader.record(marker)
         try:
@@ -100,7 +100,7 @@ class ToolCallParser(StreamParser):
         self._after_call = True
         self._reader.record()
 
-    def _json_arguments(self) -> Reads[None]:
+    def _json_arguments(self) -> Parse[None]:
         """Read the arguments of the call that has begun: an object.
 
         Raises:
@@ -110,7 +110,7 @@ class ToolCallParser(StreamParser):
         if (yield from self._reader.peek()) != "{" or not (yield from self._reader.json(self._arguments)):
             raise NoCallError
 
-    def _json_call(self) -> Reads[None]:
+    def _json_call(self) -> Parse[None]:
         """Read `{"name": NAME, "arguments": {...}}`, its keys in any order, others ignored.
 
         Raises:
@@ -144,13 +144,13 @@ class ToolCallParser(StreamParser):
             self._arguments(early or "{}")
         self._end()
 
-    def _arguments_value(self) -> Reads[None]:
+    def _arguments_value(self) -> Parse[None]:
         if (yield from self._reader.peek()) == "{":
             yield from self._json_arguments()
         else:
             self._arguments(_as_object((yield from self._json_value())))
 
-    def _json_value(self) -> Reads[Any]:
+    def _json_value(self) -> Parse[Any]:
         parts: list[str] = []
         if not (yield from self._reader.json(parts.append)):
             raise NoCallError
@@ -159,7 +159,7 @@ class ToolCallParser(StreamParser):
         except (ValueError, RecursionError):  # a number of thousands of digits, brackets of thousands of levels
             raise NoCallError from None
 
-    def _expect(self, literal: str) -> Reads[None]:
+    def _expect(self, literal: str) -> Parse[None]:
         if (yield from self._reader.accept(literal)) is None:
             raise NoCallError
 

@@ -6,7 +6,7 @@ import warnings
 from itertools import count
 from typing import Any, ClassVar
 
-from jaxserve.parsing.stream_reader import Reads
+from jaxserve.parsing.stream_reader import Parse
 from jaxserve.parsing.tool_calls.parser import NoCallError, ToolCallParser, to_json
 
 _BEGIN, _END = "<|python_start|>", "<|python_end|>"
@@ -17,7 +17,7 @@ _QUOTES = ("'", '"')
 class PythonicParser(ToolCallParser):
     """The list begins the output, or stands between `<|python_start|>` and `<|python_end|>`."""
 
-    def _calls(self) -> Reads[None]:
+    def _calls(self) -> Parse[None]:
         self._text((yield from self._reader.space()))
         if (yield from self._reader.peek()) == "[":
             yield from self._attempt("", self._list())
@@ -25,7 +25,7 @@ class PythonicParser(ToolCallParser):
             if marker == _BEGIN:
                 yield from self._attempt(_BEGIN, self._list())
 
-    def _list(self) -> Reads[None]:
+    def _list(self) -> Parse[None]:
         reader = self._reader
         yield from reader.space()
         yield from self._expect("[")
@@ -37,7 +37,7 @@ class PythonicParser(ToolCallParser):
                 break
         yield from self._expect("]")
 
-    def _call(self) -> Reads[None]:
+    def _call(self) -> Parse[None]:
         source = yield from self._source()
         try:
             with warnings.catch_warnings(action="ignore"):  # of escapes that Python does not know
@@ -53,7 +53,7 @@ class PythonicParser(ToolCallParser):
         self._arguments(text)
         self._end()
 
-    def _source(self) -> Reads[str]:
+    def _source(self) -> Parse[str]:
         """Text of one call up to its closing bracket."""
         reader = self._reader
         depth = 0

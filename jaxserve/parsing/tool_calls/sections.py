@@ -2,7 +2,7 @@
 
 import re
 
-from jaxserve.parsing.stream_reader import Reads
+from jaxserve.parsing.stream_reader import Parse
 from jaxserve.parsing.tool_calls.parser import NoCallError, ToolCallParser
 
 _KIMI_ID = re.compile(r"(?:functions\.)?(?P<name>[\w.-]+):(?P<index>\d+)")
@@ -16,11 +16,11 @@ class SectionParser(ToolCallParser):
     call_begin: str
     call_end: str
 
-    def _calls(self) -> Reads[None]:
+    def _calls(self) -> Parse[None]:
         while (marker := (yield from self._reader.until((self.section_begin,), self._text))) is not None:
             yield from self._attempt(marker, self._section())
 
-    def _section(self) -> Reads[None]:
+    def _section(self) -> Parse[None]:
         reader = self._reader
         while True:
             yield from reader.space()
@@ -34,10 +34,10 @@ class SectionParser(ToolCallParser):
             yield from reader.space()
             yield from reader.accept(self.call_end)
 
-    def _call(self) -> Reads[None]:
+    def _call(self) -> Parse[None]:
         raise NotImplementedError
 
-    def _until(self, marker: str) -> Reads[str]:
+    def _until(self, marker: str) -> Parse[str]:
         """Text before a marker of the call that is being read.
 
         Raises:
@@ -55,7 +55,7 @@ class DeepSeekV3Parser(SectionParser):
     section_begin, section_end = "<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>"
     call_begin, call_end = "<｜tool▁call▁begin｜>", "<｜tool▁call▁end｜>"
 
-    def _call(self) -> Reads[None]:
+    def _call(self) -> Parse[None]:
         yield from self._until("<｜tool▁sep｜>")
         self._start((yield from self._until("```json")))
         yield from self._json_arguments()
@@ -67,7 +67,7 @@ class DeepSeekV3Parser(SectionParser):
 class DeepSeekV31Parser(DeepSeekV3Parser):
     """`NAME<｜tool▁sep｜>{...}`, between the same markers."""
 
-    def _call(self) -> Reads[None]:
+    def _call(self) -> Parse[None]:
         self._start((yield from self._until("<｜tool▁sep｜>")))
         yield from self._json_arguments()
         self._end()
@@ -79,7 +79,7 @@ class KimiK2Parser(SectionParser):
     section_begin, section_end = "<|tool_calls_section_begin|>", "<|tool_calls_section_end|>"
     call_begin, call_end = "<|tool_call_begin|>", "<|tool_call_end|>"
 
-    def _call(self) -> Reads[None]:
+    def _call(self) -> Parse[None]:
         call_id = yield from self._until("<|tool_call_argument_begin|>")
         match = _KIMI_ID.fullmatch(call_id)
         if match is None:

@@ -9,7 +9,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from jaxserve.parsing.stream_reader import Reads
+from jaxserve.parsing.stream_reader import Parse
 from jaxserve.parsing.tool_calls.parser import NoCallError, ToolCallParser, to_json
 from jaxserve.parsing.tool_calls.tool import Tool
 
@@ -22,11 +22,11 @@ class XmlParser(ToolCallParser):
         self._tool: Tool | None = None
         self._num_arguments = 0
 
-    def _calls(self) -> Reads[None]:
+    def _calls(self) -> Parse[None]:
         while (marker := (yield from self._reader.until(("<tool_call>",), self._text))) is not None:
             yield from self._attempt(marker, self._call())
 
-    def _call(self) -> Reads[None]:
+    def _call(self) -> Parse[None]:
         raise NotImplementedError
 
     def _start_call(self, name: str) -> None:
@@ -34,7 +34,7 @@ class XmlParser(ToolCallParser):
         self._tool = self._tools[name]
         self._num_arguments = 0
 
-    def _argument(self, name: str, ends: Sequence[str]) -> Reads[None]:
+    def _argument(self, name: str, ends: Sequence[str]) -> Parse[None]:
         """Read a value up to one of `ends` and tell it as JSON.
 
         Raises:
@@ -69,19 +69,19 @@ class Qwen3CoderParser(XmlParser):
     The outer tags and the last end tags may be missing.
     """
 
-    def _calls(self) -> Reads[None]:
+    def _calls(self) -> Parse[None]:
         # A grammar of strict tools begins with the outer tag.
         strict = any(tool.strict for tool in self._tools.values())
         markers = ("<tool_call>",) if strict else ("<tool_call>", "<function=")
         while (marker := (yield from self._reader.until(markers, self._text))) is not None:
             yield from self._attempt(marker, self._call() if marker == "<tool_call>" else self._function())
 
-    def _call(self) -> Reads[None]:
+    def _call(self) -> Parse[None]:
         yield from self._reader.space()
         yield from self._expect("<function=")
         yield from self._function()
 
-    def _function(self) -> Reads[None]:
+    def _function(self) -> Parse[None]:
         reader = self._reader
         self._start_call((yield from self._name()))
         while True:
@@ -99,7 +99,7 @@ class Qwen3CoderParser(XmlParser):
             yield from reader.accept("</tool_call>")
         self._end_call()
 
-    def _name(self) -> Reads[str]:
+    def _name(self) -> Parse[str]:
         parts: list[str] = []
         if (yield from self._reader.until((">", "\n"), parts.append)) != ">":
             raise NoCallError
@@ -109,7 +109,7 @@ class Qwen3CoderParser(XmlParser):
 class Glm45Parser(XmlParser):
     """`<tool_call>NAME<arg_key>KEY</arg_key><arg_value>VALUE</arg_value></tool_call>`, on lines of their own."""
 
-    def _call(self) -> Reads[None]:
+    def _call(self) -> Parse[None]:
         reader = self._reader
         name: list[str] = []
         marker = yield from reader.until(("<arg_key>", "</tool_call>"), name.append)
