@@ -20,13 +20,13 @@ from checkpoints.orbax_adapters import save_adapter
 from checkpoints.source import CheckpointError
 from jaxserve.config import EngineConfig
 from jaxserve.errors import AdapterError, LaunchError
+from jaxserve.layers.args import DecoderArgs
 from jaxserve.layout.layout import pick_dtype
 from jaxserve.loading.checkpoint import OrbaxCheckpoint, open_checkpoint
 from jaxserve.loading.hub import find_adapter, find_model
 from jaxserve.loading.weights import load_weights
 from jaxserve.lora.merge import merge_adapter
 from jaxserve.lora.reader import AdapterReader
-from jaxserve.models.architecture import DecoderArgs
 from jaxserve.models.registry import find_architecture
 from jaxserve.parallel.mesh import make_mesh
 from jaxserve.text.tokenizer import load_tokenizer
@@ -51,10 +51,10 @@ def convert(name: str, destination: Path, dtype_name: str, adapter: str | None =
     dtype = pick_dtype(EngineConfig(model_path=name, dtype=dtype_name), model)  # type: ignore[arg-type]
     decoder = architecture.build(DecoderArgs(model, dtype))
     names = architecture.tensor_names(model)
-    weights = load_weights(source, decoder, names, model, make_mesh(1), lambda paths: paths)
+    weights = load_weights(source, decoder, names, make_mesh(1), lambda paths: paths)
     source.close()
     if adapter is not None:
-        weights = merge_adapter(weights, AdapterReader(decoder, names, model).read(find_adapter(adapter, None)))
+        weights = merge_adapter(weights, AdapterReader(decoder, names).read(find_adapter(adapter, None)))
 
     destination.mkdir(parents=True, exist_ok=True)
     (destination / "config.json").write_text(json.dumps({**source.config, "dtype": str(dtype)}, indent=2))

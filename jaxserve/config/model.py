@@ -80,7 +80,6 @@ class MoeConfig(Config, frozen=True):
         swiglu_alpha: of that product.
         shared_intermediate_size: of an expert that all tokens have; None for none.
         shared_gate: which is weighed by a gate of its own.
-        of_copies: all copies of the model have them together; set by the engine, not by the model.
     """
 
     num_experts: int
@@ -98,7 +97,6 @@ class MoeConfig(Config, frozen=True):
     swiglu_alpha: float = 1.702
     shared_intermediate_size: int | None = None
     shared_gate: bool = False
-    shared_by_replicas: bool = False
 
     def __post_init__(self) -> None:
         for name in ("num_experts", "intermediate_size", "shared_intermediate_size"):
@@ -186,7 +184,6 @@ class ModelConfig(Config, frozen=True):
         quantization: of the weights of some parts.
         num_mtp_layers: layers behind these that guess further tokens; they are not loaded.
         attention_sinks: every head has an extra score that takes probability and no value.
-        cache_scales: keys and values are cached divided by factors of their own; no checkpoint has them.
         qk_norm: how queries and keys are normalised: each head, or the whole projection.
         norm_offset: added to the norms' weights.
         dtype: dtype the checkpoint declares.
@@ -213,7 +210,6 @@ class ModelConfig(Config, frozen=True):
     quantization: QuantizationConfig | None = None
     num_mtp_layers: int = 0
     attention_sinks: bool = False
-    cache_scales: bool = False
     tie_word_embeddings: bool = False
     attention_bias: bool = False
     attention_out_bias: bool = False

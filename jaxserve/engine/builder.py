@@ -218,48 +218,47 @@ def build_runner(config: EngineConfig, bar: ProgressBar) -> BuiltRunner:
 def _build_runner(
     config: EngineConfig, source: TensorSource | OrbaxCheckpoint, bar: ProgressBar, meet: MinOverHosts
 ) -> BuiltRunner:
-    design = layout_model(config, source.config, make_mesh(config.tp_size, config.dp_size, config.ep_size))
-    platform = design.mesh.devices.flat[0].platform
-    names = design.architecture.tensor_names(design.checkpoint)
-    reader = AdapterReader(design.decoder, names, design.checkpoint, config.nnodes)
+    layout = layout_model(config, source.config, make_mesh(config.tp_size, config.dp_size, config.ep_size))
+    platform = layout.mesh.devices.flat[0].platform
+    names = layout.architecture.tensor_names(layout.config)
+    reader = AdapterReader(layout.decoder, names, config.nnodes)
     with Phase("weights") as phase:
-        weights = _load(source, design, bar)
+        weights = _load(source, layout, bar)
         if config.merge_lora is not None:
             weights = _merge(weights, Path(config.merge_lora), reader)
         megabytes = sum(leaf.nbytes for leaf in jax.tree.leaves(weights)) / 1e6
-        devices = f"{design.mesh.size} {platform} device(s)"
-        phase.detail = f", {megabytes:.0f} MB of {design.dtype} on {devices}, {megabytes / phase.seconds:.0f} MB/s"
-    first = None if config.lora is None else read_startup_adapters(config.lora, reader, lora_rank_multiple(design.mesh))
-    layout = None if first is None else first.layout
-    slot_bytes = 0 if layout is None else lora_pool_bytes(design.decoder, layout, design.mesh)
+        devices = f"{layout.mesh.size} {platform} device(s)"
+        phase.detail = f", {megabytes:.0f} MB of {layout.dtype} on {devices}, {megabytes / phase.seconds:.0f} MB/s"
+    first = None if config.lora is None else read_startup_adapters(config.lora, reader, lora_rank_multiple(layout.mesh))
+    lora_pool = None if first is None else first.layout
+    slot_bytes = 0 if lora_pool is None else lora_pool_bytes(layout.decoder, lora_pool, layout.mesh)
     # All hosts run the same shapes: the one with the least room decides.
-    engine = layout_engine(config, design, meet(_pool_bytes(config, platform, slot_bytes)), layout)
+    engine = layout_engine(config, layout, meet(_pool_bytes(config, platform, slot_bytes)), lora_pool)
     logger.info(
         "key/value pool: %d pages of %d tokens, %.0f MB on each device",
         engine.cache.num_pages,
         engine.cache.page_size,
         engine.pool_bytes / 1e6,
     )
-    if engine.step.decoder.config.cache_scales:
-        with Phase("cache scales"):
-            weights = with_kv_scales(engine.step, design.decoder, weights, lambda: meet(0))
+    if layout.decoder.args.parallelism.kv_scales:
+        with Phase("KV scales"):
+            weights = with_kv_scales(engine.step, weights, lambda: meet(0))
     runner = ModelRunner(engine.step, weights)
     for name, adapter in first.by_name.items() if first is not None else ():
         runner.add_adapter(name, adapter)
-    return BuiltRunner(runner, design.checkpoint, engine.cache, engine.scheduler, design.dtype, first)
+    return BuiltRunner(runner, layout.config, engine.cache, engine.scheduler, layout.dtype, first)
 
 
-def _load(source: TensorSource | OrbaxCheckpoint, design: ModelLayout, bar: ProgressBar) -> Weights:
+def _load(source: TensorSource | OrbaxCheckpoint, layout: ModelLayout, bar: ProgressBar) -> Weights:
     if isinstance(source, OrbaxCheckpoint):
-        return restore_weights(source.folder, design.decoder, design.checkpoint, design.mesh)
-    names = design.architecture.tensor_names(design.checkpoint)
+        return restore_weights(source.folder, layout.decoder, layout.mesh)
+    names = layout.architecture.tensor_names(layout.config)
     return load_weights(
-        quantized_as(source, design.decoder, names),
-        design.decoder,
+        quantized_as(source, layout.decoder, names),
+        layout.decoder,
         names,
-        design.checkpoint,
-        design.mesh,
-        lambda paths: bar(paths, "loading weights", len(design.decoder.param_specs)),
+        layout.mesh,
+        lambda paths: bar(paths, "loading weights", len(layout.decoder.param_specs)),
     )
 
 

@@ -8,28 +8,30 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxserve.config import ModelConfig
+from jaxserve.layers.args import DecoderArgs
+from jaxserve.layers.context import LayerContext
 from jaxserve.layers.kv_scales import kv_scales_param
-from jaxserve.layers.linear import Linear, RMSNorm, param
+from jaxserve.layers.linear import Linear, RMSNorm, apply_group, param
 from jaxserve.layers.rope import apply_rope
 
 
 class Attention(nnx.Module):
     """Projections around the attention backend."""
 
-    same_inputs: ClassVar[tuple[str, ...]] = ("q_proj", "k_proj", "v_proj")
+    lora_groups: ClassVar[tuple[tuple[str, ...], ...]] = (("q_proj", "k_proj", "v_proj"),)
 
-    def __init__(self, config: ModelConfig, dtype: jnp.dtype) -> None:
-        c = config
-        q_size, kv_size = c.num_q_heads * c.head_dim, c.num_kv_heads * c.head_dim
+    def __init__(self, args: DecoderArgs) -> None:
+        c, dtype = args.config, args.dtype
+        q_size, kv_size = c.num_q_heads * c.head_dim, args.num_kv_heads * c.head_dim
         make = partial(Linear, dtype=dtype, quantization=c.quantized("attention"))
         self.q_proj = make(c.hidden_size, q_size, axes=("heads", "hidden"), bias=c.attention_bias)
         self.k_proj = make(c.hidden_size, kv_size, axes=("kv_heads", "hidden"), bias=c.attention_bias)
         self.v_proj = make(c.hidden_size, kv_size, axes=("kv_heads", "hidden"), bias=c.attention_bias)
         self.o_proj = make(q_size, c.hidden_size, axes=("hidden", "heads"), bias=c.attention_out_bias)
         self.q_norm = self._norm(c, "heads", c.num_q_heads, dtype)
-        self.k_norm = self._norm(c, "kv_heads", c.num_kv_heads, dtype)
+        self.k_norm = self._norm(c, "kv_heads", args.num_kv_heads, dtype)
         self.sinks = param((c.num_q_heads,), dtype, ("heads",)) if c.attention_sinks else None
-        self.cache_scales = kv_scales_param(c)
+        self.cache_scales = kv_scales_param(args)
         self._qk_norm = c.qk_norm
         self._head_dim = c.head_dim
 
@@ -45,10 +47,13 @@ class Attention(nnx.Module):
         size, axes = (c.head_dim, (None,)) if c.qk_norm == "head" else (num_heads * c.head_dim, (axis,))
         return RMSNorm(size, eps=c.rms_norm_eps, dtype=dtype, offset=c.norm_offset, axes=axes)
 
-    def project(self, x_TD: jax.Array, *rope_TC: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def project(
+        self, x_TD: jax.Array, ctx: LayerContext, *rope_TC: jax.Array
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Rotated queries and keys, and values: [T, N, H], [T, K, H], [T, K, H]; without `rope_TC`, not rotated."""
         heads = (x_TD.shape[0], -1, self._head_dim)
-        q_TM, k_TM, v_TKH = self.q_proj(x_TD), self.k_proj(x_TD), self.v_proj(x_TD).reshape(heads)
+        q_TM, k_TM, v_TM = apply_group((self.q_proj, self.k_proj, self.v_proj), x_TD, ctx)
+        v_TKH = v_TM.reshape(heads)
         if self._qk_norm == "projection":
             q_TM, k_TM = self.q_norm(q_TM), self.k_norm(k_TM)
         q_TNH, k_TKH = q_TM.reshape(heads), k_TM.reshape(heads)
@@ -58,6 +63,6 @@ class Attention(nnx.Module):
             q_TNH, k_TKH = apply_rope(q_TNH, *rope_TC), apply_rope(k_TKH, *rope_TC)
         return q_TNH, k_TKH, v_TKH
 
-    def output(self, o_TNH: jax.Array) -> jax.Array:
+    def output(self, o_TNH: jax.Array, ctx: LayerContext) -> jax.Array:
         """[T, N, H] -> [T, D]."""
-        return self.o_proj(o_TNH.reshape(o_TNH.shape[0], -1))
+        return self.o_proj(o_TNH.reshape(o_TNH.shape[0], -1), ctx)

@@ -1,6 +1,6 @@
-"""How a layer of a step attends: between its projections and the attention backend."""
+"""The attention call of a layer, between its projections and the attention backend."""
 
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import jax
 
@@ -8,11 +8,12 @@ from jaxserve.layers.kv_scales import kv_scales_of
 from kernels_pallas.paged_attention.api import AttentionBackend, Cache, Plan
 
 
-class Attend(Protocol):
-    """Made once a step, for all layers of a window."""
+class AttentionCall(Protocol):
+    """Attention of one step; made once for all layers that have the same window."""
 
-    def attach(self, attention: Any) -> None:
-        """Tell the layer's projections what is wanted of them."""
+    @property
+    def mla(self) -> Literal["absorbed", "mha"]:
+        """The form of MLA in which it takes queries; see `LayerContext`."""
         ...
 
     def attend(
@@ -29,30 +30,29 @@ class Attend(Protocol):
         Args:
             attention: the layer's projections.
             q_TNH: queries.
-            k_TKH: keys.
-            v_TKH: values.
+            k_TKH: new keys.
+            v_TKH: new values.
             cache: see `AttentionBackend`.
-            layer: i32 scalar.
+            layer: i32 scalar, the index of the layer.
 
         Returns:
-            o_TNH as the projections take it, and the cache.
+            o_TNH as the output projection takes it, and the updated cache.
         """
         ...
 
 
-class OverCache(NamedTuple):
-    """Over what is cached, as it is.
+class PagedAttentionCall(NamedTuple):
+    """Attention over the paged cache.
 
     Attributes:
-        backend: with the window.
-        plan: of the step.
+        backend: the backend, with the window.
+        plan: the backend's metadata of the step.
+        mla: see `LayerContext`.
     """
 
     backend: AttentionBackend
     plan: Plan
-
-    def attach(self, attention: Any) -> None:
-        """As they are."""
+    mla: Literal["absorbed", "mha"] = "absorbed"
 
     def attend(
         self,
@@ -63,7 +63,7 @@ class OverCache(NamedTuple):
         cache: Cache,
         layer: jax.Array,
     ) -> tuple[jax.Array, Cache]:
-        """See `Attend.attend`."""
+        """See `AttentionCall.attend`."""
         scales = kv_scales_of(attention.cache_scales, self.backend.config.value_dim)
         if scales is not None:
             q_TNH, k_TKH, v_TKH = scales.shrink(q_TNH, k_TKH, v_TKH)

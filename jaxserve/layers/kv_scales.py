@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxserve.config import ModelConfig
+from jaxserve.layers.args import DecoderArgs
 from jaxserve.layers.linear import param
 
 
@@ -45,12 +45,12 @@ def _times(x_TNH: jax.Array, scale_KH: jax.Array) -> jax.Array:
     return (x_TKGH * scale_KH[:, None]).astype(x_TNH.dtype).reshape(num_tokens, num_heads, head_dim)
 
 
-def kv_scales_param(config: ModelConfig) -> nnx.Param[jax.Array] | None:
-    """A layer's factors if the cache has them: of keys, and of values where these are no part of their keys."""
-    if not config.cache_scales:
+def kv_scales_param(args: DecoderArgs) -> nnx.Param[jax.Array] | None:
+    """A layer's KV scales if the cache has them: of keys, and of values where these are no part of their keys."""
+    if not args.parallelism.kv_scales:
         return None
-    shape = (2 if config.latent is None else 1, config.num_kv_heads, config.head_dim)
-    return param(shape, jnp.dtype(jnp.float32), (None, "kv_heads", None))
+    shape = (2 if args.config.latent is None else 1, args.num_kv_heads, args.config.head_dim)
+    return param(shape, jnp.dtype(jnp.float32), (None, "kv_heads", None), loaded=False)
 
 
 def kv_scales_of(param_2KH: Any, value_dim: int | None) -> KvScales | None:

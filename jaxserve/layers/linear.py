@@ -1,4 +1,4 @@
-"""Flax NNX building blocks. They name the parameter tree and its logical axes and hold the plain maths.
+"""Flax NNX building blocks: they name the parameter tree and its logical axes, and hold the plain computation.
 
 Weights keep Hugging Face's orientation, [out, in]: nothing is transposed while loading, and it is the faster one
 for XLA on CPU. Products accumulate in f32 and return the activations' dtype; norms run in f32.
@@ -7,7 +7,7 @@ Logical axes: `vocab`, `hidden`, `heads` (query heads x head dim), `kv_heads`, `
 `experts_shared`, `expert_mlp`, `layers`; None is replicated.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import ClassVar, NamedTuple, TypeAlias, cast
 
@@ -18,39 +18,27 @@ from jax import lax
 from jax.typing import DTypeLike
 
 from jaxserve.config import QuantizationConfig
-from jaxserve.layers.quantized_linear import LinearOps, multiply
+from jaxserve.layers.context import LayerContext, LoraGroup, Path
+from jaxserve.layers.quantized_linear import multiply
 from kernels_pallas.grouped_matmul.api import Matrices
 from kernels_pallas.quantized import QuantizedFormat
+from kernels_pallas.stacked import Stacked
 
 Axes: TypeAlias = tuple[str | None, ...]
-# What a model's config calls the dtypes of factors.
+# Dtypes of scales that a model's config has another name for.
 _SCALE_DTYPES: Mapping[str, jnp.dtype] = {"e8m0": jnp.dtype(jnp.uint8)}
 ACTIVATIONS: Mapping[str, Callable[[jax.Array], jax.Array]] = {
     "silu": jax.nn.silu,
     "gelu_tanh": partial(jax.nn.gelu, approximate=True),
 }
-# What adapters add to the result of a module; set while a step is traced.
-Update: TypeAlias = Callable[[jax.Array], jax.Array]
 
 
-class InStack(NamedTuple):
-    """A layer's weight that is not cut out of the stack of all layers.
+class Packing(NamedTuple):
+    """How the entries of an array stand for the elements of a quantised weight.
 
     Attributes:
-        stack: with the layers that have such a weight along axis 0.
-        place: i32 scalar, this layer's.
-    """
-
-    stack: jax.Array
-    place: jax.Array
-
-
-class Stored(NamedTuple):
-    """What an entry of an array is of a quantised weight.
-
-    Attributes:
-        per_byte: its numbers, along the last axis.
-        block_rows: its rows, of which this array has one number.
+        per_byte: elements in one entry, along the last axis.
+        block_rows: rows of the weight that share one entry.
     """
 
     per_byte: int = 1
@@ -62,26 +50,35 @@ def param(
     dtype: jnp.dtype,
     axes: Axes,
     *,
-    in_stack: bool = False,
-    taken_apart: bool = False,
-    stored: Stored | None = None,
+    keep_stacked: bool = False,
+    absorbed_only: bool = False,
+    packing: Packing | None = None,
+    loaded: bool = True,
 ) -> nnx.Param[jax.Array]:
-    """A named weight; only its shape matters, since models are built abstractly.
+    """A named weight. Its values are zeros: models are built abstractly, and only shapes count.
 
     Args:
-        shape: of it, in one layer.
-        dtype: of its values.
-        axes: logical ones.
-        in_stack: a layer gets it as `InStack`.
-        taken_apart: no linear map by itself.
-        stored: of a quantised weight, and of what its blocks have.
+        shape: shape of the weight in one layer.
+        dtype: dtype of its values.
+        axes: logical axes.
+        keep_stacked: a layer gets it as `Stacked` instead of a slice.
+        absorbed_only: it is folded into other maps and never applied by itself.
+        packing: how it is packed, of a quantised weight and of its scales and zero points.
+        loaded: the checkpoint has it.
     """
     value = jnp.zeros(shape, dtype)
-    return nnx.Param(value, logical_axes=axes, in_stack=in_stack, taken_apart=taken_apart, stored=stored)
+    return nnx.Param(
+        value,
+        logical_axes=axes,
+        keep_stacked=keep_stacked,
+        absorbed_only=absorbed_only,
+        packing=packing,
+        loaded=loaded,
+    )
 
 
-class QuantizedParams(NamedTuple):
-    """A weight, with what else it has if it is quantised; see `QuantizedMatrix`."""
+class QuantizedParam(NamedTuple):
+    """A weight, with its scales and zero points where it is quantised; see `QuantizedMatrix`."""
 
     weight: nnx.Param[jax.Array]
     scale: nnx.Param[jax.Array] | None = None
@@ -94,22 +91,22 @@ def weight_params(
     axes: Axes,
     quantization: QuantizationConfig | None,
     *,
-    in_stack: bool = False,
-    taken_apart: bool = False,
-) -> QuantizedParams:
+    keep_stacked: bool = False,
+    absorbed_only: bool = False,
+) -> QuantizedParam:
     """A matrix, or several, and the numbers of its blocks if it is quantised; see `param`."""
     if quantization is None:
-        return QuantizedParams(param(shape, dtype, axes, in_stack=in_stack, taken_apart=taken_apart))
+        return QuantizedParam(param(shape, dtype, axes, keep_stacked=keep_stacked, absorbed_only=absorbed_only))
     form = format_of(quantization)
     *lead, num_rows, num_columns = shape
     rows, columns = form.block
     blocks = (*lead, -(-num_rows // rows), -(-num_columns // columns) if columns else 1)
     block_axes = axes if columns else (*axes[:-1], None)
-    of_blocks = partial(param, blocks, axes=block_axes, in_stack=in_stack, stored=Stored(block_rows=rows))
+    of_blocks = partial(param, blocks, axes=block_axes, keep_stacked=keep_stacked, packing=Packing(block_rows=rows))
     scale_dtype = _SCALE_DTYPES.get(quantization.scale_dtype) or jnp.dtype(quantization.scale_dtype)
-    entries, stored = (*lead, num_rows, num_columns // form.per_byte), Stored(per_byte=form.per_byte)
-    return QuantizedParams(
-        param(entries, form.dtype, axes, in_stack=in_stack, taken_apart=taken_apart, stored=stored),
+    entries, packing = (*lead, num_rows, num_columns // form.per_byte), Packing(per_byte=form.per_byte)
+    return QuantizedParam(
+        param(entries, form.dtype, axes, keep_stacked=keep_stacked, absorbed_only=absorbed_only, packing=packing),
         of_blocks(scale_dtype),
         of_blocks(jnp.dtype(jnp.uint8)) if quantization.zeros else None,
     )
@@ -121,12 +118,16 @@ def format_of(quantization: QuantizationConfig) -> QuantizedFormat:
 
 
 class Linear(nnx.Module):
-    """y = x W^T + b."""
+    """y = x W^T + b.
 
-    # Of the result; None for the activations'.
+    Attributes:
+        path: path of the module in the model's tree; the decoder sets it once, when the model is built.
+    """
+
+    # The dtype of the result; None for the activations'.
     out_dtype: ClassVar[DTypeLike | None] = None
-    # Whether other maps are made of its weight, and it is not applied by itself.
-    taken_apart: ClassVar[bool] = False
+    # Whether the weight is folded into other maps and never applied by itself.
+    absorbed_only: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -138,48 +139,60 @@ class Linear(nnx.Module):
         dtype: jnp.dtype,
         quantization: QuantizationConfig | None = None,
     ) -> None:
-        # A kernel reads a quantised weight where it is: cut out of the stack it would be copied.
+        # A kernel reads a quantised weight in place: sliced out of the stack it would be copied.
         self.weight, self.scale, self.zero = weight_params(
             (out_size, in_size),
             dtype,
             axes,
             quantization,
-            taken_apart=self.taken_apart,
-            in_stack=quantization is not None,
+            absorbed_only=self.absorbed_only,
+            keep_stacked=quantization is not None,
         )
         self.bias = param((out_size,), dtype, axes[:1]) if bias else None
+        self.path: Path = ()
         self._axes = axes
         self._form = None if quantization is None else format_of(quantization)
-        # Both are set while a step is traced.
-        self.update: Update | None = None
-        self.maths: LinearOps | None = None
 
-    def __call__(self, x_TI: jax.Array) -> jax.Array:
+    def __call__(self, x_TI: jax.Array, ctx: LayerContext) -> jax.Array:
         """[T, in] -> [T, out]."""
-        if self.maths is None:
-            y_TO = jnp.einsum("ti,oi->to", x_TI, self.matrix(x_TI.dtype), preferred_element_type=self.out_dtype)
-        else:
+        return _with_update(self, x_TI, ctx, ctx.lora.group((self.path,)))
+
+    def base(self, x_TI: jax.Array, ctx: LayerContext) -> jax.Array:
+        """The result without adapters."""
+        if self.path in ctx.linear.modules:
             out_axis, in_axis = self._axes
-            y_TO = multiply(self.maths, x_TI, *self._stacked(), (out_axis, in_axis))
-        if self.bias is not None:
-            y_TO = y_TO + self.bias[...].astype(y_TO.dtype)
-        return y_TO if self.update is None else y_TO + self.update(x_TI).astype(y_TO.dtype)
+            y_TO = multiply(ctx.linear, x_TI, *self._stacked(), (out_axis, in_axis))
+        else:
+            y_TO = jnp.einsum("ti,oi->to", x_TI, self.matrix(x_TI.dtype), preferred_element_type=self.out_dtype)
+        return y_TO if self.bias is None else y_TO + self.bias[...].astype(y_TO.dtype)
 
     def matrix(self, dtype: jnp.dtype) -> jax.Array:
         """The weight in the activations' dtype, [out, in]."""
         if self._form is None:
             return self.weight[...]
-        matrices, place = self._stacked()
-        return matrices.matrix(place, dtype)
+        matrices, layer = self._stacked()
+        return matrices.matrix(layer, dtype)
 
     def _stacked(self) -> tuple[Matrices, jax.Array]:
-        """The quantised weights of all layers, and the place of this one's."""
+        """The quantised weights of all layers, and the index of this layer among them."""
         weight, scale, zero = (
-            None if each is None else cast("InStack", each.get_value()) for each in (self.weight, self.scale, self.zero)
+            None if each is None else cast("Stacked", each.get_value()) for each in (self.weight, self.scale, self.zero)
         )
         assert weight is not None
         assert scale is not None
-        return Matrices(weight.stack, scale.stack, None if zero is None else zero.stack, self._form), weight.place
+        return Matrices(weight.stack, scale.stack, None if zero is None else zero.stack, self._form), weight.layer
+
+
+def apply_group(linears: Sequence[Linear], x_TI: jax.Array, ctx: LayerContext) -> list[jax.Array]:
+    """The results of linear modules that read the same activations: their adapters share the first product."""
+    group = ctx.lora.group([linear.path for linear in linears])
+    return [_with_update(linear, x_TI, ctx, group) for linear in linears]
+
+
+def _with_update(linear: Linear, x_TI: jax.Array, ctx: LayerContext, group: LoraGroup | None) -> jax.Array:
+    y_TO = linear.base(x_TI, ctx)
+    update_TO = None if group is None else group.update(linear.path, x_TI)
+    return y_TO if update_TO is None else y_TO + update_TO.astype(y_TO.dtype)
 
 
 class RMSNorm(nnx.Module):
@@ -215,7 +228,7 @@ class Embedding(nnx.Module):
 class GatedMLP(nnx.Module):
     """down(act(gate(x)) * up(x)): SwiGLU with silu, GeGLU with gelu (arXiv:2002.05202)."""
 
-    same_inputs: ClassVar[tuple[str, ...]] = ("gate_proj", "up_proj")
+    lora_groups: ClassVar[tuple[tuple[str, ...], ...]] = (("gate_proj", "up_proj"),)
 
     def __init__(
         self,
@@ -233,6 +246,7 @@ class GatedMLP(nnx.Module):
         self.down_proj = make(intermediate_size, hidden_size, axes=("hidden", "mlp"))
         self._activation = ACTIVATIONS[activation]
 
-    def __call__(self, x_TD: jax.Array) -> jax.Array:
+    def __call__(self, x_TD: jax.Array, ctx: LayerContext) -> jax.Array:
         """[T, D] -> [T, D]."""
-        return self.down_proj(self._activation(self.gate_proj(x_TD)) * self.up_proj(x_TD))
+        gate_TF, up_TF = apply_group((self.gate_proj, self.up_proj), x_TD, ctx)
+        return self.down_proj(self._activation(gate_TF) * up_TF, ctx)

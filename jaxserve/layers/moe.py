@@ -18,11 +18,14 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from jaxserve.config import ModelConfig, MoeConfig, QuantizationConfig, RouterScores
+from jaxserve.layers.args import DecoderArgs
+from jaxserve.layers.context import ExpertAdapters, LayerContext, Path
 from jaxserve.layers.linear import ACTIVATIONS, Axes, GatedMLP, Linear, format_of, param, weight_params
 from jaxserve.parallel.mesh import partition_spec
 from kernels_pallas.grouped_matmul.api import GroupedMatmul, Matrices
 from kernels_pallas.quantized import QuantizedFormat
 from kernels_pallas.shards import DATA, EXPERT, IN_EXPERT, MODEL, over_model
+from kernels_pallas.stacked import LoraPair, Stacked
 from kernels_pallas.token_tiles import Blocks, Places, sort_into_blocks
 
 # Sigmoids may all be nothing.
@@ -31,47 +34,7 @@ _SMALLEST_SUM = 1e-20
 Gated: TypeAlias = Callable[[jax.Array, jax.Array], jax.Array]
 
 
-class ExpertOps(NamedTuple):
-    """How experts are computed.
-
-    Attributes:
-        matmul: the product of one device.
-        mesh: that experts lie on.
-    """
-
-    matmul: GroupedMatmul
-    mesh: Mesh
-
-
-class ExpertAdapters(NamedTuple):
-    """The adapters of tokens that go through experts.
-
-    Attributes:
-        matmul: the product with their factors, of one device.
-        num_slots: without slot 0.
-        slot_T: i32, of each token; 0 for none.
-    """
-
-    matmul: GroupedMatmul
-    num_slots: int
-    slot_T: jax.Array
-
-
-class ExpertLoraPair(NamedTuple):
-    """What adapters add to a linear map of each expert, the factors of all layers.
-
-    Attributes:
-        a: [L, S, E, R, in].
-        b: [L, S, E, R, out], the scale in them.
-        place: i32 scalar, of this layer's.
-    """
-
-    a: Any
-    b: Any
-    place: Any
-
-
-class Choice(NamedTuple):
+class Routing(NamedTuple):
     """The experts of each token.
 
     Attributes:
@@ -90,7 +53,7 @@ _SCORES: Mapping[RouterScores, Callable[[jax.Array], jax.Array]] = {
 }
 
 
-def route_tokens(logits_TE: jax.Array, config: MoeConfig, correction_E: jax.Array | None = None) -> Choice:
+def route_tokens(logits_TE: jax.Array, config: MoeConfig, correction_E: jax.Array | None = None) -> Routing:
     """The experts with the highest scores; of equal ones the first.
 
     Args:
@@ -108,7 +71,7 @@ def route_tokens(logits_TE: jax.Array, config: MoeConfig, correction_E: jax.Arra
         weight_TU = jax.nn.softmax(weight_TU, axis=-1)
     elif config.normalize:
         weight_TU = weight_TU / jnp.maximum(jnp.sum(weight_TU, axis=-1, keepdims=True), _SMALLEST_SUM)
-    return Choice(id_TU, weight_TU * config.scale)
+    return Routing(id_TU, weight_TU * config.scale)
 
 
 def _in_best_groups(scores_TE: jax.Array, config: MoeConfig) -> jax.Array:
@@ -135,11 +98,12 @@ class _ByAdapter(NamedTuple):
     source_Q: jax.Array
     target_P: jax.Array
 
-    def update(self, factors: ExpertLoraPair, x_PI: jax.Array) -> jax.Array:
+    def update(self, lora: LoraPair, x_PI: jax.Array) -> jax.Array:
         """What adapters add to the results of rows, [P, O]."""
-        num_factors = factors.a.shape[1] * factors.a.shape[2]
-        blocks = self.blocks._replace(group_C=self.blocks.group_C + factors.place * num_factors)
-        a, b = (Matrices(each.reshape(-1, *each.shape[3:])) for each in (factors.a, factors.b))
+        _, num_slots, num_experts, *_ = lora.a.stack.shape
+        first = lora.a.layer * (num_slots * num_experts)
+        blocks = self.blocks._replace(group_C=self.blocks.group_C + first)
+        a, b = (Matrices(each.stack.reshape(-1, *each.stack.shape[3:])) for each in lora)
         x_QI = x_PI.at[self.source_Q].get(mode="fill", fill_value=0)
         y_QO = self.matmul(self.matmul(x_QI, a, blocks), b, blocks, transposed=True)
         return y_QO.at[self.target_P].get(mode="fill", fill_value=0)
@@ -161,35 +125,31 @@ class _Rows(NamedTuple):
     by_adapter: _ByAdapter | None
 
 
-class _Local(NamedTuple):
-    """The weights of a linear map of each expert, as a step uses them.
+class _ExpertWeights(NamedTuple):
+    """The weights of a linear map of each expert, as a step uses them; or, on a mesh, their partition specs.
 
     Attributes:
-        stack: [L, E, out, in], of all layers that have experts.
+        weight: [L, E, out, in], of all layers that have experts.
         scale, zero: of its blocks where it is quantised.
-        place: i32 scalar, of this layer's in the stack.
-        bias: [E, out], or none.
-        update: of adapters, or none.
+        bias: [E, out], or None.
+        lora: the matrices of adapters, [L, S, E, R, in] and [L, S, E, R, out], or None.
     """
 
-    stack: Any
+    weight: Stacked
     scale: Any
     zero: Any
-    place: Any
     bias: Any
-    update: ExpertLoraPair | None
+    lora: LoraPair | None
 
     def multiply(self, x_PI: jax.Array, rows: _Rows) -> jax.Array:
-        """Each row with its expert."""
+        """Multiply each row with its expert's matrix."""
         blocks = rows.blocks
-        _, num_experts, num_outputs, _ = self.stack.shape
-        values, scale, zero = (
-            None if each is None else each.reshape(-1, *each.shape[2:]) for each in (self.stack, self.scale, self.zero)
-        )
-        matrices = Matrices(values, scale, zero, rows.form)  # pyright: ignore[reportArgumentType]  # there are values
-        y_PO = rows.matmul(x_PI, matrices, blocks._replace(group_C=blocks.group_C + self.place * num_experts))
-        if self.update is not None and rows.by_adapter is not None:
-            y_PO = y_PO + rows.by_adapter.update(self.update, x_PI)
+        num_outputs = self.weight.stack.shape[2]
+        scale, zero = (None if each is None else each.reshape(-1, *each.shape[2:]) for each in (self.scale, self.zero))
+        matrices = Matrices(self.weight.flat, scale, zero, rows.form)
+        y_PO = rows.matmul(x_PI, matrices, blocks._replace(group_C=blocks.group_C + self.weight.first))
+        if self.lora is not None and rows.by_adapter is not None:
+            y_PO = y_PO + rows.by_adapter.update(self.lora, x_PI)
         if self.bias is None:
             return y_PO
         by_block_CWO = y_PO.reshape(blocks.group_C.shape[0], -1, num_outputs)
@@ -208,31 +168,32 @@ class ExpertLinear(nnx.Module):
         dtype: jnp.dtype,
         quantization: QuantizationConfig | None,
     ) -> None:
-        # A step reads the experts that have tokens: cut out of the stack, all of them would be copied.
-        self.weight, self.scale, self.zero = weight_params(shape, dtype, axes, quantization, in_stack=True)
+        # A step reads the experts that have tokens: sliced out of the stack, all of them would be copied.
+        self.weight, self.scale, self.zero = weight_params(shape, dtype, axes, quantization, keep_stacked=True)
         self.bias = param(shape[:2], dtype, axes[:2]) if bias else None
+        self.path: Path = ()
         self._axes, self._shape = axes, shape
-        # Set while a step is traced.
-        self.update: ExpertLoraPair | None = None
 
-    def arrays(self) -> _Local:
-        """The weights of all experts."""
-        weight: Any = self.weight.get_value()  # an InStack
+    def arrays(self, ctx: LayerContext) -> _ExpertWeights:
+        """The weights of all experts, and the adapters' matrices."""
+        weight: Any = self.weight.get_value()  # a Stacked
         scale, zero = (None if each is None else each.get_value().stack for each in self._of_blocks())
         bias = None if self.bias is None else self.bias[...]
-        return _Local(weight.stack, scale, zero, weight.place, bias, self.update)
+        return _ExpertWeights(weight, scale, zero, bias, ctx.lora.expert_pair(self.path))
 
-    def specs(self, mesh: Mesh) -> _Local:
-        """How they lie on a mesh."""
+    def specs(self, ctx: LayerContext) -> _ExpertWeights:
+        """How they lie on the mesh."""
+        mesh = ctx.experts.mesh
         stack = _in_replica(partition_spec(("layers", *self._axes), (1, *self._shape), mesh))
         scale, zero = (None if each is None else self._block_specs(each, mesh) for each in self._of_blocks())
         bias = None if self.bias is None else P(*stack[1:3])
-        return _Local(stack, scale, zero, P(), bias, None if self.update is None else self._factor_specs(mesh))
+        lora = None if ctx.lora.expert_pair(self.path) is None else self._lora_specs(mesh)
+        return _ExpertWeights(_specs_of_stack(stack), scale, zero, bias, lora)
 
-    def _factor_specs(self, mesh: Mesh) -> ExpertLoraPair:
-        """Factors are split as the weights are (S-LoRA, arXiv:2311.03285)."""
+    def _lora_specs(self, mesh: Mesh) -> LoraPair:
+        """LoRA matrices are split as the weights are (S-LoRA, arXiv:2311.03285)."""
         experts, outputs, inputs = _in_replica(partition_spec(self._axes, self._shape, mesh))
-        return ExpertLoraPair(P(None, None, experts, None, inputs), P(None, None, experts, None, outputs), P())
+        return LoraPair(*(_specs_of_stack(P(None, None, experts, None, axis)) for axis in (inputs, outputs)))
 
     def _of_blocks(self) -> tuple[Any, Any]:
         return self.scale, self.zero
@@ -240,6 +201,10 @@ class ExpertLinear(nnx.Module):
     def _block_specs(self, of_blocks: Any, mesh: Mesh) -> P:
         axes: Axes = of_blocks.get_metadata()["logical_axes"]
         return _in_replica(partition_spec(("layers", *axes), (1, *self._shape), mesh))
+
+
+def _specs_of_stack(spec: P) -> Stacked:
+    return Stacked(spec, P())  # pyright: ignore[reportArgumentType]  # specs instead of arrays
 
 
 def _in_replica(spec: P) -> P:
@@ -250,51 +215,57 @@ def _in_replica(spec: P) -> P:
 class Experts(nnx.Module):
     """The MLPs."""
 
-    def __init__(self, config: ModelConfig, experts: MoeConfig, dtype: jnp.dtype) -> None:
+    def __init__(self, args: DecoderArgs, experts: MoeConfig) -> None:
+        config, dtype = args.config, args.dtype
         number, inner, outer = experts.num_experts, experts.intermediate_size, config.hidden_size
         make = partial(ExpertLinear, bias=experts.bias, dtype=dtype, quantization=config.quantized("experts"))
         quantization = config.quantized("experts")
         self._form = None if quantization is None else format_of(quantization)
-        axis = "experts_shared" if experts.shared_by_replicas else "experts"
+        axis = "experts_shared" if args.parallelism.shared_experts else "experts"
         self.gate_proj = make((number, inner, outer), axes=(axis, "expert_mlp", "hidden"))
         self.up_proj = make((number, inner, outer), axes=(axis, "expert_mlp", "hidden"))
         self.down_proj = make((number, outer, inner), axes=(axis, "hidden", "expert_mlp"))
         self._gated = _gated(config, experts)
         self._num_experts = number
-        self._shared_by_replicas = experts.shared_by_replicas
-        # Both are set while a step is traced.
-        self.maths: ExpertOps | None = None
-        self.adapters: ExpertAdapters | None = None
+        self._shared = args.parallelism.shared_experts
 
-    def __call__(self, x_TD: jax.Array, choice: Choice) -> jax.Array:
+    def __call__(self, x_TD: jax.Array, routing: Routing, ctx: LayerContext) -> jax.Array:
         """Weighted sum of each token's experts, [T, D] in x's dtype."""
-        assert self.maths is not None
-        mesh = self.maths.mesh
         layers = (self.gate_proj, self.up_proj, self.down_proj)
-        slot_T = None if self.adapters is None else self.adapters.slot_T
-        if self._shared_by_replicas:
+        slot_T = None if ctx.lora.experts is None else ctx.lora.experts.slot_T
+        if self._shared:
             # Each copy has some of the experts, and sees the tokens of all.
             gather = partial(lax.all_gather, axis_name=DATA, tiled=True)
-            x_TD, choice, slot_T = jax.tree.map(gather, (x_TD, choice, slot_T))
-        run = over_model(self._run_local, mesh, (P(), P(), P(), *(layer.specs(mesh) for layer in layers)), P())
-        y_TD = run(x_TD, choice, slot_T, *(layer.arrays() for layer in layers))
-        return lax.psum_scatter(y_TD, DATA, tiled=True) if self._shared_by_replicas else y_TD
+            x_TD, routing, slot_T = jax.tree.map(gather, (x_TD, routing, slot_T))
+        in_specs = (P(), P(), P(), *(layer.specs(ctx) for layer in layers))
+        run = over_model(partial(self._run_local, ctx), ctx.experts.mesh, in_specs, P())
+        y_TD = run(x_TD, routing, slot_T, *(layer.arrays(ctx) for layer in layers))
+        return lax.psum_scatter(y_TD, DATA, tiled=True) if self._shared else y_TD
 
     def _run_local(
-        self, x_TD: jax.Array, choice: Choice, slot_T: jax.Array | None, gate: _Local, up: _Local, down: _Local
+        self,
+        ctx: LayerContext,
+        x_TD: jax.Array,
+        routing: Routing,
+        slot_T: jax.Array | None,
+        gate: _ExpertWeights,
+        up: _ExpertWeights,
+        down: _ExpertWeights,
     ) -> jax.Array:
-        """What the experts of all devices make of the tokens, from those of one."""
-        assert self.maths is not None
-        matmul = self.maths.matmul
-        num_tokens, top_k = choice.id_TU.shape
-        num_experts = gate.stack.shape[1]
-        own_TU = choice.id_TU - lax.axis_index((DATA, EXPERT) if self._shared_by_replicas else EXPERT) * num_experts
+        """The sum over the experts of all devices, from those of one."""
+        matmul = ctx.experts.matmul
+        num_tokens, top_k = routing.id_TU.shape
+        num_experts = gate.weight.stack.shape[1]
+        own_TU = routing.id_TU - lax.axis_index((DATA, EXPERT) if self._shared else EXPERT) * num_experts
         own_TU = jnp.where((own_TU >= 0) & (own_TU < num_experts), own_TU, num_experts)
         # Of all experts: on average those that are here have their share of the tokens.
-        row_bytes = max(x_TD.shape[1], gate.stack.shape[2]) * x_TD.dtype.itemsize
+        row_bytes = max(x_TD.shape[1], gate.weight.stack.shape[2]) * x_TD.dtype.itemsize
         block_rows = matmul.block_rows(num_tokens * top_k, self._num_experts, row_bytes)
         blocks, places = sort_into_blocks(own_TU.reshape(-1), num_experts, block_rows)
-        by_adapter = None if slot_T is None else self._sort_by_adapter(own_TU, num_experts, slot_T, places, row_bytes)
+        by_adapter = None
+        if slot_T is not None and ctx.lora.experts is not None:
+            adapters = ctx.lora.experts._replace(slot_T=slot_T)
+            by_adapter = self._sort_by_adapter(adapters, own_TU, num_experts, places, row_bytes)
         rows = _Rows(matmul, self._form, blocks, by_adapter)
         x_PD = x_TD[places.row_P // top_k]
         gate_PF, up_PF = (each.multiply(x_PD, rows) for each in (gate, up))
@@ -305,23 +276,22 @@ class Experts(nnx.Module):
         y_PD = down.multiply(h_PF, rows)
         # Those whose expert is elsewhere have no place.
         y_TUD = y_PD.at[places.place_R.reshape(num_tokens, top_k)].get(mode="fill", fill_value=0)
-        y_TD = jnp.einsum("tud,tu->td", y_TUD.astype(jnp.float32), choice.weight_TU)
+        y_TD = jnp.einsum("tud,tu->td", y_TUD.astype(jnp.float32), routing.weight_TU)
         return lax.psum(y_TD.astype(x_TD.dtype), MODEL)
 
     def _sort_by_adapter(
-        self, own_TU: jax.Array, num_experts: int, slot_T: jax.Array, places: Places, row_bytes: int
+        self, adapters: ExpertAdapters, own_TU: jax.Array, num_experts: int, places: Places, row_bytes: int
     ) -> _ByAdapter:
         """Sort the tokens anew: in the experts' own blocks a matrix would be read once for each adapter.
 
         Args:
-            own_TU: i32, each token's experts among those that are here; their number for those that are not.
-            num_experts: that are here.
-            slot_T: i32, of each token.
-            places: of tokens among the experts' blocks.
-            row_bytes: of a row.
+            adapters: the adapters of the tokens.
+            own_TU: i32, each token's experts among those on this device; `num_experts` for the others.
+            num_experts: experts on this device.
+            places: where tokens are among the experts' blocks.
+            row_bytes: bytes of a row.
         """
-        assert self.adapters is not None
-        matmul, num_slots, _ = self.adapters
+        matmul, num_slots, slot_T = adapters
         adapted_TU = (slot_T[:, None] > 0) & (own_TU < num_experts)
         group_TU = jnp.where(adapted_TU, (slot_T[:, None] - 1) * num_experts + own_TU, num_slots * num_experts)
         block_rows = matmul.block_rows(group_TU.size, num_slots * self._num_experts, row_bytes)
@@ -352,12 +322,13 @@ class Gate(Linear):
 class MoE(nnx.Module):
     """Experts with their router, and an expert of all tokens where there is one."""
 
-    def __init__(self, config: ModelConfig, dtype: jnp.dtype) -> None:
+    def __init__(self, args: DecoderArgs) -> None:
+        config, dtype = args.config, args.dtype
         experts, size = config.experts, config.hidden_size
         assert experts is not None
         make_gate = partial(Gate, size, dtype=dtype)
         self.router = make_gate(experts.num_experts, axes=(None, "hidden"), bias=experts.bias)
-        self.experts = Experts(config, experts, dtype)
+        self.experts = Experts(args, experts)
         if (shared := experts.shared_intermediate_size) is not None:
             self.shared_expert = GatedMLP(
                 size,
@@ -372,13 +343,13 @@ class MoE(nnx.Module):
         self.correction = param((experts.num_experts,), jnp.dtype(jnp.float32), (None,)) if experts.correction else None
         self._config = experts
 
-    def __call__(self, x_TD: jax.Array) -> jax.Array:
+    def __call__(self, x_TD: jax.Array, ctx: LayerContext) -> jax.Array:
         """[T, D] -> [T, D]."""
         correction_E = None if self.correction is None else self.correction[...]
-        y_TD = self.experts(x_TD, route_tokens(self.router(x_TD), self._config, correction_E))
+        y_TD = self.experts(x_TD, route_tokens(self.router(x_TD, ctx), self._config, correction_E), ctx)
         if self._config.shared_intermediate_size is None:
             return y_TD
-        shared_TD = self.shared_expert(x_TD)
+        shared_TD = self.shared_expert(x_TD, ctx)
         if self._config.shared_gate:
-            shared_TD = jax.nn.sigmoid(self.shared_expert_gate(x_TD)).astype(x_TD.dtype) * shared_TD
+            shared_TD = jax.nn.sigmoid(self.shared_expert_gate(x_TD, ctx)).astype(x_TD.dtype) * shared_TD
         return y_TD + shared_TD

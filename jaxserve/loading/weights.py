@@ -20,9 +20,8 @@ from jax.sharding import Mesh, SingleDeviceSharding
 from checkpoints import orbax_io
 from checkpoints.quantized import Quantizer, quantizing
 from checkpoints.source import Index, TensorSource
-from jaxserve.config import ModelConfig
 from jaxserve.errors import LaunchError
-from jaxserve.loading.kv_heads import kv_head_rows, repeat_heads
+from jaxserve.loading.kv_heads import repeat_heads, replicated_head_rows
 from jaxserve.models.decoder import Decoder
 from jaxserve.models.hf.tensor_name import TensorName
 from jaxserve.models.param_spec import ParamSpec, Path, Weights, tree_of
@@ -34,8 +33,8 @@ Progress: TypeAlias = Callable[[Iterable[Path]], Iterable[Path]]
 
 # Buffers that some exporters save and no model reads.
 _IGNORED_SUFFIXES = ("rotary_emb.inv_freq", "attention.bias", "attention.masked_bias")
-# Factors of cached keys and values in FP8, which jaxserve casts without: the format has exponents enough.
-_CACHE_FACTORS = (".k_scale", ".v_scale", ".kv_scale")
+# Scales of an FP8 KV cache, which jaxserve casts to without scales: the format's exponents suffice.
+_KV_SCALES = (".k_scale", ".v_scale", ".kv_scale")
 _MAX_LISTED = 20
 _PIECE_BYTES = 16 << 20
 _ALIGNMENT = 64
@@ -45,33 +44,30 @@ def load_weights(
     source: TensorSource,
     decoder: Decoder,
     names: dict[Path, TensorName],
-    checkpoint_config: ModelConfig,
     mesh: Mesh,
     progress: Progress,
 ) -> Weights:
-    """Read every parameter of `decoder`.
+    """Read every weight of `decoder` that checkpoints have.
 
     Args:
         source: the open checkpoint.
-        decoder: the model; its key/value heads may be a multiple of the checkpoint's.
-        names: path in the tree -> where the checkpoint has it.
-        checkpoint_config: the model as the checkpoint has it.
+        decoder: the model.
+        names: where the checkpoint has each weight, by its path in the tree.
         mesh: where the weights go.
         progress: wraps the list of paths, to draw a bar.
 
     Raises:
         LaunchError: tensors are missing, unknown or of another shape; all are listed.
     """
-    copies = decoder.config.num_kv_heads // checkpoint_config.num_kv_heads
     names = {**names, **_names_of_blocks(decoder, names)}
-    _check_tensors(source, decoder, names, copies)
+    _check_tensors(source, decoder, names)
 
     def load(path: Path) -> jax.Array:
         spec = decoder.param_specs[path]
-        reader = _ParamReader(source, spec, names[path], kv_head_rows(spec, checkpoint_config, copies))
+        reader = _ParamReader(source, spec, names[path], replicated_head_rows(spec, decoder.args))
         return _array_of_shards(spec, mesh, reader.read)
 
-    weights = tree_of((path, load(path)) for path in progress(list(decoder.param_specs)))
+    weights = tree_of((path, load(path)) for path in progress(list(_loaded(decoder))))
     return jax.block_until_ready(weights)
 
 
@@ -104,7 +100,7 @@ def quantized_as(source: TensorSource, decoder: Decoder, names: dict[Path, Tenso
     wanted: set[str] = set()
     quantizer = Quantizer(np.dtype(np.uint8), quantization.block[1], np.dtype(np.float32))
     for path, spec in decoder.param_specs.items():
-        if spec.stored is not None and path[-1] == "weight":
+        if spec.packing is not None and path[-1] == "weight":
             if names[path].transposed:
                 raise LaunchError(f"--quantization: {names[path].pattern} has inputs and outputs the other way round")
             wanted |= {name for name, *_ in _tensors_of(spec, names[path], 1)}
@@ -113,29 +109,33 @@ def quantized_as(source: TensorSource, decoder: Decoder, names: dict[Path, Tenso
     return quantizing(source, wanted, quantizer)
 
 
-def restore_weights(folder: pathlib.Path, decoder: Decoder, checkpoint_config: ModelConfig, mesh: Mesh) -> Weights:
+def restore_weights(folder: pathlib.Path, decoder: Decoder, mesh: Mesh) -> Weights:
     """Restore an Orbax folder straight into shards.
 
     Raises:
         CheckpointError: the folder does not hold this model.
     """
-    copies = decoder.config.num_kv_heads // checkpoint_config.num_kv_heads
 
-    def saved(path: Path, spec: ParamSpec) -> jax.ShapeDtypeStruct:
-        rows, copied = kv_head_rows(spec, checkpoint_config, copies)
-        shape = (spec.shape[0], spec.shape[1] // copied, *spec.shape[2:]) if rows else spec.shape
+    def saved(spec: ParamSpec) -> jax.ShapeDtypeStruct:
+        rows, times = replicated_head_rows(spec, decoder.args)
+        shape = (spec.shape[0], spec.shape[1] // times, *spec.shape[2:]) if rows else spec.shape
         # Heads that are to be repeated arrive whole.
         axes = (None,) * len(shape) if rows else spec.axes
         return jax.ShapeDtypeStruct(shape, spec.dtype, sharding=named_sharding(axes, shape, mesh))
 
-    abstract = tree_of((path, saved(path, spec)) for path, spec in decoder.param_specs.items())
+    abstract = tree_of((path, saved(spec)) for path, spec in _loaded(decoder).items())
     weights: Weights = orbax_io.restore(folder, abstract)
-    for path, spec in decoder.param_specs.items():
-        rows, copied = kv_head_rows(spec, checkpoint_config, copies)
+    for path, spec in _loaded(decoder).items():
+        rows, times = replicated_head_rows(spec, decoder.args)
         node = functools.reduce(operator.getitem, path[:-1], weights)
-        restored = repeat_heads(np.asarray(node[path[-1]]), 1, rows, copied) if rows else node[path[-1]]
+        restored = repeat_heads(np.asarray(node[path[-1]]), 1, rows, times) if rows else node[path[-1]]
         node[path[-1]] = jax.device_put(restored, weight_format(spec.axes, spec.shape, mesh))
     return weights
+
+
+def _loaded(decoder: Decoder) -> dict[Path, ParamSpec]:
+    """The weights that checkpoints have."""
+    return {path: spec for path, spec in decoder.param_specs.items() if spec.loaded}
 
 
 class _ParamReader:
@@ -145,7 +145,7 @@ class _ParamReader:
         self._source = source
         self._spec = spec
         self._name = name
-        self._head_rows, self._copies = heads
+        self._head_rows, self._replication = heads
 
     def read(self, index: Index) -> np.ndarray:
         """The part of the (stacked) parameter that `index` names, in the parameter's dtype."""
@@ -176,10 +176,10 @@ class _ParamReader:
 
     def _read_into(self, out: np.ndarray, name: str, index: Index) -> None:
         """Read one tensor's part, a few rows at a time: it is seldom in the right dtype already."""
-        first_row, num_rows = self._name.first_row, self._spec.shape[self._spec.stacked] // self._copies
-        if self._copies > 1:
+        first_row, num_rows = self._name.first_row, self._spec.shape[self._spec.stacked] // self._replication
+        if self._replication > 1:
             whole = self._read(name, (slice(first_row, first_row + num_rows),))
-            out[...] = repeat_heads(whole, 0, self._head_rows, self._copies)[index]
+            out[...] = repeat_heads(whole, 0, self._head_rows, self._replication)[index]
             return
         start_row, end_row, _ = index[0].indices(num_rows)
         step = max(1, _PIECE_BYTES * len(out) // max(1, out.nbytes))
@@ -193,7 +193,7 @@ class _ParamReader:
         # Other weights are brought to the dtype; what is quantised would mean something else, or be rounded.
         found, wanted = values.dtype, self._spec.dtype
         fits = found == wanted or (wanted.itemsize > 1 and np.can_cast(found, wanted))
-        if self._spec.stored is not None and not fits:
+        if self._spec.packing is not None and not fits:
             raise LaunchError(f"the checkpoint's {name} is {found}, the config says that it is {wanted}")
         return values
 
@@ -210,8 +210,8 @@ def _names_of_blocks(decoder: Decoder, names: dict[Path, TensorName]) -> dict[Pa
     """Where the numbers of quantised weights' blocks are: beside the weights; see `checkpoints.quantized`."""
     found: dict[Path, TensorName] = {}
     for path, spec in decoder.param_specs.items():
-        if path[-1] in ("scale", "zero") and spec.stored is not None:
-            weight, rows = names[*path[:-1], "weight"], spec.stored.block_rows
+        if path[-1] in ("scale", "zero") and spec.packing is not None:
+            weight, rows = names[*path[:-1], "weight"], spec.packing.block_rows
             cut = rows > 1 and (weight.first_row % rows or weight.row_step != 1)
             if weight.transposed or cut:
                 raise LaunchError(f"{weight.pattern}: its parts do not begin with a quantised block")
@@ -221,13 +221,14 @@ def _names_of_blocks(decoder: Decoder, names: dict[Path, TensorName]) -> dict[Pa
 
 
 def _is_ignored(name: str) -> bool:
-    return name.endswith(_IGNORED_SUFFIXES + _CACHE_FACTORS)
+    return name.endswith(_IGNORED_SUFFIXES + _KV_SCALES)
 
 
-def _check_tensors(source: TensorSource, decoder: Decoder, names: dict[Path, TensorName], copies: int) -> None:
+def _check_tensors(source: TensorSource, decoder: Decoder, names: dict[Path, TensorName]) -> None:
+    replication = decoder.args.parallelism.kv_head_replication
     wanted: dict[str, tuple[int, ...]] = {}
-    for path, spec in decoder.param_specs.items():
-        for name, shape, rows_axis in _tensors_of(spec, names[path], copies):
+    for path, spec in _loaded(decoder).items():
+        for name, shape, rows_axis in _tensors_of(spec, names[path], replication):
             # A tensor of several weights is as long as all of them.
             others = wanted[name][rows_axis] if name in wanted else 0
             wanted[name] = (*shape[:rows_axis], shape[rows_axis] + others, *shape[rows_axis + 1 :])
@@ -244,19 +245,19 @@ def _check_tensors(source: TensorSource, decoder: Decoder, names: dict[Path, Ten
         for name, shape in wanted.items()
         if name in found and found[name] != shape
     ]
-    if any(name.endswith(_CACHE_FACTORS) for name in found):
-        logger.info("the checkpoint's factors of an FP8 cache are not used")
+    if any(name.endswith(_KV_SCALES) for name in found):
+        logger.info("the checkpoint's scales for an FP8 KV cache are not used")
     if problems:
         more = f"\n  and {len(problems) - _MAX_LISTED} more" if len(problems) > _MAX_LISTED else ""
         listed = "".join(f"\n  {problem}" for problem in problems[:_MAX_LISTED])
         raise LaunchError(f"the checkpoint's tensors do not fit its config ({len(problems)} problems):{listed}{more}")
 
 
-def _tensors_of(spec: ParamSpec, name: TensorName, copies: int) -> Iterator[tuple[str, tuple[int, ...], int]]:
+def _tensors_of(spec: ParamSpec, name: TensorName, replication: int) -> Iterator[tuple[str, tuple[int, ...], int]]:
     """Names and shapes of the tensors that have a weight, and the axis of its rows."""
     shape = spec.shape[spec.stacked :]
     if "kv_heads" in spec.axes:
-        shape = (shape[0] // copies, *shape[1:])
+        shape = (shape[0] // replication, *shape[1:])
     if name.transposed:
         shape = (*shape[:-2], shape[-1], shape[-2])
     rows_axis = len(shape) - 1 if name.transposed else int(spec.of_experts)

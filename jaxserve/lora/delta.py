@@ -12,9 +12,8 @@ import numpy as np
 
 from checkpoints.adapters import AdapterTensors, PeftAdapter
 from checkpoints.source import listed
-from jaxserve.config import ModelConfig
 from jaxserve.errors import AdapterError
-from jaxserve.loading.kv_heads import kv_head_rows, repeat_heads
+from jaxserve.loading.kv_heads import repeat_heads, replicated_head_rows
 from jaxserve.models.decoder import Decoder
 from jaxserve.models.hf.tensor_name import TensorName
 from jaxserve.models.param_spec import ParamSpec, Path, Weights, tree_of
@@ -84,30 +83,26 @@ class _Piece(NamedTuple):
     tensors: AdapterTensors
 
 
-def make_delta(
-    adapter: PeftAdapter, decoder: Decoder, names: Mapping[Path, TensorName], checkpoint: ModelConfig
-) -> AdapterDelta:
+def make_delta(adapter: PeftAdapter, decoder: Decoder, names: Mapping[Path, TensorName]) -> AdapterDelta:
     """Fit an adapter to a model.
 
     Args:
-        adapter: as its files have it.
-        decoder: the model; its key/value heads may be a multiple of the checkpoint's.
-        names: path in the tree -> where the checkpoint has it.
-        checkpoint: the model as its maker describes it.
+        adapter: the adapter as its files have it.
+        decoder: the model.
+        names: where the checkpoint has each weight, by its path in the tree.
 
     Raises:
         AdapterError: modules that the model has not, or of another shape; all are listed.
     """
     specs = adaptable(decoder)
     targets = _targets(specs, names)
-    copies = decoder.config.num_kv_heads // checkpoint.num_kv_heads
     pieces: list[_Piece] = []
     problems: list[str] = []
     for module, tensors in adapter.modules.items():
         if module not in targets:
             problems.append(f"{module}: the model has no such module, or none that adapters can change")
             continue
-        heads = [kv_head_rows(specs[target.path], checkpoint, copies) for target in targets[module]]
+        heads = [replicated_head_rows(specs[target.path], decoder.args) for target in targets[module]]
         rows = [
             specs[target.path].shape[-2] // times for target, (_, times) in zip(targets[module], heads, strict=True)
         ]

@@ -1,30 +1,26 @@
-"""Adds what adapters change to a model's modules while a step is traced."""
+"""What a step's adapters add to a model's modules; see `jaxserve.layers.context`."""
 
-from collections.abc import Collection, Mapping
-from functools import partial
-from typing import Any, NamedTuple, TypeVar
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 
+from jaxserve.layers.context import ExpertAdapters
 from jaxserve.layers.linear import Embedding
-from jaxserve.layers.mla import Expansion
-from jaxserve.layers.moe import ExpertAdapters, ExpertLinear, ExpertLoraPair, Experts
+from jaxserve.models.param_spec import Path
 from kernels_pallas.grouped_matmul.api import GroupedMatmul
-from kernels_pallas.grouped_matmul.xla.backend import XlaGroupedMatmul
-from kernels_pallas.lora_matmul.api import Factors, LoraMatmul
+from kernels_pallas.lora_matmul.api import LoraMatmul
 from kernels_pallas.lora_matmul.xla.backend import HeadLora, TokenBlocks, XlaLora, lora_embed
-
-M = TypeVar("M", bound=nnx.Module)
+from kernels_pallas.stacked import LoraPair, Stacked
 
 
 class GroupSplit(NamedTuple):
-    """Which axes of a group's modules are split over the devices of a copy.
+    """Which axes of a group's modules are split over the devices of a replica.
 
     Attributes:
-        inputs: theirs.
-        outputs: of each module by its name.
+        inputs: whether their inputs are.
+        outputs: whether the outputs of each module are, by its name.
     """
 
     inputs: bool
@@ -36,26 +32,26 @@ class LoraOps(NamedTuple):
 
     Attributes:
         matmul: the kernels.
-        by_kernel: paths of the groups that they take; others are portable XLA's.
-        experts: multiplies with the factors of experts.
-        num_adapters: that the bank has room for.
+        by_kernel: paths of the pool's groups that use them; portable XLA has the others.
+        experts: the grouped matmul for LoRA matrices of experts.
+        num_adapters: slots of the pool, without slot 0.
         splits: how modules lie on the mesh, by the path of their group.
     """
 
     matmul: LoraMatmul
-    by_kernel: Collection[tuple[str, ...]]
+    by_kernel: Collection[Path]
     experts: GroupedMatmul
     num_adapters: int
-    splits: Mapping[tuple[str, ...], GroupSplit]
+    splits: Mapping[Path, GroupSplit]
 
 
-class TokenSlots(NamedTuple):
+class LoraPlan(NamedTuple):
     """What the tokens' slots decide.
 
     Attributes:
-        slot_T: i32.
-        kernel: the kernels' plan.
-        portable: of portable XLA.
+        slot_T: i32, the slot of each token.
+        kernel: the kernels' metadata.
+        portable: portable XLA's metadata.
     """
 
     slot_T: jax.Array
@@ -63,102 +59,126 @@ class TokenSlots(NamedTuple):
     portable: TokenBlocks
 
 
-class _Updates:
-    """Of a group's modules.
+class _Group:
+    """The updates of a group's modules; see `LoraGroup`.
 
     Args:
-        maths: how they are computed.
-        part: the group's factors.
-        path: of the group.
-        slots: of the tokens.
+        ops: how they are computed.
+        path: path of the group in the pool.
+        part: the group's matrices, `a` and by module `b`, each `Stacked`.
+        plan: metadata of the tokens.
     """
 
-    def __init__(self, maths: LoraOps, part: Mapping[str, Any], path: tuple[str, ...], slots: TokenSlots) -> None:
-        self._matmul, self._plan = (
-            (maths.matmul, slots.kernel) if path in maths.by_kernel else (XlaLora(), slots.portable)
-        )
-        self._split = maths.splits[path]
-        self._a = Factors(*part["a"])
-        self._b = {member: Factors(*factors) for member, factors in part["b"].items()}
+    def __init__(self, ops: LoraOps, path: Path, part: Mapping[str, Any], plan: LoraPlan) -> None:
+        by_kernel = path in ops.by_kernel
+        self._matmul: LoraMatmul = ops.matmul if by_kernel else XlaLora()
+        self._plan: Any = plan.kernel if by_kernel else plan.portable
+        self._split = ops.splits[path]
+        self._a: Stacked = part["a"]
+        self._b: Mapping[str, Stacked] = part["b"]
         self._members = sorted(self._b)
-        self._x_TI: jax.Array | None = None
         self._h: Any = None
 
-    def __call__(self, member: str, x_TI: jax.Array) -> jax.Array:
-        """What each token's adapter adds to a module's results, [T, O]."""
-        if x_TI is not self._x_TI:  # else the module before has multiplied them
+    def update(self, module: Path, x_TI: jax.Array) -> jax.Array | None:
+        """See `LoraGroup`. The first module that an adapter changes computes the product that all share."""
+        name = module[-1]
+        if name not in self._b:
+            return None
+        if self._h is None:
             self._h = self._matmul.shrink(x_TI, self._a, self._plan, split=self._split.inputs)
-            self._x_TI = x_TI
-        index, split = self._members.index(member), self._split.outputs[member]
-        return self._matmul.expand(self._h, self._b[member], self._plan, member=index, split=split)
+        index, split = self._members.index(name), self._split.outputs[name]
+        return self._matmul.expand(self._h, self._b[name], self._plan, member=index, split=split)
+
+
+class _Layer(NamedTuple):
+    """The adapters of one layer; see `LoraLayer`.
+
+    Attributes:
+        ops: how updates are computed.
+        matrices: the layer's part of the pool.
+        plan: metadata of the layer's tokens.
+    """
+
+    ops: LoraOps
+    matrices: Mapping[str, Any]
+    plan: LoraPlan
+
+    @property
+    def experts(self) -> ExpertAdapters | None:
+        """See `LoraLayer`."""
+        return ExpertAdapters(self.ops.experts, self.ops.num_adapters, self.plan.slot_T)
+
+    def group(self, modules: Sequence[Path]) -> _Group | None:
+        """See `LoraLayer`."""
+        found = self._find(modules)
+        return None if found is None else _Group(self.ops, *found, self.plan)
+
+    def heads(self, module: Path, key_dim: int, num_heads: int) -> HeadLora | None:
+        """See `LoraLayer`."""
+        pair = self.expert_pair(module)
+        return None if pair is None else HeadLora(pair, self.plan.portable, key_dim, num_heads)
+
+    def expert_pair(self, module: Path) -> LoraPair | None:
+        """See `LoraLayer`."""
+        found = self._find((module,))
+        return None if found is None else LoraPair(found[1]["a"], found[1]["b"][module[-1]])
+
+    def _find(self, modules: Sequence[Path]) -> tuple[Path, Mapping[str, Any]] | None:
+        """The pool's node of some modules with the same inputs. It has the name of the first that is adapted."""
+        node: Any = self.matrices
+        for name in modules[0][1:-1]:
+            node = node.get(name, {})
+        names = {module[-1] for module in modules}
+        for name in sorted(names & node.keys()):
+            return (*modules[0][:-1], name), node[name]
+        return None
 
 
 class Adapters(NamedTuple):
-    """The adapters of a step.
+    """The adapters of a step; see `StepLora`.
 
     Attributes:
-        bank: see `jaxserve.lora.pool`; empty where no row has one.
-        slot_T: i32, of each token; 0 for none.
-        maths: how they are applied.
+        pool: see `jaxserve.lora.pool`; empty in a step in which no row has an adapter.
+        slot_T: i32, the slot of each token; 0 for none.
+        ops: how updates are computed.
     """
 
-    bank: Mapping[str, Any]
-    slot_T: jax.Array | None
-    maths: LoraOps
+    pool: Mapping[str, Any]
+    slot_T: jax.Array
+    ops: LoraOps
+
+    @property
+    def layers(self) -> dict[str, Any]:
+        """See `StepLora`."""
+        return self.pool.get("layers", {})
 
     def slots_of(self, num_tokens: int) -> jax.Array:
-        """i32[T]."""
-        return jnp.zeros(num_tokens, jnp.int32) if self.slot_T is None else self.slot_T
+        """See `StepLora`."""
+        assert self.slot_T.shape == (num_tokens,)
+        return self.slot_T
 
-    def plan(self, slot_T: jax.Array) -> TokenSlots | None:
-        """What the layers need to know of these tokens' slots."""
-        if not self.bank:
-            return None
-        num_adapters = self.maths.num_adapters
-        return TokenSlots(slot_T, self.maths.matmul.plan(slot_T, num_adapters), XlaLora().plan(slot_T, num_adapters))
+    def plan(self, slot_T: jax.Array) -> LoraPlan:
+        """See `StepLora`."""
+        num_adapters = self.ops.num_adapters
+        return LoraPlan(slot_T, self.ops.matmul.plan(slot_T, num_adapters), XlaLora().plan(slot_T, num_adapters))
 
     def embed(self, embedding: Embedding, token_ids_T: jax.Array) -> jax.Array:
-        """Rows of an embedding and of what adapters add to it."""
+        """See `StepLora`."""
         x_TD = embedding(token_ids_T)
-        if (part := self.bank.get("embed")) is None:
+        if (part := self.pool.get("embed")) is None:
             return x_TD
-        update_TD = lora_embed(token_ids_T, part["a"], part["b"]["embed"], self.slots_of(token_ids_T.shape[0]))
+        update_TD = lora_embed(token_ids_T, part["a"], part["b"]["embed"], self.slot_T)
         return x_TD + update_TD.astype(x_TD.dtype)
 
-    def attach(self, module: M, bank: Mapping[str, Any], slots: TokenSlots, path: tuple[str, ...]) -> M:
-        """Give the linear modules that the bank names the updates of each token's own adapter.
+    def layer(self, matrices: dict[str, Any], plan: LoraPlan) -> _Layer:
+        """See `StepLora`."""
+        return _Layer(self.ops, matrices, plan)
 
-        Args:
-            module: at `path` of the model.
-            bank: the part of it at that path, each leaf with the place of the layer in it.
-            slots: of the tokens.
-            path: of the module.
-        """
-        if isinstance(module, Experts) and bank:
-            module.adapters = ExpertAdapters(self.maths.experts, self.maths.num_adapters, slots.slot_T)
-        for name, part in bank.items():
-            if "a" not in part:
-                self.attach(getattr(module, name), part, slots, (*path, name))
-                continue
-            updates = _Updates(self.maths, part, (*path, name), slots)
-            for member, (b, place) in part["b"].items():
-                target = getattr(module, member)
-                if isinstance(target, ExpertLinear):
-                    target.update = ExpertLoraPair(part["a"][0], b, place)
-                elif isinstance(target, Expansion):
-                    factors = (Factors(*part["a"]), Factors(b, place))
-                    target.head_updates = HeadLora(*factors, slots.portable, target.key_dim, target.num_heads)
-                else:
-                    target.update = partial(updates, member)
-        return module
-
-    def add_to_logits(self, logits_BV: jax.Array, x_BD: jax.Array, slots: TokenSlots) -> jax.Array:
-        """What adapters make of the head, which may be the embedding."""
-        if (part := self.bank.get("lm_head")) is None:
+    def add_to_logits(self, logits_BV: jax.Array, x_BD: jax.Array, plan: LoraPlan) -> jax.Array:
+        """See `StepLora`. The head may be the embedding."""
+        if (part := self.pool.get("lm_head")) is None:
             return logits_BV
-        part = jax.tree.map(lambda leaf: (leaf[None], jnp.int32(0)), part)
-        updates = _Updates(self.maths, part, ("lm_head",), slots)
-        return logits_BV + updates("lm_head", x_BD).astype(logits_BV.dtype)
-
-
-NO_ADAPTERS = Adapters({}, None, LoraOps(XlaLora(), (), XlaGroupedMatmul(), 0, {}))
+        part = jax.tree.map(lambda matrices: Stacked(matrices[None], jnp.int32(0)), part)
+        update_BV = _Group(self.ops, ("lm_head",), part, plan).update(("lm_head",), x_BD)
+        assert update_BV is not None
+        return logits_BV + update_BV.astype(logits_BV.dtype)

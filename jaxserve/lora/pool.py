@@ -1,9 +1,9 @@
-"""The adapters that a step can use: factors of all slots side by side, by module of the model.
+"""The adapters that a step can use: the LoRA matrices of all slots side by side, by module of the model.
 
-A bank is a tree of the model's modules. Where adapters may change linear modules it has a node for each group of them
-that reads the same activations: one array `a` of their first factors, one below the other in the order of the modules'
-names, and in `b` each one's second factor by its name. Slot 0, of rows without an adapter, takes no room: slot s is at
-s - 1.
+A pool is a tree of the model's modules. Where adapters may change linear modules it has a node for each group of them
+that reads the same activations, under the name of the first: one array `a` of their first matrices, one below the
+other in the order of the modules' names, and in `b` the second matrix of each by its name. Slot 0, for rows without an
+adapter, has no place in the arrays: slot s is at index s - 1.
 
 Dimension key: L layers, S slots, E experts where a module has them, R rank, I inputs, O outputs, J = modules of a
 group * R.
@@ -93,7 +93,7 @@ def lora_modules(decoder: Decoder, layout: LoraPoolLayout, mesh: Mesh) -> dict[P
         group: [module(group, path) for path in paths]
         for group, paths in _groups(decoder, layout).items()
         # Rows of the embedding are looked up; what is taken apart is portable XLA's.
-        if not (paths[0] == EMBEDDING or weights[paths[0]].of_experts or weights[paths[0]].taken_apart)
+        if not (paths[0] == EMBEDDING or weights[paths[0]].of_experts or weights[paths[0]].absorbed_only)
     }
 
 
@@ -115,8 +115,8 @@ def _groups(decoder: Decoder, layout: LoraPoolLayout) -> dict[Path, list[Path]]:
     groups: dict[Path, list[Path]] = {}
     for path in sorted(layout.paths):
         parent = path[:-2]
-        names = (other for other in decoder.same_inputs(path[:-1]) if (*parent, other, "weight") in layout.paths)
-        groups.setdefault((*parent, "+".join(sorted(names))), []).append(path)
+        names = (other for other in decoder.lora_group(path[:-1]) if (*parent, other, "weight") in layout.paths)
+        groups.setdefault((*parent, min(names)), []).append(path)
     return groups
 
 
@@ -135,7 +135,8 @@ def slot_leaves(delta: AdapterDelta, specs: Mapping[Path, ParamSpec]) -> dict[Pa
         factor = delta.factors.get((*group[:-1], name, "weight"))
         if factor is None:
             continue
-        first = leaf.shape[-2] * group[-1].split("+").index(name)
+        members = sorted(other[-1] for other in specs if other[:-1] == path[:-1])
+        first = leaf.shape[-2] * members.index(name)
         with np.errstate(over="ignore", invalid="ignore"):  # the caller looks at the values
             leaves[*group, "a"][..., first : first + delta.rank, :] = factor.a
             leaf[..., : delta.rank, :] = np.swapaxes(factor.b, -1, -2) * factor.scale[..., None, None]

@@ -8,7 +8,6 @@ import numpy as np
 
 from checkpoints.orbax_adapters import is_orbax_adapter, read_adapter
 from checkpoints.source import CheckpointError
-from jaxserve.config import ModelConfig
 from jaxserve.errors import AdapterError, LaunchError
 from jaxserve.lora.delta import AdapterDelta, adaptable, make_delta, module_name
 from jaxserve.lora.pool import LoraPoolLayout, lora_pool_specs, slot_leaves
@@ -30,15 +29,13 @@ class AdapterReader(NamedTuple):
     """Reads adapters for one model.
 
     Attributes:
-        decoder: the model; its key/value heads may be a multiple of the checkpoint's.
-        names: path in the tree -> where the checkpoint has it.
-        checkpoint: the model as its maker describes it.
-        num_hosts: that run the model together.
+        decoder: the model.
+        names: where the checkpoint has each weight, by its path in the tree.
+        num_hosts: how many hosts run the model together.
     """
 
     decoder: Decoder
     names: Mapping[TreePath, TensorName]
-    checkpoint: ModelConfig
     num_hosts: int = 1
 
     def read(self, folder: Path) -> AdapterDelta:
@@ -51,7 +48,7 @@ class AdapterReader(NamedTuple):
             # Orbax restores on all hosts together, and only host 0 may know of this one.
             raise AdapterError(f"{folder} is an Orbax folder, which several hosts cannot read; use the PEFT folder")
         try:
-            return make_delta(read_adapter(folder), self.decoder, self.names, self.checkpoint)
+            return make_delta(read_adapter(folder), self.decoder, self.names)
         except CheckpointError as error:
             raise AdapterError(str(error)) from None
 

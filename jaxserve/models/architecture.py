@@ -3,30 +3,21 @@
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-import jax.numpy as jnp
-
 from jaxserve.config import ModelConfig
+from jaxserve.layers.args import DecoderArgs
 from jaxserve.models.decoder import BuildLayer, Decoder, DecoderLayer
 from jaxserve.models.hf.quantization import with_quantized_parts
 from jaxserve.models.hf.tensor_name import TensorName
 from jaxserve.models.param_spec import Path
 
 
-class DecoderArgs(NamedTuple):
-    """Arguments of `Architecture.build`."""
-
-    config: ModelConfig
-    dtype: jnp.dtype
-    batch_invariant: bool = False
-
-
 class Architecture(NamedTuple):
     """One entry of the registry.
 
     Attributes:
-        read_config: parsed `config.json` -> `ModelConfig`.
-        tensor_names: path in the tree -> where the checkpoint has it.
-        build: the model.
+        read_config: reads a parsed `config.json`.
+        tensor_names: where the checkpoint has each weight, by its path in the tree.
+        build: builds the model.
     """
 
     read_config: Callable[[Mapping[str, Any]], ModelConfig]
@@ -45,4 +36,4 @@ class Architecture(NamedTuple):
 
 def build_decoder(args: DecoderArgs, *, build_layer: BuildLayer = DecoderLayer) -> Decoder:
     """Build a decoder of these layers."""
-    return Decoder(args.config, args.dtype, build_layer=build_layer, batch_invariant=args.batch_invariant)
+    return Decoder(args, build_layer=build_layer)

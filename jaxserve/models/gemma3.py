@@ -5,13 +5,14 @@ from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import msgspec
 from flax import nnx
 
 from jaxserve.config import LayerConfig, ModelConfig
 from jaxserve.errors import LaunchError
+from jaxserve.layers.args import DecoderArgs
 from jaxserve.layers.attention import Attention
+from jaxserve.layers.context import LayerContext
 from jaxserve.models.architecture import Architecture, build_decoder
 from jaxserve.models.decoder import dense_tensor_names, gated_mlp, hidden_norm
 from jaxserve.models.hf.config import read_dense_config, read_num_layers, read_rope, refuse_bad_fields
@@ -22,22 +23,25 @@ from jaxserve.models.param_spec import Path
 class Gemma3Layer(nnx.Module):
     """x + norm(attention(norm(x))), then x + norm(mlp(norm(x)))."""
 
-    def __init__(self, config: ModelConfig, _: LayerConfig, dtype: jnp.dtype) -> None:
-        self.attention = Attention(config, dtype)
+    def __init__(self, args: DecoderArgs, _: LayerConfig) -> None:
+        config, dtype = args.config, args.dtype
+        self.attention = Attention(args)
         self.mlp = gated_mlp(config, dtype)
         self.input_norm = hidden_norm(config, dtype)
         self.post_attention_norm = hidden_norm(config, dtype)
         self.pre_feedforward_norm = hidden_norm(config, dtype)
         self.post_feedforward_norm = hidden_norm(config, dtype)
 
-    def before_attention(self, x_TD: jax.Array, *rope_TC: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def before_attention(
+        self, x_TD: jax.Array, ctx: LayerContext, *rope_TC: jax.Array
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """See `Layer`."""
-        return self.attention.project(self.input_norm(x_TD), *rope_TC)
+        return self.attention.project(self.input_norm(x_TD), ctx, *rope_TC)
 
-    def after_attention(self, x_TD: jax.Array, o_TNH: jax.Array) -> jax.Array:
+    def after_attention(self, x_TD: jax.Array, o_TNH: jax.Array, ctx: LayerContext) -> jax.Array:
         """See `Layer`."""
-        x_TD = x_TD + self.post_attention_norm(self.attention.output(o_TNH))
-        return x_TD + self.post_feedforward_norm(self.mlp(self.pre_feedforward_norm(x_TD)))
+        x_TD = x_TD + self.post_attention_norm(self.attention.output(o_TNH, ctx))
+        return x_TD + self.post_feedforward_norm(self.mlp(self.pre_feedforward_norm(x_TD), ctx))
 
 
 @refuse_bad_fields

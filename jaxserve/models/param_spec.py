@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from jaxserve.layers.linear import Axes, Stored
+from jaxserve.layers.linear import Axes, Packing
 from jaxserve.parallel.mesh import named_sharding
 
 Weights: TypeAlias = dict[str, Any]
@@ -20,22 +20,24 @@ class ParamSpec:
     """One weight of the tree.
 
     Attributes:
-        shape: with the layers that have such a weight along axis 0.
-        dtype: of its values.
-        axes: logical ones.
-        layers: their numbers, in order; empty for what no layer has.
-        in_stack: a layer gets it as `InStack`.
-        taken_apart: no linear map by itself.
-        stored: of a quantised weight, and of what its blocks have.
+        shape: its shape, with the layers that have such a weight along axis 0.
+        dtype: dtype of its values.
+        axes: logical axes.
+        layers: indices of the layers that have it, in order; empty for weights outside of layers.
+        keep_stacked: a layer gets it as `Stacked` instead of a slice.
+        absorbed_only: it is folded into other maps and never applied by itself.
+        packing: how it is packed, of a quantised weight and of its scales and zero points.
+        loaded: the checkpoint has it.
     """
 
     shape: tuple[int, ...]
     dtype: jnp.dtype
     axes: Axes
     layers: tuple[int, ...] = ()
-    in_stack: bool = False
-    taken_apart: bool = False
-    stored: Stored | None = None
+    keep_stacked: bool = False
+    absorbed_only: bool = False
+    packing: Packing | None = None
+    loaded: bool = True
 
     @property
     def stacked(self) -> bool:
@@ -44,20 +46,20 @@ class ParamSpec:
 
     @property
     def num_inputs(self) -> int:
-        """Of a matrix, however it is stored."""
-        return self.shape[-1] * (self.stored or Stored()).per_byte
+        """Inputs of a matrix, however it is packed."""
+        return self.shape[-1] * (self.packing or Packing()).per_byte
 
     def shard_shape(self, mesh: Mesh) -> tuple[int, ...]:
-        """As one device has it."""
+        """The shape of one device's shard."""
         return named_sharding(self.axes, self.shape, mesh).shard_shape(self.shape)
 
     def shard_bytes(self, mesh: Mesh) -> int:
-        """On one device."""
+        """Bytes of one device's shard."""
         return math.prod(self.shard_shape(mesh)) * self.dtype.itemsize
 
     @property
     def of_experts(self) -> bool:
-        """Whether the first axis after that is experts."""
+        """Whether it is a weight of experts: the first axis after the layers is theirs."""
         return self.axes[self.stacked : self.stacked + 1] in (("experts",), ("experts_shared",))
 
 

@@ -98,8 +98,13 @@ def over_replicas(axes: tuple[str | None, ...]) -> PartitionSpec:
     return PartitionSpec(*(DATA if rule is not None and DATA in rule else None for rule in rules))
 
 
-def kv_head_replication(config: ModelConfig, mesh: Mesh | AbstractMesh) -> int:
-    """How often each key/value head is repeated so that every device has one; checks that all else divides.
+def kv_head_replication(config: ModelConfig, mesh: Mesh | AbstractMesh, *, shared_experts: bool = False) -> int:
+    """How often each KV head is repeated so that every device has one; checks that all else divides.
+
+    Args:
+        config: the model.
+        mesh: the devices, or only their shape.
+        shared_experts: see `Parallelism`.
 
     Raises:
         LaunchError: heads, MLP columns or experts do not divide.
@@ -110,7 +115,7 @@ def kv_head_replication(config: ModelConfig, mesh: Mesh | AbstractMesh) -> int:
     if any(layer.mlp == "dense" for layer in config.layers) and config.intermediate_size % tp_size:
         raise LaunchError(f"--tp-size {tp_size} does not divide the model's MLP size {config.intermediate_size}")
     if config.experts is not None:
-        _check_experts(config.experts, tp_size, ep_size, mesh.shape[DATA] if config.experts.shared_by_replicas else 1)
+        _check_experts(config.experts, tp_size, ep_size, mesh.shape[DATA] if shared_experts else 1)
     elif ep_size > 1:
         raise LaunchError(f"--ep-size {ep_size}: the model has no experts")
     if config.num_kv_heads % tp_size == 0:

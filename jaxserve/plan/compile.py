@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
+import msgspec
 
 from jaxserve.config import EngineConfig, LayerConfig, LoraConfig
 from jaxserve.errors import LaunchError
@@ -18,7 +19,7 @@ from jaxserve.layout.memory import DEVICE_MEM_FRACTION
 from jaxserve.lora.pool import LoraPoolLayout, lora_pool_bytes
 from jaxserve.lora.reader import AdapterReader
 from jaxserve.lora.startup import lora_pool_layout
-from jaxserve.models.layer_groups import group_layers
+from jaxserve.models.layer_scan import group_layers
 from jaxserve.parallel.mesh import mesh_of
 from jaxserve.plan.hlo import find_collectives, num_kernels
 from jaxserve.plan.report import Load, Memory, Program, Report, bound
@@ -58,25 +59,25 @@ def make_plan(config: EngineConfig, hf_config: Mapping[str, Any], target: Target
     """
     jax.config.update("jax_numpy_dtype_promotion", "strict")
     mesh = mesh_of(target_devices(target), config.tp_size, config.dp_size, config.ep_size)
-    design = layout_model(config, hf_config, mesh)
+    layout = layout_model(config, hf_config, mesh)
     total = target.device.memory_bytes
-    adapters = None if config.lora is None else adapter_slots(config.lora, design)
-    held = design.device_weight_bytes + _lora_pool_bytes(design, adapters)
+    adapters = None if config.lora is None else adapter_slots(config.lora, layout)
+    held = layout.device_weight_bytes + _lora_pool_bytes(layout, adapters)
     left = total - held if total else _UNKNOWN_POOL_BYTES
     if left <= 0:
-        return _too_heavy(config, design, adapters, target)
-    engine = layout_engine(config, design, int(left * (config.mem_fraction_static or DEVICE_MEM_FRACTION)), adapters)
-    return _report(config, design, engine, target, _compile(engine, design.model.layers))
+        return _too_heavy(config, layout, adapters, target)
+    engine = layout_engine(config, layout, int(left * (config.mem_fraction_static or DEVICE_MEM_FRACTION)), adapters)
+    return _report(config, layout, engine, target, _compile(engine, layout.config.layers))
 
 
-def adapter_slots(config: LoraConfig, design: ModelLayout) -> LoraPoolLayout:
+def adapter_slots(config: LoraConfig, layout: ModelLayout) -> LoraPoolLayout:
     """Slots for adapters that are not there yet."""
-    reader = AdapterReader(design.decoder, design.architecture.tensor_names(design.checkpoint), design.checkpoint)
-    return lora_pool_layout(config, reader, {}, lora_rank_multiple(design.mesh))
+    reader = AdapterReader(layout.decoder, layout.architecture.tensor_names(layout.config))
+    return lora_pool_layout(config, reader, {}, lora_rank_multiple(layout.mesh))
 
 
-def _lora_pool_bytes(design: ModelLayout, adapters: LoraPoolLayout | None) -> int:
-    return 0 if adapters is None else lora_pool_bytes(design.decoder, adapters, design.mesh)
+def _lora_pool_bytes(layout: ModelLayout, adapters: LoraPoolLayout | None) -> int:
+    return 0 if adapters is None else lora_pool_bytes(layout.decoder, adapters, layout.mesh)
 
 
 def _compile(engine: EngineLayout, layers: Sequence[LayerConfig]) -> Outcome:
@@ -121,28 +122,28 @@ def _compile(engine: EngineLayout, layers: Sequence[LayerConfig]) -> Outcome:
 
 
 def _name(shape: ForwardShape) -> str:
-    kind = "forward with adapters" if shape.adapted else "forward, prompts expanded," if shape.expanded else "forward"
+    kind = "forward with adapters" if shape.adapted else "forward, MHA prefill," if shape.mha_prefill else "forward"
     return f"{kind} {shape.bucket.num_tokens} tokens, {shape.bucket.num_rows} rows"
 
 
-def _too_heavy(config: EngineConfig, design: ModelLayout, adapters: LoraPoolLayout | None, target: Target) -> Report:
+def _too_heavy(config: EngineConfig, layout: ModelLayout, adapters: LoraPoolLayout | None, target: Target) -> Report:
     """The weights, with adapters' slots, do not fit: nothing to compile."""
     memory = Memory(
         total=target.device.memory_bytes,
-        weights=design.device_weight_bytes,
-        adapters=_lora_pool_bytes(design, adapters),
+        weights=layout.device_weight_bytes,
+        adapters=_lora_pool_bytes(layout, adapters),
         kv_pool=0,
         state=0,
         temporaries=0,
         programs=0,
     )
     return Report(
-        **_names(config, design, target),
+        **_names(config, layout, target),
         attention_backend="not compiled",
         fits=False,
-        advice=[_more_devices(design, target), *([] if adapters is None else [_FEWER_SLOTS])],
+        advice=[_more_devices(layout, target), *([] if adapters is None else [_FEWER_SLOTS])],
         memory=memory,
-        context_length=design.scheduler.context_length,
+        context_length=layout.scheduler.context_length,
         kv_tokens=0,
         full_requests=0,
         programs=[],
@@ -152,60 +153,61 @@ def _too_heavy(config: EngineConfig, design: ModelLayout, adapters: LoraPoolLayo
 
 
 def _report(
-    config: EngineConfig, design: ModelLayout, engine: EngineLayout, target: Target, outcome: Outcome
+    config: EngineConfig, layout: ModelLayout, engine: EngineLayout, target: Target, outcome: Outcome
 ) -> Report:
-    memory = _memory(design, engine, target, outcome.programs)
+    memory = _memory(layout, engine, target, outcome.programs)
     kv_tokens = engine.cache.num_pages * engine.cache.page_size * config.dp_size
-    context_length = design.scheduler.context_length
+    context_length = layout.scheduler.context_length
     whole = engine.scheduler.context_length == context_length
     fits = outcome.error is None and memory.fits and (whole or config.context_length is None)
     rows = max(1, min(engine.scheduler.max_rows, kv_tokens // config.dp_size * 2 // engine.scheduler.context_length))
     load = Load(
-        weight_bytes=design.device_read_bytes,
-        expert_bytes=design.device_expert_bytes,
+        weight_bytes=layout.device_read_bytes,
+        expert_bytes=layout.device_expert_bytes,
         key_bytes=engine.pool_bytes / (engine.cache.num_pages * engine.cache.page_size),
         rows=rows,
         context=engine.scheduler.context_length // 2,
         tp_size=config.tp_size,
         num_replicas=config.dp_size if config.dp_attention else 1,
     )
+    computed = msgspec.structs.replace(layout.config, num_kv_heads=layout.decoder.args.num_kv_heads)
     return Report(
-        **_names(config, design, target),
+        **_names(config, layout, target),
         attention_backend=engine.attention_name,
         fits=fits,
-        advice=_advice(design, engine, target, outcome, memory),
+        advice=_advice(layout, engine, target, outcome, memory),
         memory=memory,
         context_length=context_length,
         kv_tokens=kv_tokens,
         full_requests=config.dp_size * (engine.cache.num_pages * engine.cache.page_size // context_length),
         programs=outcome.programs,
         compile_s=outcome.compile_s,
-        bounds=bound(design.model, target.device, load),
+        bounds=bound(computed, target.device, load),
     )
 
 
-def _names(config: EngineConfig, design: ModelLayout, target: Target) -> dict[str, Any]:
+def _names(config: EngineConfig, layout: ModelLayout, target: Target) -> dict[str, Any]:
     return {
-        "model": f"{config.model_path} ({design.model.architecture})",
+        "model": f"{config.model_path} ({layout.config.architecture})",
         "target": target.text,
         "devices": config.tp_size * config.dp_size,
         "tp_size": config.tp_size,
         "dp_size": config.dp_size,
         "ep_size": config.ep_size,
         "dp_attention": config.dp_attention,
-        "dtype": str(design.dtype),
-        "kv_dtype": str(design.kv_dtype),
+        "dtype": str(layout.dtype),
+        "kv_dtype": str(layout.kv_dtype),
     }
 
 
-def _memory(design: ModelLayout, engine: EngineLayout, target: Target, programs: list[Program]) -> Memory:
+def _memory(layout: ModelLayout, engine: EngineLayout, target: Target, programs: list[Program]) -> Memory:
     step = StepPrograms(engine.step)
     state = sum(_device_bytes(leaf) for leaf in jax.tree.leaves(step.state_shapes()))
     logits = _device_bytes(step.logits_shape(engine.scheduler.max_rows))
     return Memory(
         total=target.device.memory_bytes or None,
-        weights=design.device_weight_bytes,
-        adapters=_lora_pool_bytes(design, engine.step.adapters),
+        weights=layout.device_weight_bytes,
+        adapters=_lora_pool_bytes(layout, engine.step.lora_pool),
         kv_pool=engine.pool_bytes,
         state=state + _STEPS_IN_FLIGHT * logits,
         temporaries=max((program.temporary_bytes for program in programs), default=0),
@@ -218,46 +220,46 @@ def _device_bytes(array: jax.ShapeDtypeStruct) -> int:
     return math.prod(array.sharding.shard_shape(array.shape)) * array.dtype.itemsize
 
 
-def _advice(design: ModelLayout, engine: EngineLayout, target: Target, outcome: Outcome, memory: Memory) -> list[str]:
+def _advice(layout: ModelLayout, engine: EngineLayout, target: Target, outcome: Outcome, memory: Memory) -> list[str]:
     advice: list[str] = []
     if outcome.error is not None:
         advice.append(f"the compiler: {outcome.error}")
     if outcome.error is not None or not memory.fits:
         advice.append("a lower --mem-fraction-static leaves more room for temporaries")
-    if engine.scheduler.context_length < design.scheduler.context_length:
+    if engine.scheduler.context_length < layout.scheduler.context_length:
         advice.append(
-            f"the pool holds no request of {design.scheduler.context_length:,} tokens, only of "
+            f"the pool holds no request of {layout.scheduler.context_length:,} tokens, only of "
             f"{engine.scheduler.context_length:,}: --context-length, --kv-cache-dtype int8 or more devices help"
         )
     return advice
 
 
-def _more_devices(design: ModelLayout, target: Target) -> str:
+def _more_devices(layout: ModelLayout, target: Target) -> str:
     """How many devices of this kind would hold the weights, with room for the rest of a step."""
-    now, total = model_size(design.mesh), target.device.memory_bytes
+    now, total = model_size(layout.mesh), target.device.memory_bytes
     held = (
-        f"weights are {design.device_weight_bytes / 2**30:.1f} GiB on each of {now} devices of {total / 2**30:.1f} GiB"
+        f"weights are {layout.device_weight_bytes / 2**30:.1f} GiB on each of {now} devices of {total / 2**30:.1f} GiB"
     )
-    if design.checkpoint.experts is not None and design.checkpoint.experts.shared_by_replicas:
+    if layout.decoder.args.parallelism.shared_experts:
         return f"{held}: try more of them, a lower --dp-size, or smaller weights"
-    least = math.ceil(design.device_weight_bytes * now / (_WEIGHTS_AT_MOST * total))
-    for tp_size in range(max(now + 1, least), design.checkpoint.num_q_heads + 1):
+    least = math.ceil(layout.device_weight_bytes * now / (_WEIGHTS_AT_MOST * total))
+    for tp_size in range(max(now + 1, least), layout.config.num_q_heads + 1):
         # Whole experts on each device where they cannot be split as before.
-        for ep_size in dict.fromkeys((design.mesh.shape[EXPERT], *_whole_experts(design, tp_size))):
-            if tp_size % ep_size == 0 and _fits(design, tp_size, ep_size):
+        for ep_size in dict.fromkeys((layout.mesh.shape[EXPERT], *_whole_experts(layout, tp_size))):
+            if tp_size % ep_size == 0 and _fits(layout, tp_size, ep_size):
                 flags = f"--tp-size {tp_size}" + (f" --ep-size {ep_size}" if ep_size > 1 else "")
                 return f"{held}: try {flags} or smaller weights"
     return f"{held}: no number of them that divides the model is enough, only smaller weights"
 
 
-def _whole_experts(design: ModelLayout, tp_size: int) -> tuple[int, ...]:
-    experts = design.checkpoint.experts
+def _whole_experts(layout: ModelLayout, tp_size: int) -> tuple[int, ...]:
+    experts = layout.config.experts
     return () if experts is None else (math.gcd(tp_size, experts.num_experts),)
 
 
-def _fits(design: ModelLayout, tp_size: int, ep_size: int) -> bool:
+def _fits(layout: ModelLayout, tp_size: int, ep_size: int) -> bool:
     try:
-        check_fit(design, tp_size, ep_size)
+        check_fit(layout, tp_size, ep_size)
     except LaunchError:
         return False
     return True

@@ -26,12 +26,12 @@ class ForwardShape(NamedTuple):
     Attributes:
         bucket: shape of the step.
         adapted: some rows have an adapter.
-        expanded: prompts are; see `jaxserve.layers.mla_prefill`.
+        mha_prefill: MLA prompts take the MHA form; see `jaxserve.layers.mla_prefill`.
     """
 
     bucket: Bucket
     adapted: bool = False
-    expanded: bool = False
+    mha_prefill: bool = False
 
 
 class BucketGrowth(NamedTuple):

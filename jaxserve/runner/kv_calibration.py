@@ -38,23 +38,23 @@ _LARGEST = 127
 _SMALLEST = 1 / 8
 
 
-def with_kv_scales(served: StepModel, plain: Decoder, weights: Weights, meet: Callable[[], object]) -> Weights:
-    """The weights with the factors of `jaxserve.layers.kv_scales`, measured.
+def with_kv_scales(served: StepModel, weights: Weights, meet: Callable[[], object]) -> Weights:
+    """The weights with the KV scales of `jaxserve.layers.kv_scales`, measured with random tokens.
 
     Args:
-        served: the model with its cache of integers.
-        plain: the same without factors, whose weights these are.
-        weights: on the mesh.
+        served: the model with its int8 cache.
+        weights: its weights on the mesh, without scales.
         meet: waits for the other hosts, before the first step.
 
     Raises:
         LaunchError: some keys or values are not finite.
     """
+    plain = served.decoder.without_kv_scales()
     model = _to_measure(served, plain)
     programs = StepPrograms(model)
     spec = served.decoder.param_specs["layers", "attention", "cache_scales"]
     results = weight_format(spec.axes, spec.shape, served.mesh), NamedSharding(served.mesh, PartitionSpec())
-    measure = partial(_scales, model.attention, plain.config.rope_dim, programs.num_replicas)
+    measure = partial(_scales, model.backends.attention, plain.config.rope_dim, programs.num_replicas)
     measure = jax.jit(measure, out_shardings=results)
     forward = programs.lower_forward(ForwardShape(model.buckets[0])).compile()
     measured = measure.lower(programs.cache_shapes()).compile()
@@ -66,7 +66,7 @@ def with_kv_scales(served: StepModel, plain: Decoder, weights: Weights, meet: Ca
     scales, finite = measured(cache)
     if not finite:
         raise LaunchError("--kv-cache-dtype int8: keys or values of random tokens are not finite")
-    logger.info("cached keys and values: int8, with factors measured on random tokens")
+    logger.info("KV cache: int8, with scales calibrated on random tokens")
     attention = {**weights["layers"]["attention"], "cache_scales": scales}
     return {**weights, "layers": {**weights["layers"], "attention": attention}}
 
@@ -77,9 +77,9 @@ def _to_measure(served: StepModel, plain: Decoder) -> StepModel:
     prompt_pages = min(-(-bucket.num_tokens // page_size), served.layout.pages_per_row)
     num_prompts = -(-_NUM_TOKENS // min(bucket.num_tokens, prompt_pages * page_size))
     layout = served.layout._replace(num_pages=num_prompts * prompt_pages, pages_per_row=prompt_pages)
-    config = dataclasses.replace(served.attention.config, dtype=plain.dtype, num_pages=layout.num_pages)
-    attention = choose_attention("auto", config, served.mesh).backend
-    return served._replace(decoder=plain, attention=attention, layout=layout, buckets=(bucket,), adapters=None)
+    config = dataclasses.replace(served.backends.attention.config, dtype=plain.dtype, num_pages=layout.num_pages)
+    backends = served.backends._replace(attention=choose_attention("auto", config, served.mesh).impl)
+    return served._replace(decoder=plain, backends=backends, layout=layout, buckets=(bucket,), lora_pool=None)
 
 
 def _prompts(layout: BatchLayout, bucket: Bucket) -> Iterator[ForwardBatch]:

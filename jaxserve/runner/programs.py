@@ -17,10 +17,9 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from jaxserve.layers.context import Backends, ExpertOps, LinearOps, NoLora, StepLora
 from jaxserve.layers.mla_prefill import MlaPrefillWorkspace
-from jaxserve.layers.moe import ExpertOps
-from jaxserve.layers.quantized_linear import LinearOps
-from jaxserve.lora.ops import NO_ADAPTERS, Adapters, LoraOps
+from jaxserve.lora.ops import Adapters, LoraOps
 from jaxserve.lora.pool import LoraPoolLayout, lora_pool_specs, lora_pool_splits, slot_spec, write_slot
 from jaxserve.models.decoder import Decoder, StepOps
 from jaxserve.models.param_spec import ParamSpec, Path, Weights, tree_of
@@ -32,11 +31,7 @@ from jaxserve.runner.compiler_options import compiler_options
 from jaxserve.runner.state import DeviceState, empty_state, row_state, write_row
 from jaxserve.step import NewRow, SchedulerOutput
 from kernels_pallas.dispatch import Sampler
-from kernels_pallas.grouped_matmul.api import GroupedMatmul
-from kernels_pallas.grouped_matmul.xla.backend import XlaGroupedMatmul
-from kernels_pallas.lora_matmul.api import LoraMatmul
-from kernels_pallas.lora_matmul.xla.backend import XlaLora
-from kernels_pallas.paged_attention.api import AttentionBackend, Cache
+from kernels_pallas.paged_attention.api import Cache
 from kernels_pallas.sampling.api import SampleOutput, SamplingInputs, SamplingState, mask_words
 from kernels_pallas.sampling.common.summary import Shard
 from kernels_pallas.shards import DATA, MODEL, model_size
@@ -51,53 +46,53 @@ class StepModel(NamedTuple):
 
     Attributes:
         decoder: the model.
-        attention: the attention backend, which shapes the cache.
-        sampler: draws tokens from logits.
-        mesh: where all of it lives.
+        backends: the implementation of each op; the attention backend shapes the cache.
+        mesh: the devices.
         layout: sizes of rows, pages and vocabulary.
         buckets: shapes to compile, widest first.
-        adapters: slots of LoRA adapters, if they can be asked for.
-        lora: applies them; of the bank's groups, those of `lora_groups`.
-        lora_experts: multiplies tokens with adapters' factors of experts.
-        grouped_matmul: multiplies tokens with their experts.
-        linear_matmul: multiplies them with quantised weights of `linears`.
-        linears: paths of linear modules.
-        mla_workspace: where the prompts of a step can be expanded.
+        lora_pool: slots for LoRA adapters, if requests may name adapters.
+        lora_groups: paths of the pool's groups that use the LoRA kernels; portable XLA has the others.
+        linears: paths of the linear modules that use the kernel for quantised linear maps.
+        mla_workspace: where MLA prompts of a step can get keys and values of each head.
     """
 
     decoder: Decoder
-    attention: AttentionBackend
-    sampler: Sampler
+    backends: Backends
     mesh: Mesh
     layout: BatchLayout
     buckets: tuple[Bucket, ...]
-    adapters: LoraPoolLayout | None = None
-    lora: LoraMatmul = XlaLora()
-    lora_groups: tuple[tuple[str, ...], ...] = ()
-    lora_experts: GroupedMatmul = XlaGroupedMatmul()
-    grouped_matmul: GroupedMatmul = XlaGroupedMatmul()
-    linear_matmul: GroupedMatmul = XlaGroupedMatmul()
-    linears: tuple[tuple[str, ...], ...] = ()
+    lora_pool: LoraPoolLayout | None = None
+    lora_groups: tuple[Path, ...] = ()
+    linears: tuple[Path, ...] = ()
     mla_workspace: MlaPrefillWorkspace | None = None
 
-    def ops(self, *, expanded: bool = False) -> StepOps:
+    def ops(self, *, mha_prefill: bool = False) -> StepOps:
         """What the layers compute with."""
         return StepOps(
-            self.attention,
-            ExpertOps(self.grouped_matmul, self.mesh),
-            LinearOps(self.linear_matmul, self.mesh, self.linears),
-            self.mla_workspace if expanded else None,
+            self.backends.attention,
+            ExpertOps(self.backends.experts, self.mesh),
+            LinearOps(self.backends.linear, self.mesh, self.linears),
+            self.mla_workspace if mha_prefill else None,
         )
+
+    def lora_ops(self) -> LoraOps | None:
+        """How adapters are applied, if there can be any."""
+        if (pool := self.lora_pool) is None:
+            return None
+        splits = lora_pool_splits(self.decoder, pool, self.mesh)
+        return LoraOps(self.backends.lora, self.lora_groups, self.backends.lora_experts, pool.num_slots - 1, splits)
 
     @property
     def shapes(self) -> list[ForwardShape]:
         """Forward passes that a step may need, widest first."""
         shapes = [ForwardShape(bucket) for bucket in self.buckets]
-        if self.adapters is not None:
+        if self.lora_pool is not None:
             shapes += [ForwardShape(bucket, adapted=True) for bucket in self.buckets]
-        if (room := self.mla_workspace) is not None:
+        if (workspace := self.mla_workspace) is not None:
             mixed = (bucket for bucket in self.buckets if not bucket.single_tokens)
-            shapes += [ForwardShape(bucket, expanded=True) for bucket in mixed if room.can_pay(bucket.num_tokens)]
+            shapes += [
+                ForwardShape(bucket, mha_prefill=True) for bucket in mixed if workspace.can_pay(bucket.num_tokens)
+            ]
         return shapes
 
 
@@ -125,18 +120,15 @@ class StepPrograms:
         self._state_sharding = DeviceState(*arrays)
         state = jax.tree.map(lambda sharding: sharding.spec, self._state_sharding)
         options = compiler_options(model.mesh)
-        maths = NO_ADAPTERS.maths
-        if (bank := model.adapters) is not None:
-            splits = lora_pool_splits(model.decoder, bank, model.mesh)
-            maths = LoraOps(model.lora, model.lora_groups, model.lora_experts, bank.num_slots - 1, splits)
+        lora_ops = model.lora_ops()
         weight_specs = model.decoder.weight_tree(lambda spec: over_replicas(spec.axes))
         pool_over_replicas = tree_of((path, over_replicas(spec.axes)) for path, spec in self._lora_pool_specs().items())
-        # By whether the bank is there, and whether prompts are expanded.
+        # By whether rows have adapters, and whether MLA prompts take the MHA form.
         self._forward = {
-            (adapted, expanded): jax.jit(
+            (adapted, mha_prefill): jax.jit(
                 # Over `model` the compiler splits what is in the function.
                 self._per_replica(
-                    partial(_forward, model.decoder, _StepOps(model.ops(expanded=expanded), maths)),
+                    partial(_forward, _ForwardModel(model.decoder, model.ops(mha_prefill=mha_prefill), lora_ops)),
                     {DATA},
                     (weight_specs, pool_over_replicas if adapted else {}, P(DATA), P(DATA), P(DATA)),
                     P(DATA),
@@ -145,11 +137,11 @@ class StepPrograms:
                 out_shardings=(self._cache_shardings(), self._by_id),
                 compiler_options=options,
             )
-            for adapted, expanded in ((False, False), (True, False), (False, True))
+            for adapted, mha_prefill in ((False, False), (True, False), (False, True))
         }
         self._draw = jax.jit(
             self._per_replica(
-                partial(_draw, model.decoder, model.sampler, self._shard),
+                partial(_draw, model.decoder, model.backends.sampler, self._shard),
                 {DATA, *MODEL},
                 (by_id, state, P(DATA), P(DATA)),
                 (state, P(DATA)),
@@ -170,7 +162,7 @@ class StepPrograms:
         batch = RowTable(self._model.layout).build(NOTHING, shape.bucket)
         bank = self.lora_pool_shapes() if shape.adapted else {}
         state = self.state_shapes()
-        return self._forward[shape.adapted, shape.expanded].lower(
+        return self._forward[shape.adapted, shape.mha_prefill].lower(
             self.weight_shapes(), bank, self.cache_shapes(), state.last_token_R, self._copied(batch)
         )  # fmt: skip
 
@@ -201,9 +193,9 @@ class StepPrograms:
 
     def _lora_pool_specs(self) -> dict[Path, ParamSpec]:
         """Of the adapters' bank, if there is one."""
-        if self._model.adapters is None:
+        if self._model.lora_pool is None:
             return {}
-        return lora_pool_specs(self._model.decoder, self._model.adapters)
+        return lora_pool_specs(self._model.decoder, self._model.lora_pool)
 
     def weight_shapes(self) -> Weights:
         """Shapes, dtypes, shardings and layouts of the weights."""
@@ -230,7 +222,7 @@ class StepPrograms:
             name: jax.ShapeDtypeStruct(
                 (self.num_replicas * spec.shape[0], *spec.shape[1:]), spec.dtype, sharding=shardings[name]
             )
-            for name, spec in self._model.attention.cache_spec().items()
+            for name, spec in self._model.backends.attention.cache_spec().items()
         }
 
     def state_shapes(self) -> DeviceState:
@@ -247,7 +239,7 @@ class StepPrograms:
         return empty_state(self.num_replicas * (layout.max_rows + 1), layout.vocab_size, self._state_sharding)
 
     def _cache_shardings(self) -> dict[str, NamedSharding]:
-        specs = self._model.attention.cache_spec()
+        specs = self._model.backends.attention.cache_spec()
         return {name: NamedSharding(self._model.mesh, P(DATA, *spec.partition[1:])) for name, spec in specs.items()}
 
     def _copied(self, arrays: T) -> T:
@@ -271,33 +263,37 @@ class StepPrograms:
         )
 
 
-class _StepOps(NamedTuple):
-    """How a forward pass computes."""
+class _ForwardModel(NamedTuple):
+    """What is static in a forward pass."""
 
+    decoder: Decoder
     ops: StepOps
-    lora: LoraOps
+    lora_ops: LoraOps | None
 
 
 def _forward(
-    decoder: Decoder,
-    maths: _StepOps,
+    model: _ForwardModel,
     weights: Weights,
-    bank: Weights,
+    pool: Weights,
     cache: Cache,
     last_token_R: jax.Array,
     batch: ForwardBatch,
 ) -> tuple[Cache, jax.Array]:
-    """One copy's forward pass: embed, layers, logits of the drawn tokens only."""
+    """The forward pass of one replica: embedding, layers, and logits of the sampled tokens only."""
     batch = jax.tree.map(lambda array: array[0], batch)
     token_ids_T, positions_T, _, adapter_slot_T = batch.tokens_4T
     token_index_B, adapter_slot_B = batch.draws.ints_8B[0], batch.draws.ints_8B[7]
     pending_T = token_ids_T < 0
     last_T = last_token_R[jnp.where(pending_T, -1 - token_ids_T, 0)]
     token_ids_T = jnp.where(pending_T, last_T, token_ids_T)
-    adapters = Adapters(bank, adapter_slot_T, maths.lora)
     meta = batch.attention_meta()
-    x_TD, cache = decoder.forward(weights, cache, token_ids_T, positions_T, meta, maths.ops, adapters)
-    return cache, decoder.logits(weights, x_TD[token_index_B], adapters._replace(slot_T=adapter_slot_B))
+
+    def lora(slot: jax.Array) -> StepLora:
+        # The pool is empty in a step in which no row has an adapter.
+        return Adapters(pool, slot, model.lora_ops) if model.lora_ops is not None and pool else NoLora()
+
+    x_TD, cache = model.decoder.forward(weights, cache, token_ids_T, positions_T, meta, model.ops, lora(adapter_slot_T))
+    return cache, model.decoder.logits(weights, x_TD[token_index_B], lora(adapter_slot_B))
 
 
 def _draw(

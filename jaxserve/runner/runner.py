@@ -135,7 +135,7 @@ class ModelRunner:
         """Compile every program."""
         self._programs.compile_all(progress)
         self._write_row = self._lowering.lower_write_row().compile()
-        if self._model.adapters is not None:
+        if self._model.lora_pool is not None:
             self._write_slot = self._lowering.lower_write_slot().compile()
 
     def warm_up(self) -> None:
@@ -171,19 +171,19 @@ class ModelRunner:
             max(plan.num_logits_rows for plan in running),
             single_tokens=all(row.num_tokens == 1 for plan in running for row in plan.rows),
         )
-        adapted = self._model.adapters is not None and any(
+        adapted = self._model.lora_pool is not None and any(
             rows.uses_adapters(plan) for rows, plan in zip(self._rows, plans, strict=True) if plan is not None
         )
-        shape = ForwardShape(bucket, adapted, expanded=not adapted and self._expands(bucket, running))
+        shape = ForwardShape(bucket, adapted, mha_prefill=not adapted and self._takes_mha_prefill(bucket, running))
         return self._run_forward(shape, plans)
 
-    def _expands(self, bucket: Bucket, plans: Sequence[SchedulerOutput]) -> bool:
-        """Whether a step that expands the prompts of all copies is cheaper: it takes as long as the slowest copy."""
-        room = self._model.mla_workspace
-        if room is None or ForwardShape(bucket, expanded=True) not in self._shapes:
+    def _takes_mha_prefill(self, bucket: Bucket, plans: Sequence[SchedulerOutput]) -> bool:
+        """Whether the MHA form of the prompts is cheaper. A step takes as long as its slowest replica."""
+        workspace = self._model.mla_workspace
+        if workspace is None or ForwardShape(bucket, mha_prefill=True) not in self._shapes:
             return False
-        costs = [room.costs(_prompt_lengths(plan)) for plan in plans]
-        return max(cost.expanded for cost in costs) < max(cost.cached for cost in costs)
+        costs = [workspace.costs(_prompt_lengths(plan)) for plan in plans]
+        return max(cost.mha for cost in costs) < max(cost.absorbed for cost in costs)
 
     def draw(
         self,

@@ -14,7 +14,8 @@ from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
-from jax import lax
+
+from kernels_pallas.stacked import Stacked
 
 
 class LoraModule(NamedTuple):
@@ -30,32 +31,6 @@ class LoraModule(NamedTuple):
     num_outputs: int
     rank: int
     dtype: jnp.dtype
-
-
-class Factors(NamedTuple):
-    """The factors of all slots in one layer.
-
-    Attributes:
-        stack: of all layers, [L, S, J, I] or [L, S, R, O].
-        layer: i32 scalar, the place of the layer's.
-    """
-
-    stack: jax.Array
-    layer: jax.Array
-
-    @property
-    def flat(self) -> jax.Array:
-        """[X, ...]: those of a layer's slots follow each other."""
-        return self.stack.reshape(-1, *self.stack.shape[2:])
-
-    @property
-    def first(self) -> jax.Array:
-        """i32 scalar, where the layer's first slot is in `flat`."""
-        return self.layer * self.stack.shape[1]
-
-    def of_layer(self) -> jax.Array:
-        """[S, ...], cut out of the stack."""
-        return lax.dynamic_index_in_dim(self.stack, self.layer, keepdims=False)
 
 
 class LoraMatmul(Protocol):
@@ -74,7 +49,7 @@ class LoraMatmul(Protocol):
         """
         ...
 
-    def shrink(self, x_TI: jax.Array, a: Factors, plan: Any, *, split: bool) -> jax.Array:
+    def shrink(self, x_TI: jax.Array, a: Stacked, plan: Any, *, split: bool) -> jax.Array:
         """Multiply by the first factors: x A^T.
 
         Args:
@@ -88,7 +63,7 @@ class LoraMatmul(Protocol):
         """
         ...
 
-    def expand(self, h: jax.Array, b: Factors, plan: Any, *, member: int, split: bool) -> jax.Array:
+    def expand(self, h: jax.Array, b: Stacked, plan: Any, *, member: int, split: bool) -> jax.Array:
         """The update of one of the modules.
 
         Args:

@@ -13,8 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import save_file
 
+from jaxserve.layers.args import DecoderArgs
 from jaxserve.loading.hub import find_model
-from jaxserve.models.architecture import DecoderArgs
 from jaxserve.models.qwen3 import ARCHITECTURE
 from jaxserve.text.tokenizer import load_tokenizer
 

@@ -10,7 +10,7 @@ import jax
 from jaxserve.config import EngineConfig
 from jaxserve.layout.layout import EngineLayout, layout_engine, layout_model
 from jaxserve.layout.memory import DEVICE_MEM_FRACTION
-from jaxserve.models.layer_groups import group_layers
+from jaxserve.models.layer_scan import group_layers
 from jaxserve.parallel.mesh import mesh_of
 from jaxserve.plan.compile import adapter_slots
 from jaxserve.plan.hlo import Collectives, find_collectives
@@ -56,12 +56,12 @@ def layout_for(target_text: str, model: str, tp_size: int, **options: Any) -> tu
     prepare_environment(target)
     options = {"context_length": CONTEXT, **options}
     config = EngineConfig(model_path=model, tp_size=tp_size, **options)
-    design = layout_model(
+    layout = layout_model(
         config, MODELS[model], mesh_of(target_devices(target), tp_size, config.dp_size, config.ep_size)
     )
-    left = target.device.memory_bytes - design.device_weight_bytes
-    adapters = None if config.lora is None else adapter_slots(config.lora, design)
-    return layout_engine(config, design, int(left * DEVICE_MEM_FRACTION), adapters), design.device_weight_bytes
+    left = target.device.memory_bytes - layout.device_weight_bytes
+    adapters = None if config.lora is None else adapter_slots(config.lora, layout)
+    return layout_engine(config, layout, int(left * DEVICE_MEM_FRACTION), adapters), layout.device_weight_bytes
 
 
 def check_program(
@@ -85,7 +85,7 @@ def check_program(
 def check_forward(engine: EngineLayout, text: str, memory: Any, tp_size: int) -> None:
     """The cache is updated in place, and two all-reduces a layer, of those repeated together, cross the devices."""
     assert memory.alias_size_in_bytes >= engine.pool_bytes
-    for name, spec in engine.step.attention.cache_spec().items():
+    for name, spec in engine.step.backends.attention.cache_spec().items():
         pages = f"[{spec.shape[0]},"
         copies = [line for line in text.splitlines() if re.search(r" copy(-start)?\(", line) and pages in line]
         assert not copies, f"{name} is copied: {copies[0]}"

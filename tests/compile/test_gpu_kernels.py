@@ -61,7 +61,7 @@ def lower_attention(head_dim: int, dtype: str) -> jax.stages.Lowered:
         window=100,
         soft_cap=30.0,
     )
-    backend: AttentionBackend = choose_attention("gpu", config, mesh).backend
+    backend: AttentionBackend = choose_attention("gpu", config, mesh).impl
     meta = AttentionMeta(
         kv_lens_B=array((NUM_ROWS,)),
         page_table_BM=array((NUM_ROWS, NUM_PAGES)),

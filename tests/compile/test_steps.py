@@ -16,7 +16,7 @@ import pytest
 from jaxserve.config import LayerConfig, LoraConfig
 from jaxserve.errors import LaunchError
 from jaxserve.layout.layout import EngineLayout
-from jaxserve.models.layer_groups import group_layers
+from jaxserve.models.layer_scan import group_layers
 from jaxserve.plan.hlo import Collectives, find_collectives, num_kernels
 from jaxserve.plan.targets import parse_target
 from jaxserve.runner.buckets import Bucket, ForwardShape
@@ -127,7 +127,7 @@ def test_step_with_experts(
     )
     assert engine.attention_name == ("gpu" if on_gpu else "tpu")
     attention = 3 if on_gpu else 2
-    assert not isinstance(engine.step.grouped_matmul, XlaGroupedMatmul)
+    assert not isinstance(engine.step.backends.experts, XlaGroupedMatmul)
     # gpt-oss has layers of two kinds in turn, DeepSeek some without experts before the others.
     kinds = [kind for group in group_layers(engine.step.decoder.config.layers) for kind in group.kinds]
     mlps = {"dense": 0, "experts": 3}
@@ -151,16 +151,14 @@ def test_step_with_experts(
         slow("h200:8", "deepseek-v3.1", 8),
     ],
 )
-def test_step_with_expanded_prompts(
-    target: str, model: str, tp_size: int, record_property: Callable[..., None]
-) -> None:
+def test_step_with_mha_prefill(target: str, model: str, tp_size: int, record_property: Callable[..., None]) -> None:
     """Nothing crosses the devices for it, and neither cache nor room is copied."""
     num_tokens = {"h100:1": 65536, "h200:8": 262144}.get(target)  # as above
     engine, _ = layout_for(target, model, tp_size, ep_size=tp_size, max_total_tokens=num_tokens)
     room = engine.step.mla_workspace
     assert room is not None
     step, memory_bytes = StepPrograms(engine.step), parse_target(target).device.memory_bytes
-    shape = ForwardShape(engine.step.buckets[0], expanded=True)
+    shape = ForwardShape(engine.step.buckets[0], mha_prefill=True)
     text, memory = check_program(engine, lambda: step.lower_forward(shape), memory_bytes, record_property)
     check_forward(engine, text, memory, tp_size)
     for spec in room.backend.cache_spec().values():

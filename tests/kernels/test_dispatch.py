@@ -24,7 +24,7 @@ DENSE = SHAPES["decode"].config(jnp.dtype(jnp.float32))
 @pytest.mark.parametrize(("name", "reason"), [("auto", "made for cpu"), ("xla", "asked for")])
 def test_a_cpu_takes_the_portable_one(name: Any, reason: str) -> None:
     chosen = choose_attention(name, DENSE, make_mesh(1))
-    assert isinstance(chosen.backend, XlaAttention)
+    assert isinstance(chosen.impl, XlaAttention)
     assert (chosen.name, chosen.reason, chosen.is_fallback) == ("xla", reason, False)
 
 
@@ -39,7 +39,7 @@ def test_a_named_backend_is_not_replaced(name: Any) -> None:
 
 def test_the_choice_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
     config = EngineConfig(model_path="x", max_total_tokens=1024)
-    with caplog.at_level(logging.INFO, "jaxserve.layout.layout"):
+    with caplog.at_level(logging.INFO, "jaxserve.layout.backends"):
         layout_engine(config, layout_model(config, CONFIG, make_mesh(1)), 0)
     assert [record.message for record in caplog.records] == [
         "attention backend: xla, made for cpu",

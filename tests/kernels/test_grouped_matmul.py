@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxserve.layers.quantized_linear import LinearOps, multiply
+from jaxserve.layers.context import LinearOps
+from jaxserve.layers.quantized_linear import multiply
 from jaxserve.parallel.mesh import make_mesh
 from kernels_pallas.grouped_matmul.api import ExpertShape, GroupedMatmul, Matrices
 from kernels_pallas.grouped_matmul.reference import grouped_matmul
@@ -290,13 +291,13 @@ def test_a_linear_map_split_over_devices(axes: tuple[Any, Any], form: str) -> No
     """One matrix of three, by the TPU's kernel: outputs split, inputs split, and whole on both devices."""
     mesh = make_mesh(2)
     matrices, w64_XOI = random_matrices(form, (3, 256, 512))
-    maths = LinearOps(implementation("tpu"), mesh, ())
+    ops = LinearOps(implementation("tpu"), mesh, ())
     # Two blocks, the second of them filled up.
     x_TI = jnp.asarray(np.random.default_rng(6).standard_normal((600, 512)), jnp.float32)
 
     @jax.jit
     def run(x_TI: jax.Array, place: jax.Array, *arrays: Any) -> jax.Array:
-        return multiply(maths, x_TI, Matrices(*arrays, matrices.form), place, axes)
+        return multiply(ops, x_TI, Matrices(*arrays, matrices.form), place, axes)
 
     got = run(x_TI, jnp.int32(1), *matrices[:3])
     np.testing.assert_allclose(np.asarray(got, np.float64), np.asarray(x_TI, np.float64) @ w64_XOI[1].T, atol=1e-5)

@@ -12,11 +12,12 @@ import pytest
 from jaxserve import LLM, SamplingParams
 from jaxserve.config import LoraConfig
 from jaxserve.parallel.mesh import make_mesh
-from kernels_pallas.dispatch import ChosenLora
-from kernels_pallas.lora_matmul.api import Factors, LoraMatmul
+from kernels_pallas.dispatch import Choice
+from kernels_pallas.lora_matmul.api import LoraMatmul
 from kernels_pallas.lora_matmul.common.slot_blocks import slot_lists, slot_pairs
 from kernels_pallas.lora_matmul.reference import lora_matmul
 from kernels_pallas.lora_matmul.xla.backend import XlaLora
+from kernels_pallas.stacked import Stacked
 from tests.parity.test_lora_merge import EVERYTHING, SMALL
 from tests.support.marks import slow
 from tests.support.tiny import write_adapter, write_checkpoint
@@ -71,8 +72,8 @@ class Case:
         @jax.jit
         def run(x: jax.Array, a: jax.Array, b: jax.Array, slots: jax.Array, layer: jax.Array) -> list[jax.Array]:
             plan = lora.plan(slots, a.shape[1])
-            h = lora.shrink(x, Factors(a, layer), plan, split=split_inputs)
-            factors = [Factors(each, layer) for each in b]
+            h = lora.shrink(x, Stacked(a, layer), plan, split=split_inputs)
+            factors = [Stacked(each, layer) for each in b]
             return [lora.expand(h, each, plan, member=i, split=split_outputs) for i, each in enumerate(factors)]
 
         # Of three layers; nothing of the first and the last may be read.
@@ -180,5 +181,5 @@ def test_a_model_with_the_kernels_gives_the_same_tokens(tmp_path: Path, monkeypa
 
     want = generated()
     kernel = implementation("tpu", tp_size=2, detect_races=False)  # it takes a minute
-    monkeypatch.setattr("jaxserve.layout.layout.choose_lora", lambda *_: ChosenLora(kernel, "tpu", "interpreted"))
+    monkeypatch.setattr("jaxserve.layout.backends.choose_lora", lambda *_: Choice(kernel, "tpu", "interpreted"))
     assert generated() == want

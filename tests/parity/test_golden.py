@@ -12,7 +12,8 @@ import pytest
 
 from jaxserve.config import EngineConfig
 from jaxserve.engine.builder import build_runner
-from jaxserve.layers.mla_prefill import MlaPrefillWorkspace, PromptCosts
+from jaxserve.layers.context import NoLora
+from jaxserve.layers.mla_prefill import MlaPrefillWorkspace, PrefillCosts
 from jaxserve.request import SamplingParams
 from jaxserve.runner.batch import ForwardBatch
 from jaxserve.runner.buckets import Bucket, ForwardShape
@@ -35,7 +36,7 @@ class Model(NamedTuple):
     runner: ModelRunner
     token_ids: np.ndarray
     logits: np.ndarray
-    expanded: bool = False
+    mha_prefill: bool = False
 
 
 def load(name: str, **changes: object) -> Model:
@@ -49,11 +50,11 @@ def load(name: str, **changes: object) -> Model:
 
 @partial(jax.jit, static_argnums=(0, 1))
 def forward(
-    model: StepModel, expanded: bool, weights: object, cache: object, batch: ForwardBatch
+    model: StepModel, mha_prefill: bool, weights: object, cache: object, batch: ForwardBatch
 ) -> tuple[jax.Array, object]:
-    ops = model.ops(expanded=expanded)
-    x_TD, cache = model.decoder.forward(weights, cache, *batch.tokens_4T[:2], batch.attention_meta(), ops)
-    return model.decoder.logits(weights, x_TD), cache
+    ops = model.ops(mha_prefill=mha_prefill)
+    x_TD, cache = model.decoder.forward(weights, cache, *batch.tokens_4T[:2], batch.attention_meta(), ops, NoLora())
+    return model.decoder.logits(weights, x_TD, NoLora()), cache
 
 
 def run(model: Model, rows: list[ScheduledRow]) -> np.ndarray:
@@ -61,7 +62,7 @@ def run(model: Model, rows: list[ScheduledRow]) -> np.ndarray:
     runner = model.runner
     plan = SchedulerOutput(step=0, new_rows=(), rows=tuple(rows))
     batch = jax.tree.map(jnp.asarray, runner._rows[0].build(plan, Bucket(128, 4)))
-    logits, runner._cache = forward(runner._model, model.expanded, runner._weights, runner._cache, batch)
+    logits, runner._cache = forward(runner._model, model.mha_prefill, runner._weights, runner._cache, batch)
     return np.asarray(logits[: plan.num_tokens])
 
 
@@ -157,19 +158,19 @@ LATENT = [name for name in NAMES if name.startswith("deepseek")]
 
 
 @pytest.fixture
-def _expanded(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Prompts are expanded, though models as small as these gain nothing by that."""
-    monkeypatch.setattr(MlaPrefillWorkspace, "costs", lambda _, rows: PromptCosts(cached=len(list(rows)), expanded=0))
+def _mha_prefill(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prompts take the MHA form, though models as small as these gain nothing by it."""
+    monkeypatch.setattr(MlaPrefillWorkspace, "costs", lambda _, rows: PrefillCosts(absorbed=len(list(rows)), mha=0))
 
 
-def load_expanded(name: str, **changes: object) -> Model:
-    """With steps that expand all prompts."""
+def load_mha_prefill(name: str, **changes: object) -> Model:
+    """The model, with steps in which all prompts take the MHA form."""
     model = load(name, **changes)
     assert model.runner._model.mla_workspace is not None
-    return model._replace(expanded=True)
+    return model._replace(mha_prefill=True)
 
 
-@pytest.mark.usefixtures("_expanded")
+@pytest.mark.usefixtures("_mha_prefill")
 @pytest.mark.parametrize(
     ("name", "tp_size"),
     [
@@ -177,9 +178,9 @@ def load_expanded(name: str, **changes: object) -> Model:
         ("deepseek_v3", 4),
     ],
 )
-def test_expanded_prompts(name: str, tp_size: int) -> None:
+def test_mha_prefill(name: str, tp_size: int) -> None:
     """Whole, in chunks, and beside a row that runs a single token."""
-    model = load_expanded(name, tp_size=tp_size)
+    model = load_mha_prefill(name, tp_size=tp_size)
     logits = run(model, [row(i, ids, 0, 60) for i, ids in enumerate(model.token_ids)])
     close(logits.reshape(model.logits.shape), model.logits)
     one, two = model.token_ids[:2]
@@ -190,10 +191,10 @@ def test_expanded_prompts(name: str, tp_size: int) -> None:
     close(logits[1:], model.logits[0])
 
 
-@pytest.mark.usefixtures("_expanded")
+@pytest.mark.usefixtures("_mha_prefill")
 @pytest.mark.parametrize("dtype", [slow("fp8_e4m3"), "int8"])
-def test_expanded_prompts_of_a_cache_of_8_bits(dtype: str) -> None:
-    model = load_expanded("deepseek_v3", kv_cache_dtype=dtype, tp_size=2)
+def test_mha_prefill_of_a_cache_of_8_bits(dtype: str) -> None:
+    model = load_mha_prefill("deepseek_v3", kv_cache_dtype=dtype, tp_size=2)
     parts = [run(model, [row(0, model.token_ids[0], start, end)]) for start, end in ((0, 33), (33, 59))]
     want = model.logits[0, :59]
     assert np.sqrt(np.mean((np.concatenate(parts) - want) ** 2)) < 0.25 * want.std()
@@ -255,8 +256,8 @@ def test_copies_share_experts(name: str, tp_size: int, dp_size: int, ep_size: in
         close(logits[copy, 0], model.logits[copy % 2, end - 1])
 
 
-@pytest.mark.usefixtures("_expanded")
-def test_a_runner_expands_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("_mha_prefill")
+def test_runner_chooses_mha_prefill(monkeypatch: pytest.MonkeyPatch) -> None:
     """Those of two copies, one of which runs single tokens only; decode steps have no prompts."""
     model = load("deepseek_v3", **FEW_PROGRAMS, dp_size=2, dp_attention=True)
     runner, shapes = model.runner, []
@@ -270,7 +271,7 @@ def test_a_runner_expands_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
     steps = [(sampled(row(0, one, 0, 59)), None), (sampled(row(0, one, 59, 60)), sampled(row(0, two, 0, 40)))]
     steps.append((None, sampled(row(0, two, 40, 41))))
     logits = [np.asarray(runner.forward(step)._logits).reshape(2, -1, model.logits.shape[-1]) for step in steps]
-    assert [shape.expanded for shape in shapes] == [True, True, False]
+    assert [shape.mha_prefill for shape in shapes] == [True, True, False]
     close(logits[0][0, 0], model.logits[0, 58])
     close(logits[1][:, 0], model.logits[[0, 1], [59, 39]])
     close(logits[2][1, 0], model.logits[1, 40])

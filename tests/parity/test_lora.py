@@ -15,9 +15,9 @@ from checkpoints.adapters import of_all_experts, read_peft
 from jaxserve import LLM, SamplingParams
 from jaxserve.config import LoraConfig
 from jaxserve.errors import LaunchError, NotFoundError
+from jaxserve.layers.args import DecoderArgs
 from jaxserve.lora.delta import adaptable
 from jaxserve.lora.reader import AdapterReader
-from jaxserve.models.architecture import DecoderArgs
 from jaxserve.models.registry import find_architecture
 from tests.parity.test_lora_merge import EVERYTHING, SMALL
 from tests.support.marks import slow
@@ -195,7 +195,7 @@ def test_experts_one_by_one_are_those_of_their_parameters(tmp_path: Path) -> Non
     architecture = find_architecture(config)
     model = architecture.model_config(config)
     decoder = architecture.build(DecoderArgs(model, jnp.dtype(jnp.float32)))
-    reader = AdapterReader(decoder, architecture.tensor_names(model), model)
+    reader = AdapterReader(decoder, architecture.tensor_names(model))
     fused: dict[str, np.ndarray] = {}
     single: dict[str, np.ndarray] = {}
     for module, (a_RI, b_OR, _) in read_peft(folder).modules.items():
@@ -290,7 +290,7 @@ def test_names_of_modules(base: Path) -> None:
     architecture = find_architecture(CONFIG)
     config = architecture.model_config(CONFIG)
     decoder = architecture.build(DecoderArgs(config, jnp.dtype(jnp.float32)))
-    reader = AdapterReader(decoder, architecture.tensor_names(config), config)
+    reader = AdapterReader(decoder, architecture.tensor_names(config))
     linear = {path for path in adaptable(decoder) if path[0] == "layers"}
     assert reader.target_paths(["all-linear"]) == linear
     assert reader.target_paths(["all"]) == linear | {("embed", "weight"), ("lm_head", "weight")}

@@ -14,11 +14,12 @@ from jaxserve import LLM, SamplingParams
 from jaxserve.config import EngineConfig
 from jaxserve.engine.builder import build_runner
 from jaxserve.errors import AdapterError, LaunchError
+from jaxserve.layers.args import DecoderArgs
 from jaxserve.lora.delta import add_low_rank, merge, split
 from jaxserve.lora.merge import merge_adapter
 from jaxserve.lora.reader import AdapterReader
-from jaxserve.models.architecture import DecoderArgs
 from jaxserve.models.registry import find_architecture
+from jaxserve.parallel.parallelism import Parallelism
 from tests.parity.test_orbax_and_llm import script
 from tests.support.tiny import CONFIG, LINEAR_MODULES, write_adapter, write_checkpoint
 
@@ -38,16 +39,14 @@ def weights_of(folder: Path, **mesh: int) -> Any:
     return build_runner(config, lambda items, *_: items).runner._weights
 
 
-def delta_of(adapter: Path, *, copies: int = 1, **changes: Any) -> Any:
-    """For the model of `tests.support.tiny`, whose key heads may be repeated."""
+def delta_of(adapter: Path, *, replication: int = 1, **changes: Any) -> Any:
+    """For the model of `tests.support.tiny`, whose KV heads may be repeated."""
     hf_config = CONFIG | changes
     architecture = find_architecture(hf_config)
-    checkpoint = architecture.model_config(hf_config)
-    repeated = architecture.model_config(
-        hf_config | {"num_key_value_heads": checkpoint.num_kv_heads * copies, "head_dim": checkpoint.head_dim}
-    )
-    decoder = architecture.build(DecoderArgs(repeated, jnp.dtype(jnp.float32)))
-    return AdapterReader(decoder, architecture.tensor_names(checkpoint), checkpoint).read(adapter)
+    config = architecture.model_config(hf_config)
+    parallelism = Parallelism(kv_head_replication=replication)
+    decoder = architecture.build(DecoderArgs(config, jnp.dtype(jnp.float32), parallelism))
+    return AdapterReader(decoder, architecture.tensor_names(config)).read(adapter)
 
 
 def write_merged(folder: Path, adapter: Path, **changes: Any) -> Path:
@@ -86,7 +85,7 @@ def test_merged_in_shards_with_repeated_heads(tmp_path: Path) -> None:
     """Eight devices on four key heads."""
     adapter = write_adapter(tmp_path / "adapter", modules=LINEAR_MODULES)
     want = weights_of(write_merged(tmp_path / "merged", adapter), tp_size=8)
-    got = merge_adapter(weights_of(write_checkpoint(tmp_path / "base"), tp_size=8), delta_of(adapter, copies=2))
+    got = merge_adapter(weights_of(write_checkpoint(tmp_path / "base"), tp_size=8), delta_of(adapter, replication=2))
     close(got, want)
 
 

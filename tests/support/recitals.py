@@ -79,7 +79,9 @@ MEMORIZED = (
     ),
     Memorized(name="glm", reasoning_parser="glm45", tool_call_parser="glm45", reasoning=_THOUGHT, calls=_CALLS),
     Memorized(name="gpt", reasoning_parser="gpt-oss", tool_call_parser="gpt-oss", reasoning=_THOUGHT, calls=_CALLS[:1]),
-    Memorized(name="gpt final", reasoning_parser="gpt-oss", tool_call_parser="gpt-oss", reasoning="Hm", content="Final."),
+    Memorized(
+        name="gpt final", reasoning_parser="gpt-oss", tool_call_parser="gpt-oss", reasoning="Hm", content="Final."
+    ),
     Memorized(name="k2", reasoning_parser="kimi_k2", tool_call_parser="kimi_k2", reasoning=_THOUGHT, calls=_CALLS),
     Memorized(name="kimi", reasoning_parser="kimi", reasoning=_THOUGHT, content="Ja."),
     Memorized(name="mistral", reasoning_parser="mistral", tool_call_parser="mistral", reasoning=_THOUGHT, calls=_CALLS),

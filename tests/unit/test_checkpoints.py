@@ -160,4 +160,4 @@ def test_factors_of_a_cache_are_no_problem(tmp_path: Path, caplog: pytest.LogCap
     save_file(arrays, tmp_path / "model.safetensors")
     with caplog.at_level("INFO"):
         build_runner(EngineConfig(model_path=str(tmp_path), quantization="int8"), lambda items, *_: items)
-    assert "factors of an FP8 cache are not used" in caplog.text
+    assert "scales for an FP8 KV cache are not used" in caplog.text

@@ -79,8 +79,11 @@ def test_contradictions_are_found_before_weights_are_read(
         build_runner(config, lambda items, *_: items)
 
 
-def test_unknown_architecture_is_refused_before_its_weights(tmp_path: Path) -> None:
+def test_unknown_architecture_is_refused_before_its_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"architectures": ["MambaForCausalLM"]}))
-    config = parse_arguments(["--model-path", str(tmp_path)]).engine
-    with pytest.raises(LaunchError, match=r"MambaForCausalLM.*LlamaForCausalLM"):
-        build_runner(config, lambda items, *_: items)
+    assert run_launcher(["--model-path", str(tmp_path), "--port", "0"], monkeypatch) == ExitCode.BAD_CONFIG
+    error = capsys.readouterr().err
+    assert "MambaForCausalLM" in error
+    assert "LlamaForCausalLM" in error

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxserve.models.layer_groups import group_layers
+from jaxserve.models.layer_scan import group_layers
 
 
 @pytest.mark.parametrize(

@@ -12,8 +12,8 @@ from jax import lax
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from kernels_pallas.lora_matmul.api import Factors
 from kernels_pallas.shards import MODEL, over_model
+from kernels_pallas.stacked import Stacked
 
 
 class Kernels(NamedTuple):
@@ -26,8 +26,8 @@ class Kernels(NamedTuple):
     """
 
     plan: Callable[[jax.Array, int], Any]
-    shrink: Callable[[jax.Array, Factors, Any], jax.Array]
-    expand: Callable[[jax.Array, Factors, Any, int], jax.Array]
+    shrink: Callable[[jax.Array, Stacked, Any], jax.Array]
+    expand: Callable[[jax.Array, Stacked, Any, int], jax.Array]
 
 
 class ShardedLora:
@@ -46,21 +46,21 @@ class ShardedLora:
         """See `LoraMatmul`."""
         return self._kernels.plan(slot_T, num_slots)
 
-    def shrink(self, x_TI: jax.Array, a: Factors, plan: Any, *, split: bool) -> jax.Array:
+    def shrink(self, x_TI: jax.Array, a: Stacked, plan: Any, *, split: bool) -> jax.Array:
         """See `LoraMatmul`; [T, J]."""
         axis = MODEL if split else None
 
-        def run(x_TI: jax.Array, a: Factors, plan: Any) -> jax.Array:
+        def run(x_TI: jax.Array, a: Stacked, plan: Any) -> jax.Array:
             h_TJ = self._kernels.shrink(x_TI, a, plan)
             return (lax.psum(h_TJ, axis) if axis else h_TJ).astype(x_TI.dtype)
 
         return over_model(run, self._mesh, (P(None, axis), _factor_specs(axis), P()), P())(x_TI, a, plan)
 
-    def expand(self, h: jax.Array, b: Factors, plan: Any, *, member: int, split: bool) -> jax.Array:
+    def expand(self, h: jax.Array, b: Stacked, plan: Any, *, member: int, split: bool) -> jax.Array:
         """See `LoraMatmul`."""
         axis = MODEL if split else None
 
-        def run(h_TJ: jax.Array, b: Factors, plan: Any) -> jax.Array:
+        def run(h_TJ: jax.Array, b: Stacked, plan: Any) -> jax.Array:
             return self._kernels.expand(h_TJ, b, plan, member)
 
         return over_model(run, self._mesh, (P(), _factor_specs(axis), P()), P(None, axis))(h, b, plan)
@@ -68,4 +68,4 @@ class ShardedLora:
 
 def _factor_specs(axis: Any) -> Any:
     """Of factors whose last axis lies over `axis`."""
-    return Factors(P(None, None, None, axis), P())  # pyright: ignore[reportArgumentType]  # specs instead of arrays
+    return Stacked(P(None, None, None, axis), P())  # pyright: ignore[reportArgumentType]  # specs instead of arrays

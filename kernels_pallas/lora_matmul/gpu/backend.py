@@ -16,10 +16,11 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import Mesh
 
-from kernels_pallas.lora_matmul.api import Factors, LoraModule
+from kernels_pallas.lora_matmul.api import LoraModule
 from kernels_pallas.lora_matmul.common.sharded import Kernels, ShardedLora
 from kernels_pallas.lora_matmul.common.slot_blocks import SlotLists, slot_lists
 from kernels_pallas.pallas import pl, plgpu
+from kernels_pallas.stacked import Stacked
 from kernels_pallas.warpgroup import MATRIX, WARPGROUP_ROWS, Stages, along_rows, product, smem
 
 # Inputs of a step: a row of the tokens' tile and of a factor's are then 128 bytes, which one swizzle spans.
@@ -94,7 +95,7 @@ class _ShrinkScratch(NamedTuple):
     out_mj: Any
 
 
-def shrink(x_TI: jax.Array, a: Factors, plan: TokenSlots, *, num_cores: int, interpret: Any = False) -> jax.Array:
+def shrink(x_TI: jax.Array, a: Stacked, plan: TokenSlots, *, num_cores: int, interpret: Any = False) -> jax.Array:
     """(x A^T) of each token's slot, f32[T, J], and 0 for slot 0."""
     (num_tokens, num_inputs), joint_rank = x_TI.shape, a.stack.shape[2]
     inputs = _ShrinkInputs(plan, a.first[None], _to_blocks(x_TI), a.flat)
@@ -178,7 +179,7 @@ class _ExpandScratch(NamedTuple):
     out_mo: Any
 
 
-def expand(h_TJ: jax.Array, b: Factors, plan: TokenSlots, member: int = 0, *, interpret: Any = False) -> jax.Array:
+def expand(h_TJ: jax.Array, b: Stacked, plan: TokenSlots, member: int = 0, *, interpret: Any = False) -> jax.Array:
     """(h B) of each token's slot, [T, O] in h's dtype, and 0 for slot 0; h is the `member`-th of the modules' in J."""
     num_tokens, (*_, rank, num_outputs) = h_TJ.shape[0], b.stack.shape
     block_outputs = next(size for size in _BLOCK_OUTPUTS if num_outputs % size == 0)

@@ -14,11 +14,11 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from kernels_pallas.lora_matmul.api import Factors
 from kernels_pallas.lora_matmul.common.sharded import Kernels, ShardedLora
 from kernels_pallas.lora_matmul.common.slot_blocks import SlotPairs, slot_pairs
 from kernels_pallas.mxu import mxu_dot
 from kernels_pallas.pallas import pl, pltpu
+from kernels_pallas.stacked import Stacked
 
 _LANES = 128
 _BLOCK_TOKENS = 256
@@ -65,7 +65,7 @@ def plan(slot_T: jax.Array, num_slots: int) -> TokenSlots:
     return TokenSlots(slot_T[:, None], slot_pairs(slot_T, num_slots, min(slot_T.shape[0], _BLOCK_TOKENS)))
 
 
-def shrink(x_TI: jax.Array, a: Factors, plan: TokenSlots, *, interpret: Any = False) -> jax.Array:
+def shrink(x_TI: jax.Array, a: Stacked, plan: TokenSlots, *, interpret: Any = False) -> jax.Array:
     """(x A^T) of each token's slot, f32[T, J]; rows of slot 0 hold anything."""
     a_XJI = a.flat
     (num_tokens, num_inputs), joint_rank = x_TI.shape, a_XJI.shape[1]
@@ -120,7 +120,7 @@ def _shrink_pair(
         h_tJ[...] = jnp.where(slot_t1[...] == slot_U[pair] + 1, sum_tJ[...], h_tJ[...])
 
 
-def expand(h_TJ: jax.Array, b: Factors, plan: TokenSlots, member: int = 0, *, interpret: Any = False) -> jax.Array:
+def expand(h_TJ: jax.Array, b: Stacked, plan: TokenSlots, member: int = 0, *, interpret: Any = False) -> jax.Array:
     """(h B) of each token's slot, [T, O] in h's dtype, and 0 for slot 0; h is the `member`-th of the modules' in J."""
     b_XRO = b.flat
     num_tokens, (_, rank, num_outputs) = h_TJ.shape[0], b_XRO.shape

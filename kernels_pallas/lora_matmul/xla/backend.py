@@ -15,7 +15,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas.lora_matmul.api import Factors
+from kernels_pallas.stacked import LoraPair, Stacked
 from kernels_pallas.token_tiles import Blocks, Places, rows_of_blocks, sort_into_blocks
 
 # Few rows leave most places of a larger block empty, and of a smaller one products are no cheaper.
@@ -52,7 +52,7 @@ class TokenBlocks(NamedTuple):
         y_PO = y_CWO.reshape(-1, *y_CWO.shape[2:])
         return y_PO.at[self.places.place_R].get(mode="fill", fill_value=0)
 
-    def factors(self, factors: Factors) -> jax.Array:
+    def factors(self, factors: Stacked) -> jax.Array:
         """Of each block's slot, [C, ...]."""
         return factors.flat[self.blocks.group_C + factors.first]
 
@@ -67,23 +67,23 @@ class XlaLora:
         own_TS = slot_T[:, None] == jnp.arange(1, num_slots + 1)
         return TokenBlocks(*sort_into_blocks(group_T, num_slots, block_rows), own_TS)
 
-    def shrink(self, x_TI: jax.Array, a: Factors, plan: TokenBlocks, *, split: bool = False) -> jax.Array:
+    def shrink(self, x_TI: jax.Array, a: Stacked, plan: TokenBlocks, *, split: bool = False) -> jax.Array:
         """See `LoraMatmul`; [C, W, J], or of few tokens [T, S, J] of all slots."""
         del split
         if plan.few:
             # As one matrix, as weights are: with three axes the compiler brings them into another order in every step.
-            a_SJI = a.of_layer()
+            a_SJI = a.slice()
             return jnp.einsum("ti,ji->tj", x_TI, a_SJI.reshape(-1, a_SJI.shape[2])).reshape(-1, *a_SJI.shape[:2])
         return jnp.einsum("cwi,cji->cwj", plan.gather(x_TI), plan.factors(a))
 
-    def expand(self, h: jax.Array, b: Factors, plan: TokenBlocks, *, member: int = 0, split: bool = False) -> jax.Array:
+    def expand(self, h: jax.Array, b: Stacked, plan: TokenBlocks, *, member: int = 0, split: bool = False) -> jax.Array:
         """See `LoraMatmul`."""
         del split
         rank = b.stack.shape[2]
         own_h = h[:, :, member * rank : (member + 1) * rank]
         if plan.few:
             h_TSR = jnp.where(plan.own_TS[:, :, None], own_h, jnp.zeros_like(own_h))
-            b_SRO = b.of_layer()
+            b_SRO = b.slice()
             return jnp.einsum("tr,ro->to", h_TSR.reshape(len(h_TSR), -1), b_SRO.reshape(-1, b_SRO.shape[2]))
         h_CWR = own_h
         return plan.scatter(jnp.einsum("cwr,cro->cwo", h_CWR, plan.factors(b)))
@@ -95,21 +95,20 @@ def lora_embed(token_ids_T: jax.Array, a_SRI: jax.Array, b_SRO: jax.Array, slot_
     plan = lora.plan(slot_T, a_SRI.shape[0])
     h_TR = b_SRO[jnp.maximum(slot_T - 1, 0), :, token_ids_T]
     h = jnp.broadcast_to(h_TR[:, None], (len(h_TR), len(a_SRI), h_TR.shape[1])) if plan.few else plan.gather(h_TR)
-    return lora.expand(h, Factors(a_SRI[None], jnp.int32(0)), plan)
+    return lora.expand(h, Stacked(a_SRI[None], jnp.int32(0)), plan)
 
 
 class HeadLora(NamedTuple):
     """Updates of a linear map [N * O, I] whose outputs are heads, where it is taken apart.
 
     Attributes:
-        a, b: its factors.
+        pair: its LoRA matrices.
         plan: of the tokens.
         split: where a head's outputs are cut in two: those that are applied to inputs, and those to outputs.
         num_heads: N, on all devices.
     """
 
-    a: Factors
-    b: Factors
+    pair: LoraPair
     plan: TokenBlocks
     split: int
     num_heads: int
@@ -117,14 +116,14 @@ class HeadLora(NamedTuple):
     def absorb(self, q_TNH: jax.Array) -> jax.Array:
         """`q W` with the first outputs of each head, [T, N, I]."""
         h_CWNR = jnp.einsum("cwnh,crnh->cwnr", self.plan.gather(q_TNH), self._by_head()[..., : self.split])
-        return self.plan.scatter(jnp.einsum("cwnr,cri->cwni", h_CWNR, self.plan.factors(self.a)))
+        return self.plan.scatter(jnp.einsum("cwnr,cri->cwni", h_CWNR, self.plan.factors(self.pair.a)))
 
-    def release(self, o_TNI: jax.Array) -> jax.Array:
+    def project_v(self, o_TNI: jax.Array) -> jax.Array:
         """`W o` with the other outputs of each head, [T, N, V]."""
-        h_CWNR = jnp.einsum("cwni,cri->cwnr", self.plan.gather(o_TNI), self.plan.factors(self.a))
+        h_CWNR = jnp.einsum("cwni,cri->cwnr", self.plan.gather(o_TNI), self.plan.factors(self.pair.a))
         return self.plan.scatter(jnp.einsum("cwnr,crnv->cwnv", h_CWNR, self._by_head()[..., self.split :]))
 
     def _by_head(self) -> jax.Array:
         """Second factors of each block, [C, R, N, O]."""
-        b_CRO = self.plan.factors(self.b)
+        b_CRO = self.plan.factors(self.pair.b)
         return b_CRO.reshape(*b_CRO.shape[:2], self.num_heads, -1)

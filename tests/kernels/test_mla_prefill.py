@@ -1,4 +1,4 @@
-"""Prompts of latent attention over expanded keys, with every backend against numpy in float64 over what is cached."""
+"""MLA prompts in the MHA form, with every backend, against numpy in float64 in the absorbed form."""
 
 import dataclasses
 from typing import Any
@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jaxserve.layers.mla import Expansion
+from jaxserve.layers.mla import KvBProj
 from jaxserve.layers.mla_prefill import MlaPrefillWorkspace
 from jaxserve.models.registry import find_architecture
 from jaxserve.parallel.mesh import make_mesh
@@ -27,22 +27,21 @@ CASE = Case(q_lens=(1, 1, 5, 30), kv_lens=(16, 77, 5, 90), heads=(4, 1, 576), va
 
 
 class Projections:
-    """What a room needs of a layer's."""
+    """What the workspace needs of a layer's projections."""
 
     cache_scales = None
 
     def __init__(self, dtype: jnp.dtype) -> None:
-        self.kv_b_proj = Expansion(LATENT, CASE.heads[0], dtype=dtype)
+        self.kv_b_proj = KvBProj(LATENT, CASE.heads[0], dtype=dtype)
         values = np.random.default_rng(1).standard_normal(self.kv_b_proj.weight.shape) * LATENT.kv_rank**-0.5
         self.kv_b_proj.weight = nnx.Param(jnp.asarray(values, dtype))
-        self.absorbs = True
 
     def sinks_N(self) -> None:
         """There are none."""
 
 
-def make_room(implementation: type[Any], cached: AttentionConfig, num_pages: int) -> MlaPrefillWorkspace:
-    """Pages of its own for `num_pages`."""
+def make_workspace(implementation: type[Any], cached: AttentionConfig, num_pages: int) -> MlaPrefillWorkspace:
+    """A workspace of so many pages."""
     heads = dataclasses.replace(
         cached,
         num_layers=1,
@@ -53,7 +52,7 @@ def make_room(implementation: type[Any], cached: AttentionConfig, num_pages: int
         batch_invariant=implementation is not Xla,
     )
     backend = implementation(heads, 1).attention
-    return MlaPrefillWorkspace(latent=LATENT, backend=backend, expansion_cost=1, mesh=make_mesh(1))
+    return MlaPrefillWorkspace(mla=LATENT, backend=backend, write_cost=1, mesh=make_mesh(1))
 
 
 def absorbed_exactly(step: Step, q_TNQ: np.ndarray, keys_NHC: np.ndarray) -> Step:
@@ -74,19 +73,17 @@ def test_matches_numpy(implementation: type[Any], dtype: jnp.dtype, monkeypatch:
     projections = Projections(dtype)
     cached = implementation(config, 1).attention
     # One page more than the prompts have.
-    room = make_room(implementation, config, 1 + 6 + 1)
+    workspace = make_workspace(implementation, config, 1 + 6 + 1)
     numbers = (*step.q_TNH.shape[:2], LATENT.key_dim + LATENT.rope_dim)
     q_TNQ = jnp.asarray(np.random.default_rng(2).standard_normal(numbers), dtype)
 
     @jax.jit
     def attend(q: jax.Array, k: jax.Array, cache: Any, meta: Any) -> Any:
-        prompts = room.plan(cached, meta)
-        prompts.attach(projections)
+        prompts = workspace.plan(cached, meta)
         return prompts.attend(projections, q, k, k[..., : LATENT.kv_rank], cache, jnp.int32(LAYER))
 
     old = implementation.to_cache(config, jnp.asarray(step.k_PSKH), jnp.asarray(step.v_PSKH))
     out, new = attend(q_TNQ, jnp.asarray(step.k_TKH, dtype), old, step.meta)
-    assert not projections.absorbs
 
     keys_NHC, values_NVC = (np.asarray(each, np.float64) for each in projections.kv_b_proj.by_head(dtype))
     want_TNC, pages_PSKH, _ = expected(

@@ -51,13 +51,13 @@ def main() -> None:
     args, flags = parser.parse_known_args()
     config = parse_arguments(flags).engine
     hf_config = find_config(config.model_path, config.revision, config.download_dir)
-    design = layout_model(config, hf_config, make_mesh(config.tp_size, 1, config.ep_size))
-    model = layout_engine(config, design, _POOL_BYTES).step
+    layout = layout_model(config, hf_config, make_mesh(config.tp_size, 1, config.ep_size))
+    model = layout_engine(config, layout, _POOL_BYTES).step
     room = model.mla_workspace
     if room is None:
         parser.error("--model-path: prompts of this model are not expanded")
     programs = StepPrograms(model)
-    shapes = [ForwardShape(model.buckets[0], expanded=expanded) for expanded in (False, True)]
+    shapes = [ForwardShape(model.buckets[0], mha_prefill=mha) for mha in (False, True)]
     forwards = [programs.lower_forward(shape).compile() for shape in shapes]
     weights, cache = zeros(programs.weight_shapes()), zeros(programs.cache_shapes())
     last_token_R = zeros(programs.state_shapes().last_token_R)
@@ -78,7 +78,7 @@ def main() -> None:
         costs = room.costs([(num_tokens, length)])
         print(
             f"{num_tokens} tokens after {length - num_tokens}: over the cache {cached:.0f} ms, expanded {expanded:.0f} "
-            f"ms, {ratio:.2f} of it; taken: {costs.expanded < costs.cached}"
+            f"ms, {ratio:.2f} of it; taken: {costs.mha < costs.absorbed}"
         )
         length *= 2
 

@@ -36,9 +36,9 @@ def make_room(head_dim: int, num_pages: int) -> MlaPrefillWorkspace:
         scale=1.0,
     )
     mesh = make_mesh(1)
-    backend = choose_attention("xla", config, mesh).backend
+    backend = choose_attention("xla", config, mesh).impl
     assert LATENT is not None
-    return MlaPrefillWorkspace(latent=LATENT, backend=backend, expansion_cost=COST, mesh=mesh)
+    return MlaPrefillWorkspace(mla=LATENT, backend=backend, write_cost=COST, mesh=mesh)
 
 
 @pytest.mark.parametrize(("num_tokens", "length"), [(2, 2), (500, 8192), (530, 8192), (2048, 2048)])
@@ -57,9 +57,9 @@ def test_arithmetic_is_counted(num_tokens: int, length: int) -> None:
 def test_what_does_not_fit() -> None:
     room = make_room(256, 64)
     assert room.num_tokens == 64 * 64
-    assert room.costs([(2048, 2048), (1024, 2048)]).expanded < float("inf")
+    assert room.costs([(2048, 2048), (1024, 2048)]).mha < float("inf")
     # A page more than there is.
-    assert room.costs([(2048, 2049), (1024, 2048)]).expanded == float("inf")
+    assert room.costs([(2048, 2049), (1024, 2048)]).mha == float("inf")
     assert room.costs([]) == (0, 0)
     # What is as wide as what is cached never pays.
     assert not make_room(1024, 64).can_pay(4096)
@@ -93,12 +93,12 @@ def prompt(num_tokens: int, length: int) -> SchedulerOutput:
 )
 def test_a_runner_takes_what_is_cheaper(plans: list[SchedulerOutput], expands: bool) -> None:
     wide, narrow = Bucket(2048, 256), Bucket(512, 256)
-    shapes = [ForwardShape(wide), ForwardShape(narrow), ForwardShape(wide, expanded=True)]
+    shapes = [ForwardShape(wide), ForwardShape(narrow), ForwardShape(wide, mha_prefill=True)]
     runner: Any = SimpleNamespace(_model=SimpleNamespace(mla_workspace=make_room(256, 128)), _shapes=shapes)
-    assert ModelRunner._expands(runner, wide, plans) == expands
-    assert not ModelRunner._expands(runner, narrow, plans)
+    assert ModelRunner._takes_mha_prefill(runner, wide, plans) == expands
+    assert not ModelRunner._takes_mha_prefill(runner, narrow, plans)
     runner._model.mla_workspace = None
-    assert not ModelRunner._expands(runner, wide, plans)
+    assert not ModelRunner._takes_mha_prefill(runner, wide, plans)
 
 
 POOL_BYTES = 4 << 30
@@ -117,11 +117,11 @@ POOL_BYTES = 4 << 30
 )
 def test_design(pool_bytes: int, options: dict[str, Any], num_tokens: int | None) -> None:
     config = EngineConfig(model_path="", **{"context_length": 4096, **options})
-    design = layout_model(config, DEEPSEEK_V2_LITE, make_mesh(1))
-    engine = layout_engine(config, design, pool_bytes)
+    layout = layout_model(config, DEEPSEEK_V2_LITE, make_mesh(1))
+    engine = layout_engine(config, layout, pool_bytes)
     room = engine.step.mla_workspace
     assert (room and room.num_tokens) == num_tokens
-    expanded = [shape.bucket.num_tokens for shape in engine.step.shapes if shape.expanded]
+    expanded = [shape.bucket.num_tokens for shape in engine.step.shapes if shape.mha_prefill]
     assert expanded == ([] if num_tokens is None else [512])
     held = engine.pool_bytes + (0 if room is None else room.num_tokens * 16 * 2 * 192 * 2)
     assert held <= pool_bytes

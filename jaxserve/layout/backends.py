@@ -1,0 +1,139 @@
+"""Chooses the backend of each op for a model on a mesh, and logs the choice with its reason."""
+
+import logging
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from jax.sharding import Mesh
+
+from jaxserve.config import QuantizationConfig
+from jaxserve.errors import LaunchError
+from jaxserve.layers.context import Backends
+from jaxserve.layers.linear import format_of
+from jaxserve.lora.pool import LoraPoolLayout, lora_expert_shapes, lora_modules
+from jaxserve.models.decoder import Decoder
+from jaxserve.models.param_spec import ParamSpec, Path
+from kernels_pallas.dispatch import (
+    BackendName,
+    Choice,
+    choose_attention,
+    choose_grouped_matmul,
+    choose_lora,
+    choose_sampler,
+)
+from kernels_pallas.grouped_matmul.api import ExpertShape, GroupedMatmul
+from kernels_pallas.grouped_matmul.xla.backend import XlaGroupedMatmul
+from kernels_pallas.lora_matmul.api import LoraMatmul
+from kernels_pallas.lora_matmul.xla.backend import XlaLora
+from kernels_pallas.paged_attention.api import AttentionBackend, AttentionConfig
+
+logger = logging.getLogger(__name__)
+
+
+class ChosenBackends(NamedTuple):
+    """The backends, and the modules that use their kernels; portable XLA has the others.
+
+    Attributes:
+        backends: one of each op.
+        linears: paths of quantised linear modules.
+        lora_groups: paths of groups in the LoRA pool.
+    """
+
+    backends: Backends
+    linears: tuple[Path, ...]
+    lora_groups: tuple[Path, ...]
+
+
+def choose_attention_backend(name: BackendName, config: AttentionConfig, mesh: Mesh) -> Choice[AttentionBackend]:
+    """The attention backend.
+
+    Raises:
+        LaunchError: the backend that `--attention-backend` names cannot serve this model on these devices.
+    """
+    try:
+        return choose_attention(name, config, mesh)
+    except NotImplementedError as error:
+        raise LaunchError(f"--attention-backend {name}: {error}") from None
+
+
+def choose_backends(
+    decoder: Decoder, mesh: Mesh, attention: Choice[AttentionBackend], lora_pool: LoraPoolLayout | None
+) -> ChosenBackends:
+    """Choose a backend for every op but attention, which is given, and log all of them."""
+    sampler = choose_sampler(mesh)
+    experts = choose_grouped_matmul(_expert_shapes(decoder, mesh), mesh)
+    _log_choice("attention", attention)
+    _log_choice("sampling", sampler)
+    if decoder.config.experts is not None:
+        _log_choice("experts", experts)
+    lora, lora_groups, lora_experts = _choose_lora(decoder, mesh, lora_pool)
+    linear, linears = _choose_linears(decoder, mesh)
+    backends = Backends(
+        attention=attention.impl,
+        sampler=sampler.impl,
+        linear=linear,
+        experts=experts.impl,
+        lora=lora,
+        lora_experts=lora_experts,
+    )
+    return ChosenBackends(backends, linears, lora_groups)
+
+
+def _choose_linears(decoder: Decoder, mesh: Mesh) -> tuple[GroupedMatmul, tuple[Path, ...]]:
+    """The kernel for quantised linear maps, and the modules it can multiply."""
+    chosen = {
+        path[:-1]: choose_grouped_matmul([_shard(decoder, mesh, spec, decoder.config.quantization)], mesh)
+        for path, spec in decoder.param_specs.items()
+        if path[-1] == "weight" and spec.packing is not None and not (spec.of_experts or spec.absorbed_only)
+    }
+    _log_by_module("{}", chosen)
+    by_kernel = {path: choice.impl for path, choice in chosen.items() if choice.name != "xla"}
+    return next(iter(by_kernel.values()), XlaGroupedMatmul()), tuple(by_kernel)
+
+
+def _choose_lora(
+    decoder: Decoder, mesh: Mesh, pool: LoraPoolLayout | None
+) -> tuple[LoraMatmul, tuple[Path, ...], GroupedMatmul]:
+    """The kernels for adapters, the groups of modules that they can serve, and the kernel for experts' adapters."""
+    if pool is None:
+        return XlaLora(), (), XlaGroupedMatmul()
+    chosen = {group: choose_lora(modules, mesh) for group, modules in lora_modules(decoder, pool, mesh).items()}
+    _log_by_module("LoRA of {}", chosen)
+    by_kernel = {group: choice.impl for group, choice in chosen.items() if choice.name != "xla"}
+    experts: GroupedMatmul = XlaGroupedMatmul()
+    if shapes := lora_expert_shapes(decoder, pool, mesh):
+        choice = choose_grouped_matmul(shapes, mesh)
+        _log_choice("LoRA of experts", choice)
+        experts = choice.impl
+    return next(iter(by_kernel.values()), XlaLora()), tuple(by_kernel), experts
+
+
+def _expert_shapes(decoder: Decoder, mesh: Mesh) -> set[ExpertShape]:
+    """Shapes of the experts' matrices on one device."""
+    quantization = decoder.config.quantized("experts")
+    return {
+        _shard(decoder, mesh, spec, quantization)
+        for path, spec in decoder.param_specs.items()
+        if spec.of_experts and path[-1] == "weight"
+    }
+
+
+def _shard(decoder: Decoder, mesh: Mesh, spec: ParamSpec, quantization: QuantizationConfig | None) -> ExpertShape:
+    """The shape of a matrix's shard on one device."""
+    form = None if quantization is None else format_of(quantization)
+    shard = spec.shard_shape(mesh)
+    num_inputs = spec.num_inputs * shard[-1] // spec.shape[-1]
+    return ExpertShape(shard[-2], num_inputs, decoder.dtype, form, quantization is not None and quantization.zeros)
+
+
+def _log_choice(op: str, choice: Choice[Any]) -> None:
+    level = logging.WARNING if choice.is_fallback else logging.INFO
+    logger.log(level, "%s backend: %s, %s", op, choice.name, choice.reason)
+
+
+def _log_by_module(op: str, chosen: Mapping[Path, Choice[Any]]) -> None:
+    """Log the choices for modules, those with the same outcome together."""
+    for outcome in dict.fromkeys(choice[1:] for choice in chosen.values()):
+        same = {path: choice for path, choice in chosen.items() if choice[1:] == outcome}
+        modules = (".".join(path).removeprefix("layers.") for path in same)
+        _log_choice(op.format(", ".join(modules)), next(iter(same.values())))
