@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from jaxserve.engine.output_processor import TextOptions
     from jaxserve.llm import LLM
-    from jaxserve.request import SamplingParams
+    from jaxserve.sampling_params import SamplingParams
 
 __all__ = ["LLM", "SamplingParams", "TextOptions"]
 
 
 _HOMES = {
     "LLM": "jaxserve.llm",
-    "SamplingParams": "jaxserve.request",
+    "SamplingParams": "jaxserve.sampling_params",
     "TextOptions": "jaxserve.engine.output_processor",
 }
 

@@ -36,7 +36,8 @@ from jaxserve.engine.process_client import ProcessEngineClient
 from jaxserve.errors import ExitCode, LaunchError
 from jaxserve.loading.generation_config import read_generation_config
 from jaxserve.loading.hub import find_adapter, find_model
-from jaxserve.request import Request, SamplingParams
+from jaxserve.request import Request
+from jaxserve.sampling_params import SamplingParams
 from jaxserve.structured.grammar import JsonStyle
 from jaxserve.text.chat_template import BUILT_IN_TEMPLATES
 from jaxserve.text.completion_template import COMPLETION_TEMPLATES, CompletionTemplate

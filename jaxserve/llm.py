@@ -19,7 +19,8 @@ from jaxserve.engine.output_processor import CollectedChoice, GenerationStream, 
 from jaxserve.errors import AdapterError, NotFoundError, RequestError
 from jaxserve.loading.generation_config import read_generation_config
 from jaxserve.loading.hub import find_model
-from jaxserve.request import AdapterSource, FinishReason, Request, SamplingParams
+from jaxserve.request import AdapterSource, FinishReason, Request
+from jaxserve.sampling_params import SamplingParams
 from jaxserve.text.tokenizer import load_tokenizer
 
 T = TypeVar("T")

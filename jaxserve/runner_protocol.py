@@ -54,10 +54,10 @@ class Pending(Protocol):
 
 
 class Forwarded(Protocol):
-    """A step whose forward pass was sent and whose tokens are yet to be drawn."""
+    """A step whose forward pass was sent and whose tokens are not sampled yet."""
 
-    def draw(self, constrained: Sequence[ConstrainedRows | None]) -> Pending:
-        """Send the draws; one entry per plan."""
+    def sample(self, constrained: Sequence[ConstrainedRows | None]) -> Pending:
+        """Send the sampling program; one entry per plan."""
         ...
 
 

@@ -8,7 +8,7 @@ from typing import TypeAlias
 import msgspec
 import numpy as np
 
-from jaxserve.request import SamplingParams
+from jaxserve.sampling_params import SamplingParams
 
 
 class NewRow(msgspec.Struct, frozen=True, kw_only=True):

@@ -13,7 +13,8 @@ from api.service.schemas import TokenizeRequest
 from jaxserve.errors import RequestError
 from jaxserve.parsing.message_parser import MessageParserConfig
 from jaxserve.parsing.reasoning.registry import ReasoningFormat
-from jaxserve.request import MAX_LOGPROBS, Thinking
+from jaxserve.request import Thinking
+from jaxserve.sampling_params import MAX_LOGPROBS
 from jaxserve.structured.grammar import GrammarPart, GrammarPrefix, whole
 
 _MAX_BUDGET = 2**31 - 1

@@ -7,7 +7,8 @@ from api.requests.builder import Prepared, RequestBuilder
 from api.requests.constraints import read_constraint
 from api.requests.fields import check_common, check_range
 from jaxserve.errors import RequestError
-from jaxserve.request import MAX_CHOICES, MAX_LOGPROBS
+from jaxserve.request import MAX_CHOICES
+from jaxserve.sampling_params import MAX_LOGPROBS
 from jaxserve.structured.grammar import GrammarPrefix, whole
 
 _MAX_PROMPTS = 128

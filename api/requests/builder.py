@@ -20,7 +20,8 @@ from jaxserve.engine.output_processor import TextOptions
 from jaxserve.errors import RequestError
 from jaxserve.loading.generation_config import GenerationConfig
 from jaxserve.parsing.message_parser import ParserSelection
-from jaxserve.request import Request, SamplingParams
+from jaxserve.request import Request
+from jaxserve.sampling_params import SAMPLING_FIELDS, SamplingParams
 from jaxserve.structured.grammar import GrammarWriter, JsonStyle
 from jaxserve.text.completion_template import CompletionTemplate
 from jaxserve.text.tokenizer import Tokenizer
@@ -28,17 +29,6 @@ from jaxserve.text.tokenizer import Tokenizer
 P = ParamSpec("P")
 T = TypeVar("T")
 
-_SAMPLING_FIELDS = (
-    "temperature",
-    "top_p",
-    "top_k",
-    "min_p",
-    "repetition_penalty",
-    "frequency_penalty",
-    "presence_penalty",
-    "min_tokens",
-    "ignore_eos",
-)
 _MAX_REQUEST_ID_CHARACTERS = 256
 # Larger bodies are rendered and tokenised in a thread: the streams of others must go on meanwhile.
 _LARGE_BODY_BYTES = 16 << 10
@@ -133,8 +123,9 @@ class RequestBuilder:
         )
 
     def sampling(self, body: CommonRequest, defaults: Mapping[str, Any], **fields: Any) -> SamplingParams:
-        """How to draw; `fields` are those of `SamplingParams` that the endpoint decides."""
-        given = {name: value for name in _SAMPLING_FIELDS if (value := getattr(body, name)) is not None}
+        """How to sample; `fields` are those of `SamplingParams` that the endpoint decides."""
+        names = (field.name for field in SAMPLING_FIELDS)
+        given = {name: value for name in names if (value := getattr(body, name)) is not None}
         sampling = SamplingParams(
             **{**defaults, **given},
             seed=self._seeds.draw() if body.seed is None else body.seed,

@@ -11,7 +11,8 @@ from api.openapi import errors
 from api.server import Server
 from jaxserve.engine.output_processor import GenerationStream, TextOptions
 from jaxserve.errors import NotFoundError, UnavailableError
-from jaxserve.request import FinishReason, Request, SamplingParams
+from jaxserve.request import FinishReason, Request
+from jaxserve.sampling_params import SamplingParams
 
 _HEALTH_LIMIT_S = 20.0
 

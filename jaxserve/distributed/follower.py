@@ -12,8 +12,6 @@ from jaxserve.distributed.messages import (
     AdapterBytes,
     AddAdapter,
     Channel,
-    Draw,
-    Drawn,
     Failed,
     Finish,
     Forward,
@@ -21,6 +19,8 @@ from jaxserve.distributed.messages import (
     MinOverHosts,
     RemoveAdapter,
     Reset,
+    Sample,
+    Sampled,
 )
 from jaxserve.runner_protocol import Forwarded, Pending, Runner
 from jaxserve.step import ConstrainedRows
@@ -57,7 +57,7 @@ class Leader:
             raise RuntimeError(f"host 0 sent an unexpected {type(answer).__name__}")
         return answer.value
 
-    def report(self, message: MinOverHosts | Drawn | Failed) -> None:
+    def report(self, message: MinOverHosts | Sampled | Failed) -> None:
         """Tell how far this host is, or what became of a step."""
         try:
             self._channel.send(message)
@@ -101,7 +101,7 @@ class Follower:
         reporter.start()
         failed = False
         while not isinstance(message := self._leader.receive(), Finish):
-            if failed and isinstance(message, Forward | Draw):
+            if failed and isinstance(message, Forward | Sample):
                 continue  # what host 0 sent before it knew
             try:
                 self._handle(message)
@@ -117,10 +117,10 @@ class Follower:
             case Forward(step=step, plans=plans):
                 self._step, self._forwarded = step, None
                 self._forwarded = self._runner.forward(plans)
-            case Draw(constrained=constrained):
+            case Sample(constrained=constrained):
                 assert self._forwarded is not None
                 rows = [None if bits is None else ConstrainedRows(bits.rows, bits.bits_CW()) for bits in constrained]
-                self._reports.put((self._step, self._forwarded.draw(rows)))
+                self._reports.put((self._step, self._forwarded.sample(rows)))
             case AdapterBytes(data=data):
                 self._adapters.take(data)
             case AddAdapter(key=key):
@@ -141,7 +141,7 @@ class Follower:
             except Exception as error:
                 self._fail(step, error)
             else:
-                self._leader.report(Drawn(step, digest))
+                self._leader.report(Sampled(step, digest))
 
     def _fail(self, step: int, error: Exception) -> None:
         """Host 0 will have seen the same, and starts over; else it gives this host up."""

@@ -13,14 +13,14 @@ from jaxserve.distributed.loss import GiveUp, end_process
 from jaxserve.distributed.messages import (
     Channel,
     ConstrainedBits,
-    Draw,
-    Drawn,
     Failed,
     Finish,
     Forward,
     MinOverHosts,
     RemoveAdapter,
     Reset,
+    Sample,
+    Sampled,
     encode,
 )
 from jaxserve.runner_protocol import Forwarded, LoadedAdapter, Pending, Runner
@@ -122,7 +122,7 @@ class Followers:
         try:
             while True:
                 match channel.receive_from_follower():
-                    case Drawn(step=step, digest=digest):
+                    case Sampled(step=step, digest=digest):
                         self.compare(step, digest, rank)
                     case MinOverHosts(value=value):
                         self._note_meeting(value)
@@ -194,13 +194,13 @@ class _Forwarded:
         self._step = step
         self._forwarded = forwarded
 
-    def draw(self, constrained: Sequence[ConstrainedRows | None]) -> Pending:
+    def sample(self, constrained: Sequence[ConstrainedRows | None]) -> Pending:
         bits = tuple(
             None if rows is None else ConstrainedBits(rows.rows, np.ascontiguousarray(rows.bits_CW).tobytes())
             for rows in constrained
         )
-        self._followers.tell(Draw(bits))
-        return _Pending(self._followers, self._step, self._forwarded.draw(constrained))
+        self._followers.tell(Sample(bits))
+        return _Pending(self._followers, self._step, self._forwarded.sample(constrained))
 
 
 class _Pending:

@@ -110,7 +110,7 @@ class RemoveAdapter(msgspec.Struct, frozen=True, tag=True):
     key: str
 
 
-class Draw(msgspec.Struct, frozen=True, tag=True):
+class Sample(msgspec.Struct, frozen=True, tag=True):
     """Send the draws of the step that was forwarded last."""
 
     constrained: tuple[ConstrainedBits | None, ...]
@@ -126,7 +126,7 @@ class Finish(msgspec.Struct, frozen=True, tag=True):
     """The run is over."""
 
 
-class Drawn(msgspec.Struct, frozen=True, tag=True):
+class Sampled(msgspec.Struct, frozen=True, tag=True):
     """Digest of the tokens that a host has for a step."""
 
     step: int
@@ -141,9 +141,9 @@ class Failed(msgspec.Struct, frozen=True, tag=True):
 
 
 FromLeader = (
-    Welcome | Refused | MinOverHosts | Forward | Draw | Reset | AdapterBytes | AddAdapter | RemoveAdapter | Finish
+    Welcome | Refused | MinOverHosts | Forward | Sample | Reset | AdapterBytes | AddAdapter | RemoveAdapter | Finish
 )
-FromFollower = Hello | MinOverHosts | Drawn | Failed
+FromFollower = Hello | MinOverHosts | Sampled | Failed
 
 _encoder = msgspec.msgpack.Encoder()
 _from_leader = msgspec.msgpack.Decoder(FromLeader)

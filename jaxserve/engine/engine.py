@@ -146,7 +146,7 @@ class Engine:
                 pending, self._pending = self._pending, None
                 self._scheduler.update(pending.result())
             if plans is not None and forwarded is not None:
-                self._pending = forwarded.draw(self._constrained(plans))
+                self._pending = forwarded.sample(self._constrained(plans))
         except Exception as error:
             self._recover(error)
         deltas, self._outbox = self._outbox + self._scheduler.take_deltas(), []

@@ -7,9 +7,9 @@ from typing import Any
 
 from checkpoints.huggingface import read_json
 from jaxserve.errors import LaunchError, RequestError
-from jaxserve.request import SamplingParams
+from jaxserve.sampling_params import SAMPLING_FIELDS, SamplingParams
 
-_SAMPLING_FIELDS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+_FROM_MODEL = tuple(field.name for field in SAMPLING_FIELDS if field.from_model)
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ def parse_generation_config(values: Mapping[str, Any]) -> GenerationConfig:
     Raises:
         RequestError, TypeError, ValueError: a value is out of range or no number.
     """
-    sampling = {name: values[name] for name in _SAMPLING_FIELDS if values.get(name) is not None}
+    sampling = {name: values[name] for name in _FROM_MODEL if values.get(name) is not None}
     if sampling.get("top_k") == 0:
         sampling["top_k"] = -1
     SamplingParams(**sampling)

@@ -1,4 +1,4 @@
-"""The compiled programs of a step: forward passes by bucket, draws by number of rows.
+"""The compiled programs of a step: forward passes by bucket, sampling by number of rows.
 
 All are compiled before the engine is ready, several at a time: tracing holds the interpreter lock, the compiler does
 not.
@@ -28,8 +28,8 @@ class ProgramCache:
     """Programs that are ready to run.
 
     Args:
-        shapes: of the forward passes.
-        lower_forward: of a `ForwardShape`.
+        shapes: shapes of the forward passes.
+        lower_forward: lowers the forward pass of a `ForwardShape`.
         lower_sample: of a number of rows.
     """
 
@@ -41,7 +41,7 @@ class ProgramCache:
         self._lower_sample = lower_sample
         self._lower_lock = threading.Lock()
         self._forwards: dict[ForwardShape, jax.stages.Compiled] = {}
-        self._draws: dict[int, jax.stages.Compiled] = {}
+        self._samples: dict[int, jax.stages.Compiled] = {}
 
     @property
     def num_programs(self) -> int:
@@ -52,7 +52,7 @@ class ProgramCache:
         """Compile every program, several at a time."""
         with ThreadPoolExecutor(_COMPILE_THREADS, thread_name_prefix="compile") as pool:
             futures = [pool.submit(self._compile, shape, self._lower_forward, self._forwards) for shape in self._shapes]
-            futures += [pool.submit(self._compile, rows, self._lower_sample, self._draws) for rows in self._rows]
+            futures += [pool.submit(self._compile, rows, self._lower_sample, self._samples) for rows in self._rows]
             for name in progress(future.result() for future in as_completed(futures)):
                 logger.debug("compiled %s", name)
 
@@ -64,9 +64,9 @@ class ProgramCache:
         """The compiled forward pass of a shape."""
         return self._forwards[shape]
 
-    def draw(self, num_rows: int) -> Callable[..., Any]:
-        """The compiled draws of so many rows."""
-        return self._draws[num_rows]
+    def sample(self, num_rows: int) -> Callable[..., Any]:
+        """The compiled sampling program of so many rows."""
+        return self._samples[num_rows]
 
     def _compile(self, shape: Any, lower: Lower, programs: dict[Any, jax.stages.Compiled]) -> str:
         with self._lower_lock:

@@ -19,11 +19,11 @@ from jaxserve.errors import LaunchError
 from jaxserve.models.decoder import Decoder
 from jaxserve.models.param_spec import Weights
 from jaxserve.parallel.mesh import weight_format
-from jaxserve.request import SamplingParams
 from jaxserve.runner.batch import BatchLayout, ForwardBatch, RowTable
 from jaxserve.runner.buckets import Bucket, ForwardShape
 from jaxserve.runner.programs import StepModel, StepPrograms
 from jaxserve.runner.transfer import to_devices, zeros
+from jaxserve.sampling_params import SamplingParams
 from jaxserve.step import NewRow, ScheduledRow, SchedulerOutput
 from kernels_pallas.dispatch import choose_attention
 from kernels_pallas.paged_attention.api import AttentionBackend, Cache

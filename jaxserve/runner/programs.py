@@ -1,10 +1,10 @@
 """The jitted functions of a step and the shapes they are compiled for; owns no memory on any device.
 
-A step is two programs: `forward` ends with logits, `draw` takes tokens from them. What a draw may be can depend on the
-token before it, so it is told while the device already runs the forward pass.
+A step is two programs: `forward` ends with logits, `sample` takes tokens from them. The grammar mask of a row can
+depend on its previous token, so masks are sent while the device already runs the forward pass.
 
-Copies of the model (`--dp-size`) take their steps in one program, split over the mesh axis `data`: cache, state and
-batch of the copies lie side by side along the leading axis, and no copy reads another's.
+Replicas of the model (`--dp-size`) take their steps in one program, split over the mesh axis `data`: cache, state and
+batch of the replicas lie side by side along the leading axis, and no replica reads another's.
 """
 
 from collections.abc import Callable
@@ -24,11 +24,12 @@ from jaxserve.lora.pool import LoraPoolLayout, lora_pool_specs, lora_pool_splits
 from jaxserve.models.decoder import Decoder, StepOps
 from jaxserve.models.param_spec import ParamSpec, Path, Weights, tree_of
 from jaxserve.parallel.mesh import named_sharding, over_replicas, partition_spec, weight_format
-from jaxserve.request import SamplingParams
 from jaxserve.runner.batch import BatchLayout, ForwardBatch, RowTable, SampleBatch, SampleMasks
 from jaxserve.runner.buckets import Bucket, ForwardShape
 from jaxserve.runner.compiler_options import compiler_options
+from jaxserve.runner.fields import SampleField, TokenField
 from jaxserve.runner.state import DeviceState, empty_state, row_state, write_row
+from jaxserve.sampling_params import SamplingParams
 from jaxserve.step import NewRow, SchedulerOutput
 from kernels_pallas.dispatch import Sampler
 from kernels_pallas.paged_attention.api import Cache
@@ -139,9 +140,9 @@ class StepPrograms:
             )
             for adapted, mha_prefill in ((False, False), (True, False), (False, True))
         }
-        self._draw = jax.jit(
+        self._sample = jax.jit(
             self._per_replica(
-                partial(_draw, model.decoder, model.backends.sampler, self._shard),
+                partial(_sample, model.decoder, model.backends.sampler, self._shard),
                 {DATA, *MODEL},
                 (by_id, state, P(DATA), P(DATA)),
                 (state, P(DATA)),
@@ -163,16 +164,16 @@ class StepPrograms:
         bank = self.lora_pool_shapes() if shape.adapted else {}
         state = self.state_shapes()
         return self._forward[shape.adapted, shape.mha_prefill].lower(
-            self.weight_shapes(), bank, self.cache_shapes(), state.last_token_R, self._copied(batch)
+            self.weight_shapes(), bank, self.cache_shapes(), state.last_token_R, self._replicated(batch)
         )  # fmt: skip
 
     def lower_sample(self, num_rows: int) -> jax.stages.Lowered:
-        """`(logits, state, draws, masks) -> (state, out)`; the state is donated."""
+        """`(logits, state, batch, masks) -> (state, out)`; the state is donated."""
         layout = self._model.layout
-        draws = RowTable(layout).draws(NOTHING, np.zeros(0, np.int32), num_rows)
+        batch = RowTable(layout).sample_batch(NOTHING, np.zeros(0, np.int32), num_rows)
         masks = SampleMasks(np.zeros(num_rows, bool), np.zeros((num_rows, mask_words(layout.vocab_size)), np.int32))
         logits = self.logits_shape(num_rows)
-        return self._draw.lower(logits, self.state_shapes(), *self._copied((draws, masks)))
+        return self._sample.lower(logits, self.state_shapes(), *self._replicated((batch, masks)))
 
     def lower_write_row(self) -> jax.stages.Lowered:
         """`(state, row, contents) -> state`; the state is donated."""
@@ -242,7 +243,7 @@ class StepPrograms:
         specs = self._model.backends.attention.cache_spec()
         return {name: NamedSharding(self._model.mesh, P(DATA, *spec.partition[1:])) for name, spec in specs.items()}
 
-    def _copied(self, arrays: T) -> T:
+    def _replicated(self, arrays: T) -> T:
         """The shapes of all replicas' arrays from the arrays of one."""
         return jax.tree.map(
             lambda array: jax.ShapeDtypeStruct(
@@ -281,35 +282,43 @@ def _forward(
 ) -> tuple[Cache, jax.Array]:
     """The forward pass of one replica: embedding, layers, and logits of the sampled tokens only."""
     batch = jax.tree.map(lambda array: array[0], batch)
-    token_ids_T, positions_T, _, adapter_slot_T = batch.tokens_4T
-    token_index_B, adapter_slot_B = batch.draws.ints_8B[0], batch.draws.ints_8B[7]
+    tokens_4T, sample_8B = batch.tokens_4T, batch.sample.ints_8B
+    token_ids_T = tokens_4T[TokenField.ID]
     pending_T = token_ids_T < 0
     last_T = last_token_R[jnp.where(pending_T, -1 - token_ids_T, 0)]
     token_ids_T = jnp.where(pending_T, last_T, token_ids_T)
-    meta = batch.attention_meta()
 
     def lora(slot: jax.Array) -> StepLora:
         # The pool is empty in a step in which no row has an adapter.
         return Adapters(pool, slot, model.lora_ops) if model.lora_ops is not None and pool else NoLora()
 
-    x_TD, cache = model.decoder.forward(weights, cache, token_ids_T, positions_T, meta, model.ops, lora(adapter_slot_T))
-    return cache, model.decoder.logits(weights, x_TD[token_index_B], lora(adapter_slot_B))
+    x_TD, cache = model.decoder.forward(
+        weights,
+        cache,
+        token_ids_T,
+        tokens_4T[TokenField.POSITION],
+        batch.attention_meta(),
+        model.ops,
+        lora(tokens_4T[TokenField.LORA_SLOT]),
+    )
+    x_BD = x_TD[sample_8B[SampleField.TOKEN_INDEX]]
+    return cache, model.decoder.logits(weights, x_BD, lora(sample_8B[SampleField.LORA_SLOT]))
 
 
-def _draw(
+def _sample(
     decoder: Decoder,
     sampler: Sampler,
     shard: Shard,
     logits_BV: jax.Array,
     state: DeviceState,
-    draws: SampleBatch,
+    batch: SampleBatch,
     masks: SampleMasks,
 ) -> tuple[DeviceState, SampleOutput]:
-    """One copy's draws, and the state after them, on one shard of the vocabulary."""
-    draws, masks = jax.tree.map(lambda array: array[0], (draws, masks))
+    """The samples of one replica, and the state after them, on one shard of the vocabulary."""
+    batch, masks = jax.tree.map(lambda array: array[0], (batch, masks))
     out: SampleOutput = decoder.tokenwise(
         lambda logits, *fields: sampler(logits, SamplingInputs(*fields), state.sampling, shard),
         logits_BV,
-        *draws.sampling_inputs(masks),
+        *batch.sampling_inputs(masks),
     )
-    return state.record(draws.ints_8B[2], out, shard), out
+    return state.record(batch.ints_8B[SampleField.WRITE_ROW], out, shard), out

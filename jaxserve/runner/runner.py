@@ -54,50 +54,50 @@ def _step_output(
     top_ids_BJ: np.ndarray | None = None,
     top_logprobs_BJ: np.ndarray | None = None,
 ) -> StepOutput:
-    """The draws of one plan; the arrays of the likeliest tokens are there when a row wants them."""
-    last = _last_draws(plan)
-    drawn = StepOutput(token_ids_B=token_B[last], finite_B=finite_B[last], logprobs_B=logprob_B[last])
+    """The samples of one plan; the arrays of the likeliest tokens are there when a row wants them."""
+    last = _last_logits_rows(plan)
+    sampled = StepOutput(token_ids_B=token_B[last], finite_B=finite_B[last], logprobs_B=logprob_B[last])
     if top_ids_BJ is None or top_logprobs_BJ is None:
-        return drawn
+        return sampled
     prompt = {
-        index: PromptLogprobs(logprob_B[draws], top_ids_BJ[draws], top_logprobs_BJ[draws])
+        index: PromptLogprobs(logprob_B[rows], top_ids_BJ[rows], top_logprobs_BJ[rows])
         for index, row in enumerate(plan.rows)
         if row.prompt_targets
         for start in [last[index] + 1 - row.num_logits_rows]
-        for draws in [slice(start, start + len(row.prompt_targets))]
+        for rows in [slice(start, start + len(row.prompt_targets))]
     }
     return msgspec.structs.replace(
-        drawn, top_ids_BJ=top_ids_BJ[last], top_logprobs_BJ=top_logprobs_BJ[last], prompt=prompt
+        sampled, top_ids_BJ=top_ids_BJ[last], top_logprobs_BJ=top_logprobs_BJ[last], prompt=prompt
     )
 
 
-def _last_draws(plan: SchedulerOutput) -> np.ndarray:
-    """Of each row, its last draw's index among the draws of the step."""
+def _last_logits_rows(plan: SchedulerOutput) -> np.ndarray:
+    """The index of each row's last row of logits in the step."""
     return np.cumsum([row.num_logits_rows for row in plan.rows]) - 1
 
 
 def _prompt_lengths(plan: SchedulerOutput) -> list[tuple[int, int]]:
-    """Of each row that runs several tokens: how many, and how many the sequence has with them."""
+    """(tokens to run, tokens of the sequence once they ran) of the rows that run several tokens."""
     rows = (row for row in plan.rows if row.num_tokens > 1)
     return [(row.num_tokens, row.num_computed_tokens + row.num_tokens) for row in rows]
 
 
 class ForwardedStep:
-    """A step whose forward pass was sent; its tokens are yet to be drawn."""
+    """A step whose forward pass was sent; its tokens are not sampled yet."""
 
-    def __init__(self, runner: "ModelRunner", plans: Plans, draws: SampleBatch, logits: jax.Array) -> None:
+    def __init__(self, runner: "ModelRunner", plans: Plans, batch: SampleBatch, logits: jax.Array) -> None:
         self._runner = runner
         self._plans = plans
-        self._draws = draws
+        self._batch = batch
         self._logits = logits
 
-    def draw(self, constrained: Sequence[ConstrainedRows | None]) -> PendingStep:
-        """Send the draws.
+    def sample(self, constrained: Sequence[ConstrainedRows | None]) -> PendingStep:
+        """Send the sampling program.
 
         Args:
-            constrained: of each plan, the rows whose draws are.
+            constrained: the constrained rows of each plan, with their masks.
         """
-        return self._runner.draw(self._plans, self._draws, self._logits, constrained)
+        return self._runner.sample(self._plans, self._batch, self._logits, constrained)
 
 
 class ModelRunner:
@@ -112,9 +112,9 @@ class ModelRunner:
         self._model = model
         self._weights = weights
         self._lowering = StepPrograms(model)
-        self._copies = self._lowering.num_replicas
+        self._num_replicas = self._lowering.num_replicas
         self._by_replica = self._lowering.by_replica
-        self._rows = [RowTable(model.layout) for _ in range(self._copies)]
+        self._rows = [RowTable(model.layout) for _ in range(self._num_replicas)]
         self._cache = zeros(self._lowering.cache_shapes())
         self._state = self._lowering.empty_state()
         self._adapters: dict[str, LoadedAdapter] = {}
@@ -140,7 +140,7 @@ class ModelRunner:
 
     def warm_up(self) -> None:
         """Run every program once on padding: the real path with nothing in it."""
-        nothing = (None,) * self._copies
+        nothing = (None,) * self._num_replicas
         self._no_masks = {
             bucket.num_rows: to_devices(self._masks(nothing, nothing, bucket.num_rows), self._by_replica)
             for bucket in self._model.buckets
@@ -159,11 +159,11 @@ class ModelRunner:
 
     def forward(self, plans: Plans) -> ForwardedStep:
         """Send the forward pass of a step of every copy to the devices and return at once."""
-        for copy, plan in enumerate(plans):
+        for replica, plan in enumerate(plans):
             for load in plan.adapter_loads if plan is not None else ():
                 self._load(load)
             for new in plan.new_rows if plan is not None else ():
-                self._admit(copy, new)
+                self._admit(replica, new)
         running = [plan for plan in plans if plan is not None]
         bucket = self._programs.pick(
             max(plan.num_tokens for plan in running),
@@ -185,20 +185,20 @@ class ModelRunner:
         costs = [workspace.costs(_prompt_lengths(plan)) for plan in plans]
         return max(cost.mha for cost in costs) < max(cost.absorbed for cost in costs)
 
-    def draw(
+    def sample(
         self,
         plans: Plans,
-        draws: SampleBatch,
+        batch: SampleBatch,
         logits: jax.Array,
         constrained: Sequence[ConstrainedRows | None],
     ) -> PendingStep:
-        """Draw a forwarded step's tokens; see `ForwardedStep.draw`."""
-        num_rows = logits.shape[0] // self._copies
+        """Sample the tokens of a forwarded step; see `ForwardedStep.sample`."""
+        num_rows = logits.shape[0] // self._num_replicas
         if any(rows is not None for rows in constrained):
             masks = to_devices(self._masks(plans, constrained, num_rows), self._by_replica)
         else:
             masks = self._no_masks[num_rows]
-        self._state, out = self._programs.draw(num_rows)(logits, self._state, draws, masks)
+        self._state, out = self._programs.sample(num_rows)(logits, self._state, batch, masks)
         return PendingStep(plans, out)
 
     def reset(self) -> None:
@@ -215,11 +215,11 @@ class ModelRunner:
         self._state = self._lowering.empty_state()
         self._run_empty(ForwardShape(self._model.buckets[-1])).result()
 
-    def _admit(self, copy: int, new: NewRow) -> None:
+    def _admit(self, replica: int, new: NewRow) -> None:
         """A row of a copy has a new owner."""
-        self._rows[copy].admit(new)
+        self._rows[replica].admit(new)
         if needs_row_state(new):
-            row = copy * (self._model.layout.max_rows + 1) + new.row
+            row = replica * (self._model.layout.max_rows + 1) + new.row
             self._state = self._write_row(self._state, np.int32(row), row_state(new, self._model.layout.vocab_size))
 
     def _load(self, load: AdapterLoad) -> None:
@@ -233,11 +233,11 @@ class ModelRunner:
         forward = self._programs.forward(shape)
         bank = self._lora_pool if shape.adapted else {}
         self._cache, logits = forward(self._weights, bank, self._cache, self._state.last_token_R, batch)
-        return ForwardedStep(self, plans, batch.draws, logits)
+        return ForwardedStep(self, plans, batch.sample, logits)
 
     def _run_empty(self, shape: ForwardShape) -> PendingStep:
-        nothing = (None,) * self._copies
-        return self._run_forward(shape, nothing).draw(nothing)
+        nothing = (None,) * self._num_replicas
+        return self._run_forward(shape, nothing).sample(nothing)
 
     def _batch(self, bucket: Bucket, plans: Plans) -> ForwardBatch:
         """The copies' batches, stacked."""
@@ -248,11 +248,11 @@ class ModelRunner:
         """The copies' masks, stacked; a row is drawn from by the last of its draws."""
         words = mask_words(self._model.layout.vocab_size)
         masks = SampleMasks(
-            np.zeros((self._copies, num_rows), bool), np.zeros((self._copies, num_rows, words), np.int32)
+            np.zeros((self._num_replicas, num_rows), bool), np.zeros((self._num_replicas, num_rows, words), np.int32)
         )
-        for copy, (plan, rows) in enumerate(zip(plans, constrained, strict=True)):
+        for replica, (plan, rows) in enumerate(zip(plans, constrained, strict=True)):
             if plan is not None and rows is not None:
-                draws = _last_draws(plan)[list(rows.rows)]
-                masks.masked_B[copy, draws] = True
-                masks.mask_BW[copy, draws] = rows.bits_CW
+                last = _last_logits_rows(plan)[list(rows.rows)]
+                masks.masked_B[replica, last] = True
+                masks.mask_BW[replica, last] = rows.bits_CW
         return masks

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxserve.request import MAX_LOGIT_BIAS, MAX_STOP_TOKEN_IDS
+from jaxserve.sampling_params import MAX_LOGIT_BIAS, MAX_STOP_TOKEN_IDS
 from jaxserve.step import NewRow
 from kernels_pallas.sampling.api import SampleOutput, SamplingState
 from kernels_pallas.sampling.common.summary import Shard

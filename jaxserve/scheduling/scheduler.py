@@ -56,7 +56,7 @@ class _NewToken(NamedTuple):
     logprobs: TokenLogprobs | None
 
 
-def _drawn(sequence: Sequence, index: int, output: StepOutput) -> _NewToken:
+def _sampled_token(sequence: Sequence, index: int, output: StepOutput) -> _NewToken:
     """The token that a step drew for the row with this index."""
     token_id = int(output.token_ids_B[index])
     count = sequence.request.sampling.num_logprobs
@@ -200,7 +200,7 @@ class Scheduler:
                 self._take_prompt_logprobs(sequence, output.prompt.get(index))
                 self._index_pages(sequence, end)
             if row.samples and not void:
-                self._advance(sequence, [_drawn(sequence, index, output)])
+                self._advance(sequence, [_sampled_token(sequence, index, output)])
             elif end == sequence.num_prompt_tokens and not sequence.request.sampling.max_tokens:
                 self._finish(sequence, FinishReason.LENGTH)
 
@@ -439,11 +439,11 @@ class Scheduler:
             for logprob, ids, values in zip(prompt.logprobs_C, prompt.top_ids_CJ, prompt.top_logprobs_CJ, strict=True)
         )
 
-    def _advance(self, sequence: Sequence, drawn: list[_NewToken]) -> None:
+    def _advance(self, sequence: Sequence, sampled: list[_NewToken]) -> None:
         """Append drawn tokens and those that must follow them, tell the client, and end the sequence where it ends."""
         new: list[_NewToken] = []
         reason = None
-        for token in drawn:
+        for token in sampled:
             new.append(token)
             reason = self._append(sequence, token.id)
         constraint = sequence.constraint

@@ -5,7 +5,7 @@ tokens -> temperature -> top-k and top-p on the same sorted softmax -> min-p -> 
 noise that is a pure function of (seed, position, token id), so a row's token depends on no neighbour, batch size or
 sharding.
 
-Dimension key: B draws of a step, R rows of per-request state, V vocabulary, J entries of a padded sparse list, W words
+Dimension key: B rows of logits, R rows of per-request state, V vocabulary, J entries of a padded sparse list, W words
 of a mask.
 """
 

@@ -13,7 +13,7 @@ from kernels_pallas.sampling.reference import RowParams, adjusted_logits, sample
 
 
 @dataclass(frozen=True, kw_only=True)
-class Draw:
+class Sample:
     """One row of a step: its parameters and its logits.
 
     Attributes:
@@ -40,7 +40,7 @@ class Case:
 
     name: str
     vocab_size: int
-    draws: tuple[Draw, ...]
+    samples: tuple[Sample, ...]
 
     def __str__(self) -> str:
         return f"{self.name}-{self.vocab_size}"
@@ -48,12 +48,12 @@ class Case:
     def logits(self) -> np.ndarray:
         """f32[B, V]."""
         rng = np.random.default_rng(self.vocab_size)
-        out = np.zeros((len(self.draws), self.vocab_size), np.float32)
-        for row, draw in enumerate(self.draws):
-            out[row] = rng.standard_normal(self.vocab_size) * draw.scale
-            if draw.step:
-                out[row] = np.round(out[row] / draw.step) * draw.step
-            for token, value in draw.put.items():
+        out = np.zeros((len(self.samples), self.vocab_size), np.float32)
+        for row, sample in enumerate(self.samples):
+            out[row] = rng.standard_normal(self.vocab_size) * sample.scale
+            if sample.step:
+                out[row] = np.round(out[row] / sample.step) * sample.step
+            for token, value in sample.put.items():
                 out[row, token] = value
         return out
 
@@ -67,10 +67,10 @@ class Case:
 
 
 def _arrays(case: Case, width: int) -> tuple[SamplingInputs, SamplingState]:
-    size, draws = case.vocab_size, case.draws
-    params = [draw.params for draw in draws]
-    row_B: Any = np.arange(len(draws), dtype=np.int32)[::-1].copy()
-    rows = len(draws) + 1
+    size, samples = case.vocab_size, case.samples
+    params = [sample.params for sample in samples]
+    row_B: Any = np.arange(len(samples), dtype=np.int32)[::-1].copy()
+    rows = len(samples) + 1
     # Padding ids, and rows that are not asked for, hold anything.
     state_arrays: list[Any] = [
         np.full((rows, width), 7, np.int32),
@@ -87,7 +87,7 @@ def _arrays(case: Case, width: int) -> tuple[SamplingInputs, SamplingState]:
         for index, (token, bias) in enumerate((p.bias or {}).items()):
             state_arrays[1][row, index], state_arrays[2][row, index] = token, bias
         state_arrays[3][row, : len(p.forbidden)] = p.forbidden
-    mask_BW: Any = np.zeros((len(draws), mask_words(size)), np.int32)
+    mask_BW: Any = np.zeros((len(samples), mask_words(size)), np.int32)
     for row, p in enumerate(params):
         for token in p.allowed or ():
             mask_BW.view(np.uint32)[row, token // 32] |= np.uint32(1 << token % 32)
@@ -100,7 +100,7 @@ def _arrays(case: Case, width: int) -> tuple[SamplingInputs, SamplingState]:
 
     inputs = SamplingInputs(
         row_B=row_B,
-        target_B=array([draw.target for draw in draws], np.int32),
+        target_B=array([sample.target for sample in samples], np.int32),
         position_B=column("position", np.int32),
         seed_B2=array([[p.seed & 0xFFFFFFFF, p.seed >> 32] for p in params], np.uint32),
         temperature_B=column("temperature", np.float32),
@@ -112,7 +112,7 @@ def _arrays(case: Case, width: int) -> tuple[SamplingInputs, SamplingState]:
         repetition_B=column("repetition", np.float32),
         biased_B=array([bool(p.bias) for p in params], bool),
         forbid_stops_B=array([bool(p.forbidden) for p in params], bool),
-        logprobs_B=array([draw.logprobs for draw in draws], bool),
+        logprobs_B=array([sample.logprobs for sample in samples], bool),
         masked_B=array([p.allowed is not None for p in params], bool),
         mask_BW=mask_BW,
     )
@@ -129,11 +129,11 @@ class Expected:
     top_logprobs: np.ndarray
 
 
-def expected(draw: Draw, logits_V: np.ndarray) -> Expected:
+def expected(sample: Sample, logits_V: np.ndarray) -> Expected:
     """Of a finite row."""
-    adjusted_V = adjusted_logits(logits_V, draw.params)
+    adjusted_V = adjusted_logits(logits_V, sample.params)
     logprobs_V = adjusted_V - np.logaddexp.reduce(adjusted_V)
-    token = draw.target if draw.target >= 0 else sample_reference(logits_V, draw.params)[0]
+    token = sample.target if sample.target >= 0 else sample_reference(logits_V, sample.params)[0]
     top_ids = np.argsort(-adjusted_V, kind="stable")[:NUM_TOP_LOGPROBS]
     return Expected(token, logprobs_V[token], top_ids, logprobs_V[top_ids])
 
@@ -144,60 +144,60 @@ def step_cases() -> list[Case]:
     for size in (17, 300, 1024, 5000):
         cases += [_plain(size), _filtered(size), _adjusted(size)]
     cases.append(_collisions(5000))
-    rows = max(len(case.draws) for case in cases)
-    return [replace(case, draws=tuple(islice(cycle(case.draws), rows))) for case in cases]
+    rows = max(len(case.samples) for case in cases)
+    return [replace(case, samples=tuple(islice(cycle(case.samples), rows))) for case in cases]
 
 
 def large_case() -> Case:
     """The largest vocabulary, once: filters that the candidates decide, one that they do not, and log-probabilities."""
-    draws = (
-        Draw(name="top-k", params=RowParams(seed=1, top_k=20, top_p=0.95)),
-        Draw(name="wide top-p", params=RowParams(seed=2, top_p=0.9), scale=1.0, logprobs=True),
-        Draw(name="penalties", params=RowParams(seed=3, top_k=50, presence=1.5, counts={5: 1, 262143: 2})),
+    samples = (
+        Sample(name="top-k", params=RowParams(seed=1, top_k=20, top_p=0.95)),
+        Sample(name="wide top-p", params=RowParams(seed=2, top_p=0.9), scale=1.0, logprobs=True),
+        Sample(name="penalties", params=RowParams(seed=3, top_k=50, presence=1.5, counts={5: 1, 262143: 2})),
     )
-    return Case(name="large", vocab_size=262144, draws=draws)
+    return Case(name="large", vocab_size=262144, samples=samples)
 
 
 def _plain(size: int) -> Case:
     """Nothing but arg-maxima: greedy rows and draws from the whole row."""
-    draws = (
-        Draw(name="greedy", params=RowParams(temperature=0)),
-        Draw(name="greedy ties", params=RowParams(temperature=0), step=4.0),
-        Draw(name="all equal", params=RowParams(temperature=0), scale=0.0),
-        Draw(name="top-k 1", params=RowParams(top_k=1)),
-        Draw(name="temperature", params=RowParams(seed=2**63 + 5, position=3, temperature=0.7)),
-        Draw(name="hot", params=RowParams(seed=6, temperature=1.9)),
-        Draw(name="one is allowed", params=RowParams(seed=9), put={i: -np.inf for i in range(size) if i != size - 1}),
-        Draw(name="nan", params=RowParams(), put={size // 2: np.nan}, finite=False),
-        Draw(name="inf", params=RowParams(temperature=0), put={size - 1: np.inf}, finite=False),
-        Draw(name="none", params=RowParams(), put=dict.fromkeys(range(size), -np.inf), finite=False),
+    samples = (
+        Sample(name="greedy", params=RowParams(temperature=0)),
+        Sample(name="greedy ties", params=RowParams(temperature=0), step=4.0),
+        Sample(name="all equal", params=RowParams(temperature=0), scale=0.0),
+        Sample(name="top-k 1", params=RowParams(top_k=1)),
+        Sample(name="temperature", params=RowParams(seed=2**63 + 5, position=3, temperature=0.7)),
+        Sample(name="hot", params=RowParams(seed=6, temperature=1.9)),
+        Sample(name="one is allowed", params=RowParams(seed=9), put={i: -np.inf for i in range(size) if i != size - 1}),
+        Sample(name="nan", params=RowParams(), put={size // 2: np.nan}, finite=False),
+        Sample(name="inf", params=RowParams(temperature=0), put={size - 1: np.inf}, finite=False),
+        Sample(name="none", params=RowParams(), put=dict.fromkeys(range(size), -np.inf), finite=False),
     )
-    return Case(name="plain", vocab_size=size, draws=draws)
+    return Case(name="plain", vocab_size=size, samples=samples)
 
 
 def _filtered(size: int) -> Case:
     """Top-k, top-p, min-p and log-probabilities of logits as they are."""
-    draws = (
-        Draw(name="top-k", params=RowParams(seed=1, top_k=5)),
-        Draw(name="top-k beyond candidates", params=RowParams(seed=2, top_k=max(2, size // 3)), scale=0.5),
-        Draw(name="top-p", params=RowParams(seed=3, top_p=0.8)),
-        Draw(name="top-p beyond candidates", params=RowParams(seed=4, top_p=0.97), scale=0.1),
-        Draw(name="min-p", params=RowParams(seed=5, min_p=0.05)),
-        Draw(name="min-p beyond candidates", params=RowParams(seed=6, min_p=0.5), scale=0.05),
-        Draw(name="all", params=RowParams(seed=7, top_k=20, top_p=0.95, min_p=0.01, temperature=0.8)),
-        Draw(name="top-k cuts ties", params=RowParams(seed=8, top_k=3), step=2.0),
-        Draw(name="top-p cuts ties", params=RowParams(seed=9, top_p=0.5037), step=4.0, logprobs=True),
-        Draw(name="top-k of equal logits", params=RowParams(seed=10, top_k=max(2, size // 2 + 1)), scale=0.0),
-        Draw(name="top-k counts no zero twice", params=RowParams(seed=12, top_k=2), put={0: 30.0, 1: 0.0, 2: -0.0}),
-        Draw(name="logprobs", params=RowParams(temperature=0), logprobs=True),
-        Draw(name="logprobs of a draw", params=RowParams(seed=11, temperature=1.3), logprobs=True),
-        Draw(name="logprobs of ties", params=RowParams(temperature=0), step=6.0, logprobs=True),
-        Draw(name="target", params=RowParams(), target=size - 2, logprobs=True),
-        Draw(name="plain among them", params=RowParams(seed=13)),
-        Draw(name="nan", params=RowParams(top_p=0.5), put={3: np.nan}, finite=False),
-        Draw(name="inf", params=RowParams(top_k=4), put={3: np.inf}, finite=False, logprobs=True),
+    samples = (
+        Sample(name="top-k", params=RowParams(seed=1, top_k=5)),
+        Sample(name="top-k beyond candidates", params=RowParams(seed=2, top_k=max(2, size // 3)), scale=0.5),
+        Sample(name="top-p", params=RowParams(seed=3, top_p=0.8)),
+        Sample(name="top-p beyond candidates", params=RowParams(seed=4, top_p=0.97), scale=0.1),
+        Sample(name="min-p", params=RowParams(seed=5, min_p=0.05)),
+        Sample(name="min-p beyond candidates", params=RowParams(seed=6, min_p=0.5), scale=0.05),
+        Sample(name="all", params=RowParams(seed=7, top_k=20, top_p=0.95, min_p=0.01, temperature=0.8)),
+        Sample(name="top-k cuts ties", params=RowParams(seed=8, top_k=3), step=2.0),
+        Sample(name="top-p cuts ties", params=RowParams(seed=9, top_p=0.5037), step=4.0, logprobs=True),
+        Sample(name="top-k of equal logits", params=RowParams(seed=10, top_k=max(2, size // 2 + 1)), scale=0.0),
+        Sample(name="top-k counts no zero twice", params=RowParams(seed=12, top_k=2), put={0: 30.0, 1: 0.0, 2: -0.0}),
+        Sample(name="logprobs", params=RowParams(temperature=0), logprobs=True),
+        Sample(name="logprobs of a draw", params=RowParams(seed=11, temperature=1.3), logprobs=True),
+        Sample(name="logprobs of ties", params=RowParams(temperature=0), step=6.0, logprobs=True),
+        Sample(name="target", params=RowParams(), target=size - 2, logprobs=True),
+        Sample(name="plain among them", params=RowParams(seed=13)),
+        Sample(name="nan", params=RowParams(top_p=0.5), put={3: np.nan}, finite=False),
+        Sample(name="inf", params=RowParams(top_k=4), put={3: np.inf}, finite=False, logprobs=True),
     )
-    return Case(name="filtered", vocab_size=size, draws=draws)
+    return Case(name="filtered", vocab_size=size, samples=samples)
 
 
 def _adjusted(size: int) -> Case:
@@ -207,37 +207,39 @@ def _adjusted(size: int) -> Case:
     penalties: dict[str, Any] = {"repetition": 1.3, "frequency": 0.4, "presence": 0.6, "counts": counts}
     everything: dict[str, Any] = {**penalties, "bias": {1: 3.0, size - 1: 2.0}, "forbidden": (size - 3, 2)}
     allowed = tuple(range(1, size, 3))
-    draws = (
-        Draw(name="repetition", params=RowParams(seed=1, repetition=1.7, counts=counts)),
-        Draw(name="frequency", params=RowParams(temperature=0, frequency=2.0, counts=counts)),
-        Draw(name="presence", params=RowParams(seed=3, presence=-2.0, counts=counts, top_k=4)),
-        Draw(name="penalties", params=RowParams(seed=4, top_p=0.9, **penalties), logprobs=True),
-        Draw(name="bias", params=RowParams(seed=5, bias={4: 6.0, size - 1: 5.0, 0: -3.0})),
-        Draw(name="bias forbids", params=RowParams(temperature=0, bias=dict.fromkeys(range(3, 17), -np.inf))),
-        Draw(name="mask", params=RowParams(seed=7, allowed=allowed)),
-        Draw(name="mask with few", params=RowParams(seed=8, allowed=few, top_p=0.99), logprobs=True),
-        Draw(name="mask with one", params=RowParams(seed=9, allowed=(size - 1,), top_k=3), logprobs=True),
-        Draw(name="mask and bias", params=RowParams(temperature=0, allowed=few, bias={few[-1]: 40.0, 0: 90.0})),
-        Draw(name="forbidden", params=RowParams(temperature=0, forbidden=(5, size - 1)), put={5: 40.0, size - 1: 50.0}),
-        Draw(name="everything", params=RowParams(seed=12, top_k=9, allowed=allowed, **everything), logprobs=True),
-        Draw(name="target", params=RowParams(temperature=1.5, **everything), target=size - 1, logprobs=True),
-        Draw(name="flat and adjusted", params=RowParams(seed=14, top_p=0.9, **everything), scale=0.05),
-        Draw(name="greedy among them", params=RowParams(temperature=0)),
-        Draw(name="mask with none", params=RowParams(allowed=()), finite=False),
-        Draw(name="all forbidden", params=RowParams(allowed=(1, 2), forbidden=(1, 2), top_k=2), finite=False),
-        Draw(name="nan", params=RowParams(allowed=allowed, min_p=0.1), put={1: np.nan}, finite=False),
+    samples = (
+        Sample(name="repetition", params=RowParams(seed=1, repetition=1.7, counts=counts)),
+        Sample(name="frequency", params=RowParams(temperature=0, frequency=2.0, counts=counts)),
+        Sample(name="presence", params=RowParams(seed=3, presence=-2.0, counts=counts, top_k=4)),
+        Sample(name="penalties", params=RowParams(seed=4, top_p=0.9, **penalties), logprobs=True),
+        Sample(name="bias", params=RowParams(seed=5, bias={4: 6.0, size - 1: 5.0, 0: -3.0})),
+        Sample(name="bias forbids", params=RowParams(temperature=0, bias=dict.fromkeys(range(3, 17), -np.inf))),
+        Sample(name="mask", params=RowParams(seed=7, allowed=allowed)),
+        Sample(name="mask with few", params=RowParams(seed=8, allowed=few, top_p=0.99), logprobs=True),
+        Sample(name="mask with one", params=RowParams(seed=9, allowed=(size - 1,), top_k=3), logprobs=True),
+        Sample(name="mask and bias", params=RowParams(temperature=0, allowed=few, bias={few[-1]: 40.0, 0: 90.0})),
+        Sample(
+            name="forbidden", params=RowParams(temperature=0, forbidden=(5, size - 1)), put={5: 40.0, size - 1: 50.0}
+        ),
+        Sample(name="everything", params=RowParams(seed=12, top_k=9, allowed=allowed, **everything), logprobs=True),
+        Sample(name="target", params=RowParams(temperature=1.5, **everything), target=size - 1, logprobs=True),
+        Sample(name="flat and adjusted", params=RowParams(seed=14, top_p=0.9, **everything), scale=0.05),
+        Sample(name="greedy among them", params=RowParams(temperature=0)),
+        Sample(name="mask with none", params=RowParams(allowed=()), finite=False),
+        Sample(name="all forbidden", params=RowParams(allowed=(1, 2), forbidden=(1, 2), top_k=2), finite=False),
+        Sample(name="nan", params=RowParams(allowed=allowed, min_p=0.1), put={1: np.nan}, finite=False),
     )
-    return Case(name="adjusted", vocab_size=size, draws=draws)
+    return Case(name="adjusted", vocab_size=size, samples=samples)
 
 
 def _collisions(size: int) -> Case:
     """Likely tokens whose ids are equal modulo 1024, more of them than a bucket lists."""
     ids = range(7, size, 1024)
     biased = dict.fromkeys(ids, 20.0)
-    draws = (
-        Draw(name="bias", params=RowParams(seed=1, top_k=5, bias=biased), scale=0.5, logprobs=True),
-        Draw(name="bias and top-p", params=RowParams(seed=2, top_p=0.999, bias=biased), scale=0.5),
-        Draw(name="logits", params=RowParams(seed=3, top_k=len(ids)), put=dict.fromkeys(ids, 25.0)),
-        Draw(name="logprobs", params=RowParams(temperature=0), put=dict.fromkeys(ids, 25.0), logprobs=True),
+    samples = (
+        Sample(name="bias", params=RowParams(seed=1, top_k=5, bias=biased), scale=0.5, logprobs=True),
+        Sample(name="bias and top-p", params=RowParams(seed=2, top_p=0.999, bias=biased), scale=0.5),
+        Sample(name="logits", params=RowParams(seed=3, top_k=len(ids)), put=dict.fromkeys(ids, 25.0)),
+        Sample(name="logprobs", params=RowParams(temperature=0), put=dict.fromkeys(ids, 25.0), logprobs=True),
     )
-    return Case(name="collisions", vocab_size=size, draws=draws)
+    return Case(name="collisions", vocab_size=size, samples=samples)

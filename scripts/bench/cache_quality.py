@@ -15,7 +15,7 @@ from jaxserve.arguments import parse_arguments
 from jaxserve.config import EngineConfig
 from jaxserve.engine.builder import build_runner
 from jaxserve.loading.hub import find_model
-from jaxserve.request import SamplingParams
+from jaxserve.sampling_params import SamplingParams
 from jaxserve.step import NewRow, ScheduledRow, SchedulerOutput
 from jaxserve.text.tokenizer import load_tokenizer
 

@@ -18,9 +18,10 @@ from api.requests.builder import RequestBuilder, SeedSource
 from api.requests.running import RunningRequest
 from jaxserve.config import CacheConfig, SchedulerConfig
 from jaxserve.engine.client import TokenStream
-from jaxserve.request import FinishReason, Request, SamplingParams, TokenDelta
+from jaxserve.request import FinishReason, Request, TokenDelta
 from jaxserve.runner.batch import BatchLayout, RowTable
 from jaxserve.runner.buckets import Bucket
+from jaxserve.sampling_params import SamplingParams
 from jaxserve.scheduling.scheduler import Scheduler
 from jaxserve.step import StepOutput
 from tests.api.conftest import make_server

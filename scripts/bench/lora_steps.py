@@ -14,7 +14,7 @@ import msgspec
 from jaxserve.arguments import parse_arguments
 from jaxserve.engine.builder import BuiltRunner, build_runner
 from jaxserve.loading.hub import find_model
-from jaxserve.request import SamplingParams
+from jaxserve.sampling_params import SamplingParams
 from jaxserve.step import AdapterLoad, NewRow, ScheduledRow, SchedulerOutput
 
 _NUM_ROWS = 32

@@ -17,11 +17,11 @@ from jaxserve.arguments import parse_arguments
 from jaxserve.layout.layout import layout_engine, layout_model
 from jaxserve.loading.hub import find_config
 from jaxserve.parallel.mesh import make_mesh
-from jaxserve.request import SamplingParams
 from jaxserve.runner.batch import ForwardBatch, RowTable
 from jaxserve.runner.buckets import ForwardShape
 from jaxserve.runner.programs import StepModel, StepPrograms
 from jaxserve.runner.transfer import to_devices, zeros
+from jaxserve.sampling_params import SamplingParams
 from jaxserve.step import NewRow, ScheduledRow, SchedulerOutput
 
 _POOL_BYTES = 4 << 30

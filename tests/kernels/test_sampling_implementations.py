@@ -54,28 +54,28 @@ KERNELS = [pytest.param(name, marks=needs_pallas) for name in ("tpu", "gpu")]
 def check(case: Case, out: SampleOutput) -> None:
     logits = case.logits()
     wrong: list[str] = []
-    for row, draw in enumerate(case.draws):
-        if bool(out.finite_B[row]) != draw.finite:
-            wrong.append(f"{draw.name}: finite {bool(out.finite_B[row])}")
-        if not draw.finite:
+    for row, sample in enumerate(case.samples):
+        if bool(out.finite_B[row]) != sample.finite:
+            wrong.append(f"{sample.name}: finite {bool(out.finite_B[row])}")
+        if not sample.finite:
             continue
-        want = expected(draw, logits[row])
+        want = expected(sample, logits[row])
         if int(out.token_B[row]) != want.token:
-            wrong.append(f"{draw.name}: token {int(out.token_B[row])}, not {want.token}")
-        if not draw.logprobs:
+            wrong.append(f"{sample.name}: token {int(out.token_B[row])}, not {want.token}")
+        if not sample.logprobs:
             continue
         if abs(float(out.logprob_B[row]) - want.logprob) > 1e-4:
-            wrong.append(f"{draw.name}: logprob {float(out.logprob_B[row])}, not {want.logprob}")
+            wrong.append(f"{sample.name}: logprob {float(out.logprob_B[row])}, not {want.logprob}")
         # The order of tokens of no probability means nothing.
         some = np.flatnonzero(want.top_logprobs > -np.inf)
         if out.top_ids_BJ[row][some].tolist() != want.top_ids[some].tolist():
             wrong.append(
-                f"{draw.name}: top ids {out.top_ids_BJ[row][some].tolist()}, not {want.top_ids[some].tolist()}"
+                f"{sample.name}: top ids {out.top_ids_BJ[row][some].tolist()}, not {want.top_ids[some].tolist()}"
             )
         if not np.allclose(out.top_logprobs_BJ[row][some], want.top_logprobs[some], atol=1e-4):
-            wrong.append(f"{draw.name}: top logprobs")
+            wrong.append(f"{sample.name}: top logprobs")
         if len(some) < len(out.top_logprobs_BJ[row]) and not (out.top_logprobs_BJ[row][len(some) :] == -np.inf).all():
-            wrong.append(f"{draw.name}: top logprobs past the last")
+            wrong.append(f"{sample.name}: top logprobs past the last")
     assert not wrong, "\n".join(wrong)
 
 
@@ -110,7 +110,7 @@ def test_any_number_of_rows_in_a_group(rows: int) -> None:
     whole = next(case for case in step_cases() if case.name == "filtered" and case.vocab_size == 1024)
     logits, (inputs, state) = whole.logits()[:rows], whole.arrays()
     out = jax.jit(implementation("tpu"))(jnp.asarray(logits), jax.tree.map(lambda x: x[:rows], inputs), state)
-    check(Case(name="cut", vocab_size=1024, draws=whole.draws[:rows]), jax.device_get(out))
+    check(Case(name="cut", vocab_size=1024, samples=whole.samples[:rows]), jax.device_get(out))
 
 
 @cache
@@ -171,7 +171,7 @@ def collectives(text: str) -> list[int]:
 @pytest.mark.parametrize("shards", [slow(2), 8])
 def test_only_candidates_cross_the_mesh(shards: int) -> None:
     rows, vocab_size = 4, 64_000
-    case: Any = Case(name="", vocab_size=vocab_size, draws=step_cases()[1].draws[:rows])
+    case: Any = Case(name="", vocab_size=vocab_size, samples=step_cases()[1].samples[:rows])
     compiled = sharded("xla", vocab_size, shards).lower(*padded(case, shards)).compile()
     sizes = collectives(compiled.as_text())
     assert len(sizes) >= 3

@@ -14,11 +14,11 @@ from jaxserve.config import EngineConfig
 from jaxserve.engine.builder import build_runner
 from jaxserve.layers.context import NoLora
 from jaxserve.layers.mla_prefill import MlaPrefillWorkspace, PrefillCosts
-from jaxserve.request import SamplingParams
 from jaxserve.runner.batch import ForwardBatch
 from jaxserve.runner.buckets import Bucket, ForwardShape
 from jaxserve.runner.programs import StepModel
 from jaxserve.runner.runner import ModelRunner
+from jaxserve.sampling_params import SamplingParams
 from jaxserve.step import NewRow, ScheduledRow, SchedulerOutput
 from tests.support.marks import slow
 
@@ -221,22 +221,22 @@ def warm_runner(**changes: int) -> tuple[ModelRunner, list[SchedulerOutput]]:
 
 
 @pytest.fixture(scope="module")
-def drawn_alone() -> list[list[int]]:
+def sampled_alone() -> list[list[int]]:
     runner, plans = warm_runner()
-    outputs = [runner.forward((plan,)).draw((None,)).result()[0] for plan in plans]
+    outputs = [runner.forward((plan,)).sample((None,)).result()[0] for plan in plans]
     return [output.token_ids_B.tolist() for output in outputs if output is not None]
 
 
 @pytest.mark.parametrize("tp_size", [slow(1), 2])
-def test_copies_side_by_side(drawn_alone: list[list[int]], tp_size: int) -> None:
+def test_copies_side_by_side(sampled_alone: list[list[int]], tp_size: int) -> None:
     """Two copies of the model run different steps in one program; their tokens are those of one copy."""
     runner, plans = warm_runner(tp_size=tp_size, dp_size=2)
-    outputs = runner.forward(tuple(plans)).draw((None, None)).result()
-    assert [output and output.token_ids_B.tolist() for output in outputs] == drawn_alone
-    idle, other = runner.forward((None, plans[1])).draw((None, None)).result()
+    outputs = runner.forward(tuple(plans)).sample((None, None)).result()
+    assert [output and output.token_ids_B.tolist() for output in outputs] == sampled_alone
+    idle, other = runner.forward((None, plans[1])).sample((None, None)).result()
     assert idle is None
     assert other is not None
-    assert other.token_ids_B.tolist() == drawn_alone[1]
+    assert other.token_ids_B.tolist() == sampled_alone[1]
 
 
 @pytest.mark.parametrize(

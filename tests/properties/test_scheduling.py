@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from jaxserve.config import CacheConfig, SchedulerConfig
-from jaxserve.request import FinishReason, Request, SamplingParams
+from jaxserve.request import FinishReason, Request
+from jaxserve.sampling_params import SamplingParams
 from jaxserve.scheduling.adapter_slots import AdapterSlots
 from jaxserve.scheduling.scheduler import Scheduler
 from jaxserve.step import PromptLogprobs, SchedulerOutput, StepOutput

@@ -32,13 +32,13 @@ class FakeStep:
         self._plans = plans
         self._outputs = outputs
 
-    def draw(self, constrained: Sequence[ConstrainedRows | None]) -> "FakeStep":
+    def sample(self, constrained: Sequence[ConstrainedRows | None]) -> "FakeStep":
         """A constrained row draws the first allowed token from its own on."""
         for copy, (plan, output, rows) in enumerate(zip(self._plans, self._outputs, constrained, strict=True)):
             for row, bits_W in zip(rows.rows, rows.bits_CW, strict=True) if plan and output and rows else ():
                 allowed_V = np.unpackbits(bits_W.view(np.uint8), bitorder="little").nonzero()[0].tolist()
-                drawn = int(output.token_ids_B[row])
-                token = min(allowed_V, key=lambda token: (token - drawn) % self._runner.vocab_size)
+                sampled = int(output.token_ids_B[row])
+                token = min(allowed_V, key=lambda token: (token - sampled) % self._runner.vocab_size)
                 output.token_ids_B[row] = token
                 self._runner.last[copy, plan.rows[row].row] = token
         return self
@@ -90,7 +90,7 @@ class FakeRunner:
         self.plans: list[SchedulerOutput] = []
         self.fail_next = 0
         self.poison: int | None = None
-        self.poison_draws = False
+        self.poison_samples = False
         self.num_resets = 0
         self.not_finite: set[int] = set()
 
@@ -104,16 +104,16 @@ class FakeRunner:
         if self.fail_next:
             self.fail_next -= 1
             raise RuntimeError("the device is on fire")
-        return FakeStep(self, plans, tuple(plan and self._draw(copy, plan) for copy, plan in enumerate(plans)))
+        return FakeStep(self, plans, tuple(plan and self._sample(copy, plan) for copy, plan in enumerate(plans)))
 
-    def _draw(self, copy: int, plan: SchedulerOutput) -> StepOutput:
+    def _sample(self, copy: int, plan: SchedulerOutput) -> StepOutput:
         tokens: list[int] = []
         prompt: dict[int, PromptLogprobs] = {}
         for index, row in enumerate(plan.rows):
             if self.poison in row.token_ids:
                 raise RuntimeError("a poisoned token")
             last = row.token_ids[-1] if row.token_ids[-1] >= 0 else self.last[copy, row.row]
-            if self.poison_draws and last == self.poison:
+            if self.poison_samples and last == self.poison:
                 raise RuntimeError("a poisoned draw")
             slot = self.slot_of[copy, row.row]
             shift = int(self.slots[slot].leaves["shift",]) if slot else 0

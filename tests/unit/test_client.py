@@ -8,8 +8,9 @@ import pytest
 from jaxserve.engine.client import Streams
 from jaxserve.engine.in_process_client import InProcessEngineClient
 from jaxserve.errors import UnavailableError
-from jaxserve.request import AdapterSource, FinishReason, Request, SamplingParams, TokenDelta
+from jaxserve.request import AdapterSource, FinishReason, Request, TokenDelta
 from jaxserve.runner_protocol import LoadedAdapter
+from jaxserve.sampling_params import SamplingParams
 from tests.support.fakes import FakeEngineClient, make_engine, shift_adapter
 
 

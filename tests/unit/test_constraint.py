@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from jaxserve.engine.engine import Engine
-from jaxserve.request import FinishReason, GrammarTokenizer, Request, SamplingParams, Thinking, TokenDelta
+from jaxserve.request import FinishReason, GrammarTokenizer, Request, Thinking, TokenDelta
+from jaxserve.sampling_params import SamplingParams
 from jaxserve.structured.compiler import GrammarError, compile_grammar, load_tokenizer
 from jaxserve.structured.constraint import ThinkingBudget
 from jaxserve.text.tokenizer import load_tokenizer as load_text_tokenizer

@@ -2,7 +2,8 @@
 
 import pytest
 
-from jaxserve.request import FinishReason, Request, SamplingParams, TokenDelta
+from jaxserve.request import FinishReason, Request, TokenDelta
+from jaxserve.sampling_params import SamplingParams
 from tests.support.fakes import make_engine
 
 
@@ -127,7 +128,7 @@ def test_a_request_that_fails_late_is_found_as_well() -> None:
     runner.poison = 20
     engine.add(request("a", prompt=(16, 17), max_tokens=30))
     engine.add(request("b", prompt=(50, 51), max_tokens=10))
-    runner.poison_draws = True
+    runner.poison_samples = True
     deltas = finish(engine)
     ends = {delta.request_id: delta.finish_reason for delta in deltas if delta.finish_reason}
     assert ends == {"a": FinishReason.ERROR, "b": FinishReason.LENGTH}

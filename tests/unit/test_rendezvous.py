@@ -14,7 +14,7 @@ import pytest
 from checkpoints.adapters import AdapterTensors, PeftAdapter
 from checkpoints.source import Index
 from jaxserve.config import EngineConfig
-from jaxserve.distributed.messages import Channel, Drawn, Hello, Refused, Welcome
+from jaxserve.distributed.messages import Channel, Hello, Refused, Sampled, Welcome
 from jaxserve.distributed.rendezvous import gather, hello, join, model_digest
 from jaxserve.errors import LaunchError
 from tests.support.ports import free_port
@@ -88,7 +88,7 @@ def test_strangers_are_sent_away() -> None:
                 connection.shutdown(socket.SHUT_WR)
                 connection.recv(1)
         with connect(port) as connection:
-            Channel(connection).send(Drawn(0, 0))
+            Channel(connection).send(Sampled(0, 0))
             return join(greeting(1), f"127.0.0.1:{port}", WAIT_S)
 
     with ThreadPoolExecutor() as pool:

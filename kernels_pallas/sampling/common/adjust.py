@@ -2,7 +2,7 @@
 
 Temperature is left to the reader of the values: it keeps their order, so whoever only compares need not apply it.
 
-Dimension key: B draws, R state rows, V the shard's ids, J entries of a list, W words of a mask.
+Dimension key: B rows of logits, R state rows, V the shard's ids, J entries of a list, W words of a mask.
 """
 
 import jax
@@ -101,10 +101,10 @@ def values_of(
     local_B = token_B - shard.first(size)
     inside_B = (local_B >= 0) & (local_B < size)
     local_B = jnp.clip(local_B, 0, size - 1)
-    draw_B = jnp.arange(token_B.shape[0])
+    sample_B = jnp.arange(token_B.shape[0])
     penalties = (inputs.repetition_B, inputs.frequency_B, inputs.presence_B)
-    value_B = penalise(logits_BV[draw_B, local_B], state.counts_RV[inputs.row_B, local_B], penalties)
-    word_B = inputs.mask_BW[draw_B, token_B // MASK_BITS]
+    value_B = penalise(logits_BV[sample_B, local_B], state.counts_RV[inputs.row_B, local_B], penalties)
+    word_B = inputs.mask_BW[sample_B, token_B // MASK_BITS]
     forbidden_B = inputs.masked_B & ((word_B >> token_B % MASK_BITS) & 1 == 0)
     ids_BJ, values_BJ = sparse_lists(inputs, state, shard, size)
     value_B += jnp.sum(jnp.where(ids_BJ == local_B[:, None], values_BJ, 0.0), axis=1)

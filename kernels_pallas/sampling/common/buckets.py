@@ -5,7 +5,7 @@ across lanes and no step depends on the data: per bucket the online maximum and 
 noise, and the `DEPTH` largest values with their ids. No token that is not listed is larger than the smallest listed
 value of its bucket; that is the bound of the candidates.
 
-Dimension key: B draws, S splits of a row, P places (1024 or, on TPU, lanes), J depth, K candidates.
+Dimension key: B rows of logits, S splits of a row, P places (1024 or, on TPU, lanes), J depth, K candidates.
 """
 
 from typing import NamedTuple, Self

@@ -3,7 +3,7 @@
 Only summaries cross the mesh: `NUM_CANDIDATES` values and ids and a few scalars per draw and shard. What they cannot
 decide, which the certificate of `filters` finds out row by row, is drawn exactly by `threshold`.
 
-Dimension key: B draws, V the shard's ids, K candidates of all shards, N shards.
+Dimension key: B rows of logits, V the shard's ids, K candidates of all shards, N shards.
 """
 
 from functools import partial
@@ -15,9 +15,9 @@ from jax import lax
 
 from kernels_pallas.sampling.api import NUM_TOP_LOGPROBS, SampleOutput, SamplingInputs, SamplingState
 from kernels_pallas.sampling.common.adjust import values_of
-from kernels_pallas.sampling.common.filters import draw_from_candidates
-from kernels_pallas.sampling.common.summary import Best, Candidates, Plan, Shard, Summarise, plan_draws
-from kernels_pallas.sampling.common.threshold import Exact, Known, draw_exactly
+from kernels_pallas.sampling.common.filters import sample_from_candidates
+from kernels_pallas.sampling.common.summary import Best, Candidates, Plan, Shard, Summarise, plan_sampling
+from kernels_pallas.sampling.common.threshold import Exact, Known, sample_exactly
 
 T = TypeVar("T")
 
@@ -44,7 +44,7 @@ def sample_with(
             where it is bound by latency.
         retry: candidates that the fallback tries first, where a longer list is cheaper than a search; 0 for none.
     """
-    plan = plan_draws(inputs, shard.vocab_size)
+    plan = plan_sampling(inputs, shard.vocab_size)
     few = ~jnp.any(plan.adjusted_B | plan.listed_B)
     # A target is never drawn, and its log-probability is only given with `logprobs_B`, which is `listed`.
     listed = partial(_sample_listed, summarise, shard, rows_at_once, retry)
@@ -57,7 +57,7 @@ def _sample_few(
     """Every draw is greedy or from the whole row, of logits as they are."""
     best, _ = summarise(logits_BV, inputs, state, shard, listed=False)
     best = _merge_best(_gather(best, shard))
-    plan = plan_draws(inputs, shard.vocab_size)
+    plan = plan_sampling(inputs, shard.vocab_size)
     shape = (logits_BV.shape[0], NUM_TOP_LOGPROBS)
     return SampleOutput(
         _choose(best, plan, inputs, best.best_B),
@@ -77,7 +77,7 @@ def _sample_listed(
     inputs: SamplingInputs,
     state: SamplingState,
 ) -> SampleOutput:
-    plan = plan_draws(inputs, shard.vocab_size)
+    plan = plan_sampling(inputs, shard.vocab_size)
     local, listed = summarise(logits_BV, inputs, state, shard, listed=True)
     assert listed is not None
     parts, listed_parts = _gather((local, listed), shard)
@@ -85,18 +85,18 @@ def _sample_listed(
     finite_B = _finite(best)
     candidates = _merge_candidates(parts, listed_parts, best)
     log_sum_B = best.max_B + jnp.log(candidates.sum_B)
-    drawn = draw_from_candidates(candidates, log_sum_B, inputs)
-    exact = Exact(drawn.token_B, candidates.id_BK[:, :NUM_TOP_LOGPROBS], candidates.value_BK[:, :NUM_TOP_LOGPROBS])
+    sampled = sample_from_candidates(candidates, log_sum_B, inputs)
+    exact = Exact(sampled.token_B, candidates.id_BK[:, :NUM_TOP_LOGPROBS], candidates.value_BK[:, :NUM_TOP_LOGPROBS])
     known = Known(
         bound_B=candidates.bound_B,
         max_B=best.max_B,
         log_sum_B=log_sum_B,
-        undecided_B=drawn.undecided_B & plan.filtered_B & finite_B,
+        undecided_B=sampled.undecided_B & plan.filtered_B & finite_B,
         short_B=_too_few_for_logprobs(candidates) & inputs.logprobs_B & finite_B,
     )
 
     def fall_back(logits_BV: jax.Array, exact: Exact) -> Exact:
-        return draw_exactly(exact, known, logits_BV, inputs, state, shard, rows_at_once=rows_at_once, retry=retry)
+        return sample_exactly(exact, known, logits_BV, inputs, state, shard, rows_at_once=rows_at_once, retry=retry)
 
     exact = lax.cond(jnp.any(known.undecided_B | known.short_B), fall_back, lambda _, exact: exact, logits_BV, exact)
     token_B = _choose(best, plan, inputs, exact.token_B)
@@ -111,8 +111,8 @@ def _sample_listed(
 
 
 def _choose(best: Best, plan: Plan, inputs: SamplingInputs, filtered_B: jax.Array) -> jax.Array:
-    drawn_B = jnp.where(plan.greedy_B, best.best_B, jnp.where(plan.noisy_B, best.noised_id_B, filtered_B))
-    return jnp.where(inputs.target_B >= 0, inputs.target_B, drawn_B)
+    sampled_B = jnp.where(plan.greedy_B, best.best_B, jnp.where(plan.noisy_B, best.noised_id_B, filtered_B))
+    return jnp.where(inputs.target_B >= 0, inputs.target_B, sampled_B)
 
 
 def _finite(best: Best) -> jax.Array:
@@ -149,9 +149,9 @@ def _merge_best(parts: Best) -> Best:
     bad_NB, max_NB, best_NB, noised_NB, noised_id_NB = parts
     if bad_NB.shape[0] == 1:
         return jax.tree.map(lambda x: x[0], parts)
-    draw_B = jnp.arange(max_NB.shape[1])
-    best_B = best_NB[jnp.argmax(max_NB, axis=0), draw_B]
-    noised_id_B = noised_id_NB[jnp.argmax(noised_NB, axis=0), draw_B]
+    sample_B = jnp.arange(max_NB.shape[1])
+    best_B = best_NB[jnp.argmax(max_NB, axis=0), sample_B]
+    noised_id_B = noised_id_NB[jnp.argmax(noised_NB, axis=0), sample_B]
     return Best(jnp.any(bad_NB, axis=0), jnp.max(max_NB, axis=0), best_B, jnp.max(noised_NB, axis=0), noised_id_B)
 
 

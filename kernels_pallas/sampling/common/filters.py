@@ -1,6 +1,6 @@
 """Top-k, top-p and min-p on a list of likeliest tokens. Plain XLA.
 
-Dimension key: B draws, K candidates.
+Dimension key: B rows of logits, K candidates.
 """
 
 from typing import NamedTuple
@@ -13,14 +13,14 @@ from kernels_pallas.sampling.common.random import gumbel_noise
 from kernels_pallas.sampling.common.summary import Candidates, unbounded_top_p
 
 
-class Drawn(NamedTuple):
+class Sampled(NamedTuple):
     """i32 tokens, and bool: the filter may keep tokens that are no candidates, so the token means nothing."""
 
     token_B: jax.Array
     undecided_B: jax.Array
 
 
-def draw_from_candidates(candidates: Candidates, log_sum_B: jax.Array, inputs: SamplingInputs) -> Drawn:
+def sample_from_candidates(candidates: Candidates, log_sum_B: jax.Array, inputs: SamplingInputs) -> Sampled:
     """Draw from what top-k, top-p and min-p keep of the candidates, and tell where they may keep more.
 
     What they keep is a prefix of the row in order of value. Candidates above the bound are a prefix for certain, and
@@ -44,4 +44,4 @@ def draw_from_candidates(candidates: Candidates, log_sum_B: jax.Array, inputs: S
         & (jnp.sum(jnp.where(certain_BK, mass_BK, 0.0), axis=1) <= top_p_B)
         & (jnp.exp(candidates.bound_B - log_sum_B) >= inputs.min_p_B * mass_BK[:, 0])
     )
-    return Drawn(token_B, next_kept_B & (candidates.bound_B > -jnp.inf))
+    return Sampled(token_B, next_kept_B & (candidates.bound_B > -jnp.inf))

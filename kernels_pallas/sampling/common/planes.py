@@ -1,6 +1,7 @@
 """A step's masks and lists as a kernel wants them: laid out anew by XLA, so that the kernel only shifts and compares.
 
-Dimension key: B draws, T tiles of a shard's ids, P ids of a tile, Q words of 32 tiles, J entries of a list, C chunks.
+Dimension key: B rows of logits, T tiles of a shard's ids, P ids of a tile, Q words of 32 tiles, J entries of a list, C
+chunks.
 """
 
 import jax

@@ -1,6 +1,6 @@
 """What one pass over a shard's logits leaves behind: all that is gathered and all that a draw is made from.
 
-Dimension key: B draws, V the shard's ids, K candidates.
+Dimension key: B rows of logits, V the shard's ids, K candidates.
 """
 
 from typing import NamedTuple, Protocol
@@ -93,7 +93,7 @@ class Summarise(Protocol):
     ) -> tuple[Best, Candidates | None]: ...
 
 
-def plan_draws(inputs: SamplingInputs, vocab_size: int) -> Plan:
+def plan_sampling(inputs: SamplingInputs, vocab_size: int) -> Plan:
     """Sort the draws by what they need."""
     greedy_B = (inputs.temperature_B == 0) | (inputs.top_k_B == 1) | (inputs.target_B >= 0)
     narrowed_B = (inputs.top_k_B < vocab_size) | (inputs.top_p_B < 1) | (inputs.min_p_B > 0)

@@ -4,7 +4,7 @@ Top-k and top-p keep a prefix of the row in order of value, so they come down to
 would be kept follows from the count and the mass of the tokens above t. That value is found by bisection, each step
 one pass over the row and one sum over the shards. Equal values at the edge are cut by id, by a second bisection.
 
-Dimension key: B draws of the step, G draws taken together, V the shard's ids, S and C a row's V as blocks of S.
+Dimension key: B rows of logits, G of them taken together, V the shard's ids, S and C a row's V as blocks of S.
 """
 
 from functools import partial
@@ -16,7 +16,7 @@ from jax import lax
 
 from kernels_pallas.sampling.api import NUM_TOP_LOGPROBS, SamplingInputs, SamplingState
 from kernels_pallas.sampling.common.adjust import adjust_logits
-from kernels_pallas.sampling.common.filters import draw_from_candidates
+from kernels_pallas.sampling.common.filters import sample_from_candidates
 from kernels_pallas.sampling.common.random import gumbel_noise
 from kernels_pallas.sampling.common.row_blocks import blockwise_sum, first_largest, top_of_rows
 from kernels_pallas.sampling.common.summary import Candidates, Shard, inverse_temperature, unbounded_top_p
@@ -74,7 +74,7 @@ class Known(NamedTuple):
     short_B: jax.Array
 
 
-def draw_exactly(
+def sample_exactly(
     found: Exact,
     known: Known,
     logits_BV: jax.Array,
@@ -107,7 +107,7 @@ def draw_exactly(
         start, found = carry
         row_G = lax.dynamic_slice_in_dim(order_B, start, size)
         inputs_G, known_G, old = jax.tree.map(lambda x: x[row_G], (inputs, known, found))
-        new = _draw_group(known_G, logits_BV[row_G], inputs_G, state, shard, retry)
+        new = _sample_group(known_G, logits_BV[row_G], inputs_G, state, shard, retry)
         token_G = jnp.where(known_G.undecided_B, new.token_B, old.token_B)
         keep_G1 = ~known_G.short_B[:, None]
         top_ids_GJ = jnp.where(keep_G1, old.top_ids_BJ, new.top_ids_BJ)
@@ -117,31 +117,31 @@ def draw_exactly(
     return lax.while_loop(lambda carry: carry[0] < count, group, (jnp.int32(0), found))[1]
 
 
-def _draw_group(
+def _sample_group(
     known: Known, logits_GV: jax.Array, inputs: SamplingInputs, state: SamplingState, shard: Shard, retry: int
 ) -> Exact:
     value_GV = adjust_logits(logits_GV, inputs, state, shard) * inverse_temperature(inputs)[:, None]
     # -0 and 0 are one value to every comparison, and have to have one image.
     value_GV = jnp.where(value_GV == 0, 0.0, value_GV)
     if retry and retry < value_GV.shape[1] and shard.axis_name is None:
-        token_G = _draw_from_more(value_GV, known, inputs, shard, retry)
+        token_G = _sample_from_more(value_GV, known, inputs, shard, retry)
     else:
         token_G = _search(value_GV, known, inputs, shard)
     top_ids_GJ, top_GJ = lax.cond(jnp.any(known.short_B), partial(_top, shard=shard), _no_top, value_GV)
     return Exact(token_G, top_ids_GJ, top_GJ)
 
 
-def _draw_from_more(value_GV: jax.Array, known: Known, inputs: SamplingInputs, shard: Shard, count: int) -> jax.Array:
+def _sample_from_more(value_GV: jax.Array, known: Known, inputs: SamplingInputs, shard: Shard, count: int) -> jax.Array:
     """i32[G], from this many candidates if they decide."""
     value_GK, id_GK = top_of_rows(value_GV, count)
     candidates = Candidates(value_GK, id_GK, value_GK[:, -1], jnp.ones_like(known.log_sum_B))
-    drawn = draw_from_candidates(candidates, known.log_sum_B, inputs)
+    sampled = sample_from_candidates(candidates, known.log_sum_B, inputs)
 
     def search(value_GV: jax.Array) -> jax.Array:
         token_G = _search(value_GV, known._replace(bound_B=candidates.bound_B), inputs, shard)
-        return jnp.where(drawn.undecided_B, token_G, drawn.token_B)
+        return jnp.where(sampled.undecided_B, token_G, sampled.token_B)
 
-    return lax.cond(jnp.any(drawn.undecided_B), search, lambda _: drawn.token_B, value_GV)
+    return lax.cond(jnp.any(sampled.undecided_B), search, lambda _: sampled.token_B, value_GV)
 
 
 def _search(value_GV: jax.Array, known: Known, inputs: SamplingInputs, shard: Shard) -> jax.Array:
@@ -150,7 +150,7 @@ def _search(value_GV: jax.Array, known: Known, inputs: SamplingInputs, shard: Sh
     rows = _Rows(value_GV, _image(value_GV), jnp.exp(value_GV - known.log_sum_B[:, None]), id_1V)
     edge = _find_edge(rows, known, inputs, shard)
     last_id_G = _find_last_id(rows, edge, known, inputs, shard)
-    return _draw_kept(rows, edge, last_id_G, known, inputs, shard)
+    return _sample_kept(rows, edge, last_id_G, known, inputs, shard)
 
 
 def _image(value: jax.Array) -> jax.Array:
@@ -269,7 +269,7 @@ def _find_last_id(rows: _Rows, edge: _Edge, known: Known, inputs: SamplingInputs
     return lax.while_loop(lambda carry: jnp.any(carry[0] + 1 < carry[1]), step, (low_G, high_G))[0]
 
 
-def _draw_kept(
+def _sample_kept(
     rows: _Rows, edge: _Edge, last_id_G: jax.Array, known: Known, inputs: SamplingInputs, shard: Shard
 ) -> jax.Array:
     """i32[G], the draw among what all filters keep."""

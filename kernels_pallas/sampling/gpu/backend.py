@@ -5,7 +5,8 @@ their way while this step's are worked on. Bytes per draw: 4 V of logits, 4 V of
 mask; out go 20 bytes a split and, where candidates are wanted, 32 KB a split. Nothing is shared between threads before
 the last step of a split, when its maxima and sums become one number each.
 
-Dimension key: B draws, V the shard's ids, C chunks of 1024 ids, S splits of a row, J entries of a list, P places.
+Dimension key: B rows of logits, V the shard's ids, C chunks of 1024 ids, S splits of a row, J entries of a list, P
+places.
 """
 
 from collections.abc import Callable
@@ -32,7 +33,14 @@ from kernels_pallas.sampling.common.buckets import (
 )
 from kernels_pallas.sampling.common.combine import sample_with
 from kernels_pallas.sampling.common.planes import bit_planes, mask_words_from, sorted_lists
-from kernels_pallas.sampling.common.summary import Best, Candidates, Shard, inverse_temperature, penalised, plan_draws
+from kernels_pallas.sampling.common.summary import (
+    Best,
+    Candidates,
+    Shard,
+    inverse_temperature,
+    penalised,
+    plan_sampling,
+)
 
 _CHUNK = NUM_BUCKETS
 # A thread loads 8 bytes at once; a row has to start at a multiple of them, and 16 leave room for a wider load.
@@ -62,7 +70,7 @@ def sample(
     ) -> tuple[Best, Candidates | None]:
         if not listed:
             return _pass(logits_BV, inputs, None, shard, listed=False, interpret=interpret)
-        any_adjusted = jnp.any(plan_draws(inputs, shard.vocab_size).adjusted_B)
+        any_adjusted = jnp.any(plan_sampling(inputs, shard.vocab_size).adjusted_B)
         return lax.cond(
             any_adjusted,
             lambda logits_BV: _pass(logits_BV, inputs, state, shard, listed=True, interpret=interpret),
@@ -143,7 +151,7 @@ def _operands(
     logits_BV: jax.Array, inputs: SamplingInputs, state: SamplingState | None, shard: Shard, padding: int
 ) -> tuple[list[str], list[jax.Array]]:
     size = logits_BV.shape[1]
-    plan = plan_draws(inputs, shard.vocab_size)
+    plan = plan_sampling(inputs, shard.vocab_size)
     flags = (
         (plan.noisy_B, _NOISY),
         (plan.listed_B, _LISTED),

@@ -1,10 +1,11 @@
 """One pass over a row's logits on TPU (Pallas Mosaic).
 
-Eight draws at a time, the vocabulary in blocks that the pipeline brings to VMEM; what is kept of the rows stays in VMEM
+Eight rows at a time, the vocabulary in blocks that the pipeline brings to VMEM; what is kept of the rows stays in VMEM
 as the output block while the blocks go by. Bytes per draw: 4 V of logits, 4 V of counts where it is penalised, V / 8 of
 mask, and 3 to 35 KB out. All arithmetic is f32 on (8, 128) tiles; nothing moves across lanes.
 
-Dimension key: B draws, V the shard's ids, G groups of 8 draws, J entries of a list, Q words of bit planes, C blocks.
+Dimension key: B rows of logits, V the shard's ids, G groups of 8 rows, J entries of a list, Q words of bit planes, C
+blocks.
 """
 
 import math
@@ -21,7 +22,14 @@ from kernels_pallas.sampling.common.adjust import penalise, sparse_lists
 from kernels_pallas.sampling.common.buckets import DEPTH, NUM_BUCKETS, Lanes, Noised, best_of, candidates_of, insert
 from kernels_pallas.sampling.common.combine import sample_with
 from kernels_pallas.sampling.common.planes import bit_planes, mask_words_from, sorted_lists
-from kernels_pallas.sampling.common.summary import Best, Candidates, Shard, inverse_temperature, penalised, plan_draws
+from kernels_pallas.sampling.common.summary import (
+    Best,
+    Candidates,
+    Shard,
+    inverse_temperature,
+    penalised,
+    plan_sampling,
+)
 
 _LANES = 128
 _ROWS = 8
@@ -55,7 +63,7 @@ def sample(
         kernel = _Kernel(units * _BLOCK_UNIT, shard, interpret)
         if not listed:
             return kernel(logits_BV, inputs, None, listed=False)
-        any_adjusted = jnp.any(plan_draws(inputs, shard.vocab_size).adjusted_B)
+        any_adjusted = jnp.any(plan_sampling(inputs, shard.vocab_size).adjusted_B)
         return lax.cond(
             any_adjusted,
             lambda logits_BV: kernel(logits_BV, inputs, state, listed=True),
@@ -77,7 +85,7 @@ class _Refs(NamedTuple):
     """Operands and results; None where a variant has none. R8 is 8 draws, or B where there are fewer."""
 
     state_row: Any  # SMEM i32[B]
-    draw_flags: Any  # SMEM i32[B]
+    sample_flags: Any  # SMEM i32[B]
     group_flags: Any  # SMEM i32[G]
     extent: Any  # SMEM i32[2], first id of the shard and number of its ids
     logits: Any  # VMEM f32[R8, block]
@@ -145,7 +153,7 @@ class _Kernel:
         rows, size = logits_BV.shape
         blocks = -(-size // self._block)
         shard = self._shard
-        plan = plan_draws(inputs, shard.vocab_size)
+        plan = plan_sampling(inputs, shard.vocab_size)
         flags = (
             (plan.noisy_B, _NOISY),
             (plan.listed_B, _LISTED),
@@ -330,11 +338,11 @@ def _fetch_counts(refs: _Refs, block: int, size: int) -> None:
 
     def each(width: int, act: Callable[[Any], None]) -> None:
         for r in range(group):
-            draw = pl.program_id(0) * group + r
+            sample = pl.program_id(0) * group + r
 
-            @pl.when(refs.draw_flags[draw] & _PENALISED != 0)
-            def _(r: int = r, draw: Any = draw) -> None:
-                source = refs.counts.at[pl.ds(refs.state_row[draw], 1), pl.ds(start, width)]
+            @pl.when(refs.sample_flags[sample] & _PENALISED != 0)
+            def _(r: int = r, sample: Any = sample) -> None:
+                source = refs.counts.at[pl.ds(refs.state_row[sample], 1), pl.ds(start, width)]
                 act(pltpu.make_async_copy(source, refs.row_counts.at[pl.ds(r, 1), pl.ds(0, width)], refs.sems.at[r]))
 
     def fetch(width: int) -> None:

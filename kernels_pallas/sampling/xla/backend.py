@@ -23,7 +23,7 @@ from kernels_pallas.sampling.common.summary import (
     in_order,
     inverse_temperature,
     no_candidates,
-    plan_draws,
+    plan_sampling,
 )
 
 # A longer list costs a fifth of a search on CPU; most filters that reach past the candidates end in it.
@@ -52,13 +52,13 @@ def summarise(
         return _both(adjust_logits(logits_BV, inputs, state, shard), inputs, shard)
 
     # Two whole branches: whatever a branch returned unchanged would be copied.
-    any_adjusted = jnp.any(plan_draws(inputs, shard.vocab_size).adjusted_B)
+    any_adjusted = jnp.any(plan_sampling(inputs, shard.vocab_size).adjusted_B)
     return lax.cond(any_adjusted, adjusted, as_they_are, logits_BV)
 
 
 def _both(x_BV: jax.Array, inputs: SamplingInputs, shard: Shard) -> tuple[Best, Candidates]:
     best = _best(x_BV, inputs, shard)
-    any_listed = jnp.any(plan_draws(inputs, shard.vocab_size).listed_B)
+    any_listed = jnp.any(plan_sampling(inputs, shard.vocab_size).listed_B)
     candidates = lax.cond(
         any_listed,
         partial(_candidates, inputs=inputs, shard=shard),
@@ -70,7 +70,7 @@ def _both(x_BV: jax.Array, inputs: SamplingInputs, shard: Shard) -> tuple[Best, 
 
 
 def _best(x_BV: jax.Array, inputs: SamplingInputs, shard: Shard) -> Best:
-    plan = plan_draws(inputs, shard.vocab_size)
+    plan = plan_sampling(inputs, shard.vocab_size)
     inverse_B = inverse_temperature(inputs)
     top_B, id_B = first_largest(x_BV)
 
