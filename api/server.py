@@ -31,7 +31,7 @@ class ApiSettings:
         model_path: as the user gave it.
         served_model_name: what clients call the model.
         api_key: None leaves everything open.
-        generation: sampling defaults of the chat endpoint, and end tokens.
+        generation: sampling defaults, and end tokens.
         server_args: the launch flags, secrets left out, for `/get_server_info`.
         reasoning_parser: name of the reasoning format, `auto`, or None for none.
         tool_call_parser: name of the tool-call format, or `auto`.

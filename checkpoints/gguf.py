@@ -4,7 +4,7 @@ Format and quantisations are read by the `gguf` package (llama.cpp's own).
 """
 
 import mmap
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,19 @@ class _Reader(GGUFReader):
         if end > self.data.size:
             raise ValueError(f"it ends at byte {self.data.size}, within what takes bytes {offset} to {end}")
         return super()._get(offset, dtype, count, override_order)
+
+
+def read_values(path: Path, keys: Collection[str]) -> dict[str, Any]:
+    """Some key-values of a file, without its tensors; keys that the file does not have are left out.
+
+    Raises:
+        CheckpointError: it is not a readable GGUF file.
+    """
+    try:
+        fields = _Reader(path).fields
+    except (ValueError, OSError, IndexError, KeyError) as error:
+        raise CheckpointError(f"{path}: not a readable GGUF file: {error}") from None
+    return {key: fields[key].contents() for key in keys if key in fields}
 
 
 class GGUFCheckpoint:

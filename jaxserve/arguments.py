@@ -94,8 +94,27 @@ def _text_flags(group: argparse._ArgumentGroup) -> None:  # pyright: ignore[repo
     group.add_argument(
         "--chat-template", help="a Jinja file, a template as text, or 'chatml'; the model's own if unset"
     )
+    group.add_argument(
+        "--sampling-defaults",
+        choices=["model", "openai"],
+        default="model",
+        help="where sampling parameters come from that a request does not set: the model's generation_config.json or "
+        "GGUF keys, or OpenAI's defaults",
+    )
+    group.add_argument(
+        "--preferred-sampling-params",
+        type=_json_object,
+        help="JSON object of sampling parameters for requests that do not set them; wins over --sampling-defaults",
+    )
     group.add_argument("--random-seed", type=int, help="makes the seeds of requests that bring none reproducible")
     group.add_argument("--config", help="YAML file of flags, names without the dashes; flags on the command line win")
+
+
+def _json_object(text: str) -> dict[str, Any]:
+    try:
+        return msgspec.json.decode(text, type=dict[str, Any])
+    except msgspec.DecodeError as error:
+        raise argparse.ArgumentTypeError(f"expected a JSON object, {error}") from None
 
 
 def _server_flags(group: argparse._ArgumentGroup) -> None:  # pyright: ignore[reportPrivateUsage]

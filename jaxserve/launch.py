@@ -34,7 +34,7 @@ from jaxserve.config import EngineConfig
 from jaxserve.engine.output_processor import GenerationStream, TextOptions
 from jaxserve.engine.process_client import ProcessEngineClient
 from jaxserve.errors import ExitCode, LaunchError
-from jaxserve.loading.generation_config import read_generation_config
+from jaxserve.loading.generation_config import find_generation_config
 from jaxserve.loading.hub import find_adapter, find_model
 from jaxserve.request import Request
 from jaxserve.sampling_params import SamplingParams
@@ -187,7 +187,12 @@ class _Launcher:
             served_model_name=args.served_model_name or (merged.name if merged is not None else args.model_path),
             api_key=args.api_key,
             admin_api_key=args.admin_api_key,
-            generation=read_generation_config(path),
+            generation=find_generation_config(
+                args.model_path,
+                path,
+                defaults=args.sampling_defaults,
+                preferred=args.preferred_sampling_params,
+            ),
             reasoning_parser=args.reasoning_parser,
             tool_call_parser=args.tool_call_parser,
             json_style=_json_style(args),

@@ -17,7 +17,7 @@ from jaxserve.engine.in_process_client import InProcessEngineClient
 from jaxserve.engine.messages import EngineStats
 from jaxserve.engine.output_processor import CollectedChoice, GenerationStream, TextOptions, Usage, collect_choices
 from jaxserve.errors import AdapterError, NotFoundError, RequestError
-from jaxserve.loading.generation_config import read_generation_config
+from jaxserve.loading.generation_config import find_generation_config
 from jaxserve.loading.hub import find_model
 from jaxserve.request import AdapterSource, FinishReason, Request
 from jaxserve.sampling_params import SamplingParams
@@ -80,8 +80,10 @@ class LLM:
         self._lora = config.lora
         # Keys by name.
         self._adapters = {key: key for key in built.info.adapters or ()}
-        own_ends = read_generation_config(path).eos_token_ids
-        self._eos_token_ids = tuple(sorted({*built.info.eos_token_ids, *self._tokenizer.eos_token_ids, *own_ends}))
+        generation = find_generation_config(model, path)
+        self._default_sampling = SamplingParams(**generation.sampling)
+        ends = {*built.info.eos_token_ids, *self._tokenizer.eos_token_ids, *generation.eos_token_ids}
+        self._eos_token_ids = tuple(sorted(ends))
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="llm", daemon=True)
         self._thread.start()
@@ -109,7 +111,7 @@ class LLM:
 
         Args:
             prompts: one text, or several texts or lists of token ids.
-            sampling: how to draw, the same for all.
+            sampling: how to sample, the same for all; the model's own defaults if None.
             num_choices: continuations of each prompt.
             adapter: LoRA adapter to apply, by name.
             options: stop strings and how tokens become text.
@@ -211,7 +213,7 @@ class LLM:
         options: TextOptions | None,
         **fields: Any,
     ) -> list[GenerationOutput]:
-        sampling = sampling or SamplingParams()
+        sampling = sampling or self._default_sampling
         sampling.check_token_ids(self.info.vocab_size)
         requests = [
             self._request(prompt, sampling, **fields) for prompt in ([prompts] if isinstance(prompts, str) else prompts)

@@ -39,7 +39,7 @@ def build_completions(builder: RequestBuilder, body: CompletionRequest) -> list[
     for ids, adapter in zip(prompts, adapters, strict=True):
         sampling = builder.sampling(
             body,
-            {},
+            builder.model.generation.sampling,
             max_tokens=builder.max_tokens(len(ids), max_tokens, "prompt"),
             num_logprobs=num_logprobs,
             prompt_logprobs=bool(body.echo) and body.logprobs is not None,

@@ -66,7 +66,7 @@ class ServedModel:
     Attributes:
         tokenizer: of the model.
         info: limits of the engine.
-        generation: the model's own sampling defaults, for chats, and end tokens.
+        generation: sampling defaults, and the model's own end tokens.
         formats: how outputs are read.
         json_style: how constrained JSON may be laid out.
         completion_template: puts a prompt and a suffix together; None where the model cannot fill in.

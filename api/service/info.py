@@ -21,6 +21,7 @@ async def model_info(server: NamedDependency[Server]) -> dict[str, Any]:
         "context_length": info.context_length,
         "vocab_size": info.vocab_size,
         "dtype": info.dtype,
+        "preferred_sampling_params": dict(server.settings.generation.sampling),
     }
 
 

@@ -13,7 +13,7 @@ from jaxserve.errors import LaunchError
 
 
 class OrbaxCheckpoint(NamedTuple):
-    """A folder that `scripts/convert_checkpoint.py` wrote; its weights are restored as a tree, not by name."""
+    """A folder that `jaxserve convert` wrote; its weights are restored as a tree, not by name."""
 
     folder: Path
     config: Mapping[str, Any]

@@ -12,6 +12,7 @@ from safetensors.numpy import load_file, save_file
 from checkpoints.adapters import read_peft
 from jaxserve import LLM, SamplingParams
 from jaxserve.config import EngineConfig
+from jaxserve.convert import convert, convert_adapter
 from jaxserve.engine.builder import build_runner
 from jaxserve.errors import AdapterError, LaunchError
 from jaxserve.layers.args import DecoderArgs
@@ -20,7 +21,6 @@ from jaxserve.lora.merge import merge_adapter
 from jaxserve.lora.reader import AdapterReader
 from jaxserve.models.registry import find_architecture
 from jaxserve.parallel.parallelism import Parallelism
-from tests.parity.test_orbax_and_llm import script
 from tests.support.tiny import CONFIG, LINEAR_MODULES, write_adapter, write_checkpoint
 
 FAMILIES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
@@ -107,10 +107,10 @@ def test_a_merged_model_is_served(tmp_path: Path) -> None:
 def test_a_merged_checkpoint_is_written(tmp_path: Path) -> None:
     adapter = write_adapter(tmp_path / "adapter", modules=EVERYTHING)
     base = write_checkpoint(tmp_path / "base")
-    script("convert_checkpoint").convert(str(base), tmp_path / "converted", "auto", str(adapter))
+    convert(str(base), tmp_path / "converted", "auto", str(adapter))
     want = weights_of(write_merged(tmp_path / "merged", adapter))
     close(weights_of(tmp_path / "converted"), want)
-    script("convert_checkpoint").convert_adapter(adapter, tmp_path / "orbax")
+    convert_adapter(adapter, tmp_path / "orbax")
     close(merge_adapter(weights_of(base), delta_of(tmp_path / "orbax")), want)
 
 

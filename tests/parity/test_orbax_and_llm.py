@@ -1,9 +1,6 @@
 """A converted checkpoint gives the same numbers; the offline interface gives the engine's tokens."""
 
-import importlib.util
-import sys
 from pathlib import Path
-from types import ModuleType
 
 import jax
 import numpy as np
@@ -11,6 +8,7 @@ import pytest
 
 from jaxserve import LLM, SamplingParams, TextOptions
 from jaxserve.config import EngineConfig
+from jaxserve.convert import convert
 from jaxserve.engine.builder import build_runner
 from jaxserve.errors import LaunchError, RequestError
 from tests.support.tiny import write_checkpoint, write_gguf
@@ -18,22 +16,11 @@ from tests.support.tiny import write_checkpoint, write_gguf
 SMALL = {"max_running_requests": 4, "chunked_prefill_size": 32, "max_total_tokens": 2048, "page_size": 16}
 
 
-def script(name: str) -> ModuleType:
-    path = Path(__file__).parent.parent.parent / "scripts" / f"{name}.py"
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     base = tmp_path_factory.mktemp("orbax")
     source = write_checkpoint(base / "source")
-    script("convert_checkpoint").convert(str(source), base / "converted", "auto")
+    convert(str(source), base / "converted", "auto")
     return source, base / "converted"
 
 
@@ -50,7 +37,7 @@ def test_restored_weights_are_the_loaded_ones(folders: tuple[Path, Path], tp_siz
 
 def test_a_gguf_file_is_converted(tmp_path: Path) -> None:
     write_gguf(tmp_path / "tiny.gguf")
-    script("convert_checkpoint").convert(str(tmp_path / "tiny.gguf"), tmp_path / "converted", "float32")
+    convert(str(tmp_path / "tiny.gguf"), tmp_path / "converted", "float32")
     outputs = []
     for path in (tmp_path / "tiny.gguf", tmp_path / "converted"):
         with LLM(str(path), dtype="float32", **SMALL) as llm:
@@ -74,7 +61,7 @@ def test_copies_of_the_model_draw_what_one_draws(folders: tuple[Path, Path]) -> 
 
 def test_a_folder_that_is_not_empty_is_left_alone(folders: tuple[Path, Path]) -> None:
     with pytest.raises(LaunchError, match="not empty"):
-        script("convert_checkpoint").convert(str(folders[0]), folders[1], "auto")
+        convert(str(folders[0]), folders[1], "auto")
 
 
 async def test_offline_generation(folders: tuple[Path, Path]) -> None:

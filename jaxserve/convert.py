@@ -1,9 +1,7 @@
-"""Writes an Orbax folder from any checkpoint jaxserve can open.
+"""`jaxserve convert SOURCE DESTINATION`: writes an Orbax folder from any checkpoint that jaxserve can open.
 
-Usage: python scripts/convert_checkpoint.py SOURCE DESTINATION [--dtype DTYPE] [--merge-lora ADAPTER]
-
-SOURCE may also be a PEFT adapter. The result is served like any other: `python -m jaxserve.launch --model-path
-DESTINATION`. It restores straight into the shards of whatever mesh it is served on.
+SOURCE may also be a PEFT adapter. The result is served like any other: `jaxserve serve --model-path DESTINATION`. It
+is restored straight into the shards of whatever mesh it is served on.
 """
 
 import argparse
@@ -89,7 +87,7 @@ def _check_empty(destination: Path) -> None:
 
 def main() -> int:
     """Parse arguments and convert."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(prog="jaxserve convert", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("source", help="Hugging Face id, model folder, .gguf file, 'demo', or PEFT folder")
     parser.add_argument("destination", type=Path, help="folder to write; must be empty or absent")
     parser.add_argument("--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto")

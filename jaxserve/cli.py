@@ -1,0 +1,52 @@
+"""The `jaxserve` command: `serve`, `plan`, `convert`."""
+
+import sys
+from collections.abc import Callable
+
+USAGE = """usage: jaxserve COMMAND [FLAGS]
+
+commands:
+  serve    serve a model over the OpenAI API       (python -m jaxserve.launch)
+  plan     does a model fit devices, and how fast  (python -m jaxserve.plan)
+  convert  write a checkpoint as an Orbax folder   (python -m jaxserve.convert)
+
+`jaxserve COMMAND --help` lists the flags of a command.
+"""
+
+
+def _serve() -> int:
+    from jaxserve.launch import main  # noqa: PLC0415  (each command imports its own, which takes seconds)
+
+    return main()
+
+
+def _plan() -> int:
+    from jaxserve.plan.__main__ import main  # noqa: PLC0415
+
+    return main()
+
+
+def _convert() -> int:
+    from jaxserve.convert import main  # noqa: PLC0415
+
+    return main()
+
+
+_COMMANDS: dict[str, Callable[[], int]] = {"serve": _serve, "plan": _plan, "convert": _convert}
+
+
+def main() -> int:
+    """Run a command; returns its exit code."""
+    name = sys.argv[1] if len(sys.argv) > 1 else "--help"
+    if name in ("--help", "-h"):
+        print(USAGE, end="")
+        return 0
+    if name not in _COMMANDS:
+        print(f"error: unknown command {name!r}\n\n{USAGE}", end="", file=sys.stderr)
+        return 2
+    del sys.argv[1]
+    return _COMMANDS[name]()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

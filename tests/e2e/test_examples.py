@@ -1,0 +1,64 @@
+"""Every example runs, against a tiny model."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.e2e.conftest import ServerProcess
+from tests.support.tiny import write_adapter
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+CLIENTS = ("chat", "streaming", "tools", "structured_output", "reasoning")
+
+
+def run(*command: str, **environment: str) -> str:
+    path = os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"]))
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+        env={**os.environ, "PATH": path, "PYTHONPATH": str(EXAMPLES.parent), "XLA_FLAGS": "", **environment},
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("name", CLIENTS)
+def test_client(server: ServerProcess, name: str) -> None:
+    assert run(sys.executable, str(EXAMPLES / f"{name}.py"), JAXSERVE_URL=server.url).strip()
+
+
+def test_every_example_is_tested() -> None:
+    others = {"client.py", "lora_hot_swap.py", "offline_batch.py", "planning.sh", "README.md"}
+    assert {path.name for path in EXAMPLES.iterdir() if path.is_file()} == {f"{name}.py" for name in CLIENTS} | others
+
+
+@pytest.fixture
+def lora_server(flags: list[str], tmp_path: Path) -> Iterator[ServerProcess]:
+    write_adapter(tmp_path / "adapters" / "poet")
+    lora = ["--enable-lora", "--max-lora-rank", "4", "--lora-target-modules", "all-linear"]
+    process = ServerProcess(*flags, *lora, "--lora-root", str(tmp_path / "adapters"), log=tmp_path / "log")
+    yield process.wait_ready()
+    assert process.stop() == 0
+
+
+def test_lora_hot_swap(lora_server: ServerProcess) -> None:
+    out = run(sys.executable, str(EXAMPLES / "lora_hot_swap.py"), "poet", JAXSERVE_URL=lora_server.url)
+    assert "load ['example']" in out
+    assert "unload []" in out
+
+
+def test_offline_batch(checkpoint: Path) -> None:
+    assert run(sys.executable, str(EXAMPLES / "offline_batch.py"), str(checkpoint)).startswith(
+        "The capital of France is"
+    )
+
+
+def test_planning(checkpoint: Path) -> None:
+    assert "fits" in run(str(EXAMPLES / "planning.sh"), str(checkpoint))
