@@ -13,11 +13,14 @@ if jax.__version_info__ >= (0, 11):
 
 
 @pytest.fixture(autouse=True, scope="package")
-def _compile_all() -> Iterator[None]:
-    """JAX's own cache is off: what it loads has no memory figures. JAX remembers whether it has a cache."""
+def _compile_as_users_do() -> Iterator[None]:
+    """With every optimisation, and without JAX's cache: what it loads has no memory figures."""
+    unoptimized = jax.config.jax_disable_most_optimizations  # type: ignore[attr-defined]
+    jax.config.update("jax_disable_most_optimizations", False)
     jax.config.update("jax_enable_compilation_cache", False)
-    compilation_cache.reset_cache()
+    compilation_cache.reset_cache()  # JAX remembers whether it has a cache.
     yield
+    jax.config.update("jax_disable_most_optimizations", unoptimized)
     jax.config.update("jax_enable_compilation_cache", True)
     compilation_cache.reset_cache()
 

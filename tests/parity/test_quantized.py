@@ -260,7 +260,7 @@ def test_bytes_on_the_device_are_those_of_the_file(gpt_oss: tuple[Path, Path]) -
 
 def test_what_does_not_fit_is_told(gpt_oss: tuple[Path, Path], tmp_path: Path) -> None:
     """Blocks on two devices; factors of another dtype; tensors that are missing."""
-    with pytest.raises(LaunchError, match="32 numbers in blocks of 32 do not divide over 2 devices; try another --tp"):
+    with pytest.raises(LaunchError, match="32 elements in blocks of 32 do not divide over 2 devices; try another --tp"):
         load(str(gpt_oss[0]), tp_size=2)
     folder = shutil.copytree(gpt_oss[0], tmp_path / "changed")
     tensors = load_file(folder / "model.safetensors")

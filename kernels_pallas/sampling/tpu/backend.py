@@ -172,7 +172,7 @@ class _Kernel:
         def by_group(width: int, space: Any = pltpu.VMEM) -> Any:
             return pl.BlockSpec((group, width), lambda g, v, *_: (g, 0), memory_space=space)
 
-        names = ["state_row", "draw_flags", "group_flags", "extent", "logits", "floats", "ints"]
+        names = ["state_row", "sample_flags", "group_flags", "extent", "logits", "floats", "ints"]
         row_B = inputs.row_B
         specs = [pl.BlockSpec((group, self._block), lambda g, v, *_: (g, v)), by_group(4), by_group(4)]
         late: list[jax.Array] = []
