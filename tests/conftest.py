@@ -54,7 +54,7 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
     seconds: Counter[str] = Counter()
     for report in (report for reports in terminalreporter.stats.values() for report in reports):
         if isinstance(report, pytest.TestReport):
-            seconds[report.nodeid] += report.duration
+            seconds[report.nodeid.partition("@")[0]] += report.duration
     folders: Counter[str] = Counter()
     for test, duration in seconds.items():
         folders[test.partition("::")[0].rpartition("/")[0]] += duration
@@ -70,6 +70,8 @@ def _cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jaxserve-tests"
 
 
+# xdist reads the groups in the same hook.
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leave out slow cases, and keep on one worker what shares a server or an engine."""
     if not config.getoption("--all") and "slow" not in (config.option.markexpr or ""):

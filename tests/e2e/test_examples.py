@@ -1,4 +1,4 @@
-"""Every example runs, against a tiny model."""
+"""Every example runs, against the demo model or a tiny one."""
 
 import os
 import subprocess
@@ -12,7 +12,7 @@ from tests.e2e.conftest import ServerProcess
 from tests.support.tiny import write_adapter
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
-CLIENTS = ("chat", "streaming", "tools", "structured_output", "reasoning")
+CLIENTS = ("chat", "streaming", "tools", "structured_output")
 
 
 def run(*command: str, **environment: str) -> str:
@@ -30,28 +30,40 @@ def run(*command: str, **environment: str) -> str:
 
 
 @pytest.mark.parametrize("name", CLIENTS)
-def test_client(server: ServerProcess, name: str) -> None:
-    assert run(sys.executable, str(EXAMPLES / f"{name}.py"), JAXSERVE_URL=server.url).strip()
+def test_client(demo: ServerProcess, name: str) -> None:
+    assert run(sys.executable, str(EXAMPLES / f"{name}.py"), JAXSERVE_URL=demo.url).strip()
 
 
 def test_every_example_is_tested() -> None:
-    others = {"client.py", "lora_hot_swap.py", "offline_batch.py", "planning.sh", "README.md"}
+    others = {"client.py", "reasoning.py", "lora_hot_swap.py", "offline_batch.py", "planning.sh", "README.md"}
     assert {path.name for path in EXAMPLES.iterdir() if path.is_file()} == {f"{name}.py" for name in CLIENTS} | others
 
 
-@pytest.fixture
-def lora_server(flags: list[str], tmp_path: Path) -> Iterator[ServerProcess]:
-    write_adapter(tmp_path / "adapters" / "poet")
+@pytest.fixture(scope="module")
+def options_server(flags: list[str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+    """With the options that two examples need."""
+    folder = tmp_path_factory.mktemp("examples")
+    write_adapter(folder / "adapters" / "poet")
     lora = ["--enable-lora", "--max-lora-rank", "4", "--lora-target-modules", "all-linear"]
-    process = ServerProcess(*flags, *lora, "--lora-root", str(tmp_path / "adapters"), log=tmp_path / "log")
-    yield process.wait_ready()
-    assert process.stop() == 0
+    process = ServerProcess(
+        *flags, *lora, "--lora-root", str(folder / "adapters"), "--reasoning-parser", "qwen3", log=folder / "log"
+    )
+    try:
+        yield process.wait_ready()
+    finally:
+        assert process.stop() == 0
 
 
-def test_lora_hot_swap(lora_server: ServerProcess) -> None:
-    out = run(sys.executable, str(EXAMPLES / "lora_hot_swap.py"), "poet", JAXSERVE_URL=lora_server.url)
-    assert "load ['example']" in out
-    assert "unload []" in out
+def test_lora_hot_swap(options_server: ServerProcess) -> None:
+    out = run(sys.executable, str(EXAMPLES / "lora_hot_swap.py"), "poet", JAXSERVE_URL=options_server.url)
+    assert "load {'example': 'poet'}" in out
+    assert "unload {}" in out
+
+
+def test_reasoning(options_server: ServerProcess) -> None:
+    out = run(sys.executable, str(EXAMPLES / "reasoning.py"), JAXSERVE_URL=options_server.url)
+    assert out.startswith("thinking: ")
+    assert "\nanswer: " in out
 
 
 def test_offline_batch(checkpoint: Path) -> None:

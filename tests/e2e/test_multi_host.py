@@ -129,6 +129,7 @@ def test_a_host_with_another_model_is_refused_and_told_why(flags: list[str], tmp
         assert "the model is another one (its config or its weights)" in log.read_text()
 
 
+@pytest.mark.slow
 def test_host_0_takes_the_others_along(flags: list[str], tmp_path: Path) -> None:
     with two_hosts(flags, tmp_path, dp_size=2) as (leader, follower):
         leader.wait_ready()
