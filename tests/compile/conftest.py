@@ -13,14 +13,13 @@ if jax.__version_info__ >= (0, 11):
 
 
 @pytest.fixture(autouse=True, scope="package")
-def _compile_as_users_do() -> Iterator[None]:
+def _compile_as_users_do(request: pytest.FixtureRequest) -> Iterator[None]:
     """With every optimisation, and without JAX's cache: what it loads has no memory figures."""
-    unoptimized = jax.config.jax_disable_most_optimizations  # type: ignore[attr-defined]
     jax.config.update("jax_disable_most_optimizations", False)
     jax.config.update("jax_enable_compilation_cache", False)
     compilation_cache.reset_cache()  # JAX remembers whether it has a cache.
     yield
-    jax.config.update("jax_disable_most_optimizations", unoptimized)
+    jax.config.update("jax_disable_most_optimizations", not request.config.getoption("--all"))
     jax.config.update("jax_enable_compilation_cache", True)
     compilation_cache.reset_cache()
 
