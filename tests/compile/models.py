@@ -101,6 +101,9 @@ DEEPSEEK_V2_LITE: dict[str, Any] = {
         "original_max_position_embeddings": 4096,
     },
 }  # fmt: skip
+# Half the layers to compile: one kind, with experts.
+DEEPSEEK_V2_LITE_EXPERTS: dict[str, Any] = DEEPSEEK_V2_LITE | {"first_k_dense_replace": 0}
+DEEPSEEK_V31_EXPERTS: dict[str, Any] = DEEPSEEK_V31 | {"first_k_dense_replace": 0}
 KIMI_K2_THINKING: dict[str, Any] = DEEPSEEK_V31 | {
     "vocab_size": 163840, "num_attention_heads": 64, "num_key_value_heads": 64, "max_position_embeddings": 262144,
     "rms_norm_eps": 1e-5, "rope_theta": 50000.0, "first_k_dense_replace": 1, "n_routed_experts": 384, "n_group": 1,

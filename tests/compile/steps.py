@@ -17,7 +17,9 @@ from jaxserve.plan.hlo import Collectives, find_collectives
 from jaxserve.plan.targets import parse_target, prepare_environment, target_devices
 from tests.compile.models import (
     DEEPSEEK_V2_LITE,
+    DEEPSEEK_V2_LITE_EXPERTS,
     DEEPSEEK_V31,
+    DEEPSEEK_V31_EXPERTS,
     GPT_OSS_20B,
     GPT_OSS_20B_MXFP4,
     GPT_OSS_120B_MXFP4,
@@ -43,7 +45,9 @@ MODELS = {
     "gpt-oss-20b": GPT_OSS_20B,
     "qwen3-30b-a3b-fp8": QWEN3_30B_A3B_FP8,
     "deepseek-v2-lite": DEEPSEEK_V2_LITE,
+    "deepseek-v2-lite-experts": DEEPSEEK_V2_LITE_EXPERTS,
     "deepseek-v3.1": DEEPSEEK_V31,
+    "deepseek-v3.1-experts": DEEPSEEK_V31_EXPERTS,
     "gpt-oss-20b-mxfp4": GPT_OSS_20B_MXFP4,
     "gpt-oss-120b-mxfp4": GPT_OSS_120B_MXFP4,
     "kimi-k2-thinking": KIMI_K2_THINKING,

@@ -105,7 +105,8 @@ def test_decode_step_and_draws(target: str, model: str, tp_size: int, record_pro
         slow("v5p:2x2x2", "mixtral-8x22b", 8, 8),
         slow("h100:8", "gpt-oss-20b", 4, 4),
         slow("h100:1", "qwen3-30b-a3b-fp8", 1, 1),
-        ("h200:8", "deepseek-v3.1", 8, 8),
+        ("h200:8", "deepseek-v3.1-experts", 8, 8),
+        slow("h200:8", "deepseek-v3.1", 8, 8),
         slow("v5p:2x2x4", "deepseek-v3.1", 16, 16),
         slow("v5e:2x2", "gpt-oss-20b-mxfp4", 4, 4),
         ("v6e:2x4", "gpt-oss-120b-mxfp4", 8, 8),
@@ -145,8 +146,10 @@ def test_step_with_experts(
 @pytest.mark.parametrize(
     ("target", "model", "tp_size"),
     [
-        ("v6e:2x4", "deepseek-v2-lite", 4),
-        ("h100:1", "deepseek-v2-lite", 1),
+        ("v6e:2x4", "deepseek-v2-lite-experts", 4),
+        ("h100:1", "deepseek-v2-lite-experts", 1),
+        slow("v6e:2x4", "deepseek-v2-lite", 4),
+        slow("h100:1", "deepseek-v2-lite", 1),
         slow("v5p:2x2x4", "deepseek-v3.1", 16),
         slow("h200:8", "deepseek-v3.1", 8),
     ],
@@ -165,7 +168,7 @@ def test_step_with_mha_prefill(target: str, model: str, tp_size: int, record_pro
         heads = room.backend.config.num_kv_heads // tp_size
         pages = f"[{spec.shape[0]},{heads},"
         assert not [line for line in text.splitlines() if re.search(r" copy(-start)?\(", line) and pages in line]
-    # Two kinds of layers. The cache is written, rows of single tokens decode, and the room has a backend of its own.
+    # The cache is written, rows of single tokens decode, and the room has a backend of its own.
     attention = 1 + 2 + 2 if target.startswith("h") else 3
     kinds = [kind for group in group_layers(engine.step.decoder.config.layers) for kind in group.kinds]
     mlps = {"dense": 0, "experts": 3}

@@ -17,6 +17,7 @@ import pytest
 from api.server import ApiSettings, Server
 from jaxserve.text.tokenizer import load_tokenizer
 from tests.e2e.conftest import loaded, serving
+from tests.support.marks import slow
 from tests.support.schemas import random_schema
 from tests.support.tiny import write_checkpoint
 
@@ -137,7 +138,7 @@ async def streamed(http: httpx.AsyncClient, **fields: Any) -> dict[int, dict[str
     return out
 
 
-@pytest.mark.parametrize("grammar", GRAMMARS)
+@pytest.mark.parametrize("grammar", ["schema", "regex", "required", slow("ebnf"), slow("named")])
 async def test_every_grammar_with_every_two_features(http: httpx.AsyncClient, grammar: str) -> None:
     """Whole and streamed give the same, every choice of it keeps to the grammar, and every token has its list."""
 
