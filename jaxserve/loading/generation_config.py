@@ -54,16 +54,17 @@ def find_generation_config(
         LaunchError: a value is not valid.
     """
     config = read_generation_config(path)
-    sampling = {**config.sampling, **(_DEMO_SAMPLING if name == "demo" else {})} if defaults == "model" else {}
-    try:
-        checked = parse_generation_config({**sampling, **(preferred or {})})
-    except (RequestError, TypeError, ValueError) as error:
-        raise LaunchError(f"--preferred-sampling-params: {error}") from None
-    if unknown := sorted((preferred or {}).keys() - set(_FROM_MODEL)):
+    own = dict(preferred or {})
+    if unknown := sorted(own.keys() - set(_FROM_MODEL)):
         raise LaunchError(
             f"--preferred-sampling-params: unknown parameter {unknown[0]!r}; known: {', '.join(_FROM_MODEL)}"
         )
-    return GenerationConfig(checked.sampling, config.eos_token_ids)
+    sampling = {**config.sampling, **(_DEMO_SAMPLING if name == "demo" else {})} if defaults == "model" else {}
+    try:
+        sampling |= parse_generation_config(own).sampling
+    except (RequestError, TypeError, ValueError) as error:
+        raise LaunchError(f"--preferred-sampling-params: {error}") from None
+    return GenerationConfig(sampling, config.eos_token_ids)
 
 
 def read_generation_config(path: Path) -> GenerationConfig:

@@ -7,7 +7,10 @@ import pytest
 from litestar import Litestar
 from litestar.testing import AsyncTestClient
 
+from api.app import create_app
 from api.server import Server
+from jaxserve.loading.generation_config import GenerationConfig
+from tests.api.conftest import make_server
 from tests.support.fakes import FakeEngineClient
 
 Http = AsyncTestClient[Litestar]
@@ -257,3 +260,17 @@ async def test_no_prompt_of_a_batch_runs_when_not_all_fit(http: Http, engine: Fa
 
 async def test_too_many_ids_to_detokenize(http: Http) -> None:
     assert (await http.post("/detokenize", json={"tokens": [1] * 513})).status_code == 400
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
+async def test_defaults_are_for_what_a_request_does_not_set(path: str, engine: FakeEngineClient) -> None:
+    server = make_server(engine, generation=GenerationConfig({"temperature": 0.3, "top_k": 7}))
+    body = {"messages": CHAT["messages"]} if "chat" in path else {"prompt": "abc"}
+    async with AsyncTestClient(create_app(server)) as http:
+        for own in ({}, {"temperature": 1.5}):
+            assert (await http.post(path, json={**body, "max_tokens": 1, **own})).status_code == 200
+        info = (await http.get("/get_model_info")).json()
+    first, second = (request.sampling for request in engine.submitted)
+    assert (first.temperature, first.top_k) == (0.3, 7)
+    assert (second.temperature, second.top_k) == (1.5, 7)
+    assert info["preferred_sampling_params"] == {"temperature": 0.3, "top_k": 7}

@@ -1,5 +1,6 @@
 """The README's first promise: one command, a real model, sensible words."""
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
@@ -20,6 +21,22 @@ def test_the_demo_knows_a_capital(demo: ServerProcess) -> None:
     assert answer.choices[0].finish_reason == "stop"
     assert answer.usage is not None
     assert answer.usage.prompt_tokens == 37
+
+
+def test_defaults_name_the_capital_and_end(demo: ServerProcess) -> None:
+    """The README's question with the sampling parameters that the demo model recommends, and a seed for each try."""
+
+    def ask(seed: int) -> tuple[bool, str]:
+        answer = client.chat.completions.create(
+            model="demo", messages=[{"role": "user", "content": "What is the capital of France?"}], seed=seed
+        )
+        [choice] = answer.choices
+        return "Paris" in (choice.message.content or ""), choice.finish_reason
+
+    with OpenAI(base_url=f"{demo.url}/v1", api_key="none") as client, ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(ask, range(16)))
+    assert sum(named for named, _ in answers) >= 15
+    assert {reason for _, reason in answers} == {"stop"}
 
 
 def test_a_long_prefix_is_computed_once_and_changes_nothing(demo: ServerProcess) -> None:

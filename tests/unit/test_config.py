@@ -9,7 +9,6 @@ import pytest
 from jaxserve.arguments import build_parser, parse_arguments
 from jaxserve.config import LoraConfig
 from jaxserve.errors import LaunchError
-from jaxserve.loading.generation_config import GenerationConfig, parse_generation_config, read_generation_config
 from jaxserve.models.registry import architecture_name, find_architecture
 from tests.support.tiny import CONFIG
 
@@ -301,18 +300,6 @@ def test_config_file_negations_and_strings(tmp_path: Path) -> None:
     args = parse_arguments(["--config", str(file)]).args
     assert not args.enable_metrics
     assert args.api_key == "12345"
-
-
-@pytest.mark.parametrize("text", ['{"temperature": -1}', '{"top_p": "x"}', "{", '{"eos_token_id": "x"}'])
-def test_bad_generation_defaults_are_told_at_launch(tmp_path: Path, text: str) -> None:
-    (tmp_path / "generation_config.json").write_text(text)
-    with pytest.raises(LaunchError, match=r"generation_config\.json"):
-        read_generation_config(tmp_path)
-
-
-def test_generation_defaults_of_hugging_face() -> None:
-    values = {"top_k": 0, "temperature": 0.6, "do_sample": True, "eos_token_id": [1, 2]}
-    assert parse_generation_config(values) == GenerationConfig({"top_k": -1, "temperature": 0.6}, (1, 2))
 
 
 @pytest.mark.parametrize(
