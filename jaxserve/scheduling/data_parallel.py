@@ -1,4 +1,4 @@
-"""One scheduler per copy of the model. Copies take their steps together and share nothing else."""
+"""One scheduler per replica. Replicas take their steps together and share nothing else."""
 
 from collections.abc import Sequence
 
@@ -9,10 +9,10 @@ from jaxserve.step import Plans, StepOutput
 
 
 class DataParallelScheduler:
-    """What `Scheduler` does, over `--dp-size` of them; a request stays with the copy it was given to.
+    """What `Scheduler` does, over `--dp-size` of them; a request stays with the replica it was given to.
 
     Args:
-        schedulers: one per copy, in the order of the mesh's `data` axis.
+        schedulers: one per replica, in the order of the mesh's `data` axis.
     """
 
     def __init__(self, schedulers: Sequence[Scheduler]) -> None:
@@ -20,16 +20,16 @@ class DataParallelScheduler:
 
     @property
     def idle(self) -> bool:
-        """Whether no copy has anything to do."""
+        """Whether no replica has anything to do."""
         return all(scheduler.idle for scheduler in self._schedulers)
 
     @property
     def stats(self) -> SchedulerStats:
-        """Sums over the copies."""
+        """Sums over the replicas."""
         return SchedulerStats(*map(sum, zip(*(scheduler.stats for scheduler in self._schedulers), strict=True)))
 
     def add(self, request: Request, constraints: Sequence[Constraint] = ()) -> None:
-        """Queue a request with the copy that has the fewest choices; of those, where most of its prompt is cached."""
+        """Queue a request with the replica that has the fewest choices; among equals, the most cached prompt tokens."""
         fewest = min(scheduler.num_live for scheduler in self._schedulers)
         best = [scheduler for scheduler in self._schedulers if scheduler.num_live == fewest]
         if len(best) > 1:  # walking the prompt through the prefix caches is only worth it for a choice
@@ -42,7 +42,7 @@ class DataParallelScheduler:
             scheduler.abort(request_id, choice)
 
     def schedule(self) -> Plans | None:
-        """Plan the next step of every copy, or None when none can run."""
+        """Plan the next step of every replica, or None when none can run."""
         doubtful = next((scheduler for scheduler in self._schedulers if scheduler.quarantined), None)
         plans = tuple(
             scheduler.schedule() if doubtful is None or scheduler is doubtful else None
@@ -64,11 +64,11 @@ class DataParallelScheduler:
         )
 
     def take_deltas(self) -> list[TokenDelta]:
-        """What clients are to be told since the last call."""
+        """Updates for clients since the last call."""
         return [delta for scheduler in self._schedulers for delta in scheduler.take_deltas()]
 
     def requeue_after_failure(self) -> None:
-        """See `Scheduler.requeue_after_failure`: the copies' steps raise together."""
+        """See `Scheduler.requeue_after_failure`: the replicas' steps raise together."""
         alone = sum(scheduler.num_in_flight for scheduler in self._schedulers) == 1
         for scheduler in self._schedulers:
             scheduler.requeue_after_failure(alone=alone)

@@ -14,14 +14,16 @@ from itertools import islice
 from typing import NamedTuple
 
 from jaxserve.config import CacheConfig, SchedulerConfig
-from jaxserve.request import FinishReason, Request, TokenDelta, TokenLogprobs
+from jaxserve.request import FinishReason, Request, TokenDelta
 from jaxserve.scheduling.adapter_slots import AdapterSlots
 from jaxserve.scheduling.constraint import Constraint
+from jaxserve.scheduling.output import NewToken, add_prompt_logprobs, forced_token, make_delta, sampled_token
 from jaxserve.scheduling.pages import PagePool
 from jaxserve.scheduling.prefix_cache import PrefixCache
+from jaxserve.scheduling.quarantine import Quarantine
 from jaxserve.scheduling.sequence import Sequence, cache_key_prefix_of
 from jaxserve.scheduling.step_builder import StepBuilder
-from jaxserve.step import PromptLogprobs, SchedulerOutput, StepOutput
+from jaxserve.step import SchedulerOutput, StepOutput
 
 # Longest-prefix-first looks at this many waiting requests; a longer queue is served in order of arrival.
 _LPM_WINDOW = 128
@@ -29,8 +31,6 @@ _LPM_WINDOW = 128
 _ADMISSION_WINDOW = 256
 # Known tokens are run at once when a step does so many for each row, else one by one: such a step is cheaper.
 _MIN_TOKENS_PER_ROW = 2
-# A sequence that was alone in so many steps that raised is ended, so that the others can go on.
-_MAX_FAILED_STEPS = 2
 
 
 class SchedulerStats(NamedTuple):
@@ -51,37 +51,13 @@ class _InFlight(NamedTuple):
     num_preemptions: tuple[int, ...]
 
 
-class _NewToken(NamedTuple):
-    id: int
-    logprobs: TokenLogprobs | None
-
-
-def _sampled_token(sequence: Sequence, index: int, output: StepOutput) -> _NewToken:
-    """The token that a step drew for the row with this index."""
-    token_id = int(output.token_ids_B[index])
-    count = sequence.request.sampling.num_logprobs
-    if count is None or output.top_ids_BJ is None or output.top_logprobs_BJ is None:
-        return _NewToken(token_id, None)
-    top_ids = tuple(output.top_ids_BJ[index, :count].tolist())
-    top_logprobs = tuple(output.top_logprobs_BJ[index, :count].tolist())
-    return _NewToken(token_id, TokenLogprobs(float(output.logprobs_B[index]), top_ids, top_logprobs))
-
-
-def _forced(sequence: Sequence, token_id: int) -> _NewToken:
-    """A token without alternatives: its probability is 1."""
-    count = sequence.request.sampling.num_logprobs
-    if count is None:
-        return _NewToken(token_id, None)
-    return _NewToken(token_id, TokenLogprobs(0.0, (token_id,)[:count], (0.0,)[:count]))
-
-
 class Scheduler:
     """The waiting queue, the running sequences and their pages.
 
     Args:
         config: limits.
         cache: the pool.
-        adapters: slots of LoRA adapters, which the schedulers of all copies share.
+        adapters: slots of LoRA adapters, which the schedulers of all replicas share.
     """
 
     def __init__(self, config: SchedulerConfig, cache: CacheConfig, adapters: AdapterSlots | None = None) -> None:
@@ -95,8 +71,7 @@ class Scheduler:
         self._in_flight: deque[_InFlight] = deque()
         self._free_rows = list(range(config.max_rows - 1, -1, -1))
         self._live: dict[str, list[Sequence]] = {}
-        # In the order in which they are to be tried; see `requeue_after_failure`.
-        self._quarantined: dict[Sequence, None] = {}
+        self._quarantine = Quarantine()
         self._outbox: list[TokenDelta] = []
         self._step = 0
         self._num_preemptions = 0
@@ -163,8 +138,8 @@ class Scheduler:
     def schedule(self) -> SchedulerOutput | None:
         """Plan the next step, or None when no sequence can run."""
         step = StepBuilder(self._config)
-        if self._quarantined:
-            self._schedule_quarantined(next(iter(self._quarantined)), step)
+        if self._quarantine:
+            self._schedule_quarantined(self._quarantine.first, step)
         else:
             self._schedule_all_running(step)
             self._admit(step)
@@ -178,7 +153,7 @@ class Scheduler:
         return plan
 
     def update(self, output: StepOutput) -> None:
-        """Take in the results of the oldest step in flight."""
+        """Process the results of the oldest step in flight."""
         plan, sequences, num_preemptions = self._in_flight.popleft()
         for index, (row, sequence) in enumerate(zip(plan.rows, sequences, strict=True)):
             if sequence.finished:
@@ -191,16 +166,16 @@ class Scheduler:
                 self._finish_unsampled(sequence)
                 continue
             end = row.num_computed_tokens + row.num_tokens
-            if end >= sequence.num_tokens_at_failure:
-                self._quarantined.pop(sequence, None)
+            self._quarantine.passed(sequence, end)
             preempted_since = sequence.num_preemptions != num_preemptions[index]
             if preempted_since and sequence.collects_prompt_logprobs:
-                continue  # the whole prompt is computed again, and its draw with it
+                continue  # the whole prompt is computed and its token sampled again
             if not preempted_since:
-                self._take_prompt_logprobs(sequence, output.prompt.get(index))
+                if index in output.prompt:
+                    add_prompt_logprobs(sequence, output.prompt[index])
                 self._index_pages(sequence, end)
             if row.samples and not void:
-                self._advance(sequence, [_sampled_token(sequence, index, output)])
+                self._advance(sequence, [sampled_token(sequence, index, output)])
             elif end == sequence.num_prompt_tokens and not sequence.request.sampling.max_tokens:
                 self._finish(sequence, FinishReason.LENGTH)
 
@@ -220,7 +195,7 @@ class Scheduler:
         }
 
     def take_deltas(self) -> list[TokenDelta]:
-        """What clients are to be told since the last call."""
+        """Updates for clients since the last call."""
         deltas, self._outbox = self._outbox, []
         return deltas
 
@@ -232,7 +207,7 @@ class Scheduler:
     @property
     def quarantined(self) -> bool:
         """Whether a sequence has to be run alone, to see whether it is the one whose steps raise."""
-        return bool(self._quarantined)
+        return bool(self._quarantine)
 
     def requeue_after_failure(self, *, alone: bool) -> None:
         """Queue every running sequence anew after a step raised and the cache was lost.
@@ -241,14 +216,11 @@ class Scheduler:
         are tried one at a time, until each has got past the point that it had reached.
 
         Args:
-            alone: no sequence of another copy of the model was in these steps.
+            alone: no sequence of another replica was in these steps.
         """
         in_flight = dict.fromkeys(sequence for step in self._in_flight for sequence in step.sequences)
         self._in_flight.clear()
-        for sequence in in_flight:
-            if not sequence.finished:
-                sequence.num_tokens_at_failure = max(sequence.num_tokens_at_failure, sequence.num_computed_tokens)
-                self._quarantined[sequence] = None
+        self._quarantine.add(in_flight)
         for sequence in [sequence for sequences in self._live.values() for sequence in sequences]:
             sequence.num_in_flight = 0
         for sequence in reversed(self._running.copy()):
@@ -257,8 +229,7 @@ class Scheduler:
         self._adapters.clear()
         if alone and len(in_flight) == 1:
             [sequence] = in_flight
-            sequence.num_failed_steps += 1
-            if sequence.num_failed_steps == _MAX_FAILED_STEPS and not sequence.finished:
+            if self._quarantine.failed_alone(sequence):
                 self._finish(sequence, FinishReason.ERROR, error="internal_error: its steps fail")
 
     def flush_cache(self) -> bool:
@@ -430,18 +401,9 @@ class Scheduler:
         sequence.pages = []
         sequence.num_sent_pages = 0
 
-    def _take_prompt_logprobs(self, sequence: Sequence, prompt: PromptLogprobs | None) -> None:
-        if prompt is None:
-            return
-        count = sequence.request.sampling.num_logprobs or 0
-        sequence.prompt_logprobs.extend(
-            TokenLogprobs(float(logprob), tuple(ids[:count].tolist()), tuple(values[:count].tolist()))
-            for logprob, ids, values in zip(prompt.logprobs_C, prompt.top_ids_CJ, prompt.top_logprobs_CJ, strict=True)
-        )
-
-    def _advance(self, sequence: Sequence, sampled: list[_NewToken]) -> None:
-        """Append drawn tokens and those that must follow them, tell the client, and end the sequence where it ends."""
-        new: list[_NewToken] = []
+    def _advance(self, sequence: Sequence, sampled: list[NewToken]) -> None:
+        """Append sampled tokens and forced ones after them, update the client, and end the sequence if it is over."""
+        new: list[NewToken] = []
         reason = None
         for token in sampled:
             new.append(token)
@@ -451,17 +413,17 @@ class Scheduler:
             for token_id in constraint.forced()[
                 : sequence.request.sampling.max_tokens - sequence.num_known_output_tokens
             ]:
-                # What is in flight for these places is void; nothing was computed from it yet.
+                # Tokens in flight for these positions are void; nothing was computed from them yet.
                 sequence.num_in_flight = 0
                 assert sequence.num_computed_tokens <= len(sequence.token_ids)
-                new.append(_forced(sequence, token_id))
+                new.append(forced_token(sequence, token_id))
                 reason = self._append(sequence, token_id)
                 if reason is not None:
                     break
         if constraint is not None and constraint.error is not None:
             self._finish(sequence, FinishReason.ERROR, error=f"grammar: {constraint.error}", refused=True)
         elif new:
-            self._send(sequence, new, reason)
+            self._outbox.append(make_delta(sequence, new, reason))
             if reason is not None:
                 self._close(sequence)
 
@@ -480,39 +442,14 @@ class Scheduler:
             return FinishReason.LENGTH
         return None
 
-    def _send(
-        self,
-        sequence: Sequence,
-        new: list[_NewToken],
-        reason: FinishReason | None,
-        *,
-        error: str | None = None,
-        refused: bool = False,
-    ) -> None:
-        last = new[-1].id if new else -1
-        self._outbox.append(
-            TokenDelta(
-                request_id=sequence.request.id,
-                choice=sequence.choice,
-                token_ids=tuple(token.id for token in new),
-                logprobs=tuple(token.logprobs for token in new if token.logprobs is not None),
-                prompt_logprobs=tuple(sequence.prompt_logprobs) if sequence.num_known_output_tokens == len(new) else (),
-                finish_reason=reason,
-                matched_stop=last if reason is FinishReason.STOP and sequence.stops_at(last) else None,
-                num_cached_tokens=sequence.num_cached_tokens or 0,
-                error=error,
-                refused=refused,
-            )
-        )
-
     def _finish(
         self, sequence: Sequence, reason: FinishReason, *, error: str | None = None, refused: bool = False
     ) -> None:
-        self._send(sequence, [], reason, error=error, refused=refused)
+        self._outbox.append(make_delta(sequence, [], reason, error=error, refused=refused))
         self._close(sequence)
 
     def _finish_unsampled(self, sequence: Sequence) -> None:
-        """No token could be drawn."""
+        """End a sequence for which no token could be sampled."""
         sampling = sequence.request.sampling
         if sequence.constraint is not None and (sampling.logit_bias or sampling.min_tokens):
             error = "grammar, logit_bias and min_tokens together allow no token"
@@ -526,7 +463,7 @@ class Scheduler:
             self._leave_row(sequence)
         else:
             self._waiting.remove(sequence)
-        self._quarantined.pop(sequence, None)
+        self._quarantine.remove(sequence)
         siblings = self._live[sequence.request.id]
         siblings.remove(sequence)
         if not siblings:
