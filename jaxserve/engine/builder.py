@@ -106,9 +106,9 @@ def build_engine(config: EngineConfig, bar: ProgressBar) -> BuiltEngine:
     with _open(config) as source:
         if config.nnodes > 1:
             followers = accept_followers(config, _digest(source, config))
-        meet = _alone if followers is None else followers.meet
-        built = _build_runner(config, source, bar, meet)
-    _warm_up(built, bar, meet)
+        min_over_hosts = _alone if followers is None else followers.min_over_hosts
+        built = _build_runner(config, source, bar, min_over_hosts)
+    _warm_up(built, bar, min_over_hosts)
     compiles.mark_ready()
     device = jax.devices()[0]
     info = EngineInfo(
@@ -150,8 +150,8 @@ def build_follower(config: EngineConfig, bar: ProgressBar) -> Follower:
     _configure_jax(config)
     with _open(config) as source:
         leader = join_leader(config, _digest(source, config))
-        built = _build_runner(config, source, bar, leader.meet)
-    _warm_up(built, bar, leader.meet)
+        built = _build_runner(config, source, bar, leader.min_over_hosts)
+    _warm_up(built, bar, leader.min_over_hosts)
     return Follower(built.runner, leader)
 
 
@@ -160,10 +160,10 @@ def _alone(value: int) -> int:
     return value
 
 
-def _warm_up(built: BuiltRunner, bar: ProgressBar, meet: MinOverHosts) -> None:
+def _warm_up(built: BuiltRunner, bar: ProgressBar, min_over_hosts: MinOverHosts) -> None:
     with Phase("compilation") as phase:
         built.runner.compile(lambda buckets: bar(buckets, "compiling steps", built.runner.num_programs))
-        meet(0)  # collectives of CPU devices wait 30 s for a host that compiles longer, no more
+        min_over_hosts(0)  # collectives of CPU devices wait 30 s for a host that compiles longer, no more
         built.runner.warm_up()
         phase.detail = f", {built.runner.num_programs} programs"
     _trim_heap()
@@ -216,7 +216,7 @@ def build_runner(config: EngineConfig, bar: ProgressBar) -> BuiltRunner:
 
 
 def _build_runner(
-    config: EngineConfig, source: TensorSource | OrbaxCheckpoint, bar: ProgressBar, meet: MinOverHosts
+    config: EngineConfig, source: TensorSource | OrbaxCheckpoint, bar: ProgressBar, min_over_hosts: MinOverHosts
 ) -> BuiltRunner:
     layout = layout_model(config, source.config, make_mesh(config.tp_size, config.dp_size, config.ep_size))
     platform = layout.mesh.devices.flat[0].platform
@@ -233,7 +233,7 @@ def _build_runner(
     lora_pool = None if first is None else first.layout
     slot_bytes = 0 if lora_pool is None else lora_pool_bytes(layout.decoder, lora_pool, layout.mesh)
     # All hosts run the same shapes: the one with the least room decides.
-    engine = layout_engine(config, layout, meet(_pool_bytes(config, platform, slot_bytes)), lora_pool)
+    engine = layout_engine(config, layout, min_over_hosts(_pool_bytes(config, platform, slot_bytes)), lora_pool)
     logger.info(
         "key/value pool: %d pages of %d tokens, %.0f MB on each device",
         engine.cache.num_pages,
@@ -242,7 +242,7 @@ def _build_runner(
     )
     if layout.decoder.args.parallelism.kv_scales:
         with Phase("KV scales"):
-            weights = with_kv_scales(engine.step, weights, lambda: meet(0))
+            weights = with_kv_scales(engine.step, weights, lambda: min_over_hosts(0))
     runner = ModelRunner(engine.step, weights)
     for name, adapter in first.by_name.items() if first is not None else ():
         runner.add_adapter(name, adapter)

@@ -131,7 +131,7 @@ class TokenStream:
             )
 
     def close(self) -> None:
-        """Nobody reads any more: the engine is told if it still works on it. Synchronous, so it works anywhere."""
+        """Abort the request in the engine if it is still running. Synchronous, so it works anywhere."""
         self._on_close(self._request.id)
 
 
@@ -189,7 +189,7 @@ class AdapterAnswers:
         if (error := await future) is not None:
             raise AdapterError(error)
 
-    def tell(self, key: str, error: str | None) -> None:
+    def report(self, key: str, error: str | None) -> None:
         """What is wrong, or None."""
         future = self._futures.pop(key, None)
         if future is not None and not future.done():

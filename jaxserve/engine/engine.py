@@ -1,18 +1,31 @@
-"""The step loop: schedule, send the forward pass, take in the step before, send the draws.
+"""The step loop: schedule, launch the forward pass, process the previous step, launch sampling.
 
 Runs on one thread and knows no transport.
 
 The forward pass of step n + 1 is sent before the tokens of step n reach the host, so the host works while the device
-does; what the draws of step n + 1 may be is told once those tokens are known.
+does; the constraints on the tokens of step n + 1 follow once the tokens of step n are known.
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, wait
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
+from jaxserve.engine.messages import (
+    Abort,
+    AdapterAnswer,
+    CacheFlushed,
+    FlushCache,
+    LoadAdapter,
+    Shutdown,
+    Submit,
+    ToEngine,
+    UnloadAdapter,
+    UseTokenizer,
+)
 from jaxserve.lora.store import AdapterStore, Answer
 from jaxserve.request import AdapterSource, FinishReason, GrammarTokenizer, Request, TokenDelta, adapter_name
 from jaxserve.runner_protocol import Pending, Runner
@@ -29,6 +42,10 @@ _MAX_RESETS = 3
 _COMPILE_POLL_S = 0.005
 
 
+# Takes the answer to a message.
+Reply: TypeAlias = Callable[[CacheFlushed | AdapterAnswer], None]
+
+
 class _Compiling(NamedTuple):
     request: Request
     constraints: Future[list[OutputConstraint]]
@@ -38,9 +55,9 @@ class Engine:
     """Requests in, token deltas out.
 
     Args:
-        runner: of the model.
+        runner: the runner of the model.
         scheduler: decides what it runs.
-        vocab_size: of the model.
+        vocab_size: vocabulary size of the model.
         adapters: LoRA adapters that requests may name; None where they may name none.
     """
 
@@ -76,19 +93,43 @@ class Engine:
             waiting += self._adapters.num_parked
         return stats._replace(num_waiting=stats.num_waiting + waiting)
 
+    def handle(self, message: ToEngine, reply: Reply) -> bool:
+        """Do what a message asks for; False if it asks for the shutdown.
+
+        Args:
+            message: a message from the API process.
+            reply: takes the answer: now, or in a later step for adapters.
+        """
+        match message:
+            case UseTokenizer(tokenizer=tokenizer):
+                self.use_tokenizer(tokenizer)
+            case Submit(request=request):
+                self.add(request)
+            case Abort(request_id=request_id, choice=choice):
+                self.abort(request_id, choice)
+            case FlushCache():
+                reply(CacheFlushed(flushed=self.flush_cache()))
+            case LoadAdapter(source=source):
+                self.load_adapter(source, partial(_answer, reply, source.key))
+            case UnloadAdapter(key=key):
+                self.unload_adapter(key, partial(_answer, reply, key))
+            case Shutdown():
+                return False
+        return True
+
     def use_tokenizer(self, tokenizer: GrammarTokenizer) -> None:
         """Take constrained requests from now on."""
         self._grammars = GrammarCompiler(tokenizer, self._vocab_size)
 
     def load_adapter(self, source: AdapterSource, answer: Answer) -> None:
-        """Read a LoRA adapter while requests run; `answer` is told, in a later step, what was wrong with it."""
+        """Read a LoRA adapter while requests run; `answer` is called in a later step with the error, or None."""
         if self._adapters is None:
             answer("the engine runs without LoRA")
         else:
             self._adapters.load(source, answer)
 
     def unload_adapter(self, key: str, answer: Answer) -> None:
-        """Take no more requests with an adapter, and let it go after the last one; `answer` is told then."""
+        """Take no more requests with an adapter, and let it go after the last one; `answer` is called then."""
         if self._adapters is None:
             answer("the engine runs without LoRA")
         else:
@@ -115,7 +156,7 @@ class Engine:
         """End a request, or one choice of it."""
         compiling = self._compiling.get(request_id)
         if compiling is not None:
-            if choice is None:  # a choice cannot have been told anything yet
+            if choice is None:  # the client has no output of the choice yet
                 del self._compiling[request_id]
                 compiling.constraints.cancel()
                 self._end(compiling.request, FinishReason.ABORT)
@@ -216,3 +257,7 @@ class Engine:
             else:
                 return
         raise error
+
+
+def _answer(reply: Reply, key: str, error: str | None) -> None:
+    reply(AdapterAnswer(key, error))

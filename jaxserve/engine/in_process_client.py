@@ -3,12 +3,13 @@
 import asyncio
 import queue
 import threading
-from functools import partial
 
 from jaxserve.engine.client import AdapterAnswers, Streams, TokenStream
 from jaxserve.engine.engine import Engine
 from jaxserve.engine.messages import (
     Abort,
+    AdapterAnswer,
+    CacheFlushed,
     EngineInfo,
     EngineStats,
     FlushCache,
@@ -109,9 +110,12 @@ class InProcessEngineClient:
         if self._streams.remove(request_id):
             self._inbox.put(Abort(request_id=request_id))
 
-    def _answer(self, key: str, error: str | None) -> None:
-        """On the engine's thread."""
-        self._loop.call_soon_threadsafe(self._adapter_answers.tell, key, error)
+    def _reply(self, answer: CacheFlushed | AdapterAnswer) -> None:
+        """Pass an answer on; runs on the engine's thread."""
+        if isinstance(answer, CacheFlushed):
+            self._flushed.put(answer.flushed)
+        else:
+            self._loop.call_soon_threadsafe(self._adapter_answers.report, answer.key, answer.error)
 
     def _run(self) -> None:
         try:
@@ -128,23 +132,10 @@ class InProcessEngineClient:
         self._adapter_answers.fail_all(lost)
 
     def _take_messages(self) -> bool:
-        """Handle what waits, or wait for something to handle; False to end."""
+        """Handle the messages that wait, or wait for one while the engine is idle; False to end."""
         while self._engine.idle or not self._inbox.empty():
-            match self._inbox.get():
-                case UseTokenizer(tokenizer=tokenizer):
-                    self._engine.use_tokenizer(tokenizer)
-                case Submit(request=request):
-                    self._engine.add(request)
-                case Abort(request_id=request_id, choice=choice):
-                    self._engine.abort(request_id, choice)
-                case FlushCache():
-                    self._flushed.put(self._engine.flush_cache())
-                case LoadAdapter(source=source):
-                    self._engine.load_adapter(source, partial(self._answer, source.key))
-                case UnloadAdapter(key=key):
-                    self._engine.unload_adapter(key, partial(self._answer, key))
-                case Shutdown():
-                    return False
+            if not self._engine.handle(self._inbox.get(), self._reply):
+                return False
         return True
 
     def _deliver(self, deltas: list[TokenDelta]) -> None:

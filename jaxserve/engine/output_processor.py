@@ -1,4 +1,4 @@
-"""From token deltas to text: one request, its choices, and what clients are told of them.
+"""From token deltas to text: one request, its choices, and what clients see of them.
 
 Used by the HTTP API and by the offline `LLM` alike.
 """
@@ -48,7 +48,7 @@ class ChoiceDelta(NamedTuple):
     Attributes:
         choice: index of the choice.
         text: new text; may be empty.
-        pieces: of a message, that the new text has made certain, if it is read as one.
+        pieces: parts of the message that the new text completes; empty if there is no message parser.
         tokens: new tokens with log-probabilities, where they were asked for.
         token_ids: new tokens, as far as they are shown.
         finish_reason: None until the end.
@@ -122,7 +122,7 @@ class _Shown:
         self.token_ids: list[int] = []
 
     def delta(self, choice: int) -> ChoiceDelta:
-        """Of a choice."""
+        """The step's output of a choice."""
         return ChoiceDelta(
             choice, "".join(self.text), tuple(self.pieces), tuple(self.tokens), tuple(self.token_ids)
         )  # fmt: skip
@@ -200,7 +200,7 @@ class GenerationStream:
 
     Attributes:
         usage: kept up to date while iterating.
-        prompt_logprobs: of prompt tokens [1, len), once the first delta has come, if they were asked for.
+        prompt_logprobs: log-probabilities of prompt tokens [1, len) from the first delta on, if the request wants them.
 
     Raises:
         OverloadedError, UnavailableError: as `EngineClient.submit` does.

@@ -10,7 +10,6 @@ import signal
 import sys
 import threading
 from collections.abc import Iterable
-from functools import partial
 from typing import Any
 
 import msgspec
@@ -18,20 +17,11 @@ import zmq
 
 from jaxserve.config import EngineConfig
 from jaxserve.engine.messages import (
-    Abort,
-    AdapterAnswer,
-    CacheFlushed,
     Deltas,
     EngineStats,
-    FlushCache,
     FromEngine,
-    LoadAdapter,
     Ready,
-    Shutdown,
     StartFailed,
-    Submit,
-    UnloadAdapter,
-    UseTokenizer,
     decode_to_engine,
     encode,
 )
@@ -44,7 +34,7 @@ _IDLE_POLL_MS = 1000
 
 
 def main() -> int:
-    """Run until told to shut down."""
+    """Run until the API process asks for the shutdown."""
     # Ctrl-C reaches the whole group, and a service manager signals every process: the parent drains, then decides.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -121,38 +111,17 @@ class _Worker:
         """Step while there is work; sleep on the socket while there is none."""
         while True:
             while self._socket.poll(0 if not self._engine.idle else _IDLE_POLL_MS):
-                if not self._handle(self._socket.recv()):
+                if not self._engine.handle(decode_to_engine(self._socket.recv()), self._send):
+                    if self._built.followers is not None:
+                        self._built.followers.finish()
                     return
             if not self._engine.idle:
                 deltas = self._engine.step()
                 if deltas:
                     self._send(Deltas(deltas=deltas, stats=self._stats()))
 
-    def _handle(self, data: bytes) -> bool:
-        match decode_to_engine(data):
-            case UseTokenizer(tokenizer=tokenizer):
-                self._engine.use_tokenizer(tokenizer)
-            case Submit(request=request):
-                self._engine.add(request)
-            case Abort(request_id=request_id, choice=choice):
-                self._engine.abort(request_id, choice)
-            case FlushCache():
-                self._send(CacheFlushed(flushed=self._engine.flush_cache()))
-            case LoadAdapter(source=source):
-                self._engine.load_adapter(source, partial(self._answer, source.key))
-            case UnloadAdapter(key=key):
-                self._engine.unload_adapter(key, partial(self._answer, key))
-            case Shutdown():
-                if self._built.followers is not None:
-                    self._built.followers.finish()
-                return False
-        return True
-
     def _stats(self) -> EngineStats:
         return EngineStats(**self._engine.stats._asdict(), **self._built.compiles.counts())
-
-    def _answer(self, key: str, error: str | None) -> None:
-        self._send(AdapterAnswer(key, error))
 
     def _send(self, message: FromEngine) -> None:
         self._socket.send(encode(message))

@@ -184,7 +184,7 @@ class ProcessEngineClient:
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def kill(self) -> None:
-        """End the process now; for a launcher that is told twice to stop."""
+        """End the process now; for a launcher that gets a second signal."""
         if self._process is not None and self._process.poll() is None:
             self._process.kill()
 
@@ -220,7 +220,7 @@ class ProcessEngineClient:
                 case CacheFlushed(flushed=flushed):
                     self._flushes.pop(0).set_result(flushed)
                 case AdapterAnswer(key=key, error=error):
-                    self._adapter_answers.tell(key, error)
+                    self._adapter_answers.report(key, error)
 
     async def _watch(self, ready: "asyncio.Future[EngineInfo]") -> None:
         """Notice the end of the process within a moment, without a thread."""

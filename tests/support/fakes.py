@@ -277,7 +277,7 @@ class FakeEngineClient:
 
     async def _ask(self, key: str, ask: Callable[[Answer], None]) -> None:
         def send() -> None:
-            ask(partial(self._adapter_answers.tell, key))
+            ask(partial(self._adapter_answers.report, key))
             self._wake()
 
         await self._adapter_answers.ask(key, send)
