@@ -5,7 +5,6 @@ import hashlib
 import os
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -13,28 +12,14 @@ from typing import Any
 import msgspec
 import yaml
 
-from jaxserve.config import EngineConfig, LoraConfig
+from jaxserve.config import EngineConfig, HttpConfig, LoraConfig, ModelFiles, OutputConfig, ServeConfig
 from jaxserve.errors import LaunchError
 from jaxserve.loading.hub import cache_folder
 from jaxserve.parsing.reasoning.registry import REASONING_FORMATS
 from jaxserve.parsing.tool_calls.registry import TOOL_CALL_FORMATS
 from jaxserve.text.completion_template import COMPLETION_TEMPLATES
 
-# Flags that are told to nobody.
-SECRETS = ("api_key", "admin_api_key")
-
-
-@dataclass(frozen=True, kw_only=True)
-class LaunchConfig:
-    """Everything the launcher was told.
-
-    Attributes:
-        args: the parsed flags.
-        engine: what the engine process is told; `model_path` is still the user's name for the model.
-    """
-
-    args: argparse.Namespace
-    engine: EngineConfig
+_SECRETS = ("api_key", "admin_api_key")
 
 
 class _LoraPath(msgspec.Struct, forbid_unknown_fields=True):
@@ -80,7 +65,7 @@ def model_flags(group: argparse._ArgumentGroup) -> None:  # pyright: ignore[repo
         "--dtype",
         choices=["auto", "float32", "bfloat16", "float16"],
         default="auto",
-        help="of weights and activations; auto is the checkpoint's, with bfloat16 for float16",
+        help="dtype of weights and activations; auto is the checkpoint's dtype, and bfloat16 instead of float16",
     )
     group.add_argument(
         "--context-length", type=int, help="tokens of prompt and output together; the model's own if unset"
@@ -121,16 +106,16 @@ def _server_flags(group: argparse._ArgumentGroup) -> None:  # pyright: ignore[re
     group.add_argument("--host", default="127.0.0.1", help="address to bind")
     group.add_argument("--port", type=int, default=30000, help="port to bind")
     group.add_argument("--served-model-name", help="name in the API; --model-path if unset")
-    group.add_argument("--api-key", help="clients must send it; JAXSERVE_API_KEY in the environment if unset")
+    group.add_argument("--api-key", help="key that clients must send; JAXSERVE_API_KEY in the environment if unset")
     group.add_argument(
         "--admin-api-key",
-        help="wanted, instead of the API key, by routes that change the server: LoRA, flush_cache, abort_request; "
-        "JAXSERVE_ADMIN_API_KEY in the environment if unset",
+        help="key for the routes that change the server (LoRA, flush_cache, abort_request), which the API key then "
+        "does not open; JAXSERVE_ADMIN_API_KEY in the environment if unset",
     )
     group.add_argument(
         "--strict-params",
         action="store_true",
-        help="refuse requests with fields that are not known; else they are logged",
+        help="refuse requests with unknown fields, which are logged otherwise",
     )
     group.add_argument(
         "--skip-server-warmup", action="store_true", help="do not generate a token before reporting ready"
@@ -145,30 +130,33 @@ def _output_flags(group: argparse._ArgumentGroup) -> None:  # pyright: ignore[re
         "--reasoning-parser",
         type=str.lower,
         choices=["auto", *REASONING_FORMATS],
-        help="tells thinking from answers; auto goes by the chat template. Thinking stays in the content if unset",
+        help="separates reasoning from the answer; auto detects the format from the chat template. Reasoning stays "
+        "in the content if unset",
     )
     group.add_argument(
         "--tool-call-parser",
         type=str.lower,
         choices=["auto", *TOOL_CALL_FORMATS],
         default="auto",
-        help="finds tool calls in answers to requests with tools; auto goes by the chat template",
+        help="finds tool calls in answers to requests with tools; auto detects the format from the chat template",
     )
     group.add_argument(
         "--completion-template",
-        help=f"of requests with a suffix: {', '.join(COMPLETION_TEMPLATES)}, or a text with {{prompt}} and {{suffix}}",
+        help="template of completion requests with a suffix: "
+        f"{', '.join(COMPLETION_TEMPLATES)}, or a text with {{prompt}} and {{suffix}}",
     )
     group.add_argument(
         "--grammar-backend",
         choices=["llguidance", "none"],
         default="llguidance",
-        help="enforces schemas, patterns and rules; none refuses them",
+        help="enforces structured outputs; none refuses requests for them",
     )
     group.add_argument(
         "--constrained-json-disable-any-whitespace", action="store_true", help="no white space in constrained JSON"
     )
     group.add_argument(
-        "--constrained-json-whitespace-pattern", help="what may stand between the tokens of constrained JSON, a regex"
+        "--constrained-json-whitespace-pattern",
+        help="regular expression of the white space between the tokens of constrained JSON",
     )
 
 
@@ -177,7 +165,7 @@ def memory_flags(group: argparse._ArgumentGroup) -> None:  # pyright: ignore[rep
     group.add_argument(
         "--mem-fraction-static",
         type=float,
-        help="share of the memory left after the weights for the key/value pool; 0.88 if unset, 512 MiB on CPU",
+        help="fraction of the memory left after the weights for the key/value pool; 0.88 if unset, 512 MiB on CPU",
     )
     group.add_argument("--max-total-tokens", type=int, help="size of the key/value pool in tokens; overrides the above")
     group.add_argument(
@@ -195,19 +183,21 @@ def memory_flags(group: argparse._ArgumentGroup) -> None:  # pyright: ignore[rep
         "--kv-cache-dtype",
         choices=["auto", "bf16", "bfloat16", "fp8_e4m3", "int8"],
         default="auto",
-        help="of cached keys and values; auto is that of the activations",
+        help="dtype of cached keys and values; auto is the dtype of the activations",
     )
     group.add_argument(
         "--quantization",
         choices=["int8", "fp8", "int4", "awq", "gptq", "compressed-tensors", "mxfp4"],
-        help="int8, fp8 and int4 quantise a plain checkpoint's linear maps while it is loaded (a factor for each row, "
-        "of int4 for each 32 inputs); any other must be what the checkpoint is. Unset: as the checkpoint is",
+        help="int8, fp8 and int4 quantise the linear layers of a plain checkpoint while it is loaded (one scale per "
+        "row, for int4 per 32 inputs); any other value must be the checkpoint's own format, which is used if unset",
     )
 
 
 def _queue_flags(group: argparse._ArgumentGroup) -> None:  # pyright: ignore[reportPrivateUsage]
     group.add_argument(
-        "--max-queued-requests", type=int, help="choices that may wait; more are refused with 429. No limit if unset"
+        "--max-queued-requests",
+        type=int,
+        help="choices that may wait; further requests are refused with 429. No limit if unset",
     )
     group.add_argument(
         "--schedule-policy",
@@ -222,7 +212,11 @@ def device_flags(group: argparse._ArgumentGroup) -> None:  # pyright: ignore[rep
     """How a step is split and computed."""
     group.add_argument("--tp-size", "--tp", type=int, default=1, help="devices that a model is split over")
     group.add_argument(
-        "--dp-size", "--dp", type=int, default=1, help="copies of the model, each with its own rows and pool"
+        "--dp-size",
+        "--dp",
+        type=int,
+        default=1,
+        help="replicas of the model, each with its own requests and key/value pool",
     )
     group.add_argument(
         "--ep-size",
@@ -230,18 +224,20 @@ def device_flags(group: argparse._ArgumentGroup) -> None:  # pyright: ignore[rep
         "--expert-parallel-size",
         type=int,
         default=1,
-        help="groups of those devices that have experts of their own; the devices of a group share each expert",
+        help="groups that the experts are divided among; the devices of a group split each expert",
     )
     group.add_argument(
         "--enable-dp-attention",
         action="store_true",
-        help="--tp-size is all devices: --dp-size copies of attention over them, and one set of experts over all",
+        help="as in SGLang: --tp-size counts all devices, --dp-size replicas of attention share them, and one set of "
+        "experts lies over all",
     )
     group.add_argument(
         "--attention-backend",
         choices=["auto", "tpu", "gpu", "xla"],
         default="auto",
-        help="auto is the device's own kernel, or where it cannot serve the model the portable xla, with a warning",
+        help="auto is the device's own kernel, or, with a warning, the portable xla if the kernel cannot serve the "
+        "model",
     )
     group.add_argument(
         "--enable-deterministic-inference",
@@ -252,24 +248,24 @@ def device_flags(group: argparse._ArgumentGroup) -> None:  # pyright: ignore[rep
 
 def _host_flags(group: argparse._ArgumentGroup) -> None:  # pyright: ignore[reportPrivateUsage]
     group.add_argument("--nnodes", type=int, default=1, help="hosts that run the model together")
-    group.add_argument("--node-rank", type=int, default=0, help="number of this host; host 0 serves the API")
-    group.add_argument("--dist-init-addr", help="host:port of host 0 that the others go to")
+    group.add_argument("--node-rank", type=int, default=0, help="rank of this host; host 0 serves the API")
+    group.add_argument("--dist-init-addr", help="host:port of host 0, which the other hosts connect to")
     group.add_argument("--dist-timeout", type=float, default=300.0, help="seconds that hosts wait for each other")
     group.add_argument(
         "--compilation-cache-dir",
-        help="where compiled programs are kept; 'none' keeps none. Below the cache folder if unset",
+        help="folder of compiled programs, 'none' for none; a folder in the user's cache if unset",
     )
 
 
 def lora_slot_flags(group: argparse._ArgumentGroup) -> None:  # pyright: ignore[reportPrivateUsage]
     """What shapes the adapters' part of a step."""
+    group.add_argument("--enable-lora", action="store_true", help="serve LoRA adapters; implied by --lora-paths")
     group.add_argument(
-        "--enable-lora", action="store_true", help="take requests with LoRA adapters; on where --lora-paths are given"
+        "--max-loras-per-batch", type=int, default=8, help="adapters in one batch, counting the base model as one"
     )
     group.add_argument(
-        "--max-loras-per-batch", type=int, default=8, help="adapters in one step, the base model counted as one"
+        "--max-lora-rank", type=int, help="largest rank of an adapter; the largest of --lora-paths if unset"
     )
-    group.add_argument("--max-lora-rank", type=int, help="of any adapter; that of the widest one loaded if unset")
     group.add_argument(
         "--lora-target-modules",
         nargs="*",
@@ -289,7 +285,7 @@ def _lora_flags(group: argparse._ArgumentGroup) -> None:  # pyright: ignore[repo
     group.add_argument(
         "--max-loaded-loras",
         type=int,
-        help="adapters in memory; the one used least recently makes room, and is read again when asked for. "
+        help="adapters in host memory; the least recently used one is evicted, and read again on demand. "
         "No limit if unset",
     )
     group.add_argument(
@@ -300,18 +296,18 @@ def _lora_flags(group: argparse._ArgumentGroup) -> None:  # pyright: ignore[repo
         "--lora-eviction-policy",
         choices=["lru", "fifo"],
         default="lru",
-        help="which idle adapter gives up its place on the device: least recently used, or first in",
+        help="which idle adapter is evicted from the device: the least recently used, or the first loaded",
     )
     group.add_argument(
         "--merge-lora",
-        help="folder or Hugging Face id of an adapter, or name=path: it is added to the weights, and the model is "
-        "served under its name",
+        help="adapter to add to the weights: a folder or Hugging Face id, or name=path; the model is served under "
+        "its name",
     )
 
 
 def _log_flags(group: argparse._ArgumentGroup) -> None:  # pyright: ignore[reportPrivateUsage]
     group.add_argument(
-        "--log-level", choices=["debug", "info", "warning", "error"], default="info", help="of all processes"
+        "--log-level", choices=["debug", "info", "warning", "error"], default="info", help="log level of all processes"
     )
     group.add_argument("--log-requests", action="store_true", help="one line per request, without its text")
     group.add_argument(
@@ -322,7 +318,7 @@ def _log_flags(group: argparse._ArgumentGroup) -> None:  # pyright: ignore[repor
     )
 
 
-def parse_arguments(argv: Sequence[str]) -> LaunchConfig:
+def parse_arguments(argv: Sequence[str]) -> ServeConfig:
     """Read flags and the config file.
 
     Raises:
@@ -336,20 +332,60 @@ def parse_arguments(argv: Sequence[str]) -> LaunchConfig:
     args = parser.parse_args(argv)
     if not args.model_path:
         parser.error("--model-path is required")
-    if not 0 <= args.port <= 65535:
-        raise LaunchError(f"--port must be between 0 and 65535, got {args.port}")
-    if args.drain_timeout < 0:
-        raise LaunchError(f"--drain-timeout must not be negative, got {args.drain_timeout}")
-    for name in SECRETS:
-        if getattr(args, name) is None:
-            setattr(args, name, os.environ.get(f"JAXSERVE_{name.upper()}") or None)
-        elif not getattr(args, name):
-            raise LaunchError(f"--{name.replace('_', '-')} must not be empty")
-    return LaunchConfig(args=args, engine=_engine_config(args))
+    return ServeConfig(
+        engine=_engine_config(args),
+        files=ModelFiles(
+            model_path=args.model_path,
+            revision=args.revision,
+            download_dir=args.download_dir,
+            tokenizer_path=args.tokenizer_path,
+            chat_template=args.chat_template,
+            merge_lora=args.merge_lora,
+        ),
+        http=_http_config(args),
+        output=_output_config(args),
+        lora_root=args.lora_root,
+        log_level=args.log_level,
+        flags={name: value for name, value in vars(args).items() if name not in _SECRETS},
+    )
+
+
+def _http_config(args: argparse.Namespace) -> HttpConfig:
+    api_key, admin_api_key = (
+        os.environ.get(f"JAXSERVE_{name.upper()}") or None if getattr(args, name) is None else getattr(args, name)
+        for name in _SECRETS
+    )
+    return HttpConfig(
+        host=args.host,
+        port=args.port,
+        served_model_name=args.served_model_name,
+        api_key=api_key,
+        admin_api_key=admin_api_key,
+        max_queued_requests=args.max_queued_requests,
+        strict_params=args.strict_params,
+        log_requests=args.log_requests,
+        enable_metrics=args.enable_metrics,
+        skip_warmup=args.skip_server_warmup,
+        drain_timeout_s=args.drain_timeout,
+    )
+
+
+def _output_config(args: argparse.Namespace) -> OutputConfig:
+    return OutputConfig(
+        sampling_defaults=args.sampling_defaults,
+        preferred_sampling_params=args.preferred_sampling_params,
+        random_seed=args.random_seed,
+        reasoning_parser=args.reasoning_parser,
+        tool_call_parser=args.tool_call_parser,
+        completion_template=args.completion_template,
+        grammars=args.grammar_backend != "none",
+        json_whitespace=not args.constrained_json_disable_any_whitespace,
+        json_whitespace_pattern=args.constrained_json_whitespace_pattern,
+    )
 
 
 def _devices(args: argparse.Namespace) -> dict[str, Any]:
-    """How copies and experts lie on devices. As in SGLang, with `--enable-dp-attention` `--tp-size` counts all."""
+    """How replicas and experts lie on devices. As in SGLang, with `--enable-dp-attention` `--tp-size` counts all."""
     tp_size, dp_size, ep_size = args.tp_size, args.dp_size, args.ep_size
     if not args.enable_dp_attention or dp_size < 1:
         return {"tp_size": tp_size, "dp_size": dp_size, "ep_size": ep_size}

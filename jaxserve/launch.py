@@ -4,7 +4,6 @@ The composition root; nothing imports it. The API answers `/live` at once and `/
 loads.
 """
 
-import argparse
 import asyncio
 import contextlib
 import errno
@@ -29,8 +28,8 @@ import uvloop
 from api.app import create_app
 from api.http_protocol import BoundedHttpProtocol
 from api.server import ApiSettings, Server
-from jaxserve.arguments import SECRETS, LaunchConfig, parse_arguments
-from jaxserve.config import EngineConfig
+from jaxserve.arguments import parse_arguments
+from jaxserve.config import EngineConfig, ModelFiles, OutputConfig, ServeConfig
 from jaxserve.engine.output_processor import GenerationStream, TextOptions
 from jaxserve.engine.process_client import ProcessEngineClient
 from jaxserve.errors import ExitCode, LaunchError
@@ -51,7 +50,7 @@ def main() -> int:
     try:
         config = parse_arguments(sys.argv[1:])
         logging.basicConfig(
-            level=config.args.log_level.upper(),
+            level=config.log_level.upper(),
             format="%(asctime)s %(levelname)s %(name)s: %(message)s",
             stream=sys.stderr,
         )
@@ -59,9 +58,9 @@ def main() -> int:
             logging.getLogger(noisy).setLevel(logging.WARNING)
         if config.engine.node_rank > 0:
             return _follow(config)
-        with _bind(config.args.host, config.args.port) as listener:
-            template = _chat_template(config.args.chat_template)
-            path = find_model(config.args.model_path, config.args.revision, config.args.download_dir)
+        with _bind(config.http.host, config.http.port) as listener:
+            template = _chat_template(config.files.chat_template)
+            path = _find_model(config.files)
             launcher = _Launcher(config, path, template)
             with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
                 return int(runner.run(launcher.run(listener)))
@@ -70,19 +69,18 @@ def main() -> int:
         return int(error.exit_code)
 
 
-def _follow(config: LaunchConfig) -> int:
+def _follow(config: ServeConfig) -> int:
     """On another host than 0, which has the API: run the engine's part here until host 0 ends."""
-    path = find_model(config.args.model_path, config.args.revision, config.args.download_dir)
-    engine = msgspec.structs.replace(config.engine, model_path=str(path))
-    engine = _with_adapters(engine, _find_merged(config.args), config.args)
+    engine = msgspec.structs.replace(config.engine, model_path=str(_find_model(config.files)))
+    engine = _with_adapters(engine, _find_merged(config.files), config.files)
     with subprocess.Popen([sys.executable, "-m", "jaxserve.engine.process"], stdin=subprocess.PIPE) as process:
         assert process.stdin is not None
-        told: list[int] = []
+        signals: list[int] = []
 
         def on_signal(number: int, _: object) -> None:
-            # Host 0 drains first, and lets this one go; told twice, do not wait for it.
-            told.append(number)
-            if len(told) > 1:
+            # Host 0 drains first, and tells this one to exit; after a second signal, do not wait for it.
+            signals.append(number)
+            if len(signals) > 1:
                 process.kill()
 
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -94,6 +92,10 @@ def _follow(config: LaunchConfig) -> int:
     return code if code >= 0 else int(ExitCode.ENGINE_LOST)
 
 
+def _find_model(files: ModelFiles) -> Path:
+    return find_model(files.model_path, files.revision, files.download_dir)
+
+
 class _NamedAdapter(NamedTuple):
     """An adapter folder, and what it is called."""
 
@@ -101,27 +103,27 @@ class _NamedAdapter(NamedTuple):
     path: Path
 
 
-def _find_merged(args: argparse.Namespace) -> _NamedAdapter | None:
+def _find_merged(files: ModelFiles) -> _NamedAdapter | None:
     """`--merge-lora`: `path` or `name=path`."""
-    if args.merge_lora is None:
+    if files.merge_lora is None:
         return None
-    name, separator, path = args.merge_lora.partition("=")
-    folder = find_adapter(path if separator else name, args.download_dir)
+    name, separator, path = files.merge_lora.partition("=")
+    folder = find_adapter(path if separator else name, files.download_dir)
     return _NamedAdapter(name if separator else Path(name).name, folder)
 
 
-def _with_adapters(engine: EngineConfig, merged: _NamedAdapter | None, args: argparse.Namespace) -> EngineConfig:
+def _with_adapters(engine: EngineConfig, merged: _NamedAdapter | None, files: ModelFiles) -> EngineConfig:
     """With the folders of all adapters."""
     if merged is not None:
         engine = msgspec.structs.replace(engine, merge_lora=str(merged.path))
     if engine.lora is None:
         return engine
-    paths = {name: str(find_adapter(path, args.download_dir)) for name, path in engine.lora.paths.items()}
+    paths = {name: str(find_adapter(path, files.download_dir)) for name, path in engine.lora.paths.items()}
     return msgspec.structs.replace(engine, lora=msgspec.structs.replace(engine.lora, paths=paths))
 
 
 def _bind(host: str, port: int) -> socket.socket:
-    """Take the port now, so that a busy one is told before weights are read."""
+    """Take the port now, so that a busy port is reported before weights are read."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -153,13 +155,36 @@ def _completion_template(value: str | None) -> CompletionTemplate | None:
     return None if value is None else CompletionTemplate(COMPLETION_TEMPLATES.get(value, value))
 
 
-def _json_style(args: argparse.Namespace) -> JsonStyle | None:
-    if args.grammar_backend == "none":
+def _json_style(output: OutputConfig) -> JsonStyle | None:
+    if not output.grammars:
         return None
-    if args.constrained_json_disable_any_whitespace:
+    if not output.json_whitespace:
         return JsonStyle(whitespace=None)
-    pattern = args.constrained_json_whitespace_pattern
+    pattern = output.json_whitespace_pattern
     return JsonStyle() if pattern is None else JsonStyle(whitespace=pattern)
+
+
+def _api_settings(config: ServeConfig, path: Path, merged: _NamedAdapter | None) -> ApiSettings:
+    files, http, output = config.files, config.http, config.output
+    return ApiSettings(
+        model_path=files.model_path,
+        served_model_name=http.served_model_name or (merged.name if merged is not None else files.model_path),
+        api_key=http.api_key,
+        admin_api_key=http.admin_api_key,
+        generation=find_generation_config(
+            files.model_path, path, defaults=output.sampling_defaults, preferred=output.preferred_sampling_params
+        ),
+        reasoning_parser=output.reasoning_parser,
+        tool_call_parser=output.tool_call_parser,
+        json_style=_json_style(output),
+        completion_template=_completion_template(output.completion_template),
+        lora=config.engine.lora,
+        lora_root=config.lora_root,
+        strict_params=http.strict_params,
+        server_args=config.flags,
+        log_requests=http.log_requests,
+        enable_metrics=http.enable_metrics,
+    )
 
 
 class _HttpServer(uvicorn.Server):
@@ -173,41 +198,18 @@ class _HttpServer(uvicorn.Server):
 class _Launcher:
     """One run of the server, from loading to exit."""
 
-    def __init__(self, config: LaunchConfig, path: Path, template: str | None) -> None:
-        args = config.args
-        self._args = args
+    def __init__(self, config: ServeConfig, path: Path, template: str | None) -> None:
+        self._config = config
         self._path = path
         self._template = template
+        merged = _find_merged(config.files)
         engine = msgspec.structs.replace(config.engine, model_path=str(path))
-        merged = _find_merged(args)
-        engine = _with_adapters(engine, merged, args)
-        self._client = ProcessEngineClient(engine, args.max_queued_requests)
-        settings = ApiSettings(
-            model_path=args.model_path,
-            served_model_name=args.served_model_name or (merged.name if merged is not None else args.model_path),
-            api_key=args.api_key,
-            admin_api_key=args.admin_api_key,
-            generation=find_generation_config(
-                args.model_path,
-                path,
-                defaults=args.sampling_defaults,
-                preferred=args.preferred_sampling_params,
-            ),
-            reasoning_parser=args.reasoning_parser,
-            tool_call_parser=args.tool_call_parser,
-            json_style=_json_style(args),
-            completion_template=_completion_template(args.completion_template),
-            lora=config.engine.lora,
-            lora_root=args.lora_root,
-            strict_params=args.strict_params,
-            server_args={name: value for name, value in vars(args).items() if name not in SECRETS},
-            log_requests=args.log_requests,
-            enable_metrics=args.enable_metrics,
-        )
-        self._server = Server(settings, self._client)
+        engine = _with_adapters(engine, merged, config.files)
+        self._client = ProcessEngineClient(engine, config.http.max_queued_requests)
+        self._server = Server(_api_settings(config, path, merged), self._client)
         self._http = _HttpServer(
             uvicorn.Config(
-                create_app(self._server, random_seed=args.random_seed),
+                create_app(self._server, random_seed=config.output.random_seed),
                 http=BoundedHttpProtocol,
                 log_level="warning",
                 access_log=False,
@@ -234,12 +236,15 @@ class _Launcher:
                 loading.result()
                 url = _url(listener)
                 logger.info(
-                    "ready after %.1f s: %s/v1 serves %s", time.perf_counter() - started, url, self._args.model_path
+                    "ready after %.1f s: %s/v1 serves %s",
+                    time.perf_counter() - started,
+                    url,
+                    self._config.files.model_path,
                 )
                 await asyncio.wait((stopping, lost, serving), return_when=asyncio.FIRST_COMPLETED)
             if lost.done() and not stopping.done():
                 logger.error("the engine process is gone (exit code %s): shutting down", self._client.exit_code)
-                await asyncio.sleep(0.5)  # open requests are told first
+                await asyncio.sleep(0.5)  # open requests get their error first
                 return ExitCode.ENGINE_LOST
             await self._drain()
             return ExitCode.OK
@@ -253,16 +258,17 @@ class _Launcher:
 
     async def _load(self) -> None:
         loop = asyncio.get_running_loop()
-        # Together, so that what fails first is told first.
+        # Run both together, so that the first failure is reported first.
         _, loaded = await asyncio.gather(self._client.start(), loop.run_in_executor(None, self._load_tokenizer))
-        if not self._args.skip_server_warmup:
+        if not self._config.http.skip_warmup:
             await self._warm_up(loaded)
         self._server.serve(loaded)  # from here on /health is 200
         await self._server.prepare_grammars()
 
     def _load_tokenizer(self) -> Tokenizer:
         start = time.perf_counter()
-        path = Path(self._args.tokenizer_path) if self._args.tokenizer_path else self._path
+        own = self._config.files.tokenizer_path
+        path = Path(own) if own else self._path
         tokenizer = load_tokenizer(path, self._template)
         logger.info("tokenizer: %.1f s, %d tokens", time.perf_counter() - start, tokenizer.vocab_size)
         return tokenizer
@@ -283,17 +289,17 @@ class _Launcher:
         self._server.draining = True
         self._stop.set()
         if self._signals > 1:
-            logger.warning("told twice to stop: ending now")
+            logger.warning("second signal: exiting now")
             self._client.kill()
 
     async def _drain(self) -> None:
         """Let running requests finish; what is left at the limit is ended with an error."""
         logger.info(
             "draining: no new requests, up to %.0f s for %d running",
-            self._args.drain_timeout,
+            self._config.http.drain_timeout_s,
             len(self._server.running),
         )
-        deadline = time.monotonic() + self._args.drain_timeout
+        deadline = time.monotonic() + self._config.http.drain_timeout_s
         while self._server.running and time.monotonic() < deadline and not self._client.exited.is_set():
             await asyncio.sleep(0.05)
         for generation in [one for several in self._server.running.values() for one in several]:

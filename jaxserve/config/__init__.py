@@ -25,24 +25,29 @@ from jaxserve.config.model import (
     RopeConfig,
     RouterScores,
 )
+from jaxserve.config.serve import HttpConfig, ModelFiles, OutputConfig, ServeConfig
 
 __all__ = [
     "Activation",
     "CacheConfig",
     "Dtype",
     "EngineConfig",
+    "HttpConfig",
     "KvCacheDtype",
     "LayerConfig",
     "LoraConfig",
     "LoraEvictionPolicy",
     "MlaConfig",
     "ModelConfig",
+    "ModelFiles",
     "MoeConfig",
+    "OutputConfig",
     "QuantizationConfig",
     "QuantizedPart",
     "RopeConfig",
     "RouterScores",
     "SchedulePolicy",
     "SchedulerConfig",
+    "ServeConfig",
     "adapter_name_problem",
 ]

@@ -154,7 +154,7 @@ def test_sliding_window(changes: dict[str, Any], window: int | None) -> None:
         (DEEPSEEK | {"n_group": 8}, "groups need at least 2 experts"),
         (DEEPSEEK | {"topk_group": 5}, "topk_group must be 1 to 4"),
         (DEEPSEEK | {"topk_group": 1}, "topk_group must be 1 to 4 and give 3 experts"),
-        (DEEPSEEK | {"kv_lora_rank": -1}, "kv_rank of latent attention"),
+        (DEEPSEEK | {"kv_lora_rank": -1}, "kv_lora_rank must be positive"),
         (DEEPSEEK | {"qk_rope_head_dim": 7}, "head_dim must be even"),
         (DEEPSEEK | {"scoring_func": "softmax"}, "scoring_func 'softmax'"),
         (DEEPSEEK | {"topk_method": "greedy"}, "topk_method 'greedy'"),
@@ -222,10 +222,10 @@ def test_unknown_architectures_list_the_known(names: Any) -> None:
 def test_config_file_gives_defaults_and_flags_win(tmp_path: Path) -> None:
     file = tmp_path / "config.yaml"
     file.write_text("model-path: demo\nport: 1234\ntp_size: 2\ndisable-radix-cache: true\nenable-metrics: false\n")
-    args = parse_arguments(["--config", str(file), "--port", "5678"]).args
-    assert (args.model_path, args.port, args.tp_size) == ("demo", 5678, 2)
-    assert args.disable_radix_cache
-    assert not args.enable_metrics
+    config = parse_arguments(["--config", str(file), "--port", "5678"])
+    assert (config.files.model_path, config.http.port, config.engine.tp_size) == ("demo", 5678, 2)
+    assert not config.engine.prefix_caching
+    assert not config.http.enable_metrics
 
 
 @pytest.mark.parametrize(
@@ -249,8 +249,9 @@ def test_bad_config_files(tmp_path: Path, text: str, message: str) -> None:
 def test_keys_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("JAXSERVE_API_KEY", "secret")
     monkeypatch.setenv("JAXSERVE_ADMIN_API_KEY", "more secret")
-    args = parse_arguments(["--model", "demo"]).args
-    assert (args.api_key, args.admin_api_key) == ("secret", "more secret")
+    config = parse_arguments(["--model", "demo"])
+    assert (config.http.api_key, config.http.admin_api_key) == ("secret", "more secret")
+    assert "secret" not in str(config.flags)
 
 
 @pytest.mark.parametrize("flag", ["--api-key", "--admin-api-key"])
@@ -297,9 +298,9 @@ def test_help_gives_each_default() -> None:
 def test_config_file_negations_and_strings(tmp_path: Path) -> None:
     file = tmp_path / "config.yaml"
     file.write_text("model: demo\nno-enable-metrics: true\napi-key: 12345\n")
-    args = parse_arguments(["--config", str(file)]).args
-    assert not args.enable_metrics
-    assert args.api_key == "12345"
+    http = parse_arguments(["--config", str(file)]).http
+    assert not http.enable_metrics
+    assert http.api_key == "12345"
 
 
 @pytest.mark.parametrize(
@@ -334,10 +335,10 @@ def test_deepseek_v2_chooses_experts_among_all_or_in_groups() -> None:
     folder = Path(__file__).parent.parent / "golden" / "deepseek_v2"
     config = json.loads((folder / "config.json").read_text())
     read = find_architecture(config).model_config
-    grouped = read(config).experts
+    grouped = read(config).moe
     assert grouped is not None
     assert (grouped.num_groups, grouped.top_groups, grouped.group_scores, grouped.scale) == (4, 2, 1, 4.0)
-    lite = read(config | {"topk_method": "greedy", "n_group": 1, "topk_group": 1, "routed_scaling_factor": 1.0}).experts
+    lite = read(config | {"topk_method": "greedy", "n_group": 1, "topk_group": 1, "routed_scaling_factor": 1.0}).moe
     assert lite is not None
     assert (lite.num_groups, lite.normalize, lite.scores) == (1, False, "softmax")
     with pytest.raises(LaunchError, match="topk_method 'noaux_tc' is not supported; supported: greedy, group_lim"):
