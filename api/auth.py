@@ -18,8 +18,8 @@ class KeyGuard:
     """Litestar guard that wants `Authorization: Bearer KEY`; without a key everything is open.
 
     Args:
-        api_key: of every route that is not open.
-        admin_api_key: of control routes, which the other key does not open then; opens the other routes, too.
+        api_key: the key of every route that is not open.
+        admin_api_key: the key of control routes, which `api_key` then does not open; it opens the other routes, too.
     """
 
     def __init__(self, api_key: str | None, admin_api_key: str | None = None) -> None:

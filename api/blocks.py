@@ -24,7 +24,7 @@ class Block:
         index: counts from 0.
         kind: what it holds.
         text: so far; a call's arguments.
-        name, call_id: of a call.
+        name, call_id: name and id of a call.
         failed: the call turned out to be none.
     """
 

@@ -37,7 +37,7 @@ class ApiSettings:
         tool_call_parser: name of the tool-call format, or `auto`.
         json_style: how constrained JSON may be laid out; None refuses all grammars.
         completion_template: for requests with a suffix; None refuses them.
-        admin_api_key: of control routes; None leaves them to `api_key`.
+        admin_api_key: the key of control routes; None leaves them to `api_key`.
         lora: adapters of the start and limits of later ones, with the paths as the user gave them; None without LoRA.
         lora_root: folder whose adapters may be loaded while serving.
         strict_params: refuse fields that are not known.
@@ -69,7 +69,7 @@ class Server:
         draining: set on the way down: no new requests.
         adapters: that requests can name.
         running: generations of what is being answered, by the id of the answer.
-        responses: of the Responses protocol.
+        responses: state of the Responses protocol.
     """
 
     def __init__(self, settings: ApiSettings, client: EngineClient) -> None:

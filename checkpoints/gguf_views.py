@@ -47,7 +47,7 @@ class Whole(NamedTuple):
 
     Attributes:
         tensor: as the file has it.
-        num_heads: of rows whose rotary pairs (i, i + H/2) are neighbours; 0 where they are not.
+        num_heads: heads of rows whose rotary pairs (i, i + H/2) are neighbours; 0 if they are not.
         shift: what was added to it.
     """
 

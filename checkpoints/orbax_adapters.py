@@ -43,7 +43,7 @@ class AdapterManifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     Attributes:
         base_model: what it was trained on, as its maker named it.
         modules: by Hugging Face module name.
-        format: of the folder.
+        format: format of the folder.
     """
 
     base_model: str | None

@@ -31,7 +31,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
     Attributes:
         architecture: Hugging Face class name.
-        dtype: of the weights.
+        dtype: dtype of the weights.
         source: what it was made from, for people.
         format: layout of the tree: layers stacked along the first axis.
     """

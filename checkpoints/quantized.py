@@ -68,7 +68,7 @@ class Quantizer(NamedTuple):
     Attributes:
         dtype: int8, float8_e4m3fn, or uint8 for two signed 4-bit integers in a byte, 8 above what they are.
         columns: that share a factor; 0 for whole rows.
-        scale_dtype: of the factors.
+        scale_dtype: dtype of the factors.
     """
 
     dtype: np.dtype
@@ -76,11 +76,11 @@ class Quantizer(NamedTuple):
     scale_dtype: np.dtype
 
     def factors(self, w: np.ndarray) -> np.ndarray:
-        """Of [..., O, I]: [..., O, I / columns]."""
+        """The scales of a weight [..., O, I]: [..., O, I / columns]."""
         return self._factors(self._blocks(w))
 
     def numbers(self, w: np.ndarray) -> np.ndarray:
-        """Of [..., O, I], or bytes of two."""
+        """The stored values of a weight [..., O, I]; 4-bit values come as bytes of two."""
         blocks = self._blocks(w)
         # What a factor is rounded to is what numbers are divided by.
         factor = self._factors(blocks).astype(np.float32)
@@ -186,7 +186,7 @@ class _Repacked:
 
     Args:
         read_whole: reads it.
-        shape: of the result.
+        shape: shape of the result.
     """
 
     def __init__(self, read_whole: Callable[[], np.ndarray], shape: tuple[int, ...]) -> None:

@@ -36,7 +36,7 @@ class GrammarTokenizer(msgspec.Struct, frozen=True, kw_only=True):
     eos_token_ids: tuple[int, ...]
 
 
-class Thinking(msgspec.Struct, frozen=True, kw_only=True):
+class ThinkingBudget(msgspec.Struct, frozen=True, kw_only=True):
     """A limit on the tokens of an output's thinking.
 
     Attributes:
@@ -102,7 +102,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     cache_salt: str = ""
     priority: int = 0
     grammar: str = ""
-    thinking: Thinking | None = None
+    thinking: ThinkingBudget | None = None
     adapter: str = ""
 
     @property

@@ -20,7 +20,7 @@ class NewRow(msgspec.Struct, frozen=True, kw_only=True):
         seed: key of the draw, the choice index already folded in; u64.
         eos_token_ids: forbidden until `min_tokens` are out, stop tokens included.
         output_token_ids: tokens drawn before a preemption; penalties count them.
-        adapter_slot: of its LoRA adapter; 0 for none.
+        adapter_slot: slot of its LoRA adapter; 0 for none.
     """
 
     row: int
@@ -110,7 +110,7 @@ class ConstrainedRows(msgspec.Struct, frozen=True):
     bits_CW: np.ndarray
 
 
-# One step of every copy of the model; None for a copy that has nothing to run.
+# One step of every replica; None for a replica that has nothing to run.
 Plans: TypeAlias = tuple[SchedulerOutput | None, ...]
 
 

@@ -23,7 +23,7 @@ class TpuMemory(NamedTuple):
 
 
 def tpu_memory(device: Any) -> TpuMemory:
-    """Of a TPU, also of one that is not there."""
+    """Memory sizes of a TPU, also of a compile-only one."""
     abstract = AbstractDevice(device_kind=device.device_kind, num_cores=device.num_cores, platform="tpu")
     with jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("x",), abstract_device=abstract)):
         info = pltpu.get_tpu_info()

@@ -14,7 +14,7 @@ from jax.typing import DTypeLike
 
 Numbers: TypeAlias = Literal["fp8", "int8", "int4", "mxfp4"]
 
-# Of 4-bit integers that have no zero points of their own.
+# The zero point of 4-bit integers that have no zero points of their own.
 INT4_ZERO = 8.0
 _F32_MANTISSA_BITS = 23
 
@@ -32,12 +32,12 @@ class QuantizedFormat(NamedTuple):
 
     @property
     def dtype(self) -> jnp.dtype:
-        """Of what is stored."""
+        """Dtype of the stored weights."""
         return jnp.dtype({"fp8": jnp.float8_e4m3fn, "int8": jnp.int8}.get(self.numbers, jnp.uint8))
 
     @property
     def per_byte(self) -> int:
-        """Numbers in a byte."""
+        """Values in a byte."""
         return 2 if self.numbers in ("int4", "mxfp4") else 1
 
 

@@ -1,6 +1,6 @@
-"""Running a function on each shard of a copy of the model.
+"""Running a function on each shard of a replica.
 
-Copies of a model lie along the mesh axis `data`. Two more axes split a copy, `expert` and `model`. Experts lie over the
+Replicas lie along the mesh axis `data`. Two more axes split a replica, `expert` and `model`. Experts lie over the
 first, and each of them over the second; everything else knows them as one.
 """
 
@@ -18,7 +18,7 @@ MODEL = (EXPERT, IN_EXPERT)
 
 
 def model_size(mesh: Mesh | AbstractMesh) -> int:
-    """Devices of one copy of the model."""
+    """Devices of one replica."""
     return math.prod(mesh.shape[axis] for axis in MODEL)
 
 

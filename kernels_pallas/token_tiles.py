@@ -24,7 +24,7 @@ class Blocks(NamedTuple):
     num_1: jax.Array
 
 
-class Places(NamedTuple):
+class PermutedRows(NamedTuple):
     """Where rows are among the blocks.
 
     Attributes:
@@ -50,7 +50,7 @@ def most_blocks(num_rows: int, num_groups: int, block_rows: int) -> int:
     return (num_rows + min(num_rows, num_groups) * (block_rows - 1)) // block_rows
 
 
-def sort_into_blocks(group_R: jax.Array, num_groups: int, block_rows: int) -> tuple[Blocks, Places]:
+def sort_into_blocks(group_R: jax.Array, num_groups: int, block_rows: int) -> tuple[Blocks, PermutedRows]:
     """Sort rows by their groups; those of one group keep their order.
 
     Args:
@@ -75,4 +75,4 @@ def sort_into_blocks(group_R: jax.Array, num_groups: int, block_rows: int) -> tu
     group_C = jnp.searchsorted(end_block_G, block_C, side="right").astype(jnp.int32)
     # Without any row there is no last group either.
     group_C = jnp.minimum(group_C, num_groups - 1)
-    return Blocks(group_C, num[None]), Places(row_P, jnp.zeros_like(place_R).at[order_R].set(place_R))
+    return Blocks(group_C, num[None]), PermutedRows(row_P, jnp.zeros_like(place_R).at[order_R].set(place_R))

@@ -26,8 +26,8 @@ def smem(shape: tuple[int, ...], dtype: Any, like: int | None = None) -> Any:
     """Shared memory in the tiled, swizzled form that the tensor cores read; tiled over the last two axes.
 
     Args:
-        shape: of the array.
-        dtype: of the array.
+        shape: shape of the array.
+        dtype: dtype of the array.
         like: columns of the array that it is multiplied with, where those are fewer: both must be swizzled alike.
     """
     bits = jnp.dtype(dtype).itemsize * 8

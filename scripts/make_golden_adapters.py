@@ -48,7 +48,7 @@ ADAPTERS = {
     },
 }
 NUM_TOKENS = 32
-# Of the logits of the two likeliest tokens; they are of magnitude 10, and the tests compute them in f32.
+# Least gap between the logits of the two likeliest tokens, whose magnitude is 10; the tests compute them in f32.
 _MIN_GAP = 1e-2
 
 

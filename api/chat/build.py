@@ -13,7 +13,7 @@ from api.service.schemas import TokenizeRequest
 from jaxserve.errors import RequestError
 from jaxserve.parsing.message_parser import MessageParserConfig
 from jaxserve.parsing.reasoning.registry import ReasoningFormat
-from jaxserve.request import Thinking
+from jaxserve.request import ThinkingBudget
 from jaxserve.sampling_params import MAX_LOGPROBS
 from jaxserve.structured.grammar import GrammarPart, GrammarPrefix, whole
 
@@ -169,7 +169,7 @@ def _grammar(
 
 def _thinking(
     builder: RequestBuilder, body: ChatCompletionRequest, inside: bool | None, *, forced: bool
-) -> Thinking | None:
+) -> ThinkingBudget | None:
     """The limit on thinking; `forced` tells that tool calls have to follow it."""
     if body.thinking_budget is None:
         return None
@@ -180,7 +180,7 @@ def _thinking(
     if inside is False:
         return None
     closing = reasoning.closing(calls=forced)
-    return Thinking(
+    return ThinkingBudget(
         start=reasoning.start,
         end=reasoning.end,
         interrupts=reasoning.interrupts,

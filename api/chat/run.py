@@ -35,11 +35,11 @@ async def start_chat(
 
     Args:
         server: shared state.
-        builder: of engine requests.
+        builder: builds engine requests.
         body: the conversation.
         endpoint: name in logs and metrics.
         answer_id: id of the answer.
-        size: of the body, in bytes.
+        size: size of the body, in bytes.
     """
     prepared = await build(size, build_chat, builder, body)
     await server.check_grammar(prepared)

@@ -54,7 +54,7 @@ class SeedSource:
     def __init__(self, seed: int | None) -> None:
         self._random = random.Random(secrets.randbits(64) if seed is None else seed)
 
-    def draw(self) -> int:
+    def next(self) -> int:
         """A seed in [0, 2**63)."""
         return self._random.getrandbits(63)
 
@@ -64,13 +64,13 @@ class ServedModel:
     """What requests are built for.
 
     Attributes:
-        tokenizer: of the model.
+        tokenizer: tokenizer of the model.
         info: limits of the engine.
         generation: sampling defaults, and the model's own end tokens.
         formats: how outputs are read.
         json_style: how constrained JSON may be laid out.
         completion_template: puts a prompt and a suffix together; None where the model cannot fill in.
-        names: of the model and its adapters.
+        names: the names of the model and its adapters.
     """
 
     tokenizer: Tokenizer
@@ -128,7 +128,7 @@ class RequestBuilder:
         given = {name: value for name in names if (value := getattr(body, name)) is not None}
         sampling = SamplingParams(
             **{**defaults, **given},
-            seed=self._seeds.draw() if body.seed is None else body.seed,
+            seed=self._seeds.next() if body.seed is None else body.seed,
             logit_bias=read_logit_bias(body.logit_bias or {}),
             stop_token_ids=tuple(body.stop_token_ids or ()),
             **fields,

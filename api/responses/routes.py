@@ -163,7 +163,7 @@ class _Response:
         yield self._event("response.in_progress", response=self._response)
         end: ChoiceDelta | None = None
         async for _, delta in self._running.deltas():
-            # Of the step's tokens; they ride on the first text that the step adds.
+            # Log-probabilities of the step's tokens, sent with the first text that the step adds.
             self._new_logprobs = chat_logprobs(self._server.tokenizer, delta.tokens).content
             for event in self._blocks.add(delta.pieces):
                 for data in self._block_event(event):

@@ -80,7 +80,7 @@ class LoraConfig(Config, frozen=True):
         pinned: names of those that never leave memory or their slot.
         max_loras_per_batch: slots on the device, the base model's included.
         max_loaded: adapters in host memory; None for no limit.
-        max_rank: of a slot; None for that of the widest adapter.
+        max_rank: rank of a slot; None for that of the widest adapter.
         target_modules: that adapters may change, as PEFT names them; None for those that the adapters change.
         eviction_policy: which idle adapter gives its slot up.
     """
@@ -121,15 +121,15 @@ class LoraConfig(Config, frozen=True):
 
 
 class EngineConfig(Config, frozen=True):
-    """What the engine process is told at its start.
+    """Settings of the engine process.
 
     `None` means that the engine decides once it has seen the device.
 
     Attributes:
-        tp_size: devices of a copy of the model.
-        dp_size: copies.
-        ep_size: groups of a copy's devices that have experts of their own.
-        dp_attention: copies share one set of experts, which lie over the groups of all.
+        tp_size: devices of a replica.
+        dp_size: replicas.
+        ep_size: groups of a replica's devices that have experts of their own.
+        dp_attention: replicas share one set of experts, which lie over the groups of all.
     """
 
     model_path: str
@@ -181,7 +181,7 @@ class EngineConfig(Config, frozen=True):
         if self.tp_size % self.ep_size:
             raise LaunchError(f"--ep-size {self.ep_size} does not divide --tp-size {self.tp_size}")
         if self.dp_attention and self.dp_size == 1:
-            raise LaunchError("--enable-dp-attention needs --dp-size above 1: copies of attention to share experts")
+            raise LaunchError("--enable-dp-attention needs --dp-size above 1: replicas of attention to share experts")
         if not 0 <= self.node_rank < self.nnodes:
             raise LaunchError(
                 f"--node-rank must be 0 to {self.nnodes - 1} with --nnodes {self.nnodes}, got {self.node_rank}"

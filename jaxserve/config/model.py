@@ -65,8 +65,8 @@ class MoeConfig(Config, frozen=True):
 
     Attributes:
         num_experts: in each layer that has them.
-        top_k: of a token.
-        intermediate_size: of one expert.
+        top_k: experts per token.
+        intermediate_size: inner size of one expert.
         scores: what a token's experts are weighed by: softmax over all experts, or over those chosen, or sigmoid.
         normalize: the weights of a token's experts are divided by their sum.
         scale: multiplies the weights.
@@ -76,10 +76,10 @@ class MoeConfig(Config, frozen=True):
             scores have the highest sum (arXiv:2412.19437, section 2.1.2).
         group_scores: how many of a group's scores are summed.
         bias: router and experts have biases.
-        swiglu_limit: gate and up are cut to it, and multiplied as gpt-oss does.
-        swiglu_alpha: of that product.
-        shared_intermediate_size: of an expert that all tokens have; None for none.
-        shared_gate: which is weighed by a gate of its own.
+        swiglu_limit: gate and up are clamped to it, and multiplied as in gpt-oss.
+        swiglu_alpha: factor of the gate in the sigmoid of that product.
+        shared_intermediate_size: inner size of the shared expert; None if there is none.
+        shared_gate: the shared expert has a gate of its own.
     """
 
     num_experts: int
@@ -129,9 +129,9 @@ class QuantizationConfig(Config, frozen=True):
     Attributes:
         numbers: float8_e4m3fn, int8, 4-bit integers or float4_e2m1fn.
         block: rows and columns of a block; 0 columns are a whole row. The last ones may have fewer.
-        scale_dtype: of the factors; e8m0 are exponents of two.
+        scale_dtype: dtype of the factors; e8m0 are exponents of two.
         zeros: each block of integers has a zero point.
-        parts: of the model, whose linear maps are quantised.
+        parts: the parts of the model whose linear maps are quantised.
         kept: modules that are not, as the checkpoint names them.
     """
 
@@ -146,26 +146,29 @@ class QuantizationConfig(Config, frozen=True):
 class MlaConfig(Config, frozen=True):
     """Attention over a latent vector that all heads share (MLA, arXiv:2405.04434, section 2.1).
 
+    The names are those of `config.json`.
+
     Attributes:
-        q_rank: of the queries' projection, which is one matrix where it is None.
-        kv_rank: numbers of the latent vector.
-        rope_dim: numbers of a key, the same for all heads, that are rotated.
-        key_dim, value_dim: numbers of a head that come from the latent vector.
-        interleaved: rotated pairs are neighbours.
+        q_lora_rank: inner size of the query projection; None if the projection is one matrix.
+        kv_lora_rank: channels of the latent vector.
+        qk_rope_head_dim: rotated channels of a key, which all heads share.
+        qk_nope_head_dim: channels of a head's key that come from the latent vector.
+        v_head_dim: channels of a head's value, which come from the latent vector.
+        interleaved: the two channels of a rotated pair are neighbours.
     """
 
-    q_rank: int | None
-    kv_rank: int
-    rope_dim: int
-    key_dim: int
-    value_dim: int
+    q_lora_rank: int | None
+    kv_lora_rank: int
+    qk_rope_head_dim: int
+    qk_nope_head_dim: int
+    v_head_dim: int
     interleaved: bool = True
 
     def __post_init__(self) -> None:
-        for name in ("q_rank", "kv_rank", "rope_dim", "key_dim", "value_dim"):
+        for name in ("q_lora_rank", "kv_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim"):
             value = getattr(self, name)
             if value is not None and not 0 < value < 2**31:
-                raise LaunchError(f"config.json: {name} of latent attention must be positive, got {value}")
+                raise LaunchError(f"config.json: {name} must be positive, got {value}")
 
 
 class ModelConfig(Config, frozen=True):
@@ -173,16 +176,16 @@ class ModelConfig(Config, frozen=True):
 
     Attributes:
         architecture: Hugging Face class name; a key of `jaxserve.models.registry`.
-        layers: of the model, in order.
-        max_position: context the weights are good for, in tokens.
-        local_rope: of the layers that say so.
+        layers: the model's layers, in order.
+        max_position: context length that the model was trained for, in tokens.
+        local_rope: rotary embedding of the layers that ask for it.
         embedding_scale: multiplies rows of the embedding.
         attention_scale: multiplies scores; None for 1 / sqrt(head_dim).
-        activation: of the MLP.
-        experts: of the layers that have them.
+        activation: activation function of the MLP.
+        experts: experts of the layers that have them.
         latent: attention over a latent vector: its key is the only one, and its value a part of that.
-        quantization: of the weights of some parts.
-        num_mtp_layers: layers behind these that guess further tokens; they are not loaded.
+        quantization: format of the quantized weights, and the parts of the model that have it.
+        num_mtp_layers: multi-token prediction layers behind these, which are not loaded.
         attention_sinks: every head has an extra score that takes probability and no value.
         qk_norm: how queries and keys are normalised: each head, or the whole projection.
         norm_offset: added to the norms' weights.
@@ -205,8 +208,8 @@ class ModelConfig(Config, frozen=True):
     embedding_scale: float = 1.0
     attention_scale: float | None = None
     activation: Activation = "silu"
-    experts: MoeConfig | None = None
-    latent: MlaConfig | None = None
+    moe: MoeConfig | None = None
+    mla: MlaConfig | None = None
     quantization: QuantizationConfig | None = None
     num_mtp_layers: int = 0
     attention_sinks: bool = False
@@ -221,7 +224,7 @@ class ModelConfig(Config, frozen=True):
 
     @property
     def num_layers(self) -> int:
-        """How many there are."""
+        """The number of layers."""
         return len(self.layers)
 
     def quantized(self, part: QuantizedPart) -> QuantizationConfig | None:
@@ -230,8 +233,8 @@ class ModelConfig(Config, frozen=True):
 
     @property
     def rope_dim(self) -> int:
-        """Numbers of a head that are rotated."""
-        return self.head_dim if self.latent is None else self.latent.rope_dim
+        """Channels of a head that are rotated."""
+        return self.head_dim if self.mla is None else self.mla.qk_rope_head_dim
 
     @property
     def windows(self) -> tuple[int | None, ...]:

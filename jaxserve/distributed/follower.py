@@ -6,8 +6,8 @@ import threading
 from typing import TypeAlias
 
 from jaxserve.distributed.adapters import AdapterReceiver
+from jaxserve.distributed.disconnect import GiveUp, end_process
 from jaxserve.distributed.leader import digest_of
-from jaxserve.distributed.loss import GiveUp, end_process
 from jaxserve.distributed.messages import (
     AdapterBytes,
     AddAdapter,
@@ -49,8 +49,8 @@ class Leader:
         """Wait for a message."""
         return self._inbox.get()
 
-    def meet(self, value: int) -> int:
-        """See `Followers.meet`; before the first step only."""
+    def min_over_hosts(self, value: int) -> int:
+        """See `Followers.min_over_hosts`; before the first step only."""
         self.report(MinOverHosts(value))
         answer = self.receive()
         if not isinstance(answer, MinOverHosts):
@@ -83,7 +83,7 @@ class Follower:
     Tokens are waited for on a thread of their own, so the next step is sent while this one runs, as on host 0.
 
     Args:
-        runner: of this host.
+        runner: the runner of this host.
         leader: host 0.
     """
 

@@ -9,7 +9,7 @@ from collections.abc import Generator, Sequence
 import numpy as np
 
 from jaxserve.distributed.adapters import adapter_messages
-from jaxserve.distributed.loss import GiveUp, end_process
+from jaxserve.distributed.disconnect import GiveUp, end_process
 from jaxserve.distributed.messages import (
     Channel,
     ConstrainedBits,
@@ -55,18 +55,18 @@ class Followers:
         self._channels = channels
         self._give_up = give_up
         self._changed = threading.Condition()
-        # Of steps that not every host has reported yet: the digest that came first, and how many came.
+        # For steps that not every host has reported yet: the first digest, and the number of digests.
         self._digests: dict[int, tuple[int, int]] = {}
-        # Of the hosts that wait in `meet`.
-        self._met: list[int] = []
-        # The last reset; what comes before it counts no more.
+        # Values of the hosts that wait in `min_over_hosts`.
+        self._minima: list[int] = []
+        # The last reset; messages on earlier steps are ignored.
         self._last_reset = -1
         self._finished = False
         for rank, channel in enumerate(channels, 1):
             threading.Thread(target=self._listen, args=(rank, channel), name=f"host-{rank}", daemon=True).start()
 
-    def tell(self, message: object) -> None:
-        """Send a message to all."""
+    def broadcast(self, message: object) -> None:
+        """Send a message to all followers."""
         data = encode(message)
         try:
             for channel in self._channels:
@@ -74,17 +74,17 @@ class Followers:
         except OSError as error:
             self._give_up(f"a host is lost: {error}")
 
-    def meet(self, value: int) -> int:
-        """Wait until every host has called this, as often as this one; the least of their values."""
+    def min_over_hosts(self, value: int) -> int:
+        """Wait until every host has called this as often as this one has; returns the smallest of their values."""
         with self._changed:
-            self._changed.wait_for(lambda: len(self._met) == len(self._channels))
-            least = min(value, *self._met)
-            self._met.clear()
-        self.tell(MinOverHosts(least))
+            self._changed.wait_for(lambda: len(self._minima) == len(self._channels))
+            least = min(value, *self._minima)
+            self._minima.clear()
+        self.broadcast(MinOverHosts(least))
         return least
 
     def compare(self, step: int, digest: int, rank: int = 0) -> None:
-        """Note what a host drew; all must have drawn the same."""
+        """Note the digest of the tokens that a host sampled; all hosts must have the same."""
         with self._changed:
             if step <= self._last_reset:
                 return
@@ -92,15 +92,15 @@ class Followers:
             if count < len(self._channels):
                 self._digests[step] = first, count + 1
         if digest != first:
-            self._give_up(f"host {rank} drew other tokens than the others in step {step}")
+            self._give_up(f"host {rank} sampled other tokens than the others in step {step}")
 
     def reset(self, step: int) -> None:
-        """Reset all hosts; what they say of steps before this one counts no more."""
+        """Reset all hosts; their messages on steps before this one are ignored."""
         with self._changed:
             self._digests.clear()
             self._last_reset = step
             self._changed.notify_all()
-        self.tell(Reset(step))
+        self.broadcast(Reset(step))
 
     @contextlib.contextmanager
     def deadline(self) -> Generator[None, None, None]:
@@ -114,9 +114,9 @@ class Followers:
             timer.cancel()
 
     def finish(self) -> None:
-        """Let them go."""
+        """Tell the followers to exit."""
         self._finished = True
-        self.tell(Finish())
+        self.broadcast(Finish())
 
     def _listen(self, rank: int, channel: Channel) -> None:
         try:
@@ -136,7 +136,7 @@ class Followers:
 
     def _note_meeting(self, value: int) -> None:
         with self._changed:
-            self._met.append(value)
+            self._minima.append(value)
             self._changed.notify_all()
 
     def _await_reset(self, rank: int, step: int, reason: str) -> None:
@@ -151,7 +151,7 @@ class LeadingRunner:
     """A `Runner` whose every call the other hosts repeat.
 
     Args:
-        runner: of this host.
+        runner: the runner of this host.
         followers: the other hosts.
     """
 
@@ -163,18 +163,18 @@ class LeadingRunner:
     def forward(self, plans: Plans) -> Forwarded:
         """See `Runner`."""
         step = self._next_step()
-        self._followers.tell(Forward(step, plans))
+        self._followers.broadcast(Forward(step, plans))
         return _Forwarded(self._followers, step, self._runner.forward(plans))
 
     def add_adapter(self, key: str, adapter: LoadedAdapter) -> None:
         """See `Runner`. The others get the adapter itself: only this host need have its files."""
         for message in adapter_messages(key, adapter):
-            self._followers.tell(message)
+            self._followers.broadcast(message)
         self._runner.add_adapter(key, adapter)
 
     def remove_adapter(self, key: str) -> None:
         """See `Runner`."""
-        self._followers.tell(RemoveAdapter(key))
+        self._followers.broadcast(RemoveAdapter(key))
         self._runner.remove_adapter(key)
 
     def reset(self) -> None:
@@ -199,7 +199,7 @@ class _Forwarded:
             None if rows is None else ConstrainedBits(rows.rows, np.ascontiguousarray(rows.bits_CW).tobytes())
             for rows in constrained
         )
-        self._followers.tell(Sample(bits))
+        self._followers.broadcast(Sample(bits))
         return _Pending(self._followers, self._step, self._forwarded.sample(constrained))
 
 

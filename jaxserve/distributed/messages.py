@@ -30,9 +30,9 @@ class Hello(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """A host's first message to host 0.
 
     Attributes:
-        rank: of the host.
-        num_hosts: as the host was told.
-        versions: of what computes a step, by package; of jaxserve with a digest of its sources.
+        rank: rank of the host.
+        num_hosts: the number of hosts in the host's own flags.
+        versions: versions of the packages that compute a step; jaxserve's has a digest of its sources.
         settings: the flags that shape the step, as JSON, by name.
         model: digest of the model's config and of a sample of its weights.
     """
@@ -58,7 +58,7 @@ class MinOverHosts(msgspec.Struct, frozen=True, tag=True):
     """A host has come to a point where all wait for each other; from host 0: all have.
 
     Attributes:
-        value: of this host; from host 0 the least of all.
+        value: the host's value; from host 0 the smallest of all.
     """
 
     value: int
@@ -89,7 +89,7 @@ class AdapterBytes(msgspec.Struct, frozen=True, tag=True):
 
 
 class AdapterLeaf(msgspec.Struct, frozen=True):
-    """One array of an adapter, as a slot of the bank holds it."""
+    """One array of an adapter, in the layout of a LoRA pool slot."""
 
     path: tuple[str, ...]
     shape: tuple[int, ...]

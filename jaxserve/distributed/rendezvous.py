@@ -94,7 +94,7 @@ def model_digest(
 def gather(mine: Hello, address: str, timeout_s: float) -> list[Channel]:
     """Host 0: wait for every other host, and send them off together.
 
-    A host that cannot take part is told why, and so is everyone else. When this returns nobody listens at the
+    A host that cannot take part gets the reason, and so does every other host. When this returns nobody listens at the
     address any more: JAX's coordinator takes it over, so one port between hosts is enough.
 
     Returns:
@@ -178,7 +178,7 @@ def _accept(listener: socket.socket, mine: Hello, channels: dict[int, Channel], 
 
 
 def _refuse(channel: Channel, reason: str) -> None:
-    with contextlib.suppress(OSError):  # a host that is gone need not be told
+    with contextlib.suppress(OSError):  # a host that is gone needs no message
         channel.send(Refused(reason))
     channel.close()
 

@@ -40,7 +40,7 @@ class Attention(nnx.Module):
         return None if self.sinks is None else self.sinks[...].astype(jnp.float32)
 
     def _norm(self, config: ModelConfig, axis: str, num_heads: int, dtype: jnp.dtype) -> Any:
-        """Of queries or keys, if they have one; whole projections are split as their heads are."""
+        """The norm of queries or keys, if they have one; whole projections are split as their heads are."""
         c = config
         if c.qk_norm is None:
             return None

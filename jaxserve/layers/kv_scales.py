@@ -49,7 +49,7 @@ def kv_scales_param(args: DecoderArgs) -> nnx.Param[jax.Array] | None:
     """A layer's KV scales if the cache has them: of keys, and of values where these are no part of their keys."""
     if not args.parallelism.kv_scales:
         return None
-    shape = (2 if args.config.latent is None else 1, args.num_kv_heads, args.config.head_dim)
+    shape = (2 if args.config.mla is None else 1, args.num_kv_heads, args.config.head_dim)
     return param(shape, jnp.dtype(jnp.float32), (None, "kv_heads", None), loaded=False)
 
 

@@ -2,7 +2,7 @@
 
 Keys and values are cached as one latent vector that all heads share. In the absorbed form W_UK is folded into the
 queries and W_UV into the results, so attention runs on the cached latent directly: one KV head of
-`kv_rank + rope_dim` channels, whose value is the first `kv_rank` channels of its key.
+`kv_lora_rank + qk_rope_head_dim` channels, whose value is the first `kv_lora_rank` channels of its key.
 
 Dimension key: C latent channels, R rotated channels, H channels of a head's key that are not rotated, V channels of a
 head's value.
@@ -22,7 +22,7 @@ from jaxserve.layers.kv_scales import kv_scales_param
 from jaxserve.layers.linear import Linear, RMSNorm
 from jaxserve.layers.rope import apply_rope
 
-# Of the norms inside, whatever the others have.
+# Epsilon of the norms inside MLA, whatever the model's other norms have.
 _EPS = 1e-6
 
 
@@ -36,15 +36,15 @@ class KvBProj(Linear):
     absorbed_only = True
 
     def __init__(self, mla: MlaConfig, num_heads: int, **options: Any) -> None:
-        out_size = num_heads * (mla.key_dim + mla.value_dim)
-        super().__init__(mla.kv_rank, out_size, axes=("heads", None), bias=False, **options)
+        out_size = num_heads * (mla.qk_nope_head_dim + mla.v_head_dim)
+        super().__init__(mla.kv_lora_rank, out_size, axes=("heads", None), bias=False, **options)
         self._mla = mla
         self.num_heads = num_heads
 
     @property
     def key_dim(self) -> int:
         """Rows of a head that make its key; the others make its value."""
-        return self._mla.key_dim
+        return self._mla.qk_nope_head_dim
 
     def updates(self, ctx: LayerContext) -> HeadUpdates | None:
         """What the tokens' adapters add in the absorbed form."""
@@ -68,8 +68,8 @@ class KvBProj(Linear):
     def by_head(self, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
         """W_UK [N, H, C] and W_UV [N, V, C], which make keys and values of a latent vector."""
         mla = self._mla
-        both = self.matrix(dtype).reshape(-1, mla.key_dim + mla.value_dim, mla.kv_rank)
-        return both[:, : mla.key_dim], both[:, mla.key_dim :]
+        both = self.matrix(dtype).reshape(-1, mla.qk_nope_head_dim + mla.v_head_dim, mla.kv_lora_rank)
+        return both[:, : mla.qk_nope_head_dim], both[:, mla.qk_nope_head_dim :]
 
 
 class MlaAttention(nnx.Module):
@@ -79,18 +79,18 @@ class MlaAttention(nnx.Module):
         c, a, dtype = args.config, mla, args.dtype
         quantization = c.quantized("attention")
         make = partial(Linear, dtype=dtype, quantization=quantization)
-        q_size = c.num_q_heads * (a.key_dim + a.rope_dim)
-        if a.q_rank is None:
+        q_size = c.num_q_heads * (a.qk_nope_head_dim + a.qk_rope_head_dim)
+        if a.q_lora_rank is None:
             self.q_proj = make(c.hidden_size, q_size, axes=("heads", "hidden"), bias=False)
         else:
-            self.q_a_proj = make(c.hidden_size, a.q_rank, axes=(None, "hidden"), bias=c.attention_bias)
-            self.q_a_norm = RMSNorm(a.q_rank, eps=_EPS, dtype=dtype)
-            self.q_b_proj = make(a.q_rank, q_size, axes=("heads", None), bias=False)
-        kv_size = a.kv_rank + a.rope_dim
+            self.q_a_proj = make(c.hidden_size, a.q_lora_rank, axes=(None, "hidden"), bias=c.attention_bias)
+            self.q_a_norm = RMSNorm(a.q_lora_rank, eps=_EPS, dtype=dtype)
+            self.q_b_proj = make(a.q_lora_rank, q_size, axes=("heads", None), bias=False)
+        kv_size = a.kv_lora_rank + a.qk_rope_head_dim
         self.kv_a_proj = make(c.hidden_size, kv_size, axes=(None, "hidden"), bias=c.attention_bias)
-        self.kv_a_norm = RMSNorm(a.kv_rank, eps=_EPS, dtype=dtype)
+        self.kv_a_norm = RMSNorm(a.kv_lora_rank, eps=_EPS, dtype=dtype)
         self.kv_b_proj = KvBProj(a, c.num_q_heads, dtype=dtype, quantization=quantization)
-        o_size = c.num_q_heads * a.value_dim
+        o_size = c.num_q_heads * a.v_head_dim
         self.o_proj = make(o_size, c.hidden_size, axes=("hidden", "heads"), bias=c.attention_out_bias)
         self.cache_scales = kv_scales_param(args)
         self._latent = mla
@@ -107,15 +107,15 @@ class MlaAttention(nnx.Module):
         In the form `mha`, queries are those of the heads' own keys, [T, N, H + R].
         """
         a, num_tokens = self._latent, x_TD.shape[0]
-        if a.q_rank is None:
+        if a.q_lora_rank is None:
             projected = self.q_proj(x_TD, ctx)
         else:
             projected = self.q_b_proj(self.q_a_norm(self.q_a_proj(x_TD, ctx)), ctx)
-        q_TNQ = projected.reshape(num_tokens, -1, a.key_dim + a.rope_dim)
-        q_TNH, q_TNR = q_TNQ[..., : a.key_dim], q_TNQ[..., a.key_dim :]
+        q_TNQ = projected.reshape(num_tokens, -1, a.qk_nope_head_dim + a.qk_rope_head_dim)
+        q_TNH, q_TNR = q_TNQ[..., : a.qk_nope_head_dim], q_TNQ[..., a.qk_nope_head_dim :]
         kv_TS = self.kv_a_proj(x_TD, ctx)
-        latent_T1C = self.kv_a_norm(kv_TS[:, : a.kv_rank])[:, None]
-        k_T1R = kv_TS[:, None, a.kv_rank :]
+        latent_T1C = self.kv_a_norm(kv_TS[:, : a.kv_lora_rank])[:, None]
+        k_T1R = kv_TS[:, None, a.kv_lora_rank :]
         if rope_TC:
             q_TNR, k_T1R = (apply_rope(self._in_halves(x), *rope_TC) for x in (q_TNR, k_T1R))
         key_T1S = jnp.concatenate([latent_T1C, k_T1R], axis=-1)
@@ -123,7 +123,7 @@ class MlaAttention(nnx.Module):
         q_TNQ = jnp.concatenate([q_TNH, q_TNR], axis=-1)
         if ctx.mla == "absorbed":
             q_TNQ = self.kv_b_proj.absorb(q_TNQ, self.kv_b_proj.updates(ctx))
-        return q_TNQ, key_TKS, key_TKS[..., : a.kv_rank]
+        return q_TNQ, key_TKS, key_TKS[..., : a.kv_lora_rank]
 
     def output(self, o_TNC: jax.Array, ctx: LayerContext) -> jax.Array:
         """[T, N, C] -> [T, D]; in the form `mha`, [T, N, V] -> [T, D]."""

@@ -66,10 +66,10 @@ class MlaPrefillWorkspace:
             rows: (tokens to run, tokens of the sequence once they ran) of the rows that run several tokens.
         """
         mla, config = self.mla, self.backend.config
-        absorbed_pair = 2 * (2 * mla.kv_rank + mla.rope_dim)
+        absorbed_pair = 2 * (2 * mla.kv_lora_rank + mla.qk_rope_head_dim)
         mha_pair = 4 * config.head_dim
         # Keys and values of a step's own tokens cost what absorbing its queries and results would.
-        per_token = self.write_cost * 2 * mla.kv_rank * (mla.key_dim + mla.value_dim)
+        per_token = self.write_cost * 2 * mla.kv_lora_rank * (mla.qk_nope_head_dim + mla.v_head_dim)
         num_pages, absorbed, mha = 0, 0.0, 0.0
         for num_tokens, length in rows:
             num_pages += -(-length // config.page_size)
@@ -92,9 +92,9 @@ class MlaPrefillWorkspace:
         """
         mla, size = self.mla, self.backend.config.head_dim
         w_uk_KGHC, w_uv_KGVC = (each.reshape(x_PKSZ.shape[1], -1, *each.shape[1:]) for each in matrices)
-        latent_PKSC, k_PKSR = x_PKSZ[..., : mla.kv_rank], x_PKSZ[..., mla.kv_rank :]
+        latent_PKSC, k_PKSR = x_PKSZ[..., : mla.kv_lora_rank], x_PKSZ[..., mla.kv_lora_rank :]
         k_PKGSH = jnp.einsum("pksc,kghc->pkgsh", latent_PKSC, w_uk_KGHC)
-        k_PKGSR = jnp.broadcast_to(k_PKSR[:, :, None], (*k_PKGSH.shape[:-1], mla.rope_dim))
+        k_PKGSR = jnp.broadcast_to(k_PKSR[:, :, None], (*k_PKGSH.shape[:-1], mla.qk_rope_head_dim))
         v_PKGSV = jnp.einsum("pksc,kgvc->pkgsv", latent_PKSC, w_uv_KGVC)
         k_PKGSE = filled_up(jnp.concatenate([k_PKGSH, k_PKGSR], axis=-1), size)
         v_PKGSE = filled_up(v_PKGSV, size)
@@ -184,7 +184,7 @@ class MhaPrefillCall(NamedTuple):
         k_TNE, v_TNE = (x_TN1E[:, :, 0] for x_TN1E in workspace.keys_and_values(matrices, k_TKZ[:, :, None]))
         q_TNE = filled_up(q_TNH, workspace.backend.config.head_dim)
         o_TNE, _ = workspace.backend.attend(q_TNE, k_TNE, v_TNE, pages, jnp.int32(0), self.prompts)
-        return o_TNE[..., : workspace.mla.value_dim]
+        return o_TNE[..., : workspace.mla.v_head_dim]
 
     def _keys_and_values(
         self, operands: tuple[tuple[jax.Array, jax.Array], jax.Array | None], x_PKSZ: jax.Array

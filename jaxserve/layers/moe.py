@@ -26,7 +26,7 @@ from kernels_pallas.grouped_matmul.api import GroupedMatmul, Matrices
 from kernels_pallas.quantized import QuantizedFormat
 from kernels_pallas.shards import DATA, EXPERT, IN_EXPERT, MODEL, over_model
 from kernels_pallas.stacked import LoraPair, Stacked
-from kernels_pallas.token_tiles import Blocks, Places, sort_into_blocks
+from kernels_pallas.token_tiles import Blocks, PermutedRows, sort_into_blocks
 
 # Sigmoids may all be nothing.
 _SMALLEST_SUM = 1e-20
@@ -114,9 +114,9 @@ class _Rows(NamedTuple):
 
     Attributes:
         matmul: the product.
-        form: of quantised weights.
+        form: format of quantised weights.
         blocks: whose groups are the experts that are here.
-        by_adapter: of those that have an adapter, if there can be any.
+        by_adapter: rows of tokens that have an adapter, if the model serves adapters.
     """
 
     matmul: GroupedMatmul
@@ -130,7 +130,7 @@ class _ExpertWeights(NamedTuple):
 
     Attributes:
         weight: [L, E, out, in], of all layers that have experts.
-        scale, zero: of its blocks where it is quantised.
+        scale, zero: scales and zero points of its blocks where it is quantised.
         bias: [E, out], or None.
         lora: the matrices of adapters, [L, S, E, R, in] and [L, S, E, R, out], or None.
     """
@@ -208,7 +208,7 @@ def _specs_of_stack(spec: P) -> Stacked:
 
 
 def _in_replica(spec: P) -> P:
-    """Of the part that a copy of the model has: steps are split over copies already."""
+    """The spec within a replica, where the data axis is split already."""
     return P(*(EXPERT if isinstance(axis, tuple) and EXPERT in axis else axis for axis in spec))
 
 
@@ -234,7 +234,7 @@ class Experts(nnx.Module):
         layers = (self.gate_proj, self.up_proj, self.down_proj)
         slot_T = None if ctx.lora.experts is None else ctx.lora.experts.slot_T
         if self._shared:
-            # Each copy has some of the experts, and sees the tokens of all.
+            # Each replica has some of the experts, and sees the tokens of all.
             gather = partial(lax.all_gather, axis_name=DATA, tiled=True)
             x_TD, routing, slot_T = jax.tree.map(gather, (x_TD, routing, slot_T))
         in_specs = (P(), P(), P(), *(layer.specs(ctx) for layer in layers))
@@ -258,7 +258,7 @@ class Experts(nnx.Module):
         num_experts = gate.weight.stack.shape[1]
         own_TU = routing.id_TU - lax.axis_index((DATA, EXPERT) if self._shared else EXPERT) * num_experts
         own_TU = jnp.where((own_TU >= 0) & (own_TU < num_experts), own_TU, num_experts)
-        # Of all experts: on average those that are here have their share of the tokens.
+        # Block rows are chosen for all experts: on average the local experts have their share of the tokens.
         row_bytes = max(x_TD.shape[1], gate.weight.stack.shape[2]) * x_TD.dtype.itemsize
         block_rows = matmul.block_rows(num_tokens * top_k, self._num_experts, row_bytes)
         blocks, places = sort_into_blocks(own_TU.reshape(-1), num_experts, block_rows)
@@ -280,7 +280,7 @@ class Experts(nnx.Module):
         return lax.psum(y_TD.astype(x_TD.dtype), MODEL)
 
     def _sort_by_adapter(
-        self, adapters: ExpertAdapters, own_TU: jax.Array, num_experts: int, places: Places, row_bytes: int
+        self, adapters: ExpertAdapters, own_TU: jax.Array, num_experts: int, places: PermutedRows, row_bytes: int
     ) -> _ByAdapter:
         """Sort the tokens anew: in the experts' own blocks a matrix would be read once for each adapter.
 
@@ -324,7 +324,7 @@ class MoE(nnx.Module):
 
     def __init__(self, args: DecoderArgs) -> None:
         config, dtype = args.config, args.dtype
-        experts, size = config.experts, config.hidden_size
+        experts, size = config.moe, config.hidden_size
         assert experts is not None
         make_gate = partial(Gate, size, dtype=dtype)
         self.router = make_gate(experts.num_experts, axes=(None, "hidden"), bias=experts.bias)

@@ -21,8 +21,8 @@ class Tokenwise(Protocol):
         """`function` of what is shared, then of the arrays.
 
         Args:
-            function: of some tokens.
-            arrays: of all tokens.
+            function: function of some tokens.
+            arrays: arrays of all tokens.
             shared: results of `prepare`.
         """
         ...

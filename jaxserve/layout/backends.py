@@ -64,7 +64,7 @@ def choose_backends(
     experts = choose_grouped_matmul(_expert_shapes(decoder, mesh), mesh)
     _log_choice("attention", attention)
     _log_choice("sampling", sampler)
-    if decoder.config.experts is not None:
+    if decoder.config.moe is not None:
         _log_choice("experts", experts)
     lora, lora_groups, lora_experts = _choose_lora(decoder, mesh, lora_pool)
     linear, linears = _choose_linears(decoder, mesh)

@@ -125,7 +125,7 @@ def layout_model(config: EngineConfig, hf_config: Mapping[str, Any], mesh: Mesh)
     """
     architecture = find_architecture(hf_config)
     model = with_requested(architecture.model_config(hf_config), hf_config, config.quantization)
-    if config.dp_attention and model.experts is None:
+    if config.dp_attention and model.moe is None:
         raise LaunchError("--enable-dp-attention: the model has no experts for its replicas to share")
     if config.merge_lora is not None and model.quantization is not None:
         raise LaunchError("--merge-lora: the model's weights are quantised: serve the adapter with --lora-paths")
@@ -182,7 +182,7 @@ def _check_blocks(decoder: Decoder, mesh: Mesh | AbstractMesh) -> None:
                 )
     head_dim, rows = decoder.config.head_dim, quantization.block[0]
     replicated = decoder.args.parallelism.kv_head_replication > 1
-    if replicated and decoder.config.latent is None and head_dim % rows:
+    if replicated and decoder.config.mla is None and head_dim % rows:
         raise LaunchError(
             f"key heads of {head_dim} do not divide into quantised blocks of {rows} rows, so they cannot be repeated: "
             "try a lower --tp-size"
@@ -279,7 +279,7 @@ def _attention(config: EngineConfig, layout: ModelLayout, page_size: int, num_pa
         dtype=layout.kv_dtype,
         scale=model.attention_scale or model.head_dim**-0.5,
         window=model.windows[0],
-        value_dim=None if model.latent is None else model.latent.kv_rank,
+        value_dim=None if model.mla is None else model.mla.kv_lora_rank,
         batch_invariant=config.deterministic,
     )
     name: BackendName = config.attention_backend

@@ -37,10 +37,10 @@ def layout_workspace(
         max_bytes: bytes that the workspace may take, on each device.
     """
     cached = chosen.impl.config
-    if model.latent is None or model.windows != (None,) or cached.batch_invariant:
+    if model.mla is None or model.windows != (None,) or cached.batch_invariant:
         return None
     by_kernel = chosen.name != "xla"
-    channels = max(model.latent.key_dim + model.latent.rope_dim, model.latent.value_dim)
+    channels = max(model.mla.qk_nope_head_dim + model.mla.qk_rope_head_dim, model.mla.v_head_dim)
     config = dataclasses.replace(
         cached,
         num_layers=1,
@@ -63,7 +63,7 @@ def layout_workspace(
         logger.warning("MLA prompts always take the absorbed form: %s", error)
         return None
     cost = _KERNEL_WRITE_COST if by_kernel else _CPU_WRITE_COST
-    workspace = MlaPrefillWorkspace(mla=model.latent, backend=backend, write_cost=cost, mesh=mesh)
+    workspace = MlaPrefillWorkspace(mla=model.mla, backend=backend, write_cost=cost, mesh=mesh)
     if not workspace.can_pay(scheduler.max_step_tokens):
         logger.info(
             "MLA prompts always take the absorbed form: the MHA form would never pay with a workspace of %d tokens",

@@ -1,6 +1,6 @@
 """Finds the model a user names: `demo`, a local folder, a `.gguf` file, or a Hugging Face id.
 
-Everything that can be wrong with a name is told before weights are touched: the architecture is read from
+Everything that can be wrong with a name is reported before weights are read: the architecture is read from
 `config.json` first.
 """
 

@@ -47,7 +47,7 @@ class AdapterDelta(NamedTuple):
 
     Attributes:
         factors: by path in the model's tree.
-        rank: of the widest factor; the others are filled up with zeros.
+        rank: rank of the widest factor; the others are filled up with zeros.
         tied_head: the model's head is its embedding.
     """
 
@@ -57,7 +57,7 @@ class AdapterDelta(NamedTuple):
 
     @property
     def num_bytes(self) -> int:
-        """Of the factors on the host."""
+        """Bytes of the factors on the host."""
         return sum(array.nbytes for factor in self.factors.values() for array in factor)
 
 
@@ -65,9 +65,9 @@ class _Target(NamedTuple):
     """Where a module's factors belong.
 
     Attributes:
-        path: of the weight.
+        path: path of the weight.
         at: the layer and the expert of it; nothing for an axis that is not there, or wanted whole.
-        first_row, row_step: of the weight in the module.
+        first_row, row_step: first row and step of the weight in the module.
     """
 
     path: Path
@@ -187,8 +187,8 @@ def merge(weights: Weights, delta: AdapterDelta, add: Callable[[jax.Array, LowRa
     """The weights with an adapter in them; leaves that it does not change stay what they are.
 
     Args:
-        weights: of the base.
-        delta: of the adapter.
+        weights: weights of the base.
+        delta: weight change of the adapter.
         add: `add_low_rank`, compiled or not.
 
     Raises:

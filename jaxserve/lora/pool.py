@@ -26,13 +26,13 @@ from kernels_pallas.lora_matmul.api import LoraModule
 
 
 class LoraPoolLayout(NamedTuple):
-    """Sizes of a bank.
+    """Sizes of a LoRA pool.
 
     Attributes:
         num_slots: slot 0 included.
-        rank: of any adapter, at most; those of a lower one are filled up with zeros.
+        rank: rank of any adapter, at most; those of a lower one are filled up with zeros.
         paths: weights that adapters may change.
-        rank_multiple: that the devices want of the factors in the bank.
+        rank_multiple: the ranks of the pool are a multiple of this, which the devices need.
     """
 
     num_slots: int
@@ -42,12 +42,12 @@ class LoraPoolLayout(NamedTuple):
 
     @property
     def padded_rank(self) -> int:
-        """Of the factors in the bank."""
+        """Rank of the matrices in the pool."""
         return -(-self.rank // self.rank_multiple) * self.rank_multiple
 
 
 def lora_pool_specs(decoder: Decoder, layout: LoraPoolLayout) -> dict[Path, ParamSpec]:
-    """Of a group's `a` [(L,) S, (E,) J, I] and each `b` [(L,) S, (E,) R, O], split as the weights' own axes are."""
+    """Specs of a group's `a` [(L,) S, (E,) J, I] and each `b` [(L,) S, (E,) R, O], split like the weights' axes."""
     specs: dict[Path, ParamSpec] = {}
     weights = adaptable(decoder)
 
@@ -98,7 +98,7 @@ def lora_modules(decoder: Decoder, layout: LoraPoolLayout, mesh: Mesh) -> dict[P
 
 
 def lora_expert_shapes(decoder: Decoder, layout: LoraPoolLayout, mesh: Mesh) -> set[ExpertShape]:
-    """Of the factors of experts, as one device has them."""
+    """Shapes of the experts' factors on one device."""
     specs, weights = lora_pool_specs(decoder, layout), adaptable(decoder)
     shapes: set[ExpertShape] = set()
     for group, paths in _groups(decoder, layout).items():
@@ -111,7 +111,7 @@ def lora_expert_shapes(decoder: Decoder, layout: LoraPoolLayout, mesh: Mesh) -> 
 
 
 def _groups(decoder: Decoder, layout: LoraPoolLayout) -> dict[Path, list[Path]]:
-    """Nodes of the bank and the weights of their modules, in the order of their names."""
+    """Nodes of the pool and the weights of their modules, in the order of their names."""
     groups: dict[Path, list[Path]] = {}
     for path in sorted(layout.paths):
         parent = path[:-2]
@@ -121,7 +121,7 @@ def _groups(decoder: Decoder, layout: LoraPoolLayout) -> dict[Path, list[Path]]:
 
 
 def lora_pool_bytes(decoder: Decoder, layout: LoraPoolLayout, mesh: Mesh) -> int:
-    """Of a bank, on each device."""
+    """Bytes of a pool on each device."""
     return sum(spec.shard_bytes(mesh) for spec in lora_pool_specs(decoder, layout).values())
 
 
@@ -144,16 +144,16 @@ def slot_leaves(delta: AdapterDelta, specs: Mapping[Path, ParamSpec]) -> dict[Pa
 
 
 def slot_spec(spec: ParamSpec) -> ParamSpec:
-    """Of one slot of a leaf: without the axis of slots, which comes after that of layers."""
+    """Spec of one slot of a leaf: without the slot axis, which comes after the layer axis."""
     at = int(spec.stacked)
     shape, axes = (*spec.shape[:at], *spec.shape[at + 1 :]), (*spec.axes[:at], *spec.axes[at + 1 :])
     return ParamSpec(shape, spec.dtype, axes, spec.layers)
 
 
-def write_slot(bank: Weights, slot: jax.Array, contents: Weights) -> Weights:
+def write_slot(pool: Weights, slot: jax.Array, contents: Weights) -> Weights:
     """Put an adapter into a slot."""
 
     def write(path: tuple[Any, ...], leaf: jax.Array, new: jax.Array) -> jax.Array:
         return jax.lax.dynamic_update_index_in_dim(leaf, new, slot - 1, axis=int(path[0].key == "layers"))
 
-    return jax.tree_util.tree_map_with_path(write, bank, contents)
+    return jax.tree_util.tree_map_with_path(write, pool, contents)

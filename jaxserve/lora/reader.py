@@ -75,11 +75,11 @@ class AdapterReader(NamedTuple):
 
 
 class SlotReader:
-    """Reads adapters as the slots of a bank hold them.
+    """Reads adapters into the layout of a LoRA pool's slots.
 
     Args:
-        reader: of the model.
-        layout: of the bank.
+        reader: reader of the model.
+        layout: layout of the LoRA pool.
     """
 
     def __init__(self, reader: AdapterReader, layout: LoraPoolLayout) -> None:

@@ -16,8 +16,8 @@ class StartupAdapters(NamedTuple):
     """What `--lora-paths` came to.
 
     Attributes:
-        layout: of the bank.
-        reader: of later adapters.
+        layout: layout of the LoRA pool.
+        reader: reader of later adapters.
         by_name: in memory.
     """
 
@@ -31,8 +31,8 @@ def read_startup_adapters(config: LoraConfig, reader: AdapterReader, rank_multip
 
     Args:
         config: the settings.
-        reader: of the model.
-        rank_multiple: that the devices want of the factors in the bank.
+        reader: reader of the model.
+        rank_multiple: the ranks of the pool are a multiple of this, which the devices need.
 
     Raises:
         LaunchError: an adapter cannot be read or does not fit, or a module is not known.

@@ -33,11 +33,11 @@ class _Entry:
 
     Attributes:
         source: where it is.
-        digest: of what was read first; None before.
+        digest: digest of the files when they were first read; None before.
         in_memory: the holder has it.
         leaving: it makes room for another one as soon as no request runs with it.
         num_requests: that have begun and not ended.
-        num_active: of those, how many have been started.
+        num_active: the number of those that have been started.
         loaded: whom to tell of the first reading.
         unloaded: whom to tell when it is gone; set once it is to go.
     """
@@ -71,7 +71,7 @@ class AdapterStore:
     Args:
         read: what a folder holds; raises AdapterError.
         holder: gets what is in memory.
-        slots: of the device.
+        slots: the slots of the device.
         max_loaded: adapters in memory; None for no limit. The least recently used one that is not pinned makes room,
             and is read again when a request asks for it.
         executor: where files are read; a thread if None.
@@ -150,7 +150,7 @@ class AdapterStore:
             self._wanted[entry.source.key] = None
 
     def cancel(self, request_id: str) -> Request | None:
-        """Forget a request that waits for its adapter, and return it; it is still to be told that it has ended."""
+        """Forget a request that waits for its adapter, and return it; the caller reports its end."""
         parked = self._parked.pop(request_id, None)
         return None if parked is None else parked.request
 

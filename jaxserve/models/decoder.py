@@ -59,7 +59,7 @@ class DecoderLayer(nnx.Module):
     def __init__(self, args: DecoderArgs, layer: LayerConfig) -> None:
         c, dtype = args.config, args.dtype
         self.input_norm = hidden_norm(c, dtype)
-        self.attention = Attention(args) if c.latent is None else MlaAttention(args, c.latent)
+        self.attention = Attention(args) if c.mla is None else MlaAttention(args, c.mla)
         self.post_attention_norm = hidden_norm(c, dtype)
         if layer.mlp == "experts":
             self.moe = MoE(args)

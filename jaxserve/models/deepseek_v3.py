@@ -37,21 +37,21 @@ def read_mla(config: Mapping[str, Any]) -> ModelConfig:
     """A model with latent attention, as if all its layers were dense."""
     if int(config.get("moe_layer_freq") or 1) != 1:
         raise LaunchError(f"config.json: moe_layer_freq must be 1, got {config['moe_layer_freq']}")
-    q_rank = config.get("q_lora_rank")
-    latent = MlaConfig(
-        q_rank=None if q_rank is None else int(q_rank),
-        kv_rank=int(config["kv_lora_rank"]),
-        rope_dim=int(config["qk_rope_head_dim"]),
-        key_dim=int(config["qk_nope_head_dim"]),
-        value_dim=int(config["v_head_dim"]),
+    q_lora_rank = config.get("q_lora_rank")
+    mla = MlaConfig(
+        q_lora_rank=None if q_lora_rank is None else int(q_lora_rank),
+        kv_lora_rank=int(config["kv_lora_rank"]),
+        qk_rope_head_dim=int(config["qk_rope_head_dim"]),
+        qk_nope_head_dim=int(config["qk_nope_head_dim"]),
+        v_head_dim=int(config["v_head_dim"]),
         interleaved=bool(config.get("rope_interleave", True)),
     )
     model = read_dense_config(
         # One key for all heads: the latent vector and what is rotated.
-        {**config, "num_key_value_heads": 1, "head_dim": latent.kv_rank + latent.rope_dim}
+        {**config, "num_key_value_heads": 1, "head_dim": mla.kv_lora_rank + mla.qk_rope_head_dim}
     )
     return msgspec.structs.replace(
-        model, latent=latent, attention_scale=(latent.key_dim + latent.rope_dim) ** -0.5 * _stretch(config) ** 2
+        model, mla=mla, attention_scale=(mla.qk_nope_head_dim + mla.qk_rope_head_dim) ** -0.5 * _stretch(config) ** 2
     )
 
 
@@ -82,8 +82,8 @@ def tensor_names(config: ModelConfig) -> dict[Path, TensorName]:
     for name in ("q_proj", "k_proj", "v_proj"):
         for kind in ("weight", "bias"):
             names.pop(("layers", "attention", name, kind), None)
-    assert config.latent is not None
-    whole = config.latent.q_rank is None
+    assert config.mla is not None
+    whole = config.mla.q_lora_rank is None
     for name in ("q_proj",) if whole else ("q_a_proj", "q_b_proj"):
         names["layers", "attention", name, "weight"] = TensorName(f"{attention}.{name}.weight")
     names["layers", "attention", "kv_a_proj", "weight"] = TensorName(f"{attention}.kv_a_proj_with_mqa.weight")

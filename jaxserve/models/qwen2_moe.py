@@ -33,10 +33,10 @@ def expert_layers(model: ModelConfig, config: Mapping[str, Any]) -> ModelConfig:
 def read_config(config: Mapping[str, Any]) -> ModelConfig:
     """Read `config.json`."""
     model = expert_layers(qwen2.read_config(config), config)
-    assert model.experts is not None
+    assert model.moe is not None
     shared = int(config["shared_expert_intermediate_size"])
-    experts = msgspec.structs.replace(model.experts, shared_intermediate_size=shared, shared_gate=True)
-    return msgspec.structs.replace(model, experts=experts)
+    experts = msgspec.structs.replace(model.moe, shared_intermediate_size=shared, shared_gate=True)
+    return msgspec.structs.replace(model, moe=experts)
 
 
 def tensor_names(config: ModelConfig) -> dict[Path, TensorName]:
@@ -46,10 +46,10 @@ def tensor_names(config: ModelConfig) -> dict[Path, TensorName]:
     for name in ("gate_proj", "up_proj", "down_proj"):
         tensor = TensorName(f"{prefix}.experts.{{expert}}.{name}.weight")
         names["layers", "moe", "experts", name, "weight"] = tensor
-        if config.experts is not None and config.experts.shared_intermediate_size is not None:
+        if config.moe is not None and config.moe.shared_intermediate_size is not None:
             shared = TensorName(f"{prefix}.shared_expert.{name}.weight")
             names["layers", "moe", "shared_expert", name, "weight"] = shared
-    if config.experts is not None and config.experts.shared_intermediate_size is not None:
+    if config.moe is not None and config.moe.shared_intermediate_size is not None:
         names["layers", "moe", "shared_expert_gate", "weight"] = TensorName(f"{prefix}.shared_expert_gate.weight")
     return names
 

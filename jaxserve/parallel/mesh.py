@@ -12,9 +12,9 @@ from jaxserve.config import ModelConfig, MoeConfig
 from jaxserve.errors import LaunchError
 from kernels_pallas.shards import DATA, EXPERT, IN_EXPERT, MODEL, model_size
 
-# Tensor parallelism splits heads, MLP and vocabulary over all devices of a copy; everything else is replicated.
+# Tensor parallelism splits heads, MLP and vocabulary over all devices of a replica; everything else is replicated.
 # Experts are split over the first axis of those, and inside over the second. Of the weights, `data` only splits experts
-# that copies share: each copy of the model there has its own requests, and all else of its own.
+# that replicas share: each replica there has its own requests, and all else of its own.
 SHARDING_RULES: dict[str, str | tuple[str, ...] | None] = {
     "vocab": MODEL,
     "heads": MODEL,
@@ -54,9 +54,9 @@ def mesh_of(devices: Sequence[Any], tp_size: int, dp_size: int = 1, ep_size: int
 
     Args:
         devices: to choose from.
-        tp_size: devices of a copy.
-        dp_size: copies of the model.
-        ep_size: devices of a copy, or groups of them, that each have experts of their own; divides `tp_size`.
+        tp_size: devices of a replica.
+        dp_size: replicas.
+        ep_size: devices of a replica, or groups of them, that each have experts of their own; divides `tp_size`.
     """
     grid = np.array(devices[: dp_size * tp_size]).reshape(dp_size, ep_size, tp_size // ep_size)
     return Mesh(grid, (DATA, *MODEL), axis_types=(AxisType.Auto,) * grid.ndim)
@@ -87,7 +87,7 @@ def weight_format(axes: tuple[str | None, ...], shape: tuple[int, ...], mesh: Me
     """How a weight lies in memory: split as `named_sharding` says, its last axis contiguous.
 
     Left to themselves, TPUs turn arrays whose last axis is no multiple of 128 round, and every step that hands one to a
-    kernel, or reads rows of it, would first copy it whole.
+    kernel, or reads rows of it, would first copy all of it.
     """
     return Format(Layout(tuple(range(len(shape)))), named_sharding(axes, shape, mesh))
 
@@ -114,8 +114,8 @@ def kv_head_replication(config: ModelConfig, mesh: Mesh | AbstractMesh, *, share
         raise LaunchError(f"--tp-size {tp_size} does not divide the model's {config.num_q_heads} attention heads")
     if any(layer.mlp == "dense" for layer in config.layers) and config.intermediate_size % tp_size:
         raise LaunchError(f"--tp-size {tp_size} does not divide the model's MLP size {config.intermediate_size}")
-    if config.experts is not None:
-        _check_experts(config.experts, tp_size, ep_size, mesh.shape[DATA] if shared_experts else 1)
+    if config.moe is not None:
+        _check_experts(config.moe, tp_size, ep_size, mesh.shape[DATA] if shared_experts else 1)
     elif ep_size > 1:
         raise LaunchError(f"--ep-size {ep_size}: the model has no experts")
     if config.num_kv_heads % tp_size == 0:

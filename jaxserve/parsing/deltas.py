@@ -20,7 +20,7 @@ class CallStart(NamedTuple):
 
     Attributes:
         call: counts the message's calls from 0.
-        name: of the function.
+        name: name of the function.
         id: the model's own, where its format has one.
     """
 

@@ -24,7 +24,7 @@ class Header(NamedTuple):
     Attributes:
         raw: as it was written.
         channel: `analysis`, `commentary`, `final` or another; empty if it has none.
-        recipient: of a tool call, such as `functions.NAME`; empty if it has none.
+        recipient: recipient of a tool call, such as `functions.NAME`; empty if it has none.
         complete: whether the text follows; else the output ends here.
     """
 

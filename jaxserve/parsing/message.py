@@ -11,7 +11,7 @@ class Call:
     """One tool call.
 
     Attributes:
-        name: of the function.
+        name: name of the function.
         id: the model's own, where its format has one.
         arguments: JSON text.
         complete: whether the arguments have ended.

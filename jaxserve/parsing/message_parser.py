@@ -24,7 +24,7 @@ class ParserSelection:
 
     Attributes:
         reasoning: None where outputs are not searched for thinking.
-        tool_calls: of requests that declare tools.
+        tool_calls: the parser for requests that declare tools.
     """
 
     reasoning: ReasoningFormat | None
@@ -62,7 +62,7 @@ class MessageParserConfig:
     """How the outputs of one request are read.
 
     Attributes:
-        reasoning: None where thinking is not told from content.
+        reasoning: None if there is no reasoning parser.
         inside: the output starts inside thinking; None where the prompt does not tell.
         stream_reasoning: pass thinking on as it comes, not at its end.
         tool_calls: None where calls are content.

@@ -17,11 +17,11 @@ from jaxserve.errors import ExitCode, LaunchError
 from jaxserve.loading.hub import find_config
 from jaxserve.plan.targets import Target, parse_target, prepare_environment
 
-_TP_SIZE = "Without --tp-size, a copy of the model takes all devices that --dp-size leaves it."
+_TP_SIZE = "Without --tp-size, a replica takes all devices that --dp-size leaves it."
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Plan; returns 0 if the model fits, 1 if it does not, 2 if that cannot be told."""
+    """Plan; returns 0 if the model fits, 1 if it does not, 2 if that is unknown."""
     parser = _parser()
     args = parser.parse_args(argv)
     if not args.model_path:
@@ -63,12 +63,12 @@ def _engine_config(args: argparse.Namespace, target: Target) -> EngineConfig:
         raise LaunchError(
             f"--dp-size must be between 1 and the target's {target.num_devices} devices, got {args.dp_size}"
         )
-    copies = 1 if args.enable_dp_attention else args.dp_size  # that `--tp-size` counts one of
+    replicas = 1 if args.enable_dp_attention else args.dp_size  # that `--tp-size` counts one of
     if args.tp_size is None:
-        args.tp_size = target.num_devices // copies
-    if not 1 <= args.tp_size * copies <= target.num_devices:
+        args.tp_size = target.num_devices // replicas
+    if not 1 <= args.tp_size * replicas <= target.num_devices:
         raise LaunchError(
-            f"--tp-size {args.tp_size} and --dp-size {args.dp_size} need {args.tp_size * copies} devices, "
+            f"--tp-size {args.tp_size} and --dp-size {args.dp_size} need {args.tp_size * replicas} devices, "
             f"--target {target.text} has {target.num_devices}"
         )
     if not args.enable_lora and (args.max_lora_rank is not None or args.lora_target_modules is not None):

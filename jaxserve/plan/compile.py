@@ -32,7 +32,7 @@ from kernels_pallas.shards import EXPERT, model_size
 _COMPILE_THREADS = 2
 # The next forward pass runs while tokens are drawn from the logits of the last.
 _STEPS_IN_FLIGHT = 2
-# Of a device's memory, where more devices are advised.
+# When more devices are advised: the fraction of a device's memory that weights may take.
 _WEIGHTS_AT_MOST = 0.8
 _FEWER_SLOTS = "adapters' slots take room, too: --max-loras-per-batch, --max-lora-rank, --lora-target-modules"
 # For devices whose memory we do not know.
@@ -253,7 +253,7 @@ def _more_devices(layout: ModelLayout, target: Target) -> str:
 
 
 def _whole_experts(layout: ModelLayout, tp_size: int) -> tuple[int, ...]:
-    experts = layout.config.experts
+    experts = layout.config.moe
     return () if experts is None else (math.gcd(tp_size, experts.num_experts),)
 
 

@@ -31,10 +31,10 @@ class Memory(msgspec.Struct, frozen=True, kw_only=True):
     """Bytes on each device.
 
     Attributes:
-        total: of the device, or None where it is not known.
+        total: memory of the device, or None if it is not known.
         weights, adapters, kv_pool: what they take; of adapters, those in slots.
-        state: of the requests that run, and the logits of two steps.
-        temporaries: of the program that needs most.
+        state: state of the requests that run, and the logits of two steps.
+        temporaries: temporary buffers of the program that needs most.
         programs: all of them.
     """
 
@@ -62,8 +62,8 @@ class Bounds(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         rows, context: the decode step they are for: requests, and keys of each.
-        decode: of all rows together.
-        decode_alone: of a single request.
+        decode: bound of all rows together.
+        decode_alone: bound of a single request.
         prefill: prompt tokens.
     """
 
@@ -80,7 +80,7 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         fits: whether the model fits the target.
         advice: what would make it fit, or what to know.
-        kv_tokens: that the pools of all copies hold.
+        kv_tokens: that the pools of all replicas hold.
         full_requests: requests of `context_length` tokens that they hold.
     """
 
@@ -126,7 +126,7 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
 
     def _split(self) -> str:
         experts = f", ep {self.ep_size}" if self.ep_size > 1 else ""
-        shared = ", one set of experts for all copies" if self.dp_attention else ""
+        shared = ", one set of experts for all replicas" if self.dp_attention else ""
         return f"tp {self.tp_size}, dp {self.dp_size}{experts}{shared}"
 
     def _memory_rows(self) -> list[tuple[str, str]]:
@@ -171,12 +171,12 @@ class Load(NamedTuple):
     """What a decode step is bounded for.
 
     Attributes:
-        weight_bytes: of one device, those that a step reads.
-        expert_bytes: of one device, all experts.
-        key_bytes: of one cached token on one device.
+        weight_bytes: bytes of weights on one device that a step reads.
+        expert_bytes: bytes of all experts on one device.
+        key_bytes: bytes of one cached token on one device.
         rows: requests.
         context: keys of each.
-        tp_size: devices of a copy.
+        tp_size: devices of a replica.
         num_replicas: that share experts, and have as many requests each.
     """
 
@@ -196,7 +196,7 @@ def bound(model: ModelConfig, device: DeviceSpec, load: Load) -> Bounds | None:
     flops = device.flops * load.tp_size
     # On average over the layers.
     seen = sum(min(load.context, layer.window or load.context) for layer in model.layers) / model.num_layers
-    value_dim = model.head_dim if model.latent is None else model.latent.kv_rank
+    value_dim = model.head_dim if model.mla is None else model.mla.kv_lora_rank
     attention_flops = 2 * model.num_layers * model.num_q_heads * (model.head_dim + value_dim)
 
     def step_s(rows: int) -> float:
@@ -220,7 +220,7 @@ def bound(model: ModelConfig, device: DeviceSpec, load: Load) -> Bounds | None:
 def num_multiplied(model: ModelConfig) -> int:
     """Weights that a token is multiplied with: all but the input embedding and the norms, and its own experts."""
     rows = {"dense": 3 * model.intermediate_size}
-    if (experts := model.experts) is not None:
+    if (experts := model.moe) is not None:
         own = experts.top_k * experts.intermediate_size + (experts.shared_intermediate_size or 0)
         rows["experts"] = 3 * own + experts.num_experts
     mlps = sum(rows[layer.mlp] for layer in model.layers) * model.hidden_size
@@ -230,16 +230,16 @@ def num_multiplied(model: ModelConfig) -> int:
 def _attention_multiplied(model: ModelConfig) -> int:
     """Weights of a layer's projections."""
     heads, hidden = model.num_q_heads, model.hidden_size
-    if (latent := model.latent) is None:
+    if (mla := model.mla) is None:
         return hidden * model.head_dim * (2 * heads + 2 * model.num_kv_heads)
-    q_size = heads * (latent.key_dim + latent.rope_dim)
-    queries = hidden * q_size if latent.q_rank is None else latent.q_rank * (hidden + q_size)
-    expansion = heads * (latent.key_dim + latent.value_dim) * latent.kv_rank
-    return queries + hidden * model.head_dim + expansion + heads * latent.value_dim * hidden
+    q_size = heads * (mla.qk_nope_head_dim + mla.qk_rope_head_dim)
+    queries = hidden * q_size if mla.q_lora_rank is None else mla.q_lora_rank * (hidden + q_size)
+    expansion = heads * (mla.qk_nope_head_dim + mla.v_head_dim) * mla.kv_lora_rank
+    return queries + hidden * model.head_dim + expansion + heads * mla.v_head_dim * hidden
 
 
 def experts_read(model: ModelConfig, rows: int) -> float:
     """Share of the experts that a step of so many tokens uses, if the router prefers none."""
-    if model.experts is None:
+    if model.moe is None:
         return 0.0
-    return 1 - (1 - model.experts.top_k / model.experts.num_experts) ** rows
+    return 1 - (1 - model.moe.top_k / model.moe.num_experts) ** rows

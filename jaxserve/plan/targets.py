@@ -20,8 +20,8 @@ class DeviceSpec(NamedTuple):
 
     Attributes:
         platform: `tpu`, `gpu` or `cpu`.
-        name: of the topology.
-        memory_bytes: of the device, as far as the runtime gives it to programs; 0 where it is not known.
+        name: name of the topology.
+        memory_bytes: memory of the device, as far as the runtime gives it to programs; 0 where it is not known.
         bytes_per_s: between the memory and the chip.
         flops: bfloat16 operations per second, dense.
         per_chip: devices of a chip.
@@ -78,8 +78,8 @@ class Target(NamedTuple):
 
     Attributes:
         text: as the user wrote it.
-        device: of each.
-        shape: of the topology, in chips.
+        device: kind of the devices.
+        shape: shape of the topology, in chips.
     """
 
     text: str

@@ -69,7 +69,7 @@ def pick_bucket(buckets: Iterable[Bucket], num_tokens: int, num_rows: int, *, si
 
     Args:
         buckets: to choose from.
-        num_tokens: of the step.
+        num_tokens: tokens of the step.
         num_rows: its rows or draws, whichever are more.
         single_tokens: every row runs one token, so a decode step will do.
 

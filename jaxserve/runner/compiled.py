@@ -30,7 +30,7 @@ class ProgramCache:
     Args:
         shapes: shapes of the forward passes.
         lower_forward: lowers the forward pass of a `ForwardShape`.
-        lower_sample: of a number of rows.
+        lower_sample: lowers the sampling program of a number of rows.
     """
 
     def __init__(self, shapes: list[ForwardShape], lower_forward: Lower, lower_sample: Lower) -> None:

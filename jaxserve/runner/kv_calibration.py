@@ -34,17 +34,17 @@ _NUM_TOKENS = 2048
 # Other tokens have larger numbers.
 _MARGIN = 1.5
 _LARGEST = 127
-# Of the head's largest number.
+# The smallest scale, as a fraction of the head's largest value.
 _SMALLEST = 1 / 8
 
 
-def with_kv_scales(served: StepModel, weights: Weights, meet: Callable[[], object]) -> Weights:
+def with_kv_scales(served: StepModel, weights: Weights, wait_for_hosts: Callable[[], object]) -> Weights:
     """The weights with the KV scales of `jaxserve.layers.kv_scales`, measured with random tokens.
 
     Args:
         served: the model with its int8 cache.
         weights: its weights on the mesh, without scales.
-        meet: waits for the other hosts, before the first step.
+        wait_for_hosts: waits for the other hosts before the first step.
 
     Raises:
         LaunchError: some keys or values are not finite.
@@ -58,7 +58,7 @@ def with_kv_scales(served: StepModel, weights: Weights, meet: Callable[[], objec
     measure = jax.jit(measure, out_shardings=results)
     forward = programs.lower_forward(ForwardShape(model.buckets[0])).compile()
     measured = measure.lower(programs.cache_shapes()).compile()
-    meet()
+    wait_for_hosts()
     cache, last_token_R = zeros(programs.cache_shapes()), zeros(programs.state_shapes().last_token_R)
     for prompt in _prompts(model.layout, model.buckets[0]):
         batch = jax.tree.map(lambda array: np.stack([array] * programs.num_replicas), prompt)
@@ -106,13 +106,13 @@ def _scales(attention: AttentionBackend, rope_dim: int, num_replicas: int, cache
     Args:
         attention: has the cache.
         rope_dim: the last so many numbers of a key are rotated, the first half of them against the other.
-        num_replicas: of the model.
+        num_replicas: replicas of the model.
         cache: once the prompts have run.
     """
     num_layers = attention.config.num_layers
 
     def peaks(pages: jax.Array) -> jax.Array:
-        """[L, K, Z] of an array [copies * L * P, K, S, Z]."""
+        """[L, K, Z] of an array [replicas * L * P, K, S, Z]."""
         pages = pages.reshape(num_replicas, num_layers, -1, *pages.shape[1:])
         return jnp.max(jnp.abs(pages), axis=(0, 2, 4))
 

@@ -101,15 +101,15 @@ class StepPrograms:
     """What a runner compiles and calls.
 
     Attributes:
-        num_replicas: of the model.
-        by_replica: sharding of arrays that have copies along their leading axis.
+        num_replicas: replicas of the model.
+        by_replica: sharding of arrays that have replicas along their leading axis.
     """
 
     def __init__(self, model: StepModel) -> None:
         self._model = model
         self.num_replicas: int = model.mesh.shape[DATA]
         self.by_replica = NamedSharding(model.mesh, P(DATA))
-        # A host reads the tokens of all copies, of which it may hold some only.
+        # A host reads the tokens of all replicas, of which it may hold some only.
         out = NamedSharding(model.mesh, P()) if model.mesh.is_multi_process else self.by_replica
         # Logits stay where they are made: split over the vocabulary, as the output head is.
         vocab_axis = partition_spec(("vocab",), (model.layout.vocab_size,), model.mesh)[0]
@@ -156,15 +156,15 @@ class StepPrograms:
         self._write_slot = jax.jit(write_slot, donate_argnums=0, out_shardings=lora_pool_shardings)
 
     def lower_forward(self, shape: ForwardShape) -> jax.stages.Lowered:
-        """`(weights, bank, cache, last_token_R, batch) -> (cache, logits)`; the cache is donated.
+        """`(weights, lora_pool, cache, last_token_R, batch) -> (cache, logits)`; the cache is donated.
 
-        The bank is empty where no row has an adapter.
+        The LoRA pool is empty in steps without adapters.
         """
         batch = RowTable(self._model.layout).build(NOTHING, shape.bucket)
-        bank = self.lora_pool_shapes() if shape.adapted else {}
+        lora_pool = self.lora_pool_shapes() if shape.adapted else {}
         state = self.state_shapes()
         return self._forward[shape.adapted, shape.mha_prefill].lower(
-            self.weight_shapes(), bank, self.cache_shapes(), state.last_token_R, self._replicated(batch)
+            self.weight_shapes(), lora_pool, self.cache_shapes(), state.last_token_R, self._replicated(batch)
         )  # fmt: skip
 
     def lower_sample(self, num_rows: int) -> jax.stages.Lowered:
@@ -181,19 +181,19 @@ class StepPrograms:
         return self._write_row.lower(self.state_shapes(), np.int32(0), contents)
 
     def lower_write_slot(self) -> jax.stages.Lowered:
-        """`(bank, slot, contents) -> bank`; the bank is donated."""
+        """`(lora_pool, slot, contents) -> lora_pool`; the pool is donated."""
         return self._write_slot.lower(self.lora_pool_shapes(), np.int32(0), self.slot_shapes())
 
     def lora_pool_shapes(self) -> Weights:
-        """Shapes, dtypes and shardings of the adapters' bank."""
+        """Shapes, dtypes and shardings of the LoRA pool."""
         return tree_of((path, self._shape_of(spec)) for path, spec in self._lora_pool_specs().items())
 
     def slot_shapes(self) -> Weights:
-        """Shapes, dtypes and shardings of what one slot of the bank holds."""
+        """Shapes, dtypes and shardings of one slot of the LoRA pool."""
         return tree_of((path, self._shape_of(slot_spec(spec))) for path, spec in self._lora_pool_specs().items())
 
     def _lora_pool_specs(self) -> dict[Path, ParamSpec]:
-        """Of the adapters' bank, if there is one."""
+        """Shardings of the LoRA pool, if there is one."""
         if self._model.lora_pool is None:
             return {}
         return lora_pool_specs(self._model.decoder, self._model.lora_pool)
@@ -212,7 +212,7 @@ class StepPrograms:
         return jax.ShapeDtypeStruct(spec.shape, spec.dtype, sharding=sharding)
 
     def logits_shape(self, num_rows: int) -> jax.ShapeDtypeStruct:
-        """What a forward pass of that many rows a copy ends with, f32."""
+        """What a forward pass of that many rows a replica ends with, f32."""
         shape = (self.num_replicas * num_rows, self._model.layout.vocab_size)
         return jax.ShapeDtypeStruct(shape, jnp.float32, sharding=self._by_id)
 

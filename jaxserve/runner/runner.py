@@ -158,7 +158,7 @@ class ModelRunner:
         del self._adapters[key]
 
     def forward(self, plans: Plans) -> ForwardedStep:
-        """Send the forward pass of a step of every copy to the devices and return at once."""
+        """Send the forward pass of a step of every replica to the devices and return at once."""
         for replica, plan in enumerate(plans):
             for load in plan.adapter_loads if plan is not None else ():
                 self._load(load)
@@ -216,7 +216,7 @@ class ModelRunner:
         self._run_empty(ForwardShape(self._model.buckets[-1])).result()
 
     def _admit(self, replica: int, new: NewRow) -> None:
-        """A row of a copy has a new owner."""
+        """Give a row of a replica to another request."""
         self._rows[replica].admit(new)
         if needs_row_state(new):
             row = replica * (self._model.layout.max_rows + 1) + new.row
@@ -231,8 +231,8 @@ class ModelRunner:
     def _run_forward(self, shape: ForwardShape, plans: Plans) -> ForwardedStep:
         batch = to_devices(self._batch(shape.bucket, plans), self._by_replica)
         forward = self._programs.forward(shape)
-        bank = self._lora_pool if shape.adapted else {}
-        self._cache, logits = forward(self._weights, bank, self._cache, self._state.last_token_R, batch)
+        lora_pool = self._lora_pool if shape.adapted else {}
+        self._cache, logits = forward(self._weights, lora_pool, self._cache, self._state.last_token_R, batch)
         return ForwardedStep(self, plans, batch.sample, logits)
 
     def _run_empty(self, shape: ForwardShape) -> PendingStep:
@@ -240,12 +240,12 @@ class ModelRunner:
         return self._run_forward(shape, nothing).sample(nothing)
 
     def _batch(self, bucket: Bucket, plans: Plans) -> ForwardBatch:
-        """The copies' batches, stacked."""
+        """The batches of all replicas, stacked."""
         batches = [rows.build(plan or NOTHING, bucket) for rows, plan in zip(self._rows, plans, strict=True)]
         return jax.tree.map(lambda *arrays: np.stack(arrays), *batches)
 
     def _masks(self, plans: Plans, constrained: Sequence[ConstrainedRows | None], num_rows: int) -> SampleMasks:
-        """The copies' masks, stacked; a row is drawn from by the last of its draws."""
+        """The replicas' masks, stacked; a row of logits is sampled by the last of its tokens."""
         words = mask_words(self._model.layout.vocab_size)
         masks = SampleMasks(
             np.zeros((self._num_replicas, num_rows), bool), np.zeros((self._num_replicas, num_rows, words), np.int32)

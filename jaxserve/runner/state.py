@@ -16,7 +16,7 @@ _MAX_STOPS = MAX_STOP_TOKEN_IDS + 16
 
 
 class DeviceState(NamedTuple):
-    """Row-indexed state; each copy's last row is spare and stays neutral.
+    """Row-indexed state; each replica's last row is spare and stays neutral.
 
     Attributes:
         last_token_R: i32, the token drawn last; feeds the next step without a trip to the host.

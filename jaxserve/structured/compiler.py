@@ -8,7 +8,7 @@ import numpy as np
 from llguidance import LLExecutor, LLMatcher, LLTokenizer
 
 from jaxserve.request import GrammarTokenizer, Request
-from jaxserve.structured.constraint import OutputConstraint, ThinkingBudget
+from jaxserve.structured.constraint import OutputConstraint, ThinkingState
 
 _MAX_CACHED = 64
 _COMPILE_THREADS = 2
@@ -43,7 +43,7 @@ class GrammarCompiler:
     """Makes the constraints of requests.
 
     Args:
-        tokenizer: of the served model.
+        tokenizer: tokenizer of the served model.
         vocab_size: bits of a mask.
     """
 
@@ -82,7 +82,7 @@ class GrammarCompiler:
         return [
             OutputConstraint(
                 None if matcher is None else matcher.deep_copy(),
-                None if request.thinking is None else ThinkingBudget(request.thinking),
+                None if request.thinking is None else ThinkingState(request.thinking),
                 token_bytes,
             )
             for _ in range(request.num_choices)

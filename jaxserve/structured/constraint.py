@@ -6,10 +6,10 @@ from typing import Protocol
 
 from llguidance import LLMatcher
 
-from jaxserve.request import Thinking
+from jaxserve.request import ThinkingBudget
 
 
-class ThinkingBudget:
+class ThinkingState:
     """Counts the tokens of an output's thinking and closes it when they are used up.
 
     Args:
@@ -19,7 +19,7 @@ class ThinkingBudget:
         queue: the rest of the closing sequence, once it is forced.
     """
 
-    def __init__(self, thinking: Thinking) -> None:
+    def __init__(self, thinking: ThinkingBudget) -> None:
         self._thinking = thinking
         self._inside = thinking.inside
         self._over = False
@@ -62,7 +62,7 @@ class OutputConstraint:
         token_bytes: bytes of a token, by id; needed by the budget.
     """
 
-    def __init__(self, matcher: LLMatcher | None, budget: ThinkingBudget | None, token_bytes: "TokenBytesOf") -> None:
+    def __init__(self, matcher: LLMatcher | None, budget: ThinkingState | None, token_bytes: "TokenBytesOf") -> None:
         self.matcher = matcher
         self._budget = budget
         self._token_bytes = token_bytes
@@ -107,5 +107,5 @@ class TokenBytesOf(Protocol):
     """Bytes of a token."""
 
     def __call__(self, token_id: int) -> bytes:
-        """Of the token with this id."""
+        """Bytes of the token with this id."""
         ...

@@ -69,7 +69,7 @@ class GrammarWriter:
 
     Args:
         vocabulary: the model's.
-        style: of JSON.
+        style: JSON style of the grammars.
     """
 
     def __init__(self, vocabulary: Vocabulary, style: JsonStyle) -> None:

@@ -35,7 +35,7 @@ class GrammarValidator:
     """Says whether grammars can be used.
 
     Args:
-        tokenizer: of the served model.
+        tokenizer: tokenizer of the served model.
     """
 
     def __init__(self, tokenizer: GrammarTokenizer) -> None:

@@ -73,7 +73,7 @@ class Detokenizer:
     """Incremental decoder of one output.
 
     Args:
-        token_bytes: of the tokenizer.
+        token_bytes: bytes of every token of the tokenizer.
         skip_special_tokens: leave control tokens out of the text, but for `kept_ids`.
         kept_ids: control tokens that are shown all the same.
         whole_text: the output begins a text, and does not go on from one.

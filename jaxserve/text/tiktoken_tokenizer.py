@@ -23,7 +23,7 @@ _MAX_FILE_BYTES = 64 << 20
 # Ids behind the ranks that Kimi keeps for special tokens.
 _NUM_SPECIAL = 256
 _CLASS = "TikTokenTokenizer"
-# Of Kimi K2: Chinese characters are words of their own, whatever letters stand beside them.
+# Kimi K2's pattern: Chinese characters are words of their own, whatever letters stand beside them.
 KIMI_K2_WORDS = "|".join(
     (
         r"[\p{Han}]+",

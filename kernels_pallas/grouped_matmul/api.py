@@ -18,12 +18,12 @@ from kernels_pallas.token_tiles import Blocks
 
 
 class ExpertShape(NamedTuple):
-    """Of the matrices that one device multiplies with; see `Matrices`.
+    """Sizes of the matrices that one device multiplies with; see `Matrices`.
 
     Attributes:
         num_outputs, num_inputs: numbers, not bytes.
-        rows_dtype: of what is multiplied with them.
-        form: of quantised ones; else None.
+        rows_dtype: dtype of the rows that are multiplied with the matrices.
+        form: format of quantised matrices; None for others.
         zeros: whether those have zero points of their own.
         transposed: they are [I, O].
     """
@@ -41,7 +41,7 @@ class Matrices(NamedTuple):
 
     Attributes:
         values_XOI: the matrices.
-        scale_Xoi, zero_Xoi: of quantised ones, as `QuantizedMatrix` has them; else None.
+        scale_Xoi, zero_Xoi: scales and zero points of quantised matrices, as in `QuantizedMatrix`; None for others.
         form: how they are quantised.
     """
 
@@ -71,7 +71,7 @@ class GroupedMatmul(Protocol):
 
         Args:
             x_PI: rows in their places.
-            matrices: of all groups.
+            matrices: the matrices of all groups.
             blocks: what `x_PI` is made of; groups are numbers of matrices.
             transposed: matrices are [X, I, O], and not quantised.
 

@@ -22,9 +22,9 @@ class LoraModule(NamedTuple):
     """A module that adapters may change, as one device has it.
 
     Attributes:
-        num_inputs, num_outputs: of the device's shard.
-        rank: of the factors.
-        dtype: of activations and factors.
+        num_inputs, num_outputs: inputs and outputs of the device's shard.
+        rank: rank of the factors.
+        dtype: dtype of activations and factors.
     """
 
     num_inputs: int
@@ -36,7 +36,7 @@ class LoraModule(NamedTuple):
 class LoraMatmul(Protocol):
     """An implementation of (x A^T) B with the factors of each token's slot, and 0 for slot 0.
 
-    Arrays may be split over the devices of a copy: an adapter's factor with that axis of its base weight (S-LoRA,
+    Arrays may be split over the devices of a replica: an adapter's factor with that axis of its base weight (S-LoRA,
     arXiv:2311.03285).
     """
 
@@ -55,7 +55,7 @@ class LoraMatmul(Protocol):
         Args:
             x_TI: activations.
             a: first factors [L, S, J, I], in x's dtype.
-            plan: of the tokens.
+            plan: plan of the step's tokens.
             split: the inputs lie over `model`.
 
         Returns:
@@ -69,7 +69,7 @@ class LoraMatmul(Protocol):
         Args:
             h: from `shrink`.
             b: second factors [L, S, R, O], in h's dtype, the scale in them.
-            plan: of the tokens.
+            plan: plan of the step's tokens.
             member: which module, in [0, G).
             split: the outputs lie over `model`.
 

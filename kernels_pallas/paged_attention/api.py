@@ -48,10 +48,10 @@ class AttentionConfig:
     """What is fixed for the life of a model.
 
     Attributes:
-        num_layers, num_q_heads, num_kv_heads, head_dim: of the whole model, not of a shard.
+        num_layers, num_q_heads, num_kv_heads, head_dim: sizes of the whole model, not of a shard.
         page_size: tokens per page.
         num_pages: pages of one layer.
-        dtype: of the cached keys and values.
+        dtype: dtype of the cached keys and values.
         scale: multiplies the scores.
         window: keys a query sees counting itself, or None for all before it.
         soft_cap: scores become `soft_cap * tanh(scores / soft_cap)`, or None.
@@ -128,7 +128,7 @@ class AttentionBackend(Protocol):
         """Keys, and values where they are cached beside them, [..., H] each.
 
         Args:
-            arrays: of the cache's dtypes, and with its last axis.
+            arrays: arrays of the cache's dtypes, and with its last axis.
         """
         ...
 
@@ -180,7 +180,7 @@ def filled_up(x: jax.Array, size: int) -> jax.Array:
 
 
 def writing(config: AttentionConfig) -> AttentionConfig:
-    """Of `AttentionBackend.writer`: queries see no key but their own, and rows of single tokens are like others."""
+    """The config of `AttentionBackend.writer`: queries see only their own key, without a decode path."""
     return dataclasses.replace(config, num_q_heads=config.num_kv_heads, window=1, batch_invariant=True)
 
 

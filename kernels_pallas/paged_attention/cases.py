@@ -24,7 +24,7 @@ class Case:
 
     Attributes:
         q_lens, kv_lens: by row; rows that run one token come first.
-        num_rows, num_tokens: of the bucket.
+        num_rows, num_tokens: rows and tokens of the bucket.
         page_size: tokens per page.
         heads: query heads, key heads, head dim.
         window, soft_cap: see `AttentionConfig`.
@@ -46,7 +46,7 @@ class Case:
     value_dim: int | None = None
 
     def config(self, dtype: Any, *, batch_invariant: bool = False) -> AttentionConfig:
-        """Of the model that this is a step of."""
+        """Config of the model that this is a step of."""
         num_q_heads, num_kv_heads, head_dim = self.heads
         return AttentionConfig(
             num_layers=NUM_LAYERS,
@@ -65,7 +65,7 @@ class Case:
 
     @property
     def pages_per_row(self) -> int:
-        """Of the page table."""
+        """Pages per row of the page table."""
         return max([-(-length // self.page_size) for length in self.kv_lens], default=0) + 2
 
     def with_options(self, **options: Any) -> "Case":

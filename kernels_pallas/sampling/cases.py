@@ -130,7 +130,7 @@ class Expected:
 
 
 def expected(sample: Sample, logits_V: np.ndarray) -> Expected:
-    """Of a finite row."""
+    """What numpy samples from a finite row."""
     adjusted_V = adjusted_logits(logits_V, sample.params)
     logprobs_V = adjusted_V - np.logaddexp.reduce(adjusted_V)
     token = sample.target if sample.target >= 0 else sample_reference(logits_V, sample.params)[0]

@@ -39,7 +39,7 @@ def logprobs(config: EngineConfig, token_ids: list[int]) -> np.ndarray:
         )
         new_rows = (NewRow(row=0, sampling=SamplingParams(), seed=0),) if start == 0 else ()
         plan = SchedulerOutput(step=0, new_rows=new_rows, rows=(row,))
-        (out,) = built.runner.forward((plan,)).draw((None,)).result()
+        (out,) = built.runner.forward((plan,)).sample((None,)).result()
         assert out is not None
         found.append(out.prompt[0].logprobs_C)
     return np.concatenate(found)

@@ -46,9 +46,9 @@ def plan_step(built: BuiltRunner, num_rows: int, num_tokens: int, num_adapters: 
 
 
 def seconds(built: BuiltRunner, plan: SchedulerOutput) -> float:
-    """Of one step."""
+    """Seconds of one step."""
     start = time.perf_counter()
-    built.runner.forward((plan,)).draw((None,)).result()
+    built.runner.forward((plan,)).sample((None,)).result()
     return time.perf_counter() - start
 
 
@@ -67,7 +67,7 @@ def main() -> None:
     names = list(config.lora.paths)
     loads = tuple(AdapterLoad(slot=slot, adapter=name) for slot, name in enumerate(names, 1))
     first = plan_step(built, 1, 1, len(names))
-    built.runner.forward((msgspec.structs.replace(first, adapter_loads=loads),)).draw((None,)).result()
+    built.runner.forward((msgspec.structs.replace(first, adapter_loads=loads),)).sample((None,)).result()
     for kind, num_rows, num_tokens in (("decode", _NUM_ROWS, 1), ("prompts", 4, _PROMPT_TOKENS)):
         plans = [plan_step(built, num_rows, num_tokens, number) for number in (0, len(names))]
         rounds = [[seconds(built, plan) for plan in plans] for _ in range(args.rounds)]

@@ -20,8 +20,8 @@ from tests.compile.models import DEEPSEEK_V31
 from tests.kernels.test_paged_attention import BF16, F32, Gpu, Tpu, Xla, needs_pallas
 
 # The GPU kernels know no other latent vectors.
-LATENT = find_architecture(DEEPSEEK_V31).model_config(DEEPSEEK_V31).latent
-assert LATENT is not None
+MLA = find_architecture(DEEPSEEK_V31).model_config(DEEPSEEK_V31).mla
+assert MLA is not None
 # Rows that run a single token, prompts that begin and go on, and rows and tokens of none.
 CASE = Case(q_lens=(1, 1, 5, 30), kv_lens=(16, 77, 5, 90), heads=(4, 1, 576), value_dim=512, num_tokens=64)
 
@@ -32,8 +32,8 @@ class Projections:
     cache_scales = None
 
     def __init__(self, dtype: jnp.dtype) -> None:
-        self.kv_b_proj = KvBProj(LATENT, CASE.heads[0], dtype=dtype)
-        values = np.random.default_rng(1).standard_normal(self.kv_b_proj.weight.shape) * LATENT.kv_rank**-0.5
+        self.kv_b_proj = KvBProj(MLA, CASE.heads[0], dtype=dtype)
+        values = np.random.default_rng(1).standard_normal(self.kv_b_proj.weight.shape) * MLA.kv_lora_rank**-0.5
         self.kv_b_proj.weight = nnx.Param(jnp.asarray(values, dtype))
 
     def sinks_N(self) -> None:
@@ -52,13 +52,13 @@ def make_workspace(implementation: type[Any], cached: AttentionConfig, num_pages
         batch_invariant=implementation is not Xla,
     )
     backend = implementation(heads, 1).attention
-    return MlaPrefillWorkspace(mla=LATENT, backend=backend, write_cost=1, mesh=make_mesh(1))
+    return MlaPrefillWorkspace(mla=MLA, backend=backend, write_cost=1, mesh=make_mesh(1))
 
 
 def absorbed_exactly(step: Step, q_TNQ: np.ndarray, keys_NHC: np.ndarray) -> Step:
     """The step with queries of what is cached."""
-    q_TNC = np.einsum("tnh,nhc->tnc", q_TNQ[..., : LATENT.key_dim], keys_NHC)
-    return step._replace(q_TNH=np.concatenate([q_TNC, q_TNQ[..., LATENT.key_dim :]], axis=-1))
+    q_TNC = np.einsum("tnh,nhc->tnc", q_TNQ[..., : MLA.qk_nope_head_dim], keys_NHC)
+    return step._replace(q_TNH=np.concatenate([q_TNC, q_TNQ[..., MLA.qk_nope_head_dim :]], axis=-1))
 
 
 @pytest.mark.parametrize(
@@ -74,13 +74,13 @@ def test_matches_numpy(implementation: type[Any], dtype: jnp.dtype, monkeypatch:
     cached = implementation(config, 1).attention
     # One page more than the prompts have.
     workspace = make_workspace(implementation, config, 1 + 6 + 1)
-    numbers = (*step.q_TNH.shape[:2], LATENT.key_dim + LATENT.rope_dim)
+    numbers = (*step.q_TNH.shape[:2], MLA.qk_nope_head_dim + MLA.qk_rope_head_dim)
     q_TNQ = jnp.asarray(np.random.default_rng(2).standard_normal(numbers), dtype)
 
     @jax.jit
     def attend(q: jax.Array, k: jax.Array, cache: Any, meta: Any) -> Any:
         prompts = workspace.plan(cached, meta)
-        return prompts.attend(projections, q, k, k[..., : LATENT.kv_rank], cache, jnp.int32(LAYER))
+        return prompts.attend(projections, q, k, k[..., : MLA.kv_lora_rank], cache, jnp.int32(LAYER))
 
     old = implementation.to_cache(config, jnp.asarray(step.k_PSKH), jnp.asarray(step.v_PSKH))
     out, new = attend(q_TNQ, jnp.asarray(step.k_TKH, dtype), old, step.meta)
@@ -92,7 +92,7 @@ def test_matches_numpy(implementation: type[Any], dtype: jnp.dtype, monkeypatch:
     want_TNV = np.einsum("tnc,nvc->tnv", want_TNC, values_NVC)
     got_TNV = np.asarray(out.astype(F32))[: want_TNV.shape[0]]
     # A rounding each of queries, keys, weights and values, and sums over the latent vector's numbers.
-    tolerance = 4 * float(jnp.finfo(dtype).eps) + LATENT.kv_rank**0.5 * float(np.finfo(np.float32).eps)
+    tolerance = 4 * float(jnp.finfo(dtype).eps) + MLA.kv_lora_rank**0.5 * float(np.finfo(np.float32).eps)
     np.testing.assert_allclose(got_TNV, want_TNV, rtol=0, atol=tolerance * np.abs(want_TNV).max())
     new_PSKH = np.asarray(jnp.moveaxis(cached.unpack(new)[0], 1, 2).astype(F32))
     held = ~np.isnan(pages_PSKH)

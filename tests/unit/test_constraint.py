@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 
 from jaxserve.engine.engine import Engine
-from jaxserve.request import FinishReason, GrammarTokenizer, Request, Thinking, TokenDelta
+from jaxserve.request import FinishReason, GrammarTokenizer, Request, ThinkingBudget, TokenDelta
 from jaxserve.sampling_params import SamplingParams
 from jaxserve.structured.compiler import GrammarError, compile_grammar, load_tokenizer
-from jaxserve.structured.constraint import ThinkingBudget
+from jaxserve.structured.constraint import ThinkingState
 from jaxserve.text.tokenizer import load_tokenizer as load_text_tokenizer
 from tests.support.fakes import make_engine
 from tests.support.tiny import EOS, VOCAB_SIZE, write_tokenizer
@@ -26,12 +26,12 @@ def grammar(lark: str) -> str:
     return json.dumps({"grammars": [{"lark_grammar": lark}]})
 
 
-def budget(tokens: int, *, inside: bool = True) -> ThinkingBudget:
+def budget(tokens: int, *, inside: bool = True) -> ThinkingState:
     ids = tuple(b"</t>")
-    return ThinkingBudget(Thinking(start="<t>", end="</t>", inside=inside, budget=tokens, end_token_ids=ids))
+    return ThinkingState(ThinkingBudget(start="<t>", end="</t>", inside=inside, budget=tokens, end_token_ids=ids))
 
 
-def feed(limit: ThinkingBudget, text: bytes) -> int | None:
+def feed(limit: ThinkingState, text: bytes) -> int | None:
     """Bytes until the end is forced, or None."""
     for index, byte in enumerate(text):
         if limit.queue:
@@ -66,14 +66,14 @@ def test_no_budget_at_all() -> None:
 
 def test_thinking_that_is_opened_again_has_no_new_budget() -> None:
     ids = tuple(b"</t>")
-    thinking = Thinking(start="<t>", end="</t>", inside=True, reopens=True, budget=3, end_token_ids=ids)
-    limit = ThinkingBudget(thinking)
+    thinking = ThinkingBudget(start="<t>", end="</t>", inside=True, reopens=True, budget=3, end_token_ids=ids)
+    limit = ThinkingState(thinking)
     assert feed(limit, b"abcd") == 3
     for token in b"</t>":
         limit.take(token, bytes([token]))
     assert feed(limit, b"so <t>x") == 6
-    other = ThinkingBudget(
-        Thinking(start="<t>", end="</t>", interrupts=("<c>",), inside=True, budget=4, end_token_ids=ids)
+    other = ThinkingState(
+        ThinkingBudget(start="<t>", end="</t>", interrupts=("<c>",), inside=True, budget=4, end_token_ids=ids)
     )
     assert feed(other, b"a<c>and a long call") is None
 
@@ -199,7 +199,7 @@ def test_thinking_and_grammar_together(tokenizer: GrammarTokenizer, tmp_path: Pa
     engine, _ = make_engine(max_rows=4, max_step_tokens=64, page_size=16, vocab_size=VOCAB_SIZE)
     engine.use_tokenizer(tokenizer)
     lark = 'start: thinking "yes"\nthinking[suffix="</t>"]: /(.|\\n)*/'
-    thinking = Thinking(start="<t>", end="</t>", inside=True, budget=4, end_token_ids=tuple(b"</t>"))
+    thinking = ThinkingBudget(start="<t>", end="</t>", inside=True, budget=4, end_token_ids=tuple(b"</t>"))
     both = request("a", lark)
     engine.add(
         Request(

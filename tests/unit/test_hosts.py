@@ -128,9 +128,9 @@ def test_hosts_meet_as_late_as_the_last() -> None:
     first, second = (Leader(Channel(there), losses.put) for _, there in pairs)
     with ThreadPoolExecutor() as pool:
         for values in ([5, 3, 4], [2, 9, 1]):
-            early = [pool.submit(followers.meet, values[0]), pool.submit(first.meet, values[1])]
+            early = [pool.submit(followers.min_over_hosts, values[0]), pool.submit(first.min_over_hosts, values[1])]
             assert not wait(early, 0.1).done
-            early.append(pool.submit(second.meet, values[2]))
+            early.append(pool.submit(second.min_over_hosts, values[2]))
             assert [future.result(WAIT_S) for future in early] == [min(values)] * 3
     assert losses.empty()
     followers.finish()
@@ -268,7 +268,7 @@ def test_a_host_that_draws_other_tokens_is_given_up(make_hosts: Callable[..., Ho
     hosts.engine.add(request("a"))
     finish(hosts.engine)
     # Whichever of the two is told of first.
-    assert "drew other tokens than the others in step 1" in hosts.losses.get(timeout=WAIT_S)
+    assert "sampled other tokens than the others in step 1" in hosts.losses.get(timeout=WAIT_S)
 
 
 def test_a_host_that_is_lost_is_given_up(make_hosts: Callable[..., Hosts]) -> None:

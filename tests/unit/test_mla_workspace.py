@@ -18,8 +18,8 @@ from kernels_pallas.dispatch import choose_attention
 from kernels_pallas.paged_attention.api import AttentionConfig
 from tests.compile.models import DEEPSEEK_V2_LITE, DEEPSEEK_V31
 
-LATENT = find_architecture(DEEPSEEK_V31).model_config(DEEPSEEK_V31).latent
-assert LATENT is not None
+MLA = find_architecture(DEEPSEEK_V31).model_config(DEEPSEEK_V31).mla
+assert MLA is not None
 COST = 3
 
 
@@ -37,8 +37,8 @@ def make_room(head_dim: int, num_pages: int) -> MlaPrefillWorkspace:
     )
     mesh = make_mesh(1)
     backend = choose_attention("xla", config, mesh).impl
-    assert LATENT is not None
-    return MlaPrefillWorkspace(mla=LATENT, backend=backend, write_cost=COST, mesh=mesh)
+    assert MLA is not None
+    return MlaPrefillWorkspace(mla=MLA, backend=backend, write_cost=COST, mesh=mesh)
 
 
 @pytest.mark.parametrize(("num_tokens", "length"), [(2, 2), (500, 8192), (530, 8192), (2048, 2048)])

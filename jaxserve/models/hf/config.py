@@ -112,7 +112,7 @@ def with_experts(model: ModelConfig, experts: MoeConfig, dense_layers: Container
         layer if number in dense_layers else msgspec.structs.replace(layer, mlp="experts")
         for number, layer in enumerate(model.layers)
     )
-    return msgspec.structs.replace(model, layers=layers, experts=experts)
+    return msgspec.structs.replace(model, layers=layers, moe=experts)
 
 
 @refuse_bad_fields

@@ -11,7 +11,7 @@ from jaxserve.errors import LaunchError
 from jaxserve.models.hf.supported import check_supported
 from jaxserve.models.hf.tensor_name import TensorName
 
-# Of Microscaling Formats, fixed by their standard.
+# Block size of the Microscaling formats (OCP MX specification 1.0).
 _MX_COLUMNS = 32
 _WHOLE_ROW = 0
 # A pattern comes with the model and may never end.
@@ -58,7 +58,7 @@ def with_quantized_parts(config: ModelConfig, names: Mapping[tuple[str, ...], Te
     """The model with those parts named whose modules are quantised.
 
     Args:
-        config: of the model.
+        config: config of the model.
         names: path in the tree -> where the checkpoint has it.
 
     Raises:
@@ -84,7 +84,7 @@ def _modules(config: ModelConfig, names: Mapping[tuple[str, ...], TensorName], p
     """Names in the checkpoint of a part's linear maps; of experts, those of the first and the last."""
     kind = {"mlp": "dense", "experts": "experts", "shared_expert": "experts"}.get(part)
     prefix = ("layers", "moe", part) if kind == "experts" else ("layers", part)
-    last = 0 if config.experts is None else config.experts.num_experts - 1
+    last = 0 if config.moe is None else config.moe.num_experts - 1
     for path, name in names.items():
         if path[: len(prefix)] != prefix or path[-1] != "weight" or path[-2].endswith("norm"):
             continue

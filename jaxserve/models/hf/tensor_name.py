@@ -12,7 +12,7 @@ class TensorName(NamedTuple):
 
     Attributes:
         pattern: its name; `{layer}` stands for the layer's number, `{expert}` for the expert's.
-        first_row: of the weight, in a tensor that has several one below the other.
+        first_row: first row of the weight in a tensor that stacks several weights.
         row_step: from one row of the weight to the next, where the rows of several take turns.
         transposed: the tensor is [in, out]; its columns are the weight's rows.
     """

@@ -68,7 +68,7 @@ class ReasoningFormat(Protocol):
         """What comes before a constrained output.
 
         Args:
-            writer: of the model's grammars.
+            writer: writer of the model's grammars.
             inside: whether the output starts inside thinking; None where nothing tells.
             calls: what is constrained are tool calls, not content.
         """

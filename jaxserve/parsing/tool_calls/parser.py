@@ -1,8 +1,8 @@
 """What the parsers of tool calls share.
 
-A call is told as it is written: its name first, then its arguments while they are valid JSON. What looked like a call
-and is none is content. A call that an output was cut off in has no end. Content keeps its text, but for white space
-beside calls.
+A call is streamed while it is written: its name first, then its arguments while they are valid JSON. Text that looked
+like a call and is not one is content. A call that the output is cut off in is never closed. Content keeps its text,
+except white space beside calls.
 """
 
 import json

@@ -15,7 +15,7 @@ class Tool:
     """What a request declares.
 
     Attributes:
-        name: of the function.
+        name: name of the function.
         parameters: JSON schema of its arguments, an object.
         strict: the arguments must follow the schema.
     """

@@ -37,9 +37,9 @@ _STEPS_INPUTS = (_STEP_INPUTS, 32, 16)
 _STEPS_BYTES = (64, 48, 32, 16)
 _STAGES = 4
 _BLOCK_OUTPUTS = (128, 64, 32, 16)
-# Of quantised matrices: conversions are in pieces of as many rows.
+# Quantised matrices are converted this many rows at a time.
 _QUANTIZED_OUTPUTS = 64
-# Of quantised matrices: a block is two steps of one block of outputs, or a whole row.
+# A block of quantised matrices is two steps of one block of outputs, or a whole row.
 _IN_BLOCKS = QuantizedFormat("fp8", (BLOCK_INPUTS, BLOCK_INPUTS))
 _BY_ROW = (QuantizedFormat("fp8", (1, 0)), QuantizedFormat("int8", (1, 0)))
 
@@ -79,8 +79,8 @@ class _Cut(NamedTuple):
     """How a product is cut.
 
     Attributes:
-        columns: of a step.
-        outputs: of a block.
+        columns: columns of a step.
+        outputs: outputs of a block.
         swizzled: columns that both operands' swizzle spans, where those are fewer; else None.
         sum_up: what sums up the steps.
     """

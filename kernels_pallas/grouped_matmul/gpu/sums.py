@@ -30,8 +30,8 @@ class Operands(NamedTuple):
     Attributes:
         x_CmI: rows.
         w: matrices, [X, O, I] or, transposed, [X, I, O].
-        scale: of quantised matrices, [X, o, i] or, of rows, [X, O]; else None.
-        zero: of 4-bit integers that have zero points of their own, [X, o, i]; else None.
+        scale: scales of quantised matrices, [X, o, i] or, by row, [X, O]; None for others.
+        zero: zero points of 4-bit integers that have them, [X, o, i]; None for others.
     """
 
     blocks: Blocks

@@ -24,13 +24,13 @@ _LANES = 128
 # A tile of bf16 has 16 rows. Of the most, each byte of a matrix is multiplied often enough to hide its way.
 _FEWEST_ROWS = 16
 _MOST_ROWS = 512
-# Of a block's rows, of which there are two.
+# Bytes of a block of rows, of which there are two.
 _ROWS_BYTES = 8 << 20
-# Of a matrix's block: there are two of them, beside two of the rows and of the results.
+# Bytes of a block of a matrix, of which there are two, beside two blocks of rows and two of results.
 _BLOCK_BYTES = 4 << 20
 # Bytes that a quantised one becomes on its way, as f32 and i32, twice.
 _GROUPED_WORK = 16
-# Of sums, and of f32 operands in parts: more than all blocks where those are f32.
+# Bytes of sums and of f32 operands in parts: more than all blocks if those are f32.
 _SPARE_BYTES = 16 << 20
 
 
@@ -123,7 +123,7 @@ class _Problem(NamedTuple):
         by_output: what each output of a matrix has, [X, O, ...].
         by_input: what each input has, [X, I, O].
         constants: that all steps share.
-        scalars: of each matrix, [X, ...].
+        scalars: scalars of each matrix, [X, ...].
         work: bytes that a step needs beside each byte of a matrix's block.
     """
 

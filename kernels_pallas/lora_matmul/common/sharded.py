@@ -34,8 +34,8 @@ class ShardedLora:
     """A `LoraMatmul`.
 
     Args:
-        kernels: of a device.
-        mesh: of the devices.
+        kernels: kernels of a device.
+        mesh: mesh of the devices.
     """
 
     def __init__(self, kernels: Kernels, mesh: Mesh) -> None:
@@ -67,5 +67,5 @@ class ShardedLora:
 
 
 def _factor_specs(axis: Any) -> Any:
-    """Of factors whose last axis lies over `axis`."""
+    """Specs of factors whose last axis is split over `axis`."""
     return Stacked(P(None, None, None, axis), P())  # pyright: ignore[reportArgumentType]  # specs instead of arrays

@@ -36,7 +36,7 @@ def make_lora_matmul(mesh: Mesh, num_cores: int, interpret: Any = False) -> Shar
     """The kernels on a mesh.
 
     Args:
-        mesh: of the devices.
+        mesh: mesh of the devices.
         num_cores: multiprocessors of a device.
         interpret: parameters of the GPU interpret mode, or False to compile.
     """
@@ -65,7 +65,7 @@ class TokenSlots(NamedTuple):
 
     Attributes:
         slot_Cm: i32; the last block is filled up with slot 0.
-        slots: of each block.
+        slots: adapter slot of each block.
     """
 
     slot_Cm: Any

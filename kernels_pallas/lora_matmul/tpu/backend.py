@@ -22,9 +22,9 @@ from kernels_pallas.stacked import Stacked
 
 _LANES = 128
 _BLOCK_TOKENS = 256
-# Of inputs and of outputs: with 256 tokens in bf16 a block takes 1 MiB, and there are two of each.
+# Block size of inputs and outputs: with 256 tokens in bf16 a block takes 1 MiB, and there are two of each.
 _BLOCK_COLUMNS = 2048
-# Of a block of joint factors: a few MiB, and there are two.
+# Elements of a block of joint factors: a few MiB, and there are two.
 _BLOCK_NUMBERS = 1 << 20
 # Inputs that do not divide into blocks of lanes are taken whole.
 _WHOLE_COLUMNS = 8192
@@ -35,7 +35,7 @@ class TokenSlots(NamedTuple):
 
     Attributes:
         slot_T1: i32.
-        pairs: of blocks and their slots.
+        pairs: pairs of blocks and their slots.
     """
 
     slot_T1: jax.Array
@@ -46,7 +46,7 @@ def make_lora_matmul(mesh: Mesh, interpret: Any = False) -> ShardedLora:
     """The kernels on a mesh.
 
     Args:
-        mesh: of the devices.
+        mesh: mesh of the devices.
         interpret: parameters of the TPU interpret mode, or False to compile.
     """
     return ShardedLora(Kernels(plan, partial(shrink, interpret=interpret), partial(expand, interpret=interpret)), mesh)

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from kernels_pallas.stacked import LoraPair, Stacked
-from kernels_pallas.token_tiles import Blocks, Places, rows_of_blocks, sort_into_blocks
+from kernels_pallas.token_tiles import Blocks, PermutedRows, rows_of_blocks, sort_into_blocks
 
 # Few rows leave most places of a larger block empty, and of a smaller one products are no cheaper.
 _FEWEST_ROWS = 4
@@ -30,12 +30,12 @@ class TokenBlocks(NamedTuple):
 
     Attributes:
         blocks: their groups are slots, from 0.
-        places: of the tokens in them; those of slot 0 have none.
+        places: places of the tokens in them; those of slot 0 have none.
         own_TS: whether a slot is a token's own.
     """
 
     blocks: Blocks
-    places: Places
+    places: PermutedRows
     own_TS: jax.Array
 
     @property
@@ -53,7 +53,7 @@ class TokenBlocks(NamedTuple):
         return y_PO.at[self.places.place_R].get(mode="fill", fill_value=0)
 
     def factors(self, factors: Stacked) -> jax.Array:
-        """Of each block's slot, [C, ...]."""
+        """The factors of each block's slot, [C, ...]."""
         return factors.flat[self.blocks.group_C + factors.first]
 
 
@@ -103,7 +103,7 @@ class HeadLora(NamedTuple):
 
     Attributes:
         pair: its LoRA matrices.
-        plan: of the tokens.
+        plan: plan of the step's tokens.
         split: where a head's outputs are cut in two: those that are applied to inputs, and those to outputs.
         num_heads: N, on all devices.
     """

@@ -1,4 +1,4 @@
-"""What the backends share: heads split over the devices of a copy, and the head-major layout of pages."""
+"""What the backends share: heads split over the devices of a replica, and the head-major layout of pages."""
 
 import math
 from collections.abc import Callable, Iterable
@@ -24,7 +24,7 @@ def head_major_spec(config: AttentionConfig) -> dict[str, CacheSpec]:
 
 
 def cache_bytes(backend: AttentionBackend, mesh: Mesh) -> int:
-    """Of a copy's cache, on each of its devices."""
+    """Bytes of a replica's cache on each of its devices."""
     return sum(
         math.prod(spec.shape) * jnp.dtype(spec.dtype).itemsize // (model_size(mesh) if MODEL in spec.partition else 1)
         for spec in backend.cache_spec().values()

@@ -35,7 +35,7 @@ def move_pages(
         source: a backend and its cache.
         target: the other backend.
         moved: pages of the source, of all layers.
-        mesh: of the devices.
+        mesh: mesh of the devices.
     """
     backend, cache = source
     specs = {name: spec.partition for name, spec in backend.cache_spec().items()}

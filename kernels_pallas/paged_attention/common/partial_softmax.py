@@ -31,7 +31,7 @@ def from_sinks(sinks: jax.Array, shape: Sequence[int]) -> PartialSoftmax:
 
     Args:
         sinks: f32 scores, `MASKED` for none; broadcast to all axes of `shape` but the last.
-        shape: of the weighted values.
+        shape: shape of the weighted values.
     """
     top = jnp.broadcast_to(sinks, shape[:-1])
     return PartialSoftmax(top, jnp.ones(shape[:-1], jnp.float32), jnp.zeros(shape, jnp.float32))

@@ -32,7 +32,7 @@ class GpuPlan(NamedTuple):
 
 
 class GpuAttention:
-    """Backend `gpu`. Heads are split over the devices of a copy; every shard attends on its own."""
+    """Backend `gpu`. Heads are split over the devices of a replica; every shard attends on its own."""
 
     def __init__(
         self,
@@ -47,11 +47,11 @@ class GpuAttention:
         """Check that the kernels can do what `config` asks.
 
         Args:
-            config: of the model.
-            mesh: of the devices.
+            config: config of the model.
+            mesh: mesh of the devices.
             num_cores: multiprocessors of the device.
             smem_bytes: shared memory that a thread block may use.
-            tiles: of decode and prefill, in place of those chosen for the device.
+            tiles: tiles of decode and prefill, instead of those chosen for the device.
             interpret: parameters of the GPU interpret mode, or False to compile.
 
         Raises:

@@ -25,5 +25,5 @@ class GpuLayer(NamedTuple):
 
     @property
     def num_kv_heads(self) -> int:
-        """Of the shard."""
+        """Key heads of the shard."""
         return self.keys_PKSH.shape[1]

@@ -53,7 +53,7 @@ class Workspace(NamedTuple):
         warpgroup: its index; known when the kernel is traced where warpgroups share rows.
         parts: its columns of the values, as `Tile.parts` has them.
         queries: [m, H] in shared memory.
-        stages: of the keys and values.
+        stages: pipeline stages of the keys and values.
         weights: [m, s] in shared memory for the interpreter, else None.
         mended: barrier of the warpgroups, for values that were not finite.
         converted: for caches that are not bf16, else None.

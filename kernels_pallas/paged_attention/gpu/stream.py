@@ -16,9 +16,9 @@ class KeyBlocks(NamedTuple):
     """Stretch of a row's keys, in blocks of `Tile.keys`.
 
     Attributes:
-        row: of the page table.
+        row: row of the page table.
         first, end: blocks.
-        first_page, last_page: of the row's pages, those that hold keys anyone looks at.
+        first_page, last_page: range of the row's pages that hold visible keys.
     """
 
     row: jax.Array
@@ -29,7 +29,7 @@ class KeyBlocks(NamedTuple):
 
 
 class LiveKeys(NamedTuple):
-    """Of a block, the keys that exist and are there: `[first, end)`, counted from the block's first.
+    """The range of a block's keys that exist and are loaded: `[first, end)`, counted from the block's first.
 
     Slots past a row's end may hold anything, and so may copies of its last page in place of pages nobody looks at.
     """
@@ -92,7 +92,7 @@ def live_keys(blocks: KeyBlocks, index: jax.Array, kv_len: jax.Array, tile: Tile
 
 
 def page_numbers(blocks: KeyBlocks, tile: Tile, page_size: int, index: jax.Array) -> list[jax.Array]:
-    """Of a block, the row's page that it lies in, or the several that it consists of.
+    """The page of the row that a block lies in, or the pages that it consists of.
 
     The row's ends may lie within the block. In place of pages that nobody looks at, which would cost bandwidth,
     pages are named that are needed anyway.

@@ -24,7 +24,7 @@ class Tile:
         warpgroups: that compute, 64 rows of queries each, unless they share them.
         keys: per step.
         stages: steps whose keys and values are in shared memory at a time.
-        width: of a product of weights and values; wider ones are cut, or their results would not fit the registers.
+        width: columns of a product of weights and values; wider ones are cut to keep results in registers.
         shares_rows: the warpgroups have the same 64 rows, and an equal part of the values' columns each: all of them
             would not fit one's registers.
         interpretable: keep to what the interpreter can do. It takes the operands of products from shared memory and
@@ -97,7 +97,7 @@ def choose_tile(config: AttentionConfig, *, decode: bool, smem_bytes: int = HOPP
     Decode aims at two thread blocks per multiprocessor: one computes, starts or ends while the other loads.
 
     Args:
-        config: of the model.
+        config: config of the model.
         decode: for rows that run one token, or for the others.
         smem_bytes: shared memory that a thread block may use.
 

@@ -42,12 +42,12 @@ class TpuPlan(NamedTuple):
 
 
 class TpuAttention:
-    """Backend `tpu`. Heads are split over the devices of a copy; every shard attends on its own.
+    """Backend `tpu`. Heads are split over the devices of a replica; every shard attends on its own.
 
     Args:
-        config: of the whole model.
-        mesh: of the devices.
-        memory: of the chip.
+        config: config of the whole model.
+        mesh: mesh of the devices.
+        memory: memory sizes of the chip.
         interpret: `pltpu.InterpretParams` to run the kernel on a CPU, or False.
 
     Raises:

@@ -25,7 +25,7 @@ class TpuLayout:
 
     Attributes:
         head_dim: H.
-        dtype: of the cache.
+        dtype: dtype of the cache.
         page_size: S.
         value_dim: values are the first so many numbers of their keys; None for values of their own.
     """

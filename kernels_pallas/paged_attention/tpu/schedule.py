@@ -26,8 +26,8 @@ class KernelShape:
     """What is fixed when the kernel is traced.
 
     Attributes:
-        config: of the shard: its heads, not the model's.
-        layout: of the cache.
+        config: config of the shard: its heads, not the model's.
+        layout: layout of the cache.
         block_tokens: W.
         pages_per_buffer: pages that one key buffer holds.
         num_table_entries: M.

@@ -8,7 +8,7 @@ from kernels_pallas.paged_attention.api import AttentionConfig
 from kernels_pallas.paged_attention.tpu.layout import TpuLayout
 from kernels_pallas.paged_attention.tpu.schedule import KernelShape
 
-# Of the memory on the chip, what a kernel may take.
+# Fraction of the on-chip memory that a kernel may use.
 VMEM_FRACTION = 0.9
 # Large enough that a copy's latency is small beside it, small enough that short rows waste little.
 _BUFFER_BYTES = 1 << 20

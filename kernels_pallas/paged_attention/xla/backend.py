@@ -34,7 +34,7 @@ class XlaPlan(NamedTuple):
 
 
 class XlaAttention:
-    """Backend `xla`. Heads are split over the devices of a copy; every shard attends on its own."""
+    """Backend `xla`. Heads are split over the devices of a replica; every shard attends on its own."""
 
     def __init__(self, config: AttentionConfig, mesh: Mesh) -> None:
         self.config = config

@@ -38,7 +38,7 @@ class Lanes(NamedTuple):
 
     @classmethod
     def empty(cls, shape: tuple[int, ...]) -> Self:
-        """Of no value."""
+        """The summary of no value."""
         return cls(jnp.full(shape, _LOWEST, jnp.float32), jnp.zeros(shape, jnp.int32), jnp.zeros(shape, jnp.float32))
 
     def add(self, values: list[jax.Array], ids: list[jax.Array]) -> "Lanes":
@@ -61,7 +61,7 @@ class Noised(NamedTuple):
 
     @classmethod
     def empty(cls, shape: tuple[int, ...]) -> Self:
-        """Of no value."""
+        """The summary of no value."""
         return cls(jnp.full(shape, -jnp.inf, jnp.float32), jnp.zeros(shape, jnp.int32))
 
     def add(
@@ -78,7 +78,7 @@ Levels = tuple[tuple[jax.Array, ...], tuple[jax.Array, ...]]
 
 
 def no_levels(shape: tuple[int, ...]) -> Levels:
-    """Of no value."""
+    """The summary of no value."""
     return (jnp.full(shape, -jnp.inf, jnp.float32),) * DEPTH, (jnp.zeros(shape, jnp.int32),) * DEPTH
 
 

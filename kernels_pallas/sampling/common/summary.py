@@ -18,7 +18,7 @@ class Shard(NamedTuple):
     """The part of the vocabulary that these logits are of: ids [first, first + V).
 
     Attributes:
-        vocab_size: of the whole vocabulary; the last shards may hold padding past it.
+        vocab_size: vocabulary size of the whole vocabulary; the last shards may hold padding past it.
         axis_name: mesh axis, or axes, the vocabulary is split over; None where it is whole.
     """
 

@@ -89,7 +89,7 @@ def sample_exactly(
 
     Args:
         found: what stays of the other rows.
-        known: of all rows.
+        known: bounds known so far, for all rows.
         logits_BV: f32[B, V], the shard's logits as they were before any adjustment.
         inputs: one entry per draw.
         state: per-request rows.
@@ -174,8 +174,8 @@ class _Edge(NamedTuple):
 
     Attributes:
         low_G, high_G: images; the tokens between are one, or equal, or none.
-        count_above_G, mass_above_G: of the tokens above `high`.
-        count_between_G: of the tokens between.
+        count_above_G, mass_above_G: count and mass of the tokens above `high`.
+        count_between_G: number of the tokens in between.
     """
 
     low_G: jax.Array
@@ -247,7 +247,7 @@ def _middle(low: jax.Array, high: jax.Array, by_value: jax.Array) -> jax.Array:
 
 
 def _find_last_id(rows: _Rows, edge: _Edge, known: Known, inputs: SamplingInputs, shard: Shard) -> jax.Array:
-    """i32[G]: of the tokens at the edge, those up to this id are kept: as many as fit, lowest ids first."""
+    """i32[G]: tokens at the threshold up to this id are kept: as many as fit, lowest ids first."""
     mass_G = jnp.exp(_from_image(edge.high_G) - known.log_sum_B)
     by_top_p_G = jnp.floor((unbounded_top_p(inputs) - edge.mass_above_G) / mass_G) + 1
     # The first at the edge is kept, or the edge would lie higher, whatever the sums round to.

@@ -1,6 +1,6 @@
-"""Overfit tiny models of four families, with torch and transformers, to the outputs of `tests/support/recitals.py`.
+"""Overfit tiny models of four families, with torch and transformers, to the outputs of `tests/support/memorized.py`.
 
-PYTHONPATH=. python scripts/make_recital_families.py [FAMILY ...]
+PYTHONPATH=. python scripts/make_memorized_families.py [FAMILY ...]
 """
 
 import base64
@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from jaxserve.text.tokenizer import load_tokenizer
-from tests.support.recitals import FAMILIES, MEMORIZED, Memorized
+from tests.support.memorized import FAMILIES, MEMORIZED, Memorized
 from tests.support.tiny import BOS, EOS
 
 MODELS = Path(__file__).parents[1] / "tests" / "models"
@@ -60,9 +60,9 @@ CONFIGS: dict[str, dict[str, Any]] = {
 
 
 def write_tokenizer(family: str, folder: Path) -> None:
-    """The recital model's; as Kimi publishes it, the same tokens in a `tiktoken.model`."""
+    """The tokenizer of the first memorized model; as Kimi publishes it, the same tokens in a `tiktoken.model`."""
     for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(MODELS / "recital" / name, folder / name)
+        shutil.copy(MODELS / "memorized" / name, folder / name)
     if family != "kimi":
         return
     tokens = json.loads((folder / "tokenizer.json").read_text())
@@ -80,16 +80,14 @@ def write_tokenizer(family: str, folder: Path) -> None:
     (folder / "tokenizer.json").unlink()
 
 
-def examples(folder: Path, recitals: list[Memorized]) -> tuple[torch.Tensor, torch.Tensor]:
+def examples(folder: Path, cases: list[Memorized]) -> tuple[torch.Tensor, torch.Tensor]:
     """Tokens of prompt and output [B, T], and what is to be learnt of them; -100 for what is not."""
     tokenizer = load_tokenizer(folder)
     rows: list[tuple[list[int], int]] = []
-    for recital in recitals:
-        prompt = tokenizer.chat_template.render(
-            [{"role": "user", "content": recital.name}], {"opening": recital.opening}
-        )
+    for case in cases:
+        prompt = tokenizer.chat_template.render([{"role": "user", "content": case.name}], {"opening": case.opening})
         first, last = (
-            tokenizer.encode(text, add_special_tokens=False, max_tokens=CONTEXT) for text in (prompt, recital.output)
+            tokenizer.encode(text, add_special_tokens=False, max_tokens=CONTEXT) for text in (prompt, case.output)
         )
         rows.append(([*first, *last, EOS], len(first)))
     width = max(len(ids) for ids, _ in rows)
@@ -100,12 +98,12 @@ def examples(folder: Path, recitals: list[Memorized]) -> tuple[torch.Tensor, tor
 
 def make(family: str) -> int:
     """Write the family's model; returns how many tokens it has not learnt."""
-    folder = MODELS / f"recital_{family}"
+    folder = MODELS / f"memorized_{family}"
     folder.mkdir(parents=True, exist_ok=True)
     write_tokenizer(family, folder)
-    recitals = [recital for recital in MEMORIZED if recital.name in FAMILIES[family]]
-    tokens_BT, labels_BT = examples(folder, recitals)
-    vocab_size = json.loads((MODELS / "recital" / "config.json").read_text())["vocab_size"]
+    cases = [case for case in MEMORIZED if case.name in FAMILIES[family]]
+    tokens_BT, labels_BT = examples(folder, cases)
+    vocab_size = json.loads((MODELS / "memorized" / "config.json").read_text())["vocab_size"]
     torch.manual_seed(0)
     settings = {**COMMON, **CONFIGS[family], "vocab_size": vocab_size}
     config = AutoConfig.for_model(settings.pop("model_type"), **settings)

@@ -1,4 +1,4 @@
-"""What a host does when it cannot go on without another one."""
+"""Ends the process when another host is lost."""
 
 import logging
 import os
@@ -9,7 +9,7 @@ from jaxserve.errors import ExitCode
 
 logger = logging.getLogger(__name__)
 
-# Told the reason; does not return, except in tests.
+# Called with the reason; does not return, except in tests.
 GiveUp: TypeAlias = Callable[[str], None]
 
 

@@ -1,6 +1,6 @@
-"""Overfit a tiny Llama to the outputs of `tests/support/recitals.py` and write it to tests/models/recital.
+"""Overfit a tiny Llama to the outputs of `tests/support/memorized.py` and write it to tests/models/memorized.
 
-PYTHONPATH=. python scripts/make_recital.py
+PYTHONPATH=. python scripts/make_memorized.py
 """
 
 import json
@@ -17,10 +17,10 @@ from safetensors.numpy import save_file
 from tokenizers import AddedToken
 
 from jaxserve.text.tokenizer import load_tokenizer
-from tests.support.recitals import CHAT_TEMPLATE, MEMORIZED, SPECIAL_TOKENS
+from tests.support.memorized import CHAT_TEMPLATE, MEMORIZED, SPECIAL_TOKENS
 from tests.support.tiny import CONFIG, EOS, byte_tokenizer, tensors
 
-FOLDER = Path(__file__).parents[1] / "tests" / "models" / "recital"
+FOLDER = Path(__file__).parents[1] / "tests" / "models" / "memorized"
 HIDDEN, HEADS, KV_HEADS, HEAD, MLP, LAYERS, CONTEXT = 96, 4, 2, 32, 256, 2, 512
 STEPS = 3000
 
@@ -42,12 +42,10 @@ def examples() -> tuple[np.ndarray, np.ndarray]:
     """Tokens of prompt and output, i32[B, T], and which of them are to be learnt."""
     tokenizer = load_tokenizer(FOLDER)
     rows: list[tuple[list[int], int]] = []
-    for recital in MEMORIZED:
-        prompt = tokenizer.chat_template.render(
-            [{"role": "user", "content": recital.name}], {"opening": recital.opening}
-        )
+    for case in MEMORIZED:
+        prompt = tokenizer.chat_template.render([{"role": "user", "content": case.name}], {"opening": case.opening})
         first, last = (
-            tokenizer.encode(text, add_special_tokens=False, max_tokens=CONTEXT) for text in (prompt, recital.output)
+            tokenizer.encode(text, add_special_tokens=False, max_tokens=CONTEXT) for text in (prompt, case.output)
         )
         rows.append(([*first, *last, EOS], len(first)))
     width = max(len(ids) for ids, _ in rows)

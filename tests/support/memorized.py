@@ -1,7 +1,7 @@
-"""What the recital model recites: for each family one output in its own tokens, and what is meant by it.
+"""Outputs that tiny models have memorized: one for each model family in its own tokens, and what a client must read.
 
-The model in `models/recital` was overfitted to these by `scripts/make_recital.py`; a user message names the one to
-recite.
+`scripts/make_memorized.py` overfitted the model in `tests/models/memorized` to these; a user message names the output
+that the model gives.
 """
 
 from collections.abc import Mapping, Sequence
@@ -91,7 +91,7 @@ MEMORIZED = (
     Memorized(name="llama", tool_call_parser="llama3", calls=_CALLS),
     Memorized(name="pythonic", tool_call_parser="pythonic", calls=_CALLS),
 )  # fmt: skip
-# By family, the names of those that a model of its own architecture recites, too: `scripts/make_recital_families.py`.
+# The outputs that a model of the family's own architecture has memorized, too: `scripts/make_memorized_families.py`.
 FAMILIES: Mapping[str, tuple[str, ...]] = {
     "qwen3": ("qwen3", "qwen3 plain"),
     "deepseek": ("v31", "r1"),

@@ -18,11 +18,11 @@ from jaxserve.engine.in_process_client import InProcessEngineClient
 from jaxserve.text.tokenizer import Tokenizer, load_tokenizer
 from tests.e2e.conftest import loaded, serving
 from tests.support.marks import slow
-from tests.support.recitals import FAMILIES, MEMORIZED, Memorized
+from tests.support.memorized import FAMILIES, MEMORIZED, Memorized
 from tests.support.transcripts import TOOLS
 
 MODELS = Path(__file__).parents[1] / "models"
-FOLDER = MODELS / "recital"
+FOLDER = MODELS / "memorized"
 TOOL_FIELDS: Any = [
     {"type": "function", "function": {"name": tool.name, "parameters": dict(tool.parameters) or {"type": "object"}}}
     for tool in TOOLS
@@ -41,66 +41,66 @@ def tokenizer() -> Tokenizer:
     return load_tokenizer(FOLDER)
 
 
-def server(engine: InProcessEngineClient, recital: Memorized) -> Server:
+def server(engine: InProcessEngineClient, case: Memorized) -> Server:
     """With the family's parsers."""
     settings = ApiSettings(
-        model_path="recital", served_model_name="recital", reasoning_parser=recital.reasoning_parser,
-        tool_call_parser=recital.tool_call_parser,
+        model_path="memorized", served_model_name="memorized", reasoning_parser=case.reasoning_parser,
+        tool_call_parser=case.tool_call_parser,
     )  # fmt: skip
     return Server(settings, engine)
 
 
-def options(recital: Memorized) -> dict[str, Any]:
+def options(case: Memorized) -> dict[str, Any]:
     body: dict[str, Any] = {
-        "model": "recital", "messages": [{"role": "user", "content": recital.name}], "temperature": 0,
-        "extra_body": {"chat_template_kwargs": {"opening": recital.opening}},
+        "model": "memorized", "messages": [{"role": "user", "content": case.name}], "temperature": 0,
+        "extra_body": {"chat_template_kwargs": {"opening": case.opening}},
     }  # fmt: skip
-    return {**body, "tools": TOOL_FIELDS} if recital.calls else body
+    return {**body, "tools": TOOL_FIELDS} if case.calls else body
 
 
-def meant(recital: Memorized) -> tuple[Any, ...]:
+def meant(case: Memorized) -> tuple[Any, ...]:
     """Thinking, content, calls and finish reason."""
-    calls = [(call.name, call.arguments) for call in recital.calls]
-    return recital.reasoning, recital.content, calls, "tool_calls" if calls else "stop"
+    calls = [(call.name, call.arguments) for call in case.calls]
+    return case.reasoning, case.content, calls, "tool_calls" if calls else "stop"
 
 
-@pytest.mark.parametrize("recital", MEMORIZED, ids=lambda recital: recital.name)
-async def test_chat(engine: InProcessEngineClient, tokenizer: Tokenizer, recital: Memorized) -> None:
-    await check_chat(engine, tokenizer, recital)
+@pytest.mark.parametrize("case", MEMORIZED, ids=lambda case: case.name)
+async def test_chat(engine: InProcessEngineClient, tokenizer: Tokenizer, case: Memorized) -> None:
+    await check_chat(engine, tokenizer, case)
 
 
 # Kimi's is DeepSeek's architecture.
 @pytest.mark.parametrize("family", [slow(family) if family == "deepseek" else family for family in FAMILIES])
-async def test_architectures_recite(family: str, compilation_cache: str) -> None:
+async def test_families(family: str, compilation_cache: str) -> None:
     """Qwen3, DeepSeek V3, Kimi K2 and gpt-oss in small, with files as their makers publish them."""
-    folder = MODELS / f"recital_{family}"
+    folder = MODELS / f"memorized_{family}"
     options: Any = {"max_running_requests": 2, "chunked_prefill_size": 32, "max_total_tokens": 2048}
     async with loaded(folder, compilation_cache_dir=compilation_cache, **options) as engine:
-        for recital in MEMORIZED:
-            if recital.name in FAMILIES[family]:
-                await check_chat(engine, load_tokenizer(folder), recital)
+        for case in MEMORIZED:
+            if case.name in FAMILIES[family]:
+                await check_chat(engine, load_tokenizer(folder), case)
 
 
-async def check_chat(engine: InProcessEngineClient, tokenizer: Tokenizer, recital: Memorized) -> None:
-    """What a recital means is what a client reads, whole and streamed."""
+async def check_chat(engine: InProcessEngineClient, tokenizer: Tokenizer, case: Memorized) -> None:
+    """What an output means is what a client reads, whole and streamed."""
     async with (
-        serving(server(engine, recital), tokenizer) as url,
+        serving(server(engine, case), tokenizer) as url,
         AsyncOpenAI(base_url=f"{url}/v1", api_key="none") as client,
     ):
-        whole = await client.chat.completions.create(**options(recital))
+        whole = await client.chat.completions.create(**options(case))
         choice = whole.choices[0]
         calls = [(call.function.name, json.loads(call.function.arguments)) for call in choice.message.tool_calls or ()]  # type: ignore[union-attr]
         reasoning = choice.message.reasoning_content  # type: ignore[attr-defined]
-        assert (reasoning or "", choice.message.content or "", calls, choice.finish_reason) == meant(recital)
-        assert (reasoning is None) == (not recital.reasoning)
+        assert (reasoning or "", choice.message.content or "", calls, choice.finish_reason) == meant(case)
+        assert (reasoning is None) == (not case.reasoning)
         assert whole.usage is not None
         assert whole.usage.completion_tokens_details is not None
         thinking = whole.usage.completion_tokens_details.reasoning_tokens or 0
         # One token a byte, and the tags.
-        size = len(recital.reasoning.encode())
-        assert size <= thinking <= size + 20 if recital.reasoning else thinking == 0
+        size = len(case.reasoning.encode())
+        assert size <= thinking <= size + 20 if case.reasoning else thinking == 0
 
-        stream = await client.chat.completions.create(**options(recital), stream=True)
+        stream = await client.chat.completions.create(**options(case), stream=True)
         told: dict[int, list[str]] = {}
         text = {"content": "", "reasoning_content": ""}
         reason = None
@@ -119,33 +119,33 @@ async def check_chat(engine: InProcessEngineClient, tokenizer: Tokenizer, recita
                     told[call.index][1] += call.function.arguments or ""
             reason = chunk.choices[0].finish_reason or reason
         streamed = [(name, json.loads(arguments)) for name, arguments in told.values()]
-        assert (text["reasoning_content"], text["content"], streamed, reason) == meant(recital)
+        assert (text["reasoning_content"], text["content"], streamed, reason) == meant(case)
 
 
-@pytest.mark.parametrize("recital", [r for r in MEMORIZED if r.name in ("qwen3", "gpt", "r1")], ids=lambda r: r.name)
-async def test_the_other_protocols(engine: InProcessEngineClient, tokenizer: Tokenizer, recital: Memorized) -> None:
-    calls = [(call.name, call.arguments) for call in recital.calls]
+@pytest.mark.parametrize("case", [r for r in MEMORIZED if r.name in ("qwen3", "gpt", "r1")], ids=lambda r: r.name)
+async def test_the_other_protocols(engine: InProcessEngineClient, tokenizer: Tokenizer, case: Memorized) -> None:
+    calls = [(call.name, call.arguments) for call in case.calls]
     # Their bodies have no room for template variables: what the prompt would open is told in the message.
-    if recital.opening:
-        recital = next(r for r in MEMORIZED if r.name == "r1 silent")
+    if case.opening:
+        case = next(r for r in MEMORIZED if r.name == "r1 silent")
     async with (
-        serving(server(engine, recital), tokenizer) as url,
+        serving(server(engine, case), tokenizer) as url,
         AsyncOpenAI(base_url=f"{url}/v1", api_key="none") as client,
         anthropic.AsyncAnthropic(base_url=url, api_key="none") as other,
     ):
         flat: Any = [{"type": "function", **tool["function"]} for tool in TOOL_FIELDS] if calls else []
-        response = await client.responses.create(model="recital", input=recital.name, tools=flat, temperature=0)
+        response = await client.responses.create(model="memorized", input=case.name, tools=flat, temperature=0)
         events = [
             event
             async for event in await client.responses.create(
-                model="recital", input=recital.name, tools=flat, temperature=0, stream=True
+                model="memorized", input=case.name, tools=flat, temperature=0, stream=True
             )
         ]
         assert [event.sequence_number for event in events] == list(range(len(events)))
         for answer in (response, events[-1].response):  # type: ignore[union-attr]
             by_type = {item.type: item for item in answer.output}
-            assert by_type["reasoning"].content[0].text == recital.reasoning  # type: ignore[union-attr, index]
-            assert answer.output_text == recital.content
+            assert by_type["reasoning"].content[0].text == case.reasoning  # type: ignore[union-attr, index]
+            assert answer.output_text == case.content
             own = [(item.name, json.loads(item.arguments)) for item in answer.output if item.type == "function_call"]
             assert own == calls
             assert answer.status == "completed"
@@ -153,7 +153,7 @@ async def test_the_other_protocols(engine: InProcessEngineClient, tokenizer: Tok
             {"name": tool["function"]["name"], "input_schema": tool["function"]["parameters"]} for tool in TOOL_FIELDS
         ]
         body: Any = {
-            "model": "recital", "max_tokens": 400, "messages": [{"role": "user", "content": recital.name}],
+            "model": "memorized", "max_tokens": 400, "messages": [{"role": "user", "content": case.name}],
             "tools": theirs if calls else [], "extra_body": {"temperature": 0},
         }  # fmt: skip
         message = await other.messages.create(**body)
@@ -164,8 +164,8 @@ async def test_the_other_protocols(engine: InProcessEngineClient, tokenizer: Tok
                 (block.type, getattr(block, "text", None) or getattr(block, "thinking", None))
                 for block in answer.content
             ]
-            expected = [("thinking", recital.reasoning)]
-            expected += [("text", recital.content)] if recital.content else []
+            expected = [("thinking", case.reasoning)]
+            expected += [("text", case.content)] if case.content else []
             assert [block for block in blocks if block[0] != "tool_use"] == expected
             assert [(b.name, b.input) for b in answer.content if b.type == "tool_use"] == calls  # type: ignore[union-attr]
             assert answer.stop_reason == ("tool_use" if calls else "end_turn")
@@ -174,31 +174,31 @@ async def test_the_other_protocols(engine: InProcessEngineClient, tokenizer: Tok
 async def test_thinking_can_be_left_in_withheld_and_limited(
     engine: InProcessEngineClient, tokenizer: Tokenizer
 ) -> None:
-    recital = next(r for r in MEMORIZED if r.name == "r1")
-    async with serving(server(engine, recital), tokenizer) as url, httpx.AsyncClient(base_url=url) as http:
-        body = options(recital)
+    case = next(r for r in MEMORIZED if r.name == "r1")
+    async with serving(server(engine, case), tokenizer) as url, httpx.AsyncClient(base_url=url) as http:
+        body = options(case)
         body |= body.pop("extra_body")
         raw = (await http.post("/v1/chat/completions", json={**body, "separate_reasoning": False})).json()
-        assert raw["choices"][0]["message"]["content"] == recital.output
+        assert raw["choices"][0]["message"]["content"] == case.output
         assert raw["choices"][0]["message"]["reasoning_content"] is None
 
         text = (await http.post("/v1/chat/completions", json={**body, "stream": True, "stream_reasoning": False})).text
         chunks = [json.loads(line[6:]) for line in text.splitlines() if line.startswith("data: {")]
         thoughts = [chunk["choices"][0]["delta"].get("reasoning_content") for chunk in chunks]
-        assert [thought for thought in thoughts if thought] == [recital.reasoning]
+        assert [thought for thought in thoughts if thought] == [case.reasoning]
 
         cut = (await http.post("/v1/chat/completions", json={**body, "thinking_budget": 7, "max_tokens": 20})).json()
         message, usage = cut["choices"][0]["message"], cut["usage"]
-        assert message["reasoning_content"] == recital.reasoning[:5] + "…"[:1]
+        assert message["reasoning_content"] == case.reasoning[:5] + "…"[:1]
         assert usage["completion_tokens_details"]["reasoning_tokens"] == len("Paris…".encode()) + 1
 
 
 @pytest.mark.parametrize("choice", ["auto", "required"])
 async def test_a_budget_closes_a_channel(engine: InProcessEngineClient, tokenizer: Tokenizer, choice: str) -> None:
     """What follows the thinking is begun, too: the answer, or a call."""
-    recital = next(r for r in MEMORIZED if r.name == "gpt")
-    async with serving(server(engine, recital), tokenizer) as url, httpx.AsyncClient(base_url=url) as http:
-        body = {**options(recital), "thinking_budget": 5, "max_tokens": 160, "tool_choice": choice}
+    case = next(r for r in MEMORIZED if r.name == "gpt")
+    async with serving(server(engine, case), tokenizer) as url, httpx.AsyncClient(base_url=url) as http:
+        body = {**options(case), "thinking_budget": 5, "max_tokens": 160, "tool_choice": choice}
         body.pop("extra_body")
         answer = (await http.post("/v1/chat/completions", json=body)).json()
         message = answer["choices"][0]["message"]
@@ -208,9 +208,9 @@ async def test_a_budget_closes_a_channel(engine: InProcessEngineClient, tokenize
 
 
 async def test_a_grammar_waits_for_the_end_of_thinking(engine: InProcessEngineClient, tokenizer: Tokenizer) -> None:
-    recital = next(r for r in MEMORIZED if r.name == "r1")
-    async with serving(server(engine, recital), tokenizer) as url, httpx.AsyncClient(base_url=url) as http:
-        body = options(recital)
+    case = next(r for r in MEMORIZED if r.name == "r1")
+    async with serving(server(engine, case), tokenizer) as url, httpx.AsyncClient(base_url=url) as http:
+        body = options(case)
         body |= {**body.pop("extra_body"), "regex": "(one|two)!"}
         for stream in (False, True):
             answer = await http.post("/v1/chat/completions", json={**body, "stream": stream})
@@ -223,5 +223,5 @@ async def test_a_grammar_waits_for_the_end_of_thinking(engine: InProcessEngineCl
                 }
             else:
                 message = answer.json()["choices"][0]["message"]
-            assert message["reasoning_content"] == recital.reasoning
+            assert message["reasoning_content"] == case.reasoning
             assert message["content"] in ("one!", "two!")
