@@ -52,7 +52,7 @@ ROUTES = (
 
 
 class _Builders:
-    """The request builder, made once the engine has told its limits."""
+    """The request builder, made once the engine has reported its limits."""
 
     def __init__(self, server: Server, seed: int | None) -> None:
         self._server = server

@@ -180,7 +180,7 @@ def _by_parameter(pairs: dict[tuple[str, int], _Pair], targets: Sequence[str]) -
             named[name] = by_depth[depth]
     known = [f".{name}{end}" for name in named for end in ("", ".weight")]
     absent = [target for target in targets if not any(name.endswith(f".{target}") for name in known)]
-    # What is wrong with a module is told already.
+    # Problems with a module have been reported already.
     problems = problems or [f"target_parameters: there are no factors of {target}" for target in absent]
     return named, problems
 

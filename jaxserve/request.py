@@ -62,7 +62,7 @@ class AdapterSource(msgspec.Struct, frozen=True, kw_only=True):
     """A LoRA adapter that is to be loaded.
 
     Attributes:
-        key: what requests call it in `Request.adapter`: its name, and behind a colon what tells it from others that
+        key: what requests call it in `Request.adapter`: its name, and after a colon what distinguishes it from others that
             had the name; never used twice, so that one may replace another.
         folder: where its files are.
         pinned: never leaves memory or its slot on the device.

@@ -131,7 +131,7 @@ def _gpu_attention(config: AttentionConfig, mesh: Mesh) -> AttentionBackend:
 
 
 def _num_cores(mesh: Mesh) -> int:
-    """Multiprocessors of a GPU; devices of a compile-only topology do not tell."""
+    """Multiprocessors of a GPU; devices of a compile-only topology do not know it."""
     return getattr(mesh.devices.flat[0], "core_count", HOPPER_CORES)
 
 

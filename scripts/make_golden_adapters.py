@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 GOLDEN = Path(__file__).parent.parent / "tests" / "golden"
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-# (model, adapter) -> what is told to PEFT.
+# (model, adapter) -> the PEFT config.
 ADAPTERS = {
     ("qwen3", "attention"): {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"]},
     ("qwen3", "patterns"): {

@@ -170,7 +170,7 @@ def _grammar(
 def _thinking(
     builder: RequestBuilder, body: ChatCompletionRequest, inside: bool | None, *, forced: bool
 ) -> ThinkingBudget | None:
-    """The limit on thinking; `forced` tells that tool calls have to follow it."""
+    """The limit on thinking; `forced` says that tool calls must follow it."""
     if body.thinking_budget is None:
         return None
     check_range("thinking_budget", body.thinking_budget, 0, _MAX_BUDGET)

@@ -242,7 +242,7 @@ class _Response:
             yield self._event("response.output_item.done", output_index=block.index, item=item)
 
     def _part_event(self, name: str, block: Block) -> Iterable[bytes]:
-        """Only messages have parts that are told by themselves."""
+        """Only messages have parts with events of their own."""
         item = self._items[block.index]
         if isinstance(item, OutputMessage):
             place = {"item_id": item.id, "output_index": block.index, "content_index": 0}

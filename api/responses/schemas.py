@@ -16,7 +16,7 @@ class InputPart(msgspec.Struct):
 
 
 class InputItem(msgspec.Struct):
-    """One item of `input`: a message, a call, a call's output, or reasoning, told apart by `type`."""
+    """One item of `input`: a message, a call, a call's output, or reasoning, distinguished by `type`."""
 
     type: str = "message"
     role: str | None = None

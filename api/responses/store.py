@@ -17,7 +17,7 @@ class StoredResponse:
     """One response.
 
     Attributes:
-        response: as it was last told to the client.
+        response: the response as it was last sent to the client.
         size: what it takes, in bytes, roughly.
         turns: the conversation with its answer; empty while it is not complete.
         cancel: ends it while it runs.

@@ -11,7 +11,7 @@ _PART_BYTES = 32 << 20
 
 
 def adapter_messages(key: str, adapter: LoadedAdapter) -> Generator[AdapterBytes | AddAdapter, None, None]:
-    """What tells another host of an adapter, in order."""
+    """The messages that send an adapter to another host, in order."""
     for array in adapter.leaves.values():
         data = array.reshape(-1).view(np.uint8)
         for start in range(0, data.size, _PART_BYTES):

@@ -1,4 +1,4 @@
-"""Host 0's side: tells the other hosts what it runs itself, and compares what they drew."""
+"""Host 0's side: sends the other hosts what it runs itself, and compares the tokens that they sampled."""
 
 import contextlib
 import logging

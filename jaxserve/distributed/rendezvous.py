@@ -37,7 +37,7 @@ _HELLO_S = 10.0
 
 
 def hello(config: EngineConfig, model: str) -> Hello:
-    """What a host tells of itself: its settings, and `model_digest`."""
+    """What a host reports about itself: its settings, and `model_digest`."""
     if config.lora is not None:  # where the adapters are may differ
         config = msgspec.structs.replace(
             config, lora=msgspec.structs.replace(config.lora, paths=dict.fromkeys(config.lora.paths, ""))

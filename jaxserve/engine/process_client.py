@@ -204,7 +204,7 @@ class ProcessEngineClient:
             await self._take_messages(ready)
         except Exception:
             logger.exception("the engine sent what cannot be understood: it is ended")
-            self.kill()  # `_watch` tells the rest
+            self.kill()  # `_watch` does the rest
 
     async def _take_messages(self, ready: "asyncio.Future[EngineInfo]") -> None:
         while True:

@@ -54,7 +54,7 @@ def kv_scales_param(args: DecoderArgs) -> nnx.Param[jax.Array] | None:
 
 
 def kv_scales_of(param_2KH: Any, value_dim: int | None) -> KvScales | None:
-    """See `kv_scales_param`; of values that are a part of their keys, `value_dim` tells how large."""
+    """See `kv_scales_param`; `value_dim` is the size of values that are a part of their keys, or None."""
     if param_2KH is None:
         return None
     scales_2KH: jax.Array = param_2KH[...]

@@ -16,7 +16,7 @@ def merge_adapter(weights: Weights, delta: AdapterDelta) -> Weights:
     """
 
     def add(base: jax.Array, factor: LowRank) -> jax.Array:
-        layout: Any = base  # whose type does not tell it
+        layout: Any = base  # its type does not say so
         return jax.jit(add_low_rank, donate_argnums=0, out_shardings=layout.format)(base, factor)
 
     return merge(weights, delta, add)

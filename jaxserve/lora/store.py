@@ -38,8 +38,8 @@ class _Entry:
         leaving: it makes room for another one as soon as no request runs with it.
         num_requests: that have begun and not ended.
         num_active: the number of those that have been started.
-        loaded: whom to tell of the first reading.
-        unloaded: whom to tell when it is gone; set once it is to go.
+        loaded: called with the result of the first load.
+        unloaded: called once the adapter is gone; set when it is to be unloaded.
     """
 
     source: AdapterSource

@@ -63,7 +63,7 @@ class MessageParserConfig:
 
     Attributes:
         reasoning: None if there is no reasoning parser.
-        inside: the output starts inside thinking; None where the prompt does not tell.
+        inside: the output starts inside thinking; None if the prompt does not say.
         stream_reasoning: pass thinking on as it comes, not at its end.
         tool_calls: None where calls are content.
         tools: those that may be called.

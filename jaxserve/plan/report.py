@@ -1,4 +1,4 @@
-"""What `jaxserve.plan` tells: memory, programs, and bounds on speed, as a table or as JSON."""
+"""The report of `jaxserve.plan`: memory, programs, and bounds on speed, as a table or as JSON."""
 
 from typing import NamedTuple
 

@@ -1,6 +1,6 @@
 """Runs steps on the devices: the only package that calls `jit`.
 
-The runner owns weights, cache and device state. It is told what to run (`SchedulerOutput`), never decides it, and
+The runner owns weights, cache and device state. It runs what a `SchedulerOutput` says, never decides it, and
 waits for the device in `PendingStep.result` only.
 
 See `runner.programs` for what a step is made of.

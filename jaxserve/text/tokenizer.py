@@ -76,7 +76,7 @@ class Tokenizer:
             param: name of the text in errors.
 
         Raises:
-            RequestError: so long that it cannot fit `max_tokens`, told before the work of tokenising it.
+            RequestError: so long that it cannot fit `max_tokens`, reported before it is tokenised.
         """
         if len(text) > max_tokens * _CHARACTERS_PER_TOKEN:
             raise RequestError(

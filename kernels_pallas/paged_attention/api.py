@@ -24,7 +24,7 @@ Plan: TypeAlias = Any
 class AttentionMeta(NamedTuple):
     """Where each token of a step belongs. Rows that run a single token come first.
 
-    Shapes tell something too: with T = B, every row runs a single token.
+    Shapes carry meaning, too: with T = B, every row runs a single token.
 
     Attributes:
         kv_lens_B: i32, keys a row has once this step's are written; 0 for padding rows.

@@ -115,7 +115,7 @@ class Step(NamedTuple):
 
 
 def make_step(case: Case, config: AttentionConfig) -> Step:
-    """Random keys in shuffled pages, and the arrays that tell where they are."""
+    """Random keys in shuffled pages, and the arrays that locate them."""
     rng = np.random.default_rng(0)
     size, count = case.page_size, len(case.q_lens)
     table_BM = np.zeros((case.num_rows, case.pages_per_row), np.int32)

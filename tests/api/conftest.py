@@ -1,4 +1,4 @@
-"""The application over a fake engine and a byte tokenizer: outputs can be told in advance."""
+"""The application over a fake engine and a byte tokenizer: outputs can be predicted."""
 
 from collections.abc import AsyncIterator
 

@@ -228,7 +228,7 @@ async def test_a_server_that_cannot_load_says_so(engine: FakeEngineClient, setti
         assert message in (await load(http, "x", "poet", 400))["error_message"]
 
 
-async def test_an_engine_that_is_lost_is_told(http: Http, engine: FakeEngineClient) -> None:
+async def test_a_lost_engine_is_reported(http: Http, engine: FakeEngineClient) -> None:
     engine.lose("the engine process ended with code -9")
     for path, body in (("load", {"lora_name": "x", "lora_path": "poet"}), ("unload", {"lora_name": "first"})):
         assert (await http.post(f"/{path}_lora_adapter", json=body)).status_code == 503

@@ -1,4 +1,4 @@
-"""Tools, reasoning, grammars and the other chat protocols over a fake engine: what is taken, refused, kept and told."""
+"""Tools, reasoning, grammars and the other chat protocols over a fake engine: what is accepted, refused and sent."""
 
 import json
 from collections.abc import AsyncIterator
@@ -316,7 +316,7 @@ async def test_either_kind_of_key_opens(parsing: Http) -> None:
         ("]~b]ai <think>", "minimax", None),
     ],
 )
-def test_formats_are_told_from_templates(template: str, reasoning: str | None, tool_calls: str | None) -> None:
+def test_formats_are_detected_from_templates(template: str, reasoning: str | None, tool_calls: str | None) -> None:
     assert (detect_reasoning(template), detect_tool_calls(template)) == (reasoning, tool_calls)
 
 

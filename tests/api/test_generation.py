@@ -198,7 +198,7 @@ async def test_a_failed_step_is_computed_again(http: Http, engine: FakeEngineCli
 
 
 async def test_an_engine_that_is_lost_ends_what_runs(http: Http, server: Server, engine: FakeEngineClient) -> None:
-    """How streams are told is seen in tests/e2e, over a socket."""
+    """tests/e2e tests streams over a socket."""
     engine.lose_after = 5
     response = await http.post("/v1/completions", json={"prompt": "abc", "max_tokens": 100})
     assert response.status_code == 503

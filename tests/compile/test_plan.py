@@ -125,7 +125,7 @@ def test_a_context_that_does_not_fit(plan: Plan, monkeypatch: pytest.MonkeyPatch
 
 
 def test_a_target_whose_memory_is_not_known(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A context that the pool of a CPU does not hold is told of, without advice on devices."""
+    """A context that the pool of a CPU does not hold is reported, without advice on devices."""
     monkeypatch.setattr("jaxserve.plan.compile._compile", lambda *_: Outcome([], 0.0))
     long = TINY | {"max_position_embeddings": 1 << 20}
     done = plan(long, "--target", "cpu:1", "--json", *SMALLEST)

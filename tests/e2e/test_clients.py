@@ -122,7 +122,7 @@ def test_anthropic(anthropic: Anthropic) -> None:
     assert counted.input_tokens == 37
 
 
-def test_bad_input_is_told_to_each_client(client: OpenAI) -> None:
+def test_bad_input_is_an_error_in_each_client(client: OpenAI) -> None:
     with pytest.raises(BadRequestError, match="at most one"):
         client.chat.completions.create(model="demo", messages=MESSAGES, extra_body={"regex": "a", "ebnf": "b"})
     image: Any = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:"}}]}]

@@ -71,7 +71,7 @@ def test_the_drain_has_a_limit(flags: list[str], tmp_path: Path) -> None:
     server.process.send_signal(signal.SIGTERM)
     thread.join(10)
     assert "shutting down" in json.loads(out[-1].removeprefix("data: "))["error"]["message"]
-    server.process.send_signal(signal.SIGTERM)  # told twice: the stopped engine is not waited for
+    server.process.send_signal(signal.SIGTERM)  # after a second signal, the stopped engine is not waited for
     assert server.process.wait(15) == 0
 
 
@@ -102,7 +102,7 @@ def launch(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
 
 
-def test_a_busy_port_is_told_before_the_model_is_touched(server: ServerProcess) -> None:
+def test_a_busy_port_is_reported_before_the_model_is_read(server: ServerProcess) -> None:
     result = launch("--model-path", "/does/not/exist", "--port", str(server.port))
     assert result.returncode == 3
     assert "Address already in use" in result.stderr

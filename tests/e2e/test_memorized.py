@@ -101,7 +101,7 @@ async def check_chat(engine: InProcessEngineClient, tokenizer: Tokenizer, case: 
         assert size <= thinking <= size + 20 if case.reasoning else thinking == 0
 
         stream = await client.chat.completions.create(**options(case), stream=True)
-        told: dict[int, list[str]] = {}
+        calls_by_index: dict[int, list[str]] = {}
         text = {"content": "", "reasoning_content": ""}
         reason = None
         async for chunk in stream:
@@ -110,22 +110,22 @@ async def check_chat(engine: InProcessEngineClient, tokenizer: Tokenizer, case: 
                 text[name] += getattr(delta, name, None) or ""
             for call in delta.tool_calls or ():
                 assert call.function is not None
-                if call.index not in told:
+                if call.index not in calls_by_index:
                     assert call.id, "the id and the name come first"
                     assert not call.function.arguments
-                    told[call.index] = [call.function.name or "", ""]
+                    calls_by_index[call.index] = [call.function.name or "", ""]
                 else:
                     assert (call.id, call.function.name) == (None, None)
-                    told[call.index][1] += call.function.arguments or ""
+                    calls_by_index[call.index][1] += call.function.arguments or ""
             reason = chunk.choices[0].finish_reason or reason
-        streamed = [(name, json.loads(arguments)) for name, arguments in told.values()]
+        streamed = [(name, json.loads(arguments)) for name, arguments in calls_by_index.values()]
         assert (text["reasoning_content"], text["content"], streamed, reason) == meant(case)
 
 
 @pytest.mark.parametrize("case", [r for r in MEMORIZED if r.name in ("qwen3", "gpt", "r1")], ids=lambda r: r.name)
 async def test_the_other_protocols(engine: InProcessEngineClient, tokenizer: Tokenizer, case: Memorized) -> None:
     calls = [(call.name, call.arguments) for call in case.calls]
-    # Their bodies have no room for template variables: what the prompt would open is told in the message.
+    # Their bodies have no room for template variables: what the prompt would open is part of the message.
     if case.opening:
         case = next(r for r in MEMORIZED if r.name == "r1 silent")
     async with (

@@ -120,7 +120,7 @@ def kill_engine(launcher: int) -> None:
     os.kill(int(children[0]), signal.SIGKILL)
 
 
-def test_a_host_with_another_model_is_refused_and_told_why(flags: list[str], tmp_path: Path) -> None:
+def test_a_host_with_another_model_is_refused_with_a_reason(flags: list[str], tmp_path: Path) -> None:
     other = write_checkpoint(tmp_path / "other", vocab_size=264)
     with two_hosts(flags, tmp_path, dp_size=1, there=["--model-path", str(other)]) as (leader, follower):
         assert follower.process.wait(60) == ExitCode.BAD_CONFIG

@@ -136,7 +136,7 @@ def test_a_prefix_is_computed_once(client: OpenAI) -> None:
 
 
 def test_abort_by_the_clients_own_id(server: ServerProcess, client: OpenAI) -> None:
-    """One id, two prompts: all their choices end, the stream is told, and the rows are free."""
+    """One id, two prompts: all their choices end, the stream gets an error, and the rows are free."""
     options: Any = {"model": "tiny", "prompt": ["one", "two"], "n": 8, "max_tokens": 400, "stream": True}
     stream = client.completions.create(**options, extra_body={"rid": "mine", "ignore_eos": True})
     reasons: dict[int, str] = {}

@@ -37,7 +37,7 @@ def test_a_named_backend_is_not_replaced(name: Any) -> None:
         layout_engine(config, layout_model(config, CONFIG, make_mesh(1)), 0)
 
 
-def test_the_choice_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
+def test_the_choice_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
     config = EngineConfig(model_path="x", max_total_tokens=1024)
     with caplog.at_level(logging.INFO, "jaxserve.layout.backends"):
         layout_engine(config, layout_model(config, CONFIG, make_mesh(1)), 0)

@@ -121,14 +121,14 @@ def test_a_row_does_not_depend_on_its_neighbours() -> None:
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf], ids=["nan", "inf"])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_a_row_that_is_not_finite_is_told(bad: float, temperature: float) -> None:
+def test_a_row_that_is_not_finite_is_reported(bad: float, temperature: float) -> None:
     logits = random_logits(3, 100)
     logits[1, 17] = bad
     out = SAMPLE(jnp.asarray(logits), *arrays([RowParams(temperature=temperature)] * 3, 100, logprobs=False))
     assert out.finite_B.tolist() == [True, False, True]
 
 
-def test_a_row_with_nothing_allowed_is_told() -> None:
+def test_a_row_with_nothing_allowed_is_reported() -> None:
     logits = random_logits(2, 4)
     params = [RowParams(forbidden=(0, 1, 2, 3)), RowParams(forbidden=(0, 1, 2))]
     out = SAMPLE(jnp.asarray(logits), *arrays(params, 4))

@@ -250,7 +250,7 @@ def check_transcripts(llm: LLM, folder: Path, adapter: str = "") -> None:
     assert [list(output.choices[0].token_ids) for output in outputs] == golden["transcripts"].tolist()
 
 
-def test_an_unknown_adapter_is_told_with_the_loaded_ones(base: Path, adapters: dict[str, Path]) -> None:
+def test_an_unknown_adapter_is_refused_with_the_loaded_ones(base: Path, adapters: dict[str, Path]) -> None:
     with (
         served(base, {"a1": adapters["a1"]}) as llm,
         pytest.raises(NotFoundError, match="'b' does not exist; loaded: a1"),
@@ -298,7 +298,7 @@ def test_names_of_modules(base: Path) -> None:
     assert {path[-2] for path in fused} == {"q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"}
 
 
-def test_an_adapter_that_is_too_wide_is_told_at_the_start(base: Path, adapters: dict[str, Path]) -> None:
+def test_an_adapter_that_is_too_wide_is_refused_at_the_start(base: Path, adapters: dict[str, Path]) -> None:
     lora = LoraConfig(paths={"a7": str(adapters["a7"])}, max_rank=8)
     with pytest.raises(LaunchError, match="--lora-paths a7: rank 9 is more than --max-lora-rank 8"):
         LLM(str(base), lora=lora, **SIZES)

@@ -206,7 +206,7 @@ def test_quantised_while_loading(name: str, mesh: dict[str, int], tmp_path: Path
     close(logits(GOLDEN / "qwen3_moe", quantization=name, **mesh), want)
 
 
-def test_what_cannot_be_quantised_is_told(gpt_oss: tuple[Path, Path]) -> None:
+def test_what_cannot_be_quantised_is_refused(gpt_oss: tuple[Path, Path]) -> None:
     quantised, plain = gpt_oss
     load(str(quantised), quantization="mxfp4")
     with pytest.raises(LaunchError, match="--quantization int8: the checkpoint is quantised already, as mxfp4"):
@@ -258,7 +258,7 @@ def test_bytes_on_the_device_are_those_of_the_file(gpt_oss: tuple[Path, Path]) -
     assert sum(leaf.nbytes for leaf in jax.tree.leaves(weights)) == sum(tensor.nbytes for tensor in file.values())
 
 
-def test_what_does_not_fit_is_told(gpt_oss: tuple[Path, Path], tmp_path: Path) -> None:
+def test_what_does_not_fit_is_refused(gpt_oss: tuple[Path, Path], tmp_path: Path) -> None:
     """Blocks on two devices; factors of another dtype; tensors that are missing."""
     with pytest.raises(LaunchError, match="32 elements in blocks of 32 do not divide over 2 devices; try another --tp"):
         load(str(gpt_oss[0]), tp_size=2)

@@ -45,7 +45,7 @@ def is_plain(text: str, markers: Iterable[str]) -> bool:
 
 @pytest.mark.parametrize("name", REASONING_FORMATS)
 @given(data=st.data())
-def test_thinking_is_told_from_content(name: str, data: st.DataObject) -> None:
+def test_thinking_is_separated_from_content(name: str, data: st.DataObject) -> None:
     form = REASONING_FORMATS[name]
     plain = TEXT.filter(lambda text: is_plain(text, form.markers))
     reasoning = data.draw(plain.filter(lambda text: not text.startswith((" ", "\n")) or name == "gpt-oss"))
@@ -150,7 +150,7 @@ def test_any_cutting_of_broken_calls_gives_the_same(name: str, write: Any, data:
 def test_a_call_that_is_cut_off_has_a_beginning(
     name: str, write: Any, calls: list[WrittenCall], size: int, cuts: list[int]
 ) -> None:
-    """What is told of it is the beginning of what the whole output tells; nothing is told twice."""
+    """What is parsed of it is the beginning of what the whole output gives; nothing comes twice."""
     form = MessageParserConfig(tool_calls=TOOL_CALL_FORMATS[name], tools=TOOLS)
     whole = Message().add(read(form, [write(calls)]))
     parser = form.parser()
@@ -158,12 +158,12 @@ def test_a_call_that_is_cut_off_has_a_beginning(
     message = Message().add([*pieces, *parser.finish(cut_off=True)])
     for index, call in message.calls.items():
         assert call.name == whole.calls[index].name
-        told = whole.calls[index].arguments
+        expected = whole.calls[index].arguments
         if call.complete:
-            assert call.arguments == told
+            assert call.arguments == expected
         else:
             # Without quotes, the beginning of an end tag may be text as well.
-            assert told.startswith(re.sub(r"(\\n)?</?[a-z_]*$", "", call.arguments))
+            assert expected.startswith(re.sub(r"(\\n)?</?[a-z_]*$", "", call.arguments))
     if any(not call.complete for call in message.calls.values()):
         assert message.content == ""
 

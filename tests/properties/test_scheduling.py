@@ -1,4 +1,4 @@
-"""Any order of requests, aborts, failures and late results: nothing is lost, leaked or told twice."""
+"""Any order of requests, aborts, failures and late results: nothing is lost, leaked or sent twice."""
 
 from collections import deque
 from typing import Any

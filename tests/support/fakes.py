@@ -68,7 +68,7 @@ def shift_adapter(shift: int) -> LoadedAdapter:
 
 
 class FakeRunner:
-    """Draws `last token + 1` modulo the vocabulary, and more where an adapter says so: every output can be told before.
+    """Draws `last token + 1` modulo the vocabulary, and more where an adapter says so: every output can be predicted.
 
     Attributes:
         plans: what was sent, copy after copy.

@@ -60,7 +60,7 @@ def _loaded(engine: Engine, key: str) -> str | None:
     return answer
 
 
-def test_a_reader_that_breaks_is_told() -> None:
+def test_a_reader_that_breaks_is_reported() -> None:
     def read(folder: str) -> LoadedAdapter:
         raise OSError("the disk is gone")
 

@@ -161,7 +161,7 @@ def test_parameters_that_do_not_fit_their_names(targets: list[str], reason: str,
         read_peft(write_parameters(tmp_path, FACTORS, targets))
 
 
-def test_missing_files_are_told_and_pickles_never_opened(tmp_path: Path) -> None:
+def test_missing_files_are_reported_and_pickles_never_opened(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"adapter_config\.json does not exist"):
         read_peft(tmp_path)
     (write_adapter(tmp_path) / "adapter_model.safetensors").unlink()
@@ -195,7 +195,7 @@ def test_an_orbax_folder_holds_the_same(tmp_path: Path) -> None:
         (lambda text: "{", "Input data was truncated"),
     ],
 )
-def test_a_broken_orbax_folder_is_told(broken: Any, reason: str, tmp_path: Path) -> None:
+def test_a_broken_orbax_folder_is_reported(broken: Any, reason: str, tmp_path: Path) -> None:
     save_adapter(tmp_path / "orbax", read_peft(write_adapter(tmp_path / "peft", modules=["q_proj"])))
     manifest = tmp_path / "orbax" / "jaxserve-adapter.json"
     manifest.write_text(broken(manifest.read_text()))

@@ -27,7 +27,7 @@ async def test_a_failure_ends_the_open_choices_only() -> None:
     assert not streams.remove("a")
 
 
-async def test_who_waits_for_an_adapter_is_told_when_the_engine_ends() -> None:
+async def test_who_waits_for_an_adapter_gets_an_error_when_the_engine_ends() -> None:
     go_on = threading.Event()
 
     def read(folder: str) -> LoadedAdapter:

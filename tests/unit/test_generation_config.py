@@ -25,7 +25,7 @@ def model(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("text", ['{"temperature": -1}', '{"top_p": "x"}', "{", '{"eos_token_id": "x"}'])
-def test_bad_generation_defaults_are_told_at_launch(tmp_path: Path, text: str) -> None:
+def test_bad_generation_defaults_are_reported_at_launch(tmp_path: Path, text: str) -> None:
     (tmp_path / "generation_config.json").write_text(text)
     with pytest.raises(LaunchError, match=r"generation_config\.json"):
         read_generation_config(tmp_path)

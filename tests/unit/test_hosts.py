@@ -153,7 +153,7 @@ def test_an_abort_in_flight_is_repeated(make_hosts: Callable[..., Hosts]) -> Non
     assert hosts.losses.empty()
 
 
-def test_adapters_are_told_to_the_others(make_hosts: Callable[..., Hosts], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_adapters_are_sent_to_the_others(make_hosts: Callable[..., Hosts], monkeypatch: pytest.MonkeyPatch) -> None:
     """Their arrays, in parts; also after a step that raised."""
     monkeypatch.setattr("jaxserve.distributed.adapters._PART_BYTES", 3)
     others = FakeRunner(), FakeRunner()
@@ -199,7 +199,7 @@ def test_a_host_that_fails_alone_is_given_up(make_hosts: Callable[..., Hosts], m
 
 
 class FailingStep(FakeStep):
-    """The devices tell of a failure when the tokens are asked for."""
+    """Devices report a failure when the tokens are fetched."""
 
     def result(self) -> tuple[StepOutput | None, ...]:
         assert isinstance(self._runner, FailingRunner)
@@ -267,7 +267,7 @@ def test_a_host_that_draws_other_tokens_is_given_up(make_hosts: Callable[..., Ho
     hosts = make_hosts(FakeRunner(), FakeRunner(vocab_size=5))
     hosts.engine.add(request("a"))
     finish(hosts.engine)
-    # Whichever of the two is told of first.
+    # Whichever of the two is reported first.
     assert "sampled other tokens than the others in step 1" in hosts.losses.get(timeout=WAIT_S)
 
 

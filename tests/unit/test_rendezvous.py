@@ -1,4 +1,4 @@
-"""How hosts meet: who fits is let in, whoever does not is told why."""
+"""The rendezvous: hosts that fit are accepted, all others are refused with a reason."""
 
 import contextlib
 import socket
@@ -98,7 +98,7 @@ def test_strangers_are_sent_away() -> None:
         channel.close()
 
 
-def test_a_host_with_other_messages_is_told_why() -> None:
+def test_a_host_with_other_messages_gets_a_reason() -> None:
     port = free_port()
 
     def others() -> object:
@@ -142,7 +142,7 @@ def test_of_two_hosts_of_one_rank_the_first_stays_while_it_lives() -> None:
             channel.close()
 
 
-def test_hosts_that_do_not_come_are_told_of() -> None:
+def test_hosts_that_do_not_come_are_named() -> None:
     with pytest.raises(LaunchError, match=r"rank \[1\] did not come in time"):
         gather(greeting(0), f"127.0.0.1:{free_port()}", 0.2)
     with pytest.raises(LaunchError, match="host 0 cannot be reached"):
@@ -165,7 +165,7 @@ class Tensors:
         pass
 
 
-def test_models_are_told_apart_by_config_names_shapes_and_values() -> None:
+def test_model_digests_depend_on_config_names_shapes_and_values() -> None:
     ones = np.ones((2, 3), np.float32)
     models = [
         ({"hidden_size": 3}, Tensors(a=ones)),

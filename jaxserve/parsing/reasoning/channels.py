@@ -28,7 +28,7 @@ class Channels:
         return f"{END}{START}assistant{CHANNEL}" + ("commentary to=functions." if calls else f"final{MESSAGE}")
 
     def inside(self, prompt: str) -> bool | None:
-        """Whether an output after this prompt starts inside thinking; None where the prompt's end does not tell."""
+        """Whether an output after this prompt starts inside thinking; None if the prompt's end does not say."""
         return prompt.endswith(self.start) or None
 
     def inside_continued(self, message: str) -> bool | None:

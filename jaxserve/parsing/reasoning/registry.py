@@ -39,7 +39,7 @@ class ReasoningFormat(Protocol):
 
     @property
     def presumed(self) -> bool:
-        """Whether an output starts inside thinking when the prompt's end does not tell."""
+        """Whether an output starts inside thinking if the prompt's end does not say."""
         ...
 
     def closing(self, *, calls: bool) -> str:
@@ -47,7 +47,7 @@ class ReasoningFormat(Protocol):
         ...
 
     def inside(self, prompt: str) -> bool | None:
-        """Whether an output after this prompt starts inside thinking; None where the prompt's end does not tell."""
+        """Whether an output after this prompt starts inside thinking; None if the prompt's end does not say."""
         ...
 
     def inside_continued(self, message: str) -> bool | None:
@@ -58,7 +58,7 @@ class ReasoningFormat(Protocol):
         """A parser of one output.
 
         Args:
-            inside: whether it starts inside thinking; None where nothing tells.
+            inside: whether it starts inside thinking; None if it is unknown.
             keeps_calls: leave tool calls in the content as they were written, for another parser.
             constrained: the output follows the grammar of this format.
         """
@@ -69,7 +69,7 @@ class ReasoningFormat(Protocol):
 
         Args:
             writer: writer of the model's grammars.
-            inside: whether the output starts inside thinking; None where nothing tells.
+            inside: whether the output starts inside thinking; None if it is unknown.
             calls: what is constrained are tool calls, not content.
         """
         ...

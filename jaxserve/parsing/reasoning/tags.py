@@ -14,7 +14,7 @@ class Tags:
     Attributes:
         start, end: the tags.
         interrupts: markers that end the thinking early and belong to what follows.
-        presumed: the output starts inside thinking when the prompt's end does not tell.
+        presumed: the output starts inside thinking if the prompt's end does not say.
         reopens: an output may think several times.
     """
 
@@ -34,7 +34,7 @@ class Tags:
         return self.end
 
     def inside(self, prompt: str) -> bool | None:
-        """Whether an output after this prompt starts inside thinking; None where the prompt's end does not tell."""
+        """Whether an output after this prompt starts inside thinking; None if the prompt's end does not say."""
         tail = prompt.rstrip()
         if tail.endswith(self.end):
             return False

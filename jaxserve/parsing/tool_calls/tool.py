@@ -25,7 +25,7 @@ class Tool:
     strict: bool = False
 
     def types_of(self, parameter: str) -> frozenset[str]:
-        """JSON types that a parameter may have; empty when the schema does not tell."""
+        """JSON types that a parameter may have; empty if the schema does not say."""
         properties = self.parameters.get("properties")
         schema = properties.get(parameter) if isinstance(properties, Mapping) else None
         return frozenset(self._types(schema, 0))

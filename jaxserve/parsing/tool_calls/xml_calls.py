@@ -15,7 +15,7 @@ from jaxserve.parsing.tool_calls.tool import Tool
 
 
 class XmlParser(ToolCallParser):
-    """Base: tells arguments one by one."""
+    """Base class that streams arguments one by one."""
 
     def __init__(self, tools: Sequence[Tool]) -> None:
         super().__init__(tools)
@@ -35,7 +35,7 @@ class XmlParser(ToolCallParser):
         self._num_arguments = 0
 
     def _argument(self, name: str, ends: Sequence[str]) -> Parse[None]:
-        """Read a value up to one of `ends` and tell it as JSON.
+        """Read a value up to one of `ends` and emit it as JSON.
 
         Raises:
             NoCallError: the end is missing.
@@ -129,7 +129,7 @@ class Glm45Parser(XmlParser):
 
 
 def _typed(text: str, types: frozenset[str]) -> Any:
-    """A value as its schema has it; text where it cannot be that. Where the schema does not tell, JSON is JSON."""
+    """A value as its schema has it; text where it cannot be that. Where the schema does not say, JSON is JSON."""
     if not types:
         types, readers = _ANY, (json.loads,)
     else:

@@ -21,7 +21,7 @@ class Sampled(NamedTuple):
 
 
 def sample_from_candidates(candidates: Candidates, log_sum_B: jax.Array, inputs: SamplingInputs) -> Sampled:
-    """Draw from what top-k, top-p and min-p keep of the candidates, and tell where they may keep more.
+    """Draw from what top-k, top-p and min-p keep of the candidates, and find the rows where they may keep more.
 
     What they keep is a prefix of the row in order of value. Candidates above the bound are a prefix for certain, and
     what follows them is at most the bound: if a token of that value were not kept in the next place, no token is.

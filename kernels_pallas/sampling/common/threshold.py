@@ -57,7 +57,7 @@ class _Rows(NamedTuple):
 
 
 class Known(NamedTuple):
-    """What one pass over the rows has told.
+    """What one pass over the rows has found.
 
     Attributes:
         bound_B: f32, a value that all larger ones are kept of.
