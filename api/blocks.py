@@ -63,10 +63,10 @@ class BlockStream:
     blocks: list[Block] = field(default_factory=list[Block])
     _open: Block | None = None
 
-    def add(self, pieces: Iterable[MessageDelta]) -> Iterator[BlockEvent]:
-        """Events of new pieces, in order."""
-        for piece in pieces:
-            match piece:
+    def add(self, message_deltas: Iterable[MessageDelta]) -> Iterator[BlockEvent]:
+        """Events of new message deltas, in order."""
+        for part in message_deltas:
+            match part:
                 case Reasoning(text=text):
                     yield from self._grow(BlockKind.REASONING, text)
                 case Content(text=text):

@@ -62,8 +62,8 @@ class AdapterSource(msgspec.Struct, frozen=True, kw_only=True):
     """A LoRA adapter that is to be loaded.
 
     Attributes:
-        key: what requests call it in `Request.adapter`: its name, and after a colon what distinguishes it from others that
-            had the name; never used twice, so that one may replace another.
+        key: what `Request.adapter` refers to: the name, a colon, and a suffix that makes every load unique, so that
+            an adapter may replace another of the same name.
         folder: where its files are.
         pinned: never leaves memory or its slot on the device.
     """

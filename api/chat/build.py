@@ -185,7 +185,7 @@ def _thinking(
         end=reasoning.end,
         interrupts=reasoning.interrupts,
         reopens=reasoning.reopens,
-        inside=bool(inside) or reasoning.presumed,
+        inside=bool(inside) or reasoning.force_reasoning,
         budget=body.thinking_budget,
         end_token_ids=tuple(builder.encode(closing, add_special_tokens=False, param="thinking_budget")),
     )

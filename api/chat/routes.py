@@ -78,7 +78,7 @@ class _Chat:
         return ChatCompletion(self._id, self._created, self._model, choices, usage_info(self._running))
 
     def _choice(self, index: int, output: CollectedChoice) -> ChatChoice:
-        message = Message().add(output.pieces)
+        message = Message().add(output.message_deltas)
         calls = [
             ToolCall(self._ids.of(call.id), CalledFunction(call.name, call.arguments), index=number)
             for number, call in enumerate(message.calls.values())
@@ -98,7 +98,7 @@ class _Chat:
         )
 
     async def events(self) -> AsyncGenerator[bytes]:
-        """Role chunks, the messages' pieces, one finish chunk per choice, usage, `[DONE]`."""
+        """Role chunks, the message deltas, one finish chunk per choice, usage, `[DONE]`."""
         options = self._body.stream_options
         continuous = options is not None and options.continuous_usage_stats
         for index in range(self._running.num_choices):
@@ -106,7 +106,7 @@ class _Chat:
         ends: dict[int, ChoiceDelta] = {}
         called: set[int] = set()
         async for index, delta in self._running.deltas():
-            if any(isinstance(piece, CallEnd) for piece in delta.pieces):
+            if any(isinstance(part, CallEnd) for part in delta.message_deltas):
                 called.add(index)
             for choice in self._choices(index, delta):
                 yield self._chunk(choice, usage=continuous)
@@ -123,8 +123,8 @@ class _Chat:
         yield DONE
 
     def _choices(self, index: int, delta: ChoiceDelta) -> Iterable[ChatChunkChoice]:
-        """A chunk for each piece; log-probabilities ride on the first."""
-        deltas = [wire for piece in delta.pieces if (wire := self._delta(piece)) is not None]
+        """A chunk for each message delta; the first one carries the log-probabilities."""
+        deltas = [wire for part in delta.message_deltas if (wire := self._delta(part)) is not None]
         if delta.tokens and not deltas:
             deltas = [ChatDelta(content="")]
         logprobs = chat_logprobs(self._server.tokenizer, delta.tokens) if self._body.logprobs and deltas else None
@@ -132,8 +132,8 @@ class _Chat:
             yield ChatChunkChoice(index, wire, logprobs=logprobs)
             logprobs = None
 
-    def _delta(self, piece: MessageDelta) -> ChatDelta | None:
-        match piece:
+    def _delta(self, part: MessageDelta) -> ChatDelta | None:
+        match part:
             case Content(text=text) | CallFailed(text=text):
                 return ChatDelta(content=text)
             case Reasoning(text=text):

@@ -194,7 +194,7 @@ class _Message:
     async def collect(self) -> MessagesResponse:
         """The whole answer."""
         [output] = await self._running.collect()
-        for _ in self._blocks.add(output.pieces):
+        for _ in self._blocks.add(output.message_deltas):
             pass
         return self._response(
             [_wire_block(block, self._ids.of(block.call_id)) for block in self._blocks.blocks if not block.failed],
@@ -206,7 +206,7 @@ class _Message:
         yield named_event("message_start", {"type": "message_start", "message": self._response([], None)})
         end: ChoiceDelta | None = None
         async for _, delta in self._running.deltas():
-            for data in self._block_events(self._blocks.add(delta.pieces)):
+            for data in self._block_events(self._blocks.add(delta.message_deltas)):
                 yield data
             if delta.finish_reason is not None:
                 end = delta

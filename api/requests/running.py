@@ -69,7 +69,7 @@ class RunningRequest:
         """Deltas with the number of their choice over all prompts."""
         async for prompt, delta in merge([generation.deltas() for generation in self.generations]):
             index = prompt * self.choices_per_prompt + delta.choice
-            if delta.text or delta.pieces or delta.tokens:
+            if delta.text or delta.message_deltas or delta.tokens:
                 self._timer.token(index)
             yield index, delta
         self._ended = True

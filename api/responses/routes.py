@@ -165,7 +165,7 @@ class _Response:
         async for _, delta in self._running.deltas():
             # Log-probabilities of the step's tokens, sent with the first text that the step adds.
             self._new_logprobs = chat_logprobs(self._server.tokenizer, delta.tokens).content
-            for event in self._blocks.add(delta.pieces):
+            for event in self._blocks.add(delta.message_deltas):
                 for data in self._block_event(event):
                     yield data
             if delta.finish_reason is not None:

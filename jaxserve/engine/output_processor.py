@@ -48,7 +48,7 @@ class ChoiceDelta(NamedTuple):
     Attributes:
         choice: index of the choice.
         text: new text; may be empty.
-        pieces: parts of the message that the new text completes; empty if there is no message parser.
+        message_deltas: parts of the message that the new text completes; empty if there is no message parser.
         tokens: new tokens with log-probabilities, where they were asked for.
         token_ids: new tokens, as far as they are shown.
         finish_reason: None until the end.
@@ -59,7 +59,7 @@ class ChoiceDelta(NamedTuple):
 
     choice: int
     text: str = ""
-    pieces: tuple[MessageDelta, ...] = ()
+    message_deltas: tuple[MessageDelta, ...] = ()
     tokens: tuple[ChoiceToken, ...] = ()
     token_ids: tuple[int, ...] = ()
     finish_reason: FinishReason | None = None
@@ -72,7 +72,7 @@ class CollectedChoice(NamedTuple):
     """A finished choice: what its deltas come to, and the last one."""
 
     text: str
-    pieces: list[MessageDelta]
+    message_deltas: list[MessageDelta]
     tokens: list[ChoiceToken]
     token_ids: list[int]
     end: ChoiceDelta
@@ -86,7 +86,7 @@ async def collect_choices(deltas: AsyncIterable[tuple[int, ChoiceDelta]], num_ch
     return [
         CollectedChoice(
             text="".join(delta.text for delta in choice),
-            pieces=[piece for delta in choice for piece in delta.pieces],
+            message_deltas=[part for delta in choice for part in delta.message_deltas],
             tokens=[token for delta in choice for token in delta.tokens],
             token_ids=[token_id for delta in choice for token_id in delta.token_ids],
             end=choice[-1],
@@ -117,14 +117,14 @@ class _Shown:
 
     def __init__(self) -> None:
         self.text: list[str] = []
-        self.pieces: list[MessageDelta] = []
+        self.message_deltas: list[MessageDelta] = []
         self.tokens: list[ChoiceToken] = []
         self.token_ids: list[int] = []
 
     def delta(self, choice: int) -> ChoiceDelta:
         """The step's output of a choice."""
         return ChoiceDelta(
-            choice, "".join(self.text), tuple(self.pieces), tuple(self.tokens), tuple(self.token_ids)
+            choice, "".join(self.text), tuple(self.message_deltas), tuple(self.tokens), tuple(self.token_ids)
         )  # fmt: skip
 
 
@@ -172,7 +172,7 @@ class _Choice:
         into.text.append(text)
         if self._parser is not None:
             before = self._parser.thinking
-            into.pieces += self._parser.push(text)
+            into.message_deltas += self._parser.push(text)
             self.num_reasoning_tokens += before or self._parser.thinking
             self.finished = self._parser.finished
         self.finished = self.finished or stop is not None
@@ -184,9 +184,9 @@ class _Choice:
         if not isinstance(matched, str):
             rest = self._stops.flush()
             shown.text.append(rest)
-            shown.pieces += self._parser.push(rest) if self._parser is not None else ()
+            shown.message_deltas += self._parser.push(rest) if self._parser is not None else ()
         if self._parser is not None:
-            shown.pieces += self._parser.finish(cut_off=reason is not FinishReason.STOP)
+            shown.message_deltas += self._parser.finish(cut_off=reason is not FinishReason.STOP)
         return shown.delta(delta.choice)._replace(
             finish_reason=reason,
             matched_stop=matched,

@@ -1,4 +1,4 @@
-"""What an assistant's message is made of, piece by piece as its text arrives."""
+"""The deltas of an assistant's message, in the order in which its text arrives."""
 
 from typing import NamedTuple, TypeAlias
 

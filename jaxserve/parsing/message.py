@@ -1,4 +1,4 @@
-"""A message put together from its pieces."""
+"""A message assembled from its deltas."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -35,10 +35,10 @@ class Message:
     reasoning: str = ""
     calls: dict[int, Call] = field(default_factory=dict[int, Call])
 
-    def add(self, pieces: Iterable[MessageDelta]) -> "Message":
-        """Append pieces, in order; returns the message."""
-        for piece in pieces:
-            match piece:
+    def add(self, deltas: Iterable[MessageDelta]) -> "Message":
+        """Append deltas, in order; returns the message."""
+        for delta in deltas:
+            match delta:
                 case Content(text=text):
                     self.content += text
                 case Reasoning(text=text):

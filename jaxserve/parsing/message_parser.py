@@ -85,7 +85,7 @@ class MessageParserConfig:
 
 
 class MessageParser:
-    """Text of one output to the pieces of a message: thinking first, then calls in what is left.
+    """Parses the text of one output into message deltas: thinking first, then calls in what is left.
 
     Attributes:
         finished: the message is complete; what follows does not count.
@@ -110,50 +110,50 @@ class MessageParser:
 
     def push(self, text: str) -> list[MessageDelta]:
         """Pieces that are certain once this text is there."""
-        pieces = _push(self._reasoning, text)
-        return self._end_after_call(self._hold_reasoning(self._find_calls(pieces)))
+        deltas = _push(self._reasoning, text)
+        return self._end_after_call(self._hold_reasoning(self._find_calls(deltas)))
 
     def finish(self, *, cut_off: bool = False) -> list[MessageDelta]:
         """The rest; see `StreamParser.finish`."""
-        pieces = [] if self._reasoning is None else self._reasoning.finish(cut_off=cut_off)
-        pieces = self._find_calls(pieces)
+        deltas = [] if self._reasoning is None else self._reasoning.finish(cut_off=cut_off)
+        deltas = self._find_calls(deltas)
         if self._tool_calls is not None:
-            pieces += self._tool_calls.finish(cut_off=cut_off)
-        pieces = self._hold_reasoning(pieces)
+            deltas += self._tool_calls.finish(cut_off=cut_off)
+        deltas = self._hold_reasoning(deltas)
         if self._held_reasoning:
-            pieces.append(Reasoning(self._held_reasoning))
-        return self._end_after_call(pieces)
+            deltas.append(Reasoning(self._held_reasoning))
+        return self._end_after_call(deltas)
 
-    def _find_calls(self, pieces: list[MessageDelta]) -> list[MessageDelta]:
+    def _find_calls(self, deltas: list[MessageDelta]) -> list[MessageDelta]:
         if self._tool_calls is None:
-            return pieces
+            return deltas
         out: list[MessageDelta] = []
-        for piece in pieces:
-            out += self._tool_calls.push(piece.text) if isinstance(piece, Content) else [piece]
+        for delta in deltas:
+            out += self._tool_calls.push(delta.text) if isinstance(delta, Content) else [delta]
         return out
 
-    def _hold_reasoning(self, pieces: list[MessageDelta]) -> list[MessageDelta]:
+    def _hold_reasoning(self, deltas: list[MessageDelta]) -> list[MessageDelta]:
         if self._stream_reasoning:
-            return pieces
+            return deltas
         out: list[MessageDelta] = []
-        for piece in pieces:
-            if isinstance(piece, Reasoning):
-                self._held_reasoning += piece.text
+        for delta in deltas:
+            if isinstance(delta, Reasoning):
+                self._held_reasoning += delta.text
                 continue
             if self._held_reasoning:
                 out.append(Reasoning(self._held_reasoning))
                 self._held_reasoning = ""
-            out.append(piece)
+            out.append(delta)
         return out
 
-    def _end_after_call(self, pieces: list[MessageDelta]) -> list[MessageDelta]:
+    def _end_after_call(self, deltas: list[MessageDelta]) -> list[MessageDelta]:
         if self.finished:
             return []
-        for index, piece in enumerate(pieces):
-            if self._single_call and isinstance(piece, CallEnd):
+        for index, delta in enumerate(deltas):
+            if self._single_call and isinstance(delta, CallEnd):
                 self.finished = True
-                return pieces[: index + 1]
-        return pieces
+                return deltas[: index + 1]
+        return deltas
 
 
 def _push(parser: StreamParser | None, text: str) -> list[MessageDelta]:

@@ -1,4 +1,4 @@
-"""Base of the parsers of model output: text in, pieces of a message out, the same for any cutting of the text."""
+"""Base of the parsers of model output: text in, message deltas out, the same for any cutting of the text."""
 
 from abc import ABC, abstractmethod
 

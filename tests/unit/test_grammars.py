@@ -169,7 +169,7 @@ def test_markers_that_are_ordinary_text(name: str, tmp_path: Path) -> None:
         matcher = compile_grammar(plain.grammars, grammar)
         assert (matcher.try_consume_tokens(ids) == len(ids)) is accepted
     # A tag that the model never learnt is not offered.
-    assert name == "gpt-oss" or form.presumed or not form.grammar(plain.writer, None, calls=False).expression
+    assert name == "gpt-oss" or form.force_reasoning or not form.grammar(plain.writer, None, calls=False).expression
 
 
 def constraint(case: Case, **fields: Any) -> str:

@@ -16,7 +16,7 @@ class Channels:
     """Analysis is thinking, final and commentary are content, and a message to a tool is passed on as it is."""
 
     markers: tuple[str, ...] = MARKERS
-    presumed: bool = False
+    force_reasoning: bool = False
     reopens: bool = True
     interrupts: tuple[str, ...] = ()
     start: str = f"{CHANNEL}analysis{MESSAGE}"

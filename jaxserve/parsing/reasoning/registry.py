@@ -38,7 +38,7 @@ class ReasoningFormat(Protocol):
         ...
 
     @property
-    def presumed(self) -> bool:
+    def force_reasoning(self) -> bool:
         """Whether an output starts inside thinking if the prompt's end does not say."""
         ...
 
@@ -78,18 +78,18 @@ class ReasoningFormat(Protocol):
 _TOOL_CALL = ("<tool_call>",)
 
 REASONING_FORMATS: Mapping[str, ReasoningFormat] = {
-    "deepseek-r1": Tags(presumed=True),
+    "deepseek-r1": Tags(force_reasoning=True),
     "deepseek-v3": Tags(interrupts=_TOOL_CALL),
     "glm45": Tags(interrupts=_TOOL_CALL),
     "gpt-oss": Channels(),
     "kimi": Tags(start="◁think▷", end="◁/think▷"),
     "kimi_k2": Tags(interrupts=("<|tool_calls_section_begin|>",)),
-    "minimax": Tags(interrupts=(*_TOOL_CALL, "<minimax:tool_call>"), presumed=True),
+    "minimax": Tags(interrupts=(*_TOOL_CALL, "<minimax:tool_call>"), force_reasoning=True),
     "mistral": Tags(start="[THINK]", end="[/THINK]"),
     "nemotron_3": Tags(interrupts=_TOOL_CALL),
     "qwen3": Tags(interrupts=_TOOL_CALL),
-    "qwen3-thinking": Tags(interrupts=_TOOL_CALL, presumed=True),
-    "step3": Tags(presumed=True),
+    "qwen3-thinking": Tags(interrupts=_TOOL_CALL, force_reasoning=True),
+    "step3": Tags(force_reasoning=True),
 }
 
 

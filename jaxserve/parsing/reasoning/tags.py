@@ -14,14 +14,14 @@ class Tags:
     Attributes:
         start, end: the tags.
         interrupts: markers that end the thinking early and belong to what follows.
-        presumed: the output starts inside thinking if the prompt's end does not say.
+        force_reasoning: the output starts inside thinking if the prompt's end does not say.
         reopens: an output may think several times.
     """
 
     start: str = "<think>"
     end: str = "</think>"
     interrupts: tuple[str, ...] = ()
-    presumed: bool = False
+    force_reasoning: bool = False
     reopens: bool = False
 
     @property
@@ -54,7 +54,7 @@ class Tags:
         if inside is False:
             return GrammarPrefix()
         rule = writer.rule_until("thinking", self.end)
-        if inside or self.presumed:
+        if inside or self.force_reasoning:
             return GrammarPrefix("thinking", (rule,))
         if not writer.vocabulary.is_token(self.start):
             # Only a model that has learnt the tag can choose to think; another would be led to it by its first letter.
@@ -70,15 +70,15 @@ class TagsParser(StreamParser):
         self._tags = tags
         self._constrained = constrained
         self._inside = inside
-        self.thinking = inside if inside is not None else tags.presumed
+        self.thinking = inside if inside is not None else tags.force_reasoning
 
     def _parse(self) -> Parse[None]:
         reader, tags = self._reader, self._tags
         inside = self._inside
-        if inside is None and not tags.presumed and self._constrained:
+        if inside is None and not tags.force_reasoning and self._constrained:
             inside = (yield from reader.accept(tags.start)) is not None
         elif inside is None:
-            inside = tags.presumed or (yield from reader.until((tags.start,), self._content)) is not None
+            inside = tags.force_reasoning or (yield from reader.until((tags.start,), self._content)) is not None
         if inside:
             self.thinking = True
             yield from self._think()
