@@ -13,6 +13,7 @@ from openai import BadRequestError, OpenAI
 from pydantic import BaseModel, Field
 
 from tests.e2e.conftest import ServerProcess
+from tests.support.marks import slow
 
 pytestmark = pytest.mark.demo
 ROOT = Path(__file__).parents[2]
@@ -132,7 +133,7 @@ def test_bad_input_is_an_error_in_each_client(client: OpenAI) -> None:
         client.completions.create(model="demo", prompt="x", suffix="y")
 
 
-@pytest.mark.parametrize("name", ["langchain", "instructor", "litellm"])
+@pytest.mark.parametrize("name", ["langchain", slow("instructor"), slow("litellm")])
 def test_other_python_clients(demo: ServerProcess, name: str) -> None:
     python = CLIENTS / "bin" / "python"
     if not python.exists():

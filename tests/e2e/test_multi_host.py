@@ -81,6 +81,7 @@ def want(server: ServerProcess) -> list[str]:
     return texts(server.url)
 
 
+@pytest.mark.slow
 def test_two_hosts_with_a_copy_each_give_the_tokens_of_one(flags: list[str], want: list[str], tmp_path: Path) -> None:
     with two_hosts(flags, tmp_path, dp_size=2) as (leader, follower):
         assert texts(leader.wait_ready().url) == want

@@ -91,7 +91,7 @@ def alone(base: Path, adapters: dict[str, Path]) -> dict[str, list[tuple[int, ..
         slow({}),
         slow({"tp_size": 8}),
         {"dp_size": 2, "tp_size": 2},
-        {"deterministic": True},
+        slow({"deterministic": True}),
         {"enough_pages_for_two": True},
     ],
     ids=str,
