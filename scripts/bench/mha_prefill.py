@@ -2,7 +2,7 @@
 
 Takes the flags of the server and needs the model's `config.json` only: weights are zeros, which takes as long.
 
-    python scripts/bench/expanded_prompts.py --model-path ./deepseek-v2-lite --rounds 10
+    python scripts/bench/mha_prefill.py --model-path ./deepseek-v2-lite --rounds 10
 """
 
 import argparse
