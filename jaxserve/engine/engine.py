@@ -20,6 +20,7 @@ from jaxserve.engine.messages import (
     CacheFlushed,
     FlushCache,
     LoadAdapter,
+    Reply,
     Shutdown,
     Submit,
     ToEngine,
@@ -42,8 +43,8 @@ _MAX_RESETS = 3
 _COMPILE_POLL_S = 0.005
 
 
-# Takes the answer to a message.
-Reply: TypeAlias = Callable[[CacheFlushed | AdapterAnswer], None]
+# Sends the reply to a message.
+SendReply: TypeAlias = Callable[[Reply], None]
 
 
 class _Compiling(NamedTuple):
@@ -93,12 +94,12 @@ class Engine:
             waiting += self._adapters.num_parked
         return stats._replace(num_waiting=stats.num_waiting + waiting)
 
-    def handle(self, message: ToEngine, reply: Reply) -> bool:
+    def handle(self, message: ToEngine, reply: SendReply) -> bool:
         """Do what a message asks for; False if it asks for the shutdown.
 
         Args:
             message: a message from the API process.
-            reply: takes the answer: now, or in a later step for adapters.
+            reply: sends the reply: now, or in a later step for adapters.
         """
         match message:
             case UseTokenizer(tokenizer=tokenizer):
@@ -259,5 +260,5 @@ class Engine:
         raise error
 
 
-def _answer(reply: Reply, key: str, error: str | None) -> None:
+def _answer(reply: SendReply, key: str, error: str | None) -> None:
     reply(AdapterAnswer(key, error))

@@ -8,12 +8,12 @@ from jaxserve.engine.client import AdapterAnswers, Streams, TokenStream
 from jaxserve.engine.engine import Engine
 from jaxserve.engine.messages import (
     Abort,
-    AdapterAnswer,
     CacheFlushed,
     EngineInfo,
     EngineStats,
     FlushCache,
     LoadAdapter,
+    Reply,
     Shutdown,
     Submit,
     ToEngine,
@@ -110,7 +110,7 @@ class InProcessEngineClient:
         if self._streams.remove(request_id):
             self._inbox.put(Abort(request_id=request_id))
 
-    def _reply(self, answer: CacheFlushed | AdapterAnswer) -> None:
+    def _reply(self, answer: Reply) -> None:
         """Pass an answer on; runs on the engine's thread."""
         if isinstance(answer, CacheFlushed):
             self._flushed.put(answer.flushed)

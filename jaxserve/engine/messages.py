@@ -116,27 +116,24 @@ class AdapterAnswer(msgspec.Struct, frozen=True, tag=True):
 
 
 ToEngine: TypeAlias = UseTokenizer | Submit | Abort | FlushCache | LoadAdapter | UnloadAdapter | Shutdown
-FromEngine: TypeAlias = Ready | StartFailed | Deltas | CacheFlushed | AdapterAnswer
+Reply: TypeAlias = CacheFlushed | AdapterAnswer
+FromEngine: TypeAlias = Ready | StartFailed | Deltas | Reply
 
 _encoder = msgspec.msgpack.Encoder()
-_to_engine: msgspec.msgpack.Decoder[Any] = msgspec.msgpack.Decoder(
-    UseTokenizer | Submit | Abort | FlushCache | LoadAdapter | UnloadAdapter | Shutdown
-)
-_from_engine: msgspec.msgpack.Decoder[Any] = msgspec.msgpack.Decoder(
-    Ready | StartFailed | Deltas | CacheFlushed | AdapterAnswer
-)
+_to_engine: msgspec.msgpack.Decoder[Any] = msgspec.msgpack.Decoder(ToEngine)
+_from_engine: msgspec.msgpack.Decoder[Any] = msgspec.msgpack.Decoder(FromEngine)
 
 
-def encode(message: "ToEngine | FromEngine") -> bytes:
+def encode(message: ToEngine | FromEngine) -> bytes:
     """Message -> bytes."""
     return _encoder.encode(message)
 
 
-def decode_to_engine(data: bytes) -> "ToEngine":
+def decode_to_engine(data: bytes) -> ToEngine:
     """Bytes -> message for the engine."""
     return _to_engine.decode(data)
 
 
-def decode_from_engine(data: bytes) -> "FromEngine":
+def decode_from_engine(data: bytes) -> FromEngine:
     """Bytes -> message from the engine."""
     return _from_engine.decode(data)
