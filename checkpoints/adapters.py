@@ -19,8 +19,8 @@ from checkpoints.source import CheckpointError, listed
 _CONFIG, _TENSORS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 # lora_A is [r, in], lora_B [out, r]; of an embedding, lora_embedding_A is [r, ids] and lora_embedding_B [out, r].
-_FACTOR = re.compile(
-    r"(?P<module>.+?)(?P<inner>(?:\.base_layer)*)\.lora_(?P<embedding>embedding_)?(?P<factor>[AB])(?:\.weight)?"
+_TENSOR_NAME = re.compile(
+    r"(?P<module>.+?)(?P<inner>(?:\.base_layer)*)\.lora_(?P<embedding>embedding_)?(?P<matrix>[AB])(?:\.weight)?"
 )
 # Experts are no modules but parameters of one, in this order. Of several that are adapted, PEFT wraps the module first
 # for the first one; so that is the innermost, and the last has the module's own name.
@@ -55,14 +55,14 @@ class _PeftConfig(msgspec.Struct, frozen=True, kw_only=True):
 _REFUSED: Mapping[str, str] = {
     "use_dora": "DoRA scales whole columns of the base weights, which a sum of products cannot",
     "modules_to_save": "these modules were trained whole; merge them into the base model",
-    "lora_bias": "biases of factors are not supported",
+    "lora_bias": "LoRA biases are not supported",
     "fan_in_fan_out": "the base model's weights are not transposed here",
     "layer_replication": "layers are not repeated",
     "trainable_token_indices": "tokens trained whole are not supported; merge them into the base model",
     "alora_invocation_tokens": "adapters that start in the middle of a prompt are not supported",
     "arrow_config": "routing among adapters is not supported",
     "use_qalora": "QA-LoRA pools its inputs, which is not supported",
-    "use_bdlora": "block-diagonal factors are not supported",
+    "use_bdlora": "block-diagonal LoRA is not supported",
 }
 
 
@@ -113,9 +113,9 @@ def read_peft(folder: Path) -> PeftAdapter:
             supported.
     """
     config = _read_config(folder / _CONFIG)
-    factors, problems = _by_parameter(_read_factors(folder), config.target_parameters or [])
+    pairs, problems = _by_parameter(_read_pairs(folder), config.target_parameters or [])
     modules: dict[str, AdapterTensors] = {}
-    for module, pair in sorted(factors.items()):
+    for module, pair in sorted(pairs.items()):
         if isinstance(found := _tensors(config, module, pair), str):
             problems.append(f"{module}: {found}")
         else:
@@ -181,11 +181,11 @@ def _by_parameter(pairs: dict[tuple[str, int], _Pair], targets: Sequence[str]) -
     known = [f".{name}{end}" for name in named for end in ("", ".weight")]
     absent = [target for target in targets if not any(name.endswith(f".{target}") for name in known)]
     # Problems with a module have been reported already.
-    problems = problems or [f"target_parameters: there are no factors of {target}" for target in absent]
+    problems = problems or [f"target_parameters: there is no LoRA of {target}" for target in absent]
     return named, problems
 
 
-def _read_factors(folder: Path) -> dict[tuple[str, int], _Pair]:
+def _read_pairs(folder: Path) -> dict[tuple[str, int], _Pair]:
     """Pairs by module and the depth at which it was wrapped."""
     path = folder / _TENSORS
     if not path.is_file():
@@ -197,21 +197,23 @@ def _read_factors(folder: Path) -> dict[tuple[str, int], _Pair]:
         pairs: dict[tuple[str, int], _Pair] = {}
         unknown: list[str] = []
         for name, shape in file.shapes.items():
-            found = _FACTOR.fullmatch(name.removeprefix(_PREFIX))
+            found = _TENSOR_NAME.fullmatch(name.removeprefix(_PREFIX))
             if found is None or not name.startswith(_PREFIX) or len(shape) != 2:
                 unknown.append(name)
                 continue
             key = (found["module"], found["inner"].count("."))
             pair = pairs.setdefault(key, _Pair(embedding=found["embedding"] is not None))
             value = file.read(name, (slice(None), slice(None))).astype(np.float32)
-            if found["factor"] == "A":
+            if found["matrix"] == "A":
                 pair.a = value
             else:
                 pair.b = value
     finally:
         file.close()
     if unknown:
-        raise CheckpointError(f"{path}: {len(unknown)} tensors are no factors of a module: {listed(unknown, ', ')}")
+        raise CheckpointError(
+            f"{path}: {len(unknown)} tensors are not LoRA weights of a module: {listed(unknown, ', ')}"
+        )
     return pairs
 
 

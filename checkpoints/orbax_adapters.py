@@ -15,7 +15,7 @@ from checkpoints.orbax_io import read_manifest, restore_tree
 from checkpoints.source import CheckpointError
 
 _MANIFEST = "jaxserve-adapter.json"
-_FACTORS = "factors"
+_ARRAYS = "factors"
 _FORMAT = "orbax-adapter"
 
 
@@ -68,9 +68,9 @@ def read_adapter(folder: Path) -> PeftAdapter:
 def save_adapter(folder: Path, adapter: PeftAdapter) -> None:
     """Write an adapter into a folder; the manifest comes last, so it marks a whole one."""
     folder.mkdir(parents=True, exist_ok=True)
-    factors = {name: {"a": tensors.a_RI, "b": tensors.b_OR} for name, tensors in adapter.modules.items()}
+    arrays = {name: {"a": tensors.a_RI, "b": tensors.b_OR} for name, tensors in adapter.modules.items()}
     with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(folder.resolve() / _FACTORS, factors)
+        checkpointer.save(folder.resolve() / _ARRAYS, arrays)
     shapes = {
         name: ModuleShape(
             rank=tensors.a_RI.shape[-2],
@@ -100,15 +100,15 @@ def restore_adapter(folder: Path) -> PeftAdapter:
         }
         for name, shape in manifest.modules.items()
     }
-    factors = restore_tree(folder / _FACTORS, abstract)
+    arrays = restore_tree(folder / _ARRAYS, abstract)
     modules = {
-        name: AdapterTensors(np.asarray(factors[name]["a"]), np.asarray(factors[name]["b"]), shape.scale)
+        name: AdapterTensors(np.asarray(arrays[name]["a"]), np.asarray(arrays[name]["b"]), shape.scale)
         for name, shape in manifest.modules.items()
     }
     for name, tensors in modules.items():
         shapes = {leaf: array.shape for leaf, array in abstract[name].items()}
         if shapes != {"a": tensors.a_RI.shape, "b": tensors.b_OR.shape}:
-            raise CheckpointError(f"{folder / _FACTORS}: {name}: the manifest asks for {shapes}")
+            raise CheckpointError(f"{folder / _ARRAYS}: {name}: the manifest asks for {shapes}")
         if not (np.isfinite(tensors.a_RI).all() and np.isfinite(tensors.b_OR).all() and np.isfinite(tensors.scale)):
             raise CheckpointError(f"{folder}: {name}: values that are not finite")
     if not modules:

@@ -75,23 +75,23 @@ class Quantizer(NamedTuple):
     columns: int
     scale_dtype: np.dtype
 
-    def factors(self, w: np.ndarray) -> np.ndarray:
+    def scales(self, w: np.ndarray) -> np.ndarray:
         """The scales of a weight [..., O, I]: [..., O, I / columns]."""
-        return self._factors(self._blocks(w))
+        return self._scales(self._blocks(w))
 
-    def numbers(self, w: np.ndarray) -> np.ndarray:
+    def elements(self, w: np.ndarray) -> np.ndarray:
         """The stored values of a weight [..., O, I]; 4-bit values come as bytes of two."""
         blocks = self._blocks(w)
         # What a factor is rounded to is what numbers are divided by.
-        factor = self._factors(blocks).astype(np.float32)
-        numbers = blocks / np.where(factor == 0, 1, factor)[..., None]
-        numbers = numbers.reshape(*w.shape[:-1], -1)[..., : w.shape[-1]]
+        scale = self._scales(blocks).astype(np.float32)
+        elements = blocks / np.where(scale == 0, 1, scale)[..., None]
+        elements = elements.reshape(*w.shape[:-1], -1)[..., : w.shape[-1]]
         if self.dtype != np.uint8:
-            return (np.rint(numbers) if self.dtype == np.int8 else numbers).astype(self.dtype)
-        code = (np.rint(numbers) + 8).astype(np.uint8)
+            return (np.rint(elements) if self.dtype == np.int8 else elements).astype(self.dtype)
+        code = (np.rint(elements) + 8).astype(np.uint8)
         return code[..., ::2] | code[..., 1::2] << 4
 
-    def _factors(self, blocks: np.ndarray) -> np.ndarray:
+    def _scales(self, blocks: np.ndarray) -> np.ndarray:
         return (np.abs(blocks).max(-1) / self._largest).astype(self.scale_dtype)
 
     def _blocks(self, w: np.ndarray) -> np.ndarray:
@@ -131,15 +131,15 @@ class _Quantized:
 
     def __init__(self, source: TensorSource, tensor: str, quantizer: Quantizer, *, scale: bool) -> None:
         *lead, size = source.shapes[tensor]
-        num_factors = -(-size // (quantizer.columns or size))
-        self.shape = (*lead, num_factors if scale else size // quantizer.per_byte)
+        num_scales = -(-size // (quantizer.columns or size))
+        self.shape = (*lead, num_scales if scale else size // quantizer.per_byte)
         self._source, self._tensor, self._quantizer, self._scale = source, tensor, quantizer, scale
 
     def read(self, index: Index) -> np.ndarray:
         """Part of it; rows are read whole."""
         index = (*index, *(slice(None),) * (len(self.shape) - len(index)))
         whole = self._source.read(self._tensor, (*index[:-1], slice(None)))
-        made = self._quantizer.factors(whole) if self._scale else self._quantizer.numbers(whole)
+        made = self._quantizer.scales(whole) if self._scale else self._quantizer.elements(whole)
         return made[..., index[-1]]
 
 

@@ -42,18 +42,18 @@ class ThinkingBudget(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         start: marker that opens it in the output.
         end: marker that closes it.
-        interrupts: markers that end it as well.
-        reopens: it may be opened again.
-        inside: the prompt has opened it already.
+        early_end_markers: markers that end it as well.
+        allows_multiple: it may be opened again.
+        in_reasoning: the prompt has opened it already.
         budget: tokens of thinking, at most.
         end_token_ids: what is forced when they are used up; its text contains `end`.
     """
 
     start: str
     end: str
-    interrupts: tuple[str, ...] = ()
-    reopens: bool = False
-    inside: bool
+    early_end_markers: tuple[str, ...] = ()
+    allows_multiple: bool = False
+    in_reasoning: bool
     budget: int
     end_token_ids: tuple[int, ...]
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
 
-Numbers: TypeAlias = Literal["fp8", "int8", "int4", "mxfp4"]
+ElementType: TypeAlias = Literal["fp8", "int8", "int4", "mxfp4"]
 
 # The zero point of 4-bit integers that have no zero points of their own.
 INT4_ZERO = 8.0
@@ -23,22 +23,22 @@ class QuantizedFormat(NamedTuple):
     """How matrices are quantised.
 
     Attributes:
-        numbers: float8_e4m3fn, int8, 4 bits above a zero point, or float4_e2m1fn (OCP Microscaling Formats, 1.0).
+        element_type: float8_e4m3fn, int8, 4 bits above a zero point, or float4_e2m1fn (OCP Microscaling Formats, 1.0).
         block: rows and columns that share a factor; 0 columns are a whole row. The last ones may have fewer.
     """
 
-    numbers: Numbers
+    element_type: ElementType
     block: tuple[int, int]
 
     @property
     def dtype(self) -> jnp.dtype:
         """Dtype of the stored weights."""
-        return jnp.dtype({"fp8": jnp.float8_e4m3fn, "int8": jnp.int8}.get(self.numbers, jnp.uint8))
+        return jnp.dtype({"fp8": jnp.float8_e4m3fn, "int8": jnp.int8}.get(self.element_type, jnp.uint8))
 
     @property
     def per_byte(self) -> int:
         """Values in a byte."""
-        return 2 if self.numbers in ("int4", "mxfp4") else 1
+        return 2 if self.element_type in ("int4", "mxfp4") else 1
 
 
 class QuantizedMatrix(NamedTuple):
@@ -55,17 +55,17 @@ class QuantizedMatrix(NamedTuple):
     zero_oi: jax.Array | None = None
 
 
-def dequantize(matrix: QuantizedMatrix, form: QuantizedFormat, dtype: DTypeLike) -> jax.Array:
+def dequantize(matrix: QuantizedMatrix, format: QuantizedFormat, dtype: DTypeLike) -> jax.Array:
     """[O, I]: each number above its zero point, times its block's factor; products are in f32."""
-    w_OI = _numbers(matrix.values, form)
+    w_OI = _elements(matrix.values, format)
     if matrix.zero_oi is not None:
-        w_OI = w_OI - _spread(matrix.zero_oi.astype(jnp.float32), form, w_OI.shape)
-    elif form.numbers == "int4":
+        w_OI = w_OI - _spread(matrix.zero_oi.astype(jnp.float32), format, w_OI.shape)
+    elif format.element_type == "int4":
         w_OI = w_OI - INT4_ZERO
-    return (w_OI * _spread(scale_factors(matrix.scale_oi), form, w_OI.shape)).astype(dtype)
+    return (w_OI * _spread(f32_scales(matrix.scale_oi), format, w_OI.shape)).astype(dtype)
 
 
-def scale_factors(scale: jax.Array) -> jax.Array:
+def f32_scales(scale: jax.Array) -> jax.Array:
     """Factors as f32; exponents become powers of two, the smallest of them zero."""
     if scale.dtype != jnp.uint8:
         return scale.astype(jnp.float32)
@@ -80,17 +80,17 @@ def float4(code: jax.Array) -> jax.Array:
     return lax.bitcast_convert_type(bits | (code & 8) << 28, jnp.float32)
 
 
-def _numbers(values: jax.Array, form: QuantizedFormat) -> jax.Array:
+def _elements(values: jax.Array, format: QuantizedFormat) -> jax.Array:
     """What is stored, f32[O, I]; of int4 as if the zero point were 0."""
-    if form.per_byte == 1:
+    if format.per_byte == 1:
         return values.astype(jnp.float32)
     code = values.astype(jnp.int32)
     code = jnp.stack([code & 15, code >> 4], axis=-1).reshape(*values.shape[:-1], -1)
-    return float4(code) if form.numbers == "mxfp4" else code.astype(jnp.float32)
+    return float4(code) if format.element_type == "mxfp4" else code.astype(jnp.float32)
 
 
-def _spread(of_block: jax.Array, form: QuantizedFormat, shape: tuple[int, ...]) -> jax.Array:
+def _spread(of_block: jax.Array, format: QuantizedFormat, shape: tuple[int, ...]) -> jax.Array:
     """A number of each block as one of each of its numbers."""
-    (num_rows, num_columns), (rows, columns) = shape, form.block
+    (num_rows, num_columns), (rows, columns) = shape, format.block
     rows_Oi = jnp.repeat(of_block, rows, axis=0)[:num_rows] if rows > 1 else of_block
     return jnp.repeat(rows_Oi, columns, axis=1)[:, :num_columns] if columns else rows_Oi

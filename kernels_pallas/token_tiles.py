@@ -28,18 +28,18 @@ class PermutedRows(NamedTuple):
     """Where rows are among the blocks.
 
     Attributes:
-        row_P: i32, the row at each place; some row where there is padding.
-        place_R: i32, the place of each row; P for rows of no group.
+        row_P: i32, the row that each row of a block is; any row where there is padding.
+        block_row_R: i32, the index of each row in P; P for rows of no group.
     """
 
     row_P: jax.Array
-    place_R: jax.Array
+    block_row_R: jax.Array
 
 
-def rows_of_blocks(num_rows: int, num_groups: int, *, fewest: int, most: int) -> int:
+def choose_block_rows(num_rows: int, num_groups: int, *, min_rows: int, max_rows: int) -> int:
     """The power of two that a group's rows fill on average, between powers of two."""
-    rows = fewest
-    while rows < min(most, num_rows // num_groups):
+    rows = min_rows
+    while rows < min(max_rows, num_rows // num_groups):
         rows *= 2
     return rows
 
@@ -66,13 +66,13 @@ def sort_into_blocks(group_R: jax.Array, num_groups: int, block_rows: int) -> tu
     end_block_G = jnp.cumsum(-(-size_G // block_rows))
     sorted_R = group_R[order_R]
     known_R = jnp.minimum(sorted_R, num_groups - 1)
-    first_place_G = (end_block_G - -(-size_G // block_rows)) * block_rows
-    place_R = first_place_G[known_R] + jnp.arange(num_rows, dtype=jnp.int32) - (end_G - size_G)[known_R]
-    place_R = jnp.where(sorted_R < num_groups, place_R, num_blocks * block_rows)
-    row_P = jnp.zeros(num_blocks * block_rows, jnp.int32).at[place_R].set(order_R, mode="drop")
+    first_row_G = (end_block_G - -(-size_G // block_rows)) * block_rows
+    block_row_R = first_row_G[known_R] + jnp.arange(num_rows, dtype=jnp.int32) - (end_G - size_G)[known_R]
+    block_row_R = jnp.where(sorted_R < num_groups, block_row_R, num_blocks * block_rows)
+    row_P = jnp.zeros(num_blocks * block_rows, jnp.int32).at[block_row_R].set(order_R, mode="drop")
     num = end_block_G[-1]
     block_C = jnp.minimum(jnp.arange(num_blocks, dtype=jnp.int32), jnp.maximum(num - 1, 0))
     group_C = jnp.searchsorted(end_block_G, block_C, side="right").astype(jnp.int32)
     # Without any row there is no last group either.
     group_C = jnp.minimum(group_C, num_groups - 1)
-    return Blocks(group_C, num[None]), PermutedRows(row_P, jnp.zeros_like(place_R).at[order_R].set(place_R))
+    return Blocks(group_C, num[None]), PermutedRows(row_P, jnp.zeros_like(block_row_R).at[order_R].set(block_row_R))

@@ -35,9 +35,9 @@ def build_chat(builder: RequestBuilder, body: ChatCompletionRequest) -> Prepared
     prompt = render(builder, body.messages, kwargs, tools, continue_final=bool(body.continue_final_message))
     # The template has written the special tokens already.
     ids = builder.encode(prompt, add_special_tokens=False, param="messages")
-    inside = _starts_inside(builder, body, prompt)
+    in_reasoning = _starts_in_reasoning(builder, body, prompt)
     max_tokens = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
-    grammar, param = _grammar(builder, body, tools, inside)
+    grammar, param = _grammar(builder, body, tools, in_reasoning)
     request = builder.request(
         body,
         ids,
@@ -50,13 +50,13 @@ def build_chat(builder: RequestBuilder, body: ChatCompletionRequest) -> Prepared
         num_choices=body.n or 1,
         adapter=builder.model.names.adapter(body.model, body.lora_path),
         grammar=grammar,
-        thinking=_thinking(builder, body, inside, forced=tools is not None and tools.forced),
+        thinking=_thinking(builder, body, in_reasoning, forced=tools is not None and tools.forced),
     )
     formats = builder.model.formats
     separate = body.separate_reasoning is not False
     message = MessageParserConfig(
         reasoning=formats.reasoning if separate else None,
-        inside=inside,
+        in_reasoning=in_reasoning,
         stream_reasoning=body.stream_reasoning is not False,
         tool_calls=None if tools is None else formats.tool_calls,
         tools=() if tools is None else tools.callable,
@@ -127,20 +127,20 @@ def template_kwargs(body: ChatCompletionRequest) -> dict[str, Any]:
     return {**derived, **(body.chat_template_kwargs or {})}
 
 
-def _starts_inside(builder: RequestBuilder, body: ChatCompletionRequest, prompt: str) -> bool | None:
+def _starts_in_reasoning(builder: RequestBuilder, body: ChatCompletionRequest, prompt: str) -> bool | None:
     reasoning = builder.model.formats.reasoning
     if reasoning is None:
         return None
     if body.continue_final_message:
         final = template_messages(body.messages[-1:], "")[0]["content"]
-        inside = reasoning.inside_continued(final)
-        if inside is not None:
-            return inside
-    return reasoning.inside(prompt)
+        in_reasoning = reasoning.continues_in_reasoning(final)
+        if in_reasoning is not None:
+            return in_reasoning
+    return reasoning.starts_in_reasoning(prompt)
 
 
 def _grammar(
-    builder: RequestBuilder, body: ChatCompletionRequest, tools: ToolUse | None, inside: bool | None
+    builder: RequestBuilder, body: ChatCompletionRequest, tools: ToolUse | None, in_reasoning: bool | None
 ) -> tuple[str, str | None]:
     """The output's grammar, empty for none, and the field that demands it."""
     writer, formats = builder.model.grammars, builder.model.formats
@@ -151,7 +151,7 @@ def _grammar(
     def before(*, calls: bool) -> GrammarPrefix:
         if formats.reasoning is None:
             return GrammarPrefix()
-        return formats.reasoning.grammar(writer, inside, calls=calls)
+        return formats.reasoning.grammar(writer, in_reasoning, calls=calls)
 
     alternatives: list[tuple[GrammarPrefix, GrammarPart]] = []
     if tools is not None:
@@ -168,7 +168,7 @@ def _grammar(
 
 
 def _thinking(
-    builder: RequestBuilder, body: ChatCompletionRequest, inside: bool | None, *, forced: bool
+    builder: RequestBuilder, body: ChatCompletionRequest, in_reasoning: bool | None, *, forced: bool
 ) -> ThinkingBudget | None:
     """The limit on thinking; `forced` says that tool calls must follow it."""
     if body.thinking_budget is None:
@@ -177,15 +177,15 @@ def _thinking(
     reasoning: ReasoningFormat | None = builder.model.formats.reasoning
     if reasoning is None:
         raise RequestError("thinking_budget needs a server with --reasoning-parser", param="thinking_budget")
-    if inside is False:
+    if in_reasoning is False:
         return None
-    closing = reasoning.closing(calls=forced)
+    end_marker = reasoning.end_marker(calls=forced)
     return ThinkingBudget(
         start=reasoning.start,
         end=reasoning.end,
-        interrupts=reasoning.interrupts,
-        reopens=reasoning.reopens,
-        inside=bool(inside) or reasoning.force_reasoning,
+        early_end_markers=reasoning.early_end_markers,
+        allows_multiple=reasoning.allows_multiple,
+        in_reasoning=bool(in_reasoning) or reasoning.force_reasoning,
         budget=body.thinking_budget,
-        end_token_ids=tuple(builder.encode(closing, add_special_tokens=False, param="thinking_budget")),
+        end_token_ids=tuple(builder.encode(end_marker, add_special_tokens=False, param="thinking_budget")),
     )

@@ -33,12 +33,12 @@ class ToolUse:
     forced: bool
     parallel: bool
 
-    def grammar(self, writer: GrammarWriter, form: ToolCallFormat) -> GrammarPart | None:
+    def grammar(self, writer: GrammarWriter, format: ToolCallFormat) -> GrammarPart | None:
         """What the output must be for the sake of its calls; None where it may be anything."""
         if self.forced:
-            return form.syntax.calls(writer, self.callable, parallel=self.parallel)
+            return format.syntax.calls(writer, self.callable, parallel=self.parallel)
         if any(tool.strict for tool in self.callable):
-            return form.syntax.text_and_calls(writer, self.callable, parallel=self.parallel)
+            return format.syntax.text_and_calls(writer, self.callable, parallel=self.parallel)
         return None
 
 

@@ -17,16 +17,16 @@ def read_constraint(body: CommonRequest, writer: GrammarWriter) -> tuple[Grammar
     Raises:
         RequestError: several fields demand one, or it cannot be read.
     """
-    form = body.response_format
+    format = body.response_format
     given = [name for name in ("regex", "ebnf", "json_schema") if getattr(body, name) is not None]
-    if form is not None and form.type != "text":
+    if format is not None and format.type != "text":
         given.insert(0, "response_format")
     if len(given) > 1:
         raise RequestError(f"at most one of {', '.join(given)} can be given", param=given[1])
     match given:
         case ["response_format"]:
-            assert form is not None
-            return _response_format(form, writer), "response_format"
+            assert format is not None
+            return _response_format(format, writer), "response_format"
         case ["regex"]:
             assert body.regex is not None
             return regex(body.regex), "regex"
@@ -51,21 +51,21 @@ def _schema(given: Any) -> Any:
     return schema
 
 
-def _response_format(form: ResponseFormat, writer: GrammarWriter) -> GrammarPart:
-    match form.type:
+def _response_format(format: ResponseFormat, writer: GrammarWriter) -> GrammarPart:
+    match format.type:
         case "json_object":
             return writer.json_schema({"type": "object"}, strict=True)
         case "json_schema":
-            wanted = form.json_schema
+            wanted = format.json_schema
             if wanted is None or wanted.schema is None:
                 raise RequestError("response_format.json_schema.schema is missing", param="response_format")
             return writer.json_schema(wanted.schema, strict=bool(wanted.strict))
         case _:
-            return _tags(form, writer)
+            return _tags(format, writer)
 
 
-def _tags(form: ResponseFormat, writer: GrammarWriter) -> GrammarPart:
-    structures, triggers = form.structures, form.triggers
+def _tags(format: ResponseFormat, writer: GrammarWriter) -> GrammarPart:
+    structures, triggers = format.structures, format.triggers
     if not structures or not triggers:
         raise RequestError("response_format.structures and .triggers must not be empty", param="response_format")
     if len(structures) > _MAX_STRUCTURES:

@@ -37,7 +37,7 @@ class RunningRequest:
             raise RequestError(f"request id {answer_id!r} is in use", param="rid")
         for request, *_ in prepared:
             server.adapters.check_loaded(request.adapter)
-        server.client.check_room(sum(request.num_choices for request, *_ in prepared))
+        server.client.check_capacity(sum(request.num_choices for request, *_ in prepared))
         self._server = server
         self._timer = RequestTimer(server.metrics)
         self._ended = False

@@ -48,11 +48,11 @@ def to_chat(body: ResponsesRequest, earlier: Sequence[ChatMessage]) -> ChatCompl
     if body.reasoning is not None:
         chat.reasoning_effort = body.reasoning.effort
     if body.text is not None and body.text.format is not None:
-        form = body.text.format
+        format = body.text.format
         schema = None
-        if form.type == "json_schema":
-            schema = JsonSchemaFormat(form.schema, form.name, form.description, form.strict)
-        chat.response_format = ResponseFormat(form.type, schema)
+        if format.type == "json_schema":
+            schema = JsonSchemaFormat(format.schema, format.name, format.description, format.strict)
+        chat.response_format = ResponseFormat(format.type, schema)
     return chat
 
 

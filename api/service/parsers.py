@@ -64,10 +64,10 @@ async def separate_reasoning(
 ) -> SeparateReasoningResponse:
     """Split a whole output as `--reasoning-parser` would."""
     check_fields(await request.json(), SeparateReasoningRequest, strict=server.settings.strict_params)
-    form = REASONING_FORMATS.get(data.reasoning_parser.lower())
-    if form is None:
+    format = REASONING_FORMATS.get(data.reasoning_parser.lower())
+    if format is None:
         raise RequestError(f"reasoning_parser is one of {', '.join(REASONING_FORMATS)}", param="reasoning_parser")
-    message = await build(len(data.text), _read, MessageParserConfig(reasoning=form), data.text)
+    message = await build(len(data.text), _read, MessageParserConfig(reasoning=format), data.text)
     return SeparateReasoningResponse(message.reasoning, message.content)
 
 
@@ -77,17 +77,19 @@ async def parse_function_call(
 ) -> ParseFunctionCallResponse:
     """Find the calls in a whole output as `--tool-call-parser` would."""
     check_fields(await request.json(), ParseFunctionCallRequest, strict=server.settings.strict_params)
-    form = TOOL_CALL_FORMATS.get(data.tool_call_parser.lower())
-    if form is None:
+    format = TOOL_CALL_FORMATS.get(data.tool_call_parser.lower())
+    if format is None:
         raise RequestError(f"tool_call_parser is one of {', '.join(TOOL_CALL_FORMATS)}", param="tool_call_parser")
     tools = read_tools(ChatCompletionRequest(messages=list[ChatMessage](), tools=data.tools))
     callable_tools: Any = () if tools is None else tools.callable
-    message = await build(len(data.text), _read, MessageParserConfig(tool_calls=form, tools=callable_tools), data.text)
+    message = await build(
+        len(data.text), _read, MessageParserConfig(tool_calls=format, tools=callable_tools), data.text
+    )
     indices = {tool.name: index for index, tool in enumerate(callable_tools)}
     calls = [ParsedCall(indices[call.name], call.name, call.arguments) for call in message.calls.values()]
     return ParseFunctionCallResponse(message.content, calls)
 
 
-def _read(form: MessageParserConfig, text: str) -> Message:
-    parser = form.parser()
+def _read(config: MessageParserConfig, text: str) -> Message:
+    parser = config.parser()
     return Message().add(parser.push(text)).add(parser.finish())

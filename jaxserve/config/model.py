@@ -127,7 +127,7 @@ class QuantizationConfig(Config, frozen=True):
     """How a checkpoint has the weights of linear maps: as small numbers, with a factor for each block of them.
 
     Attributes:
-        numbers: float8_e4m3fn, int8, 4-bit integers or float4_e2m1fn.
+        element_type: float8_e4m3fn, int8, 4-bit integers or float4_e2m1fn.
         block: rows and columns of a block; 0 columns are a whole row. The last ones may have fewer.
         scale_dtype: dtype of the factors; e8m0 are exponents of two.
         zeros: each block of integers has a zero point.
@@ -135,7 +135,7 @@ class QuantizationConfig(Config, frozen=True):
         kept: modules that are not, as the checkpoint names them.
     """
 
-    numbers: Literal["fp8", "int8", "int4", "mxfp4"]
+    element_type: Literal["fp8", "int8", "int4", "mxfp4"]
     block: tuple[int, int]
     scale_dtype: Literal["float32", "bfloat16", "e8m0"] = "float32"
     zeros: bool = False

@@ -189,9 +189,9 @@ def _mismatch(mine: Hello, theirs: Hello) -> str | None:
     if not 1 <= theirs.rank < mine.num_hosts:
         return f"--node-rank {theirs.rank} of {mine.num_hosts} hosts; host 0 is here already"
     for package in sorted(mine.versions.keys() | theirs.versions.keys()):
-        here, there = mine.versions.get(package), theirs.versions.get(package)
-        if here != there:
-            return f"{package} is {there} there and {here} on host 0"
+        own_version, their_version = mine.versions.get(package), theirs.versions.get(package)
+        if own_version != their_version:
+            return f"{package} is {their_version} there and {own_version} on host 0"
     if theirs.model != mine.model:
         return "the model is another one (its config or its weights)"
     for name, value in mine.settings.items():

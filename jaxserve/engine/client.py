@@ -39,7 +39,7 @@ class EngineClient(Protocol):
         """Raise UnavailableError when the engine loads or is lost."""
         ...
 
-    def check_room(self, num_choices: int) -> None:
+    def check_capacity(self, num_choices: int) -> None:
         """Raise unless so many more choices may run or wait.
 
         Raises:

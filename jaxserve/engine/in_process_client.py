@@ -65,7 +65,7 @@ class InProcessEngineClient:
         if self._lost is not None:
             raise UnavailableError(self._lost)
 
-    def check_room(self, num_choices: int) -> None:
+    def check_capacity(self, num_choices: int) -> None:
         """See `EngineClient`. The queue has no limit here."""
         self.check_ready()
 

@@ -119,7 +119,7 @@ class ProcessEngineClient:
         if self._info is None:
             raise UnavailableError("the model is still loading")
 
-    def check_room(self, num_choices: int) -> None:
+    def check_capacity(self, num_choices: int) -> None:
         """See `EngineClient`."""
         self.check_ready()
         if self._max_queued is None:
@@ -138,7 +138,7 @@ class ProcessEngineClient:
 
     def submit(self, request: Request) -> TokenStream:
         """See `EngineClient`."""
-        self.check_room(request.num_choices)
+        self.check_capacity(request.num_choices)
         stream = self._streams.add(request, self._close)
         self._send(Submit(request=request))
         return stream

@@ -97,16 +97,16 @@ def weight_params(
     """A matrix, or several, and the numbers of its blocks if it is quantised; see `param`."""
     if quantization is None:
         return QuantizedParam(param(shape, dtype, axes, keep_stacked=keep_stacked, absorbed_only=absorbed_only))
-    form = format_of(quantization)
+    format = format_of(quantization)
     *lead, num_rows, num_columns = shape
-    rows, columns = form.block
+    rows, columns = format.block
     blocks = (*lead, -(-num_rows // rows), -(-num_columns // columns) if columns else 1)
     block_axes = axes if columns else (*axes[:-1], None)
     of_blocks = partial(param, blocks, axes=block_axes, keep_stacked=keep_stacked, packing=Packing(block_rows=rows))
     scale_dtype = _SCALE_DTYPES.get(quantization.scale_dtype) or jnp.dtype(quantization.scale_dtype)
-    entries, packing = (*lead, num_rows, num_columns // form.per_byte), Packing(per_byte=form.per_byte)
+    entries, packing = (*lead, num_rows, num_columns // format.per_byte), Packing(per_byte=format.per_byte)
     return QuantizedParam(
-        param(entries, form.dtype, axes, keep_stacked=keep_stacked, absorbed_only=absorbed_only, packing=packing),
+        param(entries, format.dtype, axes, keep_stacked=keep_stacked, absorbed_only=absorbed_only, packing=packing),
         of_blocks(scale_dtype),
         of_blocks(jnp.dtype(jnp.uint8)) if quantization.zeros else None,
     )
@@ -114,7 +114,7 @@ def weight_params(
 
 def format_of(quantization: QuantizationConfig) -> QuantizedFormat:
     """What kernels know of it."""
-    return QuantizedFormat(quantization.numbers, quantization.block)
+    return QuantizedFormat(quantization.element_type, quantization.block)
 
 
 class Linear(nnx.Module):

@@ -21,9 +21,9 @@ from jax.sharding import Mesh
 from jaxserve.config import MlaConfig
 from jaxserve.layers.cached_attention import PagedAttentionCall
 from jaxserve.layers.kv_scales import kv_scales_of
-from kernels_pallas.paged_attention.api import AttentionBackend, AttentionMeta, Cache, Plan, filled_up
+from kernels_pallas.paged_attention.api import AttentionBackend, AttentionMeta, Cache, Plan, pad_last_axis
 from kernels_pallas.paged_attention.common.page_moves import move_pages
-from kernels_pallas.paged_attention.common.step_parts import MovedPages, moved, prompts, single_tokens
+from kernels_pallas.paged_attention.common.split_meta import RemappedPages, decode_meta, prefill_meta, remap_pages
 
 
 class PrefillCosts(NamedTuple):
@@ -96,8 +96,8 @@ class MlaPrefillWorkspace:
         k_PKGSH = jnp.einsum("pksc,kghc->pkgsh", latent_PKSC, w_uk_KGHC)
         k_PKGSR = jnp.broadcast_to(k_PKSR[:, :, None], (*k_PKGSH.shape[:-1], mla.qk_rope_head_dim))
         v_PKGSV = jnp.einsum("pksc,kgvc->pkgsv", latent_PKSC, w_uv_KGVC)
-        k_PKGSE = filled_up(jnp.concatenate([k_PKGSH, k_PKGSR], axis=-1), size)
-        v_PKGSE = filled_up(v_PKGSV, size)
+        k_PKGSE = pad_last_axis(jnp.concatenate([k_PKGSH, k_PKGSR], axis=-1), size)
+        v_PKGSE = pad_last_axis(v_PKGSV, size)
         by_head = (x_PKSZ.shape[0], -1, *k_PKGSE.shape[-2:])
         return k_PKGSE.reshape(by_head), v_PKGSE.reshape(by_head)
 
@@ -108,13 +108,13 @@ class MlaPrefillWorkspace:
             cached: the backend of the cache.
             meta: the step, whose prompts fit the room.
         """
-        here, writer = prompts(meta), cached.writer()
-        there, pages = moved(here, self.backend.config.page_size, self.backend.config.num_pages)
+        prefill, writer = prefill_meta(meta), cached.writer()
+        remapped, pages = remap_pages(prefill, self.backend.config.page_size, self.backend.config.num_pages)
         return MhaPrefillCall(
             workspace=self,
-            single=PagedAttentionCall(cached, cached.plan(single_tokens(meta))),
-            writer=PagedAttentionCall(writer, writer.plan(here)),
-            prompts=self.backend.plan(there),
+            single=PagedAttentionCall(cached, cached.plan(decode_meta(meta))),
+            writer=PagedAttentionCall(writer, writer.plan(prefill)),
+            prompts=self.backend.plan(remapped),
             pages=pages,
             num_single=meta.distribution_2[0],
             num_rows=meta.kv_lens_B.shape[0],
@@ -139,7 +139,7 @@ class MhaPrefillCall(NamedTuple):
     single: PagedAttentionCall
     writer: PagedAttentionCall
     prompts: Plan
-    pages: MovedPages
+    pages: RemappedPages
     num_single: jax.Array
     num_rows: int
     mla: Literal["absorbed", "mha"] = "mha"
@@ -182,7 +182,7 @@ class MhaPrefillCall(NamedTuple):
         )
         # The backend writes this step's own: they may be more exact than what is cached.
         k_TNE, v_TNE = (x_TN1E[:, :, 0] for x_TN1E in workspace.keys_and_values(matrices, k_TKZ[:, :, None]))
-        q_TNE = filled_up(q_TNH, workspace.backend.config.head_dim)
+        q_TNE = pad_last_axis(q_TNH, workspace.backend.config.head_dim)
         o_TNE, _ = workspace.backend.attend(q_TNE, k_TNE, v_TNE, pages, jnp.int32(0), self.prompts)
         return o_TNE[..., : workspace.mla.v_head_dim]
 

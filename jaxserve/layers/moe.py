@@ -114,13 +114,13 @@ class _Rows(NamedTuple):
 
     Attributes:
         matmul: the product.
-        form: format of quantised weights.
+        format: format of quantised weights.
         blocks: whose groups are the experts that are here.
         by_adapter: rows of tokens that have an adapter, if the model serves adapters.
     """
 
     matmul: GroupedMatmul
-    form: QuantizedFormat | None
+    format: QuantizedFormat | None
     blocks: Blocks
     by_adapter: _ByAdapter | None
 
@@ -146,7 +146,7 @@ class _ExpertWeights(NamedTuple):
         blocks = rows.blocks
         num_outputs = self.weight.stack.shape[2]
         scale, zero = (None if each is None else each.reshape(-1, *each.shape[2:]) for each in (self.scale, self.zero))
-        matrices = Matrices(self.weight.flat, scale, zero, rows.form)
+        matrices = Matrices(self.weight.flat, scale, zero, rows.format)
         y_PO = rows.matmul(x_PI, matrices, blocks._replace(group_C=blocks.group_C + self.weight.first))
         if self.lora is not None and rows.by_adapter is not None:
             y_PO = y_PO + rows.by_adapter.update(self.lora, x_PI)
@@ -261,13 +261,13 @@ class Experts(nnx.Module):
         # Block rows are chosen for all experts: on average the local experts have their share of the tokens.
         row_bytes = max(x_TD.shape[1], gate.weight.stack.shape[2]) * x_TD.dtype.itemsize
         block_rows = matmul.block_rows(num_tokens * top_k, self._num_experts, row_bytes)
-        blocks, places = sort_into_blocks(own_TU.reshape(-1), num_experts, block_rows)
+        blocks, permuted = sort_into_blocks(own_TU.reshape(-1), num_experts, block_rows)
         by_adapter = None
         if slot_T is not None and ctx.lora.experts is not None:
             adapters = ctx.lora.experts._replace(slot_T=slot_T)
-            by_adapter = self._sort_by_adapter(adapters, own_TU, num_experts, places, row_bytes)
+            by_adapter = self._sort_by_adapter(adapters, own_TU, num_experts, permuted, row_bytes)
         rows = _Rows(matmul, self._form, blocks, by_adapter)
-        x_PD = x_TD[places.row_P // top_k]
+        x_PD = x_TD[permuted.row_P // top_k]
         gate_PF, up_PF = (each.multiply(x_PD, rows) for each in (gate, up))
         h_PF = self._gated(gate_PF, up_PF)
         if down.bias is not None:
@@ -275,12 +275,12 @@ class Experts(nnx.Module):
             down = down._replace(bias=jnp.where(lax.axis_index(IN_EXPERT) == 0, down.bias, jnp.zeros_like(down.bias)))
         y_PD = down.multiply(h_PF, rows)
         # Those whose expert is elsewhere have no place.
-        y_TUD = y_PD.at[places.place_R.reshape(num_tokens, top_k)].get(mode="fill", fill_value=0)
+        y_TUD = y_PD.at[permuted.block_row_R.reshape(num_tokens, top_k)].get(mode="fill", fill_value=0)
         y_TD = jnp.einsum("tud,tu->td", y_TUD.astype(jnp.float32), routing.weight_TU)
         return lax.psum(y_TD.astype(x_TD.dtype), MODEL)
 
     def _sort_by_adapter(
-        self, adapters: ExpertAdapters, own_TU: jax.Array, num_experts: int, places: PermutedRows, row_bytes: int
+        self, adapters: ExpertAdapters, own_TU: jax.Array, num_experts: int, permuted: PermutedRows, row_bytes: int
     ) -> _ByAdapter:
         """Sort the tokens anew: in the experts' own blocks a matrix would be read once for each adapter.
 
@@ -288,15 +288,17 @@ class Experts(nnx.Module):
             adapters: the adapters of the tokens.
             own_TU: i32, each token's experts among those on this device; `num_experts` for the others.
             num_experts: experts on this device.
-            places: where tokens are among the experts' blocks.
+            permuted: where tokens are among the experts' blocks.
             row_bytes: bytes of a row.
         """
         matmul, num_slots, slot_T = adapters
         adapted_TU = (slot_T[:, None] > 0) & (own_TU < num_experts)
         group_TU = jnp.where(adapted_TU, (slot_T[:, None] - 1) * num_experts + own_TU, num_slots * num_experts)
         block_rows = matmul.block_rows(group_TU.size, num_slots * self._num_experts, row_bytes)
-        blocks, own_places = sort_into_blocks(group_TU.reshape(-1), num_slots * num_experts, block_rows)
-        return _ByAdapter(matmul, blocks, places.place_R[own_places.row_P], own_places.place_R[places.row_P])
+        blocks, own_permuted = sort_into_blocks(group_TU.reshape(-1), num_slots * num_experts, block_rows)
+        return _ByAdapter(
+            matmul, blocks, permuted.block_row_R[own_permuted.row_P], own_permuted.block_row_R[permuted.row_P]
+        )
 
 
 def _gated(config: ModelConfig, experts: MoeConfig) -> Gated:

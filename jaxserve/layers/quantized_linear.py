@@ -30,9 +30,9 @@ def multiply(
         axes: logical axes of outputs and inputs.
     """
     out_axis, in_axis = partition_spec(axes, matrices.values_XOI.shape[1:], ops.mesh)
-    form = matrices.form
-    assert form is not None
-    of_blocks = P(None, out_axis, in_axis if form.block[1] else None)
+    format = matrices.format
+    assert format is not None
+    of_blocks = P(None, out_axis, in_axis if format.block[1] else None)
 
     def multiply_shard(x_TI: jax.Array, matrices: Matrices, layer: jax.Array) -> jax.Array:
         num_tokens, num_inputs = x_TI.shape
@@ -40,10 +40,10 @@ def multiply(
         x_PI = jnp.pad(x_TI, ((0, -num_tokens % block_rows), (0, 0)))
         num_blocks = x_PI.shape[0] // block_rows
         group = Blocks(jnp.full(num_blocks, layer, jnp.int32), jnp.full(1, num_blocks, jnp.int32))
-        y_TO = ops.matmul(x_PI, matrices._replace(form=form), group)[:num_tokens]
+        y_TO = ops.matmul(x_PI, matrices._replace(format=format), group)[:num_tokens]
         return y_TO if in_axis is None else lax.psum(y_TO, in_axis)
 
     specs: Any = (P(None, out_axis, in_axis), of_blocks, None if matrices.zero_Xoi is None else of_blocks)
     specs = (P(None, in_axis), Matrices(*specs), P())
     run = over_model(multiply_shard, ops.mesh, specs, P(None, out_axis))
-    return run(x_TI, matrices._replace(form=None), layer)
+    return run(x_TI, matrices._replace(format=None), layer)

@@ -120,10 +120,10 @@ def _expert_shapes(decoder: Decoder, mesh: Mesh) -> set[ExpertShape]:
 
 def _shard(decoder: Decoder, mesh: Mesh, spec: ParamSpec, quantization: QuantizationConfig | None) -> ExpertShape:
     """The shape of a matrix's shard on one device."""
-    form = None if quantization is None else format_of(quantization)
+    format = None if quantization is None else format_of(quantization)
     shard = spec.shard_shape(mesh)
     num_inputs = spec.num_inputs * shard[-1] // spec.shape[-1]
-    return ExpertShape(shard[-2], num_inputs, decoder.dtype, form, quantization is not None and quantization.zeros)
+    return ExpertShape(shard[-2], num_inputs, decoder.dtype, format, quantization is not None and quantization.zeros)
 
 
 def _log_choice(op: str, choice: Choice[Any]) -> None:

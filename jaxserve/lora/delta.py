@@ -28,7 +28,7 @@ _ALL_EXPERTS = "model.layers.{layer}.mlp.experts."
 _FUSED = {"gate_proj": "gate_up_proj", "up_proj": "gate_up_proj"}
 
 
-class LowRank(NamedTuple):
+class LoraWeights(NamedTuple):
     """delta W = scale * B A. Weights that have layers and experts in front have them here, too, zeros where none is.
 
     Attributes:
@@ -46,19 +46,19 @@ class AdapterDelta(NamedTuple):
     """An adapter for one model.
 
     Attributes:
-        factors: by path in the model's tree.
+        weights: by path in the model's tree.
         rank: rank of the widest factor; the others are filled up with zeros.
         tied_head: the model's head is its embedding.
     """
 
-    factors: dict[Path, LowRank]
+    weights: dict[Path, LoraWeights]
     rank: int
     tied_head: bool
 
     @property
     def num_bytes(self) -> int:
         """Bytes of the factors on the host."""
-        return sum(array.nbytes for factor in self.factors.values() for array in factor)
+        return sum(array.nbytes for lora in self.weights.values() for array in lora)
 
 
 class _Target(NamedTuple):
@@ -121,10 +121,10 @@ def make_delta(adapter: PeftAdapter, decoder: Decoder, names: Mapping[Path, Tens
     if problems:
         raise AdapterError(f"the adapter does not fit the model: {listed(problems)}")
     rank = max(piece.tensors.a_RI.shape[-2] for piece in pieces)
-    factors: dict[Path, LowRank] = {}
+    weights: dict[Path, LoraWeights] = {}
     for target, tensors in pieces:
-        _put(factors, target, specs[target.path], tensors, rank)
-    return AdapterDelta(factors, rank, decoder.config.tie_word_embeddings)
+        _put(weights, target, specs[target.path], tensors, rank)
+    return AdapterDelta(weights, rank, decoder.config.tie_word_embeddings)
 
 
 def _without_idle_ranks(tensors: AdapterTensors) -> AdapterTensors:
@@ -171,53 +171,55 @@ def _targets(specs: Mapping[Path, ParamSpec], names: Mapping[Path, TensorName]) 
     return targets
 
 
-def _put(factors: dict[Path, LowRank], target: _Target, spec: ParamSpec, tensors: AdapterTensors, rank: int) -> None:
+def _put(
+    weights: dict[Path, LoraWeights], target: _Target, spec: ParamSpec, tensors: AdapterTensors, rank: int
+) -> None:
     *lead, outputs, _ = spec.shape
     inputs = spec.num_inputs
-    if target.path not in factors:
+    if target.path not in weights:
         zeros = [np.zeros((*lead, *shape), np.float32) for shape in ((rank, inputs), (outputs, rank), ())]
-        factors[target.path] = LowRank(*zeros)
-    factor, own = factors[target.path], tensors.a_RI.shape[-2]
-    factor.a[target.at][..., :own, :] = tensors.a_RI
-    factor.b[target.at][..., :own] = tensors.b_OR
-    factor.scale[target.at] = tensors.scale
+        weights[target.path] = LoraWeights(*zeros)
+    lora, own_rank = weights[target.path], tensors.a_RI.shape[-2]
+    lora.a[target.at][..., :own_rank, :] = tensors.a_RI
+    lora.b[target.at][..., :own_rank] = tensors.b_OR
+    lora.scale[target.at] = tensors.scale
 
 
-def merge(weights: Weights, delta: AdapterDelta, add: Callable[[jax.Array, LowRank], jax.Array]) -> Weights:
+def merge(weights: Weights, delta: AdapterDelta, add: Callable[[jax.Array, LoraWeights], jax.Array]) -> Weights:
     """The weights with an adapter in them; leaves that it does not change stay what they are.
 
     Args:
         weights: weights of the base.
         delta: weight change of the adapter.
-        add: `add_low_rank`, compiled or not.
+        add: `add_lora`, compiled or not.
 
     Raises:
         AdapterError: the weights are quantised, or the embedding is the head as well, and the adapter changes one only.
     """
-    if delta.tied_head and not delta.factors.keys().isdisjoint({_HEAD, EMBEDDING}):
+    if delta.tied_head and not delta.weights.keys().isdisjoint({_HEAD, EMBEDDING}):
         raise AdapterError(
             "the model's head is its embedding, and the adapter changes one of them: it can be served, not merged"
         )
     if any(leaf.dtype.itemsize == 1 for leaf in jax.tree.leaves(weights)):
         raise AdapterError("the model's weights are quantised: an adapter can be served with them, not merged")
-    changes = tree_of(delta.factors.items())
+    changes = tree_of(delta.weights.items())
 
     def walk(base: Any, change: Any) -> Any:
-        if isinstance(change, LowRank):
+        if isinstance(change, LoraWeights):
             return add(base, change)
         return {name: walk(leaf, change[name]) if name in change else leaf for name, leaf in base.items()}
 
     return walk(weights, changes)
 
 
-def add_low_rank(base: jax.Array, factor: LowRank) -> jax.Array:
+def add_lora(base: jax.Array, lora: LoraWeights) -> jax.Array:
     """Base + scale * B A in f32, rounded once to the dtype of the base; one layer, and expert, at a time."""
     if base.ndim == 2:
-        return _add(base, *factor)
+        return _add(base, *lora)
 
     def body(index: jax.Array, base: jax.Array) -> jax.Array:
-        own = (jax.lax.dynamic_index_in_dim(array, index, keepdims=False) for array in map(jnp.asarray, factor))
-        return base.at[index].set(add_low_rank(base[index], LowRank(*own)))
+        of_index = (jax.lax.dynamic_index_in_dim(array, index, keepdims=False) for array in map(jnp.asarray, lora))
+        return base.at[index].set(add_lora(base[index], LoraWeights(*of_index)))
 
     return jax.lax.fori_loop(0, base.shape[0], body, base)
 
@@ -227,7 +229,7 @@ def _add(base_OI: jax.Array, a_RI: Any, b_OR: Any, scale: Any) -> jax.Array:
     return (base_OI.astype(jnp.float32) + delta_OI).astype(base_OI.dtype)
 
 
-def split(weights: Weights, delta: AdapterDelta, add: Callable[[jax.Array, LowRank], jax.Array]) -> Weights:
+def split(weights: Weights, delta: AdapterDelta, add: Callable[[jax.Array, LoraWeights], jax.Array]) -> Weights:
     """The inverse of `merge`, but for rounding."""
-    taken = {path: factor._replace(scale=-factor.scale) for path, factor in delta.factors.items()}
-    return merge(weights, delta._replace(factors=taken), add)
+    negated = {path: lora._replace(scale=-lora.scale) for path, lora in delta.weights.items()}
+    return merge(weights, delta._replace(weights=negated), add)

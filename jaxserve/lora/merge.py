@@ -4,7 +4,7 @@ from typing import Any
 
 import jax
 
-from jaxserve.lora.delta import AdapterDelta, LowRank, add_low_rank, merge
+from jaxserve.lora.delta import AdapterDelta, LoraWeights, add_lora, merge
 from jaxserve.models.param_spec import Weights
 
 
@@ -15,8 +15,8 @@ def merge_adapter(weights: Weights, delta: AdapterDelta) -> Weights:
         AdapterError: see `merge`.
     """
 
-    def add(base: jax.Array, factor: LowRank) -> jax.Array:
+    def add(base: jax.Array, lora: LoraWeights) -> jax.Array:
         layout: Any = base  # its type does not say so
-        return jax.jit(add_low_rank, donate_argnums=0, out_shardings=layout.format)(base, factor)
+        return jax.jit(add_lora, donate_argnums=0, out_shardings=layout.format)(base, lora)
 
     return merge(weights, delta, add)

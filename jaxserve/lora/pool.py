@@ -51,7 +51,7 @@ def lora_pool_specs(decoder: Decoder, layout: LoraPoolLayout) -> dict[Path, Para
     specs: dict[Path, ParamSpec] = {}
     weights = adaptable(decoder)
 
-    def factor(base: ParamSpec, rank: int, axis: int) -> ParamSpec:
+    def lora_spec(base: ParamSpec, rank: int, axis: int) -> ParamSpec:
         size = base.num_inputs if axis == -1 else base.shape[axis]
         at = int(base.stacked)
         shape = (*base.shape[:at], layout.num_slots - 1, *base.shape[at:-2], rank, size)
@@ -59,9 +59,9 @@ def lora_pool_specs(decoder: Decoder, layout: LoraPoolLayout) -> dict[Path, Para
         return ParamSpec(shape, decoder.dtype, axes, base.layers)
 
     for group, paths in _groups(decoder, layout).items():
-        specs[*group, "a"] = factor(weights[paths[0]], len(paths) * layout.padded_rank, -1)
+        specs[*group, "a"] = lora_spec(weights[paths[0]], len(paths) * layout.padded_rank, -1)
         for path in paths:
-            specs[*group, "b", path[-2]] = factor(weights[path], layout.padded_rank, -2)
+            specs[*group, "b", path[-2]] = lora_spec(weights[path], layout.padded_rank, -2)
     return specs
 
 
@@ -132,14 +132,14 @@ def slot_leaves(delta: AdapterDelta, specs: Mapping[Path, ParamSpec]) -> dict[Pa
         if path[-1] == "a":
             continue
         *group, _, name = path
-        factor = delta.factors.get((*group[:-1], name, "weight"))
-        if factor is None:
+        lora = delta.weights.get((*group[:-1], name, "weight"))
+        if lora is None:
             continue
         members = sorted(other[-1] for other in specs if other[:-1] == path[:-1])
         first = leaf.shape[-2] * members.index(name)
         with np.errstate(over="ignore", invalid="ignore"):  # the caller looks at the values
-            leaves[*group, "a"][..., first : first + delta.rank, :] = factor.a
-            leaf[..., : delta.rank, :] = np.swapaxes(factor.b, -1, -2) * factor.scale[..., None, None]
+            leaves[*group, "a"][..., first : first + delta.rank, :] = lora.a
+            leaf[..., : delta.rank, :] = np.swapaxes(lora.b, -1, -2) * lora.scale[..., None, None]
     return leaves
 
 

@@ -103,7 +103,7 @@ class SlotReader:
         """
         if delta.rank > self._layout.rank:
             raise AdapterError(f"rank {delta.rank} is more than --max-lora-rank {self._layout.rank}")
-        if others := sorted(delta.factors.keys() - set(self._layout.paths)):
+        if others := sorted(delta.weights.keys() - set(self._layout.paths)):
             names = ", ".join(
                 dict.fromkeys(module_name(path, self._reader.names).rpartition(".")[-1] for path in others)
             )

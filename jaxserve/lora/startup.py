@@ -59,7 +59,7 @@ def lora_pool_layout(
 ) -> LoraPoolLayout:
     """What holds these adapters, and others of the rank and modules that were asked for."""
     if config.target_modules is None:
-        paths = {path for delta in deltas.values() for path in delta.factors}
+        paths = {path for delta in deltas.values() for path in delta.weights}
     else:
         paths = reader.target_paths(config.target_modules)
     rank = config.max_rank or max(delta.rank for delta in deltas.values())

@@ -35,7 +35,7 @@ class _Entry:
         source: where it is.
         digest: digest of the files when they were first read; None before.
         in_memory: the holder has it.
-        leaving: it makes room for another one as soon as no request runs with it.
+        evicting: it makes room for another one as soon as no request runs with it.
         num_requests: that have begun and not ended.
         num_active: the number of those that have been started.
         loaded: called with the result of the first load.
@@ -45,7 +45,7 @@ class _Entry:
     source: AdapterSource
     digest: int | None = None
     in_memory: bool = False
-    leaving: bool = False
+    evicting: bool = False
     num_requests: int = 0
     num_active: int = 0
     loaded: Answer | None = None
@@ -143,7 +143,7 @@ class AdapterStore:
         """Start a request that has begun as soon as its adapter is in memory."""
         entry = self._uses[request.id].entry
         self._entries.move_to_end(entry.source.key)
-        if entry.in_memory and not entry.leaving:
+        if entry.in_memory and not entry.evicting:
             self._start(_Parked(request, start))
         else:
             self._parked[request.id] = _Parked(request, start)
@@ -186,15 +186,15 @@ class AdapterStore:
     def _bring(self, entry: _Entry) -> None:
         """Read an adapter, or make room for it first."""
         if entry.in_memory:  # its turn has come before it left
-            entry.leaving = False
+            entry.evicting = False
             self._start_parked(entry)
-        elif self._has_room():
+        elif self._has_capacity():
             self._reading = entry.source.key, self._executor.submit(self._read, entry.source.folder)
         else:
             return
         del self._wanted[entry.source.key]
 
-    def _has_room(self) -> bool:
+    def _has_capacity(self) -> bool:
         """Whether one adapter more can be in memory, now that another has left for it."""
         held = [entry for entry in self._entries.values() if entry.in_memory]
         if self._max_loaded is None or len(held) < self._max_loaded:
@@ -204,9 +204,9 @@ class AdapterStore:
         if idle is not None:
             self._evict(idle)
             return True
-        if movable and not any(entry.leaving for entry in movable):
+        if movable and not any(entry.evicting for entry in movable):
             # Else steady requests for those in memory would keep all others out for ever.
-            movable[0].leaving = True
+            movable[0].evicting = True
         return False
 
     def _take(self, entry: _Entry, future: "Future[LoadedAdapter]") -> None:
@@ -266,7 +266,7 @@ class AdapterStore:
         """Out of memory, and out of its slot, so that what is in a slot is in memory, too."""
         self._slots.forget(entry.source.key)
         self._holder.remove_adapter(entry.source.key)
-        entry.in_memory = entry.leaving = False
+        entry.in_memory = entry.evicting = False
 
     def _forget(self, entry: _Entry) -> None:
         assert entry.unloaded is not None

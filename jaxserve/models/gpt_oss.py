@@ -56,7 +56,7 @@ def tensor_names(config: ModelConfig) -> dict[Path, TensorName]:
         path, tensor = ("layers", "moe", "experts", own), f"{prefix}.experts.{theirs}"
         # Quantised ones are published [out, in], plain ones are written [in, out].
         quantization = config.quantized("experts")
-        plain = quantization is None or quantization.numbers != "mxfp4"
+        plain = quantization is None or quantization.element_type != "mxfp4"
         names[*path, "weight"] = TensorName(tensor, row, step, transposed=plain)
         names[*path, "bias"] = TensorName(f"{tensor}_bias", row, step)
     return names

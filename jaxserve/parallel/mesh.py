@@ -130,10 +130,10 @@ def _check_experts(experts: MoeConfig, tp_size: int, ep_size: int, num_replicas:
         raise LaunchError(
             f"--ep-size {ep_size * num_replicas} does not divide the model's {experts.num_experts} experts"
         )
-    if experts.intermediate_size % (inside := tp_size // ep_size):
+    if experts.intermediate_size % (expert_shards := tp_size // ep_size):
         raise LaunchError(
-            f"--tp-size {tp_size} with --ep-size {ep_size} splits each expert in {inside}, which does not divide its "
-            f"size {experts.intermediate_size}"
+            f"--tp-size {tp_size} with --ep-size {ep_size} splits each expert into {expert_shards} shards, which "
+            f"does not divide its size {experts.intermediate_size}"
         )
     if (shared := experts.shared_intermediate_size) is not None and shared % tp_size:
         raise LaunchError(f"--tp-size {tp_size} does not divide the size {shared} of the model's shared expert")

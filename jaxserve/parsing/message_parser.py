@@ -63,7 +63,7 @@ class MessageParserConfig:
 
     Attributes:
         reasoning: None if there is no reasoning parser.
-        inside: the output starts inside thinking; None if the prompt does not say.
+        in_reasoning: the output starts inside thinking; None if the prompt does not say.
         stream_reasoning: pass thinking on as it comes, not at its end.
         tool_calls: None where calls are content.
         tools: those that may be called.
@@ -72,7 +72,7 @@ class MessageParserConfig:
     """
 
     reasoning: ReasoningFormat | None = None
-    inside: bool | None = None
+    in_reasoning: bool | None = None
     stream_reasoning: bool = True
     tool_calls: ToolCallFormat | None = None
     tools: Sequence[Tool] = ()
@@ -91,15 +91,15 @@ class MessageParser:
         finished: the message is complete; what follows does not count.
     """
 
-    def __init__(self, form: MessageParserConfig) -> None:
+    def __init__(self, config: MessageParserConfig) -> None:
         self._reasoning = None
-        if form.reasoning is not None:
-            self._reasoning = form.reasoning.parser(
-                form.inside, keeps_calls=form.tool_calls is not None, constrained=form.constrained
+        if config.reasoning is not None:
+            self._reasoning = config.reasoning.parser(
+                config.in_reasoning, keeps_calls=config.tool_calls is not None, constrained=config.constrained
             )
-        self._tool_calls = None if form.tool_calls is None else form.tool_calls.parser(form.tools)
-        self._stream_reasoning = form.stream_reasoning
-        self._single_call = form.single_call
+        self._tool_calls = None if config.tool_calls is None else config.tool_calls.parser(config.tools)
+        self._stream_reasoning = config.stream_reasoning
+        self._single_call = config.single_call
         self._held_reasoning = ""
         self.finished = False
 

@@ -109,7 +109,7 @@ def _compile(engine: EngineLayout, layers: Sequence[LayerConfig]) -> Outcome:
     jobs: dict[str, Job] = {_name(shape): (partial(step.lower_forward, shape), turns) for shape in engine.step.shapes}
     for rows in sorted({bucket.num_rows for bucket in engine.step.buckets}, reverse=True):
         # Its loops search what the candidates do not decide, which is rare.
-        jobs[f"draw {rows} rows"] = partial(step.lower_sample, rows), Fraction(0)
+        jobs[f"sample {rows} rows"] = partial(step.lower_sample, rows), Fraction(0)
     started = time.perf_counter()
     with ThreadPoolExecutor(_COMPILE_THREADS) as pool:
         try:

@@ -12,7 +12,7 @@ class Program(msgspec.Struct, frozen=True, kw_only=True):
     """One compiled program.
 
     Attributes:
-        name: `forward` with its tokens and rows, or `draw` with its rows.
+        name: `forward` with its tokens and rows, or `sample` with its rows.
         compile_s: seconds here, other work beside it.
         temporary_bytes, code_bytes: on each device.
         kernels: Pallas kernels in it; one in the loop over layers counts once.

@@ -30,7 +30,7 @@ class AdapterSlots:
         self._num_rows: Counter[str] = Counter()
         self._loads: list[AdapterLoad] = []
 
-    def has_room(self, adapter: str) -> bool:
+    def has_free_slot(self, adapter: str) -> bool:
         """Whether `hold` would find a slot."""
         return not adapter or adapter in self._slots or bool(self._free) or self._idle() is not None
 

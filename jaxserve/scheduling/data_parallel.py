@@ -30,8 +30,8 @@ class DataParallelScheduler:
 
     def add(self, request: Request, constraints: Sequence[Constraint] = ()) -> None:
         """Queue a request with the replica that has the fewest choices; among equals, the most cached prompt tokens."""
-        fewest = min(scheduler.num_live for scheduler in self._schedulers)
-        best = [scheduler for scheduler in self._schedulers if scheduler.num_live == fewest]
+        least_live = min(scheduler.num_live for scheduler in self._schedulers)
+        best = [scheduler for scheduler in self._schedulers if scheduler.num_live == least_live]
         if len(best) > 1:  # walking the prompt through the prefix caches is only worth it for a choice
             best.sort(key=lambda scheduler: -scheduler.num_cached_pages(request))
         best[0].add(request, constraints)

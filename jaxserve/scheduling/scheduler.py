@@ -112,11 +112,11 @@ class Scheduler:
             request: what to run.
             constraints: one for each choice, or none.
         """
-        leader: Sequence | None = None
+        prompt_owner: Sequence | None = None
         sequences: list[Sequence] = []
         for choice in range(request.num_choices):
-            sequence = Sequence(request, choice, leader, constraints[choice] if constraints else None)
-            leader = leader or sequence
+            sequence = Sequence(request, choice, prompt_owner, constraints[choice] if constraints else None)
+            prompt_owner = prompt_owner or sequence
             sequences.append(sequence)
         self._live[request.id] = sequences
         if self._config.policy == "priority":
@@ -158,8 +158,8 @@ class Scheduler:
         for index, (row, sequence) in enumerate(zip(plan.rows, sequences, strict=True)):
             if sequence.finished:
                 continue
-            void = row.samples and row.num_output_tokens < sequence.num_known_output_tokens
-            if row.samples and not void:
+            discarded = row.samples and row.num_output_tokens < sequence.num_known_output_tokens
+            if row.samples and not discarded:
                 sequence.num_in_flight -= 1
             if not output.finite_B[index]:
                 # Its pages may hold NaN: they never enter the prefix cache.
@@ -174,7 +174,7 @@ class Scheduler:
                 if index in output.prompt:
                     add_prompt_logprobs(sequence, output.prompt[index])
                 self._index_pages(sequence, end)
-            if row.samples and not void:
+            if row.samples and not discarded:
                 self._advance(sequence, [sampled_token(sequence, index, output)])
             elif end == sequence.num_prompt_tokens and not sequence.request.sampling.max_tokens:
                 self._finish(sequence, FinishReason.LENGTH)
@@ -300,14 +300,14 @@ class Scheduler:
                 return
             if sequence.num_in_flight or self._waits_for_prefix(sequence):
                 continue
-            if not self._adapters.has_room(sequence.request.adapter):
+            if not self._adapters.has_free_slot(sequence.request.adapter):
                 continue  # those behind it may have room
             if not self._start(sequence, step):
                 return
 
     def _start(self, sequence: Sequence, step: StepBuilder) -> bool:
         """Give a waiting sequence a row and pages, and run it in this step; False when there are none."""
-        if not self._free_rows or not self._adapters.has_room(sequence.request.adapter):
+        if not self._free_rows or not self._adapters.has_free_slot(sequence.request.adapter):
             return False
         sequence.pages = self._match(sequence)
         sequence.num_indexed_pages = len(sequence.pages)
@@ -347,8 +347,12 @@ class Scheduler:
 
     def _waits_for_prefix(self, sequence: Sequence) -> bool:
         """Whether a running sequence is about to compute a page that this one could take from it."""
-        leader = sequence.leader
-        if leader is not None and not leader.finished and leader.num_computed_tokens < leader.num_prompt_tokens:
+        prompt_owner = sequence.prompt_owner
+        if (
+            prompt_owner is not None
+            and not prompt_owner.finished
+            and prompt_owner.num_computed_tokens < prompt_owner.num_prompt_tokens
+        ):
             return True
         if not self._prefixes.enabled or sequence.collects_prompt_logprobs:
             return False

@@ -28,7 +28,7 @@ class Sequence:
     Attributes:
         request: what it belongs to.
         choice: index in the request.
-        leader: the choice that computes the prompt for this one, if there are several.
+        prompt_owner: the choice that computes the prompt for this one, if there are several.
         constraint: what its output may be, if that is limited.
         token_ids: prompt and known output.
         num_in_flight: draws sent to the device whose tokens are not known yet.
@@ -49,7 +49,6 @@ class Sequence:
         "choice",
         "constraint",
         "finished",
-        "leader",
         "num_cached_tokens",
         "num_computed_tokens",
         "num_failed_steps",
@@ -60,6 +59,7 @@ class Sequence:
         "num_tokens_at_failure",
         "pages",
         "prompt_logprobs",
+        "prompt_owner",
         "request",
         "row",
         "seed",
@@ -67,11 +67,11 @@ class Sequence:
     )
 
     def __init__(
-        self, request: Request, choice: int, leader: "Sequence | None", constraint: Constraint | None = None
+        self, request: Request, choice: int, prompt_owner: "Sequence | None", constraint: Constraint | None = None
     ) -> None:
         self.request = request
         self.choice = choice
-        self.leader = leader
+        self.prompt_owner = prompt_owner
         self.constraint = constraint
         self.seed = choice_seed(request.sampling.seed, choice)
         self.token_ids = list(request.prompt_token_ids)

@@ -21,7 +21,7 @@ class ThinkingState:
 
     def __init__(self, thinking: ThinkingBudget) -> None:
         self._thinking = thinking
-        self._inside = thinking.inside
+        self._in_reasoning = thinking.in_reasoning
         self._over = False
         self._num_left = thinking.budget
         self._tail = ""
@@ -36,20 +36,20 @@ class ThinkingState:
         if self._over:
             return
         self._tail += self._decoder.decode(data)
-        self._num_left -= self._inside
+        self._num_left -= self._in_reasoning
         thinking = self._thinking
-        markers = (thinking.end, *thinking.interrupts) if self._inside else (thinking.start,)
+        markers = (thinking.end, *thinking.early_end_markers) if self._in_reasoning else (thinking.start,)
         if any(marker in self._tail for marker in markers):
-            self._over = self._inside and not thinking.reopens
-            self._inside = not self._inside
+            self._over = self._in_reasoning and not thinking.allows_multiple
+            self._in_reasoning = not self._in_reasoning
             self._tail = ""
         self._tail = self._tail[-max(map(len, markers)) :]
         self._close_if_used_up()
 
     def _close_if_used_up(self) -> None:
         between_bytes = bool(self._decoder.getstate()[0])
-        if self._inside and self._num_left <= 0 and not (between_bytes or self.queue):
-            self._over = not self._thinking.reopens
+        if self._in_reasoning and self._num_left <= 0 and not (between_bytes or self.queue):
+            self._over = not self._thinking.allows_multiple
             self.queue.extend(self._thinking.end_token_ids)
 
 

@@ -23,7 +23,7 @@ class ExpertShape(NamedTuple):
     Attributes:
         num_outputs, num_inputs: numbers, not bytes.
         rows_dtype: dtype of the rows that are multiplied with the matrices.
-        form: format of quantised matrices; None for others.
+        format: format of quantised matrices; None for others.
         zeros: whether those have zero points of their own.
         transposed: they are [I, O].
     """
@@ -31,7 +31,7 @@ class ExpertShape(NamedTuple):
     num_outputs: int
     num_inputs: int
     rows_dtype: Any
-    form: QuantizedFormat | None = None
+    format: QuantizedFormat | None = None
     zeros: bool = False
     transposed: bool = False
 
@@ -42,21 +42,21 @@ class Matrices(NamedTuple):
     Attributes:
         values_XOI: the matrices.
         scale_Xoi, zero_Xoi: scales and zero points of quantised matrices, as in `QuantizedMatrix`; None for others.
-        form: how they are quantised.
+        format: how they are quantised.
     """
 
     values_XOI: jax.Array
     scale_Xoi: jax.Array | None = None
     zero_Xoi: jax.Array | None = None
-    form: QuantizedFormat | None = None
+    format: QuantizedFormat | None = None
 
     def matrix(self, group: jax.Array, dtype: DTypeLike) -> jax.Array:
         """One of them, [O, I]; what is quantised is multiplied out."""
         take = partial(lax.dynamic_index_in_dim, index=group, keepdims=False)
-        if self.scale_Xoi is None or self.form is None:
+        if self.scale_Xoi is None or self.format is None:
             return take(self.values_XOI)
         zero_oi = None if self.zero_Xoi is None else take(self.zero_Xoi)
-        return dequantize(QuantizedMatrix(take(self.values_XOI), take(self.scale_Xoi), zero_oi), self.form, dtype)
+        return dequantize(QuantizedMatrix(take(self.values_XOI), take(self.scale_Xoi), zero_oi), self.format, dtype)
 
 
 class GroupedMatmul(Protocol):

@@ -174,7 +174,7 @@ class AttentionBackend(Protocol):
         ...
 
 
-def filled_up(x: jax.Array, size: int) -> jax.Array:
+def pad_last_axis(x: jax.Array, size: int) -> jax.Array:
     """The last axis with zeros after it, up to `size` numbers."""
     return jnp.pad(x, ((0, 0),) * (x.ndim - 1) + ((0, size - x.shape[-1]),))
 

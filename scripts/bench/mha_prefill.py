@@ -53,8 +53,8 @@ def main() -> None:
     hf_config = find_config(config.model_path, config.revision, config.download_dir)
     layout = layout_model(config, hf_config, make_mesh(config.tp_size, 1, config.ep_size))
     model = layout_engine(config, layout, _POOL_BYTES).step
-    room = model.mla_workspace
-    if room is None:
+    workspace = model.mla_workspace
+    if workspace is None:
         parser.error("--model-path: prompts of this model are not expanded")
     programs = StepPrograms(model)
     shapes = [ForwardShape(model.buckets[0], mha_prefill=mha) for mha in (False, True)]
@@ -69,13 +69,13 @@ def main() -> None:
         jax.block_until_ready(logits)
         return time.perf_counter() - start
 
-    num_tokens = length = min(model.buckets[0].num_tokens, room.num_tokens)
-    while length <= room.num_tokens:
+    num_tokens = length = min(model.buckets[0].num_tokens, workspace.num_tokens)
+    while length <= workspace.num_tokens:
         batch = to_devices(make_batch(model, num_tokens, length), programs.by_replica)
         rounds = np.array([[seconds(forward, batch) for forward in forwards] for _ in range(args.rounds + 1)])[1:]
         cached, expanded = np.median(rounds, axis=0) * 1e3
         ratio = statistics.median(rounds[:, 1] / rounds[:, 0])
-        costs = room.costs([(num_tokens, length)])
+        costs = workspace.costs([(num_tokens, length)])
         print(
             f"{num_tokens} tokens after {length - num_tokens}: over the cache {cached:.0f} ms, expanded {expanded:.0f} "
             f"ms, {ratio:.2f} of it; taken: {costs.mha < costs.absorbed}"

@@ -137,7 +137,7 @@ def test_attention_keeps_to_registers_and_uses_the_tensor_cores(head_dim: int, d
     assert kernels.keys() >= {"paged_decode", "paged_prefill"}
 
 
-FORMS = {
+FORMATS = {
     "bf16": None,
     "fp8": QuantizedFormat("fp8", (128, 128)),
     "mxfp4": QuantizedFormat("mxfp4", (1, 32)),
@@ -145,7 +145,7 @@ FORMS = {
 }
 
 
-@pytest.mark.parametrize("name", FORMS)
+@pytest.mark.parametrize("name", FORMATS)
 def test_experts_keep_to_registers_and_use_the_tensor_cores(name: str, assemble: Assemble) -> None:
     sharding = NamedSharding(mesh_of(target_devices(parse_target("h100:1")), 1, 1), PartitionSpec())
 
@@ -153,16 +153,16 @@ def test_experts_keep_to_registers_and_use_the_tensor_cores(name: str, assemble:
         return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype), sharding=sharding)
 
     matrices = Matrices(array((8, 256, 512), "bfloat16"))
-    if (form := FORMS[name]) is not None:
-        values = array((8, 256, 512 // form.per_byte), str(form.dtype))
-        blocks_shape = (8, 256 // form.block[0], 512 // form.block[1])
+    if (format := FORMATS[name]) is not None:
+        values = array((8, 256, 512 // format.per_byte), str(format.dtype))
+        blocks_shape = (8, 256 // format.block[0], 512 // format.block[1])
         scale = array(blocks_shape, "uint8" if name == "mxfp4" else "float32")
         zero = array(blocks_shape, "uint8") if name == "int4 with zeros" else None
-        matrices = Matrices(values, scale, zero, form)
+        matrices = Matrices(values, scale, zero, format)
     blocks = Blocks(array((5,)), array((1,)))
 
     def multiply(x_PI: jax.Array, arrays: tuple[jax.Array | None, ...], blocks: Blocks) -> jax.Array:
-        return GpuGroupedMatmul()(x_PI, Matrices(*arrays, form), blocks)
+        return GpuGroupedMatmul()(x_PI, Matrices(*arrays, format), blocks)
 
     (kernel,) = assemble(jax.jit(multiply).lower(array((320, 512), "bfloat16"), matrices[:3], blocks))
     assert kernel.name == "grouped_matmul"

@@ -52,8 +52,8 @@ async def ask(http: httpx.AsyncClient, **fields: Any) -> dict[str, Any]:
 async def test_random_schemas(http: httpx.AsyncClient) -> None:
     async def one(seed: int) -> bool:
         schema = random_schema(random.Random(seed))
-        form = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema, "strict": True}}
-        choice = (await ask(http, response_format=form, seed=seed))["choices"][0]
+        format = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema, "strict": True}}
+        choice = (await ask(http, response_format=format, seed=seed))["choices"][0]
         if choice["finish_reason"] != "stop":
             assert choice["finish_reason"] == "length"
             return False
@@ -181,8 +181,8 @@ async def test_completions_take_grammars_too(http: httpx.AsyncClient) -> None:
 
 async def test_a_response_can_be_cancelled_while_it_is_made(http: httpx.AsyncClient) -> None:
     long = {"type": "object", "properties": {"a": {"type": "string", "minLength": 800}}, "required": ["a"]}
-    form = {"type": "json_schema", "name": "x", "schema": long, "strict": True}
-    body = {"input": "x", "stream": True, "max_output_tokens": 900, "text": {"format": form}}
+    format = {"type": "json_schema", "name": "x", "schema": long, "strict": True}
+    body = {"input": "x", "stream": True, "max_output_tokens": 900, "text": {"format": format}}
     kinds: list[str] = []
     name = ""
     async with http.stream("POST", "/v1/responses", json=body) as stream:

@@ -54,10 +54,10 @@ def check_quantized(name: str, group_R: np.ndarray, num_groups: int, sizes: tupl
 
     @jax.jit
     def run(x_RI: jax.Array, w_XOI: jax.Array, scale_Xoi: jax.Array, group_R: jax.Array) -> jax.Array:
-        blocks, places = sort_into_blocks(group_R, num_groups, matmul.block_rows(len(group_R), num_groups, ROW_BYTES))
-        matrices = Matrices(w_XOI, scale_Xoi, form=QuantizedFormat("fp8", (128, 128)))
-        return matmul(x_RI[places.row_P], matrices, blocks._replace(group_C=blocks.group_C + num_groups))[
-            places.place_R
+        blocks, permuted = sort_into_blocks(group_R, num_groups, matmul.block_rows(len(group_R), num_groups, ROW_BYTES))
+        matrices = Matrices(w_XOI, scale_Xoi, format=QuantizedFormat("fp8", (128, 128)))
+        return matmul(x_RI[permuted.row_P], matrices, blocks._replace(group_C=blocks.group_C + num_groups))[
+            permuted.block_row_R
         ]
 
     got = run(x_RI, w_XOI, scale_Xoi, jnp.asarray(group_R, jnp.int32))
@@ -90,11 +90,11 @@ def check(
 
     @jax.jit
     def run(x_RI: jax.Array, w_XOI: jax.Array, group_R: jax.Array) -> jax.Array:
-        blocks, places = sort_into_blocks(group_R, num_groups, matmul.block_rows(num_rows, num_groups, ROW_BYTES))
+        blocks, permuted = sort_into_blocks(group_R, num_groups, matmul.block_rows(num_rows, num_groups, ROW_BYTES))
         matrices = Matrices(w_XOI.swapaxes(1, 2) if transposed else w_XOI)
         blocks = blocks._replace(group_C=blocks.group_C + num_groups)
-        y_PO = matmul(x_RI[places.row_P], matrices, blocks, transposed=transposed)
-        return y_PO.at[places.place_R].get(mode="fill", fill_value=0)
+        y_PO = matmul(x_RI[permuted.row_P], matrices, blocks, transposed=transposed)
+        return y_PO.at[permuted.block_row_R].get(mode="fill", fill_value=0)
 
     got = run(x_RI, w_XOI, jnp.asarray(group_R, jnp.int32))
     assert got.dtype == dtype
@@ -135,7 +135,7 @@ def test_each_row_meets_its_own_matrix(name: str, sizes: tuple[int, int], groups
     ("sizes", "transposed"), [((16, 128), False), ((48, 64), False), ((192, 16), True), ((64, 96), True)]
 )
 @pytest.mark.parametrize("name", ["xla", *KERNELS])
-def test_factors_of_adapters(name: str, sizes: tuple[int, int], transposed: bool) -> None:
+def test_lora_matrices(name: str, sizes: tuple[int, int], transposed: bool) -> None:
     """Ranks of 16 and more: outputs of the first factor, inputs of the second, which lies [in, out]."""
     check(name, some_elsewhere(6, 70), 6, sizes, jnp.bfloat16, transposed=transposed)
 
@@ -151,7 +151,7 @@ def test_matrices_of_8_bits(name: str, sizes: tuple[int, int]) -> None:
     check_quantized(name, spread(4, 90), 4, sizes)
 
 
-FORMS = {
+FORMATS = {
     "mxfp4": (QuantizedFormat("mxfp4", (1, 32)), jnp.uint8),
     "int4": (QuantizedFormat("int4", (1, 32)), jnp.bfloat16),
     "int4 with zeros": (QuantizedFormat("int4", (1, 64)), jnp.float32),
@@ -165,44 +165,44 @@ E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, 0, -0.5, -1, -1.5, -2, -3, -4, -6])
 
 def random_matrices(name: str, shape: tuple[int, int, int]) -> tuple[Matrices, np.ndarray]:
     """Quantised ones, and f64[X, O, I] that they stand for."""
-    (form, scale_dtype), (*lead, num_inputs) = FORMS[name], shape
+    (format, scale_dtype), (*lead, num_inputs) = FORMATS[name], shape
     rng = np.random.default_rng(5)
-    columns = form.block[1] or num_inputs
+    columns = format.block[1] or num_inputs
     num_groups = -(-num_inputs // columns)
     zero = None
-    if form.per_byte == 2:
+    if format.per_byte == 2:
         code = rng.integers(0, 16, shape)
         values = jnp.asarray(code[..., ::2] | code[..., 1::2] << 4, jnp.uint8)
         zero = rng.integers(0, 16, (*lead, num_groups)) if name == "int4 with zeros" else None
         middle = 8 if zero is None else np.repeat(zero, columns, -1)
-        numbers = E2M1[code] if name == "mxfp4" else code - middle
+        elements = E2M1[code] if name == "mxfp4" else code - middle
     else:
-        values = jnp.asarray(rng.uniform(-100, 100, shape), form.dtype)
-        numbers = np.asarray(values, np.float64)
-    size = 1 / (np.abs(numbers).max() * num_inputs**0.5)
+        values = jnp.asarray(rng.uniform(-100, 100, shape), format.dtype)
+        elements = np.asarray(values, np.float64)
+    size = 1 / (np.abs(elements).max() * num_inputs**0.5)
     if scale_dtype == jnp.uint8:
         exponent = rng.integers(-2, 3, (*lead, num_groups)) + int(np.log2(size))
-        scale, factor = jnp.asarray(exponent + 127, jnp.uint8), np.exp2(exponent)
+        scale, scale64 = jnp.asarray(exponent + 127, jnp.uint8), np.exp2(exponent)
     else:
         scale = jnp.asarray(rng.uniform(0.5, 2, (*lead, num_groups)) * size, scale_dtype)
-        factor = np.asarray(scale, np.float64)
-    w64_XOI = numbers * np.repeat(factor, columns, -1)[..., :num_inputs]
-    return Matrices(values, scale, None if zero is None else jnp.asarray(zero, jnp.uint8), form), w64_XOI
+        scale64 = np.asarray(scale, np.float64)
+    w64_XOI = elements * np.repeat(scale64, columns, -1)[..., :num_inputs]
+    return Matrices(values, scale, None if zero is None else jnp.asarray(zero, jnp.uint8), format), w64_XOI
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, slow(jnp.float32)])
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("name", ["xla", pytest.param("tpu", marks=needs_pallas)])
-def test_matrices_with_factors_of_groups(name: str, form: str, dtype: Any) -> None:
+def test_matrices_with_scales_of_groups(name: str, format: str, dtype: Any) -> None:
     """192 inputs of 4 bits are 96 bytes, less than a vector's lanes."""
     matmul, group_R = implementation(name), spread(3, 40)
-    matrices, w64_XOI = random_matrices(form, (3, 136, 192))
+    matrices, w64_XOI = random_matrices(format, (3, 136, 192))
     x_RI = jnp.asarray(np.random.default_rng(6).standard_normal((40, 192)), dtype)
 
     @jax.jit
     def run(x_RI: jax.Array, group_R: jax.Array, *arrays: Any) -> jax.Array:
-        blocks, places = sort_into_blocks(group_R, 3, matmul.block_rows(40, 3, ROW_BYTES))
-        return matmul(x_RI[places.row_P], Matrices(*arrays, matrices.form), blocks)[places.place_R]
+        blocks, permuted = sort_into_blocks(group_R, 3, matmul.block_rows(40, 3, ROW_BYTES))
+        return matmul(x_RI[permuted.row_P], Matrices(*arrays, matrices.format), blocks)[permuted.block_row_R]
 
     got = run(x_RI, jnp.asarray(group_R, jnp.int32), *matrices[:3])
     want = grouped_matmul(np.asarray(x_RI, np.float64), w64_XOI, group_R)
@@ -213,17 +213,17 @@ def test_matrices_with_factors_of_groups(name: str, form: str, dtype: Any) -> No
 
 @needs_pallas
 @pytest.mark.parametrize(("num_outputs", "num_inputs"), [(64, 192), slow(256, 256)])
-@pytest.mark.parametrize("form", FORMS)
-def test_matrices_with_factors_of_groups_on_gpu(form: str, num_outputs: int, num_inputs: int) -> None:
+@pytest.mark.parametrize("format", FORMATS)
+def test_matrices_with_scales_of_groups_on_gpu(format: str, num_outputs: int, num_inputs: int) -> None:
     """A step of 4-bit matrices is 48 bytes or 64, and pieces of it that share factors are 16, 32 or 64."""
     matmul, group_R = implementation("gpu"), spread(3, 70)
-    matrices, w64_XOI = random_matrices(form, (3, num_outputs, num_inputs))
+    matrices, w64_XOI = random_matrices(format, (3, num_outputs, num_inputs))
     x_RI = jnp.asarray(np.random.default_rng(6).standard_normal((70, num_inputs)), jnp.bfloat16)
 
     @jax.jit
     def run(x_RI: jax.Array, group_R: jax.Array, *arrays: Any) -> jax.Array:
-        blocks, places = sort_into_blocks(group_R, 3, matmul.block_rows(70, 3, ROW_BYTES))
-        return matmul(x_RI[places.row_P], Matrices(*arrays, matrices.form), blocks)[places.place_R]
+        blocks, permuted = sort_into_blocks(group_R, 3, matmul.block_rows(70, 3, ROW_BYTES))
+        return matmul(x_RI[permuted.row_P], Matrices(*arrays, matrices.format), blocks)[permuted.block_row_R]
 
     got = run(x_RI, jnp.asarray(group_R, jnp.int32), *matrices[:3])
     want = grouped_matmul(np.asarray(x_RI, np.float64), w64_XOI, group_R)
@@ -269,35 +269,37 @@ def test_what_the_gpu_kernel_cannot_do(shape: ExpertShape, problem: str) -> None
 )
 def test_blocks_hold_every_row_once_beside_its_own(groups: list[int], num_groups: int, block_rows: int) -> None:
     group_R = np.minimum(groups, num_groups)
-    blocks, places = sort_into_blocks(jnp.asarray(group_R, jnp.int32), num_groups, block_rows)
+    blocks, permuted = sort_into_blocks(jnp.asarray(group_R, jnp.int32), num_groups, block_rows)
     group_C, num = np.asarray(blocks.group_C), int(blocks.num_1[0])
-    row_P, place_R = np.asarray(places.row_P), np.asarray(places.place_R)
+    row_P, block_row_R = np.asarray(permuted.row_P), np.asarray(permuted.block_row_R)
     assert len(row_P) == len(group_C) * block_rows == most_blocks(len(groups), num_groups, block_rows) * block_rows
     here = np.flatnonzero(group_R < num_groups)
-    np.testing.assert_array_equal(row_P[place_R[here]], here)
-    np.testing.assert_array_equal(group_C[place_R[here] // block_rows], group_R[here])
-    assert np.all(place_R[group_R == num_groups] == len(row_P))
+    np.testing.assert_array_equal(row_P[block_row_R[here]], here)
+    np.testing.assert_array_equal(group_C[block_row_R[here] // block_rows], group_R[here])
+    assert np.all(block_row_R[group_R == num_groups] == len(row_P))
     # No block is empty, and a group's follow each other.
     assert num == sum(-(-np.sum(group_R == group) // block_rows) for group in range(num_groups))
     assert np.all(np.diff(group_C[:num]) >= 0)
-    assert set(place_R[here] // block_rows) == set(range(num))
+    assert set(block_row_R[here] // block_rows) == set(range(num))
     assert np.all(group_C[num:] == group_C[max(num - 1, 0)])
 
 
-@pytest.mark.parametrize("form", [form if form in ("int4 with zeros", "fp8") else slow(form) for form in FORMS])
+@pytest.mark.parametrize(
+    "format", [format if format in ("int4 with zeros", "fp8") else slow(format) for format in FORMATS]
+)
 @pytest.mark.parametrize("axes", [("heads", "hidden"), ("hidden", "heads"), (None, "hidden")])
 @needs_pallas
-def test_a_linear_map_split_over_devices(axes: tuple[Any, Any], form: str) -> None:
+def test_a_linear_map_split_over_devices(axes: tuple[Any, Any], format: str) -> None:
     """One matrix of three, by the TPU's kernel: outputs split, inputs split, and whole on both devices."""
     mesh = make_mesh(2)
-    matrices, w64_XOI = random_matrices(form, (3, 256, 512))
+    matrices, w64_XOI = random_matrices(format, (3, 256, 512))
     ops = LinearOps(implementation("tpu"), mesh, ())
     # Two blocks, the second of them filled up.
     x_TI = jnp.asarray(np.random.default_rng(6).standard_normal((600, 512)), jnp.float32)
 
     @jax.jit
     def run(x_TI: jax.Array, place: jax.Array, *arrays: Any) -> jax.Array:
-        return multiply(ops, x_TI, Matrices(*arrays, matrices.form), place, axes)
+        return multiply(ops, x_TI, Matrices(*arrays, matrices.format), place, axes)
 
     got = run(x_TI, jnp.int32(1), *matrices[:3])
     np.testing.assert_allclose(np.asarray(got, np.float64), np.asarray(x_TI, np.float64) @ w64_XOI[1].T, atol=1e-5)

@@ -73,8 +73,8 @@ class Case:
         def run(x: jax.Array, a: jax.Array, b: jax.Array, slots: jax.Array, layer: jax.Array) -> list[jax.Array]:
             plan = lora.plan(slots, a.shape[1])
             h = lora.shrink(x, Stacked(a, layer), plan, split=split_inputs)
-            factors = [Stacked(each, layer) for each in b]
-            return [lora.expand(h, each, plan, member=i, split=split_outputs) for i, each in enumerate(factors)]
+            matrices = [Stacked(each, layer) for each in b]
+            return [lora.expand(h, each, plan, member=i, split=split_outputs) for i, each in enumerate(matrices)]
 
         # Of three layers; nothing of the first and the last may be read.
         a, b = (

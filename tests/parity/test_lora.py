@@ -201,7 +201,7 @@ def test_experts_one_by_one_are_those_of_their_parameters(tmp_path: Path) -> Non
     for module, (a_RI, b_OR, _) in read_peft(folder).modules.items():
         parent, _, parameter = module.rpartition(".")
         if not of_all_experts(module):
-            both = factors_of(module, a_RI, b_OR)
+            both = peft_tensors(module, a_RI, b_OR)
             fused, single = fused | both, single | both
             continue
         # (name, its outputs, its ranks) of what the parameter is made of.
@@ -215,10 +215,10 @@ def test_experts_one_by_one_are_those_of_their_parameters(tmp_path: Path) -> Non
         for name, (outputs, ranks) in own.items():
             b_EOR[:, outputs, ranks] = b_OR[:, outputs, ranks]
             for expert in range(len(a_RI)):
-                single |= factors_of(f"{parent}.{expert}.{name}", a_RI[expert, ranks], b_OR[expert, outputs, ranks])
+                single |= peft_tensors(f"{parent}.{expert}.{name}", a_RI[expert, ranks], b_OR[expert, outputs, ranks])
         wrapper = f"{parent}.base_layer" if parameter == "gate_up_proj" else parent
         flat_a, flat_b = a_RI.reshape(-1, a_RI.shape[-1]), b_EOR.transpose(1, 2, 0).reshape(num_outputs, -1)
-        fused |= factors_of(wrapper, flat_a, flat_b)
+        fused |= peft_tensors(wrapper, flat_a, flat_b)
         assert rank == 2 * len(own)
     settings = json.loads((folder / "adapter_config.json").read_text())
     one_by_one = {"target_parameters": None, "rank_pattern": {}, "alpha_pattern": {}}
@@ -228,18 +228,18 @@ def test_experts_one_by_one_are_those_of_their_parameters(tmp_path: Path) -> Non
         (tmp_path / name / "adapter_config.json").write_text(json.dumps(settings | changes))
     got, want = (reader.read(tmp_path / name) for name in ("fused", "single"))
     assert got.rank == want.rank == 2
-    assert got.factors.keys() == want.factors.keys()
-    for path, factor in want.factors.items():
-        for left, right in zip(got.factors[path], factor, strict=True):
+    assert got.weights.keys() == want.weights.keys()
+    for path, lora in want.weights.items():
+        for left, right in zip(got.weights[path], lora, strict=True):
             np.testing.assert_array_equal(left, right, err_msg=str(path))
 
 
-def factors_of(module: str, a_RI: np.ndarray, b_OR: np.ndarray) -> dict[str, np.ndarray]:
+def peft_tensors(module: str, a_RI: np.ndarray, b_OR: np.ndarray) -> dict[str, np.ndarray]:
     """As PEFT names them."""
-    factors = {"A": a_RI, "B": b_OR}
+    matrices = {"A": a_RI, "B": b_OR}
     return {
-        f"base_model.model.{module}.lora_{name}.weight": np.ascontiguousarray(factor)
-        for name, factor in factors.items()
+        f"base_model.model.{module}.lora_{name}.weight": np.ascontiguousarray(matrix)
+        for name, matrix in matrices.items()
     }
 
 

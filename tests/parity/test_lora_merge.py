@@ -16,7 +16,7 @@ from jaxserve.convert import convert, convert_adapter
 from jaxserve.engine.builder import build_runner
 from jaxserve.errors import AdapterError, LaunchError
 from jaxserve.layers.args import DecoderArgs
-from jaxserve.lora.delta import add_low_rank, merge, split
+from jaxserve.lora.delta import add_lora, merge, split
 from jaxserve.lora.merge import merge_adapter
 from jaxserve.lora.reader import AdapterReader
 from jaxserve.models.registry import find_architecture
@@ -117,16 +117,16 @@ def test_a_merged_checkpoint_is_written(tmp_path: Path) -> None:
 def test_split_takes_out_what_merge_has_put_in(tmp_path: Path) -> None:
     adapter = write_adapter(tmp_path / "adapter", modules=EVERYTHING)
     base, delta = weights_of(write_checkpoint(tmp_path / "base")), delta_of(adapter)
-    merged = merge(base, delta, add_low_rank)
+    merged = merge(base, delta, add_lora)
     assert not np.allclose(merged["lm_head"]["weight"], base["lm_head"]["weight"], atol=0.1)
-    again = split(merged, delta, add_low_rank)
+    again = split(merged, delta, add_lora)
     jax.tree.map(lambda left, right: np.testing.assert_allclose(left, right, atol=1e-5), again, base)
 
 
 def test_layers_without_the_module_stay_as_they_are(tmp_path: Path) -> None:
     adapter = write_adapter(tmp_path / "adapter", modules=["layers.1.mlp.up_proj"])
     base, delta = weights_of(write_checkpoint(tmp_path / "base")), delta_of(adapter)
-    merged = merge(base, delta, add_low_rank)
+    merged = merge(base, delta, add_lora)
     up_proj, merged_up_proj = (tree["layers"]["mlp"]["up_proj"]["weight"] for tree in (base, merged))
     np.testing.assert_array_equal(merged_up_proj[0], up_proj[0])
     assert not np.allclose(merged_up_proj[1], up_proj[1])

@@ -95,10 +95,10 @@ def mxfp4(w: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """[..., I] as blocks [..., I / 32, 16], exponents, and what they stand for."""
     blocks = w.reshape(*w.shape[:-1], -1, 32)
     exponent = np.floor(np.log2(np.abs(blocks).max(-1))).astype(np.int32) - 2
-    factor = np.exp2(exponent)[..., None].astype(np.float32)
-    magnitude = np.abs(np.abs(blocks)[..., None] / factor[..., None] - E2M1).argmin(-1)
+    scale = np.exp2(exponent)[..., None].astype(np.float32)
+    magnitude = np.abs(np.abs(blocks)[..., None] / scale[..., None] - E2M1).argmin(-1)
     code = (magnitude + 8 * (blocks < 0)).astype(np.uint8)
-    plain = np.where(blocks < 0, -1, 1) * E2M1[magnitude] * factor
+    plain = np.where(blocks < 0, -1, 1) * E2M1[magnitude] * scale
     return code[..., ::2] | code[..., 1::2] << 4, (exponent + 127).astype(np.uint8), plain.reshape(w.shape)
 
 

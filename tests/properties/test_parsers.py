@@ -28,8 +28,8 @@ def cut(text: str, cuts: Iterable[int]) -> list[str]:
     return [text[start:end] for start, end in zip([0, *ends], ends, strict=False)]
 
 
-def read(form: MessageParserConfig, parts: Iterable[str]) -> list[MessageDelta]:
-    parser = form.parser()
+def read(config: MessageParserConfig, parts: Iterable[str]) -> list[MessageDelta]:
+    parser = config.parser()
     pieces = [piece for part in parts for piece in parser.push(part)]
     return pieces + parser.finish()
 
@@ -46,12 +46,12 @@ def is_plain(text: str, markers: Iterable[str]) -> bool:
 @pytest.mark.parametrize("name", REASONING_FORMATS)
 @given(data=st.data())
 def test_thinking_is_separated_from_content(name: str, data: st.DataObject) -> None:
-    form = REASONING_FORMATS[name]
-    plain = TEXT.filter(lambda text: is_plain(text, form.markers))
+    format = REASONING_FORMATS[name]
+    plain = TEXT.filter(lambda text: is_plain(text, format.markers))
     reasoning = data.draw(plain.filter(lambda text: not text.startswith((" ", "\n")) or name == "gpt-oss"))
     content = data.draw(plain)
     text = REASONING_WRITERS[name](reasoning, content)
-    pieces = read(MessageParserConfig(reasoning=form), cut(text, data.draw(CUTS)))
+    pieces = read(MessageParserConfig(reasoning=format), cut(text, data.draw(CUTS)))
     message = Message().add(pieces)
     assert (message.reasoning, message.content) == (reasoning, content)
 
@@ -59,32 +59,32 @@ def test_thinking_is_separated_from_content(name: str, data: st.DataObject) -> N
 @pytest.mark.parametrize("name", REASONING_FORMATS)
 @given(data=st.data())
 def test_any_cutting_of_any_text_gives_the_same_thinking(name: str, data: st.DataObject) -> None:
-    form = REASONING_FORMATS[name]
-    bits = st.sampled_from(form.markers) | TEXT | st.sampled_from([marker[:3] for marker in form.markers])
+    format = REASONING_FORMATS[name]
+    bits = st.sampled_from(format.markers) | TEXT | st.sampled_from([marker[:3] for marker in format.markers])
     text = "".join(data.draw(st.lists(bits, max_size=8)))
-    inside = data.draw(st.sampled_from([None, True, False]))
-    wanted = MessageParserConfig(reasoning=form, inside=inside, stream_reasoning=data.draw(st.booleans()))
+    in_reasoning = data.draw(st.sampled_from([None, True, False]))
+    wanted = MessageParserConfig(reasoning=format, in_reasoning=in_reasoning, stream_reasoning=data.draw(st.booleans()))
     whole = Message().add(read(wanted, [text]))
     assert Message().add(read(wanted, cut(text, data.draw(CUTS)))) == whole
     if name != "gpt-oss":
         # Text in, text out: only tags, and space before a repeated one, are gone.
         passed = "".join(piece.text for piece in read(wanted, [text]))  # type: ignore[union-attr]
-        gone = str.maketrans(dict.fromkeys(f"{form.start}{form.end} \n"))
+        gone = str.maketrans(dict.fromkeys(f"{format.start}{format.end} \n"))
         assert passed.translate(gone) == text.translate(gone)
-        if form.start not in text and form.end not in text:
+        if format.start not in text and format.end not in text:
             assert passed == text
 
 
 @pytest.mark.parametrize("name", REASONING_FORMATS)
 @given(text=TEXT, cuts=CUTS)
 def test_text_without_markers_passes_unchanged(name: str, text: str, cuts: list[int]) -> None:
-    form = REASONING_FORMATS[name]
-    message = Message().add(read(MessageParserConfig(reasoning=form, inside=False), cut(text, cuts)))
-    if all(marker not in text for marker in form.markers) and not text.startswith("analysis"):
+    format = REASONING_FORMATS[name]
+    message = Message().add(read(MessageParserConfig(reasoning=format, in_reasoning=False), cut(text, cuts)))
+    if all(marker not in text for marker in format.markers) and not text.startswith("analysis"):
         assert (message.content, message.reasoning) == (text, "")
-    inside = Message().add(read(MessageParserConfig(reasoning=form, inside=True), cut(text, cuts)))
-    if all(marker not in text for marker in form.markers):
-        assert (inside.content, inside.reasoning) == ("", text)
+    in_reasoning = Message().add(read(MessageParserConfig(reasoning=format, in_reasoning=True), cut(text, cuts)))
+    if all(marker not in text for marker in format.markers):
+        assert (in_reasoning.content, in_reasoning.reasoning) == ("", text)
 
 
 STRINGS = st.text(alphabet=st.characters(codec="utf-8", exclude_characters="<>\r"), max_size=12).map(str.strip)
@@ -111,8 +111,8 @@ def test_calls_are_read_as_they_were_meant(
 ) -> None:
     if name in ("llama3", "pythonic"):
         before = ""  # these begin the output
-    form = MessageParserConfig(tool_calls=TOOL_CALL_FORMATS[name], tools=TOOLS)
-    pieces = read(form, cut(f"{before}\n{write(calls)}" if before else write(calls), cuts))
+    config = MessageParserConfig(tool_calls=TOOL_CALL_FORMATS[name], tools=TOOLS)
+    pieces = read(config, cut(f"{before}\n{write(calls)}" if before else write(calls), cuts))
     message = Message().add(pieces)
     assert [(call.name, json.loads(call.arguments)) for call in message.calls.values()] == calls
     assert all(call.complete for call in message.calls.values())
@@ -133,9 +133,9 @@ def test_any_cutting_of_broken_calls_gives_the_same(name: str, write: Any, data:
         at, size = data.draw(st.integers(0, len(text))), data.draw(st.integers(0, 12))
         put = data.draw(st.sampled_from(["", text[at : at + 5], "}", '"', "{", "\n"]) | TEXT)
         text = text[:at] + put + text[at + size :]
-    form = MessageParserConfig(tool_calls=TOOL_CALL_FORMATS[name], tools=TOOLS)
-    whole = Message().add(read(form, [text]))
-    parts = Message().add(read(form, cut(text, data.draw(CUTS))))
+    config = MessageParserConfig(tool_calls=TOOL_CALL_FORMATS[name], tools=TOOLS)
+    whole = Message().add(read(config, [text]))
+    parts = Message().add(read(config, cut(text, data.draw(CUTS))))
     assert parts == whole
     assert all(call.complete for call in whole.calls.values())
     for call in whole.calls.values():
@@ -151,9 +151,9 @@ def test_a_call_that_is_cut_off_has_a_beginning(
     name: str, write: Any, calls: list[WrittenCall], size: int, cuts: list[int]
 ) -> None:
     """What is parsed of it is the beginning of what the whole output gives; nothing comes twice."""
-    form = MessageParserConfig(tool_calls=TOOL_CALL_FORMATS[name], tools=TOOLS)
-    whole = Message().add(read(form, [write(calls)]))
-    parser = form.parser()
+    config = MessageParserConfig(tool_calls=TOOL_CALL_FORMATS[name], tools=TOOLS)
+    whole = Message().add(read(config, [write(calls)]))
+    parser = config.parser()
     pieces = [piece for part in cut(write(calls)[:size], cuts) for piece in parser.push(part)]
     message = Message().add([*pieces, *parser.finish(cut_off=True)])
     for index, call in message.calls.items():
@@ -171,18 +171,18 @@ def test_a_call_that_is_cut_off_has_a_beginning(
 @pytest.mark.parametrize("name", TOOL_CALL_FORMATS)
 @given(text=TEXT, cuts=CUTS)
 def test_text_without_calls_is_content(name: str, text: str, cuts: list[int]) -> None:
-    form = MessageParserConfig(tool_calls=TOOL_CALL_FORMATS[name], tools=TOOLS)
-    assert Message().add(read(form, cut(text, cuts))) == Message(content=text)
+    config = MessageParserConfig(tool_calls=TOOL_CALL_FORMATS[name], tools=TOOLS)
+    assert Message().add(read(config, cut(text, cuts))) == Message(content=text)
 
 
 @given(calls=CALLS, reasoning=TEXT.filter(lambda text: is_plain(text, MARKERS)), cuts=CUTS)
 def test_harmony_reads_thinking_and_calls_together(calls: list[WrittenCall], reasoning: str, cuts: list[int]) -> None:
     write = dict(CALL_WRITERS)["gpt-oss"]
     text = f"<|channel|>analysis<|message|>{reasoning}<|end|>{write(calls)}"
-    form = MessageParserConfig(
+    config = MessageParserConfig(
         reasoning=REASONING_FORMATS["gpt-oss"], tool_calls=TOOL_CALL_FORMATS["gpt-oss"], tools=TOOLS
     )
-    message = Message().add(read(form, cut(text, cuts)))
+    message = Message().add(read(config, cut(text, cuts)))
     assert message.reasoning == reasoning
     assert message.content == ""
     assert [(call.name, json.loads(call.arguments)) for call in message.calls.values()] == calls

@@ -247,7 +247,7 @@ class FakeEngineClient:
         if self.lost is not None:
             raise UnavailableError(self.lost)
 
-    def check_room(self, num_choices: int) -> None:
+    def check_capacity(self, num_choices: int) -> None:
         self.check_ready()
         if self._max_live is not None and self.num_live + num_choices > self._max_live:
             raise OverloadedError("full")
@@ -256,7 +256,7 @@ class FakeEngineClient:
         self._engine.use_tokenizer(tokenizer)
 
     def submit(self, request: Request) -> TokenStream:
-        self.check_room(request.num_choices)
+        self.check_capacity(request.num_choices)
         self.submitted.append(request)
         stream = self._streams.add(request, self._close)
         self._engine.add(request)

@@ -26,11 +26,11 @@ def test_who_goes_first(policy: str, gone: str) -> None:
 def test_a_slot_with_rows_is_not_given_away() -> None:
     slots = AdapterSlots(2)
     assert slots.hold("a") == slots.hold("a") == 1
-    assert slots.has_room("a")
-    assert slots.has_room("")
-    assert not slots.has_room("b")
+    assert slots.has_free_slot("a")
+    assert slots.has_free_slot("")
+    assert not slots.has_free_slot("b")
     slots.release("a")
-    assert not slots.has_room("b")
+    assert not slots.has_free_slot("b")
     slots.release("a")
     assert slots.hold("b") == 1
 

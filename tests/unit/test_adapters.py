@@ -18,7 +18,7 @@ from tests.support.tiny import CONFIG, LINEAR_MODULES, write_adapter
 Q_PROJ = "model.layers.1.self_attn.q_proj"
 
 
-def test_factors_and_scale(tmp_path: Path) -> None:
+def test_lora_a_b_and_scale(tmp_path: Path) -> None:
     adapter = read_peft(write_adapter(tmp_path, base_model_name_or_path="some/base"))
     assert adapter.base_model == "some/base"
     assert adapter.rank == 4
@@ -30,7 +30,7 @@ def test_factors_and_scale(tmp_path: Path) -> None:
     assert found.scale == 2.0
 
 
-def test_factors_of_an_embedding_are_turned_to_its_shape(tmp_path: Path) -> None:
+def test_lora_of_an_embedding_is_transposed(tmp_path: Path) -> None:
     adapter = read_peft(write_adapter(tmp_path, modules=["embed_tokens", "lm_head"]))
     for module in ("model.embed_tokens", "lm_head"):
         found = adapter.modules[module]
@@ -80,7 +80,7 @@ def test_ranks_by_pattern(tmp_path: Path) -> None:
         ({"fan_in_fan_out": True}, "fan_in_fan_out is True"),
         ({"layer_replication": [[0, 1]]}, "layer_replication is"),
         ({"trainable_token_indices": [1]}, "trainable_token_indices is"),
-        ({"target_parameters": ["experts.down"]}, "target_parameters: there are no factors of experts.down"),
+        ({"target_parameters": ["experts.down"]}, "target_parameters: there is no LoRA of experts.down"),
         ({"r": 0}, "ranks must be at least 1, got 0"),
         ({"r": "4"}, "Expected `int`, got `str`"),
         ({"r": 8}, "the config asks for rank 8"),
@@ -99,8 +99,8 @@ def test_what_is_not_supported_is_refused(settings: dict[str, Any], reason: str,
         ({f"{Q_PROJ}.lora_B.weight": None}, f"{Q_PROJ}: lora_B is missing"),
         ({f"{Q_PROJ}.lora_A.weight": np.full((4, 64), np.nan, np.float32)}, f"{Q_PROJ}: values that are not finite"),
         ({f"{Q_PROJ}.lora_B.weight": np.ones((64, 3), np.float32)}, r"lora_A is \(4, 64\), lora_B \(64, 3\)"),
-        ({f"{Q_PROJ}.lora_magnitude_vector": np.ones(64, np.float32)}, "1 tensors are no factors of a module"),
-        ({f"{Q_PROJ}.weight": np.ones((64, 64), np.float32)}, "1 tensors are no factors of a module"),
+        ({f"{Q_PROJ}.lora_magnitude_vector": np.ones(64, np.float32)}, "1 tensors are not LoRA weights of a module"),
+        ({f"{Q_PROJ}.weight": np.ones((64, 64), np.float32)}, "1 tensors are not LoRA weights of a module"),
     ],
 )
 def test_broken_tensors_are_refused(changes: dict[str, Any], reason: str, tmp_path: Path) -> None:
@@ -113,7 +113,7 @@ def test_broken_tensors_are_refused(changes: dict[str, Any], reason: str, tmp_pa
 
 # Of a layer with two experts of 6 inner and 8 outer numbers, rank 3.
 EXPERTS = "model.layers.0.mlp.experts"
-FACTORS = {
+MATRICES = {
     f"{EXPERTS}.base_layer.lora_A.weight": (6, 8),
     f"{EXPERTS}.base_layer.lora_B.weight": (12, 6),
     f"{EXPERTS}.lora_A.weight": (6, 6),
@@ -133,12 +133,12 @@ def write_parameters(folder: Path, shapes: Mapping[str, tuple[int, ...]], target
 
 def test_parameters_with_all_experts(tmp_path: Path) -> None:
     """Of nested wrappers the innermost is the first parameter's; rows of A are by expert, columns of B by rank."""
-    folder = write_parameters(tmp_path, FACTORS, ["experts.down_proj", "mlp.experts.gate_up_proj"])
+    folder = write_parameters(tmp_path, MATRICES, ["experts.down_proj", "mlp.experts.gate_up_proj"])
     modules = read_peft(folder).modules
     assert modules.keys() == {f"{EXPERTS}.gate_up_proj", f"{EXPERTS}.down_proj"}
     saved = load_file(folder / "adapter_model.safetensors")
     for name, inner in (("gate_up_proj", ".base_layer"), ("down_proj", "")):
-        a, b = (saved[f"base_model.model.{EXPERTS}{inner}.lora_{factor}.weight"] for factor in "AB")
+        a, b = (saved[f"base_model.model.{EXPERTS}{inner}.lora_{matrix}.weight"] for matrix in "AB")
         found = modules[f"{EXPERTS}.{name}"]
         for expert in range(2):
             np.testing.assert_array_equal(found.a_RI[expert], a[3 * expert : 3 * expert + 3])
@@ -153,12 +153,12 @@ def test_parameters_with_all_experts(tmp_path: Path) -> None:
     ("targets", "reason"),
     [
         (["experts.down_proj"], "2 of its parameters are adapted; known are model.layers.0.mlp.experts.down_proj"),
-        (["down_proj", "gate_up_proj", "gate_up_proj_bias"], "there are no factors of gate_up_proj_bias"),
+        (["down_proj", "gate_up_proj", "gate_up_proj_bias"], "there is no LoRA of gate_up_proj_bias"),
     ],
 )
 def test_parameters_that_do_not_fit_their_names(targets: list[str], reason: str, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=reason):
-        read_peft(write_parameters(tmp_path, FACTORS, targets))
+        read_peft(write_parameters(tmp_path, MATRICES, targets))
 
 
 def test_missing_files_are_reported_and_pickles_never_opened(tmp_path: Path) -> None:

@@ -150,7 +150,7 @@ def test_problems_with_tensors_are_listed_together(tmp_path: Path) -> None:
         assert line in str(caught.value)
 
 
-def test_factors_of_a_cache_are_no_problem(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_scales_of_a_kv_cache_are_ignored(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     from jaxserve.config import EngineConfig
     from jaxserve.engine.builder import build_runner
 

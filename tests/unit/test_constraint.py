@@ -26,9 +26,11 @@ def grammar(lark: str) -> str:
     return json.dumps({"grammars": [{"lark_grammar": lark}]})
 
 
-def budget(tokens: int, *, inside: bool = True) -> ThinkingState:
+def budget(tokens: int, *, in_reasoning: bool = True) -> ThinkingState:
     ids = tuple(b"</t>")
-    return ThinkingState(ThinkingBudget(start="<t>", end="</t>", inside=inside, budget=tokens, end_token_ids=ids))
+    return ThinkingState(
+        ThinkingBudget(start="<t>", end="</t>", in_reasoning=in_reasoning, budget=tokens, end_token_ids=ids)
+    )
 
 
 def feed(limit: ThinkingState, text: bytes) -> int | None:
@@ -55,25 +57,29 @@ def test_thinking_that_ends_by_itself_is_left_alone() -> None:
 
 
 def test_thinking_that_the_model_opens_itself_is_counted_from_there() -> None:
-    assert feed(budget(3, inside=False), b"well <t>abcdef") == len("well <t>abc")
-    assert feed(budget(3, inside=False), b"an answer without any thinking") is None
+    assert feed(budget(3, in_reasoning=False), b"well <t>abcdef") == len("well <t>abc")
+    assert feed(budget(3, in_reasoning=False), b"an answer without any thinking") is None
 
 
 def test_no_budget_at_all() -> None:
     assert budget(0).queue
-    assert feed(budget(0, inside=False), b"x<t>y") == 4
+    assert feed(budget(0, in_reasoning=False), b"x<t>y") == 4
 
 
 def test_thinking_that_is_opened_again_has_no_new_budget() -> None:
     ids = tuple(b"</t>")
-    thinking = ThinkingBudget(start="<t>", end="</t>", inside=True, reopens=True, budget=3, end_token_ids=ids)
+    thinking = ThinkingBudget(
+        start="<t>", end="</t>", in_reasoning=True, allows_multiple=True, budget=3, end_token_ids=ids
+    )
     limit = ThinkingState(thinking)
     assert feed(limit, b"abcd") == 3
     for token in b"</t>":
         limit.take(token, bytes([token]))
     assert feed(limit, b"so <t>x") == 6
     other = ThinkingState(
-        ThinkingBudget(start="<t>", end="</t>", interrupts=("<c>",), inside=True, budget=4, end_token_ids=ids)
+        ThinkingBudget(
+            start="<t>", end="</t>", early_end_markers=("<c>",), in_reasoning=True, budget=4, end_token_ids=ids
+        )
     )
     assert feed(other, b"a<c>and a long call") is None
 
@@ -199,7 +205,7 @@ def test_thinking_and_grammar_together(tokenizer: GrammarTokenizer, tmp_path: Pa
     engine, _ = make_engine(max_rows=4, max_step_tokens=64, page_size=16, vocab_size=VOCAB_SIZE)
     engine.use_tokenizer(tokenizer)
     lark = 'start: thinking "yes"\nthinking[suffix="</t>"]: /(.|\\n)*/'
-    thinking = ThinkingBudget(start="<t>", end="</t>", inside=True, budget=4, end_token_ids=tuple(b"</t>"))
+    thinking = ThinkingBudget(start="<t>", end="</t>", in_reasoning=True, budget=4, end_token_ids=tuple(b"</t>"))
     both = request("a", lark)
     engine.add(
         Request(

@@ -107,11 +107,11 @@ def walks(case: Case, grammar: str, count: int = 12) -> list[str]:
 @pytest.mark.parametrize("parallel", [False, True])
 @pytest.mark.parametrize("name", TOOL_CALL_FORMATS)
 def test_forced_calls_are_read_by_their_own_parser(case: Case, name: str, parallel: bool) -> None:
-    form = TOOL_CALL_FORMATS[name]
-    grammar = whole([(GrammarPrefix(), form.syntax.calls(case.writer, TOOLS, parallel=parallel))])
+    format = TOOL_CALL_FORMATS[name]
+    grammar = whole([(GrammarPrefix(), format.syntax.calls(case.writer, TOOLS, parallel=parallel))])
     counts = set()
     for text in walks(case, grammar):
-        parser = MessageParserConfig(tool_calls=form, tools=TOOLS).parser()
+        parser = MessageParserConfig(tool_calls=format, tools=TOOLS).parser()
         message = Message().add(parser.push(text)).add(parser.finish())
         assert message.content == ""
         counts.add(len(message.calls))
@@ -123,15 +123,15 @@ def test_forced_calls_are_read_by_their_own_parser(case: Case, name: str, parall
 
 @pytest.mark.parametrize("name", TOOL_CALL_FORMATS)
 def test_strict_tools_hold_wherever_a_call_begins(case: Case, name: str) -> None:
-    form = TOOL_CALL_FORMATS[name]
-    grammar = whole([(GrammarPrefix(), form.syntax.text_and_calls(case.writer, TOOLS, parallel=True))])
+    format = TOOL_CALL_FORMATS[name]
+    grammar = whole([(GrammarPrefix(), format.syntax.text_and_calls(case.writer, TOOLS, parallel=True))])
     matcher = compile_grammar(case.grammars, grammar)
     text = "It is nice. " if name != "gpt-oss" else "<|channel|>final<|message|>It is nice."
     assert matcher.try_consume_tokens(case.grammars.tokenize_str(text, parse_special=True)) == len(
         case.grammars.tokenize_str(text, parse_special=True)
     )
     assert matcher.is_accepting()
-    called = whole([(GrammarPrefix(), form.syntax.calls(case.writer, TOOLS, parallel=False))])
+    called = whole([(GrammarPrefix(), format.syntax.calls(case.writer, TOOLS, parallel=False))])
     for output in walks(case, called, 4):
         fresh = compile_grammar(case.grammars, grammar)
         ids = case.grammars.tokenize_str(output, parse_special=True)
@@ -142,15 +142,15 @@ def test_strict_tools_hold_wherever_a_call_begins(case: Case, name: str) -> None
         assert compile_grammar(case.grammars, grammar).try_consume_tokens(ids) < len(ids)
 
 
-@pytest.mark.parametrize("inside", [None, True, False])
+@pytest.mark.parametrize("in_reasoning", [None, True, False])
 @pytest.mark.parametrize("name", REASONING_FORMATS)
-def test_a_grammar_holds_after_the_thinking(case: Case, name: str, inside: bool | None) -> None:
-    form = REASONING_FORMATS[name]
+def test_a_grammar_holds_after_the_thinking(case: Case, name: str, in_reasoning: bool | None) -> None:
+    format = REASONING_FORMATS[name]
     part = GrammarPart({"lark_grammar": 'start: "yes" | "no"'})
-    grammar = whole([(form.grammar(case.writer, inside, calls=False), part)])
+    grammar = whole([(format.grammar(case.writer, in_reasoning, calls=False), part)])
     contents = set()
     for text in walks(case, grammar, 30):
-        parser = MessageParserConfig(reasoning=form, inside=inside).parser()
+        parser = MessageParserConfig(reasoning=format, in_reasoning=in_reasoning).parser()
         contents.add(Message().add(parser.push(text)).add(parser.finish()).content)
     assert contents == {"yes", "no"}
 
@@ -159,17 +159,17 @@ def test_a_grammar_holds_after_the_thinking(case: Case, name: str, inside: bool 
 def test_markers_that_are_ordinary_text(name: str, tmp_path: Path) -> None:
     """The same for a model whose tokenizer has no tokens for the markers."""
     plain = Case(tmp_path, special=())
-    form = REASONING_FORMATS[name]
+    format = REASONING_FORMATS[name]
     part = GrammarPart({"lark_grammar": 'start: "yes" | "no"'})
-    grammar = whole([(form.grammar(plain.writer, True, calls=False), part)])
+    grammar = whole([(format.grammar(plain.writer, True, calls=False), part)])
     for content, accepted in (("yes", True), ("maybe", False)):
         text = REASONING_WRITERS[name]("é < b", content)
-        text = text.removeprefix(form.start)
+        text = text.removeprefix(format.start)
         ids = plain.grammars.tokenize_str(text)
         matcher = compile_grammar(plain.grammars, grammar)
         assert (matcher.try_consume_tokens(ids) == len(ids)) is accepted
     # A tag that the model never learnt is not offered.
-    assert name == "gpt-oss" or form.force_reasoning or not form.grammar(plain.writer, None, calls=False).expression
+    assert name == "gpt-oss" or format.force_reasoning or not format.grammar(plain.writer, None, calls=False).expression
 
 
 def constraint(case: Case, **fields: Any) -> str:
@@ -289,15 +289,15 @@ def test_arguments_of_odd_types(case: Case, name: str) -> None:
     """What the grammar lets through is what the parser reads, with the types of the schema."""
     properties = {key: value for key, value in ODD["properties"].items() if " " not in key or name != "pythonic"}  # type: ignore[attr-defined]
     tool = Tool(name="f", parameters={**ODD, "properties": properties})
-    form = TOOL_CALL_FORMATS[name]
+    format = TOOL_CALL_FORMATS[name]
     if name == "hermes":
         tool = Tool(
             name="f", parameters={**ODD, "properties": properties, "required": ["ref", "const", "enum", "mixed"]}
         )
         properties.pop("bad enum")
-    grammar = whole([(GrammarPrefix(), form.syntax.calls(case.writer, [tool], parallel=False))])
+    grammar = whole([(GrammarPrefix(), format.syntax.calls(case.writer, [tool], parallel=False))])
     for text in walks(case, grammar, 8):
-        parser = MessageParserConfig(tool_calls=form, tools=[tool]).parser()
+        parser = MessageParserConfig(tool_calls=format, tools=[tool]).parser()
         [call] = Message().add([*parser.push(text), *parser.finish()]).calls.values()
         arguments = json.loads(call.arguments)
         assert isinstance(arguments["ref"], dict)
@@ -312,10 +312,10 @@ def test_text_cannot_pretend_to_be_a_strict_call(case: Case) -> None:
         ("pythonic", "\n[get_weather(zzz=1)]"),
         ("hermes", '<tool_call>{"name": "get_weather", "arguments": {"zzz": 1}}</tool_call>'),
     ):
-        form = TOOL_CALL_FORMATS[name]
-        grammar = whole([(GrammarPrefix(), form.syntax.text_and_calls(case.writer, TOOLS, parallel=True))])
+        format = TOOL_CALL_FORMATS[name]
+        grammar = whole([(GrammarPrefix(), format.syntax.text_and_calls(case.writer, TOOLS, parallel=True))])
         ids = case.grammars.tokenize_str(text)
         assert compile_grammar(case.grammars, grammar).try_consume_tokens(ids) < len(ids)
-    form = TOOL_CALL_FORMATS["qwen3_coder"]
-    parser = MessageParserConfig(tool_calls=form, tools=TOOLS).parser()
+    format = TOOL_CALL_FORMATS["qwen3_coder"]
+    parser = MessageParserConfig(tool_calls=format, tools=TOOLS).parser()
     assert not Message().add([*parser.push("<function=get_weather></function>"), *parser.finish()]).calls

@@ -8,7 +8,7 @@ from jaxserve.parsing.reasoning.registry import REASONING_FORMATS
 
 
 @pytest.mark.parametrize(
-    ("name", "prompt", "inside"),
+    ("name", "prompt", "in_reasoning"),
     [
         ("deepseek-r1", "<｜Assistant｜><think>\n", True),
         ("deepseek-r1", "<｜Assistant｜>", None),
@@ -24,20 +24,20 @@ from jaxserve.parsing.reasoning.registry import REASONING_FORMATS
         ("gpt-oss", "<|start|>assistant<|channel|>analysis<|message|>", True),
     ],
 )
-def test_the_end_of_the_prompt_tells(name: str, prompt: str, inside: bool | None) -> None:
-    assert REASONING_FORMATS[name].inside(prompt) is inside
+def test_the_end_of_the_prompt_tells(name: str, prompt: str, in_reasoning: bool | None) -> None:
+    assert REASONING_FORMATS[name].starts_in_reasoning(prompt) is in_reasoning
 
 
 @pytest.mark.parametrize(
-    ("message", "inside"),
+    ("message", "in_reasoning"),
     [("<think>a", True), ("<think>a</think>b", False), ("a", None), ("</think><think>", True)],
 )
-def test_a_continued_message_tells(message: str, inside: bool | None) -> None:
-    assert REASONING_FORMATS["qwen3"].inside_continued(message) is inside
+def test_a_continued_message_tells(message: str, in_reasoning: bool | None) -> None:
+    assert REASONING_FORMATS["qwen3"].continues_in_reasoning(message) is in_reasoning
 
 
 @pytest.mark.parametrize(
-    ("name", "inside", "text", "reasoning", "content"),
+    ("name", "in_reasoning", "text", "reasoning", "content"),
     [
         ("deepseek-r1", True, "a</think>b", "a", "b"),
         ("deepseek-r1", None, "a</think>b", "a", "b"),
@@ -60,19 +60,19 @@ def test_a_continued_message_tells(message: str, inside: bool | None) -> None:
         ("gpt-oss", None, "<|channel|>ana", "", ""),
     ],
 )  # fmt: skip
-def test_odd_outputs(name: str, inside: bool | None, text: str, reasoning: str, content: str) -> None:
-    parser = MessageParserConfig(reasoning=REASONING_FORMATS[name], inside=inside).parser()
+def test_odd_outputs(name: str, in_reasoning: bool | None, text: str, reasoning: str, content: str) -> None:
+    parser = MessageParserConfig(reasoning=REASONING_FORMATS[name], in_reasoning=in_reasoning).parser()
     message = Message().add([*parser.push(text), *parser.finish()])
     assert (message.reasoning, message.content) == (reasoning, content)
 
 
 def test_a_grammar_tells_where_thinking_is() -> None:
     """Its content may hold the tags as text, and nothing interrupts the thinking."""
-    form = REASONING_FORMATS["qwen3"]
+    format = REASONING_FORMATS["qwen3"]
     for text, reasoning, content in (
         ('{"a": "<think>"}', "", '{"a": "<think>"}'),
         ('<think>x <tool_call> y</think>{"a": 1}', "x <tool_call> y", '{"a": 1}'),
     ):
-        parser = MessageParserConfig(reasoning=form, constrained=True).parser()
+        parser = MessageParserConfig(reasoning=format, constrained=True).parser()
         message = Message().add([*parser.push(text), *parser.finish()])
         assert (message.reasoning, message.content) == (reasoning, content)

@@ -123,13 +123,13 @@ def _fp8(config: Mapping[str, Any], _: str) -> QuantizationConfig:
         raise LaunchError(f"config.json: fp8 weights need a weight_block_size of two numbers, got {block}")
     rows, columns = (_positive(size, "weight_block_size") for size in block)
     check_supported(config, "fp8", fmt=("e4m3",), activation_scheme=("dynamic",))
-    return QuantizationConfig(numbers="fp8", block=(rows, columns), kept=_kept(config))
+    return QuantizationConfig(element_type="fp8", block=(rows, columns), kept=_kept(config))
 
 
 def _mxfp4(config: Mapping[str, Any], _: str) -> QuantizationConfig:
     """gpt-oss's: the experts (OCP Microscaling Formats 1.0)."""
     return QuantizationConfig(
-        numbers="mxfp4", block=(1, _MX_COLUMNS), scale_dtype="e8m0", parts=("experts",), kept=_kept(config)
+        element_type="mxfp4", block=(1, _MX_COLUMNS), scale_dtype="e8m0", parts=("experts",), kept=_kept(config)
     )
 
 
@@ -144,7 +144,7 @@ def _compressed_tensors(config: Mapping[str, Any], dtype: str) -> QuantizationCo
     kind = str(group.get("format") or config.get("format"))
     found = (kind, weights.get("type"), weights.get("num_bits"))
     if found not in _COMPRESSED:
-        supported = "; ".join(f"{form} of {bits}-bit {type}" for form, type, bits in _COMPRESSED)
+        supported = "; ".join(f"{format} of {bits}-bit {type}" for format, type, bits in _COMPRESSED)
         raise LaunchError(
             f"config.json: compressed-tensors {found[0]} of {found[2]}-bit {found[1]} is not supported; supported: "
             f"{supported}"
@@ -156,7 +156,7 @@ def _compressed_tensors(config: Mapping[str, Any], dtype: str) -> QuantizationCo
         # Results are then those of activations that are not rounded.
         if group.get(key) and not group[key].get("dynamic", False):
             raise LaunchError(f"config.json: compressed-tensors with static {key} is not supported")
-    numbers, strategies = _COMPRESSED[found]
+    element_type, strategies = _COMPRESSED[found]
     strategy = weights.get("strategy")
     if strategy not in strategies:
         raise LaunchError(
@@ -164,10 +164,10 @@ def _compressed_tensors(config: Mapping[str, Any], dtype: str) -> QuantizationCo
         )
     columns = _WHOLE_ROW if strategy == "channel" else _positive(weights.get("group_size"), "group_size")
     return QuantizationConfig(
-        numbers=numbers,
+        element_type=element_type,
         block=(1, columns),
         # TPUs have no float16.
-        scale_dtype="bfloat16" if numbers == "int4" and dtype == "bfloat16" else "float32",
+        scale_dtype="bfloat16" if element_type == "int4" and dtype == "bfloat16" else "float32",
         kept=_strings(config.get("ignore"), "ignore"),
     )
 
@@ -176,7 +176,7 @@ def _awq(config: Mapping[str, Any], _: str) -> QuantizationConfig:
     """AutoAWQ's (arXiv:2306.00978)."""
     check_supported(config, "awq", bits=(4,), version=("gemm", "GEMM"), zero_point=(True,))
     columns = _positive(config.get("group_size"), "group_size")
-    return QuantizationConfig(numbers="int4", block=(1, columns), zeros=True, kept=_kept(config))
+    return QuantizationConfig(element_type="int4", block=(1, columns), zeros=True, kept=_kept(config))
 
 
 def _gptq(config: Mapping[str, Any], _: str) -> QuantizationConfig:
@@ -185,7 +185,7 @@ def _gptq(config: Mapping[str, Any], _: str) -> QuantizationConfig:
     columns = _positive(config.get("group_size"), "group_size")
     if config.get("dynamic"):
         raise LaunchError("config.json: gptq with settings of single modules (dynamic) is not supported")
-    return QuantizationConfig(numbers="int4", block=(1, columns), zeros=True, kept=_kept(config))
+    return QuantizationConfig(element_type="int4", block=(1, columns), zeros=True, kept=_kept(config))
 
 
 def _positive(value: Any, key: str) -> int:
@@ -208,9 +208,9 @@ def _strings(value: Any, key: str) -> tuple[str, ...]:
 
 # What weights can be quantised to while they are loaded.
 REQUESTED: Mapping[str, QuantizationConfig] = {
-    "int8": QuantizationConfig(numbers="int8", block=(1, _WHOLE_ROW)),
-    "fp8": QuantizationConfig(numbers="fp8", block=(1, _WHOLE_ROW)),
-    "int4": QuantizationConfig(numbers="int4", block=(1, 32), scale_dtype="bfloat16"),
+    "int8": QuantizationConfig(element_type="int8", block=(1, _WHOLE_ROW)),
+    "fp8": QuantizationConfig(element_type="fp8", block=(1, _WHOLE_ROW)),
+    "int4": QuantizationConfig(element_type="int4", block=(1, 32), scale_dtype="bfloat16"),
 }
 # (format, type, bits) -> numbers, and what may share a factor.
 _COMPRESSED: Mapping[tuple[Any, Any, Any], tuple[Any, tuple[str, ...]]] = {

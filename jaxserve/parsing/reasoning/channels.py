@@ -17,50 +17,52 @@ class Channels:
 
     markers: tuple[str, ...] = MARKERS
     force_reasoning: bool = False
-    reopens: bool = True
-    interrupts: tuple[str, ...] = ()
+    allows_multiple: bool = True
+    early_end_markers: tuple[str, ...] = ()
     start: str = f"{CHANNEL}analysis{MESSAGE}"
     end: str = END
 
-    def closing(self, *, calls: bool) -> str:
+    def end_marker(self, *, calls: bool) -> str:
         """See `ReasoningFormat`."""
         # The next message has to begin as well, or it could be thinking again.
         return f"{END}{START}assistant{CHANNEL}" + ("commentary to=functions." if calls else f"final{MESSAGE}")
 
-    def inside(self, prompt: str) -> bool | None:
+    def starts_in_reasoning(self, prompt: str) -> bool | None:
         """Whether an output after this prompt starts inside thinking; None if the prompt's end does not say."""
         return prompt.endswith(self.start) or None
 
-    def inside_continued(self, message: str) -> bool | None:
+    def continues_in_reasoning(self, message: str) -> bool | None:
         """The same for an output that continues a message of the assistant's: templates close its channel."""
         return None
 
-    def parser(self, inside: bool | None, *, keeps_calls: bool, constrained: bool) -> "ChannelsParser":
+    def parser(self, in_reasoning: bool | None, *, keeps_calls: bool, constrained: bool) -> "ChannelsParser":
         """See `ReasoningFormat`."""
-        return ChannelsParser(inside=bool(inside), keeps_calls=keeps_calls)
+        return ChannelsParser(in_reasoning=bool(in_reasoning), keeps_calls=keeps_calls)
 
-    def grammar(self, writer: GrammarWriter, inside: bool | None, *, calls: bool) -> GrammarPrefix:
+    def grammar(self, writer: GrammarWriter, in_reasoning: bool | None, *, calls: bool) -> GrammarPrefix:
         """See `ReasoningFormat`."""
         channel, message, start = (writer.literal(marker) for marker in (CHANNEL, MESSAGE, START))
         text = f'thinking {start} "assistant"'
         more = f'({channel} "analysis" {message} {text})*'
         final = "" if calls else f'{channel} "final" {message}'
-        return GrammarPrefix(" ".join((text if inside else "", more, final)), (writer.rule_until("thinking", END),))
+        return GrammarPrefix(
+            " ".join((text if in_reasoning else "", more, final)), (writer.rule_until("thinking", END),)
+        )
 
 
 class ChannelsParser(StreamParser):
     """Splits one output at its channels."""
 
-    def __init__(self, *, inside: bool, keeps_calls: bool) -> None:
+    def __init__(self, *, in_reasoning: bool, keeps_calls: bool) -> None:
         super().__init__()
         self._keeps_calls = keeps_calls
-        self._inside = inside
-        self.thinking = inside
+        self._in_reasoning = in_reasoning
+        self.thinking = in_reasoning
 
     def _parse(self) -> Parse[None]:
         reader = self._reader
         marker: str | None = None
-        if self._inside:
+        if self._in_reasoning:
             marker = yield from reader.until((*ENDS, START, CHANNEL), self._reasoning)
             self.thinking = False
         elif (yield from reader.accept(_BARE_ANALYSIS)) is not None:

@@ -28,12 +28,12 @@ class ReasoningFormat(Protocol):
         ...
 
     @property
-    def interrupts(self) -> tuple[str, ...]:
+    def early_end_markers(self) -> tuple[str, ...]:
         """What ends thinking early and belongs to what follows."""
         ...
 
     @property
-    def reopens(self) -> bool:
+    def allows_multiple(self) -> bool:
         """Whether an output may think several times."""
         ...
 
@@ -42,34 +42,34 @@ class ReasoningFormat(Protocol):
         """Whether an output starts inside thinking if the prompt's end does not say."""
         ...
 
-    def closing(self, *, calls: bool) -> str:
+    def end_marker(self, *, calls: bool) -> str:
         """What is forced when thinking has to end, before content or before tool calls."""
         ...
 
-    def inside(self, prompt: str) -> bool | None:
+    def starts_in_reasoning(self, prompt: str) -> bool | None:
         """Whether an output after this prompt starts inside thinking; None if the prompt's end does not say."""
         ...
 
-    def inside_continued(self, message: str) -> bool | None:
+    def continues_in_reasoning(self, message: str) -> bool | None:
         """The same for an output that continues a message of the assistant's."""
         ...
 
-    def parser(self, inside: bool | None, *, keeps_calls: bool, constrained: bool) -> StreamParser:
+    def parser(self, in_reasoning: bool | None, *, keeps_calls: bool, constrained: bool) -> StreamParser:
         """A parser of one output.
 
         Args:
-            inside: whether it starts inside thinking; None if it is unknown.
+            in_reasoning: whether it starts inside thinking; None if it is unknown.
             keeps_calls: leave tool calls in the content as they were written, for another parser.
             constrained: the output follows the grammar of this format.
         """
         ...
 
-    def grammar(self, writer: GrammarWriter, inside: bool | None, *, calls: bool) -> GrammarPrefix:
+    def grammar(self, writer: GrammarWriter, in_reasoning: bool | None, *, calls: bool) -> GrammarPrefix:
         """What comes before a constrained output.
 
         Args:
             writer: writer of the model's grammars.
-            inside: whether the output starts inside thinking; None if it is unknown.
+            in_reasoning: whether the output starts inside thinking; None if it is unknown.
             calls: what is constrained are tool calls, not content.
         """
         ...
@@ -79,16 +79,16 @@ _TOOL_CALL = ("<tool_call>",)
 
 REASONING_FORMATS: Mapping[str, ReasoningFormat] = {
     "deepseek-r1": Tags(force_reasoning=True),
-    "deepseek-v3": Tags(interrupts=_TOOL_CALL),
-    "glm45": Tags(interrupts=_TOOL_CALL),
+    "deepseek-v3": Tags(early_end_markers=_TOOL_CALL),
+    "glm45": Tags(early_end_markers=_TOOL_CALL),
     "gpt-oss": Channels(),
     "kimi": Tags(start="◁think▷", end="◁/think▷"),
-    "kimi_k2": Tags(interrupts=("<|tool_calls_section_begin|>",)),
-    "minimax": Tags(interrupts=(*_TOOL_CALL, "<minimax:tool_call>"), force_reasoning=True),
+    "kimi_k2": Tags(early_end_markers=("<|tool_calls_section_begin|>",)),
+    "minimax": Tags(early_end_markers=(*_TOOL_CALL, "<minimax:tool_call>"), force_reasoning=True),
     "mistral": Tags(start="[THINK]", end="[/THINK]"),
-    "nemotron_3": Tags(interrupts=_TOOL_CALL),
-    "qwen3": Tags(interrupts=_TOOL_CALL),
-    "qwen3-thinking": Tags(interrupts=_TOOL_CALL, force_reasoning=True),
+    "nemotron_3": Tags(early_end_markers=_TOOL_CALL),
+    "qwen3": Tags(early_end_markers=_TOOL_CALL),
+    "qwen3-thinking": Tags(early_end_markers=_TOOL_CALL, force_reasoning=True),
     "step3": Tags(force_reasoning=True),
 }
 

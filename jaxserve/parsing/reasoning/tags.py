@@ -13,48 +13,48 @@ class Tags:
 
     Attributes:
         start, end: the tags.
-        interrupts: markers that end the thinking early and belong to what follows.
+        early_end_markers: markers that end the thinking early and belong to what follows.
         force_reasoning: the output starts inside thinking if the prompt's end does not say.
-        reopens: an output may think several times.
+        allows_multiple: an output may think several times.
     """
 
     start: str = "<think>"
     end: str = "</think>"
-    interrupts: tuple[str, ...] = ()
+    early_end_markers: tuple[str, ...] = ()
     force_reasoning: bool = False
-    reopens: bool = False
+    allows_multiple: bool = False
 
     @property
     def markers(self) -> tuple[str, ...]:
         """Text that the parser must see even where it is a special token."""
-        return (self.start, self.end, *self.interrupts)
+        return (self.start, self.end, *self.early_end_markers)
 
-    def closing(self, *, calls: bool) -> str:
+    def end_marker(self, *, calls: bool) -> str:
         """See `ReasoningFormat`."""
         return self.end
 
-    def inside(self, prompt: str) -> bool | None:
+    def starts_in_reasoning(self, prompt: str) -> bool | None:
         """Whether an output after this prompt starts inside thinking; None if the prompt's end does not say."""
         tail = prompt.rstrip()
         if tail.endswith(self.end):
             return False
         return True if tail.endswith(self.start) else None
 
-    def inside_continued(self, message: str) -> bool | None:
+    def continues_in_reasoning(self, message: str) -> bool | None:
         """The same for an output that continues a message of the assistant's."""
         start, end = message.rfind(self.start), message.rfind(self.end)
         return None if start == end == -1 else start > end
 
-    def parser(self, inside: bool | None, *, keeps_calls: bool, constrained: bool) -> "TagsParser":
+    def parser(self, in_reasoning: bool | None, *, keeps_calls: bool, constrained: bool) -> "TagsParser":
         """See `ReasoningFormat`."""
-        return TagsParser(self, inside, constrained=constrained)
+        return TagsParser(self, in_reasoning, constrained=constrained)
 
-    def grammar(self, writer: GrammarWriter, inside: bool | None, *, calls: bool) -> GrammarPrefix:
+    def grammar(self, writer: GrammarWriter, in_reasoning: bool | None, *, calls: bool) -> GrammarPrefix:
         """See `ReasoningFormat`."""
-        if inside is False:
+        if in_reasoning is False:
             return GrammarPrefix()
         rule = writer.rule_until("thinking", self.end)
-        if inside or self.force_reasoning:
+        if in_reasoning or self.force_reasoning:
             return GrammarPrefix("thinking", (rule,))
         if not writer.vocabulary.is_token(self.start):
             # Only a model that has learnt the tag can choose to think; another would be led to it by its first letter.
@@ -65,21 +65,21 @@ class Tags:
 class TagsParser(StreamParser):
     """Splits one output at the tags."""
 
-    def __init__(self, tags: Tags, inside: bool | None, *, constrained: bool) -> None:
+    def __init__(self, tags: Tags, in_reasoning: bool | None, *, constrained: bool) -> None:
         super().__init__()
         self._tags = tags
         self._constrained = constrained
-        self._inside = inside
-        self.thinking = inside if inside is not None else tags.force_reasoning
+        self._in_reasoning = in_reasoning
+        self.thinking = in_reasoning if in_reasoning is not None else tags.force_reasoning
 
     def _parse(self) -> Parse[None]:
         reader, tags = self._reader, self._tags
-        inside = self._inside
-        if inside is None and not tags.force_reasoning and self._constrained:
-            inside = (yield from reader.accept(tags.start)) is not None
-        elif inside is None:
-            inside = tags.force_reasoning or (yield from reader.until((tags.start,), self._content)) is not None
-        if inside:
+        in_reasoning = self._in_reasoning
+        if in_reasoning is None and not tags.force_reasoning and self._constrained:
+            in_reasoning = (yield from reader.accept(tags.start)) is not None
+        elif in_reasoning is None:
+            in_reasoning = tags.force_reasoning or (yield from reader.until((tags.start,), self._content)) is not None
+        if in_reasoning:
             self.thinking = True
             yield from self._think()
             self.thinking = False
@@ -93,7 +93,7 @@ class TagsParser(StreamParser):
             if (yield from reader.accept(tags.start)) is None:
                 break
         self._reasoning(space)
-        interrupts = () if self._constrained else tags.interrupts
-        marker = yield from reader.until((tags.end, *interrupts), self._reasoning)
+        early_end_markers = () if self._constrained else tags.early_end_markers
+        marker = yield from reader.until((tags.end, *early_end_markers), self._reasoning)
         if marker is not None and marker != tags.end:
             self._content(marker)

@@ -48,7 +48,7 @@ class Tool:
 
     def _resolve(self, reference: str) -> Any:
         """What a reference inside the parameters points to, or None."""
-        here: Any = self.parameters
+        node: Any = self.parameters
         for part in reference.removeprefix("#/").split("/"):
-            here = here.get(part) if isinstance(here, Mapping) else None
-        return here
+            node = node.get(part) if isinstance(node, Mapping) else None
+        return node

@@ -46,10 +46,10 @@ _BY_ROW = (QuantizedFormat("fp8", (1, 0)), QuantizedFormat("int8", (1, 0)))
 
 def check_shape(shape: ExpertShape) -> None:
     """Raise NotImplementedError for matrices that the kernel cannot multiply."""
-    num_outputs, num_inputs, dtype, form = shape[:4]
+    num_outputs, num_inputs, dtype, format = shape[:4]
     if dtype != jnp.bfloat16:
         raise NotImplementedError(f"matrices in {dtype}: the kernel multiplies bfloat16")
-    inputs, outputs = _multiples(form)
+    inputs, outputs = _multiples(format)
     if num_inputs % inputs or num_outputs % outputs:
         raise NotImplementedError(
             f"matrices of {num_inputs} inputs and {num_outputs} outputs on a device: the kernel wants multiples of "
@@ -57,21 +57,21 @@ def check_shape(shape: ExpertShape) -> None:
         )
 
 
-def _multiples(form: QuantizedFormat | None) -> tuple[int, int]:
+def _multiples(format: QuantizedFormat | None) -> tuple[int, int]:
     """Inputs and outputs that the kernel can split a matrix into."""
-    if form is None:
+    if format is None:
         return _STEPS_INPUTS[-1], _BLOCK_OUTPUTS[-1]
-    if form == _IN_BLOCKS:
-        return form.block
-    if form in _BY_ROW:
+    if format == _IN_BLOCKS:
+        return format.block
+    if format in _BY_ROW:
         return _STEP_INPUTS, _QUANTIZED_OUTPUTS
-    rows, columns = form.block
-    if form.per_byte == 2 and rows == 1 and columns % (2 * _STEPS_BYTES[-1]) == 0:
+    rows, columns = format.block
+    if format.per_byte == 2 and rows == 1 and columns % (2 * _STEPS_BYTES[-1]) == 0:
         return 2 * _STEPS_BYTES[-1], _QUANTIZED_OUTPUTS
     raise NotImplementedError(
-        f"matrices in {form.numbers} and blocks of {form.block}: the kernel wants {_IN_BLOCKS.numbers} in "
-        f"{_IN_BLOCKS.block}, 8 bits with a factor for each row, or 4 bits with one for each {2 * _STEPS_BYTES[-1]} "
-        "numbers or a multiple of them"
+        f"matrices in {format.element_type} and blocks of {format.block}: the kernel wants {_IN_BLOCKS.element_type} "
+        f"in {_IN_BLOCKS.block}, 8 bits with a scale per row, or 4 bits with a scale per {2 * _STEPS_BYTES[-1]} "
+        "elements or a multiple of them"
     )
 
 
@@ -92,17 +92,17 @@ class _Cut(NamedTuple):
 
 
 def _cut(matrices: Matrices, *, transposed: bool) -> _Cut:
-    w_XOI, form = matrices.values_XOI, matrices.form
+    w_XOI, format = matrices.values_XOI, matrices.format
     num_outputs, num_columns = w_XOI.shape[:0:-1] if transposed else w_XOI.shape[1:]
-    if form is not None and form.per_byte == 2:
+    if format is not None and format.per_byte == 2:
         columns = next(size for size in _STEPS_BYTES if num_columns % size == 0)
-        piece = gcd(columns, form.block[1] // 2)
-        return _Cut(columns, _QUANTIZED_OUTPUTS, piece, partial(sum_up_groups, form=form, piece=piece))
+        piece = gcd(columns, format.block[1] // 2)
+        return _Cut(columns, _QUANTIZED_OUTPUTS, piece, partial(sum_up_groups, format=format, piece=piece))
     outputs = next(size for size in _BLOCK_OUTPUTS if num_outputs % size == 0)
-    most = outputs if transposed else _STEP_INPUTS  # a row of the matrix must span a row's swizzle
-    columns = next(size for size in _STEPS_INPUTS if num_columns % size == 0 and size <= most)
-    if form is not None:
-        return _Cut(columns, outputs, None, sum_up_rows if form in _BY_ROW else sum_up_blocks)
+    max_columns = outputs if transposed else _STEP_INPUTS  # a row of the matrix must span a row's swizzle
+    columns = next(size for size in _STEPS_INPUTS if num_columns % size == 0 and size <= max_columns)
+    if format is not None:
+        return _Cut(columns, outputs, None, sum_up_rows if format in _BY_ROW else sum_up_blocks)
     return _Cut(columns, outputs, columns if transposed else None, partial(sum_up, transposed=transposed))
 
 
@@ -138,7 +138,7 @@ class GpuGroupedMatmul:
                     w=smem((_STAGES, *block), operands.w.dtype, like=cut.swizzled),
                     arrived=plgpu.Barrier(num_arrivals=2, num_barriers=_STAGES),
                     out_mo=smem((WARPGROUP_ROWS, cut.outputs), x_PI.dtype),
-                    converted_oi=None if matrices.form is None else smem(converted, x_PI.dtype, like=cut.swizzled),
+                    converted_oi=None if matrices.format is None else smem(converted, x_PI.dtype, like=cut.swizzled),
                 )
             ],
             grid=(num_outputs // cut.outputs, num_blocks),
@@ -150,11 +150,11 @@ class GpuGroupedMatmul:
 
 
 def _operands(x_PI: jax.Array, matrices: Matrices, blocks: Blocks) -> Operands:
-    scale, form = matrices.scale_Xoi, matrices.form
-    if form in _BY_ROW and scale is not None:
+    scale, format = matrices.scale_Xoi, matrices.format
+    if format in _BY_ROW and scale is not None:
         scale = scale[:, :, 0]
     x_CmI = x_PI.reshape(-1, WARPGROUP_ROWS, x_PI.shape[1])
-    if form is not None and form.per_byte == 2:
+    if format is not None and format.per_byte == 2:
         # Bytes are not taken apart, but the rows: those that meet the lower halves, and those that meet the upper ones.
         x_CmI = jnp.concatenate([x_CmI[:, :, half::2] for half in range(2)], axis=1)
     return Operands(blocks, x_CmI, matrices.values_XOI, scale, matrices.zero_Xoi)

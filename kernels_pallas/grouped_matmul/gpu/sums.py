@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from kernels_pallas.pallas import pl, plgpu
-from kernels_pallas.quantized import INT4_ZERO, QuantizedFormat, float4, scale_factors
+from kernels_pallas.quantized import INT4_ZERO, QuantizedFormat, f32_scales, float4
 from kernels_pallas.token_tiles import Blocks
 from kernels_pallas.warpgroup import MATRIX, WARPGROUP_ROWS, Stages, product
 
@@ -115,35 +115,35 @@ def _sum_up_converted(
 
 
 def sum_up_groups(
-    operands: Operands, scratch: Scratch, stages: Stages, group: jax.Array, *, form: QuantizedFormat, piece: int
+    operands: Operands, scratch: Scratch, stages: Stages, group: jax.Array, *, format: QuantizedFormat, piece: int
 ) -> jax.Array:
     """The same of a matrix of 4 bits, whose factors are for numbers of one row: it is multiplied out, a step at a time.
 
     A `piece` is columns that share a factor and lie side by side in shared memory.
     """
     shape, num_columns = scratch.out_mo.shape, scratch.w.shape[2]
-    columns_of_factor = form.block[1] // form.per_byte
+    columns_of_scale = format.block[1] // format.per_byte
     first_output = lax.axis_index("outputs") * shape[1]
 
-    def of_rows(numbers: Any, row: int, column: jax.Array) -> jax.Array:
+    def of_rows(element_type: Any, row: int, column: jax.Array) -> jax.Array:
         """What the rows of a piece have, [64, p]."""
-        at = 0 if columns_of_factor == 0 else lax.div(column, columns_of_factor)
+        at = 0 if columns_of_scale == 0 else lax.div(column, columns_of_scale)
         rows = pl.ds(first_output + row, WARPGROUP_ROWS)
-        of_row = plgpu.load(numbers.at[group, rows, at], layout=_BYTES.reduce(1), optimized=False)
+        of_row = plgpu.load(element_type.at[group, rows, at], layout=_BYTES.reduce(1), optimized=False)
         return lax.broadcast_in_dim(of_row, (WARPGROUP_ROWS, piece), [0])
 
     def convert(step: jax.Array, stage: jax.Array, row: int, start: int) -> None:
         rows, columns = slice(row, row + WARPGROUP_ROWS), slice(start, start + piece)
         byte_op = plgpu.load(scratch.w.at[stage, rows, columns], layout=_BYTES, optimized=False).astype(jnp.int32)
         column = step * num_columns + start
-        factor_op = scale_factors(of_rows(operands.scale, row, column))
+        scale_op = f32_scales(of_rows(operands.scale, row, column))
         zero_op: Any = _ABOVE + INT4_ZERO
         if operands.zero is not None:
             zero_op = _above(of_rows(operands.zero, row, column).astype(jnp.int32))
-        for half in range(form.per_byte):
+        for half in range(format.per_byte):
             code_op = (byte_op >> (4 * half)) & 15
-            w_op = float4(code_op) if form.numbers == "mxfp4" else _above(code_op) - zero_op
-            w_op = (w_op * factor_op).astype(scratch.converted_oi.dtype)
+            w_op = float4(code_op) if format.element_type == "mxfp4" else _above(code_op) - zero_op
+            w_op = (w_op * scale_op).astype(scratch.converted_oi.dtype)
             place = slice(half * shape[1] + row, half * shape[1] + row + WARPGROUP_ROWS)
             scratch.converted_oi.at[place, columns][...] = plgpu.layout_cast(w_op, MATRIX)
 
@@ -152,7 +152,7 @@ def sum_up_groups(
             for start in range(0, num_columns, piece):
                 convert(step, stage, row, start)
         plgpu.commit_smem()
-        for half in range(form.per_byte):
+        for half in range(format.per_byte):
             x_mB = scratch.x_mi.at[stage, half * WARPGROUP_ROWS : (half + 1) * WARPGROUP_ROWS]
             plgpu.wgmma(sum_mo, x_mB, scratch.converted_oi.at[half * shape[1] : (half + 1) * shape[1]].T)
 

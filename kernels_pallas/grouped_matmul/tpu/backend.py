@@ -17,13 +17,13 @@ from jax import lax
 from kernels_pallas.grouped_matmul.api import ExpertShape, Matrices
 from kernels_pallas.mxu import mxu_dot
 from kernels_pallas.pallas import pl, pltpu
-from kernels_pallas.quantized import INT4_ZERO, QuantizedFormat, float4, scale_factors
-from kernels_pallas.token_tiles import Blocks, rows_of_blocks
+from kernels_pallas.quantized import INT4_ZERO, QuantizedFormat, f32_scales, float4
+from kernels_pallas.token_tiles import Blocks, choose_block_rows
 
 _LANES = 128
 # A tile of bf16 has 16 rows. Of the most, each byte of a matrix is multiplied often enough to hide its way.
-_FEWEST_ROWS = 16
-_MOST_ROWS = 512
+_MIN_ROWS = 16
+_MAX_ROWS = 512
 # Bytes of a block of rows, of which there are two.
 _ROWS_BYTES = 8 << 20
 # Bytes of a block of a matrix, of which there are two, beside two blocks of rows and two of results.
@@ -38,19 +38,21 @@ def check_shape(shape: ExpertShape) -> None:
     """Raise NotImplementedError for matrices that the kernel cannot multiply."""
     if shape.rows_dtype == jnp.float16:
         raise NotImplementedError("the TPU kernel has no float16: the MXU has none")
-    if shape.form is None:
+    if shape.format is None:
         return
-    rows, columns = shape.form.block
+    rows, columns = shape.format.block
     if rows == 1:
-        if (columns or shape.num_inputs) % shape.form.per_byte:
+        if (columns or shape.num_inputs) % shape.format.per_byte:
             raise NotImplementedError(f"matrices in blocks of {columns} numbers: the kernel wants whole bytes")
         return
-    if shape.form.numbers != "fp8":
-        raise NotImplementedError(f"matrices in {shape.form.numbers} and blocks of {rows} rows: the kernel wants fp8")
-    if shape.form.block != (_LANES, _LANES) or shape.num_outputs % _LANES or shape.num_inputs % _LANES:
+    if shape.format.element_type != "fp8":
+        raise NotImplementedError(
+            f"matrices in {shape.format.element_type} and blocks of {rows} rows: the kernel wants fp8"
+        )
+    if shape.format.block != (_LANES, _LANES) or shape.num_outputs % _LANES or shape.num_inputs % _LANES:
         raise NotImplementedError(
             f"matrices of {shape.num_inputs} inputs and {shape.num_outputs} outputs on a device, quantised in blocks "
-            f"of {shape.form.block}: the kernel wants multiples of {_LANES}, and blocks of that"
+            f"of {shape.format.block}: the kernel wants multiples of {_LANES}, and blocks of that"
         )
 
 
@@ -66,8 +68,8 @@ class TpuGroupedMatmul:
 
     def block_rows(self, num_rows: int, num_groups: int, row_bytes: int) -> int:
         """See `GroupedMatmul`."""
-        most = min(_MOST_ROWS, 1 << (_ROWS_BYTES // row_bytes).bit_length() - 1)
-        return rows_of_blocks(num_rows, num_groups, fewest=_FEWEST_ROWS, most=max(_FEWEST_ROWS, most))
+        max_rows = min(_MAX_ROWS, 1 << (_ROWS_BYTES // row_bytes).bit_length() - 1)
+        return choose_block_rows(num_rows, num_groups, min_rows=_MIN_ROWS, max_rows=max(_MIN_ROWS, max_rows))
 
     def __call__(self, x_PI: jax.Array, matrices: Matrices, blocks: Blocks, *, transposed: bool = False) -> jax.Array:
         """See `GroupedMatmul`."""
@@ -137,20 +139,20 @@ class _Problem(NamedTuple):
 
 
 def _problem(x_PI: jax.Array, matrices: Matrices) -> _Problem:
-    w_XOI, scale_Xoi, zero_Xoi, form = matrices
-    if form is None or scale_Xoi is None:
+    w_XOI, scale_Xoi, zero_Xoi, format = matrices
+    if format is None or scale_Xoi is None:
         return _Problem(_multiply_block, (x_PI,), (w_XOI,))
-    if form.block[0] > 1:
+    if format.block[0] > 1:
         return _Problem(_multiply_scaled_block, (x_PI,), (w_XOI,), scalars=(scale_Xoi,))
     # Bytes are not taken apart, but the rows: those that meet the lower halves, and those that meet the upper ones.
-    rows = tuple(x_PI[:, part :: form.per_byte] for part in range(form.per_byte))
+    rows = tuple(x_PI[:, part :: format.per_byte] for part in range(format.per_byte))
     by_output = (w_XOI, scale_Xoi, *(() if zero_Xoi is None else (zero_Xoi,)))
     num_bytes, num_groups = w_XOI.shape[2], scale_Xoi.shape[2]
-    group_bytes = (form.block[1] or num_bytes * form.per_byte) // form.per_byte
+    group_bytes = (format.block[1] or num_bytes * format.per_byte) // format.per_byte
     # Multiplied with a number of each group it gives one of each byte: all else is slower in a vector's lanes.
     group_1B = lax.broadcasted_iota(jnp.int32, (1, num_bytes), 1) // group_bytes
     spread_gB = (lax.broadcasted_iota(jnp.int32, (num_groups, 1), 0) == group_1B).astype(jnp.float32)
-    kernel = partial(_multiply_grouped_block, form=form, zeros=zero_Xoi is not None)
+    kernel = partial(_multiply_grouped_block, format=format, zeros=zero_Xoi is not None)
     return _Problem(kernel, rows, by_output, constants=(spread_gB,), work=_GROUPED_WORK)
 
 
@@ -183,20 +185,20 @@ def _multiply_scaled_block(_: Any, x_WI: Any, w_1oI: Any, scale_1oi: Any, out_Wo
     out_Wo[...] = lax.fori_loop(0, num_columns, multiply, jnp.zeros(out_Wo.shape, jnp.float32)).astype(out_Wo.dtype)
 
 
-def _multiply_grouped_block(_: Any, *refs: Any, form: QuantizedFormat, zeros: bool) -> None:
+def _multiply_grouped_block(_: Any, *refs: Any, format: QuantizedFormat, zeros: bool) -> None:
     """As `_multiply_block`; each output has factors of its own, for groups of its inputs."""
-    rows_WI, of_matrix, (spread_gB, out_Wo) = refs[: form.per_byte], refs[form.per_byte : -2], refs[-2:]
+    rows_WI, of_matrix, (spread_gB, out_Wo) = refs[: format.per_byte], refs[format.per_byte : -2], refs[-2:]
     w_1oB, scale_1og = of_matrix[:2]
     spread = partial(mxu_dot, right=spread_gB[...], contract=0)
-    scale_oB = spread(scale_factors(scale_1og[0]))
+    scale_oB = spread(f32_scales(scale_1og[0]))
     middle = spread(of_matrix[2][0].astype(jnp.int32).astype(jnp.float32)) if zeros else INT4_ZERO
     sum_Wo = jnp.zeros(out_Wo.shape, jnp.float32)
     for part, x_WI in enumerate(rows_WI):
-        if form.per_byte == 1:
+        if format.per_byte == 1:
             w_oB = w_1oB[0].astype(jnp.float32)
         else:
             code_oB = (w_1oB[0].astype(jnp.int32) >> (4 * part)) & 15
-            w_oB = float4(code_oB) if form.numbers == "mxfp4" else code_oB.astype(jnp.float32) - middle
+            w_oB = float4(code_oB) if format.element_type == "mxfp4" else code_oB.astype(jnp.float32) - middle
         sum_Wo += mxu_dot(x_WI[...], (w_oB * scale_oB).astype(x_WI.dtype), contract=1)
     out_Wo[...] = sum_Wo.astype(out_Wo.dtype)
 

@@ -5,11 +5,11 @@ import jax.numpy as jnp
 from jax import lax
 
 from kernels_pallas.grouped_matmul.api import Matrices
-from kernels_pallas.token_tiles import Blocks, rows_of_blocks
+from kernels_pallas.token_tiles import Blocks, choose_block_rows
 
 # Products of fewer rows are no cheaper.
-_FEWEST_ROWS = 8
-_MOST_ROWS = 128
+_MIN_ROWS = 8
+_MAX_ROWS = 128
 
 
 class XlaGroupedMatmul:
@@ -18,7 +18,7 @@ class XlaGroupedMatmul:
     def block_rows(self, num_rows: int, num_groups: int, row_bytes: int) -> int:
         """See `GroupedMatmul`."""
         del row_bytes
-        return rows_of_blocks(num_rows, num_groups, fewest=_FEWEST_ROWS, most=_MOST_ROWS)
+        return choose_block_rows(num_rows, num_groups, min_rows=_MIN_ROWS, max_rows=_MAX_ROWS)
 
     def __call__(self, x_PI: jax.Array, matrices: Matrices, blocks: Blocks, *, transposed: bool = False) -> jax.Array:
         """See `GroupedMatmul`; blocks that do not count are zeros."""

@@ -54,7 +54,7 @@ class ShardedLora:
             h_TJ = self._kernels.shrink(x_TI, a, plan)
             return (lax.psum(h_TJ, axis) if axis else h_TJ).astype(x_TI.dtype)
 
-        return over_model(run, self._mesh, (P(None, axis), _factor_specs(axis), P()), P())(x_TI, a, plan)
+        return over_model(run, self._mesh, (P(None, axis), _matrix_specs(axis), P()), P())(x_TI, a, plan)
 
     def expand(self, h: jax.Array, b: Stacked, plan: Any, *, member: int, split: bool) -> jax.Array:
         """See `LoraMatmul`."""
@@ -63,9 +63,9 @@ class ShardedLora:
         def run(h_TJ: jax.Array, b: Stacked, plan: Any) -> jax.Array:
             return self._kernels.expand(h_TJ, b, plan, member)
 
-        return over_model(run, self._mesh, (P(), _factor_specs(axis), P()), P(None, axis))(h, b, plan)
+        return over_model(run, self._mesh, (P(), _matrix_specs(axis), P()), P(None, axis))(h, b, plan)
 
 
-def _factor_specs(axis: Any) -> Any:
+def _matrix_specs(axis: Any) -> Any:
     """Specs of factors whose last axis is split over `axis`."""
     return Stacked(P(None, None, None, axis), P())  # pyright: ignore[reportArgumentType]  # specs instead of arrays

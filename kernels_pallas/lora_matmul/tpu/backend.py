@@ -25,7 +25,7 @@ _BLOCK_TOKENS = 256
 # Block size of inputs and outputs: with 256 tokens in bf16 a block takes 1 MiB, and there are two of each.
 _BLOCK_COLUMNS = 2048
 # Elements of a block of joint factors: a few MiB, and there are two.
-_BLOCK_NUMBERS = 1 << 20
+_BLOCK_ELEMENTS = 1 << 20
 # Inputs that do not divide into blocks of lanes are taken whole.
 _WHOLE_COLUMNS = 8192
 
@@ -160,5 +160,5 @@ def _block_inputs(num_inputs: int, joint_rank: int) -> int:
     check_inputs(num_inputs)
     if num_inputs % _LANES:
         return num_inputs
-    most = max(_LANES, min(_BLOCK_COLUMNS, _BLOCK_NUMBERS // joint_rank))
-    return max(size for size in range(_LANES, most + 1, _LANES) if num_inputs % size == 0)
+    max_columns = max(_LANES, min(_BLOCK_COLUMNS, _BLOCK_ELEMENTS // joint_rank))
+    return max(size for size in range(_LANES, max_columns + 1, _LANES) if num_inputs % size == 0)

@@ -16,11 +16,11 @@ import jax
 import jax.numpy as jnp
 
 from kernels_pallas.stacked import LoraPair, Stacked
-from kernels_pallas.token_tiles import Blocks, PermutedRows, rows_of_blocks, sort_into_blocks
+from kernels_pallas.token_tiles import Blocks, PermutedRows, choose_block_rows, sort_into_blocks
 
 # Few rows leave most places of a larger block empty, and of a smaller one products are no cheaper.
-_FEWEST_ROWS = 4
-_MOST_ROWS = 32
+_MIN_ROWS = 4
+_MAX_ROWS = 32
 # So many tokens are few.
 _FEW_TOKENS = 64
 
@@ -30,12 +30,12 @@ class TokenBlocks(NamedTuple):
 
     Attributes:
         blocks: their groups are slots, from 0.
-        places: places of the tokens in them; those of slot 0 have none.
+        permuted: places of the tokens in them; those of slot 0 have none.
         own_TS: whether a slot is a token's own.
     """
 
     blocks: Blocks
-    places: PermutedRows
+    permuted: PermutedRows
     own_TS: jax.Array
 
     @property
@@ -45,16 +45,16 @@ class TokenBlocks(NamedTuple):
 
     def gather(self, x_TI: jax.Array) -> jax.Array:
         """Rows in their places, [C, W, ...]."""
-        return x_TI[self.places.row_P].reshape(self.blocks.group_C.shape[0], -1, *x_TI.shape[1:])
+        return x_TI[self.permuted.row_P].reshape(self.blocks.group_C.shape[0], -1, *x_TI.shape[1:])
 
     def scatter(self, y_CWO: jax.Array) -> jax.Array:
         """Rows in their order, [T, ...], and zeros for those that have no place."""
         y_PO = y_CWO.reshape(-1, *y_CWO.shape[2:])
-        return y_PO.at[self.places.place_R].get(mode="fill", fill_value=0)
+        return y_PO.at[self.permuted.block_row_R].get(mode="fill", fill_value=0)
 
-    def factors(self, factors: Stacked) -> jax.Array:
+    def gather_matrices(self, matrices: Stacked) -> jax.Array:
         """The factors of each block's slot, [C, ...]."""
-        return factors.flat[self.blocks.group_C + factors.first]
+        return matrices.flat[self.blocks.group_C + matrices.first]
 
 
 class XlaLora:
@@ -62,7 +62,7 @@ class XlaLora:
 
     def plan(self, slot_T: jax.Array, num_slots: int) -> TokenBlocks:
         """Sort the tokens."""
-        block_rows = rows_of_blocks(slot_T.shape[0], num_slots, fewest=_FEWEST_ROWS, most=_MOST_ROWS)
+        block_rows = choose_block_rows(slot_T.shape[0], num_slots, min_rows=_MIN_ROWS, max_rows=_MAX_ROWS)
         group_T = jnp.where(slot_T > 0, slot_T - 1, num_slots)
         own_TS = slot_T[:, None] == jnp.arange(1, num_slots + 1)
         return TokenBlocks(*sort_into_blocks(group_T, num_slots, block_rows), own_TS)
@@ -74,7 +74,7 @@ class XlaLora:
             # As one matrix, as weights are: with three axes the compiler brings them into another order in every step.
             a_SJI = a.slice()
             return jnp.einsum("ti,ji->tj", x_TI, a_SJI.reshape(-1, a_SJI.shape[2])).reshape(-1, *a_SJI.shape[:2])
-        return jnp.einsum("cwi,cji->cwj", plan.gather(x_TI), plan.factors(a))
+        return jnp.einsum("cwi,cji->cwj", plan.gather(x_TI), plan.gather_matrices(a))
 
     def expand(self, h: jax.Array, b: Stacked, plan: TokenBlocks, *, member: int = 0, split: bool = False) -> jax.Array:
         """See `LoraMatmul`."""
@@ -86,7 +86,7 @@ class XlaLora:
             b_SRO = b.slice()
             return jnp.einsum("tr,ro->to", h_TSR.reshape(len(h_TSR), -1), b_SRO.reshape(-1, b_SRO.shape[2]))
         h_CWR = own_h
-        return plan.scatter(jnp.einsum("cwr,cro->cwo", h_CWR, plan.factors(b)))
+        return plan.scatter(jnp.einsum("cwr,cro->cwo", h_CWR, plan.gather_matrices(b)))
 
 
 def lora_embed(token_ids_T: jax.Array, a_SRI: jax.Array, b_SRO: jax.Array, slot_T: jax.Array) -> jax.Array:
@@ -116,14 +116,14 @@ class HeadLora(NamedTuple):
     def absorb(self, q_TNH: jax.Array) -> jax.Array:
         """`q W` with the first outputs of each head, [T, N, I]."""
         h_CWNR = jnp.einsum("cwnh,crnh->cwnr", self.plan.gather(q_TNH), self._by_head()[..., : self.split])
-        return self.plan.scatter(jnp.einsum("cwnr,cri->cwni", h_CWNR, self.plan.factors(self.pair.a)))
+        return self.plan.scatter(jnp.einsum("cwnr,cri->cwni", h_CWNR, self.plan.gather_matrices(self.pair.a)))
 
     def project_v(self, o_TNI: jax.Array) -> jax.Array:
         """`W o` with the other outputs of each head, [T, N, V]."""
-        h_CWNR = jnp.einsum("cwni,cri->cwnr", self.plan.gather(o_TNI), self.plan.factors(self.pair.a))
+        h_CWNR = jnp.einsum("cwni,cri->cwnr", self.plan.gather(o_TNI), self.plan.gather_matrices(self.pair.a))
         return self.plan.scatter(jnp.einsum("cwnr,crnv->cwnv", h_CWNR, self._by_head()[..., self.split :]))
 
     def _by_head(self) -> jax.Array:
         """Second factors of each block, [C, R, N, O]."""
-        b_CRO = self.plan.factors(self.pair.b)
+        b_CRO = self.plan.gather_matrices(self.pair.b)
         return b_CRO.reshape(*b_CRO.shape[:2], self.num_heads, -1)

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from kernels_pallas.paged_attention.api import AttentionBackend, Cache
-from kernels_pallas.paged_attention.common.step_parts import MovedPages
+from kernels_pallas.paged_attention.common.split_meta import RemappedPages
 from kernels_pallas.shards import MODEL, model_size, over_model
 
 # That are moved at a time.
@@ -24,7 +24,7 @@ def move_pages(
     operands: Any,
     source: tuple[AttentionBackend, Cache],
     target: AttentionBackend,
-    moved: MovedPages,
+    remapped: RemappedPages,
     mesh: Mesh,
 ) -> Cache:
     """A cache of one layer with the pages that are live; the others hold anything.
@@ -34,7 +34,7 @@ def move_pages(
         operands: arrays whose first axis is heads, or None.
         source: a backend and its cache.
         target: the other backend.
-        moved: pages of the source, of all layers.
+        remapped: pages of the source, of all layers.
         mesh: mesh of the devices.
     """
     backend, cache = source
@@ -42,7 +42,7 @@ def move_pages(
     by_head = jax.tree.map(lambda _: P(MODEL), operands)
     results = {name: spec.partition for name, spec in target.cache_spec().items()}
     move = partial(_move_shard, change, backend, target, model_size(mesh))
-    return over_model(move, mesh, (by_head, specs, P()), results)(operands, cache, moved)
+    return over_model(move, mesh, (by_head, specs, P()), results)(operands, cache, remapped)
 
 
 def _move_shard(
@@ -52,7 +52,7 @@ def _move_shard(
     num_shards: int,
     operands: Any,
     cache: Cache,
-    moved: MovedPages,
+    remapped: RemappedPages,
 ) -> Cache:
     num_pages = target.config.num_pages
     at_once = min(max(1, _TOKENS_AT_ONCE // target.config.page_size), num_pages)
@@ -64,11 +64,11 @@ def _move_shard(
     def body(turn: jax.Array, made: Cache) -> Cache:
         # The last turn is moved back, and makes some pages once more.
         first = jnp.minimum(turn * at_once, num_pages - at_once)
-        page_P = lax.dynamic_slice_in_dim(moved.page_P, first, at_once)
+        page_P = lax.dynamic_slice_in_dim(remapped.page_P, first, at_once)
         taken = {name: pages.at[page_P].get(mode="promise_in_bounds") for name, pages in cache.items()}
         packed = target.pack(*change(operands, *source.unpack(taken)))
         # As kernels want pages: TPUs would have them as a product leaves them, and turn the whole cache round after.
         rows = {name: with_layout_constraint(new, Layout(tuple(range(new.ndim)))) for name, new in packed.items()}
         return {name: lax.dynamic_update_slice_in_dim(pages, rows[name], first, axis=0) for name, pages in made.items()}
 
-    return lax.fori_loop(0, -(-moved.num_live // at_once), body, made)
+    return lax.fori_loop(0, -(-remapped.num_live // at_once), body, made)

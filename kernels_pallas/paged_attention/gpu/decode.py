@@ -325,13 +325,13 @@ def _write(
     group: Any,
 ) -> None:
     """Send the group's rows of the partial softmax to their place."""
-    factor_m = jnp.where(state.total > 0, 1 / state.total, 0.0)
+    scale_m = jnp.where(state.total > 0, 1 / state.total, 0.0)
     if scratch.together is not None:
         # The queries' place is taken once all have read them.
         meet(scratch.together)
     for columns, out_mh in zip(work.parts, state.out, strict=True):
         buffer = scratch.queries.at[:, columns] if scratch.out is None else scratch.out
-        buffer[...] = (out_mh * along_rows(factor_m, out_mh.shape[1])).astype(outputs.out.dtype)
+        buffer[...] = (out_mh * along_rows(scale_m, out_mh.shape[1])).astype(outputs.out.dtype)
         plgpu.commit_smem()
         if scratch.out is not None:
             plgpu.copy_smem_to_gmem(scratch.out.at[group], outputs.out.at[(*part, slice(None), columns)])

@@ -389,13 +389,13 @@ def _mask(
 
 def _write(work: Workspace, state: Softmax, sinks_m: jax.Array | None) -> None:
     """Put the finished values where the queries were."""
-    total_m, factor_m = state.total, jnp.ones_like(state.total)
+    total_m, scale_m = state.total, jnp.ones_like(state.total)
     if sinks_m is not None:
         top_m = jnp.maximum(state.top, sinks_m)
-        factor_m = jnp.exp2(state.top - top_m)
-        total_m = total_m * factor_m + jnp.exp2(sinks_m - top_m)
+        scale_m = jnp.exp2(state.top - top_m)
+        total_m = total_m * scale_m + jnp.exp2(sinks_m - top_m)
     # Tokens without keys: of decoding rows, and padding.
-    factor_m = jnp.where(total_m > 0, factor_m / total_m, 0.0)
+    scale_m = jnp.where(total_m > 0, scale_m / total_m, 0.0)
     for part, out_mh in zip(work.parts, state.out, strict=True):
-        work.queries.at[:, part][...] = (out_mh * along_rows(factor_m, out_mh.shape[1])).astype(jnp.bfloat16)
+        work.queries.at[:, part][...] = (out_mh * along_rows(scale_m, out_mh.shape[1])).astype(jnp.bfloat16)
     plgpu.commit_smem()

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas.paged_attention.api import AttentionConfig, filled_up
+from kernels_pallas.paged_attention.api import AttentionConfig, pad_last_axis
 
 LANES = 128
 
@@ -75,8 +75,8 @@ class TpuLayout:
     def pack(self, k: jax.Array, v: jax.Array) -> jax.Array:
         """[..., H] keys and values -> [..., Z]."""
         if self.value_dim is None:
-            k = jnp.concatenate([filled_up(k, self.value_start), v], axis=-1)
-        return filled_up(k, self.lanes)
+            k = jnp.concatenate([pad_last_axis(k, self.value_start), v], axis=-1)
+        return pad_last_axis(k, self.lanes)
 
     def unpack(self, kv: jax.Array) -> tuple[jax.Array, jax.Array]:
         """The inverse of `pack`."""
@@ -84,7 +84,7 @@ class TpuLayout:
 
     def pad_queries(self, q: jax.Array) -> jax.Array:
         """[..., H] -> [..., query_lanes]; zeros against the values' lanes leave them out of the scores."""
-        return filled_up(q, self.query_lanes)
+        return pad_last_axis(q, self.query_lanes)
 
     def keys(self, kv: jax.Array) -> jax.Array:
         """The lanes that queries meet."""

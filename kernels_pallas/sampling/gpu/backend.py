@@ -48,7 +48,7 @@ _ALIGNMENT = 4
 # Three warpgroups on each of 132 multiprocessors.
 _PROGRAMS = 396
 # The levels of a split are written once; under this many chunks that would cost more than reading the logits.
-_LEAST_CHUNKS = 16
+_MIN_CHUNKS = 16
 _ROWS_AT_ONCE = 8
 
 _NOISY, _LISTED, _PENALISED, _MASKED = 1, 2, 4, 8
@@ -142,8 +142,8 @@ def _pass(
 def _splits(rows: int, chunks: int, *, listed: bool) -> tuple[int, int]:
     """How many programs share a row, and how many chunks each takes."""
     wanted = -(-_PROGRAMS // rows)
-    most = chunks // _LEAST_CHUNKS if listed else chunks
-    per_split = -(-chunks // max(1, min(wanted, most)))
+    max_splits = chunks // _MIN_CHUNKS if listed else chunks
+    per_split = -(-chunks // max(1, min(wanted, max_splits)))
     return -(-chunks // per_split), per_split
 
 

@@ -15,7 +15,7 @@ from kernels_pallas.paged_attention.xla.pages import expand
 _NO_SLOT = jnp.iinfo(jnp.int32).max
 
 
-class MovedPages(NamedTuple):
+class RemappedPages(NamedTuple):
     """Pages of a step's rows, one row's after the other's.
 
     Attributes:
@@ -27,7 +27,7 @@ class MovedPages(NamedTuple):
     num_live: jax.Array
 
 
-def single_tokens(meta: AttentionMeta) -> AttentionMeta:
+def decode_meta(meta: AttentionMeta) -> AttentionMeta:
     """The rows that run a single token, with as many tokens as rows."""
     num_single = meta.distribution_2[0]
     row_B = jnp.arange(meta.kv_lens_B.shape[0])
@@ -40,7 +40,7 @@ def single_tokens(meta: AttentionMeta) -> AttentionMeta:
     )
 
 
-def prompts(meta: AttentionMeta) -> AttentionMeta:
+def prefill_meta(meta: AttentionMeta) -> AttentionMeta:
     """The rows that run several tokens, which stay where they are: the first row need not have the first token."""
     num_rows, (num_single, num_live) = meta.kv_lens_B.shape[0], meta.distribution_2
     row_B = jnp.arange(num_rows) + num_single
@@ -54,7 +54,7 @@ def prompts(meta: AttentionMeta) -> AttentionMeta:
     )
 
 
-def moved(meta: AttentionMeta, page_size: int, num_pages: int) -> tuple[AttentionMeta, MovedPages]:
+def remap_pages(meta: AttentionMeta, page_size: int, num_pages: int) -> tuple[AttentionMeta, RemappedPages]:
     """The same rows in a pool of `num_pages`, which has room for all, and the pages that they have here."""
     count_B = -(-meta.kv_lens_B // page_size)
     first_B = (jnp.cumsum(count_B) - count_B).astype(jnp.int32)
@@ -64,8 +64,8 @@ def moved(meta: AttentionMeta, page_size: int, num_pages: int) -> tuple[Attentio
     is_live_T = (token_T >= meta.cu_q_lens_B1[0]) & (row_T < meta.distribution_2[1])
     slot_T = first_B[jnp.minimum(row_T, first_B.shape[0] - 1)] * page_size + meta.positions_T
     index_M = jnp.arange(min(meta.page_table_BM.shape[1], num_pages), dtype=jnp.int32)
-    there = meta._replace(
+    remapped = meta._replace(
         page_table_BM=jnp.minimum(first_B[:, None] + index_M, num_pages - 1),
         slot_mapping_T=jnp.where(is_live_T, slot_T, _NO_SLOT),
     )
-    return there, MovedPages(meta.page_table_BM[row_P, index_P], num_live)
+    return remapped, RemappedPages(meta.page_table_BM[row_P, index_P], num_live)
