@@ -15,7 +15,6 @@ from api.chat import routes as chat
 from api.completions import routes as completions
 from api.errors import error_response, handle
 from api.messages import routes as messages
-from api.requests.builder import RequestBuilder, SeedSource
 from api.responses import routes as responses
 from api.server import Server
 from api.service import control, health, info, models, parsers, tokenize
@@ -51,31 +50,14 @@ ROUTES = (
 )
 
 
-class _Builders:
-    """The request builder, made once the engine has reported its limits."""
-
-    def __init__(self, server: Server, seed: int | None) -> None:
-        self._server = server
-        self._seeds = SeedSource(seed)
-        self._builder: RequestBuilder | None = None
-
-    def get(self) -> RequestBuilder:
-        """Raises UnavailableError until the engine is ready."""
-        self._server.check_accepting()
-        if self._builder is None:
-            self._builder = RequestBuilder(self._server.model, self._seeds)
-        return self._builder
-
-
-def create_app(server: Server, *, random_seed: int | None = None) -> Litestar:
+def create_app(server: Server) -> Litestar:
     """Build the application over a server's state."""
     guard = KeyGuard(server.settings.api_key, server.settings.admin_api_key)
-    builders = _Builders(server, random_seed)
     return Litestar(
         route_handlers=ROUTES,
         dependencies={
             "server": Provide(lambda: server, sync_to_thread=False),
-            "builder": Provide(builders.get, sync_to_thread=False),
+            "builder": Provide(server.builder, sync_to_thread=False),
         },
         guards=[guard],
         before_request=_check_content_type,

@@ -4,11 +4,11 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from api.adapters.registry import AdapterRegistry
 from api.metrics import Metrics
-from api.requests.builder import Prepared, ServedModel
+from api.requests.builder import Prepared, RequestBuilder, SeedSource, ServedModel
 from api.requests.model_names import ModelNames
 from api.responses.store import ResponseStore
 from jaxserve.config import LoraConfig
@@ -43,6 +43,7 @@ class ApiSettings:
         strict_params: refuse fields that are not known.
         log_requests: one log line per request.
         enable_metrics: serve `/metrics`.
+        random_seed: makes the seeds of requests without a seed reproducible.
     """
 
     model_path: str
@@ -60,6 +61,19 @@ class ApiSettings:
     strict_params: bool = False
     log_requests: bool = False
     enable_metrics: bool = True
+    random_seed: int | None = None
+
+
+class ReadyState(NamedTuple):
+    """What exists once the engine is ready.
+
+    Attributes:
+        builder: builds engine requests.
+        validator: tries grammars; None where no output can be constrained.
+    """
+
+    builder: RequestBuilder
+    validator: GrammarValidator | None
 
 
 class Server:
@@ -83,29 +97,38 @@ class Server:
         reserved = ("default", settings.served_model_name, settings.model_path)
         root = None if settings.lora_root is None else Path(settings.lora_root)
         self.adapters = AdapterRegistry(client, settings.lora, root, reserved)
-        self._model: ServedModel | None = None
-        self._validator: GrammarValidator | None = None
+        self._ready: ReadyState | None = None
+
+    @property
+    def ready(self) -> ReadyState:
+        """What exists once the engine is ready; raises UnavailableError before."""
+        if self._ready is None:
+            raise UnavailableError("the model is still loading")
+        return self._ready
 
     @property
     def model(self) -> ServedModel:
-        """What requests are built for; raises UnavailableError until it is loaded."""
-        if self._model is None:
-            raise UnavailableError("the model is still loading")
-        return self._model
+        """The model and what is known of it; raises UnavailableError until the engine is ready."""
+        return self.ready.builder.model
 
     @property
     def tokenizer(self) -> Tokenizer:
-        """The tokenizer; raises UnavailableError until it is loaded."""
+        """The tokenizer; raises UnavailableError until the engine is ready."""
         return self.model.tokenizer
 
+    def builder(self) -> RequestBuilder:
+        """The request builder; raises UnavailableError unless a new request can be taken."""
+        self.check_accepting()
+        return self.ready.builder
+
     def serve(self, tokenizer: Tokenizer) -> None:
-        """Take requests from now on; the engine is ready.
+        """Accept requests from now on; the engine is ready.
 
         Raises:
             LaunchError: the settings name a format that is not known.
         """
         settings, info = self.settings, self.client.info
-        self._model = ServedModel(
+        model = ServedModel(
             tokenizer=tokenizer,
             info=info,
             generation=settings.generation,
@@ -116,37 +139,37 @@ class Server:
                 served=settings.served_model_name, path=settings.model_path, adapters=self.adapters.by_name
             ),
         )
-        if settings.json_style is None and self._model.formats.reasoning is None:
-            return  # nothing can be constrained
-        for_grammars = tokenizer.for_grammars(info.vocab_size, self._model.eos_token_ids)
-        self.client.use_tokenizer(for_grammars)
-        self._validator = GrammarValidator(for_grammars)
+        builder, validator = RequestBuilder(model, SeedSource(settings.random_seed)), None
+        # A thinking budget is a constraint too.
+        if settings.json_style is not None or model.formats.reasoning is not None:
+            for_grammars = tokenizer.for_grammars(info.vocab_size, model.eos_token_ids)
+            self.client.use_tokenizer(for_grammars)
+            validator = GrammarValidator(for_grammars)
+        self._ready = ReadyState(builder, validator)
 
     async def prepare_grammars(self) -> None:
         """Start what the first grammar would wait for."""
-        if self._validator is not None and self.settings.json_style is not None:
-            await self._validator.start()
+        validator = self.ready.validator
+        if validator is not None and self.settings.json_style is not None:
+            await validator.start()
 
     async def check_grammar(self, prepared: Prepared) -> None:
         """Raise RequestError unless the request's grammar, if it has one, can be used."""
         if not prepared.request.grammar:
             return
-        if self.settings.json_style is None or self._validator is None:
+        validator = self.ready.validator
+        if self.settings.json_style is None or validator is None:
             raise RequestError("grammars are switched off (--grammar-backend none)", param=prepared.grammar_param)
-        await self._validator.check(prepared.request.grammar, prepared.grammar_param)
+        await validator.check(prepared.request.grammar, prepared.grammar_param)
 
     def close(self) -> None:
         """End the processes of this object."""
-        if self._validator is not None:
-            self._validator.close()
+        if self._ready is not None and self._ready.validator is not None:
+            self._ready.validator.close()
 
     def check_accepting(self) -> None:
         """Raise UnavailableError unless a new request can be taken."""
         if self.draining:
             raise UnavailableError("the server is shutting down")
         self.client.check_ready()
-        _ = self.model
-
-    def check_model(self, name: str | None) -> str:
-        """See `ModelNames.check`."""
-        return self.model.names.check(name)
+        _ = self.ready

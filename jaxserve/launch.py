@@ -184,6 +184,7 @@ def _api_settings(config: ServeConfig, path: Path, merged: _NamedAdapter | None)
         server_args=config.flags,
         log_requests=http.log_requests,
         enable_metrics=http.enable_metrics,
+        random_seed=output.random_seed,
     )
 
 
@@ -209,7 +210,7 @@ class _Launcher:
         self._server = Server(_api_settings(config, path, merged), self._client)
         self._http = _HttpServer(
             uvicorn.Config(
-                create_app(self._server, random_seed=config.output.random_seed),
+                create_app(self._server),
                 http=BoundedHttpProtocol,
                 log_level="warning",
                 access_log=False,

@@ -1,7 +1,7 @@
 """From the body of `/v1/chat/completions` to an engine request. The other chat protocols are translated to it."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from api.chat.conversation import template_messages
 from api.chat.schemas import ChatCompletionRequest, ChatMessage
@@ -20,24 +20,37 @@ from jaxserve.structured.grammar import GrammarPart, GrammarPrefix, whole
 _MAX_BUDGET = 2**31 - 1
 
 
+class RenderedPrompt(NamedTuple):
+    """A conversation as the model reads it.
+
+    Attributes:
+        text: the prompt.
+        in_reasoning: the output starts inside reasoning; None if the prompt does not show it.
+    """
+
+    text: str
+    in_reasoning: bool | None
+
+
 def build_chat(builder: RequestBuilder, body: ChatCompletionRequest) -> Prepared:
     """One conversation.
 
     Raises:
         RequestError: names the field, its value and the limit.
     """
+    if body.lora_path is not None and not isinstance(body.lora_path, str):
+        raise RequestError("lora_path must be one adapter's name here", param="lora_path")
+    model = builder.model.names.resolve(body.model, body.lora_path)
     check_common(body)
     check_range("top_logprobs", body.top_logprobs, 0, MAX_LOGPROBS)
     if body.top_logprobs is not None and not body.logprobs:
         raise RequestError("top_logprobs needs logprobs to be true", param="top_logprobs")
     tools = read_tools(body)
-    kwargs = template_kwargs(body)
-    prompt = render(builder, body.messages, kwargs, tools, continue_final=bool(body.continue_final_message))
+    prompt = _render_chat(builder, body, tools)
     # The template has written the special tokens already.
-    ids = builder.encode(prompt, add_special_tokens=False, param="messages")
-    in_reasoning = _starts_in_reasoning(builder, body, prompt)
+    ids = builder.encode(prompt.text, add_special_tokens=False, param="messages")
     max_tokens = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
-    grammar, param = _grammar(builder, body, tools, in_reasoning)
+    grammar, param = _grammar(builder, body, tools, prompt.in_reasoning)
     request = builder.request(
         body,
         ids,
@@ -48,15 +61,15 @@ def build_chat(builder: RequestBuilder, body: ChatCompletionRequest) -> Prepared
             num_logprobs=(body.top_logprobs or 0) if body.logprobs else None,
         ),
         num_choices=body.n or 1,
-        adapter=builder.model.names.adapter(body.model, body.lora_path),
+        adapter=model.adapter_keys[0],
         grammar=grammar,
-        thinking=_thinking(builder, body, in_reasoning, forced=tools is not None and tools.forced),
+        thinking=_thinking(builder, body, prompt.in_reasoning, forced=tools is not None and tools.forced),
     )
     formats = builder.model.formats
     separate = body.separate_reasoning is not False
     message = MessageParserConfig(
         reasoning=formats.reasoning if separate else None,
-        in_reasoning=in_reasoning,
+        in_reasoning=prompt.in_reasoning,
         stream_reasoning=body.stream_reasoning is not False,
         tool_calls=None if tools is None else formats.tool_calls,
         tools=() if tools is None else tools.callable,
@@ -67,7 +80,7 @@ def build_chat(builder: RequestBuilder, body: ChatCompletionRequest) -> Prepared
     if tools is not None:
         markers += formats.tool_calls.markers
     kept = builder.model.tokenizer.special_ids_in(markers)
-    return Prepared(request, builder.text_options(body, message=message, kept_ids=kept), param)
+    return Prepared(model.name, request, builder.text_options(body, message=message, kept_ids=kept), param)
 
 
 def count_prompt_tokens(builder: RequestBuilder, body: ChatCompletionRequest) -> int:
@@ -127,16 +140,17 @@ def template_kwargs(body: ChatCompletionRequest) -> dict[str, Any]:
     return {**derived, **(body.chat_template_kwargs or {})}
 
 
-def _starts_in_reasoning(builder: RequestBuilder, body: ChatCompletionRequest, prompt: str) -> bool | None:
-    reasoning = builder.model.formats.reasoning
-    if reasoning is None:
-        return None
-    if body.continue_final_message:
-        final = template_messages(body.messages[-1:], "")[0]["content"]
-        in_reasoning = reasoning.continues_in_reasoning(final)
-        if in_reasoning is not None:
-            return in_reasoning
-    return reasoning.starts_in_reasoning(prompt)
+def _render_chat(builder: RequestBuilder, body: ChatCompletionRequest, tools: ToolUse | None) -> RenderedPrompt:
+    continues = bool(body.continue_final_message)
+    text = render(builder, body.messages, template_kwargs(body), tools, continue_final=continues)
+    reasoning, in_reasoning = builder.model.formats.reasoning, None
+    if reasoning is not None:
+        if continues:
+            final = template_messages(body.messages[-1:], "")[0]["content"]
+            in_reasoning = reasoning.continues_in_reasoning(final)
+        if in_reasoning is None:
+            in_reasoning = reasoning.starts_in_reasoning(text)
+    return RenderedPrompt(text, in_reasoning)
 
 
 def _grammar(

@@ -50,10 +50,9 @@ async def chat_completions(
 ) -> ChatCompletion:
     """Continue a conversation; with `stream` the answer is server-sent events."""
     check_fields(await request.json(), ChatCompletionRequest, strict=server.settings.strict_params)
-    model = server.check_model(data.model)
     name = answer_id("chatcmpl-", data.rid)
     running = await start_chat(server, builder, data, "chat", name, len(await request.body()))
-    chat = _Chat(server, data, model, running)
+    chat = _Chat(server, data, running)
     if data.stream:
         return EventStream(chat.events(), running.close)  # type: ignore[return-value]
     return await unless_gone(request.receive, chat.collect(), running.close)
@@ -62,10 +61,10 @@ async def chat_completions(
 class _Chat:
     """One chat request on its way to the client."""
 
-    def __init__(self, server: Server, body: ChatCompletionRequest, model: str, running: RunningRequest) -> None:
+    def __init__(self, server: Server, body: ChatCompletionRequest, running: RunningRequest) -> None:
         self._server = server
         self._body = body
-        self._model = model
+        self._model = running.model
         self._running = running
         self._created = int(time.time())
         self._id = running.id

@@ -21,6 +21,8 @@ def build_completions(builder: RequestBuilder, body: CompletionRequest) -> list[
     Raises:
         RequestError: names the field, its value and the limit.
     """
+    prompts = _prompts(body)
+    model = builder.model.names.resolve(body.model, body.lora_path, num_prompts=len(prompts))
     check_common(body)
     num_choices = body.n or 1
     best_of = num_choices if body.best_of is None else body.best_of
@@ -28,15 +30,14 @@ def build_completions(builder: RequestBuilder, body: CompletionRequest) -> list[
     if body.stream and best_of > num_choices:
         raise RequestError("best_of above n cannot be streamed", param="best_of")
     check_range("logprobs", body.logprobs, 0, MAX_LOGPROBS)
+    prompt_ids = [_prompt_ids(builder, prompt, body.suffix) for prompt in prompts]
     part, param = read_constraint(body, builder.model.grammars)
     grammar = "" if part is None else whole([(GrammarPrefix(), part)])
     # Ranking needs log-probabilities whether or not the client wants to see them.
     num_logprobs = 0 if body.logprobs is None and best_of > num_choices else body.logprobs
     max_tokens = _DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
     prepared: list[Prepared] = []
-    prompts = _prompts(builder, body)
-    adapters = builder.model.names.adapters_for(body.model, body.lora_path, len(prompts))
-    for ids, adapter in zip(prompts, adapters, strict=True):
+    for ids, adapter in zip(prompt_ids, model.adapter_keys, strict=True):
         sampling = builder.sampling(
             body,
             builder.model.generation.sampling,
@@ -45,12 +46,12 @@ def build_completions(builder: RequestBuilder, body: CompletionRequest) -> list[
             prompt_logprobs=bool(body.echo) and body.logprobs is not None,
         )
         request = builder.request(body, ids, sampling=sampling, num_choices=best_of, grammar=grammar, adapter=adapter)
-        prepared.append(Prepared(request, builder.text_options(body), param))
+        prepared.append(Prepared(model.name, request, builder.text_options(body), param))
     return prepared
 
 
-def _prompts(builder: RequestBuilder, body: CompletionRequest) -> list[list[int]]:
-    """Token ids of each prompt."""
+def _prompts(body: CompletionRequest) -> list[Any]:
+    """Each prompt: text, or token ids."""
     prompt = body.prompt
     if isinstance(prompt, str):
         prompts: list[Any] = [prompt]
@@ -60,7 +61,7 @@ def _prompts(builder: RequestBuilder, body: CompletionRequest) -> list[list[int]
         prompts = list(prompt)
     if not 1 <= len(prompts) <= _MAX_PROMPTS:
         raise RequestError(f"between 1 and {_MAX_PROMPTS} prompts, got {len(prompts)}", param="prompt")
-    return [_prompt_ids(builder, item, body.suffix) for item in prompts]
+    return prompts
 
 
 def _prompt_ids(builder: RequestBuilder, prompt: Any, suffix: str | None) -> list[int]:

@@ -39,12 +39,11 @@ async def completions(
 ) -> Completion:
     """Continue one or several prompts; with `stream` the answer is server-sent events."""
     check_fields(await request.json(), CompletionRequest, strict=server.settings.strict_params)
-    model = server.check_model(data.model)
     name = answer_id("cmpl-", data.rid)
     prepared = await build(len(await request.body()), build_completions, builder, data)
     await server.check_grammar(prepared[0])
     running = RunningRequest(server, "completions", name, prepared)
-    answer = _Completion(server, data, model, running)
+    answer = _Completion(server, data, running)
     if data.stream:
         return EventStream(answer.events(), running.close)  # type: ignore[return-value]
     return await unless_gone(request.receive, answer.collect(), running.close)
@@ -76,10 +75,10 @@ class _Echo:
 class _Completion:
     """One completions request on its way to the client."""
 
-    def __init__(self, server: Server, body: CompletionRequest, model: str, running: RunningRequest) -> None:
+    def __init__(self, server: Server, body: CompletionRequest, running: RunningRequest) -> None:
         self._server = server
         self._body = body
-        self._model = model
+        self._model = running.model
         self._running = running
         self._created = int(time.time())
         self._id = running.id

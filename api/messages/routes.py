@@ -66,7 +66,6 @@ async def messages(
 ) -> MessagesResponse:
     """Continue a conversation; with `stream` the answer is server-sent events."""
     check_fields(await request.json(), MessagesRequest, strict=server.settings.strict_params)
-    model = server.check_model(data.model)
     body = to_chat(data)
     if body.thinking_budget is not None and server.model.formats.reasoning is None:
         raise RequestError("thinking needs a server with --reasoning-parser", param="thinking")
@@ -74,7 +73,7 @@ async def messages(
     body.temperature, body.top_p, body.top_k = data.temperature, data.top_p, data.top_k
     body.stop = data.stop_sequences
     running = await start_chat(server, builder, body, "messages", answer_id("msg_", None), len(await request.body()))
-    answer = _Message(server, model, running)
+    answer = _Message(server, running)
     if data.stream:
         return EventStream(answer.events(), running.close, error=_error_event)  # type: ignore[return-value]
     return await unless_gone(request.receive, answer.collect(), running.close)
@@ -94,7 +93,7 @@ async def count_tokens(
 ) -> CountTokensResponse:
     """How many tokens the prompt of a message has."""
     check_fields(await request.json(), CountTokensRequest, strict=server.settings.strict_params)
-    server.check_model(data.model)
+    server.model.names.resolve(data.model)
     size = len(await request.body())
     return CountTokensResponse(await build(size, count_prompt_tokens, builder, to_chat(data)))
 
@@ -185,8 +184,7 @@ def _error_event(error: Exception) -> bytes:
 class _Message:
     """One answer on its way to the client."""
 
-    def __init__(self, server: Server, model: str, running: RunningRequest) -> None:
-        self._model = model
+    def __init__(self, server: Server, running: RunningRequest) -> None:
         self._running = running
         self._ids = CallIds(server.model.formats.tool_calls.id_characters)
         self._blocks = BlockStream()
@@ -238,7 +236,7 @@ class _Message:
         stopped = end is not None and isinstance(end.matched_stop, str)
         return MessagesResponse(
             id=self._running.id,
-            model=self._model,
+            model=self._running.model,
             content=content,
             usage=MessagesUsage(usage.prompt_tokens - cached, usage.completion_tokens, cached),
             stop_reason=None if end is None else self._stop_reason(end),

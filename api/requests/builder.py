@@ -38,11 +38,13 @@ class Prepared(NamedTuple):
     """A wire request, ready for the engine but for the check of its grammar.
 
     Attributes:
+        model: name of the model, as the answer repeats it.
         request: for the engine.
         options: how its output becomes text.
         grammar_param: the field that demands the grammar.
     """
 
+    model: str
     request: Request
     options: TextOptions
     grammar_param: str | None = None

@@ -2,9 +2,22 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from api.adapters.registry import NamedAdapter
 from jaxserve.errors import NotFoundError, RequestError
+
+
+class ResolvedModel(NamedTuple):
+    """The model that a request names.
+
+    Attributes:
+        name: the name to answer with.
+        adapter_keys: the key of each prompt's adapter; empty for the base model.
+    """
+
+    name: str
+    adapter_keys: list[str]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,43 +34,31 @@ class ModelNames:
     path: str
     adapters: Mapping[str, NamedAdapter] | None
 
-    def adapter(self, model: str | None, lora_path: str | Sequence[str | None] | None) -> str:
-        """The key of the adapter of a request with one prompt, empty for none; see `adapters_for`."""
-        if lora_path is not None and not isinstance(lora_path, str):
-            raise RequestError("lora_path must be one adapter's name here", param="lora_path")
-        [adapter] = self.adapters_for(model, lora_path, 1)
-        return adapter
-
-    def adapters_for(
-        self, model: str | None, lora_path: str | Sequence[str | None] | None, num_prompts: int
-    ) -> list[str]:
-        """The key of each prompt's adapter, empty for none.
+    def resolve(
+        self, model: str | None, lora_path: str | Sequence[str | None] | None = None, *, num_prompts: int = 1
+    ) -> ResolvedModel:
+        """Resolve the names in a request.
 
         Args:
-            model: `base:adapter` or an adapter's name wins over `lora_path`.
-            lora_path: an adapter's name for all prompts, or one for each; null or empty is the base model.
-            num_prompts: how many there are.
+            model: `base:adapter` or an adapter's name wins over `lora_path`; unset and `default` mean the served model.
+            lora_path: an adapter's name for all prompts, or one per prompt; null or empty means the base model.
+            num_prompts: number of prompts of the request.
 
         Raises:
             NotFoundError: no such model or adapter.
-            RequestError: the server runs without LoRA, or there are not as many names as prompts.
+            RequestError: the server runs without LoRA, or the number of names is not `num_prompts`.
         """
-        if adapter := self._of_model(model):
-            return [adapter] * num_prompts
+        return ResolvedModel(model or self.served, self._adapter_keys(model, lora_path, num_prompts))
+
+    def _adapter_keys(
+        self, model: str | None, lora_path: str | Sequence[str | None] | None, num_prompts: int
+    ) -> list[str]:
+        if key := self._of_model(model):
+            return [key] * num_prompts
         names = [lora_path] * num_prompts if lora_path is None or isinstance(lora_path, str) else list(lora_path)
         if len(names) != num_prompts:
             raise RequestError(f"lora_path has {len(names)} entries for {num_prompts} prompts", param="lora_path")
         return [self._loaded(name.strip(), "lora_path") if name else "" for name in names]
-
-    def check(self, model: str | None) -> str:
-        """The name to answer with; unset and `default` mean the served model.
-
-        Raises:
-            NotFoundError: no such model or adapter.
-            RequestError: the server runs without LoRA.
-        """
-        self._of_model(model)
-        return model or self.served
 
     def _of_model(self, model: str | None) -> str:
         if self._is_base(model):

@@ -19,6 +19,11 @@ logger = logging.getLogger(__name__)
 class RunningRequest:
     """Starts the generations at once; `close` must be called however the request ends.
 
+    Attributes:
+        id: the id of the answer.
+        model: name of the model, as the answer repeats it.
+        generations: one per prompt.
+
     Args:
         server: shared state.
         endpoint: name in logs and metrics.
@@ -35,19 +40,20 @@ class RunningRequest:
         server.check_accepting()
         if answer_id in server.running:
             raise RequestError(f"request id {answer_id!r} is in use", param="rid")
-        for request, *_ in prepared:
-            server.adapters.check_loaded(request.adapter)
-        server.client.check_capacity(sum(request.num_choices for request, *_ in prepared))
+        for item in prepared:
+            server.adapters.check_loaded(item.request.adapter)
+        server.client.check_capacity(sum(item.request.num_choices for item in prepared))
         self._server = server
         self._timer = RequestTimer(server.metrics)
         self._ended = False
         self._endpoint = endpoint
         self.id = answer_id
+        self.model = prepared[0].model
         self.generations: list[GenerationStream] = []
         server.running[answer_id] = self.generations
         try:
-            for request, options, _ in prepared:
-                generation = GenerationStream(server.client, server.tokenizer, request, options)
+            for item in prepared:
+                generation = GenerationStream(server.client, server.tokenizer, item.request, item.options)
                 self.generations.append(generation)
         except BaseException:
             self.close()

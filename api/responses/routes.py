@@ -61,13 +61,12 @@ async def create_response(
 ) -> ResponseObject:
     """Answer an input; with `stream` the answer is server-sent events."""
     check_fields(await request.json(), ResponsesRequest, strict=server.settings.strict_params)
-    model = server.check_model(data.model)
     chat = to_chat(data, _earlier_turns(server, data.previous_response_id))
     name = answer_id("resp_", None)
     running = await start_chat(server, builder, chat, "responses", name, len(await request.body()))
     # Instructions are not carried over to the next response.
     turns = chat.messages[data.instructions is not None :]
-    answer = _Response(server, data, model, running, turns, size=len(await request.body()))
+    answer = _Response(server, data, running, turns, size=len(await request.body()))
     if data.stream:
         return EventStream(answer.events(), answer.close, error=answer.error_event)  # type: ignore[return-value]
     return await unless_gone(request.receive, answer.collect(), answer.close)
@@ -112,7 +111,6 @@ class _Response:
         self,
         server: Server,
         body: ResponsesRequest,
-        model: str,
         running: RunningRequest,
         turns: list[ChatMessage],
         *,
@@ -130,7 +128,7 @@ class _Response:
         self._response = ResponseObject(
             id=running.id,
             created_at=int(time.time()),
-            model=model,
+            model=running.model,
             status="in_progress",
             output=[],
             parallel_tool_calls=body.parallel_tool_calls is not False,

@@ -25,7 +25,7 @@ async def tokenize(
 ) -> TokenizeResponse:
     """Tokenize a prompt, or messages through the chat template."""
     check_fields(await request.json(), TokenizeRequest, strict=server.settings.strict_params)
-    server.check_model(data.model)
+    server.model.names.resolve(data.model)
     tokens = await build(len(await request.body()), tokenize_prompt, builder, data)
     return TokenizeResponse(tokens, len(tokens), server.client.info.context_length)
 
@@ -33,7 +33,7 @@ async def tokenize(
 @post(["/detokenize", "/v1/detokenize"], status_code=200, summary="Token ids to text", responses=errors(404, body=True))
 async def detokenize(data: JSONBody[DetokenizeRequest], server: NamedDependency[Server]) -> DetokenizeResponse:
     """Decode token ids."""
-    server.check_model(data.model)
+    server.model.names.resolve(data.model)
     vocab_size, limit = server.client.info.vocab_size, server.client.info.context_length
     if len(data.tokens) > limit:
         raise RequestError(f"tokens: {len(data.tokens)} ids, the limit is {limit}", param="tokens")

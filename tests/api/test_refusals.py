@@ -143,7 +143,7 @@ async def test_internal_errors_tell_nothing(http: Http, server: Server, monkeypa
     def explode(*_: object) -> None:
         raise ZeroDivisionError("/secret/path")
 
-    monkeypatch.setattr(server, "check_model", explode)
+    monkeypatch.setattr(server, "check_grammar", explode)
     error = check_error(await http.post("/v1/completions", json={"prompt": "x"}), 500)
     assert "secret" not in error["message"]
     assert "ZeroDivision" not in error["message"]
