@@ -20,11 +20,16 @@ _READ_POLL_S = 0.005
 Answer: TypeAlias = Callable[[str | None], None]
 
 
-class _Parked(NamedTuple):
-    """A request whose adapter is not in memory, and what is called once it is, or cannot be."""
+class Ready(NamedTuple):
+    """A request that was waiting for its adapter.
+
+    Attributes:
+        request: the request.
+        error: None if it has started; else why the adapter cannot be read.
+    """
 
     request: Request
-    start: Answer
+    error: str | None
 
 
 @dataclass
@@ -94,7 +99,9 @@ class AdapterStore:
         self._entries: OrderedDict[str, _Entry] = OrderedDict()
         self._wanted: OrderedDict[str, None] = OrderedDict()
         self._reading: tuple[str, Future[LoadedAdapter]] | None = None
-        self._parked: dict[str, _Parked] = {}
+        # Requests whose adapter is not in memory, by id.
+        self._waiting: dict[str, Request] = {}
+        self._ready: list[Ready] = []
         self._uses: dict[str, _Use] = {}
 
     @property
@@ -105,11 +112,6 @@ class AdapterStore:
             and not self._wanted
             and not any(entry.unloaded is not None for entry in self._entries.values())
         )
-
-    @property
-    def num_parked(self) -> int:
-        """Choices that wait for an adapter."""
-        return sum(parked.request.num_choices for parked in self._parked.values())
 
     def add(self, source: AdapterSource, adapter: LoadedAdapter) -> None:
         """Take an adapter that the holder has already."""
@@ -130,8 +132,8 @@ class AdapterStore:
         else:
             entry.unloaded = unloaded
 
-    def begin(self, request: Request) -> bool:
-        """Note that a request is there; False when its adapter is gone."""
+    def acquire(self, request: Request) -> bool:
+        """Keep the adapter of a request until its last choice is released; False if the adapter is not loaded."""
         entry = self._entries.get(request.adapter)
         if entry is None or not entry.open:
             return False
@@ -139,20 +141,16 @@ class AdapterStore:
         self._uses[request.id] = _Use(entry, set(range(request.num_choices)), active=False)
         return True
 
-    def enter(self, request: Request, start: Answer) -> None:
-        """Start a request that has begun as soon as its adapter is in memory."""
+    def start(self, request: Request) -> bool:
+        """Start a request that has acquired its adapter; if that is not in memory, `work` returns the request later."""
         entry = self._uses[request.id].entry
         self._entries.move_to_end(entry.source.key)
         if entry.in_memory and not entry.evicting:
-            self._start(_Parked(request, start))
-        else:
-            self._parked[request.id] = _Parked(request, start)
-            self._wanted[entry.source.key] = None
-
-    def cancel(self, request_id: str) -> Request | None:
-        """Forget a request that waits for its adapter, and return it; the caller reports its end."""
-        parked = self._parked.pop(request_id, None)
-        return None if parked is None else parked.request
+            self._activate(request)
+            return True
+        self._waiting[request.id] = request
+        self._wanted[entry.source.key] = None
+        return False
 
     def release(self, delta: TokenDelta) -> None:
         """Take note of the end of a choice."""
@@ -161,12 +159,17 @@ class AdapterStore:
             return
         use.open_choices.discard(delta.choice)
         if not use.open_choices:
+            self._waiting.pop(delta.request_id, None)
             del self._uses[delta.request_id]
             use.entry.num_requests -= 1
             use.entry.num_active -= use.active
 
-    def work(self, *, wait_for_reading: bool) -> None:
-        """Take in what was read, start the next reading, and let go what is to go."""
+    def work(self, *, wait_for_reading: bool) -> list[Ready]:
+        """Take what was read, start the next reading, and drop adapters that are to be unloaded.
+
+        Returns:
+            Requests whose wait is over.
+        """
         if self._reading is not None:
             key, future = self._reading
             if wait_for_reading:
@@ -179,6 +182,8 @@ class AdapterStore:
                 self._forget(entry)
         if self._reading is None and self._wanted:
             self._bring(self._entries[next(iter(self._wanted))])
+        ready, self._ready = self._ready, []
+        return ready
 
     def _is_read(self, entry: _Entry) -> bool:
         return self._reading is not None and self._reading[0] == entry.source.key
@@ -187,7 +192,7 @@ class AdapterStore:
         """Read an adapter, or make room for it first."""
         if entry.in_memory:  # its turn has come before it left
             entry.evicting = False
-            self._start_parked(entry)
+            self._start_waiting(entry)
         elif self._has_capacity():
             self._reading = entry.source.key, self._executor.submit(self._read, entry.source.folder)
         else:
@@ -224,7 +229,7 @@ class AdapterStore:
         if entry.loaded is not None:
             entry.loaded(None)
             entry.loaded = None
-        self._start_parked(entry)
+        self._start_waiting(entry)
 
     def _fail(self, entry: _Entry, error: BaseException) -> None:
         key = entry.source.key
@@ -235,27 +240,26 @@ class AdapterStore:
             entry.loaded(str(error) if isinstance(error, AdapterError) else f"it cannot be read: {error!r}")
             return
         logger.error("the adapter %r cannot be read again: %s", key, error)
-        for parked in self._parked_for(entry):
-            # The reason may name folders, which clients need not know.
-            parked.start(f"the adapter {adapter_name(key)!r} cannot be read again")
+        # The reason may name folders, which clients need not know.
+        reason = f"the adapter {adapter_name(key)!r} cannot be read again"
+        self._ready += [Ready(request, reason) for request in self._take_waiting(entry)]
 
-    def _parked_for(self, entry: _Entry) -> list[_Parked]:
-        """Those that wait for it, and no longer do."""
-        found = [parked for parked in self._parked.values() if parked.request.adapter == entry.source.key]
-        for parked in found:
-            del self._parked[parked.request.id]
+    def _take_waiting(self, entry: _Entry) -> list[Request]:
+        """Remove and return the requests that wait for an adapter."""
+        found = [request for request in self._waiting.values() if request.adapter == entry.source.key]
+        for request in found:
+            del self._waiting[request.id]
         return found
 
-    def _start_parked(self, entry: _Entry) -> None:
-        for parked in self._parked_for(entry):
-            self._start(parked)
+    def _start_waiting(self, entry: _Entry) -> None:
+        for request in self._take_waiting(entry):
+            self._activate(request)
+            self._ready.append(Ready(request, None))
 
-    def _start(self, parked: _Parked) -> None:
-        request = parked.request
+    def _activate(self, request: Request) -> None:
         use = self._uses[request.id]
         self._uses[request.id] = use._replace(active=True)
         use.entry.num_active += 1
-        parked.start(None)
 
     def _note_held(self, entry: _Entry, adapter: LoadedAdapter) -> None:
         entry.digest, entry.in_memory = adapter.digest, True
