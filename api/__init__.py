@@ -1,1 +1,1 @@
-"""The HTTP side: OpenAI's wire format over Litestar. Never imports jax."""
+"""The HTTP server: OpenAI's and Anthropic's APIs on Litestar. This package never imports jax."""

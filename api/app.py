@@ -1,4 +1,4 @@
-"""The Litestar application: routes, guard, limits, and the table of errors."""
+"""The Litestar application: routes, guard, limits and exception handlers."""
 
 from typing import Any
 
@@ -51,7 +51,7 @@ ROUTES = (
 
 
 def create_app(server: Server) -> Litestar:
-    """Build the application over a server's state."""
+    """Build the application around a server's shared state."""
     guard = KeyGuard(server.settings.api_key, server.settings.admin_api_key)
     return Litestar(
         route_handlers=ROUTES,
@@ -75,14 +75,14 @@ def create_app(server: Server) -> Litestar:
             openapi_router=Router("/schema", route_handlers=[], guards=[guard]),
         ),
         cors_config=CORSConfig(allow_origins=[]),
-        # The launcher has set logging up.
+        # The launcher has configured logging.
         logging_config=None,
         debug=False,
     )
 
 
 async def _check_content_type(request: Request[Any, Any, Any]) -> Response[Any] | None:
-    # A browser page may post text/plain to a loopback server without asking; JSON it may not.
+    # A web page can post text/plain to a loopback server without a CORS preflight, but not JSON.
     has_body = request.headers.get("content-length", "0") != "0" or "transfer-encoding" in request.headers
     if request.method == "POST" and has_body and request.content_type[0] != "application/json":
         return error_response(415, f"the body must be application/json, got {request.content_type[0] or 'nothing'!r}")

@@ -1,4 +1,4 @@
-"""The API keys. A route is closed unless it says `OPEN`."""
+"""API keys. A route requires a key unless its `opt` is `OPEN`."""
 
 import hashlib
 import hmac
@@ -8,18 +8,18 @@ from litestar.connection import ASGIConnection
 from litestar.exceptions import NotAuthorizedException, PermissionDeniedException
 from litestar.handlers import BaseRouteHandler
 
-# Set as a handler's `opt`: probes and scrapers carry no key.
+# Passed as a handler's `opt`: health probes and metrics scrapers send no key.
 OPEN = {"open": True}
-# Routes that change what the server does for others: the admin's, where there is an admin's key.
+# Routes that affect other clients: they require the admin key if one is configured.
 CONTROL = {"control": True}
 
 
 class KeyGuard:
-    """Litestar guard that wants `Authorization: Bearer KEY`; without a key everything is open.
+    """Litestar guard that requires `Authorization: Bearer KEY`; without a configured key every route is open.
 
     Args:
-        api_key: the key of every route that is not open.
-        admin_api_key: the key of control routes, which `api_key` then does not open; it opens the other routes, too.
+        api_key: key of every route that is not `OPEN`.
+        admin_api_key: key of the control routes, which then reject `api_key`; all other routes accept both keys.
     """
 
     def __init__(self, api_key: str | None, admin_api_key: str | None = None) -> None:
@@ -27,13 +27,16 @@ class KeyGuard:
         self._admin = None if admin_api_key is None else _digest(admin_api_key.encode())
 
     def __call__(self, connection: ASGIConnection[Any, Any, Any, Any], handler: BaseRouteHandler) -> None:
-        """Raise 401 unless a key fits, 403 where only the admin's would. Compares digests in constant time."""
+        """Raise 401 if the key is missing or wrong, 403 if the route needs the admin key instead.
+
+        Digests of the keys are compared in constant time.
+        """
         wanted = self._admin if handler.opt.get("control") and self._admin is not None else self._user
         if wanted is None or handler.opt.get("open"):
             return
         scheme, _, key = connection.headers.get("authorization", "").partition(" ")
         if scheme.lower() != "bearer":
-            key = connection.headers.get("x-api-key", "")  # as Anthropic's clients send it
+            key = connection.headers.get("x-api-key", "")  # the header that Anthropic's clients use
         given = _digest(key.encode("latin-1", "replace"))
         if not key:
             raise NotAuthorizedException("missing API key; send 'Authorization: Bearer KEY'")

@@ -1,4 +1,4 @@
-"""A message as blocks, one after the other: what the Responses and the Messages protocol stream."""
+"""A message as a sequence of content blocks, which the Responses and Messages protocols stream."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -9,7 +9,7 @@ from jaxserve.parsing.deltas import CallArguments, CallEnd, CallFailed, CallStar
 
 
 class BlockKind(Enum):
-    """What a block holds."""
+    """The kind of content in a block."""
 
     REASONING = auto()
     TEXT = auto()
@@ -18,14 +18,15 @@ class BlockKind(Enum):
 
 @dataclass
 class Block:
-    """One block.
+    """One content block.
 
     Attributes:
-        index: counts from 0.
-        kind: what it holds.
-        text: so far; a call's arguments.
-        name, call_id: name and id of a call.
-        failed: the call turned out to be none.
+        index: index of the block in its message.
+        kind: kind of content.
+        text: the text so far; for a call, its arguments.
+        name: function name of a call.
+        call_id: the model's own id of a call; None if it gave none.
+        failed: the text turned out not to be a call.
     """
 
     index: int
@@ -37,7 +38,7 @@ class Block:
 
 
 class Phase(Enum):
-    """Where in its life a block is."""
+    """The phase of a block's stream."""
 
     START = auto()
     DELTA = auto()
@@ -54,17 +55,17 @@ class BlockEvent(NamedTuple):
 
 @dataclass
 class BlockStream:
-    """Pieces to blocks.
+    """Converts message deltas to block events.
 
     Attributes:
-        blocks: all so far.
+        blocks: all blocks so far.
     """
 
     blocks: list[Block] = field(default_factory=list[Block])
     _open: Block | None = None
 
     def add(self, message_deltas: Iterable[MessageDelta]) -> Iterator[BlockEvent]:
-        """Events of new message deltas, in order."""
+        """Yield the events of new message deltas, in order."""
         for part in message_deltas:
             match part:
                 case Reasoning(text=text):

@@ -1,4 +1,4 @@
-"""The one table from exceptions to HTTP, and OpenAI's error object. Nothing else knows a status code."""
+"""The single mapping from exceptions to HTTP status codes and OpenAI's error object."""
 
 import logging
 import uuid
@@ -28,20 +28,20 @@ _TYPES = {
 
 
 class GenerationError(Exception):
-    """A choice ended with an error of ours."""
+    """A choice ended with an error that is the server's fault."""
 
 
 def error_response(
     status: int, message: str, *, param: str | None = None, code: str | None = None, retry_after_s: int | None = None
 ) -> Response[ErrorBody]:
-    """One error answer."""
+    """Build an error response."""
     headers = {} if retry_after_s is None else {"Retry-After": str(retry_after_s)}
     body = ErrorBody(ErrorInfo(message, _TYPES.get(status, "server_error"), param, code))
     return Response(body, status_code=status, headers=headers, media_type="application/json")
 
 
 def to_response(error: Exception) -> Response[ErrorBody]:
-    """The table."""
+    """Map an exception to its error response."""
     match error:
         case NotFoundError():
             return error_response(404, str(error), param=error.param, code=error.code)
@@ -69,7 +69,7 @@ def handle(_: Request[Any, Any, Any], error: Exception) -> Response[Any]:
 
 
 def stream_error(error: Exception) -> ErrorBody:
-    """The same error as an event of a stream whose headers are out."""
+    """Map an exception to the payload of an event, for a stream whose headers have already been sent."""
     return to_response(error).content
 
 
@@ -82,7 +82,7 @@ def _validation(error: ValidationException) -> Response[ErrorBody]:
 
 
 def _internal(error: Exception) -> Response[ErrorBody]:
-    # The text may name paths and internals: it goes to the log, the client gets a reference to it.
+    # The text may reveal paths and internals: log it, and give the client only a reference to the log entry.
     reference = uuid.uuid4().hex
     logger.error("internal error %s", reference, exc_info=error)
     return error_response(500, f"internal error; reference {reference}")

@@ -1,6 +1,6 @@
-"""uvicorn's HTTP protocol with limits that it lacks: on the size of a request's head, and on the time to send it all.
+"""uvicorn's HTTP protocol with limits that it lacks: on the size of a request's head and the time to receive a request.
 
-Without them a client can hold a connection open for ever by sending nothing, or fill memory with headers.
+Without them a client can hold a connection open forever by sending nothing, or fill memory with headers.
 """
 
 import asyncio
@@ -15,11 +15,11 @@ RECEIPT_DEADLINE_S = 60.0
 
 
 class _HeadTooLarge(Exception):
-    """Ends parsing; the parser turns it into an error of its own."""
+    """Raised in a callback to abort parsing; the parser converts it to its own error."""
 
 
 class BoundedHttpProtocol(HttpToolsProtocol):
-    """One connection. Attributes are uvicorn's, and a few of ours with an underscore."""
+    """One HTTP connection. Public attributes are uvicorn's; those with an underscore are defined here."""
 
     _refusal = HTTPStatus.BAD_REQUEST
     _in_head = True
@@ -29,17 +29,17 @@ class BoundedHttpProtocol(HttpToolsProtocol):
     _deadline: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """The clock runs from here: also for a client that never sends a byte."""
+        """Start the deadline, which also applies to a client that never sends a byte."""
         super().connection_made(transport)
         self._start_deadline()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """See uvicorn."""
+        """Stop the deadline."""
         self._stop_deadline()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        """The parser keeps a header to itself until it is whole: what it holds back counts as well."""
+        """Parse data, and count the bytes of an unfinished header, which the parser buffers until it is complete."""
         holding = self._receiving and self._in_head
         super().data_received(data)
         if self.transport.is_closing():
@@ -49,11 +49,11 @@ class BoundedHttpProtocol(HttpToolsProtocol):
             if self._unparsed_bytes > MAX_HEAD_BYTES:
                 self._refuse(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE)
         elif not self._responding:
-            # Line breaks between requests stop uvicorn's clock and start no request.
+            # Line breaks between requests cancel uvicorn's keep-alive timeout without starting a request.
             self._start_deadline()
 
     def on_message_begin(self) -> None:
-        """A request starts, and its clock: at once, or when the one before it is answered."""
+        """Start a request; its deadline starts now, or once the previous request has been answered."""
         super().on_message_begin()
         self._in_head = self._receiving = True
         self._unparsed_bytes = self._fields_bytes = 0
@@ -61,36 +61,36 @@ class BoundedHttpProtocol(HttpToolsProtocol):
             self._start_deadline()
 
     def on_url(self, url: bytes) -> None:
-        """See uvicorn."""
+        """Count the bytes of the URL."""
         self._count(len(url))
         super().on_url(url)
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        """A header, or a trailer of a chunked body."""
+        """Count the bytes of a header, or of a trailer of a chunked body."""
         self._count(len(name) + len(value))
         if len(self.headers) >= MAX_HEADERS:
             self._count(MAX_HEAD_BYTES)
         super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
-        """The head is there."""
+        """Mark the head as received."""
         self._in_head = False
         super().on_headers_complete()
 
     def on_message_complete(self) -> None:
-        """The request is there in full."""
+        """Mark the request as received and stop its deadline."""
         self._receiving = False
         self._stop_deadline()
         super().on_message_complete()
 
     def on_response_complete(self) -> None:
-        """What has begun to arrive meanwhile gets its time from here."""
+        """Start the deadline of a request that began to arrive during the response."""
         super().on_response_complete()
         if self._receiving and not self.transport.is_closing():
             self._start_deadline()
 
     def send_400_response(self, msg: str) -> None:
-        """What uvicorn calls on a parser error."""
+        """Refuse the request; uvicorn calls this on a parser error."""
         self._refuse(self._refusal)
 
     @property
@@ -105,7 +105,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
             raise _HeadTooLarge
 
     def _refuse(self, status: HTTPStatus) -> None:
-        """Answer with OpenAI's error object and close; only close where another answer is under way or given."""
+        """Send OpenAI's error object and close; only close if another response was sent or is in progress."""
         cycle: Any = self.cycle
         refused_early = self._receiving and not self._in_head and cycle.response_started
         answered = refused_early or (self._responding and (self._in_head or cycle.response_started))

@@ -1,4 +1,4 @@
-"""Prometheus metrics, `jaxserve_…`. The engine's numbers are read from its last report when scraped."""
+"""Prometheus metrics, all named `jaxserve_…`. A scrape reads the engine's statistics from its last report."""
 
 import time
 from collections.abc import Iterable
@@ -15,7 +15,7 @@ _REQUEST_S = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 
 
 class Metrics:
-    """One process's metrics in a registry of their own."""
+    """The metrics of one process, in their own registry."""
 
     def __init__(self, client: EngineClient) -> None:
         self._registry = CollectorRegistry()
@@ -38,12 +38,12 @@ class Metrics:
         )
 
     def render(self) -> bytes:
-        """The text format."""
+        """Return the metrics in Prometheus' text format."""
         return generate_latest(self._registry)
 
 
 class RequestTimer:
-    """Times one request from its arrival."""
+    """Measures the latencies of one request from its arrival."""
 
     def __init__(self, metrics: Metrics) -> None:
         self._metrics = metrics
@@ -51,7 +51,7 @@ class RequestTimer:
         self._last: dict[int, float] = {}
 
     def token(self, choice: int) -> None:
-        """A choice got text or tokens."""
+        """Record that a choice received text or tokens."""
         now = time.perf_counter()
         last = self._last.get(choice)
         if last is None:
@@ -61,7 +61,7 @@ class RequestTimer:
         self._last[choice] = now
 
     def end(self) -> None:
-        """The request is over."""
+        """Record the end of the request."""
         self._metrics.request.observe(time.perf_counter() - self._start)
 
 

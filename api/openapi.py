@@ -1,4 +1,4 @@
-"""What the OpenAPI document says beyond the handlers' types: OpenAI's error object, and streams."""
+"""Additions to the OpenAPI document that the handlers' types do not express: OpenAI's error object, and streams."""
 
 from http import HTTPStatus
 from typing import Any
@@ -13,7 +13,7 @@ _ALWAYS = (401, 500, 503)
 
 
 def errors(*statuses: int, body: bool = False) -> dict[int, ResponseSpec]:
-    """Error answers of a route: the given ones, those of any route, and those of any route that takes a body."""
+    """Return a route's error responses: `statuses`, those of every route, and with `body` those of invalid bodies."""
     codes = sorted({*statuses, *_ALWAYS, *(_WITH_BODY if body else ())})
     return {
         code: ResponseSpec(ErrorBody, description=HTTPStatus(code).phrase, generate_examples=False) for code in codes
@@ -21,7 +21,7 @@ def errors(*statuses: int, body: bool = False) -> dict[int, ResponseSpec]:
 
 
 class StreamedOperation(Operation):
-    """An operation whose answer is server-sent events when the body says `stream`."""
+    """An operation whose response is server-sent events if the body sets `stream`."""
 
     def __init__(self, **fields: Any) -> None:
         super().__init__(**fields)

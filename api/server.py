@@ -1,4 +1,4 @@
-"""What the handlers share: the engine's client, the tokenizer, settings, metrics, and whether requests are taken."""
+"""State shared by the handlers: engine client, tokenizer, settings, metrics, and whether requests are accepted."""
 
 import time
 from collections.abc import Mapping
@@ -25,23 +25,23 @@ from jaxserve.text.tokenizer import Tokenizer
 
 @dataclass(frozen=True, kw_only=True)
 class ApiSettings:
-    """Settings of the HTTP side.
+    """Settings of the HTTP server.
 
     Attributes:
-        model_path: as the user gave it.
-        served_model_name: what clients call the model.
-        api_key: None leaves everything open.
-        generation: sampling defaults, and end tokens.
-        server_args: the launch flags, secrets left out, for `/get_server_info`.
-        reasoning_parser: name of the reasoning format, `auto`, or None for none.
+        model_path: the model's path as the user gave it.
+        served_model_name: name by which clients refer to the model.
+        api_key: key that clients must send; None leaves all routes open.
+        generation: sampling defaults, and additional end tokens.
+        server_args: launch flags without secrets, for `/get_server_info`.
+        reasoning_parser: name of the reasoning format, `auto`, or None for no parser.
         tool_call_parser: name of the tool-call format, or `auto`.
-        json_style: how constrained JSON may be laid out; None refuses all grammars.
-        completion_template: for requests with a suffix; None refuses them.
-        admin_api_key: the key of control routes; None leaves them to `api_key`.
-        lora: adapters of the start and limits of later ones, with the paths as the user gave them; None without LoRA.
-        lora_root: folder whose adapters may be loaded while serving.
-        strict_params: refuse fields that are not known.
-        log_requests: one log line per request.
+        json_style: whitespace rules for constrained JSON; None refuses all grammars.
+        completion_template: template of requests with a suffix; None refuses them.
+        admin_api_key: key of the control routes; None means that they use `api_key`.
+        lora: adapters given at startup, with the user's paths, and limits for later ones; None without LoRA.
+        lora_root: folder from which adapters may be loaded at runtime.
+        strict_params: refuse unknown fields.
+        log_requests: log one line per request.
         enable_metrics: serve `/metrics`.
         random_seed: makes the seeds of requests without a seed reproducible.
     """
@@ -65,11 +65,11 @@ class ApiSettings:
 
 
 class ReadyState(NamedTuple):
-    """What exists once the engine is ready.
+    """The state that exists once the engine is ready.
 
     Attributes:
         builder: builds engine requests.
-        validator: tries grammars; None where no output can be constrained.
+        validator: validates grammars; None if no request can be constrained.
     """
 
     builder: RequestBuilder
@@ -80,10 +80,10 @@ class Server:
     """State of one API process.
 
     Attributes:
-        draining: set on the way down: no new requests.
-        adapters: that requests can name.
-        running: generations of what is being answered, by the id of the answer.
-        responses: state of the Responses protocol.
+        draining: set during shutdown, when new requests are refused.
+        adapters: adapters that requests can name.
+        running: generations of each running request, by response id.
+        responses: stored responses of the Responses protocol.
     """
 
     def __init__(self, settings: ApiSettings, client: EngineClient) -> None:
@@ -101,14 +101,14 @@ class Server:
 
     @property
     def ready(self) -> ReadyState:
-        """What exists once the engine is ready; raises UnavailableError before."""
+        """The state that exists once the engine is ready; raises UnavailableError before."""
         if self._ready is None:
             raise UnavailableError("the model is still loading")
         return self._ready
 
     @property
     def model(self) -> ServedModel:
-        """The model and what is known of it; raises UnavailableError until the engine is ready."""
+        """The served model; raises UnavailableError until the engine is ready."""
         return self.ready.builder.model
 
     @property
@@ -122,10 +122,10 @@ class Server:
         return self.ready.builder
 
     def serve(self, tokenizer: Tokenizer) -> None:
-        """Accept requests from now on; the engine is ready.
+        """Start accepting requests; the engine must be ready.
 
         Raises:
-            LaunchError: the settings name a format that is not known.
+            LaunchError: the settings name an unknown reasoning or tool-call format.
         """
         settings, info = self.settings, self.client.info
         model = ServedModel(
@@ -148,13 +148,13 @@ class Server:
         self._ready = ReadyState(builder, validator)
 
     async def prepare_grammars(self) -> None:
-        """Start what the first grammar would wait for."""
+        """Start the grammar validator's process, so that the first grammar does not wait for it."""
         validator = self.ready.validator
         if validator is not None and self.settings.json_style is not None:
             await validator.start()
 
     async def check_grammar(self, prepared: Prepared) -> None:
-        """Raise RequestError unless the request's grammar, if it has one, can be used."""
+        """Raise RequestError if the request has a grammar that cannot be used."""
         if not prepared.request.grammar:
             return
         validator = self.ready.validator
@@ -163,12 +163,12 @@ class Server:
         await validator.check(prepared.request.grammar, prepared.grammar_param)
 
     def close(self) -> None:
-        """End the processes of this object."""
+        """Stop the grammar validator's processes."""
         if self._ready is not None and self._ready.validator is not None:
             self._ready.validator.close()
 
     def check_accepting(self) -> None:
-        """Raise UnavailableError unless a new request can be taken."""
+        """Raise UnavailableError unless new requests are accepted."""
         if self.draining:
             raise UnavailableError("the server is shutting down")
         self.client.check_ready()

@@ -1,4 +1,4 @@
-"""Server-sent events, and what to do when the client is gone."""
+"""Server-sent events, and handling of clients that disconnect."""
 
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
@@ -20,22 +20,22 @@ DONE = b"data: [DONE]\n\n"
 
 
 def event(payload: msgspec.Struct) -> bytes:
-    """One event: JSON has no line breaks, so one data line holds it."""
+    """Encode one event; its JSON contains no line breaks, so it fits one data line."""
     return b"data: " + _encoder.encode(payload) + b"\n\n"
 
 
 def named_event(name: str, payload: Any) -> bytes:
-    """One event with a name, as the Responses and the Messages protocol have it."""
+    """Encode one named event, as used by the Responses and Messages protocols."""
     return b"event: " + name.encode() + b"\ndata: " + _encoder.encode(payload) + b"\n\n"
 
 
 def error_event(error: Exception) -> bytes:
-    """An error in a stream that has begun."""
+    """Encode an error as an event, for a stream that has already begun."""
     return event(stream_error(error))
 
 
 class ClientGone(Exception):
-    """The client closed its connection before it was answered."""
+    """The client closed its connection before the response was ready."""
 
 
 class EventStream(Response[None]):
@@ -43,8 +43,8 @@ class EventStream(Response[None]):
 
     Args:
         events: encoded events; an exception becomes an error event and ends the stream.
-        close: synchronous, because a cancelled task cannot wait.
-        error: encodes an exception.
+        close: releases the request; synchronous, because a cancelled task cannot wait.
+        error: encodes an exception as an event.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class EventStream(Response[None]):
         self._error = error
 
     def to_asgi_response(self, *_: Any, **__: Any) -> ASGIApp:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Litestar's hook: this object serves itself."""
+        """Return this response's own ASGI app; Litestar calls this hook."""
         return self._serve
 
     async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -91,7 +91,7 @@ async def unless_gone(receive: Receive, work: Coroutine[Any, Any, T], close: Clo
     """Await `work`; if the client disconnects first, cancel it. Calls `close` in any case.
 
     Raises:
-        ClientGone: there is nobody to answer.
+        ClientGone: the client disconnected.
     """
     task = asyncio.create_task(work)
     gone = asyncio.create_task(_disconnect(receive))
@@ -112,7 +112,7 @@ async def _disconnect(receive: Receive) -> None:
 
 
 async def merge(streams: Sequence[AsyncGenerator[T]]) -> AsyncGenerator[tuple[int, T]]:
-    """Items of several streams as they come, each with its stream's index."""
+    """Yield the items of several streams as they arrive, each with its stream's index."""
     if len(streams) == 1:
         async for item in streams[0]:
             yield 0, item

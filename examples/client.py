@@ -1,4 +1,4 @@
-"""The client that the examples share."""
+"""The OpenAI client that the examples share."""
 
 import os
 
@@ -8,10 +8,10 @@ URL = os.environ.get("JAXSERVE_URL", "http://127.0.0.1:30000")
 
 
 def make_client() -> OpenAI:
-    """A client of the server; its key does not matter unless the server has one."""
+    """Return a client of the server; any API key works unless the server was started with one."""
     return OpenAI(base_url=f"{URL}/v1", api_key=os.environ.get("JAXSERVE_API_KEY", "none"))
 
 
 def model(client: OpenAI) -> str:
-    """The name of the served model."""
+    """Return the name of the served model."""
     return client.models.list().data[0].id

@@ -1,4 +1,6 @@
-"""Load an adapter, use it and unload it: start the server with --enable-lora, --lora-root and a rank and modules.
+"""Load an adapter, use it and unload it.
+
+Start the server with --enable-lora, --lora-root, --max-lora-rank and --lora-target-modules.
 
 python lora_hot_swap.py FOLDER    # relative to --lora-root
 """

@@ -1,4 +1,4 @@
-"""Many prompts in one batch, without a server.
+"""Offline inference: a batch of prompts, without a server.
 
 python offline_batch.py [MODEL]
 """

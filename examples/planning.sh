@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Does a model fit devices that are not here, and what could they do with it at best? Needs the extra `plan` for TPU and
-# GPU targets.
+# Checks whether a model fits devices that this machine does not have, and bounds the performance they could reach with
+# it. TPU and GPU targets need the extra `plan`.
 #
 #   examples/planning.sh [MODEL] [TARGET]
 set -euo pipefail

@@ -1,4 +1,4 @@
-"""Thinking apart from the answer: start the server with --reasoning-parser."""
+"""Reasoning separated from the answer; start the server with --reasoning-parser."""
 
 from client import make_client, model
 

@@ -1,4 +1,4 @@
-"""A stream: text as it is generated, and the token counts at its end."""
+"""A streamed chat completion: text as it is generated, then the token usage."""
 
 from client import make_client, model
 

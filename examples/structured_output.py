@@ -1,4 +1,4 @@
-"""JSON that follows a schema."""
+"""Structured output: JSON that follows a schema."""
 
 import json
 

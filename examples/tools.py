@@ -1,4 +1,4 @@
-"""A tool call: the grammar makes it one of a declared tool, with arguments that follow its schema."""
+"""A tool call: a grammar ensures that it names a declared tool and that its arguments follow the tool's schema."""
 
 import json
 

@@ -1,1 +1,1 @@
-"""Loading and unloading of LoRA adapters."""
+"""Loading and unloading LoRA adapters at runtime."""

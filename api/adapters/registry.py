@@ -1,4 +1,4 @@
-"""The LoRA adapters that requests can name: those of the start, and those that are loaded and unloaded meanwhile."""
+"""Registry of the LoRA adapters that requests can name: those given at startup and those loaded at runtime."""
 
 import asyncio
 import os
@@ -12,18 +12,18 @@ from jaxserve.engine.client import EngineClient
 from jaxserve.errors import AdapterError, LaunchError, NotFoundError
 from jaxserve.request import AdapterSource
 
-# PEFT writes three, Orbax a few dozen.
+# Files in one adapter's folder; PEFT writes three, Orbax a few dozen.
 _MAX_FILES = 1000
 
 
 @dataclass(frozen=True)
 class NamedAdapter:
-    """An adapter that is loaded.
+    """A loaded adapter.
 
     Attributes:
-        key: what the engine calls it.
-        path: as the user gave it.
-        pinned: never makes room for another one.
+        key: the engine's name for the adapter.
+        path: the path as the user gave it.
+        pinned: whether the adapter is exempt from eviction.
     """
 
     key: str
@@ -32,16 +32,16 @@ class NamedAdapter:
 
 
 class AdapterRegistry:
-    """Adapters by name.
+    """The loaded adapters by name.
 
     Args:
-        client: the engine.
-        config: what the server was started with; None where it runs without LoRA.
-        root: the folder whose adapters may be loaded; None where none may.
-        reserved: names of the model itself.
+        client: the engine client.
+        config: LoRA settings given at startup; None if the server runs without LoRA.
+        root: the folder from which adapters may be loaded at runtime; None forbids loading.
+        reserved: names of the model itself, which no adapter may have.
 
     Raises:
-        LaunchError: an adapter is called what the model is called.
+        LaunchError: an adapter in `config` has a reserved name.
     """
 
     def __init__(
@@ -58,45 +58,45 @@ class AdapterRegistry:
             self._adapters = {
                 name: NamedAdapter(name, path, name in config.pinned) for name, path in config.paths.items()
             }
-        # Being loaded now, by name, and being unloaded, by key: whether they are pinned. Both need a slot.
+        # Whether each adapter that is being loaded (by name) or unloaded (by key) is pinned. Both need a slot.
         self._loading: dict[str, bool] = {}
         self._unloading: dict[str, bool] = {}
         self._num_loads = 0
 
     @property
     def by_name(self) -> Mapping[str, NamedAdapter] | None:
-        """In the order in which they came; a view. None where the server runs without LoRA."""
+        """A read-only view of the adapters in load order; None if the server runs without LoRA."""
         return None if self._config is None else MappingProxyType(self._adapters)
 
     async def load(self, name: str, path: str, *, pinned: bool) -> None:
-        """Load an adapter; requests may name it when this returns.
+        """Load an adapter; requests may name it once this returns.
 
         Raises:
-            AdapterError: what is wrong with the name, the path or the adapter; nothing has changed then.
-            UnavailableError: the engine is not there.
+            AdapterError: the name, the path or the adapter is not valid, or no slot is left; nothing has changed.
+            UnavailableError: the engine is not available.
         """
         config = self._require_config()
         self._check_name(name)
         self._check_slots(config, pinned=pinned)
         self._num_loads += 1
-        key = f"{name}:{self._num_loads}"  # no name has a colon
+        key = f"{name}:{self._num_loads}"  # names contain no colon
         self._loading[name] = pinned
         try:
             folder = await asyncio.to_thread(confined, path, self._root)
             await self._client.load_adapter(AdapterSource(key=key, folder=str(folder), pinned=pinned))
         except AdapterError as error:
-            # Where the root is, clients need not know.
+            # Clients must not learn where the root is.
             raise AdapterError(str(error).replace(f"{self._root}/", ""), param=error.param) from None
         finally:
             del self._loading[name]
         self._adapters[name] = NamedAdapter(key, path, pinned)
 
     async def unload(self, name: str) -> None:
-        """Hide an adapter from new requests at once; this returns when the last one that has it has ended.
+        """Hide an adapter from new requests immediately, then wait for the last request that uses it to end.
 
         Raises:
-            AdapterError: it is not loaded.
-            UnavailableError: the engine is not there.
+            AdapterError: the adapter is not loaded.
+            UnavailableError: the engine is not available.
         """
         self._require_config()
         adapter = self._adapters.pop(name, None)
@@ -109,7 +109,7 @@ class AdapterRegistry:
             del self._unloading[adapter.key]
 
     def check_loaded(self, key: str) -> None:
-        """Raise NotFoundError when an adapter has gone since its name was looked up."""
+        """Raise NotFoundError if an adapter was unloaded after its name was looked up."""
         if key and not any(adapter.key == key for adapter in self._adapters.values()):
             raise NotFoundError("the adapter has just been unloaded", param="model", code="adapter_not_found")
 
@@ -138,10 +138,10 @@ class AdapterRegistry:
 
 
 def confined(path: str, root: Path | None) -> Path:
-    """The folder of an adapter below the root, by its real path.
+    """Resolve the real path of an adapter's folder, which must be below the root.
 
     Raises:
-        AdapterError: it is elsewhere, or a file in it is, or there is no such folder.
+        AdapterError: the folder does not exist, has too many files, or it or one of its files is outside the root.
     """
     if root is None:
         raise AdapterError("adapters can be loaded on a server with --lora-root only", param="lora_path")
@@ -156,12 +156,12 @@ def confined(path: str, root: Path | None) -> Path:
                 raise AdapterError(f"{path!r} has more than {_MAX_FILES} files", param="lora_path")
             if not file.resolve(strict=True).is_relative_to(root):
                 raise outside
-    except (OSError, ValueError, RuntimeError):  # no such file, a NUL in the name, links in a circle
+    except (OSError, ValueError, RuntimeError):  # missing file, NUL in the name, symlink loop
         raise outside from None
     return folder
 
 
 def _files(folder: Path) -> Iterator[Path]:
-    """All below it, behind links, too; links in a circle have no end."""
+    """Yield everything below a folder, following symlinks; with a symlink loop the iteration does not end."""
     for path, folders, files in os.walk(folder, followlinks=True):
         yield from (Path(path) / name for name in (*folders, *files))

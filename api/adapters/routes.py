@@ -1,4 +1,4 @@
-"""Routes that load and unload LoRA adapters, as SGLang has them."""
+"""Routes that load and unload LoRA adapters, compatible with SGLang's."""
 
 from collections.abc import Coroutine
 from typing import Any
@@ -29,7 +29,7 @@ _ERRORS = errors(403, body=True) | {400: ResponseSpec(AdapterAnswer | ErrorBody,
 async def load_lora_adapter(
     data: JSONBody[LoadAdapterBody], server: NamedDependency[Server]
 ) -> Response[AdapterAnswer]:
-    """200 once requests can name it; 400 with the reason, and nothing changed, when it cannot be loaded."""
+    """Return 200 once requests can name the adapter; if it cannot be loaded, 400 with the reason and no change."""
     server.check_accepting()
     return await _answer(server, server.adapters.load(data.lora_name, data.lora_path, pinned=data.pinned))
 
@@ -44,7 +44,10 @@ async def load_lora_adapter(
 async def unload_lora_adapter(
     data: JSONBody[UnloadAdapterBody], server: NamedDependency[Server]
 ) -> Response[AdapterAnswer]:
-    """New requests cannot name it at once; answers when those that run with it have ended. 400 if it is not loaded."""
+    """Hide the adapter from new requests immediately and return once those that use it have ended.
+
+    Returns 400 if the adapter is not loaded.
+    """
     server.check_accepting()
     return await _answer(server, server.adapters.unload(data.lora_name))
 

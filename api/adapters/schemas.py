@@ -1,10 +1,10 @@
-"""Bodies and answers of the adapter routes."""
+"""Request and response bodies of the adapter routes."""
 
 import msgspec
 
 
 class LoadAdapterBody(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
-    """Body of `POST /load_lora_adapter`; the path is below `--lora-root`."""
+    """Body of `POST /load_lora_adapter`; `lora_path` is a folder below `--lora-root`."""
 
     lora_name: str
     lora_path: str
@@ -18,7 +18,7 @@ class UnloadAdapterBody(msgspec.Struct, kw_only=True, forbid_unknown_fields=True
 
 
 class AdapterAnswer(msgspec.Struct):
-    """Answer to both: what was wrong, if anything, and the paths of what is loaded now, by name."""
+    """Response body of both routes: the error, if any, and the paths of all loaded adapters by name."""
 
     success: bool
     error_message: str | None

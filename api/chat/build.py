@@ -1,4 +1,4 @@
-"""From the body of `/v1/chat/completions` to an engine request. The other chat protocols are translated to it."""
+"""Builds engine requests from the body of `/v1/chat/completions`; other chat protocols are translated to that body."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -33,10 +33,10 @@ class RenderedPrompt(NamedTuple):
 
 
 def build_chat(builder: RequestBuilder, body: ChatCompletionRequest) -> Prepared:
-    """One conversation.
+    """Build the engine request of one conversation.
 
     Raises:
-        RequestError: names the field, its value and the limit.
+        RequestError: a field is not valid; the message names the field, its value and the limit.
     """
     if body.lora_path is not None and not isinstance(body.lora_path, str):
         raise RequestError("lora_path must be one adapter's name here", param="lora_path")
@@ -47,7 +47,7 @@ def build_chat(builder: RequestBuilder, body: ChatCompletionRequest) -> Prepared
         raise RequestError("top_logprobs needs logprobs to be true", param="top_logprobs")
     tools = read_tools(body)
     prompt = _render_chat(builder, body, tools)
-    # The template has written the special tokens already.
+    # The chat template has already added the special tokens.
     ids = builder.encode(prompt.text, add_special_tokens=False, param="messages")
     max_tokens = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
     grammar, param = _grammar(builder, body, tools, prompt.in_reasoning)
@@ -84,16 +84,16 @@ def build_chat(builder: RequestBuilder, body: ChatCompletionRequest) -> Prepared
 
 
 def count_prompt_tokens(builder: RequestBuilder, body: ChatCompletionRequest) -> int:
-    """Tokens of a conversation's prompt."""
+    """Count the prompt tokens of a conversation."""
     prompt = render(builder, body.messages, template_kwargs(body), read_tools(body))
     return len(builder.encode(prompt, add_special_tokens=False, param="messages"))
 
 
 def tokenize(builder: RequestBuilder, body: TokenizeRequest) -> list[int]:
-    """Token ids of a prompt, or of messages through the chat template.
+    """Return the token ids of a prompt, or of messages rendered with the chat template.
 
     Raises:
-        RequestError: neither or both are given, or they are not valid.
+        RequestError: neither or both of `prompt` and `messages` are given, or they are not valid.
     """
     if body.messages is not None and body.prompt is None:
         tools = read_tools(ChatCompletionRequest(messages=[], tools=body.tools))
@@ -112,10 +112,10 @@ def render(
     *,
     continue_final: bool = False,
 ) -> str:
-    """Messages to a prompt.
+    """Render messages to a prompt with the chat template.
 
     Raises:
-        RequestError: the messages are not valid, or the template refuses them.
+        RequestError: the messages are not valid, or the template rejects them.
     """
     if continue_final and (not messages or messages[-1].role != "assistant"):
         raise RequestError(
@@ -128,7 +128,7 @@ def render(
 
 
 def template_kwargs(body: ChatCompletionRequest) -> dict[str, Any]:
-    """Variables of the template: the request's own, and what its effort means for the switches of thinking."""
+    """Return template variables: switches derived from the reasoning options, overridden by `chat_template_kwargs`."""
     options = body.reasoning
     effort = body.reasoning_effort or (None if options is None else options.effort)
     thinks = None if options is None else options.enabled
@@ -156,7 +156,7 @@ def _render_chat(builder: RequestBuilder, body: ChatCompletionRequest, tools: To
 def _grammar(
     builder: RequestBuilder, body: ChatCompletionRequest, tools: ToolUse | None, in_reasoning: bool | None
 ) -> tuple[str, str | None]:
-    """The output's grammar, empty for none, and the field that demands it."""
+    """Return the output's grammar (empty for none) and the request field that requires it."""
     writer, formats = builder.model.grammars, builder.model.formats
     content, param = read_constraint(body, writer)
     if content is None and tools is None:
@@ -171,7 +171,7 @@ def _grammar(
     if tools is not None:
         calls = tools.grammar(writer, formats.tool_calls)
         if content is not None and not tools.forced:
-            # Either the content as demanded, or calls.
+            # The output is either content in the required format, or tool calls.
             calls = formats.tool_calls.syntax.calls(writer, tools.callable, parallel=tools.parallel)
         if calls is not None:
             alternatives.append((before(calls=True), calls))
@@ -184,7 +184,7 @@ def _grammar(
 def _thinking(
     builder: RequestBuilder, body: ChatCompletionRequest, in_reasoning: bool | None, *, forced: bool
 ) -> ThinkingBudget | None:
-    """The limit on thinking; `forced` says that tool calls must follow it."""
+    """Return the thinking budget, if any; `forced` means that tool calls must follow the thinking."""
     if body.thinking_budget is None:
         return None
     check_range("thinking_budget", body.thinking_budget, 0, _MAX_BUDGET)

@@ -1,4 +1,4 @@
-"""Messages of a request, as chat templates want them."""
+"""Converts a request's messages to the dicts that chat templates expect."""
 
 import json
 from collections.abc import Sequence
@@ -12,14 +12,14 @@ _ROLES = ("system", "user", "assistant", "tool", "developer", "function")
 
 
 def template_messages(messages: Sequence[ChatMessage], template: str) -> list[dict[str, Any]]:
-    """Roles and text, tool calls with their arguments as objects.
+    """Return the messages with plain text as content and with tool call arguments as objects.
 
     Args:
-        messages: as they came.
-        template: the chat template; roles and fields that it does not know are put as others that it does.
+        messages: messages of the request.
+        template: source of the chat template; roles and fields that it does not know are mapped to ones that it does.
 
     Raises:
-        RequestError: names the message and what is wrong with it.
+        RequestError: a message is not valid; the error names the message and the problem.
     """
     if not messages:
         raise RequestError("messages must not be empty", param="messages")
@@ -81,7 +81,7 @@ def _thinking(message: ChatMessage) -> str | None:
 
 def _tool_call(call: ToolCall, where: str) -> dict[str, Any]:
     try:
-        # As lenient as what reads a model's own calls.
+        # As lenient as the parsers of the model's own tool calls.
         arguments: Any = json.loads(call.function.arguments or "{}")
     except (ValueError, RecursionError):
         arguments = None

@@ -48,7 +48,7 @@ async def chat_completions(
     builder: NamedDependency[RequestBuilder],
     request: HttpRequest[Any, Any, Any],
 ) -> ChatCompletion:
-    """Continue a conversation; with `stream` the answer is server-sent events."""
+    """Generate a chat completion; with `stream`, the response is server-sent events."""
     check_fields(await request.json(), ChatCompletionRequest, strict=server.settings.strict_params)
     name = answer_id("chatcmpl-", data.rid)
     running = await start_chat(server, builder, data, "chat", name, len(await request.body()))
@@ -59,7 +59,7 @@ async def chat_completions(
 
 
 class _Chat:
-    """One chat request on its way to the client."""
+    """Builds the response to one chat request, whole or as a stream."""
 
     def __init__(self, server: Server, body: ChatCompletionRequest, running: RunningRequest) -> None:
         self._server = server
@@ -71,7 +71,7 @@ class _Chat:
         self._ids = CallIds(server.model.formats.tool_calls.id_characters)
 
     async def collect(self) -> ChatCompletion:
-        """The whole answer."""
+        """Return the whole response."""
         outputs = await self._running.collect()
         choices = [self._choice(index, output) for index, output in enumerate(outputs)]
         return ChatCompletion(self._id, self._created, self._model, choices, usage_info(self._running))
@@ -97,7 +97,7 @@ class _Chat:
         )
 
     async def events(self) -> AsyncGenerator[bytes]:
-        """Role chunks, the message deltas, one finish chunk per choice, usage, `[DONE]`."""
+        """Yield role chunks, message deltas, one finish chunk per choice, usage and `[DONE]`."""
         options = self._body.stream_options
         continuous = options is not None and options.continuous_usage_stats
         for index in range(self._running.num_choices):
@@ -122,7 +122,7 @@ class _Chat:
         yield DONE
 
     def _choices(self, index: int, delta: ChoiceDelta) -> Iterable[ChatChunkChoice]:
-        """A chunk for each message delta; the first one carries the log-probabilities."""
+        """Yield a chunk for each message delta; the first one carries the log-probabilities."""
         deltas = [wire for part in delta.message_deltas if (wire := self._delta(part)) is not None]
         if delta.tokens and not deltas:
             deltas = [ChatDelta(content="")]

@@ -1,4 +1,4 @@
-"""One conversation being answered: what all chat protocols share."""
+"""Starting and ending one conversation: code shared by all chat protocols."""
 
 import uuid
 
@@ -11,17 +11,17 @@ from jaxserve.request import FinishReason
 
 
 class CallIds:
-    """Ids of one answer's tool calls.
+    """Assigns ids to the tool calls of one response.
 
     Args:
-        characters: their length, where the model's template wants one; None for OpenAI's.
+        characters: length of the ids if the model's template requires one; None for OpenAI's format.
     """
 
     def __init__(self, characters: int | None) -> None:
         self._characters = characters
 
     def of(self, own: str | None) -> str:
-        """The id of a new call: the model's own, or a fresh one."""
+        """Return the id of a new call: the model's `own` id if there is one, else a fresh one."""
         if own is not None:
             return own
         fresh = uuid.uuid4().hex
@@ -31,15 +31,15 @@ class CallIds:
 async def start_chat(
     server: Server, builder: RequestBuilder, body: ChatCompletionRequest, endpoint: str, answer_id: str, size: int
 ) -> RunningRequest:
-    """Build, check and start a conversation; the result must be closed.
+    """Build, check and start the request of a conversation; the caller must close the result.
 
     Args:
-        server: shared state.
+        server: shared state of the server.
         builder: builds engine requests.
         body: the conversation.
-        endpoint: name in logs and metrics.
-        answer_id: id of the answer.
-        size: size of the body, in bytes.
+        endpoint: name of the endpoint in logs and metrics.
+        answer_id: id of the response.
+        size: size of the HTTP body in bytes.
     """
     prepared = await build(size, build_chat, builder, body)
     await server.check_grammar(prepared)
@@ -47,5 +47,5 @@ async def start_chat(
 
 
 def finish_reason(reason: FinishReason, *, called: bool) -> str:
-    """In OpenAI's words: a message that stops with complete calls in it ended for them."""
+    """Return OpenAI's finish reason: `tool_calls` if a message stops after at least one complete call."""
     return "tool_calls" if called and reason is FinishReason.STOP else str(reason)

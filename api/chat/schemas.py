@@ -1,4 +1,4 @@
-"""Chat completions on the wire."""
+"""Wire format of chat completions."""
 
 from typing import Any, Literal, TypeAlias
 
@@ -8,7 +8,7 @@ from api.requests.schemas import ChatLogprobs, CommonRequest, ReasoningEffort, R
 
 
 class ContentPart(msgspec.Struct):
-    """One part of a message's content; text is served, and an assistant's `thinking` or `refusal`."""
+    """One part of a message's content: text, or in an assistant's message also `thinking` or `refusal`."""
 
     type: str
     text: str | None = None
@@ -17,14 +17,14 @@ class ContentPart(msgspec.Struct):
 
 
 class CalledFunction(msgspec.Struct):
-    """What a tool call calls; its arguments are a JSON object as text."""
+    """The function of a tool call; its arguments are a JSON object as text."""
 
     name: str
     arguments: str = "{}"
 
 
 class ToolCall(msgspec.Struct):
-    """One call of an assistant's message."""
+    """One tool call in an assistant's message."""
 
     id: str
     function: CalledFunction
@@ -60,13 +60,13 @@ class ToolDefinition(msgspec.Struct):
 
 
 class FunctionName(msgspec.Struct):
-    """Names a function."""
+    """The name of a function."""
 
     name: str
 
 
 class NamedToolChoice(msgspec.Struct):
-    """Makes the model call one tool."""
+    """Forces the model to call one tool."""
 
     function: FunctionName
     type: Literal["function"] = "function"
@@ -115,7 +115,7 @@ class ChatChoice(msgspec.Struct):
 
 
 class ChatCompletion(msgspec.Struct):
-    """Answer of `POST /v1/chat/completions`."""
+    """Response body of `POST /v1/chat/completions`."""
 
     id: str
     created: int
@@ -126,14 +126,14 @@ class ChatCompletion(msgspec.Struct):
 
 
 class FunctionDelta(msgspec.Struct, omit_defaults=True):
-    """More of a called function: its name comes first, then pieces of its arguments."""
+    """A delta of a called function: its name comes first, then chunks of its arguments."""
 
     name: str | None = None
     arguments: str | None = None
 
 
 class ToolCallDelta(msgspec.Struct, omit_defaults=True):
-    """More of a tool call."""
+    """A delta of a tool call."""
 
     index: int
     id: str | None = None
@@ -142,7 +142,7 @@ class ToolCallDelta(msgspec.Struct, omit_defaults=True):
 
 
 class ChatDelta(msgspec.Struct, omit_defaults=True):
-    """What a chunk adds to a message."""
+    """A delta of a message."""
 
     role: str | None = None
     content: str | None = None

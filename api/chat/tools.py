@@ -1,4 +1,4 @@
-"""`tools` and `tool_choice` of a request."""
+"""Reads `tools` and `tool_choice` of a request."""
 
 import re
 from collections.abc import Sequence
@@ -19,13 +19,13 @@ _NAME = re.compile(r"[A-Za-z0-9_.-]{1,128}")
 
 @dataclass(frozen=True, kw_only=True)
 class ToolUse:
-    """What a request wants of its tools.
+    """The tools of a request, and how the model may call them.
 
     Attributes:
-        shown: as the template is given them.
-        callable: those that the model may call.
-        forced: it must call one.
-        parallel: it may call several.
+        shown: definitions that are passed to the chat template.
+        callable: tools that the model may call.
+        forced: the model must call a tool.
+        parallel: the model may make several calls.
     """
 
     shown: Sequence[dict[str, Any]]
@@ -34,7 +34,7 @@ class ToolUse:
     parallel: bool
 
     def grammar(self, writer: GrammarWriter, format: ToolCallFormat) -> GrammarPart | None:
-        """What the output must be for the sake of its calls; None where it may be anything."""
+        """Return the grammar that the output must follow for its calls to be valid; None for no constraint."""
         if self.forced:
             return format.syntax.calls(writer, self.callable, parallel=self.parallel)
         if any(tool.strict for tool in self.callable):
@@ -43,10 +43,10 @@ class ToolUse:
 
 
 def read_tools(body: ChatCompletionRequest) -> ToolUse | None:
-    """The request's tools, or None if none may be called.
+    """Return the request's tools, or None if none may be called.
 
     Raises:
-        RequestError: the definitions or the choice are not valid.
+        RequestError: the definitions or the tool choice are not valid.
     """
     if not body.tools:
         if body.tool_choice in (None, "none", "auto"):

@@ -1,4 +1,4 @@
-"""From the body of `/v1/completions` and `/tokenize` to engine requests."""
+"""Builds engine requests from the body of `/v1/completions`."""
 
 from typing import Any
 
@@ -16,10 +16,10 @@ _DEFAULT_MAX_TOKENS = 16
 
 
 def build_completions(builder: RequestBuilder, body: CompletionRequest) -> list[Prepared]:
-    """One request per prompt.
+    """Build one engine request per prompt.
 
     Raises:
-        RequestError: names the field, its value and the limit.
+        RequestError: a field is not valid; the message names the field, its value and the limit.
     """
     prompts = _prompts(body)
     model = builder.model.names.resolve(body.model, body.lora_path, num_prompts=len(prompts))
@@ -33,7 +33,7 @@ def build_completions(builder: RequestBuilder, body: CompletionRequest) -> list[
     prompt_ids = [_prompt_ids(builder, prompt, body.suffix) for prompt in prompts]
     part, param = read_constraint(body, builder.model.grammars)
     grammar = "" if part is None else whole([(GrammarPrefix(), part)])
-    # Ranking needs log-probabilities whether or not the client wants to see them.
+    # `best_of` ranks choices by their log-probabilities, even if the client does not request them.
     num_logprobs = 0 if body.logprobs is None and best_of > num_choices else body.logprobs
     max_tokens = _DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
     prepared: list[Prepared] = []
@@ -51,7 +51,7 @@ def build_completions(builder: RequestBuilder, body: CompletionRequest) -> list[
 
 
 def _prompts(body: CompletionRequest) -> list[Any]:
-    """Each prompt: text, or token ids."""
+    """Return the prompts; each is text or token ids."""
     prompt = body.prompt
     if isinstance(prompt, str):
         prompts: list[Any] = [prompt]

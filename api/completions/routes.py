@@ -37,7 +37,7 @@ async def completions(
     builder: NamedDependency[RequestBuilder],
     request: HttpRequest[Any, Any, Any],
 ) -> Completion:
-    """Continue one or several prompts; with `stream` the answer is server-sent events."""
+    """Complete one or several prompts; with `stream`, the response is server-sent events."""
     check_fields(await request.json(), CompletionRequest, strict=server.settings.strict_params)
     name = answer_id("cmpl-", data.rid)
     prepared = await build(len(await request.body()), build_completions, builder, data)
@@ -50,7 +50,7 @@ async def completions(
 
 
 class _Echo:
-    """The prompt as `echo` shows it."""
+    """The prompt as returned with `echo`."""
 
     def __init__(self, server: Server, prompt_token_ids: tuple[int, ...], given: str | None) -> None:
         self._tokenizer = server.tokenizer
@@ -58,7 +58,7 @@ class _Echo:
         self.text = self._tokenizer.decode(prompt_token_ids) if given is None else given
 
     def tokens(self, logprobs: tuple[TokenLogprobs, ...]) -> list[tuple[int, TokenLogprobs | None, int]]:
-        """Prompt tokens with log-probabilities (the first has none) and offsets."""
+        """Return the prompt tokens with log-probabilities (None for the first token) and text offsets."""
         detokenizer = self._tokenizer.detokenizer(skip_special_tokens=False)
         offset = 0
         first = self._tokenizer.token_text(self._ids[0]).text
@@ -67,13 +67,13 @@ class _Echo:
         for token_id, logprob in zip_longest(self._ids, (None, *logprobs)):
             out.append((token_id, logprob, min(offset, len(self.text))))
             piece = detokenizer.push(token_id)
-            # A beginning-of-sequence token that tokenising added is not in the text.
+            # A BOS token that the tokenizer added is not part of the text.
             offset += 0 if added and len(out) == 1 else len(piece)
         return out
 
 
 class _Completion:
-    """One completions request on its way to the client."""
+    """Builds the response to one completions request, whole or as a stream."""
 
     def __init__(self, server: Server, body: CompletionRequest, running: RunningRequest) -> None:
         self._server = server
@@ -93,7 +93,7 @@ class _Completion:
         )
 
     async def collect(self) -> Completion:
-        """The whole answer."""
+        """Return the whole response."""
         outputs = await self._running.collect()
         choices = [
             CompletionChoice(
@@ -108,7 +108,7 @@ class _Completion:
         return Completion(self._id, self._created, self._model, choices, usage_info(self._running))
 
     async def events(self) -> AsyncGenerator[bytes]:
-        """Text chunks, the last of each choice with its finish reason, usage, `[DONE]`."""
+        """Yield text chunks (the last of each choice has the finish reason), usage and `[DONE]`."""
         options = self._body.stream_options
         continuous = options is not None and options.continuous_usage_stats
         started: set[int] = set()
@@ -137,7 +137,7 @@ class _Completion:
         return self._echoes[index // self._running.choices_per_prompt].text if self._echoes else ""
 
     def _best(self, tokens: list[list[ChoiceToken]]) -> list[int]:
-        """Choices to return: all, or with `best_of` the n likeliest per token of each prompt."""
+        """Return the choices to keep: all, or with `best_of` the `n` per prompt with the best mean log-probability."""
         wanted, per_prompt = self._body.n or 1, self._running.choices_per_prompt
 
         def mean_logprob(index: int) -> float:

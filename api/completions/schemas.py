@@ -1,4 +1,4 @@
-"""Text completions on the wire."""
+"""Wire format of text completions."""
 
 from typing import Literal
 
@@ -18,7 +18,7 @@ class CompletionRequest(CommonRequest, kw_only=True):
 
 
 class CompletionChoice(msgspec.Struct):
-    """One choice, whole or as a chunk of a stream."""
+    """One choice, either complete or a chunk of a stream."""
 
     index: int
     text: str
@@ -28,7 +28,7 @@ class CompletionChoice(msgspec.Struct):
 
 
 class Completion(msgspec.Struct):
-    """Answer of `POST /v1/completions`, and one event of its stream."""
+    """Response body of `POST /v1/completions`, and one event of its stream."""
 
     id: str
     created: int

@@ -1,1 +1,1 @@
-"""Anthropic's Messages, over a chat."""
+"""Anthropic's Messages API, translated to chat completions."""

@@ -1,4 +1,4 @@
-"""`POST /v1/messages` and `/v1/messages/count_tokens`: Anthropic's protocol, as a translation to a chat and back."""
+"""`POST /v1/messages` and `/v1/messages/count_tokens`: Anthropic's protocol, translated to a chat and back."""
 
 import json
 from collections.abc import AsyncGenerator, Iterable, Iterator, Sequence
@@ -64,7 +64,7 @@ async def messages(
     builder: NamedDependency[RequestBuilder],
     request: HttpRequest[Any, Any, Any],
 ) -> MessagesResponse:
-    """Continue a conversation; with `stream` the answer is server-sent events."""
+    """Generate the next message; with `stream`, the response is server-sent events."""
     check_fields(await request.json(), MessagesRequest, strict=server.settings.strict_params)
     body = to_chat(data)
     if body.thinking_budget is not None and server.model.formats.reasoning is None:
@@ -91,7 +91,7 @@ async def count_tokens(
     builder: NamedDependency[RequestBuilder],
     request: HttpRequest[Any, Any, Any],
 ) -> CountTokensResponse:
-    """How many tokens the prompt of a message has."""
+    """Count the prompt tokens of a conversation."""
     check_fields(await request.json(), CountTokensRequest, strict=server.settings.strict_params)
     server.model.names.resolve(data.model)
     size = len(await request.body())
@@ -99,10 +99,10 @@ async def count_tokens(
 
 
 def to_chat(body: CountTokensRequest) -> ChatCompletionRequest:
-    """The same conversation in OpenAI's words.
+    """Translate the conversation to a chat request.
 
     Raises:
-        RequestError: a field has a value that the protocol does not know.
+        RequestError: a field is not valid in Anthropic's protocol.
     """
     turns: list[ChatMessage] = []
     if body.system:
@@ -124,7 +124,7 @@ def to_chat(body: CountTokensRequest) -> ChatCompletionRequest:
 
 
 def _turns(message: InputMessage, where: str) -> Iterator[ChatMessage]:
-    """A turn of theirs is several of ours when tool results are in it."""
+    """Yield the chat messages of one turn: one for each tool result and one for the other blocks."""
     if isinstance(message.content, str):
         yield ChatMessage(message.role, message.content)
         return
@@ -182,7 +182,7 @@ def _error_event(error: Exception) -> bytes:
 
 
 class _Message:
-    """One answer on its way to the client."""
+    """Builds the response to one messages request, whole or as a stream."""
 
     def __init__(self, server: Server, running: RunningRequest) -> None:
         self._running = running
@@ -190,7 +190,7 @@ class _Message:
         self._blocks = BlockStream()
 
     async def collect(self) -> MessagesResponse:
-        """The whole answer."""
+        """Return the whole response."""
         [output] = await self._running.collect()
         for _ in self._blocks.add(output.message_deltas):
             pass
@@ -200,7 +200,7 @@ class _Message:
         )
 
     async def events(self) -> AsyncGenerator[bytes]:
-        """`message_start`, each block's start, deltas and stop, `message_delta`, `message_stop`."""
+        """Yield `message_start`, each block's start, deltas and stop, `message_delta` and `message_stop`."""
         yield named_event("message_start", {"type": "message_start", "message": self._response([], None)})
         end: ChoiceDelta | None = None
         async for _, delta in self._running.deltas():
@@ -259,7 +259,7 @@ _DELTAS = {
 
 
 def _wire_block(block: Block, call_id: str) -> ThinkingBlock | TextBlock | ToolUseBlock:
-    """A block with what it holds by now; a call's arguments only once they are complete."""
+    """Return a block with its content so far; a call's arguments are empty until they are complete."""
     match block.kind:
         case BlockKind.REASONING:
             return ThinkingBlock(block.text)
@@ -267,7 +267,7 @@ def _wire_block(block: Block, call_id: str) -> ThinkingBlock | TextBlock | ToolU
             return TextBlock(block.text)
         case BlockKind.CALL:
             try:
-                # More lenient than msgspec: halves of surrogate pairs are JSON, too, and become question marks.
+                # json.loads also accepts lone surrogates, which msgspec does not; they become question marks.
                 whole = json.dumps(json.loads(block.text or "{}"), ensure_ascii=False)
                 arguments: Any = json.loads(whole.encode("utf-8", "replace"))
             except ValueError:  # cut off at max_tokens

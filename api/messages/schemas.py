@@ -6,14 +6,14 @@ import msgspec
 
 
 class TextBlockIn(msgspec.Struct, tag_field="type", tag="text"):
-    """Text."""
+    """Text in an input message."""
 
     text: str
     cache_control: dict[str, Any] | None = None
 
 
 class ToolUseBlock(msgspec.Struct, tag_field="type", tag="tool_use"):
-    """A call by the model."""
+    """A tool call by the model."""
 
     id: str
     name: str
@@ -22,7 +22,7 @@ class ToolUseBlock(msgspec.Struct, tag_field="type", tag="tool_use"):
 
 
 class ToolResultBlock(msgspec.Struct, tag_field="type", tag="tool_result"):
-    """What a tool answered."""
+    """The result of a tool call."""
 
     tool_use_id: str
     content: str | list[TextBlockIn] | None = None
@@ -38,13 +38,13 @@ class ThinkingBlock(msgspec.Struct, tag_field="type", tag="thinking"):
 
 
 class RedactedThinkingBlock(msgspec.Struct, tag_field="type", tag="redacted_thinking"):
-    """Thinking that cannot be read; left out."""
+    """Redacted thinking, which cannot be read and is ignored."""
 
     data: str
 
 
 class InputMessage(msgspec.Struct):
-    """One turn."""
+    """One turn of the conversation."""
 
     role: Literal["user", "assistant", "system"]
     content: str | list[TextBlockIn | ToolUseBlock | ToolResultBlock | ThinkingBlock | RedactedThinkingBlock]
@@ -70,7 +70,7 @@ class MessagesToolChoice(msgspec.Struct):
 
 
 class ThinkingOptions(msgspec.Struct):
-    """Whether the model thinks, and for how many tokens at most."""
+    """Whether the model thinks, and its maximum number of thinking tokens."""
 
     type: Literal["enabled", "disabled", "adaptive"]
     budget_tokens: int | None = None
@@ -100,14 +100,14 @@ class MessagesRequest(CountTokensRequest, kw_only=True):
 
 
 class TextBlock(msgspec.Struct, tag_field="type", tag="text"):
-    """Text for the user."""
+    """Text in a response."""
 
     text: str
     citations: None = None
 
 
 class MessagesUsage(msgspec.Struct):
-    """Token counts; `input_tokens` leaves cached ones out."""
+    """Token counts; `input_tokens` excludes cached tokens."""
 
     input_tokens: int
     output_tokens: int
@@ -116,7 +116,7 @@ class MessagesUsage(msgspec.Struct):
 
 
 class MessagesResponse(msgspec.Struct):
-    """Answer of `POST /v1/messages`."""
+    """Response body of `POST /v1/messages`."""
 
     id: str
     model: str
@@ -129,6 +129,6 @@ class MessagesResponse(msgspec.Struct):
 
 
 class CountTokensResponse(msgspec.Struct):
-    """Answer of `POST /v1/messages/count_tokens`."""
+    """Response body of `POST /v1/messages/count_tokens`."""
 
     input_tokens: int

@@ -1,1 +1,1 @@
-"""From a decoded body to an engine request, and what all protocols share."""
+"""Building and running engine requests from decoded bodies: code shared by all protocols."""

@@ -1,6 +1,6 @@
-"""From wire requests to valid engine requests: what the endpoints share.
+"""Builds valid engine requests from wire requests: code shared by the endpoints.
 
-All checks that can be made before a token is drawn are made on the way.
+Everything that can be checked before a token is sampled is checked here.
 """
 
 import asyncio
@@ -30,18 +30,18 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 _MAX_REQUEST_ID_CHARACTERS = 256
-# Larger bodies are rendered and tokenised in a thread: the streams of others must go on meanwhile.
+# Larger bodies are rendered and tokenised in a thread, so that they do not stall the streams of other requests.
 _LARGE_BODY_BYTES = 16 << 10
 
 
 class Prepared(NamedTuple):
-    """A wire request, ready for the engine but for the check of its grammar.
+    """An engine request that is complete except for the check of its grammar.
 
     Attributes:
-        model: name of the model, as the answer repeats it.
-        request: for the engine.
-        options: how its output becomes text.
-        grammar_param: the field that demands the grammar.
+        model: name of the model in the response.
+        request: the engine request.
+        options: options for converting its output to text.
+        grammar_param: the request field that requires the grammar.
     """
 
     model: str
@@ -51,28 +51,28 @@ class Prepared(NamedTuple):
 
 
 class SeedSource:
-    """Seeds for requests that bring none; the same sequence again for the same `--random-seed`."""
+    """Generates seeds for requests that set none; the sequence is determined by `--random-seed` if given."""
 
     def __init__(self, seed: int | None) -> None:
         self._random = random.Random(secrets.randbits(64) if seed is None else seed)
 
     def next(self) -> int:
-        """A seed in [0, 2**63)."""
+        """Return a seed in [0, 2**63)."""
         return self._random.getrandbits(63)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ServedModel:
-    """What requests are built for.
+    """The properties of the served model that requests are built from.
 
     Attributes:
         tokenizer: tokenizer of the model.
         info: limits of the engine.
-        generation: sampling defaults, and the model's own end tokens.
-        formats: how outputs are read.
-        json_style: how constrained JSON may be laid out.
-        completion_template: puts a prompt and a suffix together; None where the model cannot fill in.
-        names: the names of the model and its adapters.
+        generation: sampling defaults, and additional end tokens.
+        formats: parsers of reasoning and tool calls in outputs.
+        json_style: whitespace rules for constrained JSON.
+        completion_template: combines a prompt and a suffix; None if the model cannot fill in the middle.
+        names: names of the model and its adapters.
     """
 
     tokenizer: Tokenizer
@@ -91,16 +91,16 @@ class ServedModel:
 
     @cached_property
     def grammars(self) -> GrammarWriter:
-        """Writes grammars over the model's tokens."""
+        """A writer of grammars over the model's tokens."""
         return GrammarWriter(self.tokenizer, self.json_style)
 
 
 class RequestBuilder:
-    """Builds engine requests for one model; the endpoints' own builders use it.
+    """Builds engine requests for one model; the build functions of the endpoints use it.
 
     Args:
-        model: what is served.
-        seeds: where unset seeds come from.
+        model: the served model.
+        seeds: source of seeds for requests that set none.
     """
 
     def __init__(self, model: ServedModel, seeds: SeedSource) -> None:
@@ -108,14 +108,14 @@ class RequestBuilder:
         self._seeds = seeds
 
     def encode(self, text: str, *, add_special_tokens: bool, param: str) -> list[int]:
-        """A prompt's tokens; raises RequestError when they cannot fit the context."""
+        """Tokenise a prompt; raises RequestError if it cannot fit the context."""
         limit = self.model.info.context_length
         return self.model.tokenizer.encode(text, add_special_tokens=add_special_tokens, max_tokens=limit, param=param)
 
     def request(self, body: CommonRequest, ids: list[int], **fields: Any) -> Request:
-        """A request of these tokens; `fields` are those of `Request` that the endpoint decides."""
+        """Create a request from token ids; `fields` are the fields of `Request` that the endpoint decides."""
         return Request(
-            # Never the client's `rid`: what is still on its way for an ended request must not meet a new one.
+            # Never the client's `rid`: messages in flight for an ended request must not reach a new one.
             id=uuid.uuid4().hex,
             prompt_token_ids=tuple(ids),
             eos_token_ids=self.model.eos_token_ids,
@@ -125,7 +125,7 @@ class RequestBuilder:
         )
 
     def sampling(self, body: CommonRequest, defaults: Mapping[str, Any], **fields: Any) -> SamplingParams:
-        """How to sample; `fields` are those of `SamplingParams` that the endpoint decides."""
+        """Create sampling parameters; `fields` are the fields of `SamplingParams` that the endpoint decides."""
         names = (field.name for field in SAMPLING_FIELDS)
         given = {name: value for name in names if (value := getattr(body, name)) is not None}
         sampling = SamplingParams(
@@ -139,7 +139,7 @@ class RequestBuilder:
         return sampling
 
     def text_options(self, body: CommonRequest, **fields: Any) -> TextOptions:
-        """How output becomes text; `fields` are those of `TextOptions` that the endpoint decides."""
+        """Create text options; `fields` are the fields of `TextOptions` that the endpoint decides."""
         return TextOptions(
             stop=read_stops(body.stop),
             keep_stop=bool(body.no_stop_trim),
@@ -148,7 +148,7 @@ class RequestBuilder:
         )
 
     def max_tokens(self, num_prompt_tokens: int, max_tokens: int | None, prompt_param: str) -> int:
-        """Output tokens that may be drawn; unset fills the context."""
+        """Return the maximum number of output tokens; unset means the rest of the context."""
         limit = self.model.info.context_length
         if num_prompt_tokens >= limit:
             raise RequestError(
@@ -172,7 +172,7 @@ class RequestBuilder:
 
 
 def answer_id(kind: str, rid: str | None) -> str:
-    """Id of a new answer: the client's own `rid`, or a fresh one that starts with `kind`."""
+    """Return the id of a new response: the client's `rid`, or a fresh id that starts with `kind`."""
     if rid is None:
         return f"{kind}{uuid.uuid4().hex}"
     if not (1 <= len(rid) <= _MAX_REQUEST_ID_CHARACTERS and rid.isprintable()):
@@ -181,7 +181,7 @@ def answer_id(kind: str, rid: str | None) -> str:
 
 
 async def build(size: int, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-    """Call a builder for a body of `size` bytes: small ones at once, large ones in a thread."""
+    """Call a build function for a body of `size` bytes: directly if the body is small, in a thread if it is large."""
     if size < _LARGE_BODY_BYTES:
         return function(*args, **kwargs)
     return await asyncio.to_thread(function, *args, **kwargs)

@@ -1,4 +1,4 @@
-"""What a request demands of its output: a schema, a pattern, rules, tags."""
+"""Constraints that a request puts on its output: a JSON schema, a regex, a grammar or tags."""
 
 from typing import Any
 
@@ -12,10 +12,10 @@ _MAX_STRUCTURES = 256
 
 
 def read_constraint(body: CommonRequest, writer: GrammarWriter) -> tuple[GrammarPart | None, str | None]:
-    """The output's grammar, if it has one, and the field that demands it.
+    """Return the output's grammar, if it has one, and the request field that requires it.
 
     Raises:
-        RequestError: several fields demand one, or it cannot be read.
+        RequestError: several fields require a grammar, or the field is not valid.
     """
     format = body.response_format
     given = [name for name in ("regex", "ebnf", "json_schema") if getattr(body, name) is not None]

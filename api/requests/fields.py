@@ -1,4 +1,4 @@
-"""Which fields a request may have, and ranges that both generation endpoints share."""
+"""Checks of a request's fields: which ones are known, and ranges that both generation endpoints share."""
 
 import logging
 import math
@@ -19,7 +19,7 @@ _MAX_STOPS = 16
 _MAX_STOP_CHARACTERS = 256
 _MAX_SALT_CHARACTERS = 256
 
-# Accepted and not used: they change nothing that this server does. The README lists them.
+# Accepted and ignored: they affect nothing that this server does. docs/serving/openai-api.md lists them.
 IGNORED_FIELDS = frozenset(
     {
         "metadata",
@@ -33,7 +33,7 @@ IGNORED_FIELDS = frozenset(
         "verbosity",
     }
 )
-# Fields of OpenAI's and SGLang's protocols that change what is answered and cannot be honoured.
+# Fields of OpenAI's and SGLang's protocols that would change the response and are not supported.
 REFUSED_FIELDS = frozenset(
     {
         "audio",
@@ -62,16 +62,18 @@ REFUSED_FIELDS = frozenset(
 
 
 def check_fields(raw: Any, schema: type[msgspec.Struct], *, strict: bool) -> None:
-    """Look for fields that are neither honoured nor documented as ignored; null, false and empty are as good as absent.
+    """Refuse or log fields that are neither supported nor documented as ignored.
+
+    Fields whose value is null, false or empty count as absent.
 
     Args:
-        raw: the decoded body.
-        schema: what it was read as.
-        strict: refuse them all (`--strict-params`); else only those that are known to change the answer, and the
-            others are logged.
+        raw: the decoded JSON body.
+        schema: the struct type that the body was converted to.
+        strict: refuse all such fields (`--strict-params`); otherwise refuse only those known to change the response
+            and log the others.
 
     Raises:
-        RequestError: names the field.
+        RequestError: a field is refused; the message names it.
     """
     for path, value in _unknown(raw, _type_info(schema), ""):
         if path in IGNORED_FIELDS or value is None or value is False or value in ("", [], {}):
@@ -88,7 +90,7 @@ _type_info = lru_cache(msgspec.inspect.type_info)
 
 
 def _unknown(raw: Any, kind: msgspec.inspect.Type, path: str) -> Iterator[tuple[str, Any]]:
-    """Fields of a body, at any depth, that its type does not have, with their values."""
+    """Yield path and value of each field of a body, at any depth, that its type does not define."""
     match kind:
         case msgspec.inspect.UnionType(types=types):
             kind = next((option for option in types if _fits(raw, option)), kind)
@@ -109,17 +111,17 @@ def _unknown(raw: Any, kind: msgspec.inspect.Type, path: str) -> Iterator[tuple[
 
 
 def _fits(raw: Any, kind: msgspec.inspect.Type) -> bool:
-    """Whether an option of a union is the one that a value was read as."""
+    """Return whether an option of a union is the one that a value was converted to."""
     if isinstance(kind, msgspec.inspect.StructType):
         return isinstance(raw, dict) and (kind.tag_field is None or raw.get(kind.tag_field) == kind.tag)
     return isinstance(kind, msgspec.inspect.ListType) and isinstance(raw, list)
 
 
 def check_common(body: CommonRequest) -> None:
-    """Check what both generation endpoints share and `SamplingParams` does not.
+    """Check the fields that both generation endpoints share and `SamplingParams` does not check.
 
     Raises:
-        RequestError: names the field, its value and the limit.
+        RequestError: a field is not valid; the message names the field, its value and the limit.
     """
     check_range("n", body.n, 1, MAX_CHOICES)
     check_range("priority", body.priority, -(2**31), 2**31 - 1)
@@ -140,10 +142,10 @@ def check_range(name: str, value: int | None, low: int, high: int) -> None:
 
 
 def read_logit_bias(bias: Mapping[str, float]) -> dict[int, float]:
-    """Biases by token id; the ids are checked against the vocabulary later."""
+    """Return biases by token id; the ids are checked against the vocabulary later."""
     result: dict[int, float] = {}
     for key, value in bias.items():
-        # isdecimal alone would let other scripts' digits through.
+        # isdecimal alone would accept digits of other scripts.
         if not (key.isascii() and key.isdecimal() and len(key) <= 10):
             raise RequestError(f"logit_bias keys are token ids, got {key!r}", param="logit_bias")
         if not math.isfinite(value):
@@ -155,7 +157,7 @@ def read_logit_bias(bias: Mapping[str, float]) -> dict[int, float]:
 
 
 def read_stops(stop: str | list[str] | None) -> tuple[str, ...]:
-    """Stop strings."""
+    """Return the stop strings."""
     stops = (stop,) if isinstance(stop, str) else tuple(stop or ())
     if len(stops) > _MAX_STOPS:
         raise RequestError(f"{len(stops)} stop strings, the limit is {_MAX_STOPS}", param="stop")

@@ -1,4 +1,4 @@
-"""Log-probabilities in the two shapes of the protocol."""
+"""Log-probabilities in the wire formats of the chat and the completions endpoint."""
 
 from collections.abc import Iterable, Sequence
 
@@ -7,12 +7,12 @@ from jaxserve.engine.output_processor import ChoiceToken
 from jaxserve.request import TokenLogprobs
 from jaxserve.text.tokenizer import Tokenizer
 
-# JSON has no -inf; a forbidden token's log-probability is shown as OpenAI shows it.
+# JSON has no -inf; like OpenAI, report this value as the log-probability of a forbidden token.
 _LOWEST = -9999.0
 
 
 def chat_logprobs(tokenizer: Tokenizer, tokens: Sequence[ChoiceToken]) -> ChatLogprobs:
-    """Chat endpoint: a list of objects."""
+    """Return the chat endpoint's format: a list of objects."""
     return ChatLogprobs([_chat_token(tokenizer, token) for token in tokens])
 
 
@@ -29,12 +29,12 @@ def _chat_token(tokenizer: Tokenizer, token: ChoiceToken) -> ChatTokenLogprob:
 def completion_logprobs(
     tokenizer: Tokenizer, tokens: Iterable[tuple[int, TokenLogprobs | None, int]], num_top: int
 ) -> CompletionLogprobs:
-    """Completions endpoint: parallel lists.
+    """Return the completions endpoint's format: parallel lists.
 
     Args:
-        tokenizer: to name the tokens.
-        tokens: (id, log-probabilities or None for the first prompt token, offset in the returned text).
-        num_top: alternatives that were asked for.
+        tokenizer: decodes the token ids.
+        tokens: (id, log-probabilities or None for the first prompt token, offset in the returned text) of each token.
+        num_top: number of requested alternatives.
     """
     out = CompletionLogprobs([], [], [], [])
     for token_id, logprobs, offset in tokens:
@@ -48,7 +48,7 @@ def completion_logprobs(
         out.token_logprobs.append(max(logprobs.logprob, _LOWEST))
         top: dict[str, float] = {}
         for top_id, logprob in zip(logprobs.top_ids[:num_top], logprobs.top_logprobs, strict=False):
-            # Tokens that read alike share a key; the likelier one comes first and stays.
+            # Tokens with the same text share a key; the likelier one comes first and is kept.
             top.setdefault(tokenizer.token_text(top_id).text, max(logprob, _LOWEST))
         top.setdefault(text, max(logprobs.logprob, _LOWEST))
         out.top_logprobs.append(top)

@@ -1,4 +1,4 @@
-"""What clients may call the model, and which LoRA adapter they mean by it."""
+"""Resolves the names by which requests select the model and its LoRA adapters."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ class ResolvedModel(NamedTuple):
     """The model that a request names.
 
     Attributes:
-        name: the name to answer with.
+        name: name of the model in the response.
         adapter_keys: the key of each prompt's adapter; empty for the base model.
     """
 
@@ -25,9 +25,9 @@ class ModelNames:
     """Names of one model and its adapters.
 
     Attributes:
-        served: the model's.
-        path: where it came from, which is a name for it, too.
-        adapters: that are loaded, by name; None where the server runs without LoRA.
+        served: the served model name.
+        path: the model's path, which is accepted as a name as well.
+        adapters: loaded adapters by name; None if the server runs without LoRA.
     """
 
     served: str

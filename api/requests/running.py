@@ -1,4 +1,4 @@
-"""The generations behind one HTTP request: one per prompt, their choices numbered through, prompt-major."""
+"""The generations of one HTTP request, one per prompt; choices are numbered across prompts, prompt-major."""
 
 import logging
 from collections.abc import AsyncGenerator, Iterable, Sequence
@@ -17,23 +17,23 @@ logger = logging.getLogger(__name__)
 
 
 class RunningRequest:
-    """Starts the generations at once; `close` must be called however the request ends.
+    """Starts the generations on construction; `close` must be called however the request ends.
 
     Attributes:
-        id: the id of the answer.
-        model: name of the model, as the answer repeats it.
+        id: id of the response.
+        model: name of the model in the response.
         generations: one per prompt.
 
     Args:
-        server: shared state.
-        endpoint: name in logs and metrics.
-        answer_id: that clients see and may abort.
-        prepared: one entry per prompt.
+        server: shared state of the server.
+        endpoint: name of the endpoint in logs and metrics.
+        answer_id: id of the response, which clients see and may abort.
+        prepared: engine requests, one per prompt.
 
     Raises:
-        NotFoundError: an adapter was unloaded since the request named it.
-        RequestError: the id is in use, or there are more choices than could ever run or wait.
-        OverloadedError, UnavailableError: not all of them could be queued; none is left behind.
+        NotFoundError: an adapter was unloaded after the request named it.
+        RequestError: the id is in use, or there are more choices than can ever run or wait.
+        OverloadedError, UnavailableError: not all generations could be queued; those already queued are aborted.
     """
 
     def __init__(self, server: Server, endpoint: str, answer_id: str, prepared: Sequence[Prepared]) -> None:
@@ -63,16 +63,16 @@ class RunningRequest:
 
     @property
     def choices_per_prompt(self) -> int:
-        """Choices of each prompt."""
+        """Number of choices per prompt."""
         return self.generations[0].request.num_choices
 
     @property
     def num_choices(self) -> int:
-        """Choices over all prompts."""
+        """Number of choices over all prompts."""
         return sum(generation.request.num_choices for generation in self.generations)
 
     async def deltas(self) -> AsyncGenerator[tuple[int, ChoiceDelta]]:
-        """Deltas with the number of their choice over all prompts."""
+        """Yield each delta with the index of its choice over all prompts."""
         async for prompt, delta in merge([generation.deltas() for generation in self.generations]):
             index = prompt * self.choices_per_prompt + delta.choice
             if delta.text or delta.message_deltas or delta.tokens:
@@ -81,18 +81,18 @@ class RunningRequest:
         self._ended = True
 
     async def collect(self) -> list[CollectedChoice]:
-        """Every choice, whole; raises as `raise_errors` does."""
+        """Return all choices once they are complete; raises like `raise_errors`."""
         choices = await collect_choices(self.deltas(), self.num_choices)
         self.raise_errors(choice.end for choice in choices)
         return choices
 
     def raise_errors(self, ends: Iterable[ChoiceDelta]) -> None:
-        """Raise if a choice ended with an error.
+        """Raise an exception if a choice ended with an error.
 
         Raises:
-            RequestError: the choice failed by the request's fault.
-            UnavailableError: the engine is lost.
-            GenerationError: the choice failed.
+            RequestError: the failure is the request's fault.
+            UnavailableError: the engine is lost, or the server is shutting down.
+            GenerationError: the choice failed for another reason.
         """
         for end in ends:
             if end.finish_reason is FinishReason.ERROR:
@@ -104,7 +104,7 @@ class RunningRequest:
                 raise GenerationError(end.error or "generation failed")
 
     def close(self) -> None:
-        """Let go of everything; what still runs is aborted. Never waits."""
+        """Release all resources and abort generations that still run. Never waits."""
         for generation in self.generations:
             generation.close()
         self._server.running.pop(self.id, None)
@@ -129,7 +129,7 @@ class RunningRequest:
 
 
 def usage_info(running: RunningRequest) -> UsageInfo:
-    """Usage over all prompts, so far."""
+    """Return the usage so far, summed over all prompts."""
     usages = [generation.usage for generation in running.generations]
     prompt, completion = sum(u.prompt_tokens for u in usages), sum(u.completion_tokens for u in usages)
     cached, reasoning = sum(u.cached_tokens for u in usages), sum(u.reasoning_tokens for u in usages)

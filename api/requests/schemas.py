@@ -1,4 +1,4 @@
-"""OpenAI's wire format as msgspec structs, with SGLang's extensions. Fields keep the protocol's names."""
+"""OpenAI's wire format with SGLang's extensions, as msgspec structs. Fields have the protocol's names."""
 
 from typing import Any, Literal, TypeAlias
 
@@ -6,7 +6,7 @@ import msgspec
 
 
 class StreamOptions(msgspec.Struct, forbid_unknown_fields=True):
-    """What a stream carries besides text."""
+    """Options for token usage in a stream."""
 
     include_usage: bool = False
     continuous_usage_stats: bool = False
@@ -16,7 +16,7 @@ ReasoningEffort: TypeAlias = Literal["none", "minimal", "low", "medium", "high",
 
 
 class JsonSchemaFormat(msgspec.Struct):
-    """The schema of an answer. Not strict: keywords that cannot be enforced are left out."""
+    """The JSON schema of an output; unless `strict` is set, keywords that cannot be enforced are ignored."""
 
     schema: dict[str, Any] | bool | None = None
     name: str | None = None
@@ -25,7 +25,7 @@ class JsonSchemaFormat(msgspec.Struct):
 
 
 class TagStructure(msgspec.Struct):
-    """A tag whose inside follows a schema."""
+    """A tag whose content follows a JSON schema."""
 
     begin: str
     end: str
@@ -33,7 +33,7 @@ class TagStructure(msgspec.Struct):
 
 
 class ResponseFormat(msgspec.Struct):
-    """What an answer must be."""
+    """The required format of an output."""
 
     type: Literal["text", "json_object", "json_schema", "structural_tag"]
     json_schema: JsonSchemaFormat | None = None
@@ -42,14 +42,14 @@ class ResponseFormat(msgspec.Struct):
 
 
 class ReasoningOptions(msgspec.Struct):
-    """How much the model thinks."""
+    """Options of the model's thinking."""
 
     effort: ReasoningEffort | None = None
     enabled: bool | None = None
 
 
 class CommonRequest(msgspec.Struct, kw_only=True):
-    """Fields of both generation endpoints. `None` means the endpoint's default."""
+    """Fields shared by both generation endpoints. `None` means the endpoint's default."""
 
     model: str | None = None
     frequency_penalty: float | None = None
@@ -83,13 +83,13 @@ class CommonRequest(msgspec.Struct, kw_only=True):
 
 
 class PromptTokensDetails(msgspec.Struct):
-    """Where prompt tokens came from."""
+    """Breakdown of the prompt tokens."""
 
     cached_tokens: int = 0
 
 
 class CompletionTokensDetails(msgspec.Struct):
-    """What output tokens were spent on."""
+    """Breakdown of the output tokens."""
 
     reasoning_tokens: int = 0
 
@@ -128,7 +128,7 @@ class ChatLogprobs(msgspec.Struct):
 
 
 class CompletionLogprobs(msgspec.Struct):
-    """Log-probabilities of a text choice, one entry per token in each list; the first prompt token has none."""
+    """Log-probabilities of a text choice: lists with one entry per token; the first prompt token has none."""
 
     tokens: list[str]
     token_logprobs: list[float | None]
@@ -146,6 +146,6 @@ class ErrorInfo(msgspec.Struct):
 
 
 class ErrorBody(msgspec.Struct):
-    """Body of every error answer."""
+    """Body of every error response."""
 
     error: ErrorInfo

@@ -1,1 +1,1 @@
-"""OpenAI's Responses, over a chat."""
+"""OpenAI's Responses API, translated to chat completions."""

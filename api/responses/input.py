@@ -1,4 +1,4 @@
-"""From the body of `/v1/responses` to a chat."""
+"""Translates the body of `/v1/responses` to a chat request."""
 
 from collections.abc import Sequence
 
@@ -21,14 +21,14 @@ _TEXT_PARTS = ("input_text", "output_text", "text", "reasoning_text", "summary_t
 
 
 def to_chat(body: ResponsesRequest, earlier: Sequence[ChatMessage]) -> ChatCompletionRequest:
-    """The conversation in the chat protocol's words.
+    """Translate a Responses request to a chat request.
 
     Args:
-        body: the request.
-        earlier: turns of the response that this one follows.
+        body: the Responses request.
+        earlier: turns of the previous response's conversation.
 
     Raises:
-        RequestError: something in it cannot be served.
+        RequestError: the request contains something that is not supported.
     """
     if body.truncation == "auto":
         raise RequestError(
@@ -57,10 +57,10 @@ def to_chat(body: ResponsesRequest, earlier: Sequence[ChatMessage]) -> ChatCompl
 
 
 def read_input(given: str | Sequence[InputItem]) -> list[ChatMessage]:
-    """Turns of an input; what the assistant thought, said and called in a row is one turn.
+    """Return the turns of an input; consecutive reasoning, messages and calls of the assistant form one turn.
 
     Raises:
-        RequestError: an item is of a kind that is not served, or lacks a field.
+        RequestError: an item is of an unsupported type, or lacks a field.
     """
     if isinstance(given, str):
         return [ChatMessage("user", given)]

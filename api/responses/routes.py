@@ -1,4 +1,4 @@
-"""`/v1/responses`: OpenAI's Responses protocol, as a translation to a chat and back."""
+"""`/v1/responses`: OpenAI's Responses protocol, translated to a chat and back."""
 
 import time
 import uuid
@@ -59,7 +59,7 @@ async def create_response(
     builder: NamedDependency[RequestBuilder],
     request: HttpRequest[Any, Any, Any],
 ) -> ResponseObject:
-    """Answer an input; with `stream` the answer is server-sent events."""
+    """Generate a response; with `stream`, it is sent as server-sent events."""
     check_fields(await request.json(), ResponsesRequest, strict=server.settings.strict_params)
     chat = to_chat(data, _earlier_turns(server, data.previous_response_id))
     name = answer_id("resp_", None)
@@ -74,13 +74,13 @@ async def create_response(
 
 @get("/v1/responses/{response_id:str}", summary="A kept response", responses=errors(404))
 async def retrieve_response(response_id: FromPath[str], server: NamedDependency[Server]) -> ResponseObject:
-    """What is known of a response by now."""
+    """Return a stored response in its current state."""
     return server.responses.get(response_id).response
 
 
 @post("/v1/responses/{response_id:str}/cancel", status_code=200, summary="End a response", responses=errors(404))
 async def cancel_response(response_id: FromPath[str], server: NamedDependency[Server]) -> ResponseObject:
-    """End a response that is still being made; one that has ended is left as it is."""
+    """Cancel a response that is in progress; a response that has ended is returned unchanged."""
     stored = server.responses.get(response_id)
     if stored.cancel is not None:
         stored.response.status = "cancelled"
@@ -90,7 +90,7 @@ async def cancel_response(response_id: FromPath[str], server: NamedDependency[Se
 
 @delete("/v1/responses/{response_id:str}", status_code=200, summary="Forget a response", responses=errors(404))
 async def delete_response(response_id: FromPath[str], server: NamedDependency[Server]) -> DeletedResponse:
-    """Forget a kept response."""
+    """Delete a stored response."""
     server.responses.remove(response_id)
     return DeletedResponse(response_id)
 
@@ -105,7 +105,7 @@ def _earlier_turns(server: Server, response_id: str | None) -> Sequence[ChatMess
 
 
 class _Response:
-    """One response on its way to the client, and to the store."""
+    """Builds one response for the client, whole or as a stream, and for the store."""
 
     def __init__(
         self,
@@ -150,18 +150,18 @@ class _Response:
             server.responses.add(StoredResponse(self._response, size, cancel=self._cancel))
 
     async def collect(self) -> ResponseObject:
-        """The whole answer."""
+        """Return the whole response."""
         async for _ in self.events():
             pass
         return self._response
 
     async def events(self) -> AsyncGenerator[bytes]:
-        """`response.created`, each item's events, and how it ended."""
+        """Yield `response.created`, `response.in_progress`, the events of each item, and the final event."""
         yield self._event("response.created", response=self._response)
         yield self._event("response.in_progress", response=self._response)
         end: ChoiceDelta | None = None
         async for _, delta in self._running.deltas():
-            # Log-probabilities of the step's tokens, sent with the first text that the step adds.
+            # Log-probabilities of this step's tokens; they are sent with the step's first text delta.
             self._new_logprobs = chat_logprobs(self._server.tokenizer, delta.tokens).content
             for event in self._blocks.add(delta.message_deltas):
                 for data in self._block_event(event):
@@ -177,14 +177,14 @@ class _Response:
         yield self._event(f"response.{self._response.status}", response=self._response)
 
     def close(self) -> None:
-        """Let go; a response that did not end is marked so."""
+        """Release the request; a response that is still in progress is marked as cancelled."""
         self._running.close()
         if self._response.status == "in_progress":
             self._response.status = "cancelled"
         self._server.responses.end(self._response.id)
 
     def error_event(self, error: Exception) -> bytes:
-        """The last event when it fails."""
+        """Mark the response as failed and return its last event."""
         self._response.status = "failed"
         self._response.error = stream_error(error).error
         return self._event("response.failed", response=self._response)
@@ -204,7 +204,7 @@ class _Response:
         )
         if not self._items:
             self._items.append(OutputMessage(_item_id("msg"), "completed", [OutputText("")]))
-        # What looked like a call and was none is in the text.
+        # The text of a failed call is repeated in a message item, so the call itself is dropped.
         failed = {block.index for block in self._blocks.blocks if block.failed}
         response.output = [item for index, item in enumerate(self._items) if index not in failed]
         if end.finish_reason is FinishReason.STOP:
@@ -240,7 +240,7 @@ class _Response:
             yield self._event("response.output_item.done", output_index=block.index, item=item)
 
     def _part_event(self, name: str, block: Block) -> Iterable[bytes]:
-        """Only messages have parts with events of their own."""
+        """Yield a content part event if the block is a message; other items have none."""
         item = self._items[block.index]
         if isinstance(item, OutputMessage):
             place = {"item_id": item.id, "output_index": block.index, "content_index": 0}
@@ -292,7 +292,7 @@ def _fill(item: OutputItem, block: Block, logprobs: list[Any]) -> None:
 
 
 def _as_turns(items: Iterable[OutputItem]) -> list[ChatMessage]:
-    """What the model said, as the next request's history has it."""
+    """Convert the model's output to a turn of the next request's history."""
     turn = ChatMessage("assistant", "")
     for item in items:
         match item:

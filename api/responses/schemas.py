@@ -8,7 +8,7 @@ from api.requests.schemas import ErrorInfo, ReasoningEffort
 
 
 class InputPart(msgspec.Struct):
-    """One part of an input message; text is served."""
+    """One part of an input item's content; only text and refusals are supported."""
 
     type: str
     text: str | None = None
@@ -31,7 +31,7 @@ class InputItem(msgspec.Struct):
 
 
 class ResponsesTool(msgspec.Struct):
-    """A tool; only functions are served."""
+    """A tool; only functions are supported."""
 
     type: str
     name: str | None = None
@@ -41,14 +41,14 @@ class ResponsesTool(msgspec.Struct):
 
 
 class ResponsesToolChoice(msgspec.Struct):
-    """Makes the model call one function."""
+    """Forces the model to call one function."""
 
     type: str
     name: str | None = None
 
 
 class TextFormat(msgspec.Struct):
-    """What the answer must be."""
+    """The required format of the output text."""
 
     type: Literal["text", "json_object", "json_schema"] = "text"
     name: str | None = None
@@ -58,7 +58,7 @@ class TextFormat(msgspec.Struct):
 
 
 class TextOptions(msgspec.Struct):
-    """Options of the answer's text."""
+    """Options of the output text."""
 
     format: TextFormat | None = None
     verbosity: str | None = None
@@ -133,7 +133,7 @@ class OutputReasoning(msgspec.Struct, tag_field="type", tag="reasoning"):
 
 
 class OutputCall(msgspec.Struct, tag_field="type", tag="function_call"):
-    """A call of a function."""
+    """A function call."""
 
     id: str
     status: ItemStatus
@@ -146,13 +146,13 @@ OutputItem: TypeAlias = OutputMessage | OutputReasoning | OutputCall
 
 
 class InputTokensDetails(msgspec.Struct):
-    """Where input tokens came from."""
+    """Breakdown of the input tokens."""
 
     cached_tokens: int
 
 
 class OutputTokensDetails(msgspec.Struct):
-    """What output tokens were spent on."""
+    """Breakdown of the output tokens."""
 
     reasoning_tokens: int
 
@@ -168,7 +168,7 @@ class ResponsesUsage(msgspec.Struct):
 
 
 class IncompleteDetails(msgspec.Struct):
-    """Why a response was cut short."""
+    """The reason why a response is incomplete."""
 
     reason: str
 
@@ -177,7 +177,7 @@ ResponseStatus: TypeAlias = Literal["in_progress", "completed", "incomplete", "c
 
 
 class ResponseObject(msgspec.Struct, kw_only=True):
-    """Answer of `POST /v1/responses`."""
+    """Response body of `POST /v1/responses`."""
 
     id: str
     created_at: int
@@ -205,7 +205,7 @@ class ResponseObject(msgspec.Struct, kw_only=True):
 
 
 class DeletedResponse(msgspec.Struct):
-    """Answer of `DELETE /v1/responses/{id}`."""
+    """Response body of `DELETE /v1/responses/{id}`."""
 
     id: str
     deleted: bool = True

@@ -1,4 +1,4 @@
-"""Responses that can be followed, retrieved, cancelled and deleted. Bounded; the oldest are forgotten first."""
+"""Bounded store of responses that can be continued, retrieved, cancelled and deleted; the oldest are evicted first."""
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -14,13 +14,13 @@ _MAX_BYTES = 64 << 20
 
 @dataclass
 class StoredResponse:
-    """One response.
+    """One stored response.
 
     Attributes:
         response: the response as it was last sent to the client.
-        size: what it takes, in bytes, roughly.
-        turns: the conversation with its answer; empty while it is not complete.
-        cancel: ends it while it runs.
+        size: approximate size in bytes.
+        turns: the conversation including this response; empty until the response is complete.
+        cancel: cancels the response; None once it has ended.
     """
 
     response: ResponseObject
@@ -37,13 +37,16 @@ class ResponseStore:
         self._num_bytes = 0
 
     def add(self, stored: StoredResponse) -> None:
-        """Keep a response that has begun."""
+        """Store a response that has begun."""
         self._responses[stored.response.id] = stored
         self._num_bytes += stored.size
         self._shrink()
 
     def end(self, response_id: str, turns: Sequence[ChatMessage] = ()) -> None:
-        """A response has ended, with a conversation that can be followed or without; it may be deleted by now."""
+        """Record the end of a response, with its conversation if that can be continued.
+
+        Does nothing if the response has already ended or is no longer stored.
+        """
         stored = self._responses.get(response_id)
         if stored is None or stored.cancel is None:
             return
@@ -54,10 +57,10 @@ class ResponseStore:
         self._shrink()
 
     def get(self, response_id: str, param: str | None = None) -> StoredResponse:
-        """A kept response.
+        """Return a stored response.
 
         Raises:
-            NotFoundError: there is none, or not any more.
+            NotFoundError: the response does not exist, or is no longer stored.
         """
         stored = self._responses.get(response_id)
         if stored is None:
@@ -65,7 +68,7 @@ class ResponseStore:
         return stored
 
     def remove(self, response_id: str) -> None:
-        """Forget a response; raises NotFoundError if there is none."""
+        """Delete a response; raises NotFoundError if it is not stored."""
         self._num_bytes -= self.get(response_id).size
         del self._responses[response_id]
 

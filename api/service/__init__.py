@@ -1,1 +1,1 @@
-"""Routes beside generation: models, health, tokenizer, information, control."""
+"""Routes other than generation: models, health, tokenizer, output parsers, information, control."""

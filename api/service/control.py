@@ -1,4 +1,4 @@
-"""Routes that change the server or its requests."""
+"""Control routes: flushing the cache and aborting requests."""
 
 from litestar import post
 from litestar.di import NamedDependency
@@ -13,7 +13,7 @@ from jaxserve.errors import RequestError
 
 @post("/flush_cache", status_code=200, opt=CONTROL, summary="Forget cached prefixes", responses=errors(403, body=True))
 async def flush_cache(server: NamedDependency[Server]) -> FlushResponse:
-    """Empty the prefix cache; 400 while requests run."""
+    """Empty the prefix cache; returns 400 while requests run."""
     if not await server.client.flush_cache():
         raise RequestError("the cache cannot be flushed while requests run")
     return FlushResponse(flushed=True)
@@ -21,7 +21,7 @@ async def flush_cache(server: NamedDependency[Server]) -> FlushResponse:
 
 @post("/abort_request", status_code=200, opt=CONTROL, summary="End running requests", responses=errors(403, body=True))
 async def abort_request(data: JSONBody[AbortBody], server: NamedDependency[Server]) -> dict[str, int]:
-    """Abort by the id of an answer, by the start of such ids, or all."""
+    """Abort the requests whose response id starts with `rid`, or all."""
     if not data.rid and not data.abort_all:
         raise RequestError("give rid or abort_all", param="rid")
     names = [name for name in server.running if data.abort_all or name.startswith(data.rid)]

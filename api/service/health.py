@@ -1,4 +1,4 @@
-"""Health and metrics."""
+"""Health checks and metrics."""
 
 import asyncio
 import uuid
@@ -19,20 +19,20 @@ _HEALTH_LIMIT_S = 20.0
 
 @get("/live", opt=OPEN, summary="The process runs")
 async def live() -> Response[None]:
-    """200 as long as the API process answers."""
+    """Return 200 as long as the API process responds."""
     return Response(None, status_code=200)
 
 
 @get(["/health", "/ready"], opt=OPEN, summary="The server takes requests", responses=errors())
 async def health(server: NamedDependency[Server]) -> Response[None]:
-    """200 when requests are served; 503 while loading, draining or without an engine."""
+    """Return 200 if requests are accepted, and 503 while loading or draining or if the engine is lost."""
     server.check_accepting()
     return Response(None, status_code=200)
 
 
 @get("/health_generate", opt=OPEN, summary="The engine generates", responses=errors())
 async def health_generate(server: NamedDependency[Server]) -> Response[None]:
-    """Generate one token; 503 when that takes longer than 20 s."""
+    """Generate one token; returns 503 if that takes longer than 20 s."""
     server.check_accepting()
     request = Request(
         id=f"health-{uuid.uuid4().hex}", prompt_token_ids=(0,), sampling=SamplingParams(temperature=0, max_tokens=1)
@@ -52,7 +52,7 @@ async def health_generate(server: NamedDependency[Server]) -> Response[None]:
 
 @get("/metrics", opt=OPEN, media_type=MediaType.TEXT, summary="Prometheus metrics", responses=errors(404))
 async def metrics(server: NamedDependency[Server]) -> Response[bytes]:
-    """The text format."""
+    """Return the metrics in Prometheus' text format."""
     if not server.settings.enable_metrics:
         raise NotFoundError("metrics are switched off (--no-enable-metrics)")
     return Response(server.metrics.render(), media_type="text/plain; version=0.0.4; charset=utf-8")

@@ -1,4 +1,4 @@
-"""What is served, and how."""
+"""Information about the served model and the server."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ from api.server import Server
 
 @get(["/get_model_info", "/model_info"], summary="What is served", responses=errors())
 async def model_info(server: NamedDependency[Server]) -> dict[str, Any]:
-    """SGLang's model information."""
+    """Return SGLang's model information."""
     info = server.client.info
     return {
         "model_path": server.settings.model_path,
@@ -27,7 +27,7 @@ async def model_info(server: NamedDependency[Server]) -> dict[str, Any]:
 
 @get(["/get_server_info", "/server_info"], summary="How it is served", responses=errors())
 async def server_info(server: NamedDependency[Server]) -> dict[str, Any]:
-    """Launch flags and the engine's sizes."""
+    """Return the launch flags, and the engine's sizes and statistics."""
     info, stats = server.client.info, server.client.stats
     return {
         **server.settings.server_args,

@@ -1,4 +1,4 @@
-"""Cards of what is served."""
+"""Model cards of the served model and its adapters."""
 
 import msgspec
 from litestar import get
@@ -12,7 +12,7 @@ from jaxserve.errors import NotFoundError
 
 
 def _cards(server: Server) -> list[ModelCard]:
-    """The model, and its adapters."""
+    """Return the cards of the model and its adapters."""
     settings = server.settings
     base = ModelCard(
         id=settings.served_model_name,
@@ -29,13 +29,13 @@ def _cards(server: Server) -> list[ModelCard]:
 
 @get("/v1/models", summary="Served models", responses=errors())
 async def list_models(server: NamedDependency[Server]) -> ModelList:
-    """Cards of what is served."""
+    """List the served model and its adapters."""
     return ModelList(_cards(server))
 
 
 @get("/v1/models/{model_id:path}", summary="One model", responses=errors(404))
 async def get_model(model_id: FromPath[str], server: NamedDependency[Server]) -> ModelCard:
-    """One card; 404 for what is not served."""
+    """Return one model card, or 404 if the model is not served."""
     name = model_id.removeprefix("/")
     for card in _cards(server):
         if name == card.id.removeprefix("/"):

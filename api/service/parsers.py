@@ -1,4 +1,4 @@
-"""`POST /separate_reasoning` and `/parse_function_call`: the parsers by themselves, without a model."""
+"""`POST /separate_reasoning` and `/parse_function_call`: the output parsers on their own, without a model."""
 
 from typing import Any
 
@@ -29,7 +29,7 @@ class SeparateReasoningRequest(msgspec.Struct, kw_only=True):
 
 
 class SeparateReasoningResponse(msgspec.Struct):
-    """Answer of `POST /separate_reasoning`."""
+    """Response body of `POST /separate_reasoning`."""
 
     reasoning_text: str
     text: str
@@ -44,7 +44,7 @@ class ParseFunctionCallRequest(msgspec.Struct, kw_only=True):
 
 
 class ParsedCall(msgspec.Struct):
-    """One call; `parameters` is a JSON object as text."""
+    """One tool call; `parameters` is a JSON object as text."""
 
     tool_index: int
     name: str
@@ -52,7 +52,7 @@ class ParsedCall(msgspec.Struct):
 
 
 class ParseFunctionCallResponse(msgspec.Struct):
-    """Answer of `POST /parse_function_call`."""
+    """Response body of `POST /parse_function_call`."""
 
     normal_text: str
     calls: list[ParsedCall]
@@ -62,7 +62,7 @@ class ParseFunctionCallResponse(msgspec.Struct):
 async def separate_reasoning(
     data: JSONBody[SeparateReasoningRequest], server: NamedDependency[Server], request: HttpRequest[Any, Any, Any]
 ) -> SeparateReasoningResponse:
-    """Split a whole output as `--reasoning-parser` would."""
+    """Split a complete output into reasoning and content, as `--reasoning-parser` would."""
     check_fields(await request.json(), SeparateReasoningRequest, strict=server.settings.strict_params)
     format = REASONING_FORMATS.get(data.reasoning_parser.lower())
     if format is None:
@@ -75,7 +75,7 @@ async def separate_reasoning(
 async def parse_function_call(
     data: JSONBody[ParseFunctionCallRequest], server: NamedDependency[Server], request: HttpRequest[Any, Any, Any]
 ) -> ParseFunctionCallResponse:
-    """Find the calls in a whole output as `--tool-call-parser` would."""
+    """Extract the tool calls of a complete output, as `--tool-call-parser` would."""
     check_fields(await request.json(), ParseFunctionCallRequest, strict=server.settings.strict_params)
     format = TOOL_CALL_FORMATS.get(data.tool_call_parser.lower())
     if format is None:

@@ -1,4 +1,4 @@
-"""Bodies and answers of the routes beside generation."""
+"""Request and response bodies of the routes other than generation."""
 
 from typing import Any, Literal
 
@@ -20,14 +20,14 @@ class ModelCard(msgspec.Struct):
 
 
 class ModelList(msgspec.Struct):
-    """Answer of `GET /v1/models`."""
+    """Response body of `GET /v1/models`."""
 
     data: list[ModelCard]
     object: Literal["list"] = "list"
 
 
 class TokenizeRequest(msgspec.Struct, kw_only=True):
-    """Body of `POST /tokenize`: a prompt, or messages that go through the chat template."""
+    """Body of `POST /tokenize`: a prompt, or messages that are rendered with the chat template."""
 
     prompt: str | None = None
     messages: list[ChatMessage] | None = None
@@ -38,7 +38,7 @@ class TokenizeRequest(msgspec.Struct, kw_only=True):
 
 
 class TokenizeResponse(msgspec.Struct):
-    """Answer of `POST /tokenize`."""
+    """Response body of `POST /tokenize`."""
 
     tokens: list[int]
     count: int
@@ -54,19 +54,19 @@ class DetokenizeRequest(msgspec.Struct, kw_only=True):
 
 
 class DetokenizeResponse(msgspec.Struct):
-    """Answer of `POST /detokenize`."""
+    """Response body of `POST /detokenize`."""
 
     text: str
 
 
 class AbortBody(msgspec.Struct, kw_only=True):
-    """Body of `POST /abort_request`: a request id (or the start of some), or all."""
+    """Body of `POST /abort_request`: a response id or a prefix of response ids, or all requests."""
 
     rid: str = ""
     abort_all: bool = False
 
 
 class FlushResponse(msgspec.Struct):
-    """Answer of `POST /flush_cache`."""
+    """Response body of `POST /flush_cache`."""
 
     flushed: bool

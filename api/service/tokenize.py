@@ -1,4 +1,4 @@
-"""Text to token ids and back."""
+"""Routes that convert text to token ids and back."""
 
 from typing import Any
 
@@ -23,7 +23,7 @@ async def tokenize(
     builder: NamedDependency[RequestBuilder],
     request: HttpRequest[Any, Any, Any],
 ) -> TokenizeResponse:
-    """Tokenize a prompt, or messages through the chat template."""
+    """Tokenize a prompt, or messages rendered with the chat template."""
     check_fields(await request.json(), TokenizeRequest, strict=server.settings.strict_params)
     server.model.names.resolve(data.model)
     tokens = await build(len(await request.body()), tokenize_prompt, builder, data)
