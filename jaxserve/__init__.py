@@ -1,6 +1,6 @@
 """jaxserve: an OpenAI-compatible inference server for open models, in JAX.
 
-`LLM` and `SamplingParams` are the offline interface; they are imported on first use, because `LLM` brings jax in.
+`LLM` and `SamplingParams` are the offline interface; they are imported on first use, because `LLM` imports jax.
 """
 
 import importlib

@@ -1,4 +1,4 @@
-"""Launch flags, with SGLang's names and meanings, and the `--config` file. Flags win over the file."""
+"""Launch flags, with SGLang's names and meanings, and the `--config` file, which flags override."""
 
 import argparse
 import hashlib
@@ -23,7 +23,7 @@ _SECRETS = ("api_key", "admin_api_key")
 
 
 class _LoraPath(msgspec.Struct, forbid_unknown_fields=True):
-    """An adapter of `--lora-paths` as JSON."""
+    """An adapter in `--lora-paths` that is given as JSON."""
 
     lora_name: str
     lora_path: str
@@ -31,7 +31,7 @@ class _LoraPath(msgspec.Struct, forbid_unknown_fields=True):
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """All flags, in groups."""
+    """Return a parser of all flags, in groups."""
     parser = argparse.ArgumentParser(
         prog="python -m jaxserve.launch",
         description="Serve a language model over the OpenAI API.",
@@ -57,7 +57,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def model_flags(group: argparse._ArgumentGroup) -> None:  # pyright: ignore[reportPrivateUsage]
-    """Which model, and in which precision."""
+    """Add the flags for the model and its precision."""
     group.add_argument(
         "--model-path", "--model", dest="model_path", help="Hugging Face id, model folder, .gguf file, or 'demo'"
     )
@@ -161,7 +161,7 @@ def _output_flags(group: argparse._ArgumentGroup) -> None:  # pyright: ignore[re
 
 
 def memory_flags(group: argparse._ArgumentGroup) -> None:  # pyright: ignore[reportPrivateUsage]
-    """Limits of a step and of the cache."""
+    """Add the flags for the limits of a step and of the cache."""
     group.add_argument(
         "--mem-fraction-static",
         type=float,
@@ -209,7 +209,7 @@ def _queue_flags(group: argparse._ArgumentGroup) -> None:  # pyright: ignore[rep
 
 
 def device_flags(group: argparse._ArgumentGroup) -> None:  # pyright: ignore[reportPrivateUsage]
-    """How a step is split and computed."""
+    """Add the flags for how a step is split over devices and computed."""
     group.add_argument("--tp-size", "--tp", type=int, default=1, help="devices that a model is split over")
     group.add_argument(
         "--dp-size",
@@ -258,7 +258,7 @@ def _host_flags(group: argparse._ArgumentGroup) -> None:  # pyright: ignore[repo
 
 
 def lora_slot_flags(group: argparse._ArgumentGroup) -> None:  # pyright: ignore[reportPrivateUsage]
-    """What shapes the adapters' part of a step."""
+    """Add the flags for the shapes of the LoRA part of a step."""
     group.add_argument("--enable-lora", action="store_true", help="serve LoRA adapters; implied by --lora-paths")
     group.add_argument(
         "--max-loras-per-batch", type=int, default=8, help="adapters in one batch, counting the base model as one"
@@ -319,7 +319,7 @@ def _log_flags(group: argparse._ArgumentGroup) -> None:  # pyright: ignore[repor
 
 
 def parse_arguments(argv: Sequence[str]) -> ServeConfig:
-    """Read flags and the config file.
+    """Parse the flags and the config file.
 
     Raises:
         LaunchError: contradictory or impossible values, or a bad config file.
@@ -385,11 +385,11 @@ def _output_config(args: argparse.Namespace) -> OutputConfig:
 
 
 def _devices(args: argparse.Namespace) -> dict[str, Any]:
-    """How replicas and experts lie on devices. As in SGLang, with `--enable-dp-attention` `--tp-size` counts all."""
+    """Return the parallelism sizes. As in SGLang, `--tp-size` counts all devices with `--enable-dp-attention`."""
     tp_size, dp_size, ep_size = args.tp_size, args.dp_size, args.ep_size
     if not args.enable_dp_attention or dp_size < 1:
         return {"tp_size": tp_size, "dp_size": dp_size, "ep_size": ep_size}
-    ep_size = tp_size if ep_size == 1 else ep_size  # each device has experts of its own
+    ep_size = tp_size if ep_size == 1 else ep_size  # by default each device holds different experts
     for flag, size in (("--tp-size", tp_size), ("--ep-size", ep_size)):
         if size % dp_size:
             raise LaunchError(f"--enable-dp-attention: --dp-size {dp_size} does not divide {flag} {size}")
@@ -397,7 +397,7 @@ def _devices(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def step_settings(args: argparse.Namespace) -> dict[str, Any]:
-    """Fields of `EngineConfig` that `model_flags`, `memory_flags` and `device_flags` set."""
+    """Return the fields of `EngineConfig` that `model_flags`, `memory_flags` and `device_flags` set."""
     return {
         "model_path": args.model_path,
         "dtype": args.dtype,
@@ -416,7 +416,7 @@ def step_settings(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def lora_slots(args: argparse.Namespace) -> dict[str, Any]:
-    """Fields of `LoraConfig` that `lora_slot_flags` set."""
+    """Return the fields of `LoraConfig` that `lora_slot_flags` set."""
     return {
         "max_loras_per_batch": args.max_loras_per_batch,
         "max_rank": args.max_lora_rank,
@@ -441,7 +441,7 @@ def _engine_config(args: argparse.Namespace) -> EngineConfig:
 
 
 def _lora_config(args: argparse.Namespace) -> LoraConfig | None:
-    """Adapters as the user named them; the launcher finds their folders."""
+    """Return the LoRA settings, with adapter paths as the user gave them; the launcher resolves their folders."""
     if not (args.enable_lora or args.lora_paths):
         for name in ("max_lora_rank", "lora_target_modules", "max_loaded_loras", "lora_root"):
             if getattr(args, name) is not None:
@@ -474,7 +474,7 @@ def _named_adapter(text: str) -> _LoraPath:
 
 
 def _compilation_cache(args: argparse.Namespace) -> str | None:
-    """One private folder per model, settings and versions: what is in it gets executed."""
+    """Create and return a folder per model, settings and versions; it is private because its contents are executed."""
     if args.compilation_cache_dir == "none":
         return None
     key = [metadata.version("jax"), metadata.version("jaxlib"), args.model_path, args.dtype, str(args.tp_size)]

@@ -36,7 +36,7 @@ _COMMANDS: dict[str, Callable[[], int]] = {"serve": _serve, "plan": _plan, "conv
 
 
 def main() -> int:
-    """Run a command; returns its exit code."""
+    """Run a command; return its exit code."""
     name = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if name in ("--help", "-h"):
         print(USAGE, end="")

@@ -1,7 +1,7 @@
 """`jaxserve convert SOURCE DESTINATION`: writes an Orbax folder from any checkpoint that jaxserve can open.
 
-SOURCE may also be a PEFT adapter. The result is served like any other: `jaxserve serve --model-path DESTINATION`. It
-is restored straight into the shards of whatever mesh it is served on.
+SOURCE may also be a PEFT adapter. The result is served like any other model: `jaxserve serve --model-path DESTINATION`.
+Its weights are restored directly into the shards of the mesh that serves it.
 """
 
 import argparse
@@ -33,7 +33,7 @@ _SMALL_FILES = ("generation_config.json", "chat_template.jinja")
 
 
 def convert(name: str, destination: Path, dtype_name: str, adapter: str | None = None) -> None:
-    """Convert one checkpoint, with an adapter merged into it if one is named.
+    """Convert a checkpoint, with `adapter` merged into its weights if given.
 
     Raises:
         LaunchError: the source or the adapter cannot be read, or the destination is not empty.

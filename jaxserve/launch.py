@@ -1,7 +1,7 @@
 """`python -m jaxserve.launch`: flags -> configs -> engine process -> application -> uvicorn.
 
-The composition root; nothing imports it. The API answers `/live` at once and `/health` with 503 while the engine
-loads.
+This is the composition root; only `jaxserve.cli` imports it. While the engine loads, the API answers `/live` and
+responds to `/health` with 503.
 """
 
 import asyncio
@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
-# Before transformers is imported: it serves tokenizers here, and torch is not missed.
+# Set before transformers is imported: only its tokenizers are used, so it need not warn that torch is missing.
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
@@ -46,7 +46,7 @@ logger = logging.getLogger("jaxserve")
 
 
 def main() -> int:
-    """Run the server; returns the exit code."""
+    """Run the server; return the exit code."""
     try:
         config = parse_arguments(sys.argv[1:])
         logging.basicConfig(
@@ -70,7 +70,7 @@ def main() -> int:
 
 
 def _follow(config: ServeConfig) -> int:
-    """On another host than 0, which has the API: run the engine's part here until host 0 ends."""
+    """Run the engine process of a host other than 0, without the API, until host 0 ends."""
     engine = msgspec.structs.replace(config.engine, model_path=str(_find_model(config.files)))
     engine = _with_adapters(engine, _find_merged(config.files), config.files)
     with subprocess.Popen([sys.executable, "-m", "jaxserve.engine.process"], stdin=subprocess.PIPE) as process:
@@ -78,7 +78,7 @@ def _follow(config: ServeConfig) -> int:
         signals: list[int] = []
 
         def on_signal(number: int, _: object) -> None:
-            # Host 0 drains first, and tells this one to exit; after a second signal, do not wait for it.
+            # Host 0 drains first and then tells this host to exit; after a second signal, do not wait for that.
             signals.append(number)
             if len(signals) > 1:
                 process.kill()
@@ -87,7 +87,7 @@ def _follow(config: ServeConfig) -> int:
             signal.signal(number, on_signal)
         process.stdin.write(msgspec.json.encode(engine) + b"\n")
         process.stdin.flush()
-        # Open until the process ends: that is how it notices when this one dies.
+        # Standard input stays open until the process ends: its end tells the process that this one has died.
         code = process.wait()
     return code if code >= 0 else int(ExitCode.ENGINE_LOST)
 
@@ -97,14 +97,14 @@ def _find_model(files: ModelFiles) -> Path:
 
 
 class _NamedAdapter(NamedTuple):
-    """An adapter folder, and what it is called."""
+    """The name and the folder of an adapter."""
 
     name: str
     path: Path
 
 
 def _find_merged(files: ModelFiles) -> _NamedAdapter | None:
-    """`--merge-lora`: `path` or `name=path`."""
+    """Return the adapter of `--merge-lora`, given as `path` or `name=path`."""
     if files.merge_lora is None:
         return None
     name, separator, path = files.merge_lora.partition("=")
@@ -113,7 +113,7 @@ def _find_merged(files: ModelFiles) -> _NamedAdapter | None:
 
 
 def _with_adapters(engine: EngineConfig, merged: _NamedAdapter | None, files: ModelFiles) -> EngineConfig:
-    """With the folders of all adapters."""
+    """Return the config with the folders of all adapters filled in."""
     if merged is not None:
         engine = msgspec.structs.replace(engine, merge_lora=str(merged.path))
     if engine.lora is None:
@@ -123,7 +123,7 @@ def _with_adapters(engine: EngineConfig, merged: _NamedAdapter | None, files: Mo
 
 
 def _bind(host: str, port: int) -> socket.socket:
-    """Take the port now, so that a busy port is reported before weights are read."""
+    """Bind the port now, so that a busy port is reported before weights are read."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -259,7 +259,7 @@ class _Launcher:
 
     async def _load(self) -> None:
         loop = asyncio.get_running_loop()
-        # Run both together, so that the first failure is reported first.
+        # Run both concurrently, so that whichever fails first is reported first.
         _, loaded = await asyncio.gather(self._client.start(), loop.run_in_executor(None, self._load_tokenizer))
         if not self._config.http.skip_warmup:
             await self._warm_up(loaded)
@@ -275,7 +275,7 @@ class _Launcher:
         return tokenizer
 
     async def _warm_up(self, tokenizer: Tokenizer) -> None:
-        """Generate two tokens; a model that cannot is not ready."""
+        """Generate two tokens; raise LaunchError if the model cannot."""
         request = Request(id="warm-up", prompt_token_ids=(0,), sampling=SamplingParams(temperature=0, max_tokens=2))
         generation = GenerationStream(self._client, tokenizer, request, TextOptions())
         try:
@@ -294,7 +294,7 @@ class _Launcher:
             self._client.kill()
 
     async def _drain(self) -> None:
-        """Let running requests finish; what is left at the limit is ended with an error."""
+        """Let running requests finish; end those left at the time limit with an error."""
         logger.info(
             "draining: no new requests, up to %.0f s for %d running",
             self._config.http.drain_timeout_s,

@@ -31,11 +31,11 @@ class ChoiceOutput:
     """One finished choice.
 
     Attributes:
-        text: the output, cut at its stop.
-        token_ids: output tokens, without a stop token that is not shown.
-        logprobs: their log-probabilities, if they were asked for (`num_logprobs`), else empty.
-        finish_reason: why it ended.
-        matched_stop: the token id or string that ended it.
+        text: output text, without the stop string unless `keep_stop` is set.
+        token_ids: output tokens, without a hidden stop token.
+        logprobs: log-probabilities of these tokens if requested with `num_logprobs`, else empty.
+        finish_reason: why the choice ended.
+        matched_stop: the token id or string that ended the choice.
     """
 
     text: str
@@ -47,7 +47,7 @@ class ChoiceOutput:
 
 @dataclass(frozen=True)
 class GenerationOutput:
-    """One finished prompt."""
+    """The finished choices of one prompt."""
 
     prompt_token_ids: tuple[int, ...]
     choices: tuple[ChoiceOutput, ...]
@@ -60,11 +60,11 @@ class GenerationOutput:
 
 
 class LLM:
-    """A model in this process. Also a context manager.
+    """A model that runs in this process. Also a context manager.
 
     Args:
         model: `demo`, a folder, a `.gguf` file or a Hugging Face id.
-        chat_template: a Jinja template instead of the model's own.
+        chat_template: a Jinja template that replaces the model's.
         options: fields of `EngineConfig`, such as `dtype`, `tp_size`, `context_length`.
 
     Raises:
@@ -78,7 +78,7 @@ class LLM:
         built = build_engine(msgspec.structs.replace(config, model_path=str(path)), lambda items, *_: items)
         self.info = built.info
         self._lora = config.lora
-        # Keys by name.
+        # Adapter keys by adapter name.
         self._adapters = {key: key for key in built.info.adapters or ()}
         generation = find_generation_config(model, path)
         self._default_sampling = SamplingParams(**generation.sampling)
@@ -111,13 +111,13 @@ class LLM:
 
         Args:
             prompts: one text, or several texts or lists of token ids.
-            sampling: how to sample, the same for all; the model's own defaults if None.
-            num_choices: continuations of each prompt.
-            adapter: LoRA adapter to apply, by name.
-            options: stop strings and how tokens become text.
+            sampling: sampling parameters for all prompts; the model's defaults if None.
+            num_choices: number of continuations of each prompt.
+            adapter: name of the LoRA adapter to apply; empty for none.
+            options: stop strings and other options for converting tokens to text.
 
         Raises:
-            RequestError: a prompt or parameter is not valid.
+            RequestError: a prompt or parameter is invalid.
         """
         return self._wait(self._generate(prompts, sampling, options, num_choices=num_choices, adapter=adapter))
 
@@ -163,27 +163,27 @@ class LLM:
         return (await self.agenerate([ids], sampling, num_choices=num_choices, adapter=adapter, options=options))[0]
 
     def load_adapter(self, name: str, folder: str | os.PathLike[str]) -> None:
-        """Load a LoRA adapter that fits the slots of `LoraConfig`; `generate` takes its name from then on.
+        """Load a LoRA adapter that fits the slots of `LoraConfig`; `generate` accepts its name from then on.
 
         Raises:
-            AdapterError: it cannot be read, does not fit, or the name is taken.
+            AdapterError: the adapter cannot be read or does not fit, or its name is in use.
         """
         if (problem := adapter_name_problem(name)) is not None:
             raise AdapterError(problem)
         self._wait(self._load_adapter(name, str(folder)))
 
     def unload_adapter(self, name: str) -> None:
-        """Let an adapter go; returns when the last call that uses it has ended.
+        """Unload an adapter; returns when the last call that uses it has ended.
 
         Raises:
-            NotFoundError: it is not loaded.
+            NotFoundError: the adapter is not loaded.
         """
         key = self._adapter_key(name)
         del self._adapters[name]
         self._wait(self._client.unload_adapter(key))
 
     def close(self) -> None:
-        """Stop the engine; running calls are dropped."""
+        """Stop the engine; unfinished calls are dropped."""
         self._client.stop()
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
@@ -255,7 +255,7 @@ class LLM:
         if self._lora is not None and not self._lora.fits_slots(num_pinned=len(self._lora.pinned), num_others=1):
             raise AdapterError("all slots are those of pinned adapters")
         key = f"{name}:{uuid.uuid4().hex}"
-        self._adapters[name] = key  # taken while it is loaded
+        self._adapters[name] = key  # reserves the name while the adapter is loading
         try:
             await self._client.load_adapter(AdapterSource(key=key, folder=folder))
         except BaseException:

@@ -1,1 +1,1 @@
-"""The engine: its step loop, its process, and the clients that reach it."""
+"""The engine: its step loop, its process, and its clients."""

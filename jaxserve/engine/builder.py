@@ -1,4 +1,4 @@
-"""From an `EngineConfig` to a running engine: checkpoint, mesh, sizes, weights, programs."""
+"""Builds an engine from an `EngineConfig`: checkpoint, mesh, sizes, weights, compiled programs."""
 
 import contextlib
 import ctypes
@@ -47,14 +47,14 @@ logger = logging.getLogger(__name__)
 
 ProgressBar: TypeAlias = Callable[[Iterable[Any], str, int], Iterable[Any]]
 
-# Waits until every host has called it; gives the least of their values.
+# Waits until every host has called it; returns the minimum of their values.
 MinOverHosts: TypeAlias = Callable[[int], int]
 
 _CPU_POOL_BYTES = 512 << 20
 
 
 class BuiltRunner(NamedTuple):
-    """A runner that has yet to warm up, and the sizes the scheduler must keep to."""
+    """A runner that is not warmed up yet, and the sizes that the scheduler must respect."""
 
     runner: ModelRunner
     model: ModelConfig
@@ -65,7 +65,7 @@ class BuiltRunner(NamedTuple):
 
 
 class BuiltEngine(NamedTuple):
-    """An engine that is ready for requests; `followers` are the other hosts, if there are any."""
+    """An engine that is ready for requests. `followers` are the other hosts; None on a single host."""
 
     engine: Engine
     info: EngineInfo
@@ -74,7 +74,7 @@ class BuiltEngine(NamedTuple):
 
 
 class Phase:
-    """Logs one line with its seconds when a start-up phase ends."""
+    """Logs the duration of a start-up phase when it ends."""
 
     def __init__(self, name: str) -> None:
         self._name = name
@@ -90,7 +90,7 @@ class Phase:
 
     @property
     def seconds(self) -> float:
-        """Since it began."""
+        """Seconds since the phase began."""
         return time.perf_counter() - self._start
 
 
@@ -156,21 +156,21 @@ def build_follower(config: EngineConfig, bar: ProgressBar) -> Follower:
 
 
 def _alone(value: int) -> int:
-    """See `MinOverHosts`: the only host."""
+    """`MinOverHosts` for a single host."""
     return value
 
 
 def _warm_up(built: BuiltRunner, bar: ProgressBar, min_over_hosts: MinOverHosts) -> None:
     with Phase("compilation") as phase:
         built.runner.compile(lambda buckets: bar(buckets, "compiling steps", built.runner.num_programs))
-        min_over_hosts(0)  # collectives of CPU devices wait 30 s for a host that compiles longer, no more
+        min_over_hosts(0)  # wait for slower hosts: collectives of CPU devices time out after 30 s
         built.runner.warm_up()
         phase.detail = f", {built.runner.num_programs} programs"
     _trim_heap()
 
 
 def _trim_heap() -> None:
-    """Give what loading and compiling freed back to the system; glibc keeps it otherwise."""
+    """Return the memory that loading and compiling freed to the system; glibc would keep it."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL("libc.so.6").malloc_trim(0)
 
@@ -185,7 +185,7 @@ def _configure_jax(config: EngineConfig) -> None:
 
 @contextlib.contextmanager
 def _open(config: EngineConfig) -> Generator[TensorSource | OrbaxCheckpoint, None, None]:
-    """The checkpoint; what is wrong with it is a `LaunchError`."""
+    """Open the checkpoint; a `CheckpointError` in the context becomes a `LaunchError`."""
     source = open_checkpoint(Path(config.model_path))
     try:
         yield source
@@ -196,11 +196,11 @@ def _open(config: EngineConfig) -> Generator[TensorSource | OrbaxCheckpoint, Non
 
 
 def _digest(source: TensorSource | OrbaxCheckpoint, config: EngineConfig) -> str:
-    """See `model_digest`; an Orbax folder's tensors cannot be read before they are restored."""
+    """Return `model_digest`, without the tensors of an Orbax folder, which cannot be read before they are restored."""
     tensors = None if isinstance(source, OrbaxCheckpoint) else source
     merged = [] if config.merge_lora is None else [config.merge_lora]
     served = [] if config.lora is None else list(config.lora.paths.values())
-    # Orbax would start JAX before the hosts have met; such adapters are refused later.
+    # Reading an Orbax adapter would start JAX before the hosts are connected; such adapters are refused later.
     folders = [folder for folder in map(Path, merged + served) if not is_orbax_adapter(folder)]
     return model_digest(source.config, tensors, map(read_peft, folders))
 
@@ -232,7 +232,7 @@ def _build_runner(
     first = None if config.lora is None else read_startup_adapters(config.lora, reader, lora_rank_multiple(layout.mesh))
     lora_pool = None if first is None else first.layout
     slot_bytes = 0 if lora_pool is None else lora_pool_bytes(layout.decoder, lora_pool, layout.mesh)
-    # All hosts run the same shapes: the one with the least room decides.
+    # All hosts run the same shapes, so the one with the least free memory decides.
     engine = layout_engine(config, layout, min_over_hosts(_pool_bytes(config, platform, slot_bytes)), lora_pool)
     logger.info(
         "key/value pool: %d pages of %d tokens, %.0f MB on each device",
@@ -270,7 +270,7 @@ def _merge(weights: Weights, adapter: Path, reader: AdapterReader) -> Weights:
 
 
 def _pool_bytes(config: EngineConfig, platform: str, slot_bytes: int) -> int:
-    """Bytes for the pool on one device, on which adapters' slots will take some, too."""
+    """Return the bytes for the key/value pool on one device, which must also hold `slot_bytes` of LoRA slots."""
     stats = jax.local_devices()[0].memory_stats() if platform != "cpu" else None
     if stats is None:
         return _CPU_POOL_BYTES if config.mem_fraction_static is None else _host_pool_bytes(config)
@@ -279,7 +279,7 @@ def _pool_bytes(config: EngineConfig, platform: str, slot_bytes: int) -> int:
 
 
 def _host_pool_bytes(config: EngineConfig) -> int:
-    """A CPU "device" has its part of the one memory."""
+    """Return the pool's bytes on a CPU device, which gets an equal share of the host's memory."""
     assert config.mem_fraction_static is not None
     meminfo = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
     return int(

@@ -1,4 +1,4 @@
-"""How the API reaches an engine: one protocol, in this process or in another."""
+"""The API's interface to an engine, which runs in this process or in another."""
 
 import asyncio
 import logging
@@ -18,47 +18,47 @@ _SHUTDOWN_S = 10.0
 
 
 class EngineClient(Protocol):
-    """A running engine."""
+    """A client of an engine."""
 
     @property
     def info(self) -> EngineInfo:
-        """What was loaded; raises UnavailableError until the engine is ready."""
+        """Information about the loaded model; raises UnavailableError until the engine is ready."""
         ...
 
     @property
     def stats(self) -> EngineStats:
-        """The engine's last word on itself."""
+        """The engine's latest gauges and counters."""
         ...
 
     @property
     def num_live(self) -> int:
-        """Choices submitted and not yet finished."""
+        """Number of choices that were submitted and have not finished."""
         ...
 
     def check_ready(self) -> None:
-        """Raise UnavailableError when the engine loads or is lost."""
+        """Raise UnavailableError if the engine is still loading or is lost."""
         ...
 
     def check_capacity(self, num_choices: int) -> None:
-        """Raise unless so many more choices may run or wait.
+        """Check that `num_choices` more choices may run or wait.
 
         Raises:
-            RequestError: so many never may.
+            RequestError: `num_choices` exceeds the limit even for an empty queue.
             OverloadedError: the queue is full.
-            UnavailableError: the engine is not there.
+            UnavailableError: the engine is still loading or is lost.
         """
         ...
 
     def use_tokenizer(self, tokenizer: GrammarTokenizer) -> None:
-        """Tell the engine the tokenizer; it takes constrained requests from then on."""
+        """Send the tokenizer to the engine, which accepts constrained requests from then on."""
         ...
 
     def submit(self, request: Request) -> "TokenStream":
-        """Queue a request at once; closing its stream early aborts it.
+        """Queue a request without waiting; closing its stream early aborts it.
 
         Raises:
             OverloadedError: the queue is full.
-            UnavailableError: the engine is not there.
+            UnavailableError: the engine is still loading or is lost.
         """
         ...
 
@@ -67,30 +67,30 @@ class EngineClient(Protocol):
         ...
 
     async def flush_cache(self) -> bool:
-        """Forget cached prefixes; False while requests run."""
+        """Forget cached prefixes; do nothing and return False while requests run."""
         ...
 
     async def load_adapter(self, source: AdapterSource) -> None:
-        """Read a LoRA adapter; requests may have its key from then on.
+        """Load a LoRA adapter; requests may use its key from then on.
 
         Raises:
-            AdapterError: it cannot be read, or does not fit the model.
-            UnavailableError: the engine is not there.
+            AdapterError: the adapter cannot be read, or does not fit the model.
+            UnavailableError: the engine is still loading or is lost.
         """
         ...
 
     async def unload_adapter(self, key: str) -> None:
-        """Let a LoRA adapter go after the last request that was submitted with it.
+        """Unload a LoRA adapter once the last request that was submitted with it has ended.
 
         Raises:
-            AdapterError: it is not loaded.
-            UnavailableError: the engine is not there.
+            AdapterError: the adapter is not loaded.
+            UnavailableError: the engine is still loading or is lost.
         """
         ...
 
 
 class TokenStream:
-    """The deltas of one request, in order. Iterate, and `close` in any case."""
+    """The deltas of one request, in order. Callers iterate over it and must always `close` it."""
 
     def __init__(self, request: Request, on_close: Callable[[str], None]) -> None:
         self._request = request
@@ -112,11 +112,11 @@ class TokenStream:
 
     @property
     def num_open_choices(self) -> int:
-        """Choices whose last delta has not come."""
+        """Number of choices whose last delta has not arrived."""
         return len(self._open)
 
     def deliver(self, delta: TokenDelta) -> None:
-        """Add a delta; what comes after a choice's last one is dropped."""
+        """Add a delta; deltas after a choice's last one are dropped."""
         if delta.choice not in self._open:
             return
         if delta.finish_reason is not None:
@@ -124,7 +124,7 @@ class TokenStream:
         self._queue.put_nowait(delta)
 
     def fail(self, error: str) -> None:
-        """End every choice that is still open."""
+        """End every open choice with an error."""
         for choice in sorted(self._open):
             self.deliver(
                 TokenDelta(request_id=self._request.id, choice=choice, finish_reason=FinishReason.ERROR, error=error)
@@ -136,18 +136,18 @@ class TokenStream:
 
 
 class Streams:
-    """The open requests of a client."""
+    """The streams of a client's open requests, by request id."""
 
     def __init__(self) -> None:
         self._streams: dict[str, TokenStream] = {}
 
     @property
     def num_live(self) -> int:
-        """Choices that have not ended."""
+        """Number of choices that have not ended."""
         return sum(stream.num_open_choices for stream in self._streams.values())
 
     def add(self, request: Request, on_close: Callable[[str], None]) -> TokenStream:
-        """Register a request; its id must be new."""
+        """Register a request, whose id must be new, and return its stream."""
         if request.id in self._streams:
             raise ValueError(f"request id {request.id!r} is in use")
         stream = TokenStream(request, on_close)
@@ -155,33 +155,33 @@ class Streams:
         return stream
 
     def deliver(self, delta: TokenDelta) -> None:
-        """Hand a delta to its request; late ones for requests that are gone are dropped."""
+        """Pass a delta to its request's stream; deltas of requests that were removed are dropped."""
         if (stream := self._streams.get(delta.request_id)) is not None:
             stream.deliver(delta)
 
     def remove(self, request_id: str) -> bool:
-        """Forget a request; True if the engine still works on it."""
+        """Remove a request; return True if the engine is still working on it."""
         stream = self._streams.pop(request_id, None)
         return stream is not None and stream.num_open_choices > 0
 
     def fail_all(self, error: str) -> None:
-        """End every open request."""
+        """End every open request with an error."""
         for stream in self._streams.values():
             stream.fail(error)
 
 
 class AdapterAnswers:
-    """Who waits for what becomes of an adapter, by the adapter's key; of one event loop."""
+    """Callers that wait for an `AdapterAnswer`, by the adapter's key. Belongs to one event loop."""
 
     def __init__(self) -> None:
         self._futures: dict[str, asyncio.Future[str | None]] = {}
 
     async def ask(self, key: str, send: Callable[[], None]) -> None:
-        """Send a question and wait for its answer.
+        """Send a message and wait for its answer.
 
         Raises:
-            AdapterError: the answer is that something is wrong.
-            UnavailableError: there will be no answer.
+            AdapterError: the answer is an error.
+            UnavailableError: the engine was lost before it answered.
         """
         future: asyncio.Future[str | None] = asyncio.get_running_loop().create_future()
         self._futures[key] = future
@@ -190,13 +190,13 @@ class AdapterAnswers:
             raise AdapterError(error)
 
     def report(self, key: str, error: str | None) -> None:
-        """What is wrong, or None."""
+        """Pass the answer to the waiting caller: an error, or None."""
         future = self._futures.pop(key, None)
         if future is not None and not future.done():
             future.set_result(error)
 
     def fail_all(self, lost: str) -> None:
-        """The engine is gone."""
+        """Raise UnavailableError in every waiting caller."""
         for future in self._futures.values():
             if not future.done():
                 future.set_exception(UnavailableError(lost))

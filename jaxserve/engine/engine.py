@@ -1,9 +1,9 @@
 """The step loop: schedule, launch the forward pass, process the previous step, launch sampling.
 
-Runs on one thread and knows no transport.
+The loop runs on one thread and is independent of the transport.
 
-The forward pass of step n + 1 is sent before the tokens of step n reach the host, so the host works while the device
-does; the constraints on the tokens of step n + 1 follow once the tokens of step n are known.
+The forward pass of step n + 1 is sent before the tokens of step n reach the host, so host and device work in parallel;
+the token masks of step n + 1 are sent once the tokens of step n are known.
 """
 
 import logging
@@ -34,7 +34,7 @@ from jaxserve.step import ConstrainedRows, Plans
 
 logger = logging.getLogger(__name__)
 
-# Times that an empty step is tried after one raised, before the engine gives the devices up.
+# Number of attempts at an empty step after a step raised, before the engine fails.
 _MAX_RESETS = 3
 
 # Sends the reply to a message.
@@ -42,13 +42,13 @@ SendReply: TypeAlias = Callable[[Reply], None]
 
 
 class Engine:
-    """Requests in, token deltas out.
+    """Runs requests in steps and returns their token deltas.
 
     Args:
         runner: the runner of the model.
-        scheduler: decides what it runs.
+        scheduler: decides what the runner runs.
         vocab_size: vocabulary size of the model.
-        adapters: LoRA adapters that requests may name; None where they may name none.
+        adapters: LoRA adapters that requests may use; None without LoRA.
     """
 
     def __init__(
@@ -76,11 +76,11 @@ class Engine:
         return stats._replace(num_waiting=stats.num_waiting + self._admission.num_waiting)
 
     def handle(self, message: ToEngine, reply: SendReply) -> bool:
-        """Do what a message asks for; False if it asks for the shutdown.
+        """Process a message; return False if it is `Shutdown`.
 
         Args:
             message: a message from the API process.
-            reply: sends the reply: now, or in a later step for adapters.
+            reply: sends the reply; called immediately or, for adapters, in a later step.
         """
         match message:
             case UseTokenizer(tokenizer=tokenizer):
@@ -100,18 +100,18 @@ class Engine:
         return True
 
     def use_tokenizer(self, tokenizer: GrammarTokenizer) -> None:
-        """Take constrained requests from now on."""
+        """Accept constrained requests from now on."""
         self._admission.use_tokenizer(tokenizer)
 
     def load_adapter(self, source: AdapterSource, answer: Answer) -> None:
-        """Read a LoRA adapter while requests run; `answer` is called in a later step with the error, or None."""
+        """Load a LoRA adapter while requests run; `answer` is called in a later step with an error, or None."""
         if self._adapters is None:
             answer("the engine runs without LoRA")
         else:
             self._adapters.load(source, answer)
 
     def unload_adapter(self, key: str, answer: Answer) -> None:
-        """Take no more requests with an adapter, and let it go after the last one; `answer` is called then."""
+        """Refuse new requests with an adapter, and unload it after the last one; `answer` is called then."""
         if self._adapters is None:
             answer("the engine runs without LoRA")
         else:
@@ -121,7 +121,7 @@ class Engine:
         """Queue a request.
 
         Raises:
-            RuntimeError: it is constrained, and `use_tokenizer` was not called.
+            RuntimeError: the request is constrained, and `use_tokenizer` was not called.
         """
         self._schedule(self._admission.add(request))
 
@@ -131,14 +131,14 @@ class Engine:
             self._scheduler.abort(request_id, choice)
 
     def flush_cache(self) -> bool:
-        """Forget cached prefixes; False while requests run."""
+        """Forget cached prefixes; do nothing and return False while requests run."""
         return not self._admission.num_waiting and self._scheduler.flush_cache()
 
     def step(self) -> list[TokenDelta]:
-        """Send one step and take in the one before.
+        """Send the next step, process the results of the previous one, and return the new deltas.
 
         Raises:
-            Exception: what the step raised, when the devices cannot even run an empty one any more.
+            Exception: the step's exception, if the devices then fail empty steps as well.
         """
         self._schedule(self._admission.work(device_idle=self._scheduler.idle))
         try:
@@ -166,7 +166,7 @@ class Engine:
         )
 
     def _recover(self, error: Exception) -> None:
-        """The donated cache is gone with the step: rebuild it and compute the running sequences again."""
+        """Rebuild the cache, which was donated to the failed step, and requeue the running sequences."""
         logger.error("a step raised", exc_info=error)
         self._pending = None
         self._scheduler.requeue_after_failure()

@@ -1,4 +1,4 @@
-"""An engine in this process: a thread steps it, an event loop reads from it."""
+"""A client of an engine in this process: a thread steps the engine, an event loop receives its deltas."""
 
 import asyncio
 import queue
@@ -25,11 +25,11 @@ from jaxserve.request import AdapterSource, GrammarTokenizer, Request, TokenDelt
 
 
 class InProcessEngineClient:
-    """`EngineClient` over an engine object. Methods belong to the event loop that made it.
+    """`EngineClient` for an engine object. Its methods must be called on the event loop that created it.
 
     Args:
-        engine: stepped by a thread of this client from now on; nobody else may touch it.
-        info: what it serves.
+        engine: a thread of this client steps it from now on; no other thread may use it.
+        info: information about the engine's model.
     """
 
     def __init__(self, engine: Engine, info: EngineInfo) -> None:
@@ -100,7 +100,7 @@ class InProcessEngineClient:
         await self._adapter_answers.ask(key, lambda: self._inbox.put(UnloadAdapter(key)))
 
     def stop(self) -> None:
-        """End the thread; what still runs ends with an error."""
+        """Stop the engine's thread; requests that still run end with an error."""
         self._inbox.put(Shutdown())
         self._thread.join()
         self._lost = self._lost or "the engine was stopped"
@@ -111,7 +111,7 @@ class InProcessEngineClient:
             self._inbox.put(Abort(request_id=request_id))
 
     def _reply(self, answer: Reply) -> None:
-        """Pass an answer on; runs on the engine's thread."""
+        """Pass an answer to its caller; runs on the engine's thread."""
         if isinstance(answer, CacheFlushed):
             self._flushed.put(answer.flushed)
         else:
@@ -132,7 +132,7 @@ class InProcessEngineClient:
         self._adapter_answers.fail_all(lost)
 
     def _take_messages(self) -> bool:
-        """Handle the messages that wait, or wait for one while the engine is idle; False to end."""
+        """Process queued messages, waiting for one while the engine is idle; return False on `Shutdown`."""
         while self._engine.idle or not self._inbox.empty():
             if not self._engine.handle(self._inbox.get(), self._reply):
                 return False

@@ -1,4 +1,4 @@
-"""What the API process and the engine process say to each other: msgspec structs as MessagePack over a socket."""
+"""Messages between the API process and the engine process: msgspec structs, sent as MessagePack over a socket."""
 
 from typing import Any, TypeAlias
 
@@ -8,13 +8,13 @@ from jaxserve.request import AdapterSource, GrammarTokenizer, Request, TokenDelt
 
 
 class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
-    """What the API process must know of the loaded model.
+    """Information about the loaded model for the API process.
 
     Attributes:
-        context_length: prompt and output tokens of one request, at most; never more than the page pool holds.
-        eos_token_ids: the model's own end tokens.
-        max_rows: choices that run at once.
-        device: platform and number of devices, for people.
+        context_length: maximum number of prompt and output tokens of a request; never more than the page pool holds.
+        eos_token_ids: the model's end tokens.
+        max_rows: maximum number of choices that run at the same time.
+        device: number and kind of the devices, as readable text.
         adapters: keys of the LoRA adapters that were loaded at the start; None without LoRA.
     """
 
@@ -51,13 +51,13 @@ class Submit(msgspec.Struct, frozen=True, tag=True):
 
 
 class UseTokenizer(msgspec.Struct, frozen=True, tag=True):
-    """Take constrained requests from now on."""
+    """Accept constrained requests from now on."""
 
     tokenizer: GrammarTokenizer
 
 
 class Abort(msgspec.Struct, frozen=True, tag=True):
-    """End a request, or one choice of it; ignored when it is over already."""
+    """End a request, or one choice of it; ignored if it has already ended."""
 
     request_id: str
     choice: int | None = None
@@ -68,48 +68,48 @@ class FlushCache(msgspec.Struct, frozen=True, tag=True):
 
 
 class LoadAdapter(msgspec.Struct, frozen=True, tag=True):
-    """Read a LoRA adapter; answered by `AdapterAnswer`."""
+    """Load a LoRA adapter; answered by `AdapterAnswer`."""
 
     source: AdapterSource
 
 
 class UnloadAdapter(msgspec.Struct, frozen=True, tag=True):
-    """Let a LoRA adapter go after its last request; answered by `AdapterAnswer`."""
+    """Unload a LoRA adapter after its last request; answered by `AdapterAnswer`."""
 
     key: str
 
 
 class Shutdown(msgspec.Struct, frozen=True, tag=True):
-    """Leave the loop and exit 0."""
+    """Leave the step loop and exit with code 0."""
 
 
 class Ready(msgspec.Struct, frozen=True, tag=True):
-    """The engine takes requests from now on."""
+    """The engine accepts requests from now on."""
 
     info: EngineInfo
 
 
 class StartFailed(msgspec.Struct, frozen=True, tag=True):
-    """The engine cannot start; the message is for the user."""
+    """The engine cannot start; `error` is a message for the user."""
 
     error: str
 
 
 class Deltas(msgspec.Struct, frozen=True, tag=True):
-    """What a step produced."""
+    """The output of a step."""
 
     deltas: list[TokenDelta]
     stats: EngineStats
 
 
 class CacheFlushed(msgspec.Struct, frozen=True, tag=True):
-    """Answer to `FlushCache`: False while requests run."""
+    """Answer to `FlushCache`; `flushed` is False while requests run."""
 
     flushed: bool
 
 
 class AdapterAnswer(msgspec.Struct, frozen=True, tag=True):
-    """Answer to `LoadAdapter` and `UnloadAdapter`: what is wrong, or None."""
+    """Answer to `LoadAdapter` and `UnloadAdapter`; `error` is None on success."""
 
     key: str
     error: str | None
@@ -125,15 +125,15 @@ _from_engine: msgspec.msgpack.Decoder[Any] = msgspec.msgpack.Decoder(FromEngine)
 
 
 def encode(message: ToEngine | FromEngine) -> bytes:
-    """Message -> bytes."""
+    """Encode a message."""
     return _encoder.encode(message)
 
 
 def decode_to_engine(data: bytes) -> ToEngine:
-    """Bytes -> message for the engine."""
+    """Decode a message to the engine."""
     return _to_engine.decode(data)
 
 
 def decode_from_engine(data: bytes) -> FromEngine:
-    """Bytes -> message from the engine."""
+    """Decode a message from the engine."""
     return _from_engine.decode(data)

@@ -1,6 +1,6 @@
-"""From token deltas to text: one request, its choices, and what clients see of them.
+"""Turns the token deltas of a request into the text and message deltas that clients see.
 
-Used by the HTTP API and by the offline `LLM` alike.
+Used by the HTTP API and by the offline `LLM`.
 """
 
 from collections.abc import AsyncGenerator, AsyncIterable
@@ -17,14 +17,14 @@ from jaxserve.text.tokenizer import Tokenizer
 
 @dataclass(frozen=True, kw_only=True)
 class TextOptions:
-    """How output becomes text.
+    """Options for converting output tokens to text.
 
     Attributes:
         stop: stop strings.
         keep_stop: show the stop string or token that ended the output (`no_stop_trim`).
         skip_special_tokens: leave control tokens out of the text.
-        kept_ids: control tokens that are shown all the same.
-        message: how the text is read as a message; None where it is just text.
+        kept_ids: control tokens that stay in the text despite `skip_special_tokens`.
+        message: parser settings for reading the text as a message; None for plain text.
     """
 
     stop: tuple[str, ...] = ()
@@ -43,17 +43,17 @@ class ChoiceToken(NamedTuple):
 
 
 class ChoiceDelta(NamedTuple):
-    """What a step adds to a choice. The last delta of a choice has a `finish_reason`.
+    """New output of a choice from one step. The last delta of a choice has a `finish_reason`.
 
     Attributes:
         choice: index of the choice.
         text: new text; may be empty.
-        message_deltas: parts of the message that the new text completes; empty if there is no message parser.
-        tokens: new tokens with log-probabilities, where they were asked for.
-        token_ids: new tokens, as far as they are shown.
+        message_deltas: parts of the message that the new text completes; empty without a message parser.
+        tokens: new tokens with log-probabilities, if requested.
+        token_ids: new tokens, without a hidden stop token and tokens after the end.
         finish_reason: None until the end.
-        matched_stop: the token id or string that ended it.
-        error: what went wrong, when `finish_reason` is `error`.
+        matched_stop: the token id or string that ended the choice.
+        error: error message if `finish_reason` is `error`.
         refused: the error is the request's fault.
     """
 
@@ -69,7 +69,7 @@ class ChoiceDelta(NamedTuple):
 
 
 class CollectedChoice(NamedTuple):
-    """A finished choice: what its deltas come to, and the last one."""
+    """A finished choice: its concatenated deltas, and the last delta as `end`."""
 
     text: str
     message_deltas: list[MessageDelta]
@@ -79,7 +79,7 @@ class CollectedChoice(NamedTuple):
 
 
 async def collect_choices(deltas: AsyncIterable[tuple[int, ChoiceDelta]], num_choices: int) -> list[CollectedChoice]:
-    """Every choice, whole, by its number."""
+    """Collect the deltas of every choice; return the finished choices in order."""
     parts: list[list[ChoiceDelta]] = [[] for _ in range(num_choices)]
     async for index, delta in deltas:
         parts[index].append(delta)
@@ -101,8 +101,8 @@ class Usage:
 
     Attributes:
         prompt_tokens: counted once, whatever the number of choices.
-        completion_tokens: over all choices, stop tokens included.
-        reasoning_tokens: output tokens of thinking, its tags included.
+        completion_tokens: output tokens of all choices, stop tokens included.
+        reasoning_tokens: output tokens of thinking, including its tags.
         cached_tokens: prompt tokens that came from the prefix cache.
     """
 
@@ -113,7 +113,7 @@ class Usage:
 
 
 class _Shown:
-    """What a delta shows, while it is put together."""
+    """Collects the visible output of one delta."""
 
     def __init__(self) -> None:
         self.text: list[str] = []
@@ -122,14 +122,14 @@ class _Shown:
         self.token_ids: list[int] = []
 
     def delta(self, choice: int) -> ChoiceDelta:
-        """The step's output of a choice."""
+        """Return the collected output as a delta of `choice`."""
         return ChoiceDelta(
             choice, "".join(self.text), tuple(self.message_deltas), tuple(self.tokens), tuple(self.token_ids)
         )  # fmt: skip
 
 
 class _Choice:
-    """Text of one choice."""
+    """Converts the tokens of one choice to text."""
 
     def __init__(self, tokenizer: Tokenizer, options: TextOptions) -> None:
         self._detokenizer = tokenizer.detokenizer(
@@ -144,7 +144,7 @@ class _Choice:
         self.finished = False
 
     def take(self, delta: TokenDelta) -> ChoiceDelta:
-        """Turn a token delta into text; sets `finished`."""
+        """Convert a token delta to text; sets `finished` if the choice ends."""
         shown = _Shown()
         reason, matched = delta.finish_reason, delta.matched_stop
         for index, token_id in enumerate(delta.token_ids):
@@ -166,7 +166,7 @@ class _Choice:
         return shown.delta(delta.choice)
 
     def _show(self, new: str, into: _Shown) -> str | None:
-        """Text of one token; `finished` is set where it completes the output, by the stop string that is returned."""
+        """Append the text `new` of one token; set `finished` if it ends the output. Return the matched stop string."""
         self._length += len(new)
         text, stop = self._stops.push(new)
         into.text.append(text)
@@ -179,7 +179,7 @@ class _Choice:
         return stop
 
     def _end(self, delta: TokenDelta, shown: _Shown, reason: FinishReason, matched: int | str | None) -> ChoiceDelta:
-        """The last delta, with what was still held back."""
+        """Return the last delta, including the output that was held back."""
         self.finished = True
         if not isinstance(matched, str):
             rest = self._stops.flush()
@@ -196,10 +196,10 @@ class _Choice:
 
 
 class GenerationStream:
-    """One running request: queued when this is built; iterate over `deltas`, and `close` in any case.
+    """One running request, submitted on construction. Callers iterate over `deltas` and must always call `close`.
 
     Attributes:
-        usage: kept up to date while iterating.
+        usage: token counts, updated while iterating.
         prompt_logprobs: log-probabilities of prompt tokens [1, len) from the first delta on, if the request wants them.
 
     Raises:
@@ -215,13 +215,13 @@ class GenerationStream:
         self.prompt_logprobs: tuple[TokenLogprobs, ...] = ()
 
     async def deltas(self) -> AsyncGenerator[ChoiceDelta]:
-        """Deltas of all choices as they come; ends when every choice has ended."""
+        """Yield the deltas of all choices as they arrive, until every choice has ended."""
         async for delta in self._stream:
             choice = self._choices[delta.choice]
             if choice.finished:
                 continue
             self.prompt_logprobs = self.prompt_logprobs or delta.prompt_logprobs
-            if delta.choice == 0:  # the others take the prompt from this one
+            if delta.choice == 0:  # the other choices reuse its prompt
                 self.usage.cached_tokens = delta.num_cached_tokens
             before, reasoning_before = choice.num_tokens, choice.num_reasoning_tokens
             out = choice.take(delta)
@@ -234,10 +234,10 @@ class GenerationStream:
                 return
 
     def interrupt(self, error: str) -> None:
-        """End every open choice with an error, as seen by whoever iterates."""
+        """Abort the request and end every open choice with an error, which `deltas` yields."""
         self._stream.fail(error)
         self._client.abort(self.request.id)
 
     def close(self) -> None:
-        """Let go; what is not finished is aborted. Never waits."""
+        """Release the request and abort it if it has not ended. Never waits."""
         self._stream.close()

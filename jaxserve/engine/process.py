@@ -1,7 +1,7 @@
-"""The engine process: builds the engine, then turns messages into steps and steps into messages.
+"""The engine process: builds the engine, then handles messages, runs steps, and sends their results.
 
 `ProcessEngineClient` starts it as `python -m jaxserve.engine.process ENDPOINT` and writes the `EngineConfig` as one
-line of JSON to its standard input, which stays open: when it closes, the parent is gone and this process exits.
+line of JSON to its standard input, which stays open. If it closes, the parent has died, and this process exits.
 """
 
 import logging
@@ -34,18 +34,19 @@ _IDLE_POLL_MS = 1000
 
 
 def main() -> int:
-    """Run until the API process asks for the shutdown."""
-    # Ctrl-C reaches the whole group, and a service manager signals every process: the parent drains, then decides.
+    """Run until the API process sends `Shutdown`; return the exit code."""
+    # Ctrl-C signals the whole process group, and a service manager every process. Ignore the signals: the parent
+    # drains first and then ends this process.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     config = msgspec.json.decode(_read_line(), type=EngineConfig)
-    # JAX keeps a quarter of a GPU for others by default; there are none.
+    # By default JAX leaves a quarter of a GPU's memory to other processes; there are none.
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", str(GPU_MEM_FRACTION))
     threading.Thread(target=_exit_with_parent, name="parent-watch", daemon=True).start()
     logging.basicConfig(
         level=config.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr
     )
-    logging.getLogger("jax").setLevel(logging.WARNING)  # it lists every platform that is not there
+    logging.getLogger("jax").setLevel(logging.WARNING)  # it logs every unavailable platform
     if config.node_rank > 0:
         return _follow(config)
     context = zmq.Context()
@@ -71,7 +72,7 @@ def _serve(socket: "zmq.Socket[bytes]", config: EngineConfig) -> ExitCode:
 
 
 def _follow(config: EngineConfig) -> int:
-    """Run on another host than 0, which has the API."""
+    """Run the engine on a host other than 0, without the API."""
     from jaxserve.engine.builder import build_follower
 
     try:
@@ -88,7 +89,7 @@ def _follow(config: EngineConfig) -> int:
 
 
 def _leave(config: EngineConfig, code: ExitCode) -> int:
-    """The exit code; one of several hosts ends at once instead, since JAX would wait for the others to end, too."""
+    """Return the exit code; with several hosts, exit immediately, since JAX would wait for the other hosts to end."""
     if config.nnodes > 1:
         logging.shutdown()
         os._exit(int(code))
@@ -99,7 +100,7 @@ class _Worker:
     """The engine and its socket."""
 
     def __init__(self, socket: "zmq.Socket[bytes]", config: EngineConfig) -> None:
-        # Imported here: jax takes the signal handlers and the environment as they are now.
+        # Imported here, because jax uses the signal handlers and the environment as they are at its import.
         from jaxserve.engine.builder import build_engine
 
         self._socket = socket
@@ -108,7 +109,7 @@ class _Worker:
         self._send(Ready(info=self._built.info))
 
     def run(self) -> None:
-        """Step while there is work; sleep on the socket while there is none."""
+        """Run steps while there is work; wait for messages while there is none."""
         while True:
             while self._socket.poll(0 if not self._engine.idle else _IDLE_POLL_MS):
                 if not self._engine.handle(decode_to_engine(self._socket.recv()), self._send):
@@ -138,7 +139,7 @@ def _read_line() -> bytes:
 
 
 def _exit_with_parent() -> None:
-    # The raw descriptor: a buffered read would hold a lock that interpreter shutdown wants.
+    # Read the raw descriptor: a buffered read would hold a lock that interpreter shutdown needs.
     while os.read(0, 4096):
         pass
     os._exit(int(ExitCode.ENGINE_LOST))

@@ -1,4 +1,4 @@
-"""An engine in a process of its own, reached over ZeroMQ."""
+"""A client of an engine in its own process, over ZeroMQ."""
 
 import asyncio
 import contextlib
@@ -43,11 +43,11 @@ _SHUTDOWN_S = 10.0
 
 
 class ProcessEngineClient:
-    """An engine in a process of its own.
+    """`EngineClient` for an engine in its own process, which this class starts and stops.
 
     Args:
-        config: what to load.
-        max_queued: choices that may wait beside those that run; None for no limit.
+        config: settings of the engine.
+        max_queued: choices that may wait in addition to those that run; None for no limit.
     """
 
     def __init__(self, config: EngineConfig, max_queued: int | None) -> None:
@@ -86,21 +86,21 @@ class ProcessEngineClient:
 
     @property
     def exit_code(self) -> int | None:
-        """How the engine process ended, if it did."""
+        """Exit code of the engine process; None if it has not ended."""
         return None if self._process is None else self._process.poll()
 
     async def start(self) -> EngineInfo:
         """Start the process and wait until it is ready.
 
         Raises:
-            LaunchError: it cannot start.
+            LaunchError: the engine cannot start.
         """
         endpoint = f"ipc://{self._folder}/engine"
         self._socket.bind(endpoint)
         self._process = subprocess.Popen(
             [sys.executable, "-m", "jaxserve.engine.process", endpoint],
             stdin=subprocess.PIPE,
-            # A process group of its own: Ctrl-C in a terminal goes to the launcher, which drains first.
+            # In its own process group, so that Ctrl-C in a terminal reaches only the launcher, which drains first.
             start_new_session=True,
         )
         assert self._process.stdin is not None
@@ -166,7 +166,7 @@ class ProcessEngineClient:
         await self._adapter_answers.ask(key, lambda: self._send(UnloadAdapter(key)))
 
     async def stop(self) -> None:
-        """End the process, by force if it does not end by itself."""
+        """Stop the engine process; kill it if it does not exit by itself."""
         process = self._process
         if process is not None and process.poll() is None and self._info is None:
             process.kill()  # it reads no messages while it loads
@@ -184,7 +184,7 @@ class ProcessEngineClient:
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def kill(self) -> None:
-        """End the process now; for a launcher that gets a second signal."""
+        """Kill the engine process; the launcher calls this on a second signal."""
         if self._process is not None and self._process.poll() is None:
             self._process.kill()
 
@@ -193,9 +193,9 @@ class ProcessEngineClient:
             self._send(Abort(request_id=request_id))
 
     def _send(self, message: ToEngine) -> None:
-        # Not awaited: with no high-water mark the send is done when the call returns, so this works while a task is
+        # Not awaited: without a high-water mark the send is done when the call returns, so this works while a task is
         # being cancelled. It must go through the asyncio socket: ZeroMQ's descriptor is edge-triggered, and a send
-        # behind its back can swallow the wake-up for a message that arrives meanwhile.
+        # that bypasses the socket can swallow the wake-up for a message that arrives meanwhile.
         if self._lost is None:
             self._socket.send(encode(message))
 
@@ -204,7 +204,7 @@ class ProcessEngineClient:
             await self._take_messages(ready)
         except Exception:
             logger.exception("the engine sent what cannot be understood: it is ended")
-            self.kill()  # `_watch` does the rest
+            self.kill()  # `_watch` handles the exit
 
     async def _take_messages(self, ready: "asyncio.Future[EngineInfo]") -> None:
         while True:
@@ -223,7 +223,7 @@ class ProcessEngineClient:
                     self._adapter_answers.report(key, error)
 
     async def _watch(self, ready: "asyncio.Future[EngineInfo]") -> None:
-        """Notice the end of the process within a moment, without a thread."""
+        """Wait for the process to exit, without a thread or polling, then fail all open requests."""
         assert self._process is not None
         loop = asyncio.get_running_loop()
         pidfd = os.pidfd_open(self._process.pid)

@@ -1,1 +1,1 @@
-"""What each step runs. Pure Python."""
+"""The scheduler, which decides what each step runs. Pure Python."""

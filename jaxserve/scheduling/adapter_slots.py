@@ -1,4 +1,4 @@
-"""Which adapter is in which of the device's slots."""
+"""The assignment of LoRA adapters to the device's slots."""
 
 from collections import Counter, OrderedDict
 
@@ -7,13 +7,13 @@ from jaxserve.step import AdapterLoad
 
 
 class AdapterSlots:
-    """Slots by adapter. Slot 0 is of rows without one, and never changes hands; `""` names no adapter.
+    """Slots by adapter. Slot 0 is reserved for rows without an adapter, whose key is `""`.
 
-    An adapter stays in its slot after its last row has left, until another one needs the slot.
+    An adapter stays in its slot after its last row has left, until another adapter needs the slot.
 
     Args:
-        num_slots: slot 0 included.
-        policy: who goes first of those that no row uses: the one that was used least recently, or came first.
+        num_slots: number of slots, slot 0 included.
+        policy: which adapter without rows is evicted first: the least recently used, or the first loaded.
     """
 
     def __init__(self, num_slots: int, policy: LoraEvictionPolicy = "lru") -> None:
@@ -23,19 +23,19 @@ class AdapterSlots:
         self.clear()
 
     def clear(self) -> None:
-        """The device's slots have lost what was in them, and no row runs."""
+        """Mark all slots as empty after the device has lost their contents; no row may be running."""
         self._free = list(range(self._num_slots - 1, 0, -1))
-        # In the order in which they go.
+        # In eviction order.
         self._slots: OrderedDict[str, int] = OrderedDict()
         self._num_rows: Counter[str] = Counter()
         self._loads: list[AdapterLoad] = []
 
     def has_free_slot(self, adapter: str) -> bool:
-        """Whether `hold` would find a slot."""
+        """Whether `hold` would find a slot for the adapter."""
         return not adapter or adapter in self._slots or bool(self._free) or self._idle() is not None
 
     def hold(self, adapter: str) -> int:
-        """The adapter's slot, for one row more; the device loads it with the next step, if it has not yet."""
+        """Return the adapter's slot and count one more row; the next step loads the adapter if the slot is new."""
         if not adapter:
             return 0
         if adapter not in self._slots:
@@ -51,16 +51,16 @@ class AdapterSlots:
         return self._slots[adapter]
 
     def release(self, adapter: str) -> None:
-        """One row less."""
+        """Count one row fewer for the adapter."""
         if adapter:
             self._num_rows[adapter] -= 1
 
     def pin(self, adapter: str) -> None:
-        """Never give the adapter's slot to another one."""
+        """Never give the adapter's slot to another adapter."""
         self._pinned.add(adapter)
 
     def forget(self, adapter: str) -> None:
-        """The adapter is gone: its slot is free. No row uses it."""
+        """Free the slot of an adapter that is removed; no row may use it."""
         assert not self._num_rows.pop(adapter, 0)
         self._pinned.discard(adapter)
         if (slot := self._slots.pop(adapter, None)) is not None:
@@ -68,7 +68,7 @@ class AdapterSlots:
             self._loads = [load for load in self._loads if load.adapter != adapter]
 
     def take_loads(self) -> tuple[AdapterLoad, ...]:
-        """What the next step has to load, since the last call."""
+        """Return the loads for the next step: those added since the last call."""
         loads, self._loads = tuple(self._loads), []
         return loads
 

@@ -1,30 +1,30 @@
-"""What the scheduler asks of whatever limits an output."""
+"""The scheduler's interface to constraints on an output."""
 
 from typing import Protocol
 
 
 class Constraint(Protocol):
-    """What the scheduler needs of a constraint."""
+    """The state of a constraint in one sequence."""
 
     @property
     def masked(self) -> bool:
-        """Whether the next draw may only be some tokens."""
+        """Whether a token mask applies to the next sampled token."""
         ...
 
     @property
     def finished(self) -> bool:
-        """Whether the output is complete: nothing may follow."""
+        """Whether the output is complete, so that no token may follow."""
         ...
 
     @property
     def error(self) -> str | None:
-        """Why nothing can be drawn any more, if so."""
+        """The reason why no more tokens can be sampled; None if they can."""
         ...
 
     def take(self, token_id: int) -> None:
-        """The output goes on with this token."""
+        """Advance the state by the next output token."""
         ...
 
     def forced(self) -> list[int]:
-        """Tokens that must come next, if only they can; asking changes nothing."""
+        """Return the tokens that must come next, if any; does not change the state."""
         ...

@@ -1,4 +1,4 @@
-"""One scheduler per replica. Replicas take their steps together and share nothing else."""
+"""One scheduler per replica. Replicas run their steps together and share only the slots of LoRA adapters."""
 
 from collections.abc import Sequence
 
@@ -9,7 +9,7 @@ from jaxserve.step import Plans, StepOutput
 
 
 class DataParallelScheduler:
-    """What `Scheduler` does, over `--dp-size` of them; a request stays with the replica it was given to.
+    """The interface of `Scheduler` over `--dp-size` of them; a request stays with the replica it was assigned to.
 
     Args:
         schedulers: one per replica, in the order of the mesh's `data` axis.
@@ -25,14 +25,14 @@ class DataParallelScheduler:
 
     @property
     def stats(self) -> SchedulerStats:
-        """Sums over the replicas."""
+        """Gauges and counters, summed over the replicas."""
         return SchedulerStats(*map(sum, zip(*(scheduler.stats for scheduler in self._schedulers), strict=True)))
 
     def add(self, request: Request, constraints: Sequence[Constraint] = ()) -> None:
-        """Queue a request with the replica that has the fewest choices; among equals, the most cached prompt tokens."""
+        """Queue a request at the replica with the fewest live choices; ties go to the most cached prompt tokens."""
         least_live = min(scheduler.num_live for scheduler in self._schedulers)
         best = [scheduler for scheduler in self._schedulers if scheduler.num_live == least_live]
-        if len(best) > 1:  # walking the prompt through the prefix caches is only worth it for a choice
+        if len(best) > 1:  # looking the prompt up in the prefix caches is only worth it to break a tie
             best.sort(key=lambda scheduler: -scheduler.num_cached_pages(request))
         best[0].add(request, constraints)
 
@@ -42,7 +42,7 @@ class DataParallelScheduler:
             scheduler.abort(request_id, choice)
 
     def schedule(self) -> Plans | None:
-        """Plan the next step of every replica, or None when none can run."""
+        """Plan the next step of every replica; return None if no replica can run."""
         doubtful = next((scheduler for scheduler in self._schedulers if scheduler.quarantined), None)
         plans = tuple(
             scheduler.schedule() if doubtful is None or scheduler is doubtful else None
@@ -51,28 +51,28 @@ class DataParallelScheduler:
         return plans if any(plan is not None for plan in plans) else None
 
     def update(self, outputs: Sequence[StepOutput | None]) -> None:
-        """Take in the results of the oldest step in flight, in the order of its plans."""
+        """Process the results of the oldest step in flight, in the order of its plans."""
         for scheduler, output in zip(self._schedulers, outputs, strict=True):
             if output is not None:
                 scheduler.update(output)
 
     def constrained_rows(self, plans: Plans) -> tuple[dict[int, Constraint], ...]:
-        """See `Scheduler.constrained_rows`; one for each of the newest plans."""
+        """See `Scheduler.constrained_rows`; returns one entry per plan of the newest step."""
         return tuple(
             {} if plan is None else scheduler.constrained_rows()
             for scheduler, plan in zip(self._schedulers, plans, strict=True)
         )
 
     def take_deltas(self) -> list[TokenDelta]:
-        """Updates for clients since the last call."""
+        """Return the updates for clients since the last call."""
         return [delta for scheduler in self._schedulers for delta in scheduler.take_deltas()]
 
     def requeue_after_failure(self) -> None:
-        """See `Scheduler.requeue_after_failure`: the replicas' steps raise together."""
+        """See `Scheduler.requeue_after_failure`; a step fails for all replicas together."""
         alone = sum(scheduler.num_in_flight for scheduler in self._schedulers) == 1
         for scheduler in self._schedulers:
             scheduler.requeue_after_failure(alone=alone)
 
     def flush_cache(self) -> bool:
-        """Forget cached prefixes; refused (False) while anything runs or waits."""
+        """Forget cached prefixes; do nothing and return False while anything runs or waits."""
         return self.idle and all(scheduler.flush_cache() for scheduler in self._schedulers)

@@ -1,4 +1,4 @@
-"""From the results of a step to the updates that clients get."""
+"""Turns the results of a step into updates for clients."""
 
 from collections.abc import Sequence as SequenceOf
 from typing import NamedTuple
@@ -9,14 +9,14 @@ from jaxserve.step import PromptLogprobs, StepOutput
 
 
 class NewToken(NamedTuple):
-    """An output token, with its log-probabilities if the request wants them."""
+    """An output token, with its log-probabilities if the request asks for them."""
 
     id: int
     logprobs: TokenLogprobs | None
 
 
 def sampled_token(sequence: Sequence, index: int, output: StepOutput) -> NewToken:
-    """The token that a step sampled for the row with this index."""
+    """Return the token that a step sampled for the row at `index`."""
     token_id = int(output.token_ids_B[index])
     count = sequence.request.sampling.num_logprobs
     if count is None or output.top_ids_BJ is None or output.top_logprobs_BJ is None:
@@ -27,7 +27,7 @@ def sampled_token(sequence: Sequence, index: int, output: StepOutput) -> NewToke
 
 
 def forced_token(sequence: Sequence, token_id: int) -> NewToken:
-    """A token that a constraint leaves no alternative to: its probability is 1."""
+    """Return a token that a constraint forces; its probability is 1."""
     count = sequence.request.sampling.num_logprobs
     if count is None:
         return NewToken(token_id, None)
@@ -51,7 +51,7 @@ def make_delta(
     error: str | None = None,
     refused: bool = False,
 ) -> TokenDelta:
-    """The update of a client after new tokens were appended, or when the sequence ends."""
+    """Return the update for a client after new tokens were appended, or when the sequence ends."""
     last = new[-1].id if new else -1
     return TokenDelta(
         request_id=sequence.request.id,

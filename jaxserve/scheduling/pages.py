@@ -1,8 +1,8 @@
-"""The pool of key/value pages: who holds which page. Knows neither tokens nor sequences."""
+"""The pool of key/value pages and their reference counts. It knows neither tokens nor sequences."""
 
 
 class PagePool:
-    """Reference-counted pages. A page whose last holder lets go is free at once."""
+    """Reference-counted pages. A page is free as soon as its last holder releases it."""
 
     def __init__(self, num_pages: int) -> None:
         # Popped from the end, so low ids are used first.
@@ -11,19 +11,19 @@ class PagePool:
 
     @property
     def num_pages(self) -> int:
-        """Pages in the pool."""
+        """Number of pages in the pool."""
         return len(self._holders)
 
     @property
     def num_free(self) -> int:
-        """Pages nobody holds."""
+        """Number of pages without a holder."""
         return len(self._free)
 
     def take(self, count: int) -> list[int]:
-        """Take free pages; each starts with one holder.
+        """Take `count` free pages; each starts with one holder.
 
         Raises:
-            ValueError: fewer are free; none is taken.
+            ValueError: fewer pages are free; none is taken.
         """
         if count > len(self._free):
             raise ValueError(f"{count} pages asked for, {len(self._free)} free")
@@ -46,7 +46,7 @@ class PagePool:
         self._holders[page] += 1
 
     def release(self, page: int) -> int:
-        """Drop a holder; returns how many are left.
+        """Drop a holder; return the number of holders left.
 
         Raises:
             ValueError: the page is free already.
@@ -59,5 +59,5 @@ class PagePool:
         return self._holders[page]
 
     def num_holders(self, page: int) -> int:
-        """How many hold a page."""
+        """Return the number of holders of a page."""
         return self._holders[page]

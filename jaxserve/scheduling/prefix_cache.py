@@ -1,8 +1,8 @@
 """The prefix cache: a radix tree over full pages of tokens (RadixAttention, arXiv:2312.07104).
 
-A node is one page; its edge is that page's tokens, compared in full, so two prompts never share a page by a hash
-collision. The tree holds each of its pages; a page that nothing else holds can be evicted, least recently used
-leaf first. Trees of different key prefixes (adapter, cache salt) share nothing.
+A node is one page; its edge is that page's tokens, compared in full, so a hash collision can never make two prompts
+share a page. The tree is a holder of each of its pages; a page without another holder can be evicted, least recently
+used leaf first. Trees of different key prefixes (adapter, cache salt) share nothing.
 """
 
 import heapq
@@ -27,12 +27,12 @@ class _Node:
 
 
 class PrefixCache:
-    """Pages by the tokens that lead to them, over a `PagePool`.
+    """A radix tree from token prefixes to pages of a `PagePool`.
 
     Args:
-        pool: where the pages live.
+        pool: the pool that the pages belong to.
         page_size: tokens per page.
-        enabled: when False nothing is remembered and nothing matches.
+        enabled: if False, nothing is inserted and nothing matches.
     """
 
     def __init__(self, pool: PagePool, page_size: int, *, enabled: bool = True) -> None:
@@ -41,17 +41,17 @@ class PrefixCache:
         self.enabled = enabled
         self._roots: dict[CacheKeyPrefix, _Node] = {}
         self._nodes: dict[int, _Node] = {}
-        # Idle nodes by last use; entries go stale and are checked when popped.
+        # Heap of evictable nodes by last use; entries go stale and are checked when popped.
         self._idle: list[tuple[int, int, _Node]] = []
         self._clock = count(1)
 
     @property
     def num_pages(self) -> int:
-        """Pages the tree holds."""
+        """Number of pages in the tree."""
         return len(self._nodes)
 
     def match(self, cache_key_prefix: CacheKeyPrefix, tokens: Tokens[int]) -> list[int]:
-        """Pages of the longest cached prefix; each gets the caller as a holder."""
+        """Return the pages of the longest cached prefix; the caller becomes a holder of each."""
         path = self._path(cache_key_prefix, tokens)
         for node in path:
             self._touch(node)
@@ -59,17 +59,17 @@ class PrefixCache:
         return [node.page for node in path]
 
     def match_length(self, cache_key_prefix: CacheKeyPrefix, tokens: Tokens[int]) -> int:
-        """Pages that `match` would return; holds nothing and counts as no use."""
+        """Return the number of pages that `match` would return, without holding them or marking them as used."""
         return len(self._path(cache_key_prefix, tokens))
 
     def insert(self, cache_key_prefix: CacheKeyPrefix, tokens: Tokens[int], pages: Tokens[int], first: int = 0) -> None:
-        """Remember full pages; a prefix that is there already keeps its own page.
+        """Insert full pages; a prefix that is already in the tree keeps its own page.
 
         Args:
-            cache_key_prefix: who may share them.
+            cache_key_prefix: requests with the same key prefix may share the pages.
             tokens: the whole prefix, page_size tokens per page.
-            pages: the pages that hold them.
-            first: pages before this one are known to be in the tree.
+            pages: the pages that hold the tokens.
+            first: pages before this index are known to be in the tree.
         """
         if not self.enabled or first >= len(pages):
             return
@@ -79,7 +79,7 @@ class PrefixCache:
             child = node.children.get(edge)
             if child is None:
                 if page in self._nodes:
-                    # The page hangs elsewhere: its prefix was evicted and is being computed anew.
+                    # The page is elsewhere in the tree: its prefix was evicted and is being recomputed.
                     return
                 child = _Node(node, edge, page)
                 node.children[edge] = child
@@ -89,13 +89,13 @@ class PrefixCache:
             node = child
 
     def release(self, pages: Tokens[int]) -> None:
-        """Let go of a sequence's pages; what only the tree holds becomes evictable."""
+        """Release a sequence's pages; those that only the tree still holds become evictable."""
         for page in reversed(pages):
             if self._pool.release(page) == 1 and page in self._nodes:
                 self._push_idle(self._nodes[page])
 
     def make_room(self, num_pages: int) -> bool:
-        """Evict until that many pages are free; False if that cannot be, with what could go gone."""
+        """Evict until `num_pages` pages are free; if that is impossible, evict all evictable ones and return False."""
         while self._pool.num_free < num_pages and self._idle:
             used, _, node = heapq.heappop(self._idle)
             if self._evictable(node) and node.used == used:
@@ -103,7 +103,7 @@ class PrefixCache:
         return self._pool.num_free >= num_pages
 
     def flush(self) -> None:
-        """Forget everything; pages that sequences hold stay theirs."""
+        """Remove all pages from the tree; sequences keep the pages they hold."""
         for page in self._nodes:
             self._pool.release(page)
         self._roots.clear()
@@ -143,7 +143,7 @@ class PrefixCache:
         if self._evictable(parent):
             self._push_idle(parent)
         elif parent.parent is None and not parent.children:
-            # The last page under a key prefix: salts are the clients' to choose, so they must not pile up.
+            # The key prefix has no pages left. Clients choose the salts, so empty roots must not accumulate.
             self._roots = {
                 cache_key_prefix: root for cache_key_prefix, root in self._roots.items() if root is not parent
             }

@@ -1,8 +1,8 @@
-"""Which sequence makes its steps fail: after a step that raised, the sequences of that step run one at a time.
+"""Finds the sequence that makes steps fail: after a step that raised, the sequences of that step run one at a time.
 
-A step that raises does not say which of its sequences is at fault. All of them are quarantined: each runs alone until
-it has passed the point that it had reached, and a sequence whose steps fail while it is alone is ended, so that the
-others can go on.
+The exception does not identify the sequence at fault, so all of them are quarantined: each runs alone until it has
+passed the point that it had reached. A sequence whose steps fail while it is alone is ended, so that the others can
+continue.
 """
 
 from collections.abc import Iterable
@@ -19,7 +19,7 @@ class Quarantine:
         self._sequences: dict[Sequence, None] = {}
 
     def __bool__(self) -> bool:
-        """Whether a sequence is quarantined."""
+        """Whether any sequence is quarantined."""
         return bool(self._sequences)
 
     @property
@@ -40,10 +40,10 @@ class Quarantine:
             self.remove(sequence)
 
     def remove(self, sequence: Sequence) -> None:
-        """Release a sequence; others are ignored."""
+        """Release a sequence, if it is quarantined."""
         self._sequences.pop(sequence, None)
 
     def failed_alone(self, sequence: Sequence) -> bool:
-        """Count a failed step in which the sequence was alone; True if it is to be ended."""
+        """Count a failed step in which the sequence was alone; return True if the sequence must be ended."""
         sequence.num_failed_steps += 1
         return sequence.num_failed_steps == _MAX_FAILED_STEPS and not sequence.finished

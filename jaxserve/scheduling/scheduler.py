@@ -1,10 +1,10 @@
 """Decides what each step runs. Pure Python: no clock, no thread, no device.
 
-There is no prefill phase and no decode phase: every sequence has computed tokens that catch up with its tokens,
-and a step hands out a budget of tokens. Steps may be scheduled before the results of earlier ones are known; a
-token still in flight is a placeholder that the runner fills on the device.
+There is no prefill phase and no decode phase: the number of computed tokens of every sequence catches up with its
+number of tokens, within a token budget per step. Steps may be scheduled before the results of earlier ones are known;
+a token in flight is a placeholder that the runner fills in on the device.
 
-Results must come back (`update`) in the order in which the steps were scheduled.
+`update` must be called with the results in the order in which the steps were scheduled.
 """
 
 from collections import deque
@@ -25,16 +25,17 @@ from jaxserve.scheduling.sequence import Sequence, cache_key_prefix_of
 from jaxserve.scheduling.step_builder import StepBuilder
 from jaxserve.step import SchedulerOutput, StepOutput
 
-# Longest-prefix-first looks at this many waiting requests; a longer queue is served in order of arrival.
+# The `lpm` policy sorts a queue of at most this many sequences; a longer queue is served in order of arrival.
 _LPM_WINDOW = 128
-# Waiting requests that a step considers; those behind wait for a later one.
+# Maximum number of waiting sequences that a step considers for admission.
 _ADMISSION_WINDOW = 256
-# Known tokens are run at once when a step does so many for each row, else one by one: such a step is cheaper.
+# Sequences with several known output tokens run them together only if the step then averages at least this many tokens
+# per row. Otherwise they run one token per step, because such a step is cheaper.
 _MIN_TOKENS_PER_ROW = 2
 
 
 class SchedulerStats(NamedTuple):
-    """Gauges and counters for the metrics, as of now."""
+    """Current gauges and counters for the metrics."""
 
     num_running: int
     num_waiting: int
@@ -55,9 +56,9 @@ class Scheduler:
     """The waiting queue, the running sequences and their pages.
 
     Args:
-        config: limits.
-        cache: the pool.
-        adapters: slots of LoRA adapters, which the schedulers of all replicas share.
+        config: limits and policy.
+        cache: size of the page pool, and whether prefixes are cached.
+        adapters: slots of LoRA adapters, shared by the schedulers of all replicas; None without LoRA.
     """
 
     def __init__(self, config: SchedulerConfig, cache: CacheConfig, adapters: AdapterSlots | None = None) -> None:
@@ -85,7 +86,7 @@ class Scheduler:
 
     @property
     def num_live(self) -> int:
-        """Choices that have not ended."""
+        """Number of choices that have not ended."""
         return sum(map(len, self._live.values()))
 
     @property
@@ -102,15 +103,15 @@ class Scheduler:
         )
 
     def num_cached_pages(self, request: Request) -> int:
-        """Pages of the request's prompt that the prefix cache holds now."""
+        """Return the number of pages of the request's prompt that the prefix cache holds now."""
         return self._prefixes.match_length(cache_key_prefix_of(request), request.prompt_token_ids)
 
     def add(self, request: Request, constraints: SequenceOf[Constraint] = ()) -> None:
-        """Queue a request. It must fit the context length and the pool; the caller has checked.
+        """Queue a request. The caller has checked that it fits the context length and the page pool.
 
         Args:
-            request: what to run.
-            constraints: one for each choice, or none.
+            request: the request.
+            constraints: one per choice, or empty.
         """
         prompt_owner: Sequence | None = None
         sequences: list[Sequence] = []
@@ -123,20 +124,20 @@ class Scheduler:
             self._insert_by_priority(sequences)
         else:
             self._waiting.extend(sequences)
-        for sequence in tuple(sequences):  # one that ends at once leaves the list
+        for sequence in tuple(sequences):  # a sequence that ends immediately is removed from `sequences`
             self._advance(sequence, [])
 
     def abort(self, request_id: str, choice: int | None = None) -> None:
         """End a request or one choice of it; its rows and pages are free for the next step.
 
-        Unknown ids are ignored: the request may be over.
+        Unknown ids are ignored, because the request may have ended already.
         """
         for sequence in list(self._live.get(request_id, ())):
             if choice is None or sequence.choice == choice:
                 self._finish(sequence, FinishReason.ABORT)
 
     def schedule(self) -> SchedulerOutput | None:
-        """Plan the next step, or None when no sequence can run."""
+        """Plan the next step; return None if no sequence can run."""
         step = StepBuilder(self._config)
         if self._quarantine:
             self._schedule_quarantined(self._quarantine.first, step)
@@ -162,14 +163,14 @@ class Scheduler:
             if row.samples and not discarded:
                 sequence.num_in_flight -= 1
             if not output.finite_B[index]:
-                # Its pages may hold NaN: they never enter the prefix cache.
+                # Its pages may hold NaN, so they must not enter the prefix cache.
                 self._finish_unsampled(sequence)
                 continue
             end = row.num_computed_tokens + row.num_tokens
             self._quarantine.passed(sequence, end)
             preempted_since = sequence.num_preemptions != num_preemptions[index]
             if preempted_since and sequence.collects_prompt_logprobs:
-                continue  # the whole prompt is computed and its token sampled again
+                continue  # the whole prompt is recomputed and the token after it sampled again
             if not preempted_since:
                 if index in output.prompt:
                     add_prompt_logprobs(sequence, output.prompt[index])
@@ -180,7 +181,10 @@ class Scheduler:
                 self._finish(sequence, FinishReason.LENGTH)
 
     def constrained_rows(self) -> dict[int, Constraint]:
-        """Rows of the newest plan, by index, whose draws are constrained. All earlier steps must have been taken in."""
+        """Return the constraints of the newest plan's rows that need a token mask, by index of the row in the plan.
+
+        The results of all earlier steps must have been passed to `update`.
+        """
         assert len(self._in_flight) == 1
         [(plan, sequences, num_preemptions)] = self._in_flight
         return {
@@ -195,28 +199,28 @@ class Scheduler:
         }
 
     def take_deltas(self) -> list[TokenDelta]:
-        """Updates for clients since the last call."""
+        """Return the updates for clients since the last call."""
         deltas, self._outbox = self._outbox, []
         return deltas
 
     @property
     def num_in_flight(self) -> int:
-        """Sequences that are in steps whose results are not known."""
+        """Number of sequences in steps whose results are not known yet."""
         return len({sequence for step in self._in_flight for sequence in step.sequences})
 
     @property
     def quarantined(self) -> bool:
-        """Whether a sequence has to be run alone, to see whether it is the one whose steps raise."""
+        """Whether sequences must run alone, to find the one whose steps raise."""
         return bool(self._quarantine)
 
     def requeue_after_failure(self, *, alone: bool) -> None:
-        """Queue every running sequence anew after a step raised and the cache was lost.
+        """Requeue every running sequence after a step raised and the cache was lost.
 
-        Steps in flight are forgotten. A sequence that was alone in them is ended at its second such failure; several
-        are tried one at a time, until each has got past the point that it had reached.
+        Steps in flight are dropped. A sequence that was alone in them is ended at its second such failure. Several
+        sequences are run one at a time, until each has passed the point that it had reached.
 
         Args:
-            alone: no sequence of another replica was in these steps.
+            alone: True if these steps ran a single sequence over all replicas.
         """
         in_flight = dict.fromkeys(sequence for step in self._in_flight for sequence in step.sequences)
         self._in_flight.clear()
@@ -233,14 +237,14 @@ class Scheduler:
                 self._finish(sequence, FinishReason.ERROR, error="internal_error: its steps fail")
 
     def flush_cache(self) -> bool:
-        """Forget cached prefixes; refused (False) while anything runs or waits."""
+        """Forget cached prefixes; do nothing and return False while anything runs or waits."""
         if not self.idle:
             return False
         self._prefixes.flush()
         return True
 
     def _insert_by_priority(self, sequences: list[Sequence]) -> None:
-        """After those that wait with the same priority."""
+        """Insert sequences behind the waiting ones of the same priority."""
         priority = sequences[0].request.priority
         index = len(self._waiting)
         while index and self._waiting[index - 1].request.priority < priority:
@@ -249,7 +253,7 @@ class Scheduler:
             self._waiting.insert(index + offset, sequence)
 
     def _put_back(self, sequence: Sequence) -> None:
-        """To the head of the queue; under `priority`, of those that wait with the same priority."""
+        """Insert at the head of the queue; under `priority`, ahead of the waiting sequences of the same priority."""
         index = 0
         if self._config.policy == "priority":
             while index < len(self._waiting) and self._waiting[index].request.priority > sequence.request.priority:
@@ -260,16 +264,16 @@ class Scheduler:
         if self._catches_up_slowly():
             singles, others, limit = self._running.copy(), [], 1
         else:
-            # Sequences that run one token go first: a step always has room for all of them.
+            # Sequences that run one token go first: the token budget always covers all of them.
             singles = [sequence for sequence in self._running if not sequence.prefilling]
             others = [sequence for sequence in self._running if sequence.prefilling]
             limit = self._config.max_step_tokens
         for sequence in singles + others:
-            if sequence.row is not None:  # else preempted by one before it
+            if sequence.row is not None:  # else an earlier one has preempted it
                 self._schedule_running(sequence, step, limit)
 
     def _catches_up_slowly(self) -> bool:
-        """Whether what is known beyond one token of each row is too little for a step of more."""
+        """Whether too few known tokens are uncomputed to run several per row; see `_MIN_TOKENS_PER_ROW`."""
         counts = [sequence.num_uncomputed_tokens for sequence in self._running]
         in_prompt = any(sequence.num_computed_tokens < sequence.num_prompt_tokens for sequence in self._running)
         return not in_prompt and sum(counts) < _MIN_TOKENS_PER_ROW * len(counts)
@@ -289,7 +293,7 @@ class Scheduler:
         step.add(sequence, count)
 
     def _victim(self) -> Sequence:
-        """Who gives up its pages: the newest, of those with the lowest priority where priorities count."""
+        """Return the sequence to preempt: the newest or, under `priority`, the newest of the lowest priority."""
         if self._config.policy == "priority":
             return min(reversed(self._running), key=lambda sequence: sequence.request.priority)
         return self._running[-1]
@@ -301,19 +305,19 @@ class Scheduler:
             if sequence.num_in_flight or self._waits_for_prefix(sequence):
                 continue
             if not self._adapters.has_free_slot(sequence.request.adapter):
-                continue  # those behind it may have room
+                continue  # those behind it may find a slot
             if not self._start(sequence, step):
                 return
 
     def _start(self, sequence: Sequence, step: StepBuilder) -> bool:
-        """Give a waiting sequence a row and pages, and run it in this step; False when there are none."""
+        """Give a waiting sequence a row and pages and run it in this step; return False if either is missing."""
         if not self._free_rows or not self._adapters.has_free_slot(sequence.request.adapter):
             return False
         sequence.pages = self._match(sequence)
         sequence.num_indexed_pages = len(sequence.pages)
         sequence.num_computed_tokens = len(sequence.pages) * self._page_size
         count = step.token_budget_for(sequence)
-        # Room for the whole prompt, not only for its first chunk: a half-computed prompt only blocks others.
+        # Take pages for the whole prompt, not only for its first chunk: a half-computed prompt only blocks others.
         if not self._grow(sequence, sequence.num_tokens):
             self._prefixes.release(sequence.pages)
             sequence.pages = []
@@ -332,7 +336,7 @@ class Scheduler:
         return True
 
     def _schedule_quarantined(self, sequence: Sequence, step: StepBuilder) -> None:
-        """A step of one sequence. The others do not run now, so what it lacks is taken from them."""
+        """Plan a step of one sequence. The others do not run now, so they are preempted if it needs their resources."""
         if sequence.row is not None:
             self._schedule_running(sequence, step, self._config.max_step_tokens)
             return
@@ -346,7 +350,7 @@ class Scheduler:
         yield from waiting
 
     def _waits_for_prefix(self, sequence: Sequence) -> bool:
-        """Whether a running sequence is about to compute a page that this one could take from it."""
+        """Whether another sequence is about to compute a page that this one could share."""
         prompt_owner = sequence.prompt_owner
         if (
             prompt_owner is not None
@@ -369,13 +373,13 @@ class Scheduler:
         )
 
     def _match(self, sequence: Sequence) -> list[int]:
-        """Pages of a cached prefix, now held; the last token is always computed, for its logits."""
+        """Hold and return the pages of a cached prefix; the last token is always computed, for its logits."""
         if sequence.collects_prompt_logprobs:
             return []
         return self._prefixes.match(sequence.cache_key_prefix, sequence.token_ids[:-1])
 
     def _grow(self, sequence: Sequence, num_tokens: int) -> bool:
-        """Take pages for that many tokens; False, with none taken, when they cannot be had."""
+        """Take the missing pages for `num_tokens` tokens; if there are too few, take none and return False."""
         missing = -(-num_tokens // self._page_size) - len(sequence.pages)
         if missing <= 0:
             return True
@@ -385,7 +389,7 @@ class Scheduler:
         return True
 
     def _preempt(self, sequence: Sequence) -> None:
-        """Back to the head of the queue; its tokens are kept and computed anew."""
+        """Free the row and pages of a running sequence and requeue it; its tokens are kept and recomputed."""
         self._leave_row(sequence)
         sequence.num_computed_tokens = 0
         sequence.num_indexed_pages = 0
@@ -406,7 +410,7 @@ class Scheduler:
         sequence.num_sent_pages = 0
 
     def _advance(self, sequence: Sequence, sampled: list[NewToken]) -> None:
-        """Append sampled tokens and forced ones after them, update the client, and end the sequence if it is over."""
+        """Append sampled tokens and the forced ones after them, update the client, and end the sequence if complete."""
         new: list[NewToken] = []
         reason = None
         for token in sampled:
@@ -417,7 +421,7 @@ class Scheduler:
             for token_id in constraint.forced()[
                 : sequence.request.sampling.max_tokens - sequence.num_known_output_tokens
             ]:
-                # Tokens in flight for these positions are void; nothing was computed from them yet.
+                # Samples in flight for these positions are discarded; nothing has been computed from them yet.
                 sequence.num_in_flight = 0
                 assert sequence.num_computed_tokens <= len(sequence.token_ids)
                 new.append(forced_token(sequence, token_id))
@@ -432,7 +436,7 @@ class Scheduler:
                 self._close(sequence)
 
     def _append(self, sequence: Sequence, token_id: int) -> FinishReason | None:
-        """One more token; returns why it is the last, if it is."""
+        """Append a token; return the finish reason if it is the last one."""
         sequence.token_ids.append(token_id)
         sampling = sequence.request.sampling
         if sequence.constraint is not None:
@@ -474,7 +478,7 @@ class Scheduler:
             del self._live[sequence.request.id]
 
     def _index_pages(self, sequence: Sequence, num_computed: int) -> None:
-        """Give pages that are full of known tokens to the prefix cache."""
+        """Insert pages that are full of known tokens into the prefix cache."""
         full = min(num_computed, len(sequence.token_ids)) // self._page_size
         if sequence.row is None or full <= sequence.num_indexed_pages:
             return

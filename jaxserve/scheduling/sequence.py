@@ -1,4 +1,4 @@
-"""One choice of one request while it waits and runs. Belongs to the scheduler and crosses nothing."""
+"""One choice of one request while it waits and runs. Private to the scheduler; never sent to another process."""
 
 from jaxserve.request import Request, TokenLogprobs
 from jaxserve.scheduling.constraint import Constraint
@@ -8,7 +8,7 @@ _MASK = 2**64 - 1
 
 
 def choice_seed(seed: int, choice: int) -> int:
-    """Seed of a request's choice, u64: choice 0 has the request's own, the others a mix (SplitMix64)."""
+    """Return the u64 seed of a choice: choice 0 uses the request's seed, the others mix in `choice` (SplitMix64)."""
     if choice == 0:
         return seed & _MASK
     mixed = (seed + choice * 0x9E3779B97F4A7C15) & _MASK
@@ -18,7 +18,7 @@ def choice_seed(seed: int, choice: int) -> int:
 
 
 def cache_key_prefix_of(request: Request) -> CacheKeyPrefix:
-    """Which requests may share its pages: those with the same key prefix."""
+    """Return the request's key prefix in the prefix cache; requests with the same one may share pages."""
     return (request.adapter, request.cache_salt)
 
 
@@ -26,23 +26,23 @@ class Sequence:
     """Tokens, pages and progress of one choice.
 
     Attributes:
-        request: what it belongs to.
-        choice: index in the request.
-        prompt_owner: the choice that computes the prompt for this one, if there are several.
-        constraint: what its output may be, if that is limited.
-        token_ids: prompt and known output.
-        num_in_flight: draws sent to the device whose tokens are not known yet.
-        num_computed_tokens: tokens whose keys and values are, or will be once sent steps ran, in the pages.
+        request: the request that it belongs to.
+        choice: index of the choice in the request.
+        prompt_owner: the sequence of choice 0, which computes the prompt for the others; None for choice 0.
+        constraint: constraint on the output, if any.
+        token_ids: prompt and known output tokens.
+        num_in_flight: output tokens that the device was told to sample and the host does not know yet.
+        num_computed_tokens: tokens whose keys and values are in the pages, or will be after the steps in flight.
         num_indexed_pages: full pages given to the prefix cache.
-        num_cached_tokens: prompt tokens taken from the prefix cache on first admission; None before it.
+        num_cached_tokens: prompt tokens found in the prefix cache on first admission; None before that.
         num_failed_steps: steps that raised while it was alone in them.
-        num_tokens_at_failure: computed tokens when it was last in a step that raised.
-        num_preemptions: how often it lost its row; results of steps from before are not about its pages.
+        num_tokens_at_failure: largest `num_computed_tokens` at which it was in a step that raised.
+        num_preemptions: number of preemptions; results of steps before the last one do not describe its current pages.
         pages: held pages, in order.
-        num_sent_pages: pages the runner knows of.
+        num_sent_pages: pages already sent to the runner.
         row: row while running, else None.
-        prompt_logprobs: collected so far.
-        finished: no step may use it any more.
+        prompt_logprobs: log-probabilities of prompt tokens, as far as collected.
+        finished: the sequence has ended; no step may use it any more.
     """
 
     __slots__ = (
@@ -90,43 +90,44 @@ class Sequence:
 
     @property
     def num_prompt_tokens(self) -> int:
-        """Tokens of the prompt."""
+        """Number of prompt tokens."""
         return len(self.request.prompt_token_ids)
 
     @property
     def num_tokens(self) -> int:
-        """Prompt, known output and draws in flight."""
+        """Number of tokens: prompt, known output and in flight."""
         return len(self.token_ids) + self.num_in_flight
 
     @property
     def num_output_tokens(self) -> int:
-        """Output tokens, those in flight included."""
+        """Number of output tokens, including those in flight."""
         return self.num_tokens - self.num_prompt_tokens
 
     @property
     def output_token_ids(self) -> list[int]:
-        """Known output."""
+        """Known output tokens."""
         return self.token_ids[self.num_prompt_tokens :]
 
     @property
     def num_known_output_tokens(self) -> int:
-        """Output tokens, those in flight left out."""
+        """Number of output tokens, excluding those in flight."""
         return len(self.token_ids) - self.num_prompt_tokens
 
     def stops_at(self, token_id: int) -> bool:
-        """Whether it is an end token of the model or the request."""
+        """Whether `token_id` is an end token of the model or the request."""
         return token_id in self.request.eos_token_ids or token_id in self.request.sampling.stop_token_ids
 
     @property
     def num_uncomputed_tokens(self) -> int:
-        """Tokens that a step could run now."""
+        """Number of tokens that a step could run now."""
         return self.num_tokens - self.num_computed_tokens
 
     @property
     def takes_forced_tokens(self) -> bool:
-        """Whether tokens that its constraint forces are taken without a draw.
+        """Whether tokens that its constraint forces are appended without sampling.
 
-        Penalties count draws on the device, and prompt log-probabilities come with the first draw.
+        Not with penalties, since the device counts only sampled tokens, nor with prompt log-probabilities, which are
+        returned with the first sampled token.
         """
         sampling = self.request.sampling
         return self.constraint is not None and not (sampling.penalised or sampling.prompt_logprobs)
@@ -138,18 +139,18 @@ class Sequence:
 
     @property
     def fully_scheduled(self) -> bool:
-        """Whether all that it may draw is drawn or in flight, and nothing else is left to compute."""
+        """Whether all output tokens are known or in flight, and nothing else is left to compute."""
         max_tokens = self.request.sampling.max_tokens
-        # The last output token is never run: no draw follows it.
+        # The last output token is never run, because nothing is sampled after it.
         return self.num_output_tokens >= max_tokens and self.num_uncomputed_tokens <= min(1, max_tokens)
 
     @property
     def cache_key_prefix(self) -> CacheKeyPrefix:
-        """Who may share its pages."""
+        """See `cache_key_prefix_of`."""
         return cache_key_prefix_of(self.request)
 
     @property
     def collects_prompt_logprobs(self) -> bool:
-        """Whether log-probabilities of prompt tokens are still to be computed; the first choice does it for all."""
+        """Whether log-probabilities of prompt tokens are still to be computed; choice 0 does it for all choices."""
         wanted = self.request.sampling.prompt_logprobs and self.choice == 0
         return wanted and len(self.prompt_logprobs) < self.num_prompt_tokens - 1

@@ -1,4 +1,4 @@
-"""The step being planned: what is left of its budgets, and its rows."""
+"""Builds the plan of a step."""
 
 from jaxserve.config import SchedulerConfig
 from jaxserve.scheduling.sequence import Sequence
@@ -6,7 +6,7 @@ from jaxserve.step import AdapterLoad, NewRow, ScheduledRow, SchedulerOutput
 
 
 class StepBuilder:
-    """The step being planned: what is left of its budgets, and its rows."""
+    """The step being planned: its rows, and what is left of its budgets."""
 
     def __init__(self, config: SchedulerConfig) -> None:
         self.num_tokens_left = config.max_step_tokens
@@ -16,14 +16,14 @@ class StepBuilder:
         self._new_rows: list[NewRow] = []
 
     def token_budget_for(self, sequence: Sequence) -> int:
-        """Tokens that the sequence may run in this step."""
+        """Return the number of tokens that the sequence may run in this step."""
         if not self.num_logits_rows_left:
             return 0
         count = min(sequence.num_uncomputed_tokens, self.num_tokens_left)
         return min(count, self.num_logits_rows_left) if sequence.collects_prompt_logprobs else count
 
     def admit(self, sequence: Sequence, adapter_slot: int) -> None:
-        """A sequence takes a row with this step."""
+        """Announce a sequence that has been given a row for this step."""
         assert sequence.row is not None
         self._new_rows.append(
             NewRow(
@@ -65,7 +65,7 @@ class StepBuilder:
         self.num_logits_rows_left -= row.num_logits_rows
 
     def drop(self, sequence: Sequence) -> None:
-        """Take a sequence that was preempted after all out of the step."""
+        """Remove a sequence that was preempted after it had been added; ignored if it was not added."""
         if sequence not in self.sequences:
             return
         index = self.sequences.index(sequence)
@@ -76,7 +76,7 @@ class StepBuilder:
         self.num_logits_rows_left += row.num_logits_rows
 
     def finish(self, step: int, adapter_loads: tuple[AdapterLoad, ...]) -> SchedulerOutput:
-        """Order the rows: single tokens first."""
+        """Return the plan, with the rows that run a single token first."""
         order = sorted(range(len(self.rows)), key=lambda index: self.rows[index].num_tokens > 1)
         self.rows = [self.rows[index] for index in order]
         self.sequences = [self.sequences[index] for index in order]
