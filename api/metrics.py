@@ -20,7 +20,7 @@ class Metrics:
     def __init__(self, client: EngineClient) -> None:
         self._registry = CollectorRegistry()
         self._registry.register(_EngineCollector(client))
-        self.requests = Counter("jaxserve_requests", "Requests taken.", ["endpoint"], registry=self._registry)
+        self.requests = Counter("jaxserve_requests", "Accepted requests.", ["endpoint"], registry=self._registry)
         self.aborts = Counter("jaxserve_aborted_requests", "Requests that ended early.", registry=self._registry)
         self.prompt_tokens = Counter("jaxserve_prompt_tokens", "Prompt tokens.", registry=self._registry)
         self.output_tokens = Counter("jaxserve_output_tokens", "Output tokens.", registry=self._registry)
@@ -29,12 +29,15 @@ class Metrics:
         )
         self.inter_token = Histogram(
             "jaxserve_inter_token_latency_seconds",
-            "Between tokens of a choice.",
+            "Time between tokens of a choice.",
             buckets=_TOKEN_S,
             registry=self._registry,
         )
         self.request = Histogram(
-            "jaxserve_e2e_request_latency_seconds", "Arrival to end.", buckets=_REQUEST_S, registry=self._registry
+            "jaxserve_e2e_request_latency_seconds",
+            "Time from arrival to the end of a request.",
+            buckets=_REQUEST_S,
+            registry=self._registry,
         )
 
     def render(self) -> bytes:
@@ -74,7 +77,7 @@ class _EngineCollector(Collector):
         hit_rate = s.num_cached_tokens / s.num_prompt_tokens if s.num_prompt_tokens else 0.0
         for name, text, value in (
             ("running_requests", "Choices in the running batch.", s.num_running),
-            ("queued_requests", "Choices that wait.", s.num_waiting),
+            ("queued_requests", "Choices waiting in the queue.", s.num_waiting),
             ("pages", "Pages of the key/value pool.", s.num_pages),
             ("used_pages", "Pages that running choices hold.", s.num_used_pages),
             ("prefix_cache_hit_rate", "Share of prompt tokens that came from the prefix cache.", hit_rate),
@@ -82,7 +85,7 @@ class _EngineCollector(Collector):
             yield GaugeMetricFamily(f"jaxserve_{name}", text, value=value)
         for name, text, value in (
             ("cached_prompt_tokens", "Prompt tokens that came from the prefix cache.", s.num_cached_tokens),
-            ("preemptions", "Choices that lost their pages and were computed again.", s.num_preemptions),
+            ("preemptions", "Preempted choices: their pages were freed and recomputed.", s.num_preemptions),
             ("compiles", "Programs that XLA compiled.", s.num_compiles),
             ("compiles_after_ready", "Programs compiled while serving; should stay 0.", s.num_compiles_after_ready),
         ):

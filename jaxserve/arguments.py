@@ -83,7 +83,7 @@ def _text_flags(group: argparse._ArgumentGroup) -> None:  # pyright: ignore[repo
         "--sampling-defaults",
         choices=["model", "openai"],
         default="model",
-        help="where sampling parameters come from that a request does not set: the model's generation_config.json or "
+        help="source of the sampling parameters that a request does not set: the model's generation_config.json or "
         "GGUF keys, or OpenAI's defaults",
     )
     group.add_argument(
@@ -91,7 +91,7 @@ def _text_flags(group: argparse._ArgumentGroup) -> None:  # pyright: ignore[repo
         type=_json_object,
         help="JSON object of sampling parameters for requests that do not set them; wins over --sampling-defaults",
     )
-    group.add_argument("--random-seed", type=int, help="makes the seeds of requests that bring none reproducible")
+    group.add_argument("--random-seed", type=int, help="makes the seeds of requests that set none reproducible")
     group.add_argument("--config", help="YAML file of flags, names without the dashes; flags on the command line win")
 
 
@@ -109,17 +109,15 @@ def _server_flags(group: argparse._ArgumentGroup) -> None:  # pyright: ignore[re
     group.add_argument("--api-key", help="key that clients must send; JAXSERVE_API_KEY in the environment if unset")
     group.add_argument(
         "--admin-api-key",
-        help="key for the routes that change the server (LoRA, flush_cache, abort_request), which the API key then "
-        "does not open; JAXSERVE_ADMIN_API_KEY in the environment if unset",
+        help="key for the routes that change the server (LoRA, flush_cache, abort_request), which then do "
+        "not accept the API key; JAXSERVE_ADMIN_API_KEY in the environment if unset",
     )
     group.add_argument(
         "--strict-params",
         action="store_true",
         help="refuse requests with unknown fields, which are logged otherwise",
     )
-    group.add_argument(
-        "--skip-server-warmup", action="store_true", help="do not generate a token before reporting ready"
-    )
+    group.add_argument("--skip-server-warmup", action="store_true", help="report ready without a warm-up request")
     group.add_argument(
         "--drain-timeout", type=float, default=30.0, help="seconds that running requests get after SIGTERM"
     )
@@ -167,7 +165,9 @@ def memory_flags(group: argparse._ArgumentGroup) -> None:  # pyright: ignore[rep
         type=float,
         help="fraction of the memory left after the weights for the key/value pool; 0.88 if unset, 512 MiB on CPU",
     )
-    group.add_argument("--max-total-tokens", type=int, help="size of the key/value pool in tokens; overrides the above")
+    group.add_argument(
+        "--max-total-tokens", type=int, help="size of the key/value pool in tokens; overrides --mem-fraction-static"
+    )
     group.add_argument(
         "--page-size",
         type=int,
@@ -230,7 +230,7 @@ def device_flags(group: argparse._ArgumentGroup) -> None:  # pyright: ignore[rep
         "--enable-dp-attention",
         action="store_true",
         help="as in SGLang: --tp-size counts all devices, --dp-size replicas of attention share them, and one set of "
-        "experts lies over all",
+        "experts is sharded over all devices",
     )
     group.add_argument(
         "--attention-backend",
@@ -279,7 +279,7 @@ def _lora_flags(group: argparse._ArgumentGroup) -> None:  # pyright: ignore[repo
         "--lora-paths",
         nargs="*",
         default=[],
-        help="adapters to load: a folder or Hugging Face id, which is its name, too, or name=path, or JSON with "
+        help="adapters to load: a folder or Hugging Face id, also used as its name, or name=path, or JSON with "
         "lora_name, lora_path and pinned",
     )
     group.add_argument(

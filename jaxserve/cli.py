@@ -15,7 +15,7 @@ commands:
 
 
 def _serve() -> int:
-    from jaxserve.launch import main  # noqa: PLC0415  (each command imports its own, which takes seconds)
+    from jaxserve.launch import main  # noqa: PLC0415  (imported per command: it takes seconds)
 
     return main()
 

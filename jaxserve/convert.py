@@ -77,7 +77,7 @@ def convert_adapter(source: Path, destination: Path) -> None:
     _check_empty(destination)
     adapter = read_peft(source)
     save_adapter(destination, adapter)
-    print(f"wrote {len(adapter.modules)} modules of rank {adapter.rank} at most to {destination}")
+    print(f"wrote {len(adapter.modules)} modules with a maximum rank of {adapter.rank} to {destination}")
 
 
 def _check_empty(destination: Path) -> None:

@@ -244,7 +244,7 @@ class _Launcher:
                 )
                 await asyncio.wait((stopping, lost, serving), return_when=asyncio.FIRST_COMPLETED)
             if lost.done() and not stopping.done():
-                logger.error("the engine process is gone (exit code %s): shutting down", self._client.exit_code)
+                logger.error("the engine process exited with code %s; shutting down", self._client.exit_code)
                 await asyncio.sleep(0.5)  # open requests get their error first
                 return ExitCode.ENGINE_LOST
             await self._drain()

@@ -235,11 +235,12 @@ class LLM:
             prompt = self._tokenizer.encode(prompt, add_special_tokens=True, max_tokens=limit, param="prompts")
         if not prompt or len(prompt) + sampling.max_tokens > limit:
             raise RequestError(
-                f"a prompt has 1 to {limit} tokens less max_tokens ({sampling.max_tokens}), got {len(prompt)}",
+                f"a prompt must have 1 to {limit - sampling.max_tokens} tokens (context length minus max_tokens), "
+                f"got {len(prompt)}",
                 param="prompts",
             )
         if not all(0 <= token_id < self.info.vocab_size for token_id in prompt):
-            raise RequestError(f"token ids lie in [0, {self.info.vocab_size})", param="prompts")
+            raise RequestError(f"token ids must be in [0, {self.info.vocab_size})", param="prompts")
         return Request(
             id=uuid.uuid4().hex,
             prompt_token_ids=tuple(prompt),
@@ -251,9 +252,9 @@ class LLM:
 
     async def _load_adapter(self, name: str, folder: str) -> None:
         if name in self._adapters:
-            raise AdapterError(f"an adapter {name!r} is loaded already")
+            raise AdapterError(f"the adapter {name!r} is already loaded")
         if self._lora is not None and not self._lora.fits_slots(num_pinned=len(self._lora.pinned), num_others=1):
-            raise AdapterError("all slots are those of pinned adapters")
+            raise AdapterError("all LoRA slots are used by pinned adapters")
         key = f"{name}:{uuid.uuid4().hex}"
         self._adapters[name] = key  # reserves the name while the adapter is loading
         try:

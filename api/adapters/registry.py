@@ -124,14 +124,14 @@ class AdapterRegistry:
         if name in self._reserved:
             raise AdapterError(f"{name!r} is a name of the model itself", param="lora_name")
         if name in self._adapters or name in self._loading:
-            raise AdapterError(f"an adapter {name!r} is loaded already; unload it first", param="lora_name")
+            raise AdapterError(f"the adapter {name!r} is already loaded; unload it first", param="lora_name")
 
     def _check_slots(self, config: LoraConfig, *, pinned: bool) -> None:
         pins = [pinned, *self._loading.values(), *self._unloading.values()]
         pins += [adapter.pinned for adapter in self._adapters.values()]
         if not config.fits_slots(num_pinned=sum(pins), num_others=len(pins) - sum(pins)):
             raise AdapterError(
-                f"{sum(pins)} of {len(pins)} adapters would be pinned, which leaves no slot of "
+                f"{sum(pins)} of {len(pins)} adapters would be pinned, which leaves no free slot of "
                 f"--max-loras-per-batch {config.max_loras_per_batch} to the others",
                 param="pinned",
             )
@@ -144,8 +144,8 @@ def confined(path: str, root: Path | None) -> Path:
         AdapterError: the folder does not exist, has too many files, or it or one of its files is outside the root.
     """
     if root is None:
-        raise AdapterError("adapters can be loaded on a server with --lora-root only", param="lora_path")
-    outside = AdapterError(f"{path!r} is no folder below --lora-root", param="lora_path")
+        raise AdapterError("loading adapters at runtime requires --lora-root", param="lora_path")
+    outside = AdapterError(f"{path!r} is not a folder below --lora-root", param="lora_path")
     try:
         root = root.resolve(strict=True)
         folder = (root / path).resolve(strict=True)

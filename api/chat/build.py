@@ -39,7 +39,7 @@ def build_chat(builder: RequestBuilder, body: ChatCompletionRequest) -> Prepared
         RequestError: a field is not valid; the message names the field, its value and the limit.
     """
     if body.lora_path is not None and not isinstance(body.lora_path, str):
-        raise RequestError("lora_path must be one adapter's name here", param="lora_path")
+        raise RequestError("lora_path must be a single adapter name for this endpoint", param="lora_path")
     model = builder.model.names.resolve(body.model, body.lora_path)
     check_common(body)
     check_range("top_logprobs", body.top_logprobs, 0, MAX_LOGPROBS)
@@ -100,7 +100,7 @@ def tokenize(builder: RequestBuilder, body: TokenizeRequest) -> list[int]:
         text = render(builder, body.messages, body.chat_template_kwargs or {}, tools)
         return builder.encode(text, add_special_tokens=False, param="messages")
     if body.prompt is None or body.messages is not None:
-        raise RequestError("give prompt or messages, and not both", param="prompt")
+        raise RequestError("exactly one of prompt and messages is required", param="prompt")
     return builder.encode(body.prompt, add_special_tokens=body.add_special_tokens, param="prompt")
 
 

@@ -57,7 +57,7 @@ def read_tools(body: ChatCompletionRequest) -> ToolUse | None:
     tools = [_tool(definition, index) for index, definition in enumerate(body.tools)]
     names = [tool.name for tool in tools]
     if len(set(names)) != len(names):
-        raise RequestError("tools have the same name twice", param="tools")
+        raise RequestError("tool names must be unique", param="tools")
     shown = [_as_shown(definition) for definition in body.tools]
     parallel = body.parallel_tool_calls is not False
     match body.tool_choice:

@@ -60,7 +60,7 @@ def _prompts(body: CompletionRequest) -> list[Any]:
     else:
         prompts = list(prompt)
     if not 1 <= len(prompts) <= _MAX_PROMPTS:
-        raise RequestError(f"between 1 and {_MAX_PROMPTS} prompts, got {len(prompts)}", param="prompt")
+        raise RequestError(f"prompt must have 1 to {_MAX_PROMPTS} entries, got {len(prompts)}", param="prompt")
     return prompts
 
 
@@ -83,7 +83,7 @@ def _prompt_ids(builder: RequestBuilder, prompt: Any, suffix: str | None) -> lis
                     f"prompt: token id {token_id!r} is outside the vocabulary of {vocab_size}", param="prompt"
                 )
     else:
-        raise RequestError("prompt must be text or token ids, and not both in one list", param="prompt")
+        raise RequestError("prompt must be text or token ids, not a mix of both", param="prompt")
     if not ids:
         raise RequestError("prompt must not be empty", param="prompt")
     return ids

@@ -152,8 +152,8 @@ class RequestBuilder:
         limit = self.model.info.context_length
         if num_prompt_tokens >= limit:
             raise RequestError(
-                f"the prompt of {num_prompt_tokens} tokens is longer than the model's context length of {limit} tokens "
-                "leaves room for",
+                f"the prompt of {num_prompt_tokens} tokens leaves no room for output in the model's context length of "
+                f"{limit} tokens",
                 param=prompt_param,
                 code="context_length_exceeded",
             )

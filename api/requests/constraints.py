@@ -75,7 +75,8 @@ def _tags(format: ResponseFormat, writer: GrammarWriter) -> GrammarPart:
         trigger = next((trigger for trigger in triggers if trigger and structure.begin.startswith(trigger)), None)
         if trigger is None:
             raise RequestError(
-                f"response_format.structures.{number}: no trigger begins {structure.begin!r}", param="response_format"
+                f"response_format.structures.{number}: {structure.begin!r} does not start with any trigger",
+                param="response_format",
             )
         schema = {} if structure.schema is None else structure.schema
         rules.append(writer.rule_until(f"announced_{number}", trigger))

@@ -83,7 +83,7 @@ def check_fields(raw: Any, schema: type[msgspec.Struct], *, strict: bool) -> Non
             continue
         if strict or path in REFUSED_FIELDS or path == "modalities":
             raise RequestError(f"{shown!r} is not supported by this server", param=shown)
-        logger.warning("a request has the field %r, which is not known and not used", shown)
+        logger.warning("ignoring the unknown request field %r", shown)
 
 
 _type_info = lru_cache(msgspec.inspect.type_info)

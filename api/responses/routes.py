@@ -72,13 +72,13 @@ async def create_response(
     return await unless_gone(request.receive, answer.collect(), answer.close)
 
 
-@get("/v1/responses/{response_id:str}", summary="A kept response", responses=errors(404))
+@get("/v1/responses/{response_id:str}", summary="Retrieve a response", responses=errors(404))
 async def retrieve_response(response_id: FromPath[str], server: NamedDependency[Server]) -> ResponseObject:
     """Return a stored response in its current state."""
     return server.responses.get(response_id).response
 
 
-@post("/v1/responses/{response_id:str}/cancel", status_code=200, summary="End a response", responses=errors(404))
+@post("/v1/responses/{response_id:str}/cancel", status_code=200, summary="Cancel a response", responses=errors(404))
 async def cancel_response(response_id: FromPath[str], server: NamedDependency[Server]) -> ResponseObject:
     """Cancel a response that is in progress; a response that has ended is returned unchanged."""
     stored = server.responses.get(response_id)
@@ -88,7 +88,7 @@ async def cancel_response(response_id: FromPath[str], server: NamedDependency[Se
     return stored.response
 
 
-@delete("/v1/responses/{response_id:str}", status_code=200, summary="Forget a response", responses=errors(404))
+@delete("/v1/responses/{response_id:str}", status_code=200, summary="Delete a response", responses=errors(404))
 async def delete_response(response_id: FromPath[str], server: NamedDependency[Server]) -> DeletedResponse:
     """Delete a stored response."""
     server.responses.remove(response_id)

@@ -64,7 +64,7 @@ class ResponseStore:
         """
         stored = self._responses.get(response_id)
         if stored is None:
-            raise NotFoundError(f"no response with id {response_id[:80]!r} is kept", param=param, code="not_found")
+            raise NotFoundError(f"no stored response with id {response_id[:80]!r}", param=param, code="not_found")
         return stored
 
     def remove(self, response_id: str) -> None:

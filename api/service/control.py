@@ -11,7 +11,7 @@ from api.service.schemas import AbortBody, FlushResponse
 from jaxserve.errors import RequestError
 
 
-@post("/flush_cache", status_code=200, opt=CONTROL, summary="Forget cached prefixes", responses=errors(403, body=True))
+@post("/flush_cache", status_code=200, opt=CONTROL, summary="Flush the prefix cache", responses=errors(403, body=True))
 async def flush_cache(server: NamedDependency[Server]) -> FlushResponse:
     """Empty the prefix cache; returns 400 while requests run."""
     if not await server.client.flush_cache():
@@ -19,7 +19,7 @@ async def flush_cache(server: NamedDependency[Server]) -> FlushResponse:
     return FlushResponse(flushed=True)
 
 
-@post("/abort_request", status_code=200, opt=CONTROL, summary="End running requests", responses=errors(403, body=True))
+@post("/abort_request", status_code=200, opt=CONTROL, summary="Abort requests", responses=errors(403, body=True))
 async def abort_request(data: JSONBody[AbortBody], server: NamedDependency[Server]) -> dict[str, int]:
     """Abort the requests whose response id starts with `rid`, or all."""
     if not data.rid and not data.abort_all:

@@ -17,20 +17,20 @@ from jaxserve.sampling_params import SamplingParams
 _HEALTH_LIMIT_S = 20.0
 
 
-@get("/live", opt=OPEN, summary="The process runs")
+@get("/live", opt=OPEN, summary="Liveness check")
 async def live() -> Response[None]:
     """Return 200 as long as the API process responds."""
     return Response(None, status_code=200)
 
 
-@get(["/health", "/ready"], opt=OPEN, summary="The server takes requests", responses=errors())
+@get(["/health", "/ready"], opt=OPEN, summary="Readiness check", responses=errors())
 async def health(server: NamedDependency[Server]) -> Response[None]:
     """Return 200 if requests are accepted, and 503 while loading or draining or if the engine is lost."""
     server.check_accepting()
     return Response(None, status_code=200)
 
 
-@get("/health_generate", opt=OPEN, summary="The engine generates", responses=errors())
+@get("/health_generate", opt=OPEN, summary="Generation health check", responses=errors())
 async def health_generate(server: NamedDependency[Server]) -> Response[None]:
     """Generate one token; returns 503 if that takes longer than 20 s."""
     server.check_accepting()

@@ -9,7 +9,7 @@ from api.openapi import errors
 from api.server import Server
 
 
-@get(["/get_model_info", "/model_info"], summary="What is served", responses=errors())
+@get(["/get_model_info", "/model_info"], summary="Model information", responses=errors())
 async def model_info(server: NamedDependency[Server]) -> dict[str, Any]:
     """Return SGLang's model information."""
     info = server.client.info
@@ -25,7 +25,7 @@ async def model_info(server: NamedDependency[Server]) -> dict[str, Any]:
     }
 
 
-@get(["/get_server_info", "/server_info"], summary="How it is served", responses=errors())
+@get(["/get_server_info", "/server_info"], summary="Server information", responses=errors())
 async def server_info(server: NamedDependency[Server]) -> dict[str, Any]:
     """Return the launch flags, and the engine's sizes and statistics."""
     info, stats = server.client.info, server.client.stats

@@ -58,7 +58,7 @@ class ParseFunctionCallResponse(msgspec.Struct):
     calls: list[ParsedCall]
 
 
-@post("/separate_reasoning", status_code=200, summary="Thinking and answer of a text", responses=errors(body=True))
+@post("/separate_reasoning", status_code=200, summary="Separate reasoning from content", responses=errors(body=True))
 async def separate_reasoning(
     data: JSONBody[SeparateReasoningRequest], server: NamedDependency[Server], request: HttpRequest[Any, Any, Any]
 ) -> SeparateReasoningResponse:

@@ -159,7 +159,7 @@ class Admission:
                 waiting.constraints, waiting.grammar = waiting.grammar.result(), None
                 admitted += self._await_adapter(waiting)
             else:
-                logger.warning("a grammar that was valid cannot be compiled: %s", error)
+                logger.warning("failed to compile a grammar that had passed validation: %s", error)
                 del self._waiting[waiting.request.id]
                 self._end(waiting.request, FinishReason.ERROR, error=f"grammar: {error}", refused=True)
         return admitted

@@ -174,7 +174,7 @@ class Engine:
             try:
                 self._runner.reset()
             except Exception:
-                logger.exception("the devices fail an empty step")
+                logger.exception("the devices failed an empty step")
             else:
                 return
         raise error

@@ -66,7 +66,7 @@ def _serve(socket: "zmq.Socket[bytes]", config: EngineConfig) -> ExitCode:
         socket.send(encode(StartFailed(error=str(error))))
         return error.exit_code
     except Exception:
-        logger.exception("the engine fails")
+        logger.exception("the engine failed")
         return ExitCode.ENGINE_LOST
     return ExitCode.OK
 
@@ -83,7 +83,7 @@ def _follow(config: EngineConfig) -> int:
         logger.error("%s", error)
         return _leave(config, error.exit_code)
     except Exception:
-        logger.exception("host %d fails", config.node_rank)
+        logger.exception("host %d failed", config.node_rank)
         return _leave(config, ExitCode.ENGINE_LOST)
     return int(ExitCode.OK)
 

@@ -203,7 +203,7 @@ class ProcessEngineClient:
         try:
             await self._take_messages(ready)
         except Exception:
-            logger.exception("the engine sent what cannot be understood: it is ended")
+            logger.exception("the engine process sent an invalid message; killing it")
             self.kill()  # `_watch` handles the exit
 
     async def _take_messages(self, ready: "asyncio.Future[EngineInfo]") -> None:

@@ -41,7 +41,7 @@ class AdapterSlots:
         if adapter not in self._slots:
             if not self._free:
                 idle = self._idle()
-                assert idle is not None, "has_room was not asked"
+                assert idle is not None, "call has_free_slot before hold"
                 self._free.append(self._slots.pop(idle))
             self._slots[adapter] = self._free.pop()
             self._loads.append(AdapterLoad(self._slots[adapter], adapter))

@@ -26,7 +26,7 @@ class PagePool:
             ValueError: fewer pages are free; none is taken.
         """
         if count > len(self._free):
-            raise ValueError(f"{count} pages asked for, {len(self._free)} free")
+            raise ValueError(f"{count} pages requested, {len(self._free)} free")
         if count == 0:
             return []
         pages = self._free[-count:][::-1]

@@ -234,7 +234,11 @@ class Scheduler:
         if alone and len(in_flight) == 1:
             [sequence] = in_flight
             if self._quarantine.failed_alone(sequence):
-                self._finish(sequence, FinishReason.ERROR, error="internal_error: its steps fail")
+                self._finish(
+                    sequence,
+                    FinishReason.ERROR,
+                    error="internal_error: the model step failed repeatedly for this request",
+                )
 
     def flush_cache(self) -> bool:
         """Forget cached prefixes; do nothing and return False while anything runs or waits."""

@@ -98,7 +98,7 @@ async def test_load_use_unload_and_load_another_under_the_name(http: Http, engin
     assert await complete(http, "tiny:x") == await complete(http, "x") == "DGJ"
     assert [card["id"] for card in (await http.get("/v1/models")).json()["data"]] == ["tiny", "first", "x"]
     again = await load(http, "x", "poet", 400)
-    assert again["error_message"] == "an adapter 'x' is loaded already; unload it first"
+    assert again["error_message"] == "the adapter 'x' is already loaded; unload it first"
     answer = await http.post("/unload_lora_adapter", json={"lora_name": "x"})
     assert answer.json() == {"success": True, "error_message": None, "loaded_adapters": {"first": "/adapters/first"}}
     assert await complete(http, "x") == 404
@@ -111,29 +111,29 @@ async def test_load_use_unload_and_load_another_under_the_name(http: Http, engin
 @pytest.mark.parametrize(
     ("name", "path", "message"),
     [
-        ("x", "nowhere", "'nowhere' is no folder below --lora-root"),
-        ("x", "../b", "'../b' is no folder below"),
-        ("x", "poet/../../b", "is no folder below"),
-        ("x", "/etc", "'/etc' is no folder below"),
-        ("x", "out", "'out' is no folder below"),
-        ("x", "mixed", "'mixed' is no folder below"),
-        ("x", "hop", "'hop' is no folder below"),
+        ("x", "nowhere", "'nowhere' is not a folder below --lora-root"),
+        ("x", "../b", "'../b' is not a folder below"),
+        ("x", "poet/../../b", "is not a folder below"),
+        ("x", "/etc", "'/etc' is not a folder below"),
+        ("x", "out", "'out' is not a folder below"),
+        ("x", "mixed", "'mixed' is not a folder below"),
+        ("x", "hop", "'hop' is not a folder below"),
         ("x", "ring", "No such file"),
-        ("x", "circle", "'circle' is no folder below"),
-        ("x", "poet/shift", "is no folder below"),
-        ("x", "", "'' is no folder below"),
-        ("x", ".", "'.' is no folder below"),
-        ("x", "po\0et", "is no folder below"),
-        ("x", "https://example.org/poet", "is no folder below"),
-        ("x", "org/poet", "is no folder below"),
-        ("x", "a" * 5000, "is no folder below"),
+        ("x", "circle", "'circle' is not a folder below"),
+        ("x", "poet/shift", "is not a folder below"),
+        ("x", "", "'' is not a folder below"),
+        ("x", ".", "'.' is not a folder below"),
+        ("x", "po\0et", "is not a folder below"),
+        ("x", "https://example.org/poet", "is not a folder below"),
+        ("x", "org/poet", "is not a folder below"),
+        ("x", "a" * 5000, "is not a folder below"),
         ("x", "bad", "invalid literal"),
         ("", "poet", "an adapter's name must be 1 to 256 printable characters"),
         ("a:b", "poet", "an adapter's name must be"),
         (" x", "poet", "an adapter's name must be"),
         ("x\n", "poet", "an adapter's name must be"),
         ("x" * 257, "poet", "an adapter's name must be"),
-        ("first", "poet", "an adapter 'first' is loaded already"),
+        ("first", "poet", "the adapter 'first' is already loaded"),
         ("tiny", "poet", "'tiny' is a name of the model itself"),
         ("/models/tiny", "poet", "is a name of the model itself"),
         ("default", "poet", "is a name of the model itself"),
@@ -185,7 +185,7 @@ async def test_pinned_adapters_leave_a_slot_to_the_others(http: Http) -> None:
     """Two slots beside the base's: one may be pinned, and the other one as well once nobody else needs it."""
     await load(http, "p", "poet", pinned=True)
     body = await load(http, "q", "poet", 400, pinned=True)
-    assert "which leaves no slot of --max-loras-per-batch 3 to the others" in body["error_message"]
+    assert "which leaves no free slot of --max-loras-per-batch 3 to the others" in body["error_message"]
     await http.post("/unload_lora_adapter", json={"lora_name": "first"})
     await load(http, "q", "poet", pinned=True)
     await load(http, "x", "poet", 400)
@@ -209,7 +209,7 @@ async def test_what_is_being_unloaded_needs_its_slot_still(root: Path) -> None:
     registry = AdapterRegistry(client, config(max_loras_per_batch=2), root, ())  # type: ignore[arg-type]
     unloading = asyncio.create_task(registry.unload("first"))
     await asyncio.sleep(0)
-    with pytest.raises(AdapterError, match="leaves no slot"):
+    with pytest.raises(AdapterError, match="leaves no free slot"):
         await registry.load("p", "poet", pinned=True)
     client.ended.set()
     await unloading
@@ -220,7 +220,7 @@ async def test_what_is_being_unloaded_needs_its_slot_still(root: Path) -> None:
     ("settings", "message"),
     [
         ({"lora": None}, "the server runs without LoRA"),
-        ({"lora": config()}, "adapters can be loaded on a server with --lora-root only"),
+        ({"lora": config()}, "loading adapters at runtime requires --lora-root"),
     ],
 )
 async def test_a_server_that_cannot_load_says_so(engine: FakeEngineClient, settings: Any, message: str) -> None:

@@ -71,7 +71,7 @@ async def test_one_adapter_for_each_prompt(http: AsyncTestClient[Litestar], engi
         ("completions", {"model": "sailor"}, 404, "the model 'sailor' does not exist; served: tiny; adapters: poet"),
         ("completions", {"model": "other:poet"}, 404, "the model 'other:poet' does not exist"),
         ("completions", {"lora_path": ["poet", "poet"]}, 400, "lora_path has 2 entries for 1 prompts"),
-        ("chat/completions", {"lora_path": ["poet"]}, 400, "lora_path must be one adapter's name here"),
+        ("chat/completions", {"lora_path": ["poet"]}, 400, "lora_path must be a single adapter name for this endpoint"),
     ],
 )
 async def test_what_is_refused(

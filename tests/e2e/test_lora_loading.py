@@ -156,7 +156,7 @@ class Clients:
         answer = await http.post("/load_lora_adapter", json=body)
         if answer.status_code == 200 and self._num_unloads[name] == before:
             self._loaded.add(name)
-        assert answer.status_code == 200 or "is loaded already" in answer.json()["error_message"]
+        assert answer.status_code == 200 or "is already loaded" in answer.json()["error_message"]
 
     async def _unload(self, http: httpx.AsyncClient, name: str) -> None:
         self._num_unloads[name] += 1

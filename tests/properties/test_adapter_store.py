@@ -160,7 +160,7 @@ class Adapters(RuleBasedStateMachine):
         else:
             assert delta.error in (
                 f"the adapter {adapter_name(key)!r} cannot be read again",
-                "internal_error: its steps fail",
+                "internal_error: the model step failed repeatedly for this request",
             )
             assert key in self.touched or self.num_failures > 1
 

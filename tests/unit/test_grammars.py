@@ -244,7 +244,7 @@ def test_strict_refuses_what_cannot_be_enforced(case: Case) -> None:
         ({"response_format": ResponseFormat("structural_tag")}, "must not be empty"),
         (
             {"response_format": ResponseFormat("structural_tag", structures=[TagStructure("<a>", "")], triggers=["b"])},
-            "no trigger",
+            "does not start with any trigger",
         ),
     ],
 )  # fmt: skip
