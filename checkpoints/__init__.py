@@ -1,1 +1,1 @@
-"""Bytes to named tensors and back. Knows no model."""
+"""Reads and writes checkpoints as named tensors, without knowledge of the models."""

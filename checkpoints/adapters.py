@@ -1,6 +1,6 @@
-"""LoRA adapters as PEFT writes them: `adapter_config.json` beside `adapter_model.safetensors`.
+"""LoRA adapters in PEFT's format: `adapter_config.json` and `adapter_model.safetensors`.
 
-What an adapter asks for and jaxserve does not compute is refused by name. Pickle files are never opened.
+An adapter that needs an unsupported feature is rejected with an error that names it. Pickle files are never opened.
 """
 
 import math
@@ -18,17 +18,17 @@ from checkpoints.source import CheckpointError, listed
 
 _CONFIG, _TENSORS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
-# lora_A is [r, in], lora_B [out, r]; of an embedding, lora_embedding_A is [r, ids] and lora_embedding_B [out, r].
+# lora_A is [r, in], lora_B [out, r]; for an embedding, lora_embedding_A is [r, ids] and lora_embedding_B [out, r].
 _TENSOR_NAME = re.compile(
     r"(?P<module>.+?)(?P<inner>(?:\.base_layer)*)\.lora_(?P<embedding>embedding_)?(?P<matrix>[AB])(?:\.weight)?"
 )
-# Experts are no modules but parameters of one, in this order. Of several that are adapted, PEFT wraps the module first
-# for the first one; so that is the innermost, and the last has the module's own name.
+# Experts are parameters of one module, in this order. PEFT wraps the module once per adapted parameter, the first one
+# first: the first parameter is the innermost, and the last one has the module's name.
 _EXPERTS, _EXPERT_PARAMETERS = "experts", ("gate_up_proj", "down_proj")
 
 
 class _PeftConfig(msgspec.Struct, frozen=True, kw_only=True):
-    """The fields of `adapter_config.json` that change what an adapter computes; others are about training."""
+    """The fields of `adapter_config.json` that affect the computation; the others concern training."""
 
     peft_type: str = ""
     r: int
@@ -51,7 +51,7 @@ class _PeftConfig(msgspec.Struct, frozen=True, kw_only=True):
     use_bdlora: Any = None
 
 
-# Field -> why an adapter that sets it is refused.
+# Field -> the reason why an adapter that sets it is rejected.
 _REFUSED: Mapping[str, str] = {
     "use_dora": "DoRA scales whole columns of the base weights, which a sum of products cannot",
     "modules_to_save": "these modules were trained whole; merge them into the base model",
@@ -67,11 +67,11 @@ _REFUSED: Mapping[str, str] = {
 
 
 class AdapterTensors(NamedTuple):
-    """The factors of one module: delta W = scale * B A.
+    """The LoRA A and B matrices of one module: delta W = scale * B A.
 
     Attributes:
-        a_RI: [r, in]; of an embedding [r, out]; of a parameter with all experts [E, r, in].
-        b_OR: [out, r]; of an embedding [ids, r], so that delta W has the embedding's own shape in both cases; of a
+        a_RI: A [r, in]; for an embedding [r, out]; for a parameter with all experts [E, r, in].
+        b_OR: B [out, r]; for an embedding [ids, r], so that delta W has the shape of the weight there, too; for a
             parameter with all experts [E, out, r].
         scale: alpha / r, or alpha / sqrt(r) (rank-stabilised, arXiv:2312.03732).
     """
@@ -82,12 +82,12 @@ class AdapterTensors(NamedTuple):
 
 
 class PeftAdapter(NamedTuple):
-    """An adapter on the host.
+    """An adapter in host memory.
 
     Attributes:
-        base_model: what it was trained on, as its maker named it.
-        modules: by Hugging Face module name, such as `model.layers.0.self_attn.q_proj`, or name of a parameter with
-            all experts, such as `model.layers.0.mlp.experts.down_proj`.
+        base_model: name of the base model, as the adapter's author wrote it.
+        modules: LoRA matrices by Hugging Face module name, such as `model.layers.0.self_attn.q_proj`, or by name of a
+            parameter with all experts, such as `model.layers.0.mlp.experts.down_proj`.
     """
 
     base_model: str | None
@@ -95,12 +95,12 @@ class PeftAdapter(NamedTuple):
 
     @property
     def rank(self) -> int:
-        """The largest of its modules."""
+        """The largest rank of the modules."""
         return max(tensors.a_RI.shape[-2] for tensors in self.modules.values())
 
 
 def of_all_experts(name: str) -> bool:
-    """Whether it is a parameter that has all experts of a layer."""
+    """Return whether a parameter contains all experts of a layer."""
     module, _, parameter = name.rpartition(".")
     return parameter in _EXPERT_PARAMETERS and module.endswith(f".{_EXPERTS}")
 
@@ -109,8 +109,8 @@ def read_peft(folder: Path) -> PeftAdapter:
     """Read an adapter folder.
 
     Raises:
-        CheckpointError: files are missing or broken, values are not finite, or something is asked that is not
-            supported.
+        CheckpointError: files are missing or broken, values are not finite, or the adapter needs an unsupported
+            feature.
     """
     config = _read_config(folder / _CONFIG)
     pairs, problems = _by_parameter(_read_pairs(folder), config.target_parameters or [])
@@ -149,7 +149,7 @@ def _read_config(path: Path) -> _PeftConfig:
 
 
 class _Pair(msgspec.Struct):
-    """The factors of one module as they stand in the file."""
+    """The LoRA A and B matrices of one module as stored in the file."""
 
     embedding: bool
     a: np.ndarray | None = None
@@ -157,11 +157,11 @@ class _Pair(msgspec.Struct):
 
 
 def _by_parameter(pairs: dict[tuple[str, int], _Pair], targets: Sequence[str]) -> tuple[dict[str, _Pair], list[str]]:
-    """What each pair belongs to, and what is wrong.
+    """Return the pairs by module or parameter name, and the problems found.
 
     Args:
-        pairs: by module and the depth at which it was wrapped.
-        targets: names of parameters, or ends of them.
+        pairs: pairs by module name and wrapping depth.
+        targets: `target_parameters`: names of parameters, or the ends of names.
     """
     named: dict[str, _Pair] = {}
     problems: list[str] = []
@@ -180,13 +180,13 @@ def _by_parameter(pairs: dict[tuple[str, int], _Pair], targets: Sequence[str]) -
             named[name] = by_depth[depth]
     known = [f".{name}{end}" for name in named for end in ("", ".weight")]
     absent = [target for target in targets if not any(name.endswith(f".{target}") for name in known)]
-    # Problems with a module have been reported already.
+    # A module with a problem makes its targets absent, so absent targets are reported only if there is none.
     problems = problems or [f"target_parameters: there is no LoRA of {target}" for target in absent]
     return named, problems
 
 
 def _read_pairs(folder: Path) -> dict[tuple[str, int], _Pair]:
-    """Pairs by module and the depth at which it was wrapped."""
+    """Read the pairs by module name and wrapping depth."""
     path = folder / _TENSORS
     if not path.is_file():
         pickles = [name for name in ("adapter_model.bin", "adapter_model.pt") if (folder / name).exists()]
@@ -218,7 +218,7 @@ def _read_pairs(folder: Path) -> dict[tuple[str, int], _Pair]:
 
 
 def _tensors(config: _PeftConfig, module: str, pair: _Pair) -> AdapterTensors | str:
-    """The factors of a module, or what is wrong with them."""
+    """Return the LoRA matrices of a module, or a message that describes the problem with them."""
     if pair.a is None or pair.b is None:
         return f"lora_{'B' if pair.b is None else 'A'} is missing"
     rank = _by_pattern(config.rank_pattern, module, config.r)
@@ -232,17 +232,17 @@ def _tensors(config: _PeftConfig, module: str, pair: _Pair) -> AdapterTensors | 
     if pair.embedding:
         return AdapterTensors(np.ascontiguousarray(pair.b.T), np.ascontiguousarray(pair.a.T), scale)
     if of_all_experts(module):
-        # Rows of A are by expert, columns of B by rank.
+        # The rows of A are ordered by expert first, the columns of B by rank first.
         a_ERI = pair.a.reshape(num_experts, rank, -1)
         return AdapterTensors(a_ERI, pair.b.reshape(len(pair.b), rank, num_experts).transpose(2, 0, 1), scale)
     return AdapterTensors(pair.a, pair.b, scale)
 
 
 def _by_pattern(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
-    """The value of the first pattern that names the module, or its end.
+    """Return the value of the first pattern that matches the module name or its end.
 
-    PEFT takes any regular expression; here they are names, with `^` for the whole, because a stranger's expression can
-    run for ever.
+    PEFT accepts any regular expression. Only names are supported here, with `^` for a full match, because an untrusted
+    expression can run forever.
     """
     for pattern, value in patterns.items():
         name = pattern.removeprefix("^").removeprefix(r".*\.").replace("\\.", ".")

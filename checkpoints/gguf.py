@@ -1,6 +1,6 @@
-"""A `.gguf` file under Hugging Face's names: tensors dequantised to f32, metadata as a `config.json`.
+"""Presents a `.gguf` file under Hugging Face's names: tensors dequantised to f32, metadata as a `config.json`.
 
-Format and quantisations are read by the `gguf` package (llama.cpp's own).
+llama.cpp's `gguf` package reads the file format and the quantisations.
 """
 
 import mmap
@@ -21,14 +21,14 @@ _NAMES = {
     "output_norm.weight": "model.norm.weight",
     "output.weight": "lm_head.weight",
 }
-# They are part of what the config says of rotary embeddings.
+# The config's rotary embedding parameters account for these.
 _IGNORED_TENSORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
 
 _PERMUTED = ("q_proj.weight", "k_proj.weight", "q_proj.bias", "k_proj.bias")
 
 
 class _Reader(GGUFReader):
-    """Says where a file ends that is too short; the package's own would make shorter arrays of what is left."""
+    """Raises an error for a truncated file, of which `GGUFReader` would return shortened arrays."""
 
     def _get(self, offset: Any, dtype: Any, count: Any = 1, override_order: Any = None) -> Any:
         end = int(offset) + int(count) * np.dtype(dtype).itemsize
@@ -38,10 +38,10 @@ class _Reader(GGUFReader):
 
 
 def read_values(path: Path, keys: Collection[str]) -> dict[str, Any]:
-    """Some key-values of a file, without its tensors; keys that the file does not have are left out.
+    """Read some key-values of a file, without its tensors; keys that the file does not contain are left out.
 
     Raises:
-        CheckpointError: it is not a readable GGUF file.
+        CheckpointError: the file is not a readable GGUF file.
     """
     try:
         fields = _Reader(path).fields
@@ -54,7 +54,7 @@ class GGUFCheckpoint:
     """One open `.gguf` file.
 
     Raises:
-        CheckpointError: not a GGUF file, an unknown architecture, or a tensor without a Hugging Face name.
+        CheckpointError: it is not a GGUF file, its architecture is unknown, or a tensor has no Hugging Face name.
     """
 
     def __init__(self, path: Path) -> None:
@@ -83,13 +83,13 @@ class GGUFCheckpoint:
         }
 
     def metadata_list(self, name: str) -> list[Any] | None:
-        """A list-valued key such as `tokenizer.ggml.tokens`, or None."""
+        """Return the list under a key such as `tokenizer.ggml.tokens`, or None if the key is absent."""
         field = self._reader.get_field(name)
         return None if field is None else list(field.contents())
 
     @property
     def config(self) -> Mapping[str, Any]:
-        """The `config.json` that the metadata amounts to."""
+        """The metadata, converted to a `config.json`."""
         if self._config is None:
             try:
                 self._config = self._read_config()
@@ -107,23 +107,23 @@ class GGUFCheckpoint:
         return self._shapes
 
     def read(self, name: str, index: Index) -> np.ndarray:
-        """Dequantise `tensor[index]`, f32; leading rows outside the index are not touched."""
+        """Dequantise `tensor[index]` to f32; leading rows outside the index are not touched."""
         try:
             values = self._views[name].read(index)
         except CheckpointError as error:
             raise CheckpointError(f"{self._path}: {error}") from None
-        # The file is mapped; what was read need not stay resident.
+        # The file is memory-mapped; the pages that were read need not stay resident.
         mapping: mmap.mmap = self._reader.data._mmap  # type: ignore[attr-defined]  # noqa: SLF001
         mapping.madvise(mmap.MADV_DONTNEED)
         return values
 
     def close(self) -> None:
-        """Let go of the mapping and of the parsed metadata, which for a large vocabulary takes 100 MB."""
+        """Release the mapping and the parsed metadata, which takes 100 MB for a large vocabulary."""
         self._views.clear()
         vars(self).pop("_reader", None)
 
     def _make_views(self) -> dict[str, View]:
-        """Every tensor under Hugging Face's name."""
+        """Return a view of every tensor, by Hugging Face name."""
         views: dict[str, View] = {}
         parts: dict[tuple[str, str], ReaderTensor] = {}
         for tensor in self._reader.tensors:
@@ -151,7 +151,7 @@ class GGUFCheckpoint:
         return views
 
     def _of_layer(self, tensor: ReaderTensor, block: str, rest: str) -> dict[str, View]:
-        """A layer's tensor, or the matrices of its experts."""
+        """Return the view of a layer's tensor, or the views of its experts' matrices."""
         stem, _, kind = rest.rpartition(".")
         names = self._architecture.layer_names
         own = names.get(rest) or (f"{names[stem]}.{kind}" if stem in names and kind in ("weight", "bias") else None)
@@ -190,7 +190,7 @@ class GGUFCheckpoint:
             "num_key_value_heads": self._heads("attention.head_count_kv"),
             "head_dim": head_dim,
             "max_position_embeddings": int(meta[f"{arch}.context_length"]),
-            # Metadata is f32; 1e-05 was meant where 9.99999974e-06 stands.
+            # Metadata is f32: 9.99999974e-06 stands for 1e-05.
             "rms_norm_eps": float(f"{meta[f'{arch}.attention.layer_norm_rms_epsilon']:.6g}"),
             "tie_word_embeddings": "lm_head.weight" not in self.shapes,
             "attention_bias": "model.layers.0.self_attn.q_proj.bias" in self.shapes,
@@ -218,7 +218,7 @@ class GGUFCheckpoint:
             }
         for tensor in self._reader.tensors:
             if tensor.name == "rope_freqs.weight":
-                # Llama 3's scaling comes as the finished divisor of each frequency.
+                # Llama 3's scaling is stored as a precomputed divisor of each frequency.
                 rope["frequency_divisors"] = [float(value) for value in np.asarray(tensor.data).reshape(-1)]
             elif tensor.name.startswith("rope_factors_"):
                 rope["rope_type"] = "longrope"

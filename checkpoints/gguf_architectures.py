@@ -1,4 +1,4 @@
-"""What llama.cpp's files of each architecture call things, and where they differ from Hugging Face's."""
+"""Names in llama.cpp's files by architecture, and the differences between these files and Hugging Face's."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -10,11 +10,11 @@ Metadata = Callable[[str, Any], Any]
 
 
 class Merged(NamedTuple):
-    """A tensor that is made of several.
+    """A tensor that is merged from one or several GGUF tensors.
 
     Attributes:
-        view: (tensors) -> what they make.
-        parts: their names in a layer.
+        view: (tensors) -> view of the merged tensor.
+        parts: names of the GGUF tensors in a layer.
     """
 
     view: Callable[..., View]
@@ -25,12 +25,14 @@ class GGUFArchitecture(NamedTuple):
     """One of llama.cpp's architectures.
 
     Attributes:
-        huggingface: name of the class.
-        layer_names: stems of a layer's tensors, or whole names, -> Hugging Face's; with `{expert}`, of all experts'.
-        merged: Hugging Face's names in a layer of what is made of other tensors.
-        permuted: rows of queries and keys have the rotary pairs (i, i + H/2) as neighbours.
-        norm_shift: what was added to the weights of norms.
-        config: (metadata by the end of a key and a default, what `config.json` has of every model) -> what this adds.
+        huggingface: name of the Hugging Face class.
+        layer_names: names of a layer's tensors, with or without `.weight` and `.bias` -> Hugging Face's names;
+            `{expert}` stands for the index of each expert.
+        merged: Hugging Face's names of a layer's merged tensors -> how to merge them.
+        permuted: whether the rows of queries and keys store the rotary pairs (i, i + H/2) as neighbours.
+        norm_shift: constant that was added to the weights of norms.
+        config: (lookup of metadata by the end of a key with a default, config fields that all models have) -> config
+            fields that this architecture adds.
     """
 
     huggingface: str
@@ -55,7 +57,7 @@ _LLAMA: Mapping[str, str] = {
     "ffn_down": "mlp.down_proj",
 }
 _POST_NORMS = {"post_attention_norm": "post_attention_layernorm", "post_ffw_norm": "post_feedforward_layernorm"}
-# llama.cpp knows the largest Gemma 3 by its layers; it scales scores by the width of a head's share of the hidden size.
+# llama.cpp identifies the largest Gemma 3 by its number of layers; this model scales scores by hidden size / heads.
 _GEMMA3_27B_LAYERS = 62
 
 
@@ -85,7 +87,7 @@ def _phi3(metadata: Metadata, config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _experts(metadata: Metadata) -> dict[str, Any]:
-    """What all models with experts have."""
+    """Return the config fields that all MoE models have."""
     return {
         "num_experts": _required(metadata, "expert_count"),
         "num_experts_per_tok": _required(metadata, "expert_used_count"),
@@ -117,12 +119,12 @@ def _gpt_oss(metadata: Metadata, config: Mapping[str, Any]) -> dict[str, Any]:
 def _deepseek2(metadata: Metadata, config: Mapping[str, Any]) -> dict[str, Any]:
     experts, rope_dim = _experts(metadata), _required(metadata, "rope.dimension_count")
     key_dim = metadata("attention.key_length_mla", None) or metadata("attention.key_length", config["head_dim"])
-    # Files that say nothing of groups are older than those; V3's has them none the less.
+    # Older files contain no expert groups, but V3 uses them, so they are inferred from the number of experts.
     num_groups, top_groups = (8, 4) if experts["num_experts"] == _DEEPSEEK_V3_EXPERTS else (1, 1)
     if int(metadata("expert_gating_func", 1)) != _SIGMOID:
         raise CheckpointError("DeepSeek V2 as GGUF is not supported; V3, R1 and Kimi K2 are")
     stretch = metadata("rope.scaling.yarn_log_multiplier", None)
-    # Both factors are the same in all models; files have a tenth of one.
+    # `mscale` and `mscale_all_dim` are equal in all models; files contain a tenth of the value.
     mscale = {} if stretch is None else {"mscale": 10 * float(stretch), "mscale_all_dim": 10 * float(stretch)}
     return {
         **experts,
@@ -146,7 +148,7 @@ def _deepseek2(metadata: Metadata, config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 _DEEPSEEK_V3_EXPERTS = 256
-_SIGMOID = 2  # of `expert_gating_func`; 1 is softmax
+_SIGMOID = 2  # value of `expert_gating_func`; 1 is softmax
 _EXPERTS = {
     "ffn_gate_inp": "mlp.gate",
     "ffn_gate_exps": "mlp.experts.{expert}.gate_proj",
@@ -167,7 +169,7 @@ _LATENT = {
 }
 
 ARCHITECTURES: Mapping[str, GGUFArchitecture] = {
-    # Mistral's files say `llama`, too.
+    # Mistral's files use `llama`, too.
     "llama": GGUFArchitecture("LlamaForCausalLM", _LLAMA, permuted=True),
     "qwen2": GGUFArchitecture("Qwen2ForCausalLM", _LLAMA),
     "qwen3": GGUFArchitecture("Qwen3ForCausalLM", _LLAMA),

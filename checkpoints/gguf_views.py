@@ -1,6 +1,6 @@
-"""Tensors of a GGUF file in the form of Hugging Face's checkpoints: one, a part of one, or several put together.
+"""Views of GGUF tensors in the layout of Hugging Face's checkpoints: of one tensor, a part of one, or several merged.
 
-Dimension key: E experts, I inputs, O outputs, N heads, C numbers of a latent vector, H those of a key, V of a value.
+Dimension key: E experts, I inputs, O outputs, N heads, C latent dim, H key head dim, V value head dim.
 """
 
 from typing import NamedTuple, Protocol
@@ -13,25 +13,25 @@ from checkpoints.source import CheckpointError, Index
 
 
 class View(Protocol):
-    """A tensor as Hugging Face's checkpoints have it."""
+    """A tensor in the layout of Hugging Face's checkpoints."""
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """GGUF lists dimensions innermost first; these are not."""
+        """Dimensions, outermost first; GGUF lists them innermost first."""
         ...
 
     def read(self, index: Index) -> np.ndarray:
-        """Part of it, f32; leading rows outside the index are not touched."""
+        """Read part of the tensor as f32; leading rows outside the index are not touched."""
         ...
 
 
 def shape_of(tensor: ReaderTensor) -> tuple[int, ...]:
-    """Outermost first."""
+    """Return the dimensions of a tensor, outermost first."""
     return tuple(int(size) for size in reversed(tensor.shape))
 
 
 def dequantized(tensor: ReaderTensor, *index: slice) -> np.ndarray:
-    """Leading entries in f32; a vector's data may be bytes, and is read whole."""
+    """Dequantise leading entries to f32; a vector is read whole, because its data may be bytes."""
     data = tensor.data[index] if len(tensor.shape) > 1 else tensor.data
     try:
         values = dequantize(data, tensor.tensor_type)
@@ -43,12 +43,12 @@ def dequantized(tensor: ReaderTensor, *index: slice) -> np.ndarray:
 
 
 class Whole(NamedTuple):
-    """One tensor.
+    """One whole tensor.
 
     Attributes:
-        tensor: as the file has it.
-        num_heads: heads of rows whose rotary pairs (i, i + H/2) are neighbours; 0 if they are not.
-        shift: what was added to it.
+        tensor: tensor in the file.
+        num_heads: number of heads if the file stores the rows of rotary pairs (i, i + H/2) as neighbours, else 0.
+        shift: constant that was added to the values in the file.
     """
 
     tensor: ReaderTensor
@@ -64,7 +64,7 @@ class Whole(NamedTuple):
         """See `View`."""
         num_rows, *rest = self.shape
         start, end, _ = index[0].indices(num_rows)
-        # Rotary dimensions are put back in order head by head.
+        # Rotary dimensions are reordered within a head, so whole heads are read.
         block = num_rows // self.num_heads if self.num_heads else 1
         block = block if rest else num_rows
         first, last = start // block * block, -(-end // block) * block
@@ -75,7 +75,7 @@ class Whole(NamedTuple):
 
 
 class OfExpert(NamedTuple):
-    """One expert's matrix, of a tensor that has all of them."""
+    """The matrix of one expert, from a tensor that contains all experts."""
 
     tensor: ReaderTensor
     expert: int
@@ -92,7 +92,7 @@ class OfExpert(NamedTuple):
 
 
 class Transposed(NamedTuple):
-    """All experts' matrices, [E, I, O] of [E, O, I]."""
+    """The matrices of all experts, [E, I, O] from [E, O, I]."""
 
     tensor: ReaderTensor
 
@@ -108,7 +108,7 @@ class Transposed(NamedTuple):
 
 
 class GateAndUp(NamedTuple):
-    """All experts' gates and ups, whose outputs take turns: [E, I, 2 O] of matrices [E, O, I], [E, 2 O] of biases."""
+    """Interleaved gate and up projections of all experts: [E, I, 2 O] of matrices [E, O, I], [E, 2 O] of biases."""
 
     gate: ReaderTensor
     up: ReaderTensor
@@ -127,7 +127,7 @@ class GateAndUp(NamedTuple):
 
 
 class Expansion(NamedTuple):
-    """What makes keys and values of latent vectors, [N * (H + V), C] of [N, C, H] and [N, V, C]."""
+    """MLA's up-projection of latents to keys and values, [N * (H + V), C] from [N, C, H] and [N, V, C]."""
 
     keys: ReaderTensor
     values: ReaderTensor
@@ -139,13 +139,13 @@ class Expansion(NamedTuple):
         return num_heads * (key_dim + value_dim), latent_dim
 
     def read(self, index: Index) -> np.ndarray:
-        """See `View`; all of it is read, which is little."""
+        """See `View`; the whole tensor is read, which is small."""
         keys_NCH, values_NVC = map(dequantized, self)
         return np.concatenate([keys_NCH.swapaxes(1, 2), values_NVC], axis=1).reshape(self.shape)[index]
 
 
 def _unpermute(values: np.ndarray, num_heads: int) -> np.ndarray:
-    """Undo llama.cpp's pairing of rotary dimensions: (i, i + H/2) were stored as neighbours."""
+    """Undo llama.cpp's reordering of rotary dimensions, which stores the pairs (i, i + H/2) as neighbours."""
     rows, *rest = values.shape
     paired = values.reshape(num_heads, rows // num_heads // 2, 2, *rest)
     return paired.swapaxes(1, 2).reshape(values.shape)

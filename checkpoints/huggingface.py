@@ -21,7 +21,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object of bounded size.
 
     Raises:
-        CheckpointError: missing, too large, or not a JSON object.
+        CheckpointError: the file is missing, too large, or not a JSON object.
     """
     try:
         if path.stat().st_size > _MAX_JSON_BYTES:
@@ -37,7 +37,7 @@ class HuggingFaceCheckpoint:
     """Tensors of a model folder.
 
     Raises:
-        CheckpointError: no safetensors, or an index that names files outside the folder.
+        CheckpointError: there is no safetensors file, or the index names files outside the folder.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -81,7 +81,7 @@ def _weight_files(folder: Path) -> list[Path]:
     index = folder / "model.safetensors.index.json"
     if index.exists():
         names = sorted({str(name) for name in read_json(index).get("weight_map", {}).values()})
-        # Hub caches hold links to blobs, so links are followed; a name that leaves the folder is not.
+        # Hub caches contain links to blobs, so links are followed; a name that leaves the folder is rejected.
         for name in names:
             if Path(name).name != name or not name.endswith(".safetensors"):
                 raise CheckpointError(f"{index}: {name!r} is not a safetensors file of this folder")

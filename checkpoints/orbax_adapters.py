@@ -1,4 +1,4 @@
-"""LoRA adapters as Orbax folders: the factors by module name, beside a manifest.
+"""LoRA adapters as Orbax folders: the LoRA A and B matrices by module name, and a manifest.
 
 jaxserve-adapter.json     names and shapes of the modules (`AdapterManifest`)
 factors/                  the arrays, written and restored by Orbax
@@ -20,9 +20,9 @@ _FORMAT = "orbax-adapter"
 
 
 class ModuleShape(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One module's factors: a [rank, inputs], b [outputs, rank], and what multiplies their product.
+    """Shapes of one module's LoRA matrices, A [rank, inputs] and B [outputs, rank], and the scale of B A.
 
-    Those of all experts of a layer have them along an axis in front; others are of 0 experts.
+    The matrices of a parameter with all experts have `experts` as their leading axis; other modules have 0 experts.
     """
 
     rank: int
@@ -33,16 +33,16 @@ class ModuleShape(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
     @property
     def lead(self) -> tuple[int, ...]:
-        """Axes in front."""
+        """Leading axes of the matrices."""
         return (self.experts,) if self.experts else ()
 
 
 class AdapterManifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What an adapter folder holds.
+    """Describes the contents of an adapter folder.
 
     Attributes:
-        base_model: what it was trained on, as its maker named it.
-        modules: by Hugging Face module name.
+        base_model: name of the base model, as the adapter's author wrote it.
+        modules: shapes by Hugging Face module name.
         format: format of the folder.
     """
 
@@ -52,21 +52,21 @@ class AdapterManifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
 
 
 def is_orbax_adapter(folder: Path) -> bool:
-    """Whether `save_adapter` wrote the folder."""
+    """Return whether `save_adapter` wrote the folder."""
     return (folder / _MANIFEST).is_file()
 
 
 def read_adapter(folder: Path) -> PeftAdapter:
-    """Read an adapter folder of either kind.
+    """Read an adapter folder in Orbax or PEFT format.
 
     Raises:
-        CheckpointError: it is broken, or asks for what is not supported.
+        CheckpointError: the folder is broken, or the adapter needs an unsupported feature.
     """
     return restore_adapter(folder) if is_orbax_adapter(folder) else read_peft(folder)
 
 
 def save_adapter(folder: Path, adapter: PeftAdapter) -> None:
-    """Write an adapter into a folder; the manifest comes last, so it marks a whole one."""
+    """Write an adapter into a folder; the manifest is written last and marks the folder as complete."""
     folder.mkdir(parents=True, exist_ok=True)
     arrays = {name: {"a": tensors.a_RI, "b": tensors.b_OR} for name, tensors in adapter.modules.items()}
     with ocp.StandardCheckpointer() as checkpointer:
@@ -86,13 +86,13 @@ def save_adapter(folder: Path, adapter: PeftAdapter) -> None:
 
 
 def restore_adapter(folder: Path) -> PeftAdapter:
-    """Read what `save_adapter` wrote.
+    """Read an adapter that `save_adapter` wrote.
 
     Raises:
         CheckpointError: the folder is broken, or values are not finite.
     """
     manifest = read_manifest(folder / _MANIFEST, AdapterManifest, _FORMAT)
-    # Arrays of numpy are restored as such: adapters stay on the host.
+    # NumPy arrays are restored as NumPy arrays: adapters stay in host memory.
     abstract = {
         name: {
             "a": np.empty((*shape.lead, shape.rank, shape.inputs), np.float32),

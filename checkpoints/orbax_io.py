@@ -1,7 +1,7 @@
-"""Orbax folders: a parameter tree beside the model folder's own small files.
+"""Orbax folders: a parameter tree, besides the small files of the model folder.
 
 config.json, tokenizer files      as in a Hugging Face folder
-jaxserve.json                     what the weights are (`Manifest`)
+jaxserve.json                     description of the weights (`Manifest`)
 weights/                          the tree, written and restored by Orbax
 """
 
@@ -27,12 +27,12 @@ M = TypeVar("M", bound=_HasFormat)
 
 
 class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What an Orbax folder holds.
+    """Describes the contents of an Orbax folder.
 
     Attributes:
         architecture: Hugging Face class name.
         dtype: dtype of the weights.
-        source: what it was made from, for people.
+        source: human-readable origin of the weights.
         format: layout of the tree: layers stacked along the first axis.
     """
 
@@ -43,32 +43,32 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
 
 def is_orbax(folder: Path) -> bool:
-    """Whether a folder was written by `save`."""
+    """Return whether a folder was written by `save`."""
     return (folder / _MANIFEST).is_file()
 
 
 def save(folder: Path, weights: Any, manifest: Manifest) -> None:
-    """Write the tree and its manifest into an existing folder; the manifest comes last, so it marks a whole one."""
+    """Write the tree into an existing folder, and then the manifest, whose presence marks the folder as complete."""
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(folder.resolve() / _WEIGHTS, weights)
     (folder / _MANIFEST).write_bytes(msgspec.json.format(msgspec.json.encode(manifest)))
 
 
 def restore(folder: Path, abstract: Any) -> Any:
-    """Read the tree straight into the shape, dtype and sharding of `abstract` (jax.ShapeDtypeStruct leaves).
+    """Read the tree directly into the shape, dtype and sharding of `abstract` (jax.ShapeDtypeStruct leaves).
 
     Raises:
-        CheckpointError: the folder does not hold that tree.
+        CheckpointError: the folder does not contain that tree.
     """
     read_manifest(folder / _MANIFEST, Manifest, _FORMAT)
     return restore_tree(folder / _WEIGHTS, abstract)
 
 
 def read_manifest(path: Path, kind: type[M], supported: str) -> M:
-    """Read a manifest, whose `format` has to be the supported one.
+    """Read a manifest whose `format` must be the supported one.
 
     Raises:
-        CheckpointError: it is broken, or of another format.
+        CheckpointError: the manifest is broken, or has another format.
     """
     try:
         manifest = msgspec.json.decode(path.read_bytes(), type=kind)
@@ -83,7 +83,7 @@ def restore_tree(folder: Path, abstract: Any) -> Any:
     """Read a tree that Orbax wrote; see `restore`.
 
     Raises:
-        CheckpointError: the folder does not hold that tree.
+        CheckpointError: the folder does not contain that tree.
     """
     try:
         with ocp.StandardCheckpointer() as checkpointer:

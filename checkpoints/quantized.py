@@ -1,7 +1,7 @@
-"""Quantised tensors under one set of names and in one layout, whatever tool wrote them.
+"""Presents quantised tensors under one set of names and in one layout, whatever tool wrote them.
 
-`NAME` holds a matrix's numbers [O, I], or bytes of two 4-bit ones [O, I / 2], the first in the lower half; `NAME_scale`
-the factors of its blocks [O / rows, I / columns], and `NAME_zero` u8 zero points where blocks have their own.
+`NAME` contains the elements of a matrix [O, I], or bytes of two 4-bit elements [O, I / 2], the first in the lower half;
+`NAME_scale` the scales of its blocks [O / rows, I / columns], and `NAME_zero` u8 zero points if blocks have them.
 """
 
 import functools
@@ -12,17 +12,17 @@ import numpy as np
 
 from checkpoints.source import CheckpointError, Index, TensorSource
 
-_PER_WORD = 8  # 4-bit numbers in 32 bits
-_AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # output columns of a word's numbers, lowest first
+_PER_WORD = 8  # 4-bit elements in 32 bits
+_AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # output columns of a word's elements, lowest bits first
 
 
 class _View(Protocol):
-    """A tensor made of one that the file has."""
+    """A tensor derived from one in the source checkpoint."""
 
     shape: tuple[int, ...]
 
     def read(self, index: Index) -> np.ndarray:
-        """Part of it."""
+        """Read part of the tensor."""
         ...
 
 
@@ -30,7 +30,7 @@ _Views: TypeAlias = dict[str, _View]
 
 
 class QuantizedCheckpoint:
-    """Tensors of another checkpoint, as described above."""
+    """The tensors of another checkpoint under the names and in the layout described above."""
 
     def __init__(self, source: TensorSource, views: Callable[[TensorSource], Iterator[tuple[str, _View]]]) -> None:
         self._source = source
@@ -56,19 +56,19 @@ class QuantizedCheckpoint:
 
 
 def with_quantized_names(source: TensorSource) -> TensorSource:
-    """The checkpoint with its quantised tensors as described above; itself if it has none, or of an unknown kind."""
+    """Return the checkpoint with quantised tensors as described above; unchanged without a known `quant_method`."""
     quantization = source.config.get("quantization_config") or source.config.get("compression_config") or {}
     views = _METHODS.get(str(quantization.get("quant_method")))
     return source if views is None else QuantizedCheckpoint(source, views)
 
 
 class Quantizer(NamedTuple):
-    """Rounds matrices to small numbers, to the nearest.
+    """Quantises matrices by rounding to nearest.
 
     Attributes:
-        dtype: int8, float8_e4m3fn, or uint8 for two signed 4-bit integers in a byte, 8 above what they are.
-        columns: that share a factor; 0 for whole rows.
-        scale_dtype: dtype of the factors.
+        dtype: int8, float8_e4m3fn, or uint8 for two signed 4-bit integers in a byte, each stored with 8 added.
+        columns: number of columns that share a scale; 0 means a whole row.
+        scale_dtype: dtype of the scales.
     """
 
     dtype: np.dtype
@@ -76,13 +76,13 @@ class Quantizer(NamedTuple):
     scale_dtype: np.dtype
 
     def scales(self, w: np.ndarray) -> np.ndarray:
-        """The scales of a weight [..., O, I]: [..., O, I / columns]."""
+        """Return the scales [..., O, I / columns] of a weight [..., O, I]."""
         return self._scales(self._blocks(w))
 
     def elements(self, w: np.ndarray) -> np.ndarray:
-        """The stored values of a weight [..., O, I]; 4-bit values come as bytes of two."""
+        """Return the quantised elements of a weight [..., O, I]; 4-bit elements are packed two to a byte."""
         blocks = self._blocks(w)
-        # What a factor is rounded to is what numbers are divided by.
+        # Elements are divided by the scale as rounded to `scale_dtype`.
         scale = self._scales(blocks).astype(np.float32)
         elements = blocks / np.where(scale == 0, 1, scale)[..., None]
         elements = elements.reshape(*w.shape[:-1], -1)[..., : w.shape[-1]]
@@ -95,7 +95,7 @@ class Quantizer(NamedTuple):
         return (np.abs(blocks).max(-1) / self._largest).astype(self.scale_dtype)
 
     def _blocks(self, w: np.ndarray) -> np.ndarray:
-        """f32[..., O, I / columns, columns]; the last one is filled up with zeros."""
+        """Return f32[..., O, I / columns, columns]; the last block is padded with zeros."""
         size = w.shape[-1]
         columns = self.columns or size
         if rest := -size % columns:
@@ -108,12 +108,12 @@ class Quantizer(NamedTuple):
 
     @property
     def per_byte(self) -> int:
-        """Numbers in a byte."""
+        """Number of elements in a byte."""
         return 2 if self.dtype == np.uint8 else 1
 
 
 def quantizing(source: TensorSource, names: Set[str], quantizer: Quantizer) -> TensorSource:
-    """A checkpoint whose tensors of these names are quantised while they are read."""
+    """Return the checkpoint with the tensors of these names quantised while they are read."""
 
     def views(source: TensorSource) -> Iterator[tuple[str, _View]]:
         for name in source.shapes:
@@ -127,7 +127,7 @@ def quantizing(source: TensorSource, names: Set[str], quantizer: Quantizer) -> T
 
 
 class _Quantized:
-    """A tensor's numbers, or its factors."""
+    """The quantised elements of a tensor, or its scales."""
 
     def __init__(self, source: TensorSource, tensor: str, quantizer: Quantizer, *, scale: bool) -> None:
         *lead, size = source.shapes[tensor]
@@ -136,7 +136,7 @@ class _Quantized:
         self._source, self._tensor, self._quantizer, self._scale = source, tensor, quantizer, scale
 
     def read(self, index: Index) -> np.ndarray:
-        """Part of it; rows are read whole."""
+        """Read part of the tensor; source rows are read whole."""
         index = (*index, *(slice(None),) * (len(self.shape) - len(index)))
         whole = self._source.read(self._tensor, (*index[:-1], slice(None)))
         made = self._quantizer.scales(whole) if self._scale else self._quantizer.elements(whole)
@@ -144,25 +144,25 @@ class _Quantized:
 
 
 class _Plain:
-    """A tensor as it is."""
+    """An unchanged tensor."""
 
     def __init__(self, source: TensorSource, tensor: str) -> None:
         self.shape = tuple(source.shapes[tensor])
         self._source, self._tensor = source, tensor
 
     def read(self, index: Index) -> np.ndarray:
-        """Part of it."""
+        """Read part of the tensor."""
         return self._source.read(self._tensor, index)
 
 
 class _Bytes:
-    """A tensor whose last axes are read as one of bytes.
+    """A tensor whose last axes are read as one axis of bytes.
 
     Args:
-        source: has it.
-        tensor: its name.
-        num_axes: how many the result has.
-        itemsize: bytes of an entry.
+        source: checkpoint that contains the tensor.
+        tensor: name of the tensor.
+        num_axes: number of axes of the result.
+        itemsize: bytes per entry of the tensor.
     """
 
     def __init__(self, source: TensorSource, tensor: str, num_axes: int, itemsize: int) -> None:
@@ -173,7 +173,7 @@ class _Bytes:
         self._source, self._tensor, self._itemsize = source, tensor, itemsize
 
     def read(self, index: Index) -> np.ndarray:
-        """Part of it."""
+        """Read part of the tensor."""
         index = (*index, *(slice(None),) * (len(self.shape) - len(index)))
         values = np.ascontiguousarray(self._source.read(self._tensor, index[:-1]))
         if values.dtype.itemsize != self._itemsize:
@@ -182,10 +182,10 @@ class _Bytes:
 
 
 class _Repacked:
-    """A tensor that has to be read whole and turned; it is kept until another one is read.
+    """A tensor that is read whole and repacked; it is cached until another one is read.
 
     Args:
-        read_whole: reads it.
+        read_whole: reads and repacks the tensor.
         shape: shape of the result.
     """
 
@@ -194,18 +194,18 @@ class _Repacked:
         self._read_whole = read_whole
 
     def read(self, index: Index) -> np.ndarray:
-        """Part of it."""
+        """Read part of the tensor."""
         return self._read_whole()[index]
 
 
 def _fp8(source: TensorSource) -> Iterator[tuple[str, _View]]:
-    """DeepSeek's, whose factors are called inverse."""
+    """Yield the tensors of DeepSeek's format, whose scales are called `weight_scale_inv`."""
     for name in source.shapes:
         yield name.removesuffix("_inv") if name.endswith(".weight_scale_inv") else name, _Plain(source, name)
 
 
 def _mxfp4(source: TensorSource) -> Iterator[tuple[str, _View]]:
-    """gpt-oss's: [E, O, I / 32, 16] bytes, and an exponent for each 16 of them."""
+    """Yield the tensors of gpt-oss's format: [E, O, I / 32, 16] bytes, and an exponent for each 16 of them."""
     for name in source.shapes:
         if name.endswith("_blocks"):
             yield name.removesuffix("_blocks"), _Bytes(source, name, 3, 1)
@@ -216,7 +216,7 @@ def _mxfp4(source: TensorSource) -> Iterator[tuple[str, _View]]:
 
 
 def _compressed_tensors(source: TensorSource) -> Iterator[tuple[str, _View]]:
-    """As llm-compressor's: numbers packed into words, and the shapes that they then have no more."""
+    """Yield the tensors of llm-compressor's format: elements packed into words; their unpacked shapes are left out."""
     for name in source.shapes:
         if name.endswith(".weight_packed"):
             yield name.removesuffix("_packed"), _Bytes(source, name, 2, 4)
@@ -225,8 +225,8 @@ def _compressed_tensors(source: TensorSource) -> Iterator[tuple[str, _View]]:
 
 
 def _turned(source: TensorSource, method: "_WordLayout") -> Iterator[tuple[str, _View]]:
-    """Checkpoints that have [I, O], in words of 32 bits."""
-    # A tensor is read a few rows at a time, so the last one is kept.
+    """Yield the tensors of formats that store [I, O], packed into 32-bit words."""
+    # A tensor is read a few rows at a time, so the last one is cached.
     whole = functools.lru_cache(maxsize=1)(lambda convert, name: convert(source.read(name, (slice(None),) * 2)))
 
     def repacked(name: str, convert: Callable[[np.ndarray], np.ndarray], rows: int, columns: int) -> _Repacked:
@@ -243,28 +243,28 @@ def _turned(source: TensorSource, method: "_WordLayout") -> Iterator[tuple[str, 
             yield f"{module}.weight_zero", repacked(name, method.zeros, shape[1] * _PER_WORD, shape[0])
         elif kind == "scales":
             yield f"{module}.weight_scale", repacked(name, np.transpose, shape[1], shape[0])
-        elif kind != "g_idx":  # without reordered activations, each input's block is where it is
+        elif kind != "g_idx":  # the block of each input; redundant unless activations are reordered
             yield name, _Plain(source, name)
 
 
 class _WordLayout(Protocol):
-    """How a tool packs numbers into words."""
+    """The way in which a tool packs elements into words."""
 
     def sizes(self, rows: int, columns: int) -> tuple[int, int]:
-        """Outputs and inputs of a matrix of words."""
+        """Return the number of outputs and the number of inputs of a matrix of words."""
         ...
 
     def weight(self, words: np.ndarray) -> np.ndarray:
-        """u8[O, I / 2] of a matrix's words."""
+        """Return u8[O, I / 2] from a matrix of words."""
         ...
 
     def zeros(self, words: np.ndarray) -> np.ndarray:
-        """u8[O, blocks] of the zero points' words."""
+        """Return u8[O, blocks] from the words of the zero points."""
         ...
 
 
 class _Gptq:
-    """Words along the inputs; zero points along the outputs, one less than they are."""
+    """GPTQ: weights packed along the inputs; zero points packed along the outputs, stored with 1 subtracted."""
 
     def sizes(self, rows: int, columns: int) -> tuple[int, int]:
         return columns, rows * _PER_WORD
@@ -277,7 +277,7 @@ class _Gptq:
 
 
 class _Awq:
-    """All words along the outputs, whose columns are shuffled."""
+    """AWQ: weights and zero points packed along the outputs, in the order `_AWQ_ORDER`."""
 
     def sizes(self, rows: int, columns: int) -> tuple[int, int]:
         return columns * _PER_WORD, rows
@@ -292,7 +292,7 @@ class _Awq:
 
 
 def _unpack(words: np.ndarray) -> np.ndarray:
-    """u8[rows, 8 * columns]: the numbers of each word, lowest first."""
+    """Return u8[rows, 8 * columns]: the elements of each word, lowest bits first."""
     pairs = np.ascontiguousarray(words).view(np.uint8)
     return np.stack([pairs & 15, pairs >> 4], axis=-1).reshape(len(words), -1)
 

@@ -1,7 +1,7 @@
-"""The safetensors format, read without mmap so that resident memory holds only what was asked for.
+"""Reads the safetensors format, without mmap so that only the requested data is resident in memory.
 
 Layout: u64 length of the header, the header as JSON (name -> dtype, shape, [begin, end) offsets), then the data.
-The header is input like any other: every offset is checked against the file before a byte of data is read.
+The header is untrusted input: every offset is checked against the file before any data is read.
 """
 
 import math

@@ -1,4 +1,4 @@
-"""A checkpoint as named tensors. Readers know file formats; they know no model."""
+"""A checkpoint as named tensors. Readers know file formats, not models."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, TypeAlias
@@ -9,21 +9,21 @@ Index: TypeAlias = tuple[slice, ...]
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that cannot be read; the message names the file and what is wrong with it."""
+    """A checkpoint cannot be read; the message names the file and the problem."""
 
 
 def listed(problems: Sequence[str], separator: str = "; ", limit: int = 10) -> str:
-    """The first problems of perhaps many, and how many more there are."""
+    """Join the first `limit` problems, followed by the number of the remaining ones."""
     more = [f"and {len(problems) - limit} more"] * (len(problems) > limit)
     return separator.join([*problems[:limit], *more])
 
 
 class TensorSource(Protocol):
-    """Open checkpoint. Names and orientation are Hugging Face's, whatever the file's own are."""
+    """An open checkpoint. Names and orientation are Hugging Face's, whatever the file uses."""
 
     @property
     def config(self) -> Mapping[str, Any]:
-        """What `config.json` holds, or its equivalent."""
+        """Contents of `config.json`, or its equivalent."""
         ...
 
     @property
@@ -32,9 +32,9 @@ class TensorSource(Protocol):
         ...
 
     def read(self, name: str, index: Index) -> np.ndarray:
-        """Read part of a tensor into new memory, in the file's dtype (f32 where it is quantised).
+        """Read part of a tensor into new memory, in the file's dtype (f32 if the reader dequantises it).
 
-        Leading rows outside the index cost nothing, so a large tensor can be read in pieces.
+        Leading rows outside the index are not read, so a large tensor can be read in parts.
         """
         ...
 

@@ -1,1 +1,1 @@
-"""The text of an answer read as a message: reasoning, content and tool calls."""
+"""Parses model output into an assistant message: reasoning, content and tool calls."""

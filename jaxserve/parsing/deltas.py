@@ -1,4 +1,4 @@
-"""The deltas of an assistant's message, in the order in which its text arrives."""
+"""The deltas of an assistant message, in the order of its text."""
 
 from typing import NamedTuple, TypeAlias
 
@@ -16,12 +16,12 @@ class Content(NamedTuple):
 
 
 class CallStart(NamedTuple):
-    """A tool call begins.
+    """The start of a tool call.
 
     Attributes:
-        call: counts the message's calls from 0.
+        call: index of the call in the message, from 0.
         name: name of the function.
-        id: the model's own, where its format has one.
+        id: id that the model wrote, if its format has one.
     """
 
     call: int
@@ -30,20 +30,20 @@ class CallStart(NamedTuple):
 
 
 class CallArguments(NamedTuple):
-    """More of a call's arguments; all of a call's join to one JSON object."""
+    """The next part of a call's arguments; all parts of a call join to one JSON object."""
 
     call: int
     text: str
 
 
 class CallEnd(NamedTuple):
-    """A call's arguments are complete."""
+    """The end of a call: its arguments are complete."""
 
     call: int
 
 
 class CallFailed(NamedTuple):
-    """A call that began turns out not to be one: it does not count, and its raw text is content."""
+    """A started call turned out not to be one: it is discarded, and its raw text is content."""
 
     call: int
     text: str

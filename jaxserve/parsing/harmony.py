@@ -1,7 +1,7 @@
 """OpenAI's harmony format, which gpt-oss writes: messages in channels.
 
 `<|start|>assistant<|channel|>NAME to=RECIPIENT <|constrain|>json<|message|>TEXT<|end|>`; a call ends with `<|call|>`
-and an answer with `<|return|>`, which are stop tokens and so never in the text.
+and an answer with `<|return|>`, which are stop tokens and therefore never in the text.
 """
 
 import re
@@ -19,13 +19,13 @@ _RECIPIENT = re.compile(r"\bto=([^\s<]+)")
 
 
 class Header(NamedTuple):
-    """What stands before a message's text.
+    """The header of a message: everything before its text.
 
     Attributes:
-        raw: as it was written.
-        channel: `analysis`, `commentary`, `final` or another; empty if it has none.
-        recipient: recipient of a tool call, such as `functions.NAME`; empty if it has none.
-        complete: whether the text follows; else the output ends here.
+        raw: the header as written.
+        channel: `analysis`, `commentary`, `final` or another; empty if there is none.
+        recipient: recipient of a tool call, such as `functions.NAME`; empty if there is none.
+        complete: whether the header ends with `<|message|>`, after which the text follows.
     """
 
     raw: str
@@ -35,7 +35,7 @@ class Header(NamedTuple):
 
 
 def read_header(reader: StreamReader, first: str) -> Parse[Header]:
-    """Read a header whose first marker has been read."""
+    """Read the rest of a header whose first marker has been read."""
     parts = [first]
     marker: str | None = first
     while marker is not None and marker != MESSAGE:

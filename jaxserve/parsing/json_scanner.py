@@ -1,7 +1,7 @@
-"""Follows one JSON value through text that arrives in pieces.
+"""Incremental scanner of one JSON value in streamed text.
 
-What models write for JSON is taken too, and comes out as JSON: control characters inside strings, strings and
-literals as Python spells them, a comma before a closing bracket.
+Common deviations in model output are accepted and converted to strict JSON: control characters inside strings,
+Python's strings and literals, a comma before a closing bracket.
 """
 
 import json
@@ -33,11 +33,11 @@ class _Expect(Enum):
 
 
 class JsonScanner:
-    """State between two pieces of a value.
+    """Scanner state between two chunks of a value.
 
     Attributes:
-        done: the value is complete.
-        failed: it cannot become one.
+        done: whether the value is complete.
+        failed: whether the text cannot become a JSON value.
     """
 
     def __init__(self) -> None:
@@ -50,14 +50,14 @@ class JsonScanner:
         self._comma = ""
 
     def scan(self, text: str, *, closed: bool) -> tuple[str, int]:
-        """Go on with more text.
+        """Continue with more text.
 
         Args:
-            text: starts where the last call stopped reading.
-            closed: nothing follows it.
+            text: text from where the last call stopped reading.
+            closed: whether the input ends with this text.
 
         Returns:
-            JSON of what was read, and how many characters that were.
+            The text that was read, as strict JSON, and the number of characters read.
         """
         out: list[str] = []
         position = 0
@@ -80,14 +80,14 @@ class JsonScanner:
         return "".join(out), position
 
     def _token(self, text: str, position: int, out: list[str], *, closed: bool) -> int:
-        """One bracket, sign, start of a string, or whole scalar; 0 to wait for more."""
+        """Read one bracket, separator, opening quote or whole scalar; return 0 to wait for more text."""
         character = text[position]
         match self._expect, character:
             case (_Expect.COLON, ":"):
                 self._expect = _Expect.VALUE
                 out.append(":")
             case (_Expect.NEXT, ","):
-                # Kept, with the space after it, until an item follows.
+                # Held back, with the space after it, until an item follows; a trailing comma is dropped.
                 self._comma = ","
                 self._expect = _Expect.KEY if self._stack[-1] == "{" else _Expect.VALUE
             case (_Expect.NEXT | _Expect.FIRST_ITEM | _Expect.FIRST_KEY | _Expect.VALUE | _Expect.KEY, "}" | "]"):
@@ -144,7 +144,7 @@ class JsonScanner:
         return 1
 
     def _escape(self, text: str, position: int, out: list[str]) -> int:
-        """What follows a backslash; 0 to wait for more."""
+        """Read what follows a backslash; return 0 to wait for more text."""
         character = text[position]
         size = 1
         if character in _ESCAPES:

@@ -12,8 +12,8 @@ class Call:
 
     Attributes:
         name: name of the function.
-        id: the model's own, where its format has one.
-        arguments: JSON text.
+        id: id that the model wrote, if its format has one.
+        arguments: arguments as JSON text.
         complete: whether the arguments have ended.
     """
 
@@ -25,10 +25,10 @@ class Call:
 
 @dataclass
 class Message:
-    """What an output says.
+    """An assistant message.
 
     Attributes:
-        calls: by index; those that failed are gone.
+        calls: tool calls by index, without those that failed.
     """
 
     content: str = ""
@@ -36,7 +36,7 @@ class Message:
     calls: dict[int, Call] = field(default_factory=dict[int, Call])
 
     def add(self, deltas: Iterable[MessageDelta]) -> "Message":
-        """Append deltas, in order; returns the message."""
+        """Append deltas in order and return the message."""
         for delta in deltas:
             match delta:
                 case Content(text=text):

@@ -1,4 +1,4 @@
-"""How a model's output is read: which reasoning and tool-call formats, and the parser made of them."""
+"""Selects the reasoning and tool-call formats of a model, and combines their parsers."""
 
 import logging
 from collections.abc import Sequence
@@ -14,17 +14,17 @@ from jaxserve.text.chat_template import ChatTemplate
 
 logger = logging.getLogger(__name__)
 
-# What a model that was trained on no format is asked for.
+# Requested from a model whose chat template writes no known format.
 _FALLBACK_TOOL_CALLS = "hermes"
 
 
 @dataclass(frozen=True, kw_only=True)
 class ParserSelection:
-    """The formats of the served model.
+    """The reasoning and tool-call formats of the served model.
 
     Attributes:
-        reasoning: None where outputs are not searched for thinking.
-        tool_calls: the parser for requests that declare tools.
+        reasoning: reasoning format; None if outputs are not searched for thinking.
+        tool_calls: tool-call format for requests that declare tools.
     """
 
     reasoning: ReasoningFormat | None
@@ -32,10 +32,10 @@ class ParserSelection:
 
 
 def select_parsers(reasoning: str | None, tool_calls: str, template: ChatTemplate) -> ParserSelection:
-    """Formats by name; `auto` is what the chat template writes.
+    """Look up the formats by name; `auto` detects the format that the chat template writes.
 
     Raises:
-        LaunchError: a name is not known.
+        LaunchError: a name is unknown.
     """
     source = template.source or ""
     if reasoning == "auto":
@@ -59,16 +59,16 @@ def select_parsers(reasoning: str | None, tool_calls: str, template: ChatTemplat
 
 @dataclass(frozen=True, kw_only=True)
 class MessageParserConfig:
-    """How the outputs of one request are read.
+    """Configuration of the parsers of one request's outputs.
 
     Attributes:
-        reasoning: None if there is no reasoning parser.
-        in_reasoning: the output starts inside thinking; None if the prompt does not say.
-        stream_reasoning: pass thinking on as it comes, not at its end.
-        tool_calls: None where calls are content.
-        tools: those that may be called.
-        single_call: the message ends with its first call.
-        constrained: a grammar says where thinking is.
+        reasoning: reasoning format; None for no reasoning parser.
+        in_reasoning: whether an output starts inside thinking; None if the prompt does not determine it.
+        stream_reasoning: emit thinking as it arrives instead of as one delta at its end.
+        tool_calls: tool-call format; None to leave calls in the content.
+        tools: tools that may be called.
+        single_call: end the message after its first call.
+        constrained: whether a grammar determines where thinking may occur.
     """
 
     reasoning: ReasoningFormat | None = None
@@ -80,15 +80,15 @@ class MessageParserConfig:
     constrained: bool = False
 
     def parser(self) -> "MessageParser":
-        """A parser for one output."""
+        """Create a parser for one output."""
         return MessageParser(self)
 
 
 class MessageParser:
-    """Parses the text of one output into message deltas: thinking first, then calls in what is left.
+    """Parses the text of one output into message deltas: first thinking, then calls in the remaining content.
 
     Attributes:
-        finished: the message is complete; what follows does not count.
+        finished: whether the message is complete; later text is ignored.
     """
 
     def __init__(self, config: MessageParserConfig) -> None:
@@ -109,12 +109,12 @@ class MessageParser:
         return self._reasoning is not None and self._reasoning.thinking
 
     def push(self, text: str) -> list[MessageDelta]:
-        """Pieces that are certain once this text is there."""
+        """Add text and return the deltas that are now certain."""
         deltas = _push(self._reasoning, text)
         return self._end_after_call(self._hold_reasoning(self._find_calls(deltas)))
 
     def finish(self, *, cut_off: bool = False) -> list[MessageDelta]:
-        """The rest; see `StreamParser.finish`."""
+        """End the output and return the remaining deltas; see `StreamParser.finish`."""
         deltas = [] if self._reasoning is None else self._reasoning.finish(cut_off=cut_off)
         deltas = self._find_calls(deltas)
         if self._tool_calls is not None:

@@ -1,4 +1,4 @@
-"""Base of the parsers of model output: text in, message deltas out, the same for any cutting of the text."""
+"""Base class of the parsers of model output: text in, message deltas out, independent of how the text is chunked."""
 
 from abc import ABC, abstractmethod
 
@@ -9,12 +9,12 @@ _SLICE = 1024
 
 
 class StreamParser(ABC):
-    """A parser of one output. `push` text as it comes, then `finish` once.
+    """Parser of one output: call `push` for each chunk of text, then `finish` once.
 
-    A subclass writes `_parse`: it reads from `_reader` and appends to `_out`.
+    A subclass implements `_parse`, which reads from `_reader` and appends to `_out`.
 
     Attributes:
-        thinking: the text so far ends inside thinking.
+        thinking: whether the text so far ends inside thinking.
     """
 
     def __init__(self) -> None:
@@ -25,19 +25,19 @@ class StreamParser(ABC):
         self._reads: Parse[None] | None = None
 
     def push(self, text: str) -> list[MessageDelta]:
-        """Pieces that are certain once this text is there."""
+        """Add text and return the deltas that are now certain."""
         out: list[MessageDelta] = []
-        # Any cutting gives the same, and a short buffer is cheap to read from.
+        # The slices do not change the result, and a short buffer is cheap to read from.
         for start in range(0, len(text), _SLICE):
             self._reader.text += text[start : start + _SLICE]
             out += self._run()
         return out
 
     def finish(self, *, cut_off: bool = False) -> list[MessageDelta]:
-        """The rest.
+        """End the output and return the remaining deltas.
 
         Args:
-            cut_off: the output would have gone on; what is incomplete at its end is not wrong.
+            cut_off: whether the output was truncated, so that an incomplete call at its end is not an error.
         """
         self._cut_off = cut_off
         self._reader.closed = True

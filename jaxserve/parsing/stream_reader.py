@@ -1,7 +1,7 @@
-"""Text that arrives in pieces, read as if all of it were there.
+"""Reads streamed text as if all of it had already arrived.
 
 A parser is a generator: it reads with the methods below through `yield from`, and yields whenever it needs text that
-has not come yet. So it is written like a parser of a whole text, and gives the same result for any cutting.
+has not arrived yet. It is written like a parser of a complete text, and its result does not depend on the chunks.
 """
 
 import re
@@ -12,7 +12,7 @@ from jaxserve.parsing.json_scanner import JsonScanner
 
 T = TypeVar("T")
 
-# Yields to wait for more text; returns a T.
+# A generator that yields whenever it waits for more text, and returns a T.
 Parse: TypeAlias = Generator[None, None, T]
 Emit: TypeAlias = Callable[[str], None]
 
@@ -23,8 +23,8 @@ class StreamReader:
     """A buffer of unread text.
 
     Attributes:
-        text: what has come and is not read yet.
-        closed: nothing more will come.
+        text: text that has arrived and is not read yet.
+        closed: whether the input has ended.
     """
 
     def __init__(self) -> None:
@@ -33,25 +33,25 @@ class StreamReader:
         self._recorded: list[str] | None = None
 
     def record(self, before: str = "") -> None:
-        """Remember what is read from now on, after something that was read just before."""
+        """Start recording the text that is read; `before` is put in front of it."""
         self._recorded = [before]
 
     def recorded(self) -> str:
-        """What was read since `record`."""
+        """Return the text recorded since `record`."""
         return "".join(self._recorded or ())
 
     def take(self, count: int) -> str:
-        """Read so many characters of what is there."""
+        """Read `count` characters of the buffered text."""
         taken, self.text = self.text[:count], self.text[count:]
         if self._recorded is not None:
             self._recorded.append(taken)
         return taken
 
     def until(self, markers: Sequence[str], emit: Emit) -> Parse[str | None]:
-        """Read up to and past the first of the markers, emitting what is before it.
+        """Read past the first occurrence of a marker, emitting the text before it.
 
-        Holds back only the longest tail that could still become a marker. Returns the marker, or None at the end of
-        the text.
+        Holds back only the longest suffix that could still become a marker. Returns the marker, or None at the end of
+        the input.
         """
         while True:
             found = min(
@@ -60,7 +60,7 @@ class StreamReader:
                 default=None,
             )
             open_start = len(self.text) - self._open_tail(markers)
-            # A marker that starts earlier may still be completed.
+            # An incomplete marker that starts earlier takes precedence once it is complete.
             if found is not None and (self.closed or found[0] <= open_start):
                 start, marker = found
                 emit(self.take(start))
@@ -73,11 +73,11 @@ class StreamReader:
             yield
 
     def rest(self, emit: Emit) -> Parse[None]:
-        """Read all there is to come."""
+        """Read and emit the rest of the input."""
         yield from self.until((), emit)
 
     def accept(self, *literals: str) -> Parse[str | None]:
-        """Read one of the literals if it comes next."""
+        """Read and return one of the literals if it comes next; return None otherwise."""
         while True:
             for literal in literals:
                 if self.text.startswith(literal):
@@ -87,7 +87,7 @@ class StreamReader:
             yield
 
     def space(self) -> Parse[str]:
-        """Read white space, if any; afterwards the next character is there, or the text has ended."""
+        """Read and return white space, until another character is buffered or the input has ended."""
         spaces = ""
         while True:
             match = _SPACE.match(self.text)
@@ -98,13 +98,13 @@ class StreamReader:
             yield
 
     def peek(self) -> Parse[str]:
-        """The next character, unread; empty at the end."""
+        """Return the next character without reading it; empty at the end of the input."""
         while not self.text and not self.closed:
             yield
         return self.text[:1]
 
     def json(self, emit: Emit) -> Parse[bool]:
-        """Read one JSON value, emitting it as strict JSON while it comes; False where it stops being one."""
+        """Read one JSON value, emitting strict JSON as it arrives; return False if it is invalid or incomplete."""
         scanner = JsonScanner()
         while True:
             out, count = scanner.scan(self.text, closed=self.closed)
@@ -116,7 +116,7 @@ class StreamReader:
             yield
 
     def _open_tail(self, markers: Sequence[str]) -> int:
-        """Length of the longest tail of the text that is a proper beginning of a marker."""
+        """Return the length of the longest suffix of the text that is a proper prefix of a marker."""
         longest = 0
         for marker in markers:
             for size in range(min(len(marker) - 1, len(self.text)), longest, -1):

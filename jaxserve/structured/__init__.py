@@ -1,1 +1,1 @@
-"""What constrains an output: grammars, and the length of thinking. Never imports jax."""
+"""Constraints on outputs: grammars, and limits on thinking. Never imports jax."""

@@ -1,4 +1,4 @@
-"""Grammars in the engine: compiled off the step loop, and turned into masks of several rows at once."""
+"""Compiles grammars outside the engine's step loop, and computes the token masks of several rows in parallel."""
 
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -15,23 +15,23 @@ _COMPILE_THREADS = 2
 
 
 class GrammarError(ValueError):
-    """A grammar that cannot be used; the message says why."""
+    """A grammar cannot be used; the message states the reason."""
 
 
 def load_tokenizer(tokenizer: GrammarTokenizer) -> LLTokenizer:
-    """The tokenizer as grammars need it; takes about a second for a large vocabulary."""
+    """Build llguidance's tokenizer; takes about a second for a large vocabulary."""
     return LLTokenizer(tokenizer.json, n_vocab=tokenizer.vocab_size, eos_token=list(tokenizer.eos_token_ids))
 
 
 def compile_grammar(tokenizer: LLTokenizer, grammar: str) -> LLMatcher:
-    """A matcher at the start of the grammar.
+    """Return a matcher at the start of the grammar.
 
     Raises:
-        GrammarError: it is not valid, too large, or accepts nothing.
+        GrammarError: the grammar is invalid, too large, or accepts nothing.
     """
     matcher = LLMatcher(tokenizer, grammar, log_level=0)
     if not matcher.is_error():
-        # A grammar that nothing satisfies shows at its first mask.
+        # Computing the first mask detects a grammar that accepts nothing.
         matcher.compute_bitmask()
     if matcher.is_error():
         error = matcher.get_error().split("\n<state>")[0][:500]
@@ -40,11 +40,11 @@ def compile_grammar(tokenizer: LLTokenizer, grammar: str) -> LLMatcher:
 
 
 class GrammarCompiler:
-    """Makes the constraints of requests.
+    """Creates the constraints of requests.
 
     Args:
         tokenizer: tokenizer of the served model.
-        vocab_size: bits of a mask.
+        vocab_size: number of tokens in a mask.
     """
 
     def __init__(self, tokenizer: GrammarTokenizer, vocab_size: int) -> None:
@@ -55,11 +55,11 @@ class GrammarCompiler:
         self._matcher = lru_cache(_MAX_CACHED)(self._compile)
 
     def start(self, request: Request) -> "Future[list[OutputConstraint]]":
-        """One constraint for each choice; fails with GrammarError."""
+        """Return a future of one constraint per choice, which fails with GrammarError."""
         return self._pool.submit(self._build, request)
 
     def fill(self, constraints: Sequence[OutputConstraint]) -> np.ndarray:
-        """Allowed tokens of each, i32[C, W], several at a time."""
+        """Return bit masks i32[C, W] of the tokens that each constraint allows, computed in parallel."""
         bits_CW = np.zeros((len(constraints), self._num_words), np.int32)
         matchers: list[tuple[LLMatcher, int]] = []
         for index, constraint in enumerate(constraints):

@@ -1,4 +1,4 @@
-"""What one choice may draw next. Told every token, asked before every draw."""
+"""Constraint on the next token of one choice, updated with every token and queried before each is sampled."""
 
 import codecs
 from collections import deque
@@ -10,13 +10,13 @@ from jaxserve.request import ThinkingBudget
 
 
 class ThinkingState:
-    """Counts the tokens of an output's thinking and closes it when they are used up.
+    """Counts the thinking tokens of an output, and forces the end of thinking when the budget is used up.
 
     Args:
-        thinking: markers and limit.
+        thinking: markers and budget.
 
     Attributes:
-        queue: the rest of the closing sequence, once it is forced.
+        queue: remaining tokens of the end sequence, once it is forced.
     """
 
     def __init__(self, thinking: ThinkingBudget) -> None:
@@ -30,7 +30,7 @@ class ThinkingState:
         self._close_if_used_up()
 
     def take(self, token_id: int, data: bytes) -> None:
-        """Follow the output by a token and its bytes."""
+        """Update the state with the next token of the output and the token's bytes."""
         if self.queue:
             assert token_id == self.queue.popleft()
         if self._over:
@@ -57,9 +57,9 @@ class OutputConstraint:
     """A grammar over the whole output, a limit on its thinking, or both.
 
     Args:
-        matcher: fresh, or None.
-        budget: fresh, or None.
-        token_bytes: bytes of a token, by id; needed by the budget.
+        matcher: matcher at the start of its grammar, or None.
+        budget: thinking state at the start of the output, or None.
+        token_bytes: returns the bytes of a token; used by the budget.
     """
 
     def __init__(self, matcher: LLMatcher | None, budget: ThinkingState | None, token_bytes: "TokenBytesOf") -> None:
@@ -74,7 +74,7 @@ class OutputConstraint:
 
     @property
     def only_token(self) -> int | None:
-        """The one token that may come next, where thinking is being closed."""
+        """The only token that may come next while the end of thinking is forced; None otherwise."""
         return self._budget.queue[0] if self._budget is not None and self._budget.queue else None
 
     @property
@@ -104,8 +104,8 @@ class OutputConstraint:
 
 
 class TokenBytesOf(Protocol):
-    """Bytes of a token."""
+    """Maps token ids to bytes."""
 
     def __call__(self, token_id: int) -> bytes:
-        """Bytes of the token with this id."""
+        """Return the bytes of the token with this id."""
         ...

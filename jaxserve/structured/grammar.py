@@ -1,6 +1,6 @@
-"""Grammars in llguidance's form: a list of named parts, each a JSON schema or rules in its dialect of Lark.
+"""Grammars in llguidance's format: a list of named parts, each a JSON schema or rules in its dialect of Lark.
 
-Nothing here checks a grammar; `structured.validator` does, in a process that can be ended.
+Grammars are not checked here but in `structured.validator`, in a process that can be killed.
 """
 
 import json
@@ -13,39 +13,39 @@ from llguidance.gbnf_to_lark import any_to_lark
 
 from jaxserve.errors import RequestError
 
-# One part: what an output, or a piece of it, must be.
+# The grammar of an output or of a part of it.
 GrammarPart = NewType("GrammarPart", Mapping[str, Any])
 
-# Any text of ordinary tokens: special ones are no text.
+# Any text of ordinary tokens; special tokens do not match it.
 ANY_TEXT = r"/(.|\n)*/"
-# Enough for deep indentation, and an end to a model that writes nothing but spaces.
+# Enough for deep indentation, but a limit for a model that generates only white space.
 DEFAULT_WHITESPACE = r"[\x20\x0A\x0D\x09]{1,64}"
 _MAX_CHARACTERS = 1 << 18
 
 
 @dataclass(frozen=True)
 class JsonStyle:
-    """How JSON may be laid out.
+    """Formatting of generated JSON.
 
     Attributes:
-        whitespace: pattern of what may stand between tokens; None for nothing.
+        whitespace: pattern of the white space allowed between JSON tokens; None for no white space.
     """
 
     whitespace: str | None = DEFAULT_WHITESPACE
 
     def options(self, *, strict: bool) -> dict[str, Any]:
-        """As llguidance takes them inside a schema."""
+        """Return the options that llguidance reads inside a schema."""
         if self.whitespace is None:
             return {"whitespace_flexible": False, "lenient": not strict}
         return {"whitespace_pattern": self.whitespace, "lenient": not strict}
 
 
 class GrammarPrefix(NamedTuple):
-    """What may come before a constrained output.
+    """Grammar of the text before a constrained output, such as thinking.
 
     Attributes:
-        expression: empty for nothing.
-        rules: that it refers to.
+        expression: expression that matches the text; empty for no text.
+        rules: rules that the expression refers to.
     """
 
     expression: str = ""
@@ -53,14 +53,14 @@ class GrammarPrefix(NamedTuple):
 
 
 class Vocabulary(Protocol):
-    """What grammars need to know of a tokenizer."""
+    """The part of a tokenizer that grammars need."""
 
     def split_special(self, text: str) -> Sequence[str | int]:
-        """A text cut at the special tokens in it: plain pieces and ids, in order."""
+        """Split a text at its special tokens into plain text and token ids, in order."""
         ...
 
     def is_token(self, text: str) -> bool:
-        """Whether the text is one token."""
+        """Return whether the text is a single token."""
         ...
 
 
@@ -68,7 +68,7 @@ class GrammarWriter:
     """Writes the grammars of one model.
 
     Args:
-        vocabulary: the model's.
+        vocabulary: vocabulary of the model.
         style: JSON style of the grammars.
     """
 
@@ -78,12 +78,12 @@ class GrammarWriter:
         self._style = style
 
     def literal(self, text: str) -> str:
-        """A text, special tokens in it as such."""
+        """Return an expression for exactly this text, with its special tokens as token ids."""
         pieces = self._split(text)
         return " ".join(f"<[{piece}]>" if isinstance(piece, int) else _quoted(piece) for piece in pieces) or '""'
 
     def rule_until(self, name: str, end: str) -> str:
-        """A rule for any text up to and with `end`, which is not empty."""
+        """Return a rule for any text up to and including `end`, which must not be empty."""
         pieces = self._split(end)
         if isinstance(pieces[0], int):
             return f"{name}: {ANY_TEXT} {self.literal(end)}"
@@ -92,11 +92,11 @@ class GrammarWriter:
         return f"{name}: {name}_text {rest}\n{name}_text[suffix={_quoted(first)}]: {ANY_TEXT}"
 
     def inline_json(self, schema: Any, *, strict: bool) -> str:
-        """A JSON value inside rules."""
+        """Return an expression for a JSON value, for use in rules."""
         return "%json " + json.dumps(self._styled(schema, strict=strict))
 
     def json_schema(self, schema: Any, *, strict: bool) -> GrammarPart:
-        """JSON that follows a schema. Not strict: keywords that cannot be enforced are left out."""
+        """Return a grammar of JSON that follows a schema; unless strict, unenforceable keywords are ignored."""
         return GrammarPart({"json_schema": self._styled(schema, strict=strict)})
 
     def _styled(self, schema: Any, *, strict: bool) -> Any:
@@ -106,10 +106,10 @@ class GrammarWriter:
 
 
 def whole(alternatives: Sequence[tuple[GrammarPrefix, GrammarPart]]) -> str:
-    """The grammar of a whole output: one of the parts after what comes before it.
+    """Return the grammar of a whole output: one of several alternatives, each a prefix and a part.
 
     Raises:
-        RequestError: it is too long.
+        RequestError: the grammar is too long.
     """
     [(before, part), *others] = alternatives
     parts: list[Mapping[str, Any]] = [part]
@@ -126,26 +126,26 @@ def whole(alternatives: Sequence[tuple[GrammarPrefix, GrammarPart]]) -> str:
 
 
 def regex(pattern: str) -> GrammarPart:
-    """Text that matches a pattern as a whole."""
+    """Return a grammar of text that matches the whole pattern."""
     [part] = json.loads(LLMatcher.grammar_from_regex(pattern))["grammars"]
     return lark(part["lark_grammar"])
 
 
 def ebnf(text: str) -> GrammarPart:
-    """GBNF with a rule `root` (or Lark with a rule `start`).
+    """Return the grammar of a GBNF text with a rule `root` (or a Lark text with a rule `start`).
 
     Raises:
-        RequestError: it cannot be read.
+        RequestError: the text cannot be parsed.
     """
     try:
         return lark(any_to_lark(text))
-    except Exception as error:  # it raises plain ones
+    except Exception as error:  # any_to_lark raises plain Exceptions
         message = str(error) if not isinstance(error, RecursionError) else "it is nested too deeply"
         raise RequestError(f"ebnf: {message[:300]}", param="ebnf") from None
 
 
 def lark(text: str) -> GrammarPart:
-    """Rules in llguidance's dialect of Lark."""
+    """Return the grammar of rules in llguidance's dialect of Lark."""
     return GrammarPart({"lark_grammar": text})
 
 
@@ -154,11 +154,11 @@ def _quoted(text: str) -> str:
 
 
 def tagged_text(tag: str, repeat: str, rules: Iterable[str]) -> str:
-    """Rules for any text with tags in it.
+    """Return rules for any text with tags in it.
 
     Args:
-        tag: an expression for text up to a tag and the tag itself.
-        repeat: `*` for any number of them, `?` for one at most.
-        rules: that the expression refers to.
+        tag: expression for the text up to and including a tag.
+        repeat: `*` for any number of tags, `?` for at most one.
+        rules: rules that the expression refers to.
     """
     return "\n".join((f"start: ({tag}){repeat} TEXT", f"TEXT: {ANY_TEXT}", *rules))

@@ -1,9 +1,9 @@
-"""Tries grammars in a process of its own, which is ended when one takes too long.
+"""Compiles grammars in a separate process to validate them, and kills the process if a grammar takes too long.
 
-A grammar comes from a client, and its compiler cannot be interrupted. The engine compiles only what passed here.
+Grammars come from clients, and their compiler cannot be interrupted. The engine compiles only validated grammars.
 
-Run as `python -m jaxserve.structured.validator` the module is that process: it reads the tokenizer and then grammars,
-each a line of JSON, and answers each grammar with a line: what is wrong with it, or null.
+`python -m jaxserve.structured.validator` is that process: it reads the tokenizer and then grammars, each as a line of
+JSON, and answers each grammar with a line of JSON: an error message, or null.
 """
 
 import asyncio
@@ -23,7 +23,7 @@ from jaxserve.structured.compiler import GrammarError, compile_grammar, load_tok
 
 _TIME_LIMIT_S = 1.5
 _MAX_WORKERS = 2
-# A client that sends many bad grammars must not hold up the others' requests for long.
+# A client that sends many bad grammars must not delay the requests of other clients for long.
 _MAX_WAIT_S = 5.0
 _MAX_VERDICTS = 1024
 
@@ -32,7 +32,7 @@ _TOO_LONG = f"it is too complex: not compiled within {_TIME_LIMIT_S} s"
 
 
 class GrammarValidator:
-    """Says whether grammars can be used.
+    """Checks whether grammars can be used.
 
     Args:
         tokenizer: tokenizer of the served model.
@@ -46,15 +46,15 @@ class GrammarValidator:
         self._closed = False
 
     async def start(self) -> None:
-        """Have a process ready, so that the first grammar does not wait for it."""
+        """Start a process in advance, so that the first grammar does not wait for it."""
         await asyncio.get_running_loop().run_in_executor(self._threads, lambda: self._keep(self._spawn()))
 
     async def check(self, grammar: str, param: str | None) -> None:
-        """Refuse a grammar that cannot be compiled, accepts nothing, or takes too long.
+        """Reject a grammar that cannot be compiled, accepts nothing, or takes too long.
 
         Raises:
-            RequestError: what is wrong with it.
-            OverloadedError: too many wait to be tried.
+            RequestError: the grammar is rejected; the message states the reason.
+            OverloadedError: too many grammars are waiting to be checked.
         """
         key = hashlib.sha256(grammar.encode()).digest()
         if key in self._verdicts:
@@ -62,7 +62,7 @@ class GrammarValidator:
             error = self._verdicts[key]
         else:
             error = await self._try_in_thread(grammar)
-            if error != _TOO_LONG:  # on a less busy machine it might not be
+            if error != _TOO_LONG:  # it may compile in time when the machine is less busy
                 self._verdicts[key] = error
             if len(self._verdicts) > _MAX_VERDICTS:
                 self._verdicts.popitem(last=False)
@@ -70,7 +70,7 @@ class GrammarValidator:
             raise RequestError(f"{param or 'grammar'}: {error}", param=param)
 
     def close(self) -> None:
-        """End the processes."""
+        """Kill the processes."""
         self._closed = True
         self._threads.shutdown(wait=False, cancel_futures=True)
         while self._idle:
@@ -88,7 +88,7 @@ class GrammarValidator:
         line: bytes | None = b""
         try:
             line = _ask(process, grammar)
-        except OSError:  # it has ended
+        except OSError:  # the process has ended
             pass
         finally:
             if line:
@@ -112,12 +112,12 @@ class GrammarValidator:
         assert process.stdout is not None
         process.stdin.write(self._tokenizer)
         process.stdin.flush()
-        process.stdout.readline()  # it is ready
+        process.stdout.readline()  # the process is ready
         return process
 
 
 def _ask(process: subprocess.Popen[bytes], grammar: str) -> bytes | None:
-    """The process's answer; None if it takes too long, and nothing if it ends."""
+    """Return the process's answer; None if it takes too long, empty if the process ends."""
     assert process.stdin is not None
     assert process.stdout is not None
     process.stdin.write(msgspec.json.encode(grammar) + b"\n")
@@ -142,7 +142,7 @@ def _main() -> None:
         line = sys.stdin.buffer.readline()
         if not line:
             return
-        # Should the parent be gone by then, the kernel ends this process.
+        # Ends this process if the parent is gone and cannot kill it after the time limit.
         signal.alarm(int(_TIME_LIMIT_S) + 5)
         try:
             compile_grammar(tokenizer, msgspec.json.decode(line, type=str))

@@ -1,7 +1,7 @@
-"""Messages to a prompt, through the model's own Jinja template.
+"""Renders messages to a prompt with the model's Jinja chat template.
 
-Rendering is transformers' (an immutable sandbox). The template comes from the model folder or the command line,
-never from a request, and a request cannot reach the renderer's own arguments.
+transformers does the rendering, in an immutable sandbox. The template comes from the model folder or the command line,
+never from a request, and a request cannot set the renderer's own arguments.
 """
 
 import contextlib
@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from jaxserve.errors import RequestError
 
-# Arguments of the renderer, not variables of a template.
+# Arguments of the renderer, which are not template variables.
 RESERVED_KWARGS = frozenset(
     {
         "add_generation_prompt",
@@ -39,7 +39,7 @@ CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-# For templates that know no tools; calls are then written as Hermes models do.
+# For templates without tool support; the model is asked for calls in the Hermes format.
 _TOOL_PROMPT = """You can call these functions, one JSON description per line:
 {tools}
 
@@ -52,7 +52,7 @@ BUILT_IN_TEMPLATES: Mapping[str, str] = {"chatml": CHATML}
 
 
 class ChatTemplate:
-    """One model's template."""
+    """The chat template of one model."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, template: str | None) -> None:
         self._tokenizer = tokenizer
@@ -66,16 +66,16 @@ class ChatTemplate:
         tools: Sequence[Mapping[str, Any]] | None = None,
         continue_final_message: bool = False,
     ) -> str:
-        """Render a conversation up to the place where the assistant speaks.
+        """Render a conversation up to the start of the assistant's answer.
 
         Args:
-            messages: roles and string contents.
-            kwargs: further variables of the template (`chat_template_kwargs`).
-            tools: definitions of functions; a template that knows no tools gets them as a system message.
+            messages: messages with roles and string contents.
+            kwargs: additional template variables (`chat_template_kwargs`).
+            tools: tool definitions; a template without tool support gets them in the system message.
             continue_final_message: leave the last message open, to be continued.
 
         Raises:
-            RequestError: the model has no template, a reserved name is used, or the template refuses.
+            RequestError: the model has no template, a reserved name is used, or the template rejects the messages.
         """
         if self.source is None:
             raise RequestError("the model has no chat template; use /v1/completions or give --chat-template")
@@ -90,7 +90,7 @@ class ChatTemplate:
         except _REFUSALS as error:
             refusal = error
         if tools:
-            # Some templates want the functions themselves.
+            # Some templates expect the function definitions without the enclosing tool objects.
             flat = [tool["function"] for tool in tools]
             with contextlib.suppress(*_REFUSALS):
                 return self._render(turns, kwargs, flat, continue_final_message=continue_final_message)
@@ -118,7 +118,7 @@ class ChatTemplate:
 
 
 def _with_tools(turns: list[dict[str, Any]], tools: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The same conversation with the tools in its system message, and calls and their results as text."""
+    """Return the conversation with the tools in its system message, and with calls and their results as text."""
     listed = "\n".join(json.dumps(tool["function"], ensure_ascii=False) for tool in tools)
     system = _TOOL_PROMPT.format(tools=listed)
     if turns[0]["role"] == "system":

@@ -1,4 +1,4 @@
-"""A prompt and a suffix to one text, for models that were trained to fill in the middle."""
+"""Templates that combine a prompt and a suffix into one text, for models trained to fill in the middle."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ COMPLETION_TEMPLATES: Mapping[str, str] = {
 
 @dataclass(frozen=True)
 class CompletionTemplate:
-    """Text with one `{prompt}` and one `{suffix}`."""
+    """A template text with one `{prompt}` and one `{suffix}`."""
 
     text: str
 
@@ -28,9 +28,9 @@ class CompletionTemplate:
             )
 
     def render(self, prompt: str, suffix: str) -> str:
-        """The text that the model continues with what belongs between the two."""
+        """Return the text that the model continues with the part between prompt and suffix."""
         before, after = self.text.split(_PROMPT)
-        # Neither may be searched for the other's place.
+        # Prompt and suffix may contain placeholders themselves, so only the template is searched.
         if _SUFFIX in after:
             middle, end = after.split(_SUFFIX)
             return before + prompt + middle + suffix + end

@@ -1,8 +1,8 @@
-"""Token ids to text, as they come. No replacement character ever leaves because a character was cut in two.
+"""Incremental detokenizer. A character that is split between tokens never appears as a replacement character.
 
-Every tokenizer served here maps each token to bytes, and text is their concatenation read as UTF-8: byte-level BPE
-(GPT-2's printable alphabet) and SentencePiece-like BPE with byte fallback. So detokenizing is a table and an
-incremental UTF-8 decoder, exact for any cutting of the stream.
+Every supported tokenizer maps each token to bytes, and text is their concatenation decoded as UTF-8: byte-level BPE
+(GPT-2's printable alphabet) and SentencePiece-like BPE with byte fallback. Detokenizing is therefore a table lookup and
+an incremental UTF-8 decoder, exact for any chunking of the stream.
 """
 
 import codecs
@@ -16,7 +16,7 @@ _SPACE = "\u2581"
 
 
 def byte_alphabet() -> dict[str, int]:
-    """GPT-2's printable stand-in for each byte, as character -> byte."""
+    """Return GPT-2's printable alphabet of bytes, as character -> byte."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     table = {chr(byte): byte for byte in printable}
     table.update({chr(256 + index): byte for index, byte in enumerate(b for b in range(256) if b not in printable)})
@@ -24,15 +24,15 @@ def byte_alphabet() -> dict[str, int]:
 
 
 class TokenBytes:
-    """Bytes of every token of one tokenizer; shared by all its detokenizers.
+    """The bytes of every token of a tokenizer, shared by all its detokenizers.
 
     Attributes:
-        special_ids: control tokens, left out of the text unless asked for.
+        special_ids: control tokens, which a detokenizer may skip.
         of: token id -> bytes.
         strips_space: whether one leading space of a text is an artefact of the tokenizer.
 
     Raises:
-        ValueError: the tokenizer decodes in a way that is not a table of bytes.
+        ValueError: the tokenizer's decoder cannot be written as a table of bytes.
     """
 
     def __init__(self, tokenizer: RustTokenizer, special_ids: frozenset[int]) -> None:
@@ -74,9 +74,9 @@ class Detokenizer:
 
     Args:
         token_bytes: bytes of every token of the tokenizer.
-        skip_special_tokens: leave control tokens out of the text, but for `kept_ids`.
-        kept_ids: control tokens that are shown all the same.
-        whole_text: the output begins a text, and does not go on from one.
+        skip_special_tokens: leave control tokens out of the text, except for `kept_ids`.
+        kept_ids: control tokens that are never skipped.
+        whole_text: whether the output is the start of a text instead of the continuation of one.
     """
 
     def __init__(
@@ -89,12 +89,12 @@ class Detokenizer:
     ) -> None:
         self._bytes_of = token_bytes.of
         self._skipped = token_bytes.special_ids - kept_ids if skip_special_tokens else frozenset[int]()
-        # Only a whole text starts with the artefact; an output that goes on from a prompt keeps its space.
+        # Only a whole text starts with the artefact; an output that continues a prompt keeps its space.
         self._strip = whole_text and token_bytes.strips_space
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def push(self, token_id: int) -> str:
-        """Text that is certain once this token is there; may be empty. Unknown ids are nothing."""
+        """Add a token and return the text that is now certain, which may be empty; unknown ids are ignored."""
         if token_id in self._skipped:
             return ""
         text = self._decoder.decode(self._bytes_of.get(token_id, b""))
@@ -104,5 +104,5 @@ class Detokenizer:
         return text
 
     def flush(self) -> str:
-        """The rest: U+FFFD for bytes that never became a character."""
+        """Return the remaining text: U+FFFD for bytes that never became a character."""
         return self._decoder.decode(b"", final=True)

@@ -1,6 +1,6 @@
 """A tokenizer rebuilt from a GGUF file's metadata: byte-level BPE (`gpt2`) and SentencePiece BPE (`llama`).
 
-GGUF names the pre-tokenizer instead of carrying it, so the patterns stand here, by that name.
+GGUF contains only the name of the pre-tokenizer, so this module defines the patterns by name.
 """
 
 from collections.abc import Mapping
@@ -30,7 +30,7 @@ _O200K = (
     rf"|[^\r\n\p{{L}}\p{{N}}]?[\p{{Lu}}\p{{Lt}}\p{{Lm}}\p{{Lo}}\p{{M}}]+[\p{{Ll}}\p{{Lm}}\p{{Lo}}\p{{M}}]*{_ENDINGS}"
     r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-# DeepSeek V3's, one after the other.
+# DeepSeek V3's patterns, applied one after the other.
 _DEEPSEEK_V3 = (
     r"\p{N}{1,3}",
     "[\u4e00-\u9fa5\u3040-\u309f\u30a0-\u30ff]+",
@@ -77,7 +77,7 @@ _PRE_TOKENIZERS: Mapping[str, Any] = {
     "deepseek-v3": lambda: _split(*_DEEPSEEK_V3),
     "kimi-k2": lambda: _split(KIMI_K2_WORDS),
 }
-# llama.cpp takes a word that is in the vocabulary whole, without trying merges, for these.
+# For these, llama.cpp uses a word that is in the vocabulary as one token, without trying merges.
 _WHOLE_WORDS = ("llama3", "llama-v3", "llama-bpe", "tekken")
 _ADDS_BOS = ("llama3", "llama-v3", "llama-bpe", "tekken")
 
@@ -90,7 +90,7 @@ def tokenizer_from_gguf(metadata: Mapping[str, Any], lists: Mapping[str, list[An
         lists: `tokens`, `merges`, `scores` and `token_type` of `tokenizer.ggml`.
 
     Raises:
-        LaunchError: a kind or pre-tokenizer that is not supported, or missing lists.
+        LaunchError: the kind or pre-tokenizer is not supported, or lists are missing.
     """
     kind = metadata.get("tokenizer.ggml.model")
     tokens, types = lists.get("tokens"), lists.get("token_type")
@@ -158,7 +158,7 @@ def _sentencepiece_bpe(tokens: list[str], scores: list[float], metadata: Mapping
 
 
 def _merges_from_scores(vocabulary: dict[str, int], scores: list[float]) -> list[tuple[str, str]]:
-    """SentencePiece ranks a merge by the score of what it makes; all ways to make it share the rank."""
+    """Return all merges, ranked as in SentencePiece by the score of the merged token; its splits share the rank."""
     merges: list[tuple[float, int, int, tuple[str, str]]] = []
     for piece, index in vocabulary.items():
         for cut in range(1, len(piece)):

@@ -4,21 +4,21 @@ from typing import NamedTuple
 
 
 class StopResult(NamedTuple):
-    """What may be shown of the text so far, and the stop string that ended it, if one did."""
+    """The text that can be emitted, and the stop string that ended the stream, if any."""
 
     text: str
     matched: str | None
 
 
 class StopStrings:
-    """Cuts a stream before the first stop string.
+    """Truncates a text stream before the first stop string.
 
-    Holds back only the longest suffix that could still become a stop string, so any cutting of the stream gives
-    the same text as the whole at once.
+    Holds back only the longest suffix that could still become a stop string. The result does not depend on how the
+    stream is chunked.
 
     Args:
-        stops: stop strings, none empty.
-        keep: show the stop string itself (`no_stop_trim`).
+        stops: stop strings, none of them empty.
+        keep: include the stop string in the text (`no_stop_trim`).
     """
 
     def __init__(self, stops: tuple[str, ...], *, keep: bool = False) -> None:
@@ -27,13 +27,13 @@ class StopStrings:
         self._held = ""
 
     def push(self, text: str) -> StopResult:
-        """Add text; nothing may follow a match."""
+        """Add text and return the result so far; must not be called after a match."""
         if not self._stops:
             return StopResult(text, None)
         self._held += text
         found = [(position, -len(stop), stop) for stop in self._stops if (position := self._held.find(stop)) >= 0]
         if found:
-            # The match that ends first wins, as it would have, had the text come one character at a time.
+            # The match that ends first wins, as if the text had arrived one character at a time.
             position, _, stop = min(found, key=lambda item: (item[0] - item[1], item[0]))
             return StopResult(self._held[: position + len(stop) * self._keep], stop)
         keep = self._longest_open_suffix()
@@ -42,7 +42,7 @@ class StopStrings:
         return StopResult(shown, None)
 
     def flush(self) -> str:
-        """What is still held back, at the end of the stream."""
+        """Return the text that is still held back at the end of the stream."""
         held, self._held = self._held, ""
         return held
 

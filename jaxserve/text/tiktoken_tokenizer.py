@@ -1,7 +1,8 @@
-"""A tokenizer built from a `tiktoken.model` file: one line a token, its bytes in base64 and its rank.
+"""A tokenizer built from a `tiktoken.model` file: one token per line, its bytes in base64 and its rank.
 
-Kimi's models come with it and with Python code that reads it; that code is not run. The file says neither how text is
-cut into words nor what the special tokens are: the pattern stands here, the tokens in `tokenizer_config.json`.
+Kimi's models come with this file and with Python code that reads it; that code is not run. The file contains neither
+the pattern that splits text into words, which is defined here, nor the special tokens, which are in
+`tokenizer_config.json`.
 """
 
 import base64
@@ -20,10 +21,10 @@ from checkpoints.source import CheckpointError
 
 FILE_NAME = "tiktoken.model"
 _MAX_FILE_BYTES = 64 << 20
-# Ids behind the ranks that Kimi keeps for special tokens.
+# Number of ids after the ranks that Kimi reserves for special tokens.
 _NUM_SPECIAL = 256
 _CLASS = "TikTokenTokenizer"
-# Kimi K2's pattern: Chinese characters are words of their own, whatever letters stand beside them.
+# Kimi K2's pattern: Chinese characters form separate words, whatever letters are next to them.
 KIMI_K2_WORDS = "|".join(
     (
         r"[\p{Han}]+",
@@ -44,7 +45,7 @@ def load_tiktoken(folder: Path) -> PreTrainedTokenizerFast:
     """Build the tokenizer of a model folder.
 
     Raises:
-        CheckpointError: the files are not what they should be, or of another family than Kimi.
+        CheckpointError: the files are invalid, or from another model family than Kimi.
     """
     config = read_json(folder / "tokenizer_config.json")
     if (found := config.get("tokenizer_class")) != _CLASS:
@@ -71,7 +72,7 @@ def load_tiktoken(folder: Path) -> PreTrainedTokenizerFast:
 
 
 def _read_ranks(path: Path) -> list[bytes]:
-    """Tokens in the order of their ranks."""
+    """Return the tokens in the order of their ranks."""
     if path.stat().st_size > _MAX_FILE_BYTES:
         raise CheckpointError(f"{path}: larger than {_MAX_FILE_BYTES >> 20} MiB")
     tokens: list[bytes] = []
@@ -90,7 +91,7 @@ def _read_ranks(path: Path) -> list[bytes]:
 
 
 def _special_tokens(config: Mapping[str, Any], first_id: int) -> list[AddedToken]:
-    """Those that have a name, and the reserved ones between them."""
+    """Return the named special tokens, and reserved tokens for the ids between them."""
     named: Mapping[str, Any] = config.get("added_tokens_decoder") or {}
     tokens: list[AddedToken] = []
     for token_id in range(first_id, first_id + _NUM_SPECIAL):
@@ -109,7 +110,10 @@ def _content(token: Any) -> str:
 
 
 def _byte_level_bpe(ranks: list[bytes], special: list[str]) -> Tokenizer:
-    """A word that is a token is taken whole; else the pair whose merged token has the lowest rank is merged first."""
+    """Build a BPE that uses a word in the vocabulary as one token, or else merges the lowest-ranked pair first.
+
+    The rank of a pair is that of the merged token.
+    """
     letters = bytes_to_unicode()
     words = ["".join(letters[byte] for byte in token) for token in ranks]
     vocabulary = {word: rank for rank, word in enumerate(itertools.chain(words, special))}

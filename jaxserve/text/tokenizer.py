@@ -1,4 +1,4 @@
-"""The tokenizer as the API needs it: text to ids, ids to text as they come, and the chat template."""
+"""The API's tokenizer: text to token ids, token ids to text incrementally, and the chat template."""
 
 import logging
 import re
@@ -24,7 +24,7 @@ _CHARACTERS_PER_TOKEN = 64
 
 
 class TokenText(NamedTuple):
-    """One token for people: its text alone and its bytes."""
+    """The text and the bytes of a single token."""
 
     text: str
     bytes: bytes
@@ -35,7 +35,7 @@ class Tokenizer:
 
     Args:
         tokenizer: the loaded tokenizer.
-        chat_template: overrides the tokenizer's own.
+        chat_template: overrides the tokenizer's chat template.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, chat_template: str | None = None) -> None:
@@ -57,26 +57,26 @@ class Tokenizer:
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
-        """The tokenizer's end token."""
+        """The tokenizer's end-of-sequence token, if it has one."""
         token_id: Any = self._tokenizer.eos_token_id
         return () if token_id is None else (int(token_id),)
 
     @property
     def vocab_size(self) -> int:
-        """Ids the tokenizer knows."""
+        """Number of token ids of the tokenizer."""
         return len(self._tokenizer)
 
     def encode(self, text: str, *, add_special_tokens: bool, max_tokens: int, param: str = "prompt") -> list[int]:
-        """Text to ids.
+        """Encode a text to token ids.
 
         Args:
-            text: what to encode.
-            add_special_tokens: as the tokenizer adds them, such as a beginning of sequence.
+            text: text to encode.
+            add_special_tokens: add the tokenizer's special tokens, such as beginning of sequence.
             max_tokens: context length.
             param: name of the text in errors.
 
         Raises:
-            RequestError: so long that it cannot fit `max_tokens`, reported before it is tokenised.
+            RequestError: the text is too long to fit `max_tokens`; this is checked before tokenising.
         """
         if len(text) > max_tokens * _CHARACTERS_PER_TOKEN:
             raise RequestError(
@@ -87,32 +87,32 @@ class Tokenizer:
         return self._rust.encode(text, add_special_tokens=add_special_tokens).ids
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
-        """Ids to text at once."""
+        """Decode a complete text from token ids."""
         detokenizer = Detokenizer(self._bytes, skip_special_tokens=skip_special_tokens, whole_text=True)
         return "".join([detokenizer.push(token_id) for token_id in token_ids]) + detokenizer.flush()
 
     def detokenizer(self, *, skip_special_tokens: bool, kept_ids: frozenset[int] = frozenset()) -> Detokenizer:
-        """A new incremental decoder; `kept_ids` are special tokens that are not skipped."""
+        """Create an incremental decoder; `kept_ids` are special tokens that are not skipped."""
         return Detokenizer(self._bytes, skip_special_tokens=skip_special_tokens, kept_ids=kept_ids)
 
     def split_special(self, text: str) -> list[str | int]:
-        """A text cut at the special tokens in it: plain pieces and ids, in order."""
+        """Split a text at its special tokens into plain text and token ids, in order."""
         parts = self._special_pattern.split(text) if self._special_of else [text]
         return [self._special_of.get(part, part) for part in parts if part]
 
     def is_token(self, text: str) -> bool:
-        """Whether a text is one token."""
+        """Return whether a text is a single token."""
         return self._rust.token_to_id(text) is not None
 
     def special_ids_in(self, texts: Iterable[str]) -> frozenset[int]:
-        """Special tokens that occur in any of the texts."""
+        """Return the ids of the special tokens that occur in any of the texts."""
         return frozenset(part for text in texts for part in self.split_special(text) if isinstance(part, int))
 
     def for_grammars(self, vocab_size: int, eos_token_ids: Iterable[int]) -> GrammarTokenizer:
-        """What the compiler of grammars needs.
+        """Return the tokenizer as the grammar compiler needs it.
 
         Args:
-            vocab_size: the model's.
+            vocab_size: vocabulary size of the model.
             eos_token_ids: tokens that end an output.
         """
         rust = copy(self._rust)
@@ -121,16 +121,16 @@ class Tokenizer:
         return GrammarTokenizer(json=rust.to_str(), vocab_size=vocab_size, eos_token_ids=tuple(eos_token_ids))
 
     def token_text(self, token_id: int) -> TokenText:
-        """One token by itself, as log-probabilities show it."""
+        """Return a single token as log-probabilities show it."""
         data = self._bytes.of.get(token_id, b"")
         return TokenText(data.decode(errors="replace"), data)
 
 
 def load_tokenizer(path: Path, chat_template: str | None = None) -> Tokenizer:
-    """Load from a model folder or a `.gguf` file.
+    """Load the tokenizer of a model folder or a `.gguf` file.
 
     Raises:
-        LaunchError: there is none, or it is not a fast tokenizer.
+        LaunchError: there is no tokenizer, or it is not a fast tokenizer.
     """
     try:
         tokenizer = _load_gguf(path) if path.suffix == ".gguf" else _load_folder(path)

@@ -1,1 +1,1 @@
-"""Tells a model's thinking from its answer. Never imports jax."""
+"""Separates a model's thinking from its answer. Never imports jax."""

@@ -1,4 +1,4 @@
-"""Thinking in a channel of its own (harmony, gpt-oss)."""
+"""Reasoning format with a separate channel for thinking (harmony, gpt-oss)."""
 
 from dataclasses import dataclass
 
@@ -7,13 +7,13 @@ from jaxserve.parsing.stream_parser import StreamParser
 from jaxserve.parsing.stream_reader import Parse
 from jaxserve.structured.grammar import GrammarPrefix, GrammarWriter
 
-# Outputs from which the markers were stripped read so.
+# Start of the thinking and of the answer in an output from which the markers were stripped.
 _BARE_ANALYSIS, _BARE_FINAL = "analysis", "assistantfinal"
 
 
 @dataclass(frozen=True)
 class Channels:
-    """Analysis is thinking, final and commentary are content, and a message to a tool is passed on as it is."""
+    """Analysis is thinking, final and commentary are content, and a message to a tool is passed on unchanged."""
 
     markers: tuple[str, ...] = MARKERS
     force_reasoning: bool = False
@@ -24,15 +24,15 @@ class Channels:
 
     def end_marker(self, *, calls: bool) -> str:
         """See `ReasoningFormat`."""
-        # The next message has to begin as well, or it could be thinking again.
+        # The next message is started as well, because the model could start thinking again otherwise.
         return f"{END}{START}assistant{CHANNEL}" + ("commentary to=functions." if calls else f"final{MESSAGE}")
 
     def starts_in_reasoning(self, prompt: str) -> bool | None:
-        """Whether an output after this prompt starts inside thinking; None if the prompt's end does not say."""
+        """See `ReasoningFormat`."""
         return prompt.endswith(self.start) or None
 
     def continues_in_reasoning(self, message: str) -> bool | None:
-        """The same for an output that continues a message of the assistant's: templates close its channel."""
+        """Return None, because templates close the channel of the message that is continued."""
         return None
 
     def parser(self, in_reasoning: bool | None, *, keeps_calls: bool, constrained: bool) -> "ChannelsParser":
@@ -77,7 +77,7 @@ class ChannelsParser(StreamParser):
             marker = yield from self._message(header)
 
     def _message(self, header: Header) -> Parse[str | None]:
-        """Read a message's text; returns the marker that ended it."""
+        """Read a message's text and return the marker that ended it."""
         reader = self._reader
         if not header.complete:
             return None

@@ -1,4 +1,4 @@
-"""Reasoning formats by SGLang's names. A new one is one line here, or a file and a line."""
+"""Reasoning formats under SGLang's names. A new format needs one line here, and a file if it does not use tags."""
 
 from collections.abc import Mapping
 from typing import Protocol
@@ -10,67 +10,67 @@ from jaxserve.structured.grammar import GrammarPrefix, GrammarWriter
 
 
 class ReasoningFormat(Protocol):
-    """How a family of models marks its thinking."""
+    """The way in which a model family marks its thinking."""
 
     @property
     def markers(self) -> tuple[str, ...]:
-        """Text that a parser must see even where it is a special token."""
+        """Markers that must reach the parser even if they are special tokens."""
         ...
 
     @property
     def start(self) -> str:
-        """What opens thinking in an output."""
+        """Marker that starts thinking in an output."""
         ...
 
     @property
     def end(self) -> str:
-        """What closes it."""
+        """Marker that ends thinking."""
         ...
 
     @property
     def early_end_markers(self) -> tuple[str, ...]:
-        """What ends thinking early and belongs to what follows."""
+        """Markers that end thinking early and are part of the content that follows."""
         ...
 
     @property
     def allows_multiple(self) -> bool:
-        """Whether an output may think several times."""
+        """Whether an output may contain several thinking sections."""
         ...
 
     @property
     def force_reasoning(self) -> bool:
-        """Whether an output starts inside thinking if the prompt's end does not say."""
+        """Whether an output starts inside thinking if the end of the prompt does not determine it."""
         ...
 
     def end_marker(self, *, calls: bool) -> str:
-        """What is forced when thinking has to end, before content or before tool calls."""
+        """Return the text that is forced to end thinking before tool calls (if `calls`) or before content."""
         ...
 
     def starts_in_reasoning(self, prompt: str) -> bool | None:
-        """Whether an output after this prompt starts inside thinking; None if the prompt's end does not say."""
+        """Return whether an output starts inside thinking; None if the end of the prompt does not determine it."""
         ...
 
     def continues_in_reasoning(self, message: str) -> bool | None:
-        """The same for an output that continues a message of the assistant's."""
+        """Return whether the continuation of an assistant message starts inside thinking; None if unknown."""
         ...
 
     def parser(self, in_reasoning: bool | None, *, keeps_calls: bool, constrained: bool) -> StreamParser:
-        """A parser of one output.
+        """Create a parser of one output.
 
         Args:
-            in_reasoning: whether it starts inside thinking; None if it is unknown.
-            keeps_calls: leave tool calls in the content as they were written, for another parser.
-            constrained: the output follows the grammar of this format.
+            in_reasoning: whether the output starts inside thinking; None if unknown.
+            keeps_calls: leave tool calls in the content as written, for the tool-call parser.
+            constrained: whether the output follows the grammar of this format.
         """
         ...
 
     def grammar(self, writer: GrammarWriter, in_reasoning: bool | None, *, calls: bool) -> GrammarPrefix:
-        """What comes before a constrained output.
+        """Return the grammar of the text before a constrained output, such as thinking.
 
         Args:
             writer: writer of the model's grammars.
-            in_reasoning: whether the output starts inside thinking; None if it is unknown.
-            calls: what is constrained are tool calls, not content.
+            in_reasoning: whether the output starts inside thinking; None if unknown.
+            calls: whether the constrained output is tool calls instead of content.
         """
         ...
 
@@ -94,15 +94,15 @@ REASONING_FORMATS: Mapping[str, ReasoningFormat] = {
 
 
 def detect_reasoning(template: str) -> str | None:
-    """The format that a chat template writes, or None if it knows no thinking."""
+    """Return the name of the format that a chat template writes, or None if the template has no thinking."""
     for name, signs in _SIGNS:
         if all(sign in template for sign in signs):
             return name
     return None
 
 
-# The first whose signs all stand in the template; special cases come first. Where thinking depends on the request, a
-# format that presumes it would be wrong.
+# The first format whose signs all occur in the template is used, so special cases come first. Where a request decides
+# about thinking, a format with `force_reasoning` would be wrong.
 _SIGNS = (
     ("gpt-oss", ("<|channel|>analysis",)),
     ("kimi", ("◁think▷",)),

@@ -1,4 +1,4 @@
-"""Thinking between two tags, as most models write it."""
+"""Reasoning format of most models: thinking between two tags."""
 
 from dataclasses import dataclass
 
@@ -9,13 +9,13 @@ from jaxserve.structured.grammar import GrammarPrefix, GrammarWriter
 
 @dataclass(frozen=True, kw_only=True)
 class Tags:
-    """How a family of models marks its thinking.
+    """Reasoning format of a model family that writes thinking between two tags.
 
     Attributes:
         start, end: the tags.
-        early_end_markers: markers that end the thinking early and belong to what follows.
-        force_reasoning: the output starts inside thinking if the prompt's end does not say.
-        allows_multiple: an output may think several times.
+        early_end_markers: markers that end thinking early and are part of the content that follows.
+        force_reasoning: whether an output starts inside thinking if the end of the prompt does not determine it.
+        allows_multiple: whether an output may contain several thinking sections.
     """
 
     start: str = "<think>"
@@ -26,7 +26,7 @@ class Tags:
 
     @property
     def markers(self) -> tuple[str, ...]:
-        """Text that the parser must see even where it is a special token."""
+        """Markers that must reach the parser even if they are special tokens."""
         return (self.start, self.end, *self.early_end_markers)
 
     def end_marker(self, *, calls: bool) -> str:
@@ -34,14 +34,14 @@ class Tags:
         return self.end
 
     def starts_in_reasoning(self, prompt: str) -> bool | None:
-        """Whether an output after this prompt starts inside thinking; None if the prompt's end does not say."""
+        """See `ReasoningFormat`."""
         tail = prompt.rstrip()
         if tail.endswith(self.end):
             return False
         return True if tail.endswith(self.start) else None
 
     def continues_in_reasoning(self, message: str) -> bool | None:
-        """The same for an output that continues a message of the assistant's."""
+        """See `ReasoningFormat`."""
         start, end = message.rfind(self.start), message.rfind(self.end)
         return None if start == end == -1 else start > end
 
@@ -57,7 +57,8 @@ class Tags:
         if in_reasoning or self.force_reasoning:
             return GrammarPrefix("thinking", (rule,))
         if not writer.vocabulary.is_token(self.start):
-            # Only a model that has learnt the tag can choose to think; another would be led to it by its first letter.
+            # Without a token for the tag, the model was not trained on it, and the grammar would force it into thinking
+            # as soon as it wrote the tag's first character.
             return GrammarPrefix()
         return GrammarPrefix(f"({writer.literal(self.start)} thinking)?", (rule,))
 
@@ -87,7 +88,7 @@ class TagsParser(StreamParser):
 
     def _think(self) -> Parse[None]:
         reader, tags = self._reader, self._tags
-        # A model repeats the tag that the prompt or itself has written already.
+        # Models may repeat a start tag that the prompt or they themselves have already written.
         while True:
             space = yield from reader.space()
             if (yield from reader.accept(tags.start)) is None:

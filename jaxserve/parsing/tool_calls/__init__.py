@@ -1,1 +1,1 @@
-"""Finds tool calls in a model's output, and writes the grammars that force them. Never imports jax."""
+"""Parses tool calls in model output, and writes the grammars that enforce them. Never imports jax."""

@@ -1,4 +1,4 @@
-"""gpt-oss: a call is a message to `functions.NAME`."""
+"""Tool calls of gpt-oss: a call is a message to `functions.NAME`."""
 
 from collections.abc import Iterable, Sequence
 
@@ -24,7 +24,7 @@ class HarmonyParser(ToolCallParser):
                 raise NoCallError
             yield from self._call(header)
         elif header.complete:
-            # Not separated from the rest by a reasoning parser: its text is content.
+            # No reasoning parser has split off this message, so its text is content.
             yield from self._reader.until((END, RETURN), self._text)
 
     def _call(self, header: Header) -> Parse[None]:
@@ -36,7 +36,7 @@ class HarmonyParser(ToolCallParser):
 
 
 class HarmonySyntax:
-    """Grammars of calls as messages. A call ends its turn, so there is one."""
+    """Grammars of calls as messages. A call ends the turn, so an output has at most one."""
 
     def calls(self, writer: GrammarWriter, tools: Sequence[Tool], *, parallel: bool) -> GrammarPart:
         """See `CallSyntax`."""

@@ -21,7 +21,7 @@ class HermesParser(ToolCallParser):
 
 
 class Llama3Parser(ToolCallParser):
-    """`<|python_tag|>{"name": NAME, "parameters": {...}}`, more after `;`; the tag may be missing at the beginning."""
+    """`<|python_tag|>{"name": NAME, "parameters": {...}}`, more after `;`; an output may start without the tag."""
 
     def _calls(self) -> Parse[None]:
         self._text((yield from self._reader.space()))

@@ -1,8 +1,8 @@
-"""What the parsers of tool calls share.
+"""Base class of the tool-call parsers.
 
-A call is streamed while it is written: its name first, then its arguments while they are valid JSON. Text that looked
-like a call and is not one is content. A call that the output is cut off in is never closed. Content keeps its text,
-except white space beside calls.
+A call is streamed as it is written: first its name, then its arguments as long as they are valid JSON. Text that looked
+like a call and is not one is content. A call that is cut off by the end of the output is never closed. Content keeps
+its text, except for white space next to calls.
 """
 
 import json
@@ -18,14 +18,16 @@ _ARGUMENTS = ("arguments", "parameters")
 
 
 class NoCallError(Exception):
-    """What is being read is not a call of a declared tool."""
+    """The text being read is not a call of a declared tool."""
 
 
 class ToolCallParser(StreamParser):
-    """Base of the formats' parsers. A subclass reads calls in `_calls`, inside `_attempt` where they may be none.
+    """Base class of the formats' parsers.
+
+    A subclass reads calls in `_calls`, and wraps text that may turn out not to be a call in `_attempt`.
 
     Args:
-        tools: those that may be called.
+        tools: tools that may be called.
     """
 
     def __init__(self, tools: Sequence[Tool]) -> None:
@@ -46,7 +48,7 @@ class ToolCallParser(StreamParser):
         raise NotImplementedError
 
     def _text(self, text: str) -> None:
-        """Content; white space is held until something follows it, for beside a call it means nothing."""
+        """Emit content. White space is held back until text follows it, because it is dropped next to a call."""
         if self._after_call:
             text = text.lstrip()
         stripped = text.rstrip()
@@ -58,14 +60,14 @@ class ToolCallParser(StreamParser):
             self._held_space += text
 
     def _attempt(self, marker: str, call: Parse[None]) -> Parse[bool]:
-        """Read what `marker` announced; from where it turns out to be no call, it is content."""
+        """Read what `marker` announced. If it is not a call, the text since the last complete call is content."""
         self._reader.record(marker)
         try:
             yield from call
         except NoCallError:
             raw = self._reader.recorded()
             if self._open and self._cut_off and not self._reader.text:
-                return False  # a call without its end
+                return False  # a call that was cut off
             if self._open:
                 self._out.append(CallFailed(self._num_calls, self._held_space + raw))
                 self._held_space = ""
@@ -78,10 +80,10 @@ class ToolCallParser(StreamParser):
         return True
 
     def _start(self, name: Any, call_id: str | None = None) -> None:
-        """A call of this name begins; a name that JSON gave may be anything.
+        """Start a call of this name; a name read from JSON may be any value.
 
         Raises:
-            NoCallError: no such tool is declared.
+            NoCallError: no tool of this name is declared.
         """
         if not isinstance(name, str) or name not in self._tools:
             raise NoCallError
@@ -101,20 +103,20 @@ class ToolCallParser(StreamParser):
         self._reader.record()
 
     def _json_arguments(self) -> Parse[None]:
-        """Read the arguments of the call that has begun: an object.
+        """Read the arguments of the started call, a JSON object.
 
         Raises:
-            NoCallError: they are none.
+            NoCallError: the text is not a JSON object.
         """
         yield from self._reader.space()
         if (yield from self._reader.peek()) != "{" or not (yield from self._reader.json(self._arguments)):
             raise NoCallError
 
     def _json_call(self) -> Parse[None]:
-        """Read `{"name": NAME, "arguments": {...}}`, its keys in any order, others ignored.
+        """Read `{"name": NAME, "arguments": {...}}`, with the keys in any order; other keys are ignored.
 
         Raises:
-            NoCallError: it is not that.
+            NoCallError: the text is not such an object.
         """
         reader = self._reader
         name: Any = None
@@ -156,7 +158,7 @@ class ToolCallParser(StreamParser):
             raise NoCallError
         try:
             return json.loads("".join(parts))
-        except (ValueError, RecursionError):  # a number of thousands of digits, brackets of thousands of levels
+        except (ValueError, RecursionError):  # a number with thousands of digits, brackets nested thousands deep
             raise NoCallError from None
 
     def _expect(self, literal: str) -> Parse[None]:
@@ -165,7 +167,7 @@ class ToolCallParser(StreamParser):
 
 
 def _as_object(value: Any) -> str:
-    """Arguments as JSON text; some models write the object inside a string."""
+    """Return arguments as JSON text; some models write the object inside a string."""
     if isinstance(value, str):
         try:
             value = json.loads(value)
@@ -182,10 +184,10 @@ def _as_object(value: Any) -> str:
 
 
 def to_json(value: Any) -> str:
-    """JSON text that can be sent: half a surrogate pair stays an escape.
+    """Return JSON text that UTF-8 can encode: a lone surrogate stays an escape.
 
     Raises:
-        ValueError, TypeError, RecursionError: JSON cannot hold the value.
+        ValueError, TypeError, RecursionError: the value cannot be written as JSON.
     """
     text = json.dumps(value, ensure_ascii=False, allow_nan=False)
     try:

@@ -1,4 +1,4 @@
-"""Calls as a list of Python calls: `[f(a=1), g()]` (Llama 4 and others)."""
+"""Tool calls as a list of Python calls: `[f(a=1), g()]` (Llama 4 and others)."""
 
 import ast
 import re
@@ -15,7 +15,7 @@ _QUOTES = ("'", '"')
 
 
 class PythonicParser(ToolCallParser):
-    """The list begins the output, or stands between `<|python_start|>` and `<|python_end|>`."""
+    """A list at the start of the output, or between `<|python_start|>` and `<|python_end|>`."""
 
     def _calls(self) -> Parse[None]:
         self._text((yield from self._reader.space()))
@@ -40,7 +40,7 @@ class PythonicParser(ToolCallParser):
     def _call(self) -> Parse[None]:
         source = yield from self._source()
         try:
-            with warnings.catch_warnings(action="ignore"):  # of escapes that Python does not know
+            with warnings.catch_warnings(action="ignore"):  # about unknown escape sequences
                 call = ast.parse(source, mode="eval").body
             if not isinstance(call, ast.Call) or call.args:
                 raise NoCallError
@@ -54,7 +54,7 @@ class PythonicParser(ToolCallParser):
         self._end()
 
     def _source(self) -> Parse[str]:
-        """Text of one call up to its closing bracket."""
+        """Read the source of one call, up to its closing bracket."""
         reader = self._reader
         depth = 0
         quote = ""
@@ -82,12 +82,12 @@ class PythonicParser(ToolCallParser):
 
 
 class _JsonWords(ast.NodeTransformer):
-    """JSON's own words are taken for Python's."""
+    """Replaces JSON's `true`, `false` and `null` by Python's constants."""
 
     _values: ClassVar[dict[str, bool | None]] = {"true": True, "false": False, "null": None}
 
     def visit_Name(self, node: ast.Name) -> ast.expr:
-        """A name that JSON knows becomes its value."""
+        """Replace a name that is a JSON literal by its value."""
         return ast.Constant(self._values[node.id]) if node.id in self._values else node
 
 

@@ -1,4 +1,4 @@
-"""Tool-call formats by SGLang's names. A new one is a parser, a syntax and a line here."""
+"""Tool-call formats under SGLang's names. A new format needs a parser, a syntax and an entry here."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,13 +16,13 @@ from jaxserve.parsing.tool_calls.xml_calls import Glm45Parser, Qwen3CoderParser
 
 @dataclass(frozen=True, kw_only=True)
 class ToolCallFormat:
-    """One model family's way to call tools.
+    """The way in which a model family writes tool calls.
 
     Attributes:
-        parser: reads calls; made anew for each output.
-        syntax: writes the grammar of calls.
-        markers: text that the parser must see even where it is a special token.
-        id_characters: length of the ids that this family's templates accept; None for OpenAI's.
+        parser: creates the parser of one output.
+        syntax: writes the grammars of calls.
+        markers: markers that must reach the parser even if they are special tokens.
+        id_characters: length of the call ids that this family's templates accept; None for ids in OpenAI's format.
     """
 
     parser: Callable[[Sequence[Tool]], ToolCallParser]
@@ -143,7 +143,7 @@ TOOL_CALL_FORMATS: Mapping[str, ToolCallFormat] = {
     ),
 }  # fmt: skip
 
-# The first whose sign stands in the template.
+# The first format whose sign occurs in the template is used.
 _SIGNS = (
     ("gpt-oss", "<|channel|>"),
     ("kimi_k2", "<|tool_calls_section_begin|>"),
@@ -160,7 +160,7 @@ _SIGNS = (
 
 
 def detect_tool_calls(template: str) -> str | None:
-    """The format that a chat template writes, or None if it writes no calls."""
+    """Return the name of the format that a chat template writes, or None if it writes no calls."""
     for name, sign in _SIGNS:
         if sign in template and (name != "deepseekv3" or "<｜tool▁calls▁begin｜>" in template):
             return name

@@ -1,4 +1,4 @@
-"""Formats whose calls stand in a section of special tokens: DeepSeek V3 and V3.1, Kimi K2."""
+"""Formats whose calls form a section between special tokens: DeepSeek V3 and V3.1, Kimi K2."""
 
 import re
 
@@ -9,7 +9,7 @@ _KIMI_ID = re.compile(r"(?:functions\.)?(?P<name>[\w.-]+):(?P<index>\d+)")
 
 
 class SectionParser(ToolCallParser):
-    """Base: a section of calls between markers. A subclass reads one call in `_call`."""
+    """Base class for a section of calls between markers. A subclass reads one call in `_call`."""
 
     section_begin: str
     section_end: str
@@ -26,7 +26,7 @@ class SectionParser(ToolCallParser):
             yield from reader.space()
             marker = yield from reader.accept(self.call_begin, self.section_end)
             if marker != self.call_begin:
-                # A section without calls is none; one whose end is missing is over with its last call.
+                # A section must contain a call; a section without an end marker ends after its last call.
                 if not self._after_call:
                     raise NoCallError
                 return
@@ -38,10 +38,10 @@ class SectionParser(ToolCallParser):
         raise NotImplementedError
 
     def _until(self, marker: str) -> Parse[str]:
-        """Text before a marker of the call that is being read.
+        """Read the text before a marker of the current call.
 
         Raises:
-            NoCallError: the call ends without it.
+            NoCallError: the call ends without the marker.
         """
         parts: list[str] = []
         if (yield from self._reader.until((marker, self.call_end, self.section_end), parts.append)) != marker:
@@ -50,7 +50,7 @@ class SectionParser(ToolCallParser):
 
 
 class DeepSeekV3Parser(SectionParser):
-    """`function<｜tool▁sep｜>NAME`, a line break, and the arguments in a fence of JSON."""
+    """`function<｜tool▁sep｜>NAME`, a line break, and the arguments in a JSON code fence."""
 
     section_begin, section_end = "<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>"
     call_begin, call_end = "<｜tool▁call▁begin｜>", "<｜tool▁call▁end｜>"
@@ -74,7 +74,7 @@ class DeepSeekV31Parser(DeepSeekV3Parser):
 
 
 class KimiK2Parser(SectionParser):
-    """`functions.NAME:INDEX<|tool_call_argument_begin|>{...}`; what is before the arguments is the call's id."""
+    """`functions.NAME:INDEX<|tool_call_argument_begin|>{...}`; the text before the marker is the call's id."""
 
     section_begin, section_end = "<|tool_calls_section_begin|>", "<|tool_calls_section_end|>"
     call_begin, call_end = "<|tool_call_begin|>", "<|tool_call_end|>"

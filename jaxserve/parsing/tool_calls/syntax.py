@@ -12,27 +12,27 @@ from jaxserve.structured.grammar import GrammarPart, GrammarWriter, lark, tagged
 
 
 class CallSyntax(Protocol):
-    """How a format writes calls, as a grammar."""
+    """Writes the grammars of a tool-call format."""
 
     def calls(self, writer: GrammarWriter, tools: Sequence[Tool], *, parallel: bool) -> GrammarPart:
-        """At least one call, and nothing else; just one unless `parallel`."""
+        """Return a grammar of one call, or of one or more calls if `parallel`, and nothing else."""
         ...
 
     def text_and_calls(self, writer: GrammarWriter, tools: Sequence[Tool], *, parallel: bool) -> GrammarPart:
-        """Any text, in which each call is one of a declared tool."""
+        """Return a grammar of any text in which every call is a call of a declared tool."""
         ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class Section:
-    """Calls between markers. In the call's texts, `{name}` is the tool and `{index}` a number.
+    """Calls between markers. In `before`, `{name}` is the tool's name and `{index}` a number.
 
     Attributes:
-        begin, end: around all calls.
-        before, after: around the arguments of each.
-        separator: between two.
-        trigger: what announces calls inside text, a beginning of `begin` + `before`; empty when calls can only begin
-            an output.
+        begin, end: text around the list of calls.
+        before, after: text around the arguments of each call.
+        separator: text between two calls.
+        trigger: prefix of `begin` + `before` that announces calls inside text; empty if calls can only occur at the
+            start of an output.
         arguments: how the arguments are written.
     """
 
@@ -73,7 +73,7 @@ class Section:
     def _rules(self, writer: GrammarWriter, tools: Sequence[Tool], skip: int = 0) -> Iterable[str]:
         yield "call: " + " | ".join(f"call_{number}" for number in range(len(tools)))
         for number, tool in enumerate(tools):
-            # Only the text before the name may be skipped, so the name is filled in afterwards.
+            # The skipped text precedes the name, so the name is substituted after skipping.
             pieces = self.before[skip:].replace("{name}", tool.name).split("{index}")
             before = " /[0-9]+/ ".join(writer.literal(piece) for piece in pieces)
             yield f"call_{number}: {before} arguments_{number} {writer.literal(self.after)}"
@@ -81,15 +81,15 @@ class Section:
 
 
 class Arguments(Protocol):
-    """How the arguments of a call are written."""
+    """Writes the grammar rules of a call's arguments."""
 
     def rules(self, writer: GrammarWriter, tool: Tool, name: str) -> Iterable[str]:
-        """A rule of this name for the tool's arguments, and the rules that it needs."""
+        """Yield a rule called `name` for the tool's arguments, and the rules that it refers to."""
         ...
 
 
 class JsonArguments:
-    """One JSON object."""
+    """Arguments as one JSON object."""
 
     def rules(self, writer: GrammarWriter, tool: Tool, name: str) -> Iterable[str]:
         """See `Arguments`."""
@@ -98,7 +98,7 @@ class JsonArguments:
 
 @dataclass(frozen=True, kw_only=True)
 class TaggedArguments:
-    """One after the other between tags, strings without quotes. `{key}` is the name of an argument."""
+    """Arguments one after the other between tags, strings without quotes. `{key}` is an argument's name."""
 
     before: str
     after: str
@@ -124,7 +124,7 @@ class TaggedArguments:
                         param="tools",
                     )
                 if "minLength" in schema or "maxLength" in schema:
-                    # A text of counted characters must not look like its end.
+                    # A string of limited length must not contain the characters that the end tag starts with.
                     low, high = schema.get("minLength", 0), schema.get("maxLength", "")
                     yield f"{item}: {before} /[^<\\n]{{{low},{high}}}/ {writer.literal(self.after)}"
                 else:
@@ -142,13 +142,13 @@ _UNENFORCEABLE = frozenset({"format", "pattern"})
 
 
 def _options(schema: Any) -> list[str]:
-    """The only strings that a schema allows, if it lists them."""
+    """Return the strings that a schema allows; empty if it does not list them."""
     values: Any = [schema["const"]] if "const" in schema else schema.get("enum")
     return values if isinstance(values, list) and all(isinstance(value, str) for value in values) else []
 
 
 class KeywordArguments:
-    """Python keyword arguments whose values are JSON."""
+    """Arguments as Python keyword arguments with JSON values."""
 
     def rules(self, writer: GrammarWriter, tool: Tool, name: str) -> Iterable[str]:
         """See `Arguments`."""
@@ -167,7 +167,7 @@ class KeywordArguments:
             optional = "".join(f' (", " {item})?' for item in items[num_required:])
             yield f"{name}: " + ' ", " '.join(items[:num_required]) + optional
         else:
-            # Any of them may be the first.
+            # All are optional, and any of them may be the first.
             starts = [
                 item + "".join(f' (", " {later})?' for later in items[number + 1 :])
                 for number, item in enumerate(items)
@@ -176,12 +176,12 @@ class KeywordArguments:
 
 
 def object_schema(tool: Tool) -> dict[str, Any]:
-    """Schema of a tool's arguments, always of an object."""
+    """Return the schema of a tool's arguments, always that of an object."""
     return {**tool.parameters, "type": "object"}
 
 
 def parameters(tool: Tool) -> tuple[dict[str, Any], set[str]]:
-    """Schemas of a tool's arguments by name, and the names of those that must be there."""
+    """Return the schemas of a tool's arguments by name, and the names of the required arguments."""
     properties = tool.parameters.get("properties")
     required = tool.parameters.get("required")
     return (
@@ -191,6 +191,6 @@ def parameters(tool: Tool) -> tuple[dict[str, Any], set[str]]:
 
 
 def _with_definitions(schema: Any, tool: Tool) -> Any:
-    """A property's schema with the definitions that it may refer to."""
+    """Return a property's schema with the definitions that it may refer to."""
     definitions = {key: tool.parameters[key] for key in ("$defs", "definitions") if key in tool.parameters}
     return {**schema, **definitions} if isinstance(schema, dict) else schema

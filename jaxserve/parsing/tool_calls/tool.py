@@ -12,12 +12,12 @@ _JSON_TYPES: Mapping[type, str] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Tool:
-    """What a request declares.
+    """A function tool that a request declares.
 
     Attributes:
         name: name of the function.
-        parameters: JSON schema of its arguments, an object.
-        strict: the arguments must follow the schema.
+        parameters: JSON schema of the function's arguments, an object.
+        strict: whether the arguments must follow the schema.
     """
 
     name: str
@@ -25,7 +25,7 @@ class Tool:
     strict: bool = False
 
     def types_of(self, parameter: str) -> frozenset[str]:
-        """JSON types that a parameter may have; empty if the schema does not say."""
+        """Return the JSON types that a parameter may have; empty if the schema does not specify them."""
         properties = self.parameters.get("properties")
         schema = properties.get(parameter) if isinstance(properties, Mapping) else None
         return frozenset(self._types(schema, 0))
@@ -47,7 +47,7 @@ class Tool:
         return set().union(*(self._types(option, depth + 1) for option in options))
 
     def _resolve(self, reference: str) -> Any:
-        """What a reference inside the parameters points to, or None."""
+        """Return what a reference points to inside the parameters, or None."""
         node: Any = self.parameters
         for part in reference.removeprefix("#/").split("/"):
             node = node.get(part) if isinstance(node, Mapping) else None

@@ -1,7 +1,7 @@
 """Formats that write each argument between tags, without JSON: Qwen3-Coder, GLM 4.5.
 
-The values are typed by the tool's schema. A string is passed on while it is written; another value once it is
-complete.
+Values are converted to the types in the tool's schema. A string is streamed as it is written, any other value is
+emitted once it is complete.
 """
 
 import ast
@@ -64,13 +64,13 @@ class XmlParser(ToolCallParser):
 
 
 class Qwen3CoderParser(XmlParser):
-    """`<tool_call><function=NAME><parameter=KEY>VALUE</parameter></function></tool_call>`, on lines of their own.
+    """`<tool_call><function=NAME><parameter=KEY>VALUE</parameter></function></tool_call>`, with line breaks between.
 
     The outer tags and the last end tags may be missing.
     """
 
     def _calls(self) -> Parse[None]:
-        # A grammar of strict tools begins with the outer tag.
+        # With strict tools, only calls after the outer tag are constrained by the grammar.
         strict = any(tool.strict for tool in self._tools.values())
         markers = ("<tool_call>",) if strict else ("<tool_call>", "<function=")
         while (marker := (yield from self._reader.until(markers, self._text))) is not None:
@@ -107,7 +107,7 @@ class Qwen3CoderParser(XmlParser):
 
 
 class Glm45Parser(XmlParser):
-    """`<tool_call>NAME<arg_key>KEY</arg_key><arg_value>VALUE</arg_value></tool_call>`, on lines of their own."""
+    """`<tool_call>NAME<arg_key>KEY</arg_key><arg_value>VALUE</arg_value></tool_call>`, with line breaks between."""
 
     def _call(self) -> Parse[None]:
         reader = self._reader
@@ -129,7 +129,7 @@ class Glm45Parser(XmlParser):
 
 
 def _typed(text: str, types: frozenset[str]) -> Any:
-    """A value as its schema has it; text where it cannot be that. Where the schema does not say, JSON is JSON."""
+    """Convert a value to one of its types, or return it as text; without types, any valid JSON is converted."""
     if not types:
         types, readers = _ANY, (json.loads,)
     else:
