@@ -1,1 +1,1 @@
-"""Array functions. Imports jax and nothing of ours but itself."""
+"""JAX ops and their kernels. Imports nothing else of this project."""

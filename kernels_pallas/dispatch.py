@@ -1,7 +1,7 @@
-"""Chooses the implementation of each op once, when the engine is laid out, and gives the reason.
+"""Choice of the implementation of each op, made once when the engine is laid out, with the reason.
 
-`auto` takes the platform's own kernel and falls back to portable XLA where the kernel cannot do what is asked. A
-backend that the user named is never replaced: what it cannot do is an error.
+`auto` takes the platform's native kernel and falls back to portable XLA where that kernel does not support the config.
+A backend that the user named is never replaced: an unsupported config is an error.
 """
 
 import re
@@ -25,11 +25,11 @@ T = TypeVar("T")
 
 BackendName: TypeAlias = Literal["auto", "tpu", "gpu", "xla"]
 
-# JAX's names of the platforms, of real devices and of compile-only topologies.
+# By JAX's platform names, those of compile-only topologies included.
 PLATFORM_BACKENDS: Mapping[str, BackendName] = {"tpu": "tpu", "gpu": "gpu", "cuda": "gpu", "cpu": "xla"}
 
 
-# Multiprocessors of an H100 or H200.
+# Streaming multiprocessors (SMs) of an H100 or H200.
 HOPPER_CORES = 132
 
 
@@ -39,7 +39,7 @@ class Sampler(Protocol):
     def __call__(
         self, logits_BV: jax.Array, inputs: SamplingInputs, state: SamplingState, shard: Shard
     ) -> SampleOutput:
-        """See `kernels_pallas.sampling.api`; `shard` says which part of the vocabulary the logits cover."""
+        """See `kernels_pallas.sampling.api`; `shard` is the part of the vocabulary that the logits cover."""
         ...
 
 
@@ -48,9 +48,9 @@ class Choice(NamedTuple, Generic[T]):
 
     Attributes:
         impl: the implementation.
-        name: its backend.
+        name: the name of its backend.
         reason: why it was chosen, for the log.
-        is_fallback: it is not the platform's own backend.
+        is_fallback: whether it replaces the platform's native backend.
     """
 
     impl: T
@@ -63,7 +63,7 @@ def choose_attention(name: BackendName, config: AttentionConfig, mesh: Mesh) -> 
     """Choose the attention backend for a mesh.
 
     Raises:
-        NotImplementedError: the named backend cannot serve this config, or does not run on these devices.
+        NotImplementedError: the named backend does not support this config, or does not run on these devices.
     """
     return _choose(_ATTENTION, config, mesh, name)
 
@@ -74,7 +74,7 @@ def choose_sampler(mesh: Mesh) -> Choice[Sampler]:
 
 
 def choose_lora(modules: Collection[LoraModule], mesh: Mesh) -> Choice[LoraMatmul]:
-    """Choose the kernels for LoRA of these modules on a mesh."""
+    """Choose the LoRA kernels for these modules on a mesh."""
     return _choose(_LORA, modules, mesh)
 
 
@@ -86,16 +86,16 @@ def choose_grouped_matmul(shapes: Collection[ExpertShape], mesh: Mesh) -> Choice
 def _choose(
     makers: Mapping[BackendName, Callable[[S, Mesh], T]], spec: S, mesh: Mesh, name: BackendName = "auto"
 ) -> Choice[T]:
-    """Make the named backend, or with `auto` the platform's own, falling back to portable XLA.
+    """Make the named backend, or with `auto` the platform's native one, falling back to portable XLA.
 
     Args:
-        makers: by backend; a maker raises NotImplementedError for what it cannot do.
-        spec: what the op has to do.
+        makers: constructors by backend; a maker raises NotImplementedError for a `spec` that it does not support.
+        spec: parameters of the op.
         mesh: the devices.
         name: the backend that the user asked for.
 
     Raises:
-        NotImplementedError: the named backend cannot do it, or does not run on these devices.
+        NotImplementedError: the named backend does not support `spec`, or does not run on these devices.
     """
     platform = mesh.devices.flat[0].platform
     native = PLATFORM_BACKENDS.get(platform, "xla")
@@ -112,7 +112,7 @@ def _choose(
 
 
 def lora_rank_multiple(mesh: Mesh) -> int:
-    """The multiple to which LoRA ranks are padded on these devices."""
+    """Return the multiple to which LoRA ranks are padded on these devices."""
     return _LORA_RANK_MULTIPLES.get(PLATFORM_BACKENDS.get(mesh.devices.flat[0].platform, "xla"), 1)
 
 
@@ -131,12 +131,12 @@ def _gpu_attention(config: AttentionConfig, mesh: Mesh) -> AttentionBackend:
 
 
 def _num_cores(mesh: Mesh) -> int:
-    """Multiprocessors of a GPU; devices of a compile-only topology do not know it."""
+    """Return the number of SMs of a GPU; devices of a compile-only topology do not report it."""
     return getattr(mesh.devices.flat[0], "core_count", HOPPER_CORES)
 
 
 def _require_hopper(mesh: Mesh) -> None:
-    """Raise NotImplementedError on other GPUs: Ampere has no TMA and no wgmma, Blackwell multiplies with tcgen05."""
+    """Raise NotImplementedError unless the GPU is Hopper: Ampere has no TMA and no wgmma, Blackwell uses tcgen05."""
     device = mesh.devices.flat[0]
     if jax.__version_info__ < (0, 11):
         raise NotImplementedError(f"the GPU kernels need JAX 0.11, this is {jax.__version__}")
@@ -208,7 +208,7 @@ def _xla_grouped(_: Collection[ExpertShape], __: Mesh) -> GroupedMatmul:
     return XlaGroupedMatmul()
 
 
-# Kernels are imported when they are chosen: they need a newer JAX than portable XLA does.
+# Kernels are imported only when they are chosen: they need a newer JAX than the portable XLA code.
 _ATTENTION: Mapping[BackendName, Callable[[AttentionConfig, Mesh], AttentionBackend]] = {
     "tpu": _tpu_attention,
     "gpu": _gpu_attention,
@@ -224,7 +224,7 @@ _GROUPED: Mapping[BackendName, Callable[[Collection[ExpertShape], Mesh], Grouped
     "gpu": _gpu_grouped,
     "xla": _xla_grouped,
 }
-# What Hopper's tensor cores take at a time.
+# The K size of a wgmma instruction on 16-bit operands.
 _LORA_RANK_MULTIPLES: Mapping[BackendName, int] = {"gpu": 16}
 _SAMPLERS: Mapping[BackendName, Callable[[None, Mesh], Sampler]] = {
     "tpu": _tpu_sampler,

@@ -1,6 +1,6 @@
-"""Pallas as this project uses it: the one module to look at when a JAX release moves a name.
+"""Pallas names that this project uses: the one module to change when a JAX release moves a name.
 
-Needs JAX 0.11 or newer, so only the kernels import it, and they are imported once a backend has been chosen.
+Needs JAX 0.11 or newer, so only the kernels import it, and kernels are imported only once a backend has been chosen.
 """
 
 from typing import Any, NamedTuple
@@ -16,14 +16,14 @@ __all__ = ["TpuMemory", "pl", "plgpu", "pltpu", "tpu_memory"]
 
 
 class TpuMemory(NamedTuple):
-    """Memory on a TPU's chip, in bytes: for vectors, and for numbers read one at a time."""
+    """On-chip memory of a TPU, in bytes: vector memory (VMEM) and scalar memory (SMEM)."""
 
     vmem_bytes: int
     smem_bytes: int
 
 
 def tpu_memory(device: Any) -> TpuMemory:
-    """Memory sizes of a TPU, also of a compile-only one."""
+    """Return the memory sizes of a TPU, which may be compile-only."""
     abstract = AbstractDevice(device_kind=device.device_kind, num_cores=device.num_cores, platform="tpu")
     with jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("x",), abstract_device=abstract)):
         info = pltpu.get_tpu_info()

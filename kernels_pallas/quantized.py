@@ -1,8 +1,8 @@
-"""Matrices of small numbers with a factor for each block of them, and what they stand for.
+"""Block-quantised matrices, with one scale per block, and their dequantisation.
 
-Numbers of 4 bits lie two in a byte, the first in its lower half: a row of I numbers is I / 2 bytes.
+4-bit elements are packed two per byte, the first in the lower half: a row of I elements takes I / 2 bytes.
 
-Dimension key: O outputs, I inputs, o and i blocks of them.
+Dimension key: O outputs, I inputs, o blocks of outputs, i blocks of inputs.
 """
 
 from typing import Literal, NamedTuple, TypeAlias
@@ -14,17 +14,19 @@ from jax.typing import DTypeLike
 
 ElementType: TypeAlias = Literal["fp8", "int8", "int4", "mxfp4"]
 
-# The zero point of 4-bit integers that have no zero points of their own.
+# The zero point of int4 matrices that store no zero points.
 INT4_ZERO = 8.0
 _F32_MANTISSA_BITS = 23
 
 
 class QuantizedFormat(NamedTuple):
-    """How matrices are quantised.
+    """The quantisation format of a matrix.
 
     Attributes:
-        element_type: float8_e4m3fn, int8, 4 bits above a zero point, or float4_e2m1fn (OCP Microscaling Formats, 1.0).
-        block: rows and columns that share a factor; 0 columns are a whole row. The last ones may have fewer.
+        element_type: `fp8` is float8_e4m3fn, `int4` an unsigned 4-bit integer with a zero point, and `mxfp4`
+            float4_e2m1fn (OCP Microscaling Formats, 1.0).
+        block: number of rows and columns that share a scale; 0 columns means a whole row. The last blocks may be
+            smaller.
     """
 
     element_type: ElementType
@@ -37,17 +39,17 @@ class QuantizedFormat(NamedTuple):
 
     @property
     def per_byte(self) -> int:
-        """Values in a byte."""
+        """Elements per byte."""
         return 2 if self.element_type in ("int4", "mxfp4") else 1
 
 
 class QuantizedMatrix(NamedTuple):
-    """One matrix, or several along leading axes.
+    """One quantised matrix, or several along leading axes.
 
     Attributes:
-        values: [O, I], or [O, I / 2] of 4 bits.
-        scale_oi: the factors: floating point, or u8 exponents of two above -127 (e8m0).
-        zero_oi: u8 zero points of 4-bit integers, where each block has its own; else None.
+        values: the elements, [O, I], or [O, I / 2] bytes of packed 4-bit elements.
+        scale_oi: the scale of each block: floating point, or a u8 exponent of two with bias 127 (e8m0).
+        zero_oi: u8 zero point of each block of an int4 matrix, or None.
     """
 
     values: jax.Array
@@ -56,7 +58,7 @@ class QuantizedMatrix(NamedTuple):
 
 
 def dequantize(matrix: QuantizedMatrix, format: QuantizedFormat, dtype: DTypeLike) -> jax.Array:
-    """[O, I]: each number above its zero point, times its block's factor; products are in f32."""
+    """Return `(element - zero point) * scale` in `dtype`, [O, I]; products are in f32."""
     w_OI = _elements(matrix.values, format)
     if matrix.zero_oi is not None:
         w_OI = w_OI - _spread(matrix.zero_oi.astype(jnp.float32), format, w_OI.shape)
@@ -66,22 +68,22 @@ def dequantize(matrix: QuantizedMatrix, format: QuantizedFormat, dtype: DTypeLik
 
 
 def f32_scales(scale: jax.Array) -> jax.Array:
-    """Factors as f32; exponents become powers of two, the smallest of them zero."""
+    """Return scales in f32; u8 exponents become powers of two, except that exponent 0 becomes 0."""
     if scale.dtype != jnp.uint8:
         return scale.astype(jnp.float32)
     return lax.bitcast_convert_type(scale.astype(jnp.int32) << _F32_MANTISSA_BITS, jnp.float32)
 
 
 def float4(code: jax.Array) -> jax.Array:
-    """float4_e2m1fn of i32 0 to 15, f32: a sign, two bits of exponent and one of mantissa."""
+    """Decode float4_e2m1fn from i32 codes 0 to 15 to f32: a sign bit, two exponent bits and a mantissa bit."""
     size, half = code & 7, 126 << _F32_MANTISSA_BITS
-    # Those below 1 are subnormal: 0 and a half.
+    # Magnitudes below 1 are subnormal: 0 and 0.5.
     bits = jnp.where(size < 2, size * half, (size << (_F32_MANTISSA_BITS - 1)) + half)
     return lax.bitcast_convert_type(bits | (code & 8) << 28, jnp.float32)
 
 
 def _elements(values: jax.Array, format: QuantizedFormat) -> jax.Array:
-    """What is stored, f32[O, I]; of int4 as if the zero point were 0."""
+    """Unpack the stored elements to f32[O, I], before zero points and scales are applied."""
     if format.per_byte == 1:
         return values.astype(jnp.float32)
     code = values.astype(jnp.int32)
@@ -90,7 +92,7 @@ def _elements(values: jax.Array, format: QuantizedFormat) -> jax.Array:
 
 
 def _spread(of_block: jax.Array, format: QuantizedFormat, shape: tuple[int, ...]) -> jax.Array:
-    """A number of each block as one of each of its numbers."""
+    """Repeat the value of each block for all elements of the block."""
     (num_rows, num_columns), (rows, columns) = shape, format.block
     rows_Oi = jnp.repeat(of_block, rows, axis=0)[:num_rows] if rows > 1 else of_block
     return jnp.repeat(rows_Oi, columns, axis=1)[:, :num_columns] if columns else rows_Oi

@@ -1,7 +1,7 @@
 """Running a function on each shard of a replica.
 
-Replicas lie along the mesh axis `data`. Two more axes split a replica, `expert` and `model`. Experts lie over the
-first, and each of them over the second; everything else knows them as one.
+The mesh axis `data` holds the replicas. Two more axes, `expert` and `model`, split a replica: experts are distributed
+over `expert` and each expert is split over `model`; everything else treats the two as one axis.
 """
 
 import math
@@ -18,14 +18,14 @@ MODEL = (EXPERT, IN_EXPERT)
 
 
 def model_size(mesh: Mesh | AbstractMesh) -> int:
-    """Devices of one replica."""
+    """Return the number of devices of one replica."""
     return math.prod(mesh.shape[axis] for axis in MODEL)
 
 
 def over_model(function: Callable[..., Any], mesh: Mesh, in_specs: Any, out_specs: Any) -> Callable[..., Any]:
-    """`function` on the shards that `in_specs` make, with no axis left to the compiler.
+    """Wrap `function` to run on the shards given by `in_specs`, with all mesh axes manual.
 
-    Inside a step that is split over `data` already, that axis is taken, and the mesh in force is used.
+    Inside a step that is already split over `data`, that axis is manual already, and the current mesh is used.
     """
     current = jax.sharding.get_abstract_mesh()
     return jax.shard_map(

@@ -1,6 +1,6 @@
 """One layer of an array that stays stacked over layers.
 
-Kernels read such an array at an offset. Sliced out of the stack, a layer's part would be copied in every step.
+Kernels read such an array at an offset: slicing a layer out of the stack would copy it in every step.
 """
 
 from typing import NamedTuple
@@ -13,7 +13,7 @@ class Stacked(NamedTuple):
     """One layer of an array [L, ...].
 
     Attributes:
-        stack: the array of all layers that have such a part.
+        stack: the array, over all layers that have it.
         layer: i32 scalar, the index of this layer in the stack.
     """
 
@@ -21,26 +21,26 @@ class Stacked(NamedTuple):
     layer: jax.Array
 
     def slice(self) -> jax.Array:
-        """The layer's part, [...], copied out of the stack."""
+        """Return this layer of the array, [...], copied out of the stack."""
         return lax.dynamic_index_in_dim(self.stack, self.layer, keepdims=False)
 
     @property
     def flat(self) -> jax.Array:
-        """The first two axes of the stack as one, [L * S, ...]: the S parts of a layer follow each other."""
+        """The stack with its first two axes merged, [L * S, ...]; the S entries of a layer are consecutive."""
         return self.stack.reshape(-1, *self.stack.shape[2:])
 
     @property
     def first(self) -> jax.Array:
-        """i32 scalar, the index in `flat` at which the layer's parts begin."""
+        """i32 scalar, the index in `flat` of the layer's first entry."""
         return self.layer * self.stack.shape[1]
 
 
 class LoraPair(NamedTuple):
-    """The LoRA matrices of a module, for all slots.
+    """The LoRA A and B matrices of a module, for all slots.
 
     Attributes:
-        a: the first matrices, [L, S, ..., R, in].
-        b: the second matrices with the adapters' scales in them, [L, S, ..., R, out].
+        a: A matrices, [L, S, ..., R, in].
+        b: B matrices, multiplied by the adapters' scales, [L, S, ..., R, out].
     """
 
     a: Stacked

@@ -1,9 +1,9 @@
-"""Rows sorted into blocks that have one group each, as the kernels want them.
+"""Rows sorted by group into blocks that belong to one group each, as the kernels expect them.
 
-The rows of a group fill whole blocks, the last of them with padding, so a kernel multiplies every block by one matrix
-and a matrix that no row has is never read.
+The rows of a group fill whole blocks, the last one padded, so a kernel multiplies every block by one matrix and never
+reads the matrix of a group without rows.
 
-Dimension key: R rows, C blocks, P = C * rows of a block: places.
+Dimension key: R rows, C blocks, P = C * rows per block: block rows, padding included.
 """
 
 from typing import NamedTuple
@@ -13,11 +13,11 @@ import jax.numpy as jnp
 
 
 class Blocks(NamedTuple):
-    """Which group each block is of.
+    """The group of each block.
 
     Attributes:
-        group_C: i32; blocks that do not count repeat the last that does.
-        num_1: i32, how many count: the first ones.
+        group_C: i32; unused blocks repeat the group of the last used one.
+        num_1: i32, number of used blocks, which come first.
     """
 
     group_C: jax.Array
@@ -25,11 +25,11 @@ class Blocks(NamedTuple):
 
 
 class PermutedRows(NamedTuple):
-    """Where rows are among the blocks.
+    """The mapping between rows and block rows.
 
     Attributes:
-        row_P: i32, the row that each row of a block is; any row where there is padding.
-        block_row_R: i32, the index of each row in P; P for rows of no group.
+        row_P: i32, the row in each block row; an arbitrary row for padding.
+        block_row_R: i32, the block row of each row; P for rows without a group.
     """
 
     row_P: jax.Array
@@ -37,7 +37,7 @@ class PermutedRows(NamedTuple):
 
 
 def choose_block_rows(num_rows: int, num_groups: int, *, min_rows: int, max_rows: int) -> int:
-    """The power of two that a group's rows fill on average, between powers of two."""
+    """Round the average rows per group up to a power of two, from `min_rows` to `max_rows` (powers of two)."""
     rows = min_rows
     while rows < min(max_rows, num_rows // num_groups):
         rows *= 2
@@ -45,18 +45,18 @@ def choose_block_rows(num_rows: int, num_groups: int, *, min_rows: int, max_rows
 
 
 def most_blocks(num_rows: int, num_groups: int, block_rows: int) -> int:
-    """How many blocks rows can need, however they fall into groups."""
-    # Every group that has rows fills all but its last block.
+    """Return the maximum number of blocks that rows need, however they are distributed over groups."""
+    # Every group with rows fills all but its last block.
     return (num_rows + min(num_rows, num_groups) * (block_rows - 1)) // block_rows
 
 
 def sort_into_blocks(group_R: jax.Array, num_groups: int, block_rows: int) -> tuple[Blocks, PermutedRows]:
-    """Sort rows by their groups; those of one group keep their order.
+    """Sort rows into blocks by group; the rows of a group keep their order.
 
     Args:
-        group_R: i32, of each row; `num_groups` for none.
-        num_groups: how many there are.
-        block_rows: rows of a block.
+        group_R: i32, the group of each row; `num_groups` for rows without a group.
+        num_groups: number of groups.
+        block_rows: rows per block.
     """
     num_rows = group_R.shape[0]
     num_blocks = most_blocks(num_rows, num_groups, block_rows)
@@ -73,6 +73,6 @@ def sort_into_blocks(group_R: jax.Array, num_groups: int, block_rows: int) -> tu
     num = end_block_G[-1]
     block_C = jnp.minimum(jnp.arange(num_blocks, dtype=jnp.int32), jnp.maximum(num - 1, 0))
     group_C = jnp.searchsorted(end_block_G, block_C, side="right").astype(jnp.int32)
-    # Without any row there is no last group either.
+    # If no row has a group, `searchsorted` returns `num_groups`.
     group_C = jnp.minimum(group_C, num_groups - 1)
     return Blocks(group_C, num[None]), PermutedRows(row_P, jnp.zeros_like(block_row_R).at[order_R].set(block_row_R))

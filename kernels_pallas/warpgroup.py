@@ -1,4 +1,4 @@
-"""A warpgroup of a Hopper GPU: the matrices it multiplies, where they lie, what it knows by rows and waits for.
+"""Helpers for warpgroups of Hopper GPUs: matrix products, shared memory and register layouts, pipelines, barriers.
 
 Needs JAX 0.11 or newer, as `kernels_pallas.pallas` does.
 """
@@ -13,9 +13,9 @@ from jax import lax
 
 from kernels_pallas.pallas import pl, plgpu
 
-# Rows of a warpgroup's matrix product, fixed by the hardware.
+# Rows of a wgmma product, fixed by the hardware.
 WARPGROUP_ROWS = 64
-# How results lie in its registers, and one number for each of their rows.
+# Register layouts of a wgmma result, and of one value per row of it.
 MATRIX = plgpu.Layout.WGMMA
 ROWS = plgpu.Layout.WGMMA.reduce(1)
 
@@ -23,15 +23,15 @@ _MIN_SWIZZLE = 32
 
 
 def smem(shape: tuple[int, ...], dtype: Any, like: int | None = None) -> Any:
-    """Shared memory in the tiled, swizzled form that the tensor cores read; tiled over the last two axes.
+    """Return a shared memory type in the tiled, swizzled layout that wgmma reads; the last two axes are tiled.
 
     Args:
         shape: shape of the array.
         dtype: dtype of the array.
-        like: columns of the array that it is multiplied with, where those are fewer: both must be swizzled alike.
+        like: columns of the other operand of the product, if it has fewer: both must have the same swizzle.
     """
     bits = jnp.dtype(dtype).itemsize * 8
-    # Wider than 64 bytes, stretches of 8-bit numbers could not be read in pieces of 64 columns.
+    # With a wider swizzle than 64 bytes, 8-bit arrays could not be read in chunks of 64 columns.
     swizzle = min(plgpu.find_swizzle((like or shape[-1]) * bits), 64 if bits == 8 else 128)
     if swizzle < _MIN_SWIZZLE:
         return plgpu.SMEM(shape, dtype)
@@ -43,7 +43,7 @@ def smem(shape: tuple[int, ...], dtype: Any, like: int | None = None) -> Any:
 
 
 def product(left: Any, right: Any, width: int) -> jax.Array:
-    """[64, k] times [k, width], f32, of operands in shared memory."""
+    """Multiply [64, k] by [k, width], both in shared memory; the result is f32."""
 
     def multiply(accumulator: Any) -> jax.Array:
         plgpu.wgmma(accumulator, left, right)
@@ -53,23 +53,25 @@ def product(left: Any, right: Any, width: int) -> jax.Array:
 
 
 def meet(barrier: Any) -> None:
-    """Wait until all warpgroups that share a barrier are here."""
+    """Arrive at a barrier, and wait until all warpgroups that share it have arrived."""
     plgpu.barrier_arrive(barrier)
     plgpu.barrier_wait(barrier)
 
 
 def along_rows(x_m: jax.Array, width: int) -> jax.Array:
-    """The same value across each row."""
+    """Broadcast one value per row across the `width` columns."""
     return lax.broadcast_in_dim(x_m, (WARPGROUP_ROWS, width), [0])
 
 
 class Stages(NamedTuple):
-    """Steps whose operands arrive while those before are worked on; a step's stage is free when its work is done.
+    """A pipeline that copies the operands of later steps while earlier ones are computed.
+
+    A stage is free again when the work of its step is done.
 
     Attributes:
-        num_steps: how many there are.
-        copy: (step, stage): sends for the operands of a step.
-        arrived: barriers of the stages.
+        num_steps: number of steps.
+        copy: `copy(step, stage)` starts copying the operands of a step.
+        arrived: barriers, one per stage.
     """
 
     num_steps: jax.Array | int
@@ -77,12 +79,12 @@ class Stages(NamedTuple):
     arrived: Any
 
     def start(self) -> None:
-        """Send for the first steps."""
+        """Start the copies of the first steps."""
         for step in range(self.arrived.shape[0] - 1):
             pl.when(step < self.num_steps)(partial(self.copy, jnp.int32(step), jnp.int32(step)))
 
     def next(self, step: jax.Array) -> jax.Array:
-        """Wait for a step, the work of the one before being done; returns its stage."""
+        """Wait for the operands of a step and return its stage; the previous step's work must be done."""
         num_stages = self.arrived.shape[0]
         ahead = step + num_stages - 1
         pl.when(ahead < self.num_steps)(partial(self.copy, ahead, lax.rem(ahead, num_stages)))

@@ -1,8 +1,8 @@
-"""Write the documentation pages that are generated: flags from the arguments, the compile matrix from the tests.
+"""Write the generated documentation pages: flags from the argument parser, the compile matrix from the tests.
 
 PYTHONPATH=. python scripts/generate_docs.py [--check]
 
-With --check nothing is written; the exit code is 1 where a page is not what would be written.
+With --check nothing is written, and the exit code is 1 if a page is out of date.
 """
 
 import argparse
@@ -20,7 +20,7 @@ STEPS = ROOT / "tests" / "compile" / "test_steps.py"
 
 
 def flags() -> str:
-    """A table for each group of flags."""
+    """Return the page of flags, with a table for each group."""
     lines = [
         "# Flags",
         "",
@@ -44,7 +44,7 @@ def flags() -> str:
 
 
 def matrix() -> str:
-    """A table for each test that compiles steps, from its parameters."""
+    """Return the compile matrix, with a table for each test that compiles steps, from its parameters."""
     lines = [
         "# Compile matrix",
         "",
@@ -58,7 +58,7 @@ def matrix() -> str:
 
 
 def _tables(tree: ast.Module) -> Iterator[tuple[str, list[str], list[tuple[list[str], bool]]]]:
-    """Title, parameter names and cases of each test with a parameter `target`."""
+    """Yield title, parameter names and cases of each test with a parameter `target`."""
     constants = {
         target.id: node.value
         for node in tree.body
@@ -80,7 +80,7 @@ def _tables(tree: ast.Module) -> Iterator[tuple[str, list[str], list[tuple[list[
 
 
 def _case(node: ast.expr) -> tuple[list[str], bool]:
-    """Values of a case, and whether it is marked slow."""
+    """Return the values of a case and whether it is marked slow."""
     slow = isinstance(node, ast.Call)
     values = node.args if isinstance(node, ast.Call) else node.elts if isinstance(node, ast.Tuple) else [node]
     return [str(ast.literal_eval(value)) for value in values], slow

@@ -2,8 +2,8 @@
 
 PYTHONPATH=. python scripts/lowered_programs.py [MODEL ...] > hashes.txt
 
-The hash is one of the data flow, from a function's results back to its arguments: neither the names of Python
-functions nor the order of operations that do not depend on each other count.
+The hash covers the data flow from a function's results back to its arguments. It depends neither on the names of
+Python functions nor on the order of independent operations.
 """
 
 import os
@@ -46,12 +46,12 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "lora": {"lora": LoraConfig(max_rank=4, target_modules=("all",))},
     "lora_tp2": {"tp_size": 2, "lora": LoraConfig(max_rank=4, target_modules=("all",))},
 }
-# One of each kind of block runs with every option, the others with none.
+# One model of each kind of block runs with every option, the others only with `plain`.
 WITH_OPTIONS = ("qwen2_windows", "qwen3_moe", "gpt_oss", "deepseek_v3_fp8", "gemma3")
 
 
 def programs(model: str, options: dict[str, Any]) -> Iterator[tuple[str, jax.stages.Lowered]]:
-    """Name and lowered module of each program."""
+    """Yield the name and lowered module of each program."""
     config = EngineConfig(model_path=model, **SIZES, **options)
     hf_config = json.loads((GOLDEN / model / "config.json").read_text())
     layout = layout_model(config, hf_config, make_mesh(config.tp_size, config.dp_size, config.ep_size))
@@ -71,7 +71,7 @@ class GraphHash:
         self._done: dict[str, str] = {}
 
     def of(self, function: str) -> str:
-        """The hash of a function's results."""
+        """Return the hash of a function's results."""
         if function not in self._done:
             op = self._functions[function]
             attributes = [str(named) for name, named in _attributes(op) if name not in ("sym_name", "sym_visibility")]

@@ -1,7 +1,8 @@
-"""Writes the tiny checkpoints of tests/golden and the logits that transformers computes for them.
+"""Write the tiny checkpoints of tests/golden and the logits that transformers computes for them.
 
-Run by a maintainer where torch and transformers are installed; the results are committed. Nothing here runs in
-the tests. Usage: python scripts/make_golden.py [NAME ...]
+Maintainers run this where torch and transformers are installed and commit the results; the tests do not run it.
+
+Usage: python scripts/make_golden.py [NAME ...]
 """
 
 import json
@@ -173,12 +174,12 @@ MODELS = {
         "rope_parameters": {**YARN, "truncate": False},
     },
 }
-# One of them in several files, with an index.
+# This model is stored in several files, with an index.
 SHARDED = "qwen3"
 
 
 def quantize(folder: Path, block: int) -> None:
-    """Rewrite a checkpoint as DeepSeek's are: linear maps in float8_e4m3fn, with an f32 factor for each block."""
+    """Rewrite a checkpoint in DeepSeek's format: linear maps in float8_e4m3fn, with an f32 scale per block."""
     path, tensors = folder / "model.safetensors", {}
     for name, tensor in load_file(path).items():
         if not name.endswith("_proj.weight") and not name.endswith("kv_a_proj_with_mqa.weight"):
@@ -199,7 +200,7 @@ def quantize(folder: Path, block: int) -> None:
 
 
 def dequantize(folder: Path, plain: Path, block: int) -> None:
-    """The inverse, into another folder."""
+    """Undo `quantize`, writing to the folder `plain`."""
     tensors = load_file(folder / "model.safetensors")
     scales = {name: tensors.pop(name) for name in list(tensors) if name.endswith("_scale_inv")}
     for name, scale in scales.items():
@@ -212,12 +213,12 @@ def dequantize(folder: Path, plain: Path, block: int) -> None:
 
 
 def expand(scale: torch.Tensor, block: int) -> torch.Tensor:
-    """A factor for each number of a matrix."""
+    """Repeat the scale of each block for all of its elements."""
     return scale.repeat_interleave(block, 0).repeat_interleave(block, 1)
 
 
 def make(name: str) -> None:
-    """Build one checkpoint with random weights and run it."""
+    """Write one checkpoint with random weights, and its logits."""
     torch.manual_seed(sum(name.encode()))
     settings = dict(MODELS[name])
     block = settings.pop("fp8_block", None)
@@ -237,7 +238,7 @@ def make(name: str) -> None:
     model.save_pretrained(folder, max_shard_size="40KB" if name == SHARDED else "5GB")
     if block is not None:
         quantize(folder, block)
-        # What the file holds, multiplied out.
+        # The logits are those of the dequantised weights.
         with tempfile.TemporaryDirectory() as plain:
             dequantize(folder, Path(plain), block)
             model = AutoModelForCausalLM.from_pretrained(plain, attn_implementation="eager").eval()

@@ -1,7 +1,8 @@
-"""Trains nothing, but writes LoRA adapters as PEFT does, beside the checkpoints of tests/golden, and what they say.
+"""Write random LoRA adapters with PEFT next to the checkpoints of tests/golden, and their transcripts.
 
-Run by a maintainer where torch, transformers and peft are installed; the results are committed. Nothing here runs in
-the tests. Usage: python scripts/make_golden_adapters.py [MODEL ...]
+Maintainers run this where torch, transformers and peft are installed and commit the results; the tests do not run it.
+
+Usage: python scripts/make_golden_adapters.py [MODEL ...]
 """
 
 import sys
@@ -48,13 +49,13 @@ ADAPTERS = {
     },
 }
 NUM_TOKENS = 32
-# Least gap between the logits of the two likeliest tokens, whose magnitude is 10; the tests compute them in f32.
+# Minimum gap between the two largest logits, whose magnitude is 10; the tests compute them in f32.
 _MIN_GAP = 1e-2
 
 
 def make(model_name: str, name: str) -> None:
-    """Write one adapter with random factors, and the greedy transcripts of the model with it."""
-    # Draws in which rounding could decide are drawn again.
+    """Write one adapter with random LoRA matrices, and the greedy transcripts of the model with it."""
+    # Adapters with which rounding could decide a token are replaced, using the next seed.
     for seed in range(100):
         try:
             _make(model_name, name, seed)
@@ -65,7 +66,7 @@ def make(model_name: str, name: str) -> None:
 
 
 class _TooClose(Exception):
-    """The likeliest two tokens are nearly as likely."""
+    """The two likeliest tokens are almost equally likely."""
 
 
 def _make(model_name: str, name: str, seed: int) -> None:
@@ -92,7 +93,7 @@ def _make(model_name: str, name: str, seed: int) -> None:
 
 
 def _continue(model: torch.nn.Module, prompts: torch.Tensor) -> torch.Tensor:
-    """Greedy tokens after each prompt."""
+    """Return greedy tokens after each prompt; raise _TooClose if rounding could decide one."""
     ids = prompts
     for _ in range(NUM_TOKENS):
         with torch.no_grad():

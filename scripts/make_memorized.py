@@ -26,7 +26,7 @@ STEPS = 3000
 
 
 def write_tokenizer() -> int:
-    """Bytes and the families' own tokens; returns the size of the vocabulary."""
+    """Write a tokenizer of bytes and the families' special tokens; return its vocabulary size."""
     tokenizer = byte_tokenizer()
     tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS])
     tokenizer.save(str(FOLDER / "tokenizer.json"))
@@ -39,7 +39,7 @@ def write_tokenizer() -> int:
 
 
 def examples() -> tuple[np.ndarray, np.ndarray]:
-    """Tokens of prompt and output, i32[B, T], and which of them are to be learnt."""
+    """Return the tokens of prompts and outputs, i32[B, T], and a mask of those to learn, f32[B, T]."""
     tokenizer = load_tokenizer(FOLDER)
     rows: list[tuple[list[int], int]] = []
     for case in MEMORIZED:
@@ -58,7 +58,7 @@ def examples() -> tuple[np.ndarray, np.ndarray]:
 
 
 def logits(weights: dict[str, Any], tokens_BT: jax.Array) -> jax.Array:
-    """Llama's forward pass without a cache."""
+    """Run Llama's forward pass without a KV cache."""
 
     def norm(x: jax.Array, weight: jax.Array) -> jax.Array:
         return x * jax.lax.rsqrt(jnp.mean(x * x, -1, keepdims=True) + CONFIG["rms_norm_eps"]) * weight
@@ -91,7 +91,7 @@ def logits(weights: dict[str, Any], tokens_BT: jax.Array) -> jax.Array:
 
 
 def train(weights: dict[str, Any], tokens_BT: np.ndarray, wanted_BT: np.ndarray) -> dict[str, Any]:
-    """Adam until every token is far ahead of the second best."""
+    """Train with AdamW until every token is far ahead of the second best."""
     optimizer = optax.adamw(optax.cosine_decay_schedule(3e-3, STEPS), weight_decay=1e-4)
     state = optimizer.init(weights)
 
@@ -117,7 +117,7 @@ def train(weights: dict[str, Any], tokens_BT: np.ndarray, wanted_BT: np.ndarray)
 
 
 def main() -> int:
-    """Write the model; 1 if it has not learnt its text."""
+    """Write the model; return 1 if it has not learnt its text."""
     FOLDER.mkdir(parents=True, exist_ok=True)
     config = {
         **CONFIG, "vocab_size": write_tokenizer(), "hidden_size": HIDDEN, "intermediate_size": MLP,

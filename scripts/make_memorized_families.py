@@ -60,7 +60,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
 
 
 def write_tokenizer(family: str, folder: Path) -> None:
-    """The tokenizer of the first memorized model; as Kimi publishes it, the same tokens in a `tiktoken.model`."""
+    """Write the tokenizer of `tests/models/memorized`; for Kimi, the same tokens as a `tiktoken.model`."""
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(MODELS / "memorized" / name, folder / name)
     if family != "kimi":
@@ -81,7 +81,7 @@ def write_tokenizer(family: str, folder: Path) -> None:
 
 
 def examples(folder: Path, cases: list[Memorized]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Tokens of prompt and output [B, T], and what is to be learnt of them; -100 for what is not."""
+    """Return the tokens of prompts and outputs, [B, T], and their labels; -100 for tokens that are not learnt."""
     tokenizer = load_tokenizer(folder)
     rows: list[tuple[list[int], int]] = []
     for case in cases:
@@ -97,7 +97,7 @@ def examples(folder: Path, cases: list[Memorized]) -> tuple[torch.Tensor, torch.
 
 
 def make(family: str) -> int:
-    """Write the family's model; returns how many tokens it has not learnt."""
+    """Write the family's model; return the number of tokens that it has not learnt."""
     folder = MODELS / f"memorized_{family}"
     folder.mkdir(parents=True, exist_ok=True)
     write_tokenizer(family, folder)
@@ -120,7 +120,7 @@ def make(family: str) -> int:
             print(family, number, loss.item(), flush=True)
         if loss < SMALL_ENOUGH:
             break
-    # Stored in bf16, and run in f32.
+    # Weights are stored in bf16 and run in f32.
     model.bfloat16().save_pretrained(folder)
     (folder / "generation_config.json").unlink()
     path = folder / "config.json"

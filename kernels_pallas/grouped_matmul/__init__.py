@@ -1,1 +1,1 @@
-"""Products of sorted rows with a matrix of their own group."""
+"""Grouped matmuls: sorted rows times the matrix of their group."""

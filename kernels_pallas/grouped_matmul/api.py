@@ -1,9 +1,9 @@
-"""Products of rows with a matrix of their own group: experts, each with a few of the tokens.
+"""Grouped matmul: rows times the matrix of their group, such as experts that each have a few of the tokens.
 
-Matrices stay in the stack of all layers: a layer's are found by an offset, as its pages are in a cache. Cut out of the
-stack they would be copied, and with them those that no token has.
+Matrices stay in the stack of all layers, and kernels read a layer's matrices at an offset, like its pages in a KV
+cache. Slicing them out of the stack would copy them, including those that no token uses.
 
-Dimension key: C blocks, P places of rows in blocks, X matrices, I inputs, O outputs.
+Dimension key: C blocks, P rows of all blocks, X matrices, I inputs, O outputs.
 """
 
 from functools import partial
@@ -18,14 +18,14 @@ from kernels_pallas.token_tiles import Blocks
 
 
 class ExpertShape(NamedTuple):
-    """Sizes of the matrices that one device multiplies with; see `Matrices`.
+    """Shape of the matrices by which one device multiplies; see `Matrices`.
 
     Attributes:
-        num_outputs, num_inputs: numbers, not bytes.
-        rows_dtype: dtype of the rows that are multiplied with the matrices.
-        format: format of quantised matrices; None for others.
-        zeros: whether those have zero points of their own.
-        transposed: they are [I, O].
+        num_outputs, num_inputs: numbers of elements, not bytes.
+        rows_dtype: dtype of the rows that are multiplied by the matrices.
+        format: format of quantised matrices; None if they are not quantised.
+        zeros: whether the quantised matrices have zero points.
+        transposed: whether the matrices are [I, O].
     """
 
     num_outputs: int
@@ -37,12 +37,12 @@ class ExpertShape(NamedTuple):
 
 
 class Matrices(NamedTuple):
-    """What rows are multiplied with.
+    """The right-hand operand of a grouped matmul: stacked matrices, one per group.
 
     Attributes:
         values_XOI: the matrices.
-        scale_Xoi, zero_Xoi: scales and zero points of quantised matrices, as in `QuantizedMatrix`; None for others.
-        format: how they are quantised.
+        scale_Xoi, zero_Xoi: scales and zero points of quantised matrices, as in `QuantizedMatrix`; else None.
+        format: format of quantised matrices; else None.
     """
 
     values_XOI: jax.Array
@@ -51,7 +51,7 @@ class Matrices(NamedTuple):
     format: QuantizedFormat | None = None
 
     def matrix(self, group: jax.Array, dtype: DTypeLike) -> jax.Array:
-        """One of them, [O, I]; what is quantised is multiplied out."""
+        """Return one matrix, [O, I], dequantised if it is quantised."""
         take = partial(lax.dynamic_index_in_dim, index=group, keepdims=False)
         if self.scale_Xoi is None or self.format is None:
             return take(self.values_XOI)
@@ -60,22 +60,22 @@ class Matrices(NamedTuple):
 
 
 class GroupedMatmul(Protocol):
-    """The product of one device."""
+    """A grouped matmul on one device."""
 
     def block_rows(self, num_rows: int, num_groups: int, row_bytes: int) -> int:
-        """Rows of a block that suit so many rows of so many bytes, and groups; see `sort_into_blocks`."""
+        """Choose the rows per block for `num_rows` rows of `row_bytes` bytes in `num_groups` groups."""
         ...
 
     def __call__(self, x_PI: jax.Array, matrices: Matrices, blocks: Blocks, *, transposed: bool = False) -> jax.Array:
-        """`x W^T` of each block that counts with its group's matrix.
+        """Compute `x W^T` of each valid block with its group's matrix.
 
         Args:
-            x_PI: rows in their places.
+            x_PI: rows, sorted into blocks; see `sort_into_blocks`.
             matrices: the matrices of all groups.
-            blocks: what `x_PI` is made of; groups are numbers of matrices.
-            transposed: matrices are [X, I, O], and not quantised.
+            blocks: the blocks of `x_PI`; groups are indices of matrices.
+            transposed: whether matrices are [X, I, O]; these are not quantised.
 
         Returns:
-            [P, O] in x's dtype, sums in f32; blocks that do not count hold anything.
+            [P, O] in x's dtype, sums in f32; blocks that are not valid hold arbitrary values.
         """
         ...

@@ -1,1 +1,1 @@
-"""Low-rank updates of many adapters at once."""
+"""LoRA matmuls of a batch with many adapters."""

@@ -1,13 +1,13 @@
-"""The interface of low-rank updates: what each token's own adapter adds to linear modules (arXiv:2106.09685).
+"""The interface of LoRA matmuls: the updates that each token's adapter adds to linear modules (arXiv:2106.09685).
 
-Modules that read the same activations, such as the projections of queries, keys and values, have their first factors
-one below the other, so that they are multiplied at once.
+The A matrices of modules that read the same activations, such as the query, key and value projections, are
+concatenated along the rank, so that one product serves them all.
 
-Factors stay in the stack of all layers, where a layer's are found by an offset: cut out of it they would be copied,
-with those of slots that no token has.
+LoRA matrices stay in the stack of all layers, and kernels read a layer's matrices at an offset. Slicing them out of the
+stack would copy them, including those of slots that no token uses.
 
-Dimension key: T tokens, L layers, S slots (slot s at s - 1), X = L * S, R rank, I inputs, O outputs, G modules with the
-same inputs, J = G * R.
+Dimension key: T tokens, L layers, S slots (slot s at index s - 1), X = L * S, R rank, I inputs, O outputs, G modules
+with the same inputs, J = G * R.
 """
 
 from typing import Any, NamedTuple, Protocol
@@ -19,12 +19,12 @@ from kernels_pallas.stacked import Stacked
 
 
 class LoraModule(NamedTuple):
-    """A module that adapters may change, as one device has it.
+    """The shard on one device of a module that adapters may target.
 
     Attributes:
-        num_inputs, num_outputs: inputs and outputs of the device's shard.
-        rank: rank of the factors.
-        dtype: dtype of activations and factors.
+        num_inputs, num_outputs: number of inputs and outputs of the device's shard.
+        rank: LoRA rank.
+        dtype: dtype of activations and LoRA matrices.
     """
 
     num_inputs: int
@@ -34,44 +34,44 @@ class LoraModule(NamedTuple):
 
 
 class LoraMatmul(Protocol):
-    """An implementation of (x A^T) B with the factors of each token's slot, and 0 for slot 0.
+    """An implementation of (x A^T) B with the LoRA matrices of each token's slot, and 0 for slot 0.
 
-    Arrays may be split over the devices of a replica: an adapter's factor with that axis of its base weight (S-LoRA,
-    arXiv:2311.03285).
+    Arrays may be split over the devices of a replica: a LoRA matrix is split along the axis along which its base weight
+    is split (S-LoRA, arXiv:2311.03285).
     """
 
     def plan(self, slot_T: jax.Array, num_slots: int) -> Any:
-        """What all layers need to know of the tokens' slots.
+        """Compute the metadata of the tokens' slots that all layers share.
 
         Args:
-            slot_T: i32, in [0, S].
+            slot_T: i32, the slot of each token, in [0, S].
             num_slots: S.
         """
         ...
 
     def shrink(self, x_TI: jax.Array, a: Stacked, plan: Any, *, split: bool) -> jax.Array:
-        """Multiply by the first factors: x A^T.
+        """Multiply by the A matrices: x A^T.
 
         Args:
             x_TI: activations.
-            a: first factors [L, S, J, I], in x's dtype.
+            a: A matrices [L, S, J, I], in x's dtype.
             plan: plan of the step's tokens.
-            split: the inputs lie over `model`.
+            split: whether the inputs are split over `model`.
 
         Returns:
-            What `expand` takes, in x's dtype; sums are in f32.
+            The argument of `expand`, in x's dtype; sums are in f32.
         """
         ...
 
     def expand(self, h: jax.Array, b: Stacked, plan: Any, *, member: int, split: bool) -> jax.Array:
-        """The update of one of the modules.
+        """Compute the update of one of the modules.
 
         Args:
-            h: from `shrink`.
-            b: second factors [L, S, R, O], in h's dtype, the scale in them.
+            h: result of `shrink`.
+            b: B matrices [L, S, R, O], in h's dtype, multiplied by the adapters' scales.
             plan: plan of the step's tokens.
-            member: which module, in [0, G).
-            split: the outputs lie over `model`.
+            member: index of the module, in [0, G).
+            split: whether the outputs are split over `model`.
 
         Returns:
             [T, O] in h's dtype; sums are in f32.

@@ -1,10 +1,10 @@
-"""Low-rank updates in numpy float64, token by token."""
+"""LoRA matmuls in numpy float64, token by token."""
 
 import numpy as np
 
 
 def lora_matmul(x_TI: np.ndarray, a_SRI: np.ndarray, b_SRO: np.ndarray, slot_T: np.ndarray) -> np.ndarray:
-    """f64[T, O]; see `LoraMatmul`."""
+    """Return f64[T, O]; see `LoraMatmul`."""
     out_TO = np.zeros((len(x_TI), b_SRO.shape[-1]))
     for token, slot in enumerate(slot_T):
         if slot:

@@ -1,6 +1,6 @@
-"""The one interface that every attention backend implements.
+"""The interface that every attention backend implements.
 
-A backend owns its cache: an opaque pytree whose arrays have pages as the leading axis and hold all layers, so
+A backend owns its cache: an opaque pytree of arrays that have pages as the leading axis and contain all layers, so
 that a layer is an offset and the layers can be scanned. Callers build `AttentionMeta` once per step, let the
 backend `plan` it once, and call `attend` once per layer.
 
@@ -22,15 +22,16 @@ Plan: TypeAlias = Any
 
 
 class AttentionMeta(NamedTuple):
-    """Where each token of a step belongs. Rows that run a single token come first.
+    """Metadata of a step: the rows, pages and slots of its tokens. Rows that run a single token come first.
 
     Shapes carry meaning, too: with T = B, every row runs a single token.
 
     Attributes:
-        kv_lens_B: i32, keys a row has once this step's are written; 0 for padding rows.
-        page_table_BM: i32, the row's pages in order; entries past its length hold 0.
-        cu_q_lens_B1: i32[B + 1], first token of each row; padding rows repeat the end.
-        distribution_2: i32[2], (rows that run one token, rows that run at all).
+        kv_lens_B: i32, number of keys of each row once this step's are written; 0 for padding rows.
+        page_table_BM: i32, the pages of each row in order; entries past the row's length are 0.
+        cu_q_lens_B1: i32[B + 1], cumulative query lengths: the first token of each row, then the number of live
+            tokens, which padding rows repeat.
+        distribution_2: i32[2], (number of rows that run one token, number of live rows).
         slot_mapping_T: i32, `page_id * page_size + offset` of each token; padding tokens point past the pool.
         positions_T: i32, position of each token in its sequence.
     """
@@ -45,18 +46,18 @@ class AttentionMeta(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionConfig:
-    """What is fixed for the life of a model.
+    """Attention parameters that are fixed for the life of a model.
 
     Attributes:
         num_layers, num_q_heads, num_kv_heads, head_dim: sizes of the whole model, not of a shard.
         page_size: tokens per page.
         num_pages: pages of one layer.
         dtype: dtype of the cached keys and values.
-        scale: multiplies the scores.
-        window: keys a query sees counting itself, or None for all before it.
-        soft_cap: scores become `soft_cap * tanh(scores / soft_cap)`, or None.
-        value_dim: values are the first so many numbers of their keys, and not cached beside them; None for values of
-            their own, of `head_dim` numbers.
+        scale: softmax scale, multiplied with the scores.
+        window: sliding window: number of keys that a query sees, its own included; None for all keys up to its own.
+        soft_cap: scores become `soft_cap * tanh(scores / soft_cap)`; None for no cap.
+        value_dim: if set, a value is the first `value_dim` channels of its key and is not cached separately; if None,
+            values are separate and have `head_dim` channels.
         batch_invariant: compute every row in shapes that do not depend on the other rows.
     """
 
@@ -75,20 +76,20 @@ class AttentionConfig:
 
     @property
     def compute_dtype(self) -> Any:
-        """Dtype of queries, and of keys and values once they are read: the cache's, or bf16 where that has 8 bits."""
+        """Dtype of queries, and of keys and values once loaded: the cache's dtype, or bf16 for an 8-bit cache."""
         return self.dtype if jnp.dtype(self.dtype).itemsize > 1 else jnp.bfloat16
 
     @property
     def out_dim(self) -> int:
-        """Numbers of a head's result."""
+        """Channels of a head's output."""
         return self.head_dim if self.value_dim is None else self.value_dim
 
     def split(self, parts: int) -> "AttentionConfig":
-        """The heads of one of `parts` shards."""
+        """Return the config for the heads of one of `parts` shards."""
         return dataclasses.replace(self, num_q_heads=self.num_q_heads // parts, num_kv_heads=self.num_kv_heads // parts)
 
     def to_cache(self, x_TKH: jax.Array) -> jax.Array:
-        """Keys or values in the cache's dtype; what 8 bits cannot hold is clipped."""
+        """Cast keys or values to the cache's dtype; elements out of the range of an 8-bit dtype are clipped."""
         if jnp.dtype(self.dtype).itemsize > 1:
             return x_TKH.astype(self.dtype)
         x_TKH = x_TKH.astype(jnp.float32)
@@ -100,7 +101,7 @@ class AttentionConfig:
         return jnp.clip(x_TKH, float(info.min), float(info.max)).astype(self.dtype)
 
     def scores(self, equation: str, q: jax.Array, k: jax.Array) -> jax.Array:
-        """Scaled and capped scores in f32; `equation` is the einsum of queries and keys."""
+        """Return scaled and capped scores in f32; `equation` is the einsum of queries and keys."""
         scores = jnp.einsum(equation, q, k, preferred_element_type=jnp.float32) * self.scale
         return scores if self.soft_cap is None else self.soft_cap * jnp.tanh(scores / self.soft_cap)
 
@@ -121,27 +122,27 @@ class AttentionBackend(Protocol):
     """Rows times pages per row that a page table may have; None for any."""
 
     def cache_spec(self) -> dict[str, CacheSpec]:
-        """Arrays of the cache; pages are the leading axis of each."""
+        """Return the specs of the cache's arrays, each with pages as its leading axis."""
         ...
 
     def unpack(self, arrays: Cache) -> tuple[jax.Array, ...]:
-        """Keys, and values where they are cached beside them, [..., H] each.
+        """Return keys and, if they are cached separately, values from cache arrays, [..., H] each.
 
         Args:
-            arrays: arrays of the cache's dtypes, and with its last axis.
+            arrays: arrays with the dtypes and the last axis of the cache's arrays.
         """
         ...
 
     def pack(self, k: jax.Array, v: jax.Array) -> Cache:
-        """The inverse of `unpack`, of keys and values of any float dtype."""
+        """Convert keys and values of any float dtype to cache arrays, the inverse of `unpack`."""
         ...
 
     def writer(self) -> "AttentionBackend":
-        """A backend of the same cache for steps that only write: one query a key head, whose results are nothing."""
+        """Return a backend that only writes to the same cache: one query per key head, outputs without meaning."""
         ...
 
     def plan(self, meta: AttentionMeta) -> Plan:
-        """What `attend` needs of `meta`, computed once per step and shared by all layers of a window."""
+        """Derive what `attend` needs from `meta`, once per step for all layers with the same window."""
         ...
 
     def attend(
@@ -156,36 +157,37 @@ class AttentionBackend(Protocol):
     ) -> tuple[jax.Array, Cache]:
         """Write this step's keys and values, then attend. Donates nothing by itself; returns the new cache.
 
-        Equals, per token t of row b: `softmax(scale * q_t K_b^T + mask) V_b` over the row's keys up to
-        position t, with scores and sums in float32.
+        The output of token t of row b is `softmax(scale * q_t K_b^T + mask) V_b` over the row's keys up to the
+        position of t, with scores and sums in float32.
 
         Args:
-            q_TNH: rotated queries; padding tokens hold anything.
+            q_TNH: rotated queries; padding tokens may hold anything.
             k_TKH: rotated keys.
-            v_TKH: values; not looked at where they are part of the keys.
-            cache: as `cache_spec` says.
-            layer: i32 scalar, may be traced.
-            plan: from `plan`.
-            sinks_N: f32 extra score per query head that takes probability mass and no value, or None.
+            v_TKH: values; ignored where they are part of the keys.
+            cache: the arrays of `cache_spec`.
+            layer: i32 scalar, index of the layer; may be traced.
+            plan: the result of `plan`.
+            sinks_N: f32 attention sinks, an extra score per query head that takes probability mass but has no value; or
+                None.
 
         Returns:
-            o_TNH in q's dtype (padding tokens hold anything finite) and the cache.
+            o_TNH in q's dtype (arbitrary but finite for padding tokens) and the cache.
         """
         ...
 
 
 def pad_last_axis(x: jax.Array, size: int) -> jax.Array:
-    """The last axis with zeros after it, up to `size` numbers."""
+    """Pad the last axis with zeros to `size` elements."""
     return jnp.pad(x, ((0, 0),) * (x.ndim - 1) + ((0, size - x.shape[-1]),))
 
 
 def writing(config: AttentionConfig) -> AttentionConfig:
-    """The config of `AttentionBackend.writer`: queries see only their own key, without a decode path."""
+    """Return the config of `AttentionBackend.writer`: queries see only their own key, without a decode path."""
     return dataclasses.replace(config, num_q_heads=config.num_kv_heads, window=1, batch_invariant=True)
 
 
 def with_window(backend: AttentionBackend, window: int | None) -> AttentionBackend:
-    """The same backend and cache for layers with another window."""
+    """Return the backend, over the same cache, for layers with another window."""
     other = copy.copy(backend)
     other.config = dataclasses.replace(backend.config, window=window)
     return other

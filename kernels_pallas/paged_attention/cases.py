@@ -1,6 +1,6 @@
-"""Steps that every implementation is run on: shapes, options, and what numpy makes of them.
+"""Test steps for all implementations: shapes, options, and the results expected from numpy.
 
-Whatever no token may read is NaN: slots past a row's end, pages of no row, pages of another layer.
+Everything that no token may read is NaN: slots past a row's end, pages of no row, pages of another layer.
 """
 
 import dataclasses
@@ -14,22 +14,22 @@ import numpy as np
 from kernels_pallas.paged_attention.api import AttentionConfig, AttentionMeta
 from kernels_pallas.paged_attention.reference import paged_attention_reference
 
-# The step runs the second of two layers; the first one's pages must stay as they are.
+# The step runs the second of two layers; the pages of the first must not change.
 NUM_LAYERS, LAYER = 2, 1
 
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """One step: how many tokens each row runs, and how many keys it then has.
+    """One step: the query and key lengths of its rows, and the options of the model.
 
     Attributes:
-        q_lens, kv_lens: by row; rows that run one token come first.
+        q_lens, kv_lens: tokens that each row runs, and its keys after the step; rows that run one token come first.
         num_rows, num_tokens: rows and tokens of the bucket.
         page_size: tokens per page.
-        heads: query heads, key heads, head dim.
+        heads: (number of query heads, number of key heads, head dim).
         window, soft_cap: see `AttentionConfig`.
-        sinks: every head has one.
-        magnitude: keys and values are so large, queries so small.
+        sinks: whether every head has an attention sink.
+        magnitude: keys and values are multiplied by it, queries divided.
         value_dim: see `AttentionConfig`.
     """
 
@@ -46,7 +46,7 @@ class Case:
     value_dim: int | None = None
 
     def config(self, dtype: Any, *, batch_invariant: bool = False) -> AttentionConfig:
-        """Config of the model that this is a step of."""
+        """Return the config of the model that runs the step."""
         num_q_heads, num_kv_heads, head_dim = self.heads
         return AttentionConfig(
             num_layers=NUM_LAYERS,
@@ -69,7 +69,7 @@ class Case:
         return max([-(-length // self.page_size) for length in self.kv_lens], default=0) + 2
 
     def with_options(self, **options: Any) -> "Case":
-        """The same step with other options."""
+        """Return the same step with other options."""
         return dataclasses.replace(self, **options)
 
 
@@ -96,12 +96,12 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 
 class Step(NamedTuple):
-    """Arrays of a case, numpy but for `meta`.
+    """The arrays of a case, in numpy except for `meta`.
 
     Attributes:
-        q_TNH, k_TKH, v_TKH: f32, rounded to the dtype of the computation.
-        k_PSKH, v_PSKH: f32 pages of all layers before the step, as the cache holds them.
-        meta: the step.
+        q_TNH, k_TKH, v_TKH: f32, rounded to the compute dtype.
+        k_PSKH, v_PSKH: f32 pages of all layers before the step, rounded to the cache's dtype.
+        meta: metadata of the step.
         sinks_N: f32, or None.
     """
 
@@ -115,7 +115,7 @@ class Step(NamedTuple):
 
 
 def make_step(case: Case, config: AttentionConfig) -> Step:
-    """Random keys in shuffled pages, and the arrays that locate them."""
+    """Build a step with random keys in shuffled pages."""
     rng = np.random.default_rng(0)
     size, count = case.page_size, len(case.q_lens)
     table_BM = np.zeros((case.num_rows, case.pages_per_row), np.int32)
@@ -157,7 +157,7 @@ def make_step(case: Case, config: AttentionConfig) -> Step:
 
 
 def expected(case: Case, config: AttentionConfig, step: Step) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """What a backend should make of a step: results of its live tokens, and the pages of keys and values after it."""
+    """Return the expected outputs of a step's live tokens, and the expected pages of keys and values after it."""
     kv_lens_B, table_BM, cu_q_lens_B1 = (np.asarray(array) for array in step.meta[:3])
     live = int(cu_q_lens_B1[-1])
     pages: list[np.ndarray] = []
@@ -177,7 +177,7 @@ def expected(case: Case, config: AttentionConfig, step: Step) -> tuple[np.ndarra
 
 
 def tolerance(case: Case, config: AttentionConfig) -> float:
-    """Absolute, for values of about 1: a rounding of the probabilities and of the output, and a sum over the keys."""
+    """Return the absolute tolerance for values near 1: rounded probabilities and outputs, and a sum over the keys."""
     epsilon = float(jnp.finfo(config.compute_dtype).eps)
     keys = max(case.kv_lens, default=1)
     return 2 * epsilon + 4 * float(np.finfo(np.float32).eps) * keys**0.5
@@ -188,6 +188,6 @@ def _rounded(x: np.ndarray, dtype: Any) -> np.ndarray:
 
 
 def _cached(x_KH: np.ndarray, config: AttentionConfig) -> np.ndarray:
-    """Values as the cache holds them, f32; what was NaN is again, also in dtypes without one."""
+    """Round to the cache's dtype and return f32; NaN stays NaN, even for dtypes without NaN."""
     cached: jax.Array = config.to_cache(jnp.asarray(x_KH, jnp.float32))
     return np.where(np.isnan(x_KH), np.nan, np.asarray(cached.astype(jnp.float32)))

@@ -1,4 +1,4 @@
-"""Paged attention in plain numpy at float64: the meaning that every backend is tested against."""
+"""Paged attention in plain numpy and float64: the reference that every backend is tested against."""
 
 import numpy as np
 
@@ -16,10 +16,10 @@ def paged_attention_reference(
     config: AttentionConfig,
     sinks_N: np.ndarray | None = None,
 ) -> np.ndarray:
-    """Attend one layer whose keys and values, this step's included, are in the pages already.
+    """Attend one layer whose keys and values, this step's included, are already in the pages.
 
     Returns:
-        o_TNH, float64; tokens that belong to no row are 0.
+        o_TNH in float64; 0 for tokens that belong to no row.
     """
     o_TNH = np.zeros((*q_TNH.shape[:2], config.out_dim), np.float64)
     group = config.num_q_heads // config.num_kv_heads

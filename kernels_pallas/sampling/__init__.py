@@ -1,1 +1,1 @@
-"""Drawing the next token."""
+"""Sampling the next token."""

@@ -1,9 +1,9 @@
-"""Drawing the next token: the types that every implementation shares.
+"""Sampling the next token: the types that every implementation shares.
 
-Order of operations on a row of logits: repetition, frequency and presence penalty -> mask -> bias -> forbidden
-tokens -> temperature -> top-k and top-p on the same sorted softmax -> min-p -> draw. The draw is Gumbel-max with
-noise that is a pure function of (seed, position, token id), so a row's token depends on no neighbour, batch size or
-sharding.
+Order of operations on a row of logits: repetition, frequency and presence penalties -> mask -> bias -> forbidden
+tokens -> temperature -> top-k and top-p on the same sorted softmax -> min-p -> sampling. Sampling is Gumbel-max with
+noise that is a pure function of (seed, position, token id), so a row's token does not depend on other rows, the batch
+size or the sharding.
 
 Dimension key: B rows of logits, R rows of per-request state, V vocabulary, J entries of a padded sparse list, W words
 of a mask.
@@ -18,26 +18,26 @@ MASK_BITS = 32
 
 
 def mask_words(vocab_size: int) -> int:
-    """W: 32-bit words that hold one bit per token."""
+    """Return W, the number of 32-bit words that hold one bit per token."""
     return -(-vocab_size // MASK_BITS)
 
 
 class SamplingInputs(NamedTuple):
-    """One entry per draw. Padding draws use the neutral values and the spare state row.
+    """Sampling parameters, one entry per row of logits; padding uses neutral values and the spare state row.
 
     Attributes:
         row_B: i32 index into `SamplingState`; the last row is spare and neutral.
-        target_B: i32 token whose log-probability is wanted in place of a draw, or -1.
-        position_B: i32 position in its sequence of the token to draw.
-        seed_B2: u32[B, 2] low and high half of the seed.
+        target_B: i32 token to score instead of sampling one, or -1.
+        position_B: i32 position of the sampled token in its sequence.
+        seed_B2: u32[B, 2] low and high halves of the seed.
         temperature_B: f32; 0 is greedy.
-        top_k_B: i32, at least 1; the vocabulary size keeps all.
+        top_k_B: i32, at least 1; the vocabulary size disables top-k.
         top_p_B, min_p_B: f32.
         frequency_B, presence_B, repetition_B: f32 penalties.
-        biased_B: bool, the row of `bias` applies.
-        forbid_stops_B: bool, the row of `stop_ids` is forbidden.
-        logprobs_B: bool, log-probabilities are wanted.
-        masked_B: bool, the draw's row of the mask applies.
+        biased_B: bool, the logit bias of the state row applies.
+        forbid_stops_B: bool, the `stop_ids` of the state row are forbidden.
+        logprobs_B: bool, log-probabilities are requested.
+        masked_B: bool, the row of `mask_BW` applies.
         mask_BW: i32; bit v % 32 of word v // 32 is set where token v is allowed.
     """
 
@@ -60,11 +60,11 @@ class SamplingInputs(NamedTuple):
 
 
 class SamplingState(NamedTuple):
-    """What the device keeps per row between steps.
+    """Per-row state that the device keeps between steps.
 
     Attributes:
-        counts_RV: i32, how often each token is in the row's output.
-        bias_ids_RJ, bias_values_RJ: i32 and f32 logit bias, -inf forbids; unused entries have id V.
+        counts_RV: i32, number of times each token occurs in the row's output.
+        bias_ids_RJ, bias_values_RJ: i32 and f32 logit bias; -inf forbids a token; unused entries have id V.
         stop_ids_RJ: i32 tokens that `min_tokens` forbids; unused entries have id V.
     """
 
@@ -75,14 +75,15 @@ class SamplingState(NamedTuple):
 
 
 class SampleOutput(NamedTuple):
-    """What was drawn.
+    """Sampled tokens and their log-probabilities.
 
     Attributes:
-        token_B: i32, the drawn token, or the target.
-        finite_B: bool, False where a logit was NaN or +inf or no token was allowed: the token means nothing.
+        token_B: i32, the sampled token, or the target.
+        finite_B: bool, False where a logit is NaN or +inf or no token is allowed; the token is then meaningless.
         logprob_B: f32 log-probability of the token after penalties, mask, bias and temperature, before top-k, top-p and
-            min-p; 0 unless a draw of the step wanted it.
-        top_ids_BJ, top_logprobs_BJ: the `NUM_TOP_LOGPROBS` likeliest tokens, in order; zeros unless wanted.
+            min-p; 0 if no row of the step requests log-probabilities.
+        top_ids_BJ, top_logprobs_BJ: the `NUM_TOP_LOGPROBS` likeliest tokens, in order; where they are not requested,
+            the ids are meaningless and the log-probabilities are 0.
     """
 
     token_B: jax.Array

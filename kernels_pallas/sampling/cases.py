@@ -1,4 +1,4 @@
-"""Named steps of draws with what numpy says of them; every implementation is held against all of them."""
+"""Named sampling steps and their expected results from numpy; every implementation is tested on all of them."""
 
 from dataclasses import dataclass, field, replace
 from itertools import cycle, islice
@@ -18,10 +18,10 @@ class Sample:
 
     Attributes:
         scale: standard deviation of the logits.
-        step: logits are multiples of it, so that many are equal; 0 for none.
-        put: logits by id, such as NaN.
-        target: token whose log-probability is wanted, or -1.
-        finite: what the draw says of the row.
+        step: logits are rounded to multiples of it, so that many are equal; 0 for no rounding.
+        put: logits that are set by token id, such as NaN.
+        target: token to score instead of sampling one, or -1.
+        finite: expected `finite_B` of the row.
     """
 
     name: str
@@ -36,7 +36,7 @@ class Sample:
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """A step: draws of one vocabulary size."""
+    """A sampling step: rows with one vocabulary size."""
 
     name: str
     vocab_size: int
@@ -46,7 +46,7 @@ class Case:
         return f"{self.name}-{self.vocab_size}"
 
     def logits(self) -> np.ndarray:
-        """f32[B, V]."""
+        """Return random logits, f32[B, V]."""
         rng = np.random.default_rng(self.vocab_size)
         out = np.zeros((len(self.samples), self.vocab_size), np.float32)
         for row, sample in enumerate(self.samples):
@@ -58,10 +58,10 @@ class Case:
         return out
 
     def arrays(self, *, padded_to: int | None = None) -> tuple[SamplingInputs, SamplingState]:
-        """The device's view; the last state row is spare, and state rows are in another order than draws.
+        """Return the device arrays; the last state row is spare, and state rows are in reverse order of the samples.
 
         Args:
-            padded_to: ids that the counts have, where the shards of a vocabulary do not divide it.
+            padded_to: number of ids in `counts_RV`, if the vocabulary is not a multiple of the number of shards.
         """
         return _arrays(self, padded_to or self.vocab_size)
 
@@ -71,7 +71,7 @@ def _arrays(case: Case, width: int) -> tuple[SamplingInputs, SamplingState]:
     params = [sample.params for sample in samples]
     row_B: Any = np.arange(len(samples), dtype=np.int32)[::-1].copy()
     rows = len(samples) + 1
-    # Padding ids, and rows that are not asked for, hold anything.
+    # Counts of padding ids and of rows without penalties must not matter, so they are not zero.
     state_arrays: list[Any] = [
         np.full((rows, width), 7, np.int32),
         np.full((rows, 16), size, np.int32),
@@ -121,7 +121,7 @@ def _arrays(case: Case, width: int) -> tuple[SamplingInputs, SamplingState]:
 
 @dataclass(frozen=True)
 class Expected:
-    """What numpy draws of a row."""
+    """Expected result of a row."""
 
     token: int
     logprob: float
@@ -130,7 +130,7 @@ class Expected:
 
 
 def expected(sample: Sample, logits_V: np.ndarray) -> Expected:
-    """What numpy samples from a finite row."""
+    """Compute the expected result of a finite row with numpy."""
     adjusted_V = adjusted_logits(logits_V, sample.params)
     logprobs_V = adjusted_V - np.logaddexp.reduce(adjusted_V)
     token = sample.target if sample.target >= 0 else sample_reference(logits_V, sample.params)[0]
@@ -139,7 +139,7 @@ def expected(sample: Sample, logits_V: np.ndarray) -> Expected:
 
 
 def step_cases() -> list[Case]:
-    """Every kind of step at every size of vocabulary; all have as many rows, so that one program serves a size."""
+    """Return every kind of step at every vocabulary size; the row counts are equal, so one program serves a size."""
     cases: list[Case] = []
     for size in (17, 300, 1024, 5000):
         cases += [_plain(size), _filtered(size), _adjusted(size)]
@@ -149,7 +149,7 @@ def step_cases() -> list[Case]:
 
 
 def large_case() -> Case:
-    """The largest vocabulary, once: filters that the candidates decide, one that they do not, and log-probabilities."""
+    """Return one step of the largest vocabulary; candidates decide all of its filters but one."""
     samples = (
         Sample(name="top-k", params=RowParams(seed=1, top_k=20, top_p=0.95)),
         Sample(name="wide top-p", params=RowParams(seed=2, top_p=0.9), scale=1.0, logprobs=True),
@@ -159,7 +159,7 @@ def large_case() -> Case:
 
 
 def _plain(size: int) -> Case:
-    """Nothing but arg-maxima: greedy rows and draws from the whole row."""
+    """Rows decided by an argmax alone: greedy, or sampled from the whole vocabulary."""
     samples = (
         Sample(name="greedy", params=RowParams(temperature=0)),
         Sample(name="greedy ties", params=RowParams(temperature=0), step=4.0),
@@ -176,7 +176,7 @@ def _plain(size: int) -> Case:
 
 
 def _filtered(size: int) -> Case:
-    """Top-k, top-p, min-p and log-probabilities of logits as they are."""
+    """Top-k, top-p, min-p and log-probabilities of unadjusted logits."""
     samples = (
         Sample(name="top-k", params=RowParams(seed=1, top_k=5)),
         Sample(name="top-k beyond candidates", params=RowParams(seed=2, top_k=max(2, size // 3)), scale=0.5),
@@ -233,7 +233,7 @@ def _adjusted(size: int) -> Case:
 
 
 def _collisions(size: int) -> Case:
-    """Likely tokens whose ids are equal modulo 1024, more of them than a bucket lists."""
+    """Rows with more likely tokens in one bucket (ids equal modulo 1024) than a bucket lists."""
     ids = range(7, size, 1024)
     biased = dict.fromkeys(ids, 20.0)
     samples = (

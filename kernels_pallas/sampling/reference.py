@@ -1,4 +1,4 @@
-"""Sampling in plain numpy, one row at a time: the meaning that every implementation is tested against."""
+"""Sampling in plain numpy, one row at a time: the reference that every implementation is tested against."""
 
 from dataclasses import dataclass
 
@@ -9,7 +9,7 @@ _ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
 
 @dataclass(frozen=True, kw_only=True)
 class RowParams:
-    """One row's parameters, as `SamplingInputs` and `SamplingState` spell them."""
+    """Sampling parameters of one row; see `SamplingInputs` and `SamplingState`."""
 
     seed: int = 0
     position: int = 0
@@ -27,7 +27,7 @@ class RowParams:
 
 
 def threefry2x32_reference(key: tuple[int, int], counter: tuple[int, int]) -> tuple[int, int]:
-    """Threefry-2x32-20 on Python integers."""
+    """Compute Threefry-2x32-20 on Python integers."""
     mask = 0xFFFFFFFF
     keys = (key[0], key[1], key[0] ^ key[1] ^ 0x1BD11BDA)
     x0, x1 = (counter[0] + keys[0]) & mask, (counter[1] + keys[1]) & mask
@@ -41,7 +41,7 @@ def threefry2x32_reference(key: tuple[int, int], counter: tuple[int, int]) -> tu
 
 
 def adjusted_logits(logits_V: np.ndarray, params: RowParams) -> np.ndarray:
-    """Logits after penalties, mask, bias, forbidden tokens and temperature, float64."""
+    """Return float64 logits after penalties, mask, bias, forbidden tokens and temperature."""
     out_V = logits_V.astype(np.float64)
     for token, count in (params.counts or {}).items():
         value = out_V[token]
@@ -56,7 +56,7 @@ def adjusted_logits(logits_V: np.ndarray, params: RowParams) -> np.ndarray:
 
 
 def kept_tokens(logits_V: np.ndarray, params: RowParams) -> np.ndarray:
-    """Ids that survive top-k, top-p and min-p, likeliest first."""
+    """Return the ids that survive top-k, top-p and min-p, likeliest first."""
     order = np.argsort(-logits_V, kind="stable")
     mass = np.exp(logits_V[order] - np.logaddexp.reduce(logits_V))
     before = np.cumsum(mass) - mass
@@ -67,7 +67,7 @@ def kept_tokens(logits_V: np.ndarray, params: RowParams) -> np.ndarray:
 
 
 def sample_reference(logits_V: np.ndarray, params: RowParams) -> tuple[int, float]:
-    """Draw one token; returns it and its log-probability."""
+    """Sample one token; return it and its log-probability."""
     adjusted_V = adjusted_logits(logits_V, params)
     logprobs_V = adjusted_V - np.logaddexp.reduce(adjusted_V)
     if params.temperature == 0:

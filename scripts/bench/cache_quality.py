@@ -1,6 +1,6 @@
-"""What a cache of 8 bits costs in quality: log-probabilities of a text's tokens with it, against those without.
+"""Measure the quality loss of an 8-bit KV cache: log-probabilities of a text's tokens with and without it.
 
-Takes the flags of the server.
+Accepts the flags of the server.
 
     python scripts/bench/cache_quality.py --model-path demo --kv-cache-dtype int8 --text README.md
 """
@@ -21,7 +21,7 @@ from jaxserve.text.tokenizer import load_tokenizer
 
 
 def logprobs(config: EngineConfig, token_ids: list[int]) -> np.ndarray:
-    """f32, of each token after the first."""
+    """Return the log-probability of each token after the first, f32."""
     built = build_runner(config, lambda items, *_: items)
     built.runner.compile(lambda names: names)
     built.runner.warm_up()
@@ -46,7 +46,7 @@ def logprobs(config: EngineConfig, token_ids: list[int]) -> np.ndarray:
 
 
 def main() -> None:
-    """Print the mean of both, and how far apart they are."""
+    """Print the mean log-probability of both caches, and the differences per token."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--text", type=Path, required=True)
     parser.add_argument("--tokens", type=int, default=2048)

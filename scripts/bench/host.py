@@ -1,4 +1,4 @@
-"""Host time per step without a device: schedule + batch + update; and what a token delta costs the API side.
+"""Measure host time per step without a device (schedule + batch + update), and API time per token delta.
 
 PYTHONPATH=. python scripts/bench/host.py
 """
@@ -30,7 +30,7 @@ from tests.support.tiny import VOCAB_SIZE
 
 
 def step_times(num_rows: int, context: int, num_steps: int = 200) -> float:
-    """Median milliseconds of schedule + batch build + update with every row decoding."""
+    """Return median milliseconds of schedule + batch build + update with every row decoding."""
     page_size = 64
     pages_per_row = -(-8192 // page_size)
     num_pages = num_rows * (context // page_size + 8)
@@ -66,9 +66,9 @@ def step_times(num_rows: int, context: int, num_steps: int = 200) -> float:
 
 
 async def microseconds_per_delta(name: str, **settings: Any) -> float:
-    """From a token delta to its event's bytes on one core: detokenizer, parsers, JSON.
+    """Return microseconds from a token delta to its event's bytes on one core: detokenizer, parsers, JSON.
 
-    Each token is a character of a long answer with thinking in it, or of a tool call.
+    Each token is a character of a long answer: plain, with thinking in it, or a tool call.
     """
     server = make_server(FakeEngineClient(VOCAB_SIZE), **settings)
     builder = RequestBuilder(server.model, SeedSource(0))

@@ -1,6 +1,6 @@
-"""What adapters cost a step: the same step without and with them in turn, so that a machine's moods hit both.
+"""Measure the cost of adapters per step: the same step without and with them in turn, so noise affects both.
 
-Takes the flags of the server; the adapters of `--lora-paths` are spread over the rows.
+Accepts the flags of the server; the adapters of `--lora-paths` are spread over the rows.
 
     python scripts/bench/lora_steps.py --model-path demo --max-loras-per-batch 9 --lora-paths a=… b=… --rounds 30
 """
@@ -24,7 +24,7 @@ _FIRST_TOKEN = 100
 
 
 def plan_step(built: BuiltRunner, num_rows: int, num_tokens: int, num_adapters: int) -> SchedulerOutput:
-    """Rows that run their last `num_tokens` tokens; all begin anew, adapters in turn."""
+    """Plan a step of new rows that each run their last `num_tokens` tokens; adapters are assigned in turn."""
     num_computed = 0 if num_tokens > 1 else _CONTEXT
     num_pages = -(-(num_computed + num_tokens) // built.cache.page_size)
     slots = [1 + row % num_adapters if num_adapters else 0 for row in range(num_rows)]
@@ -46,14 +46,14 @@ def plan_step(built: BuiltRunner, num_rows: int, num_tokens: int, num_adapters: 
 
 
 def seconds(built: BuiltRunner, plan: SchedulerOutput) -> float:
-    """Seconds of one step."""
+    """Run one step and return its seconds."""
     start = time.perf_counter()
     built.runner.forward((plan,)).sample((None,)).result()
     return time.perf_counter() - start
 
 
 def main() -> None:
-    """Print a line for a decode step and one for a step of prompts."""
+    """Print a line for a decode step and one for a prefill step."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=30)
     args, flags = parser.parse_known_args()

@@ -1,6 +1,6 @@
-"""What expanding the prompts of latent attention gains: a step in both forms in turn.
+"""Measure the gain of MHA prefill for MLA models: a step in absorbed form and as MHA, in turn.
 
-Takes the flags of the server and needs the model's `config.json` only: weights are zeros, which takes as long.
+Accepts the flags of the server. Needs only the model's `config.json`: weights are zeros, which takes as long.
 
     python scripts/bench/mha_prefill.py --model-path ./deepseek-v2-lite --rounds 10
 """
@@ -28,7 +28,7 @@ _POOL_BYTES = 4 << 30
 
 
 def make_batch(model: StepModel, num_tokens: int, length: int) -> ForwardBatch:
-    """One prompt's last tokens."""
+    """Build a batch of the last `num_tokens` tokens of a prompt of `length` tokens."""
     rows = RowTable(model.layout)
     new = NewRow(row=0, sampling=SamplingParams(), seed=0)
     rows.admit(new)
@@ -45,7 +45,7 @@ def make_batch(model: StepModel, num_tokens: int, length: int) -> ForwardBatch:
 
 
 def main() -> None:
-    """Print a line for each length of a prompt."""
+    """Print a line for each prompt length."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=10)
     args, flags = parser.parse_known_args()

@@ -1,6 +1,6 @@
 """Write the model that measures serving overhead: a random two-layer Qwen3 with the demo model's tokenizer.
 
-Hidden 64, four query and two key heads of 128, MLP 128; 3.4 M weights, nearly all of them the tied embedding.
+Hidden size 64, 4 query and 2 KV heads of dim 128, MLP size 128; 3.4 M weights, nearly all in the tied embedding.
 
     python scripts/bench/overhead_model.py FOLDER
 """

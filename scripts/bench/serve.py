@@ -1,7 +1,7 @@
-"""Closed-loop load on any OpenAI-compatible server: throughput, time to first token, inter-token latency.
+"""Benchmark any OpenAI-compatible server in a closed loop: throughput, time to first token, inter-token latency.
 
-Each of CONCURRENCY clients streams one completion after the other. Prompts are random token ids, different in every
-request unless a shared prefix is asked for, so lengths are exact. The client is a bare socket reader, because it
+Each of CONCURRENCY clients streams one completion after the other. Prompts are random token ids, so lengths are exact;
+they differ in every request, except for an optional shared prefix. The client is a bare socket reader, because it
 shares the machine with the server.
 
     python scripts/bench/serve.py --concurrency 1 8 32 --input 128 --output 128 --runs 3 --save results/x.json
@@ -24,14 +24,14 @@ from urllib.parse import urlsplit
 
 @dataclass(frozen=True)
 class Load:
-    """One kind of load.
+    """The load of a run.
 
     Attributes:
-        concurrency: clients.
-        num_input, num_output: tokens of each request.
-        num_shared: leading prompt tokens that all requests have in common.
-        vocabulary: ids are drawn from [100, vocabulary).
-        fields: further fields of each body, such as a grammar.
+        concurrency: number of clients.
+        num_input, num_output: number of prompt and output tokens of each request.
+        num_shared: number of leading prompt tokens that all requests share.
+        vocabulary: token ids are sampled from [100, vocabulary).
+        fields: further fields of each request body, such as a grammar.
     """
 
     concurrency: int
@@ -44,7 +44,7 @@ class Load:
 
 @dataclass
 class Run:
-    """What a run measured; times in seconds."""
+    """The measurements of a run; times in seconds."""
 
     seconds: float = 0.0
     num_requests: int = 0
@@ -53,7 +53,7 @@ class Run:
     gaps: list[float] = field(default_factory=list[float])
 
     def row(self, load: Load) -> dict[str, float]:
-        """The table's columns."""
+        """Return a row of the table, by column."""
         tokens = self.num_requests * load.num_output
         return {
             "concurrency": load.concurrency,
@@ -68,7 +68,7 @@ class Run:
 
 
 def percentile(values: list[float], percent: float) -> float:
-    """Nearest-rank percentile; nan without values."""
+    """Return the nearest-rank percentile; nan without values."""
     if not values:
         return float("nan")
     ordered = sorted(values)
@@ -76,7 +76,7 @@ def percentile(values: list[float], percent: float) -> float:
 
 
 async def stream(url: str, model: str, load: Load, rng: random.Random, run: Run) -> None:
-    """One request; only events with text or tokens count."""
+    """Send one request and record its times; only events with text or tokens count."""
     shared = random.Random(0)
     ids = [shared.randrange(100, load.vocabulary) for _ in range(load.num_shared)]
     ids += [rng.randrange(100, load.vocabulary) for _ in range(load.num_input - load.num_shared)]
@@ -107,7 +107,7 @@ async def stream(url: str, model: str, load: Load, rng: random.Random, run: Run)
             if not line.startswith(b"data: {"):
                 continue
             now = time.perf_counter()
-            if b'"usage":{' in line.replace(b" ", b""):  # by itself, or in the last event, which has no text
+            if b'"usage":{' in line.replace(b" ", b""):  # its own event, or part of the last, which has no text
                 num_tokens = json.loads(line[6:])["usage"]["completion_tokens"]
                 continue
             (run.ttft if first else run.gaps).append(now - (start if first else last))
@@ -121,7 +121,7 @@ async def stream(url: str, model: str, load: Load, rng: random.Random, run: Run)
 
 
 async def drive(url: str, models: Sequence[str], load: Load, num_requests: int, seed: int) -> Run:
-    """A closed loop of `num_requests` in all, to each of the models in turn."""
+    """Run a closed loop of `num_requests` requests in total, sent to the models in turn."""
     run = Run()
     rng = random.Random(seed)
     left = num_requests
@@ -139,7 +139,7 @@ async def drive(url: str, models: Sequence[str], load: Load, num_requests: int, 
 
 
 def machine() -> dict[str, Any]:
-    """What the figures depend on."""
+    """Return the properties of the machine that affect the figures."""
     cpu = next(
         (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
         "",

@@ -1,8 +1,8 @@
-"""Grouped products on Hopper GPUs: a kernel over blocks of 64 rows, each with its group's matrix.
+"""Grouped matmul on Hopper GPUs: a kernel over blocks of 64 rows, each multiplied by its group's matrix.
 
-Dimension key: C blocks, P places, m rows of a block (64), X matrices, I inputs, i a step of them, O outputs, o a block
-of them. Of 4-bit matrices two inputs are one column, a byte; and the rows of a block come twice, first what meets the
-lower halves of the bytes.
+Dimension key: C blocks, P rows of all blocks, m rows of a block (64), X matrices, I inputs, i a step of them, O
+outputs, o a block of them. A column of a 4-bit matrix is one byte, that is two inputs, and each block of rows is split
+into two: the inputs of the lower halves of the bytes, followed by the inputs of the upper halves.
 """
 
 from functools import partial
@@ -29,17 +29,17 @@ from kernels_pallas.quantized import QuantizedFormat
 from kernels_pallas.token_tiles import Blocks
 from kernels_pallas.warpgroup import WARPGROUP_ROWS, Stages, smem
 
-# Inputs of a step: a row of either operand is then 128 bytes, which one swizzle spans. Fewer are
-# for factors of adapters.
+# Inputs per step: a row of either operand is then 128 bytes, the span of one swizzle. Smaller steps are for
+# LoRA matrices.
 _STEP_INPUTS = 64
 _STEPS_INPUTS = (_STEP_INPUTS, 32, 16)
-# Bytes of a step of 4-bit matrices, as many as divide a row: gpt-oss's have 1,440.
+# Bytes per step of 4-bit matrices; the largest that divides a row is used: rows of gpt-oss have 1,440.
 _STEPS_BYTES = (64, 48, 32, 16)
 _STAGES = 4
 _BLOCK_OUTPUTS = (128, 64, 32, 16)
 # Quantised matrices are converted this many rows at a time.
 _QUANTIZED_OUTPUTS = 64
-# A block of quantised matrices is two steps of one block of outputs, or a whole row.
+# A scale covers a 128 x 128 block (two steps of one block of outputs) or a whole row.
 _IN_BLOCKS = QuantizedFormat("fp8", (BLOCK_INPUTS, BLOCK_INPUTS))
 _BY_ROW = (QuantizedFormat("fp8", (1, 0)), QuantizedFormat("int8", (1, 0)))
 
@@ -58,7 +58,7 @@ def check_shape(shape: ExpertShape) -> None:
 
 
 def _multiples(format: QuantizedFormat | None) -> tuple[int, int]:
-    """Inputs and outputs that the kernel can split a matrix into."""
+    """Return the numbers that must divide the inputs and outputs of a matrix."""
     if format is None:
         return _STEPS_INPUTS[-1], _BLOCK_OUTPUTS[-1]
     if format == _IN_BLOCKS:
@@ -76,13 +76,13 @@ def _multiples(format: QuantizedFormat | None) -> tuple[int, int]:
 
 
 class _Cut(NamedTuple):
-    """How a product is cut.
+    """The tiling of a product.
 
     Attributes:
-        columns: columns of a step.
-        outputs: outputs of a block.
-        swizzled: columns that both operands' swizzle spans, where those are fewer; else None.
-        sum_up: what sums up the steps.
+        columns: columns per step.
+        outputs: outputs per block.
+        swizzled: columns that the swizzle of both operands spans, if less than a row; else None.
+        sum_up: function that sums up the steps.
     """
 
     columns: int
@@ -99,7 +99,7 @@ def _cut(matrices: Matrices, *, transposed: bool) -> _Cut:
         piece = gcd(columns, format.block[1] // 2)
         return _Cut(columns, _QUANTIZED_OUTPUTS, piece, partial(sum_up_groups, format=format, piece=piece))
     outputs = next(size for size in _BLOCK_OUTPUTS if num_outputs % size == 0)
-    max_columns = outputs if transposed else _STEP_INPUTS  # a row of the matrix must span a row's swizzle
+    max_columns = outputs if transposed else _STEP_INPUTS  # a row of the matrix must span the swizzle of x
     columns = next(size for size in _STEPS_INPUTS if num_columns % size == 0 and size <= max_columns)
     if format is not None:
         return _Cut(columns, outputs, None, sum_up_rows if format in _BY_ROW else sum_up_blocks)
@@ -117,7 +117,7 @@ class GpuGroupedMatmul:
         self._interpret = interpret
 
     def block_rows(self, num_rows: int, num_groups: int, row_bytes: int) -> int:
-        """See `GroupedMatmul`; as many as a warpgroup multiplies."""
+        """See `GroupedMatmul`; always the number of rows that a warpgroup multiplies."""
         del num_rows, num_groups, row_bytes
         return WARPGROUP_ROWS
 
@@ -155,7 +155,7 @@ def _operands(x_PI: jax.Array, matrices: Matrices, blocks: Blocks) -> Operands:
         scale = scale[:, :, 0]
     x_CmI = x_PI.reshape(-1, WARPGROUP_ROWS, x_PI.shape[1])
     if format is not None and format.per_byte == 2:
-        # Bytes are not taken apart, but the rows: those that meet the lower halves, and those that meet the upper ones.
+        # Rows are split instead of bytes: the inputs of the lower halves of the bytes, then those of the upper halves.
         x_CmI = jnp.concatenate([x_CmI[:, :, half::2] for half in range(2)], axis=1)
     return Operands(blocks, x_CmI, matrices.values_XOI, scale, matrices.zero_Xoi)
 

@@ -1,6 +1,6 @@
-"""What a block of rows and a block of a matrix's outputs sum up to on a Hopper GPU, by how the matrix is stored.
+"""Products of a block of rows and a block of outputs on Hopper GPUs, one function per format of the matrix.
 
-Dimension key as in `gpu`; B a step's columns of a 4-bit matrix, of which p share a factor.
+Dimension key as in `gpu/backend.py`; B columns per step of a 4-bit matrix, of which p share a scale.
 """
 
 from collections.abc import Callable
@@ -15,23 +15,23 @@ from kernels_pallas.quantized import INT4_ZERO, QuantizedFormat, f32_scales, flo
 from kernels_pallas.token_tiles import Blocks
 from kernels_pallas.warpgroup import MATRIX, WARPGROUP_ROWS, Stages, product
 
-# Inputs, and outputs, of a block of a matrix in blocks.
+# Inputs, and outputs, that share a scale of a block-quantised matrix.
 BLOCK_INPUTS = 128
-# Bytes as they are read to become two numbers of 16 bits each where a product wants them.
+# Register layout for loading bytes that are converted to 16-bit operands of a product.
 _BYTES = plgpu.Layout.WGMMA_UPCAST_2X
-# A number whose unit is its last bit: an integer in its lower bits is added to it.
+# An f32 whose last mantissa bit is worth 1: setting its low bits to a small integer adds that integer.
 _ABOVE = 2.0**23
 _ABOVE_BITS = 0x4B000000
 
 
 class Operands(NamedTuple):
-    """In global memory.
+    """Operands in global memory.
 
     Attributes:
-        x_CmI: rows.
+        x_CmI: rows of the blocks.
         w: matrices, [X, O, I] or, transposed, [X, I, O].
-        scale: scales of quantised matrices, [X, o, i] or, by row, [X, O]; None for others.
-        zero: zero points of 4-bit integers that have them, [X, o, i]; None for others.
+        scale: scales of quantised matrices, [X, o, i] or, with one per row, [X, O]; else None.
+        zero: zero points of 4-bit matrices that have them, [X, o, i]; else None.
     """
 
     blocks: Blocks
@@ -42,12 +42,12 @@ class Operands(NamedTuple):
 
 
 class Scratch(NamedTuple):
-    """Stages of both operands, the barriers of their arrival, and the result on its way out.
+    """Pipeline stages of both operands, the barriers for their arrival, and the result before it is stored.
 
     Attributes:
         w: stages of the matrix, [o, i] or, transposed, [i, o].
-        converted_oi: a stage of a quantised matrix, in the rows' dtype, of 4 bits the lower halves and then the upper
-            ones; else None.
+        converted_oi: a stage of a quantised matrix, converted to the rows' dtype; for 4 bits, the lower halves of the
+            bytes followed by the upper halves. None for other matrices.
     """
 
     x_mi: Any
@@ -57,12 +57,12 @@ class Scratch(NamedTuple):
     converted_oi: Any
 
 
-# f32[m, o] of all steps; the last argument is the group.
+# Returns the sum of all steps, f32[m, o]; the last argument is the group.
 SumUp: TypeAlias = Callable[[Operands, Scratch, Stages, jax.Array], jax.Array]
 
 
 def sum_up(_: Operands, scratch: Scratch, stages: Stages, __: jax.Array, *, transposed: bool) -> jax.Array:
-    """The product of all steps, f32[m, o]."""
+    """Sum up the products of all steps, f32[m, o]."""
 
     def multiply(_: jax.Array, stage: jax.Array, sum_mo: Any) -> None:
         w = scratch.w.at[stage]
@@ -72,7 +72,7 @@ def sum_up(_: Operands, scratch: Scratch, stages: Stages, __: jax.Array, *, tran
 
 
 def sum_up_blocks(operands: Operands, scratch: Scratch, stages: Stages, group: jax.Array) -> jax.Array:
-    """The same of a matrix in blocks: the result of each step is scaled."""
+    """Like `sum_up`, for block-quantised matrices: the result of each step is scaled."""
     shape, row = scratch.out_mo.shape, lax.axis_index("outputs")
 
     def scaled(step: jax.Array, part_mo: jax.Array) -> jax.Array:
@@ -83,7 +83,7 @@ def sum_up_blocks(operands: Operands, scratch: Scratch, stages: Stages, group: j
 
 
 def sum_up_rows(operands: Operands, scratch: Scratch, stages: Stages, group: jax.Array) -> jax.Array:
-    """The same of a matrix whose rows have factors: the sum is scaled."""
+    """Like `sum_up`, for matrices with a scale per row: the sum is scaled."""
     sum_mo = _sum_up_converted(scratch, stages, lambda _, part_mo: part_mo)
     shape = scratch.out_mo.shape
     outputs = pl.ds(lax.axis_index("outputs") * shape[1], shape[1])
@@ -94,7 +94,7 @@ def sum_up_rows(operands: Operands, scratch: Scratch, stages: Stages, group: jax
 def _sum_up_converted(
     scratch: Scratch, stages: Stages, scaled: Callable[[jax.Array, jax.Array], jax.Array]
 ) -> jax.Array:
-    """The product of all steps, each converted and then scaled."""
+    """Sum up the products of all steps: each step is converted, multiplied and then scaled."""
     shape = scratch.out_mo.shape
 
     def multiply(step: jax.Array, sum_mo: jax.Array) -> jax.Array:
@@ -104,7 +104,7 @@ def _sum_up_converted(
             source = scratch.w.at[stage, rows]
             w_oi = plgpu.load(source, layout=_BYTES, optimized=False)
             if jnp.issubdtype(w_oi.dtype, jnp.floating):
-                # Hopper has no instruction from 8 to 16 bits of this kind; both steps are exact.
+                # Hopper cannot convert fp8 to bf16 in one instruction; both conversions are exact.
                 w_oi = w_oi.astype(jnp.float32)
             scratch.converted_oi.at[rows][...] = plgpu.layout_cast(w_oi.astype(scratch.converted_oi.dtype), MATRIX)
         plgpu.commit_smem()
@@ -117,16 +117,16 @@ def _sum_up_converted(
 def sum_up_groups(
     operands: Operands, scratch: Scratch, stages: Stages, group: jax.Array, *, format: QuantizedFormat, piece: int
 ) -> jax.Array:
-    """The same of a matrix of 4 bits, whose factors are for numbers of one row: it is multiplied out, a step at a time.
+    """Like `sum_up`, for 4-bit matrices with a scale per group of a row: dequantised one step at a time.
 
-    A `piece` is columns that share a factor and lie side by side in shared memory.
+    A `piece` is the number of columns that share a scale and are adjacent in shared memory.
     """
     shape, num_columns = scratch.out_mo.shape, scratch.w.shape[2]
     columns_of_scale = format.block[1] // format.per_byte
     first_output = lax.axis_index("outputs") * shape[1]
 
     def of_rows(element_type: Any, row: int, column: jax.Array) -> jax.Array:
-        """What the rows of a piece have, [64, p]."""
+        """Broadcast the scale or zero point of each row over the columns of a piece, [64, p]."""
         at = 0 if columns_of_scale == 0 else lax.div(column, columns_of_scale)
         rows = pl.ds(first_output + row, WARPGROUP_ROWS)
         of_row = plgpu.load(element_type.at[group, rows, at], layout=_BYTES.reduce(1), optimized=False)
@@ -160,7 +160,7 @@ def sum_up_groups(
 
 
 def _accumulate(scratch: Scratch, stages: Stages, multiply: Callable[[jax.Array, jax.Array, Any], None]) -> jax.Array:
-    """f32[m, o] of what `multiply`, of a step, its stage and the sum, adds to the sum."""
+    """Return the sum of all steps, f32[m, o]; `multiply(step, stage, sum)` adds a step to it."""
 
     def accumulate(sum_mo: Any) -> jax.Array:
         @pl.loop(0, stages.num_steps)
@@ -174,5 +174,5 @@ def _accumulate(scratch: Scratch, stages: Stages, multiply: Callable[[jax.Array,
 
 
 def _above(integer: jax.Array) -> jax.Array:
-    """i32 of a few bits as f32 above `_ABOVE`: a fourth of the time that the conversion takes."""
+    """Return a small i32 plus `_ABOVE` as f32, in a quarter of the time that a conversion takes."""
     return lax.bitcast_convert_type(integer | _ABOVE_BITS, jnp.float32)

@@ -1,9 +1,9 @@
-"""Grouped products on TPU: a kernel over blocks of rows, which fetches each block's matrix.
+"""Grouped matmul on TPU: a kernel over blocks of rows, which fetches each block's matrix.
 
-A block's rows stay while its matrix streams by. So a matrix is fetched once for each block, and multiplied out once if
-it is quantised: blocks have as many rows as fit, where a group has as many.
+A block's rows stay in VMEM while its matrix is streamed, so a matrix is fetched, and dequantised if it is quantised,
+once per block. If groups are large enough, a block therefore has as many rows as fit.
 
-Dimension key: C blocks, P places, W rows of a block, X matrices, I inputs, O outputs, o a block of them.
+Dimension key: C blocks, P rows of all blocks, W rows of a block, X matrices, I inputs, O outputs, o a block of them.
 """
 
 from collections.abc import Callable
@@ -21,16 +21,16 @@ from kernels_pallas.quantized import INT4_ZERO, QuantizedFormat, f32_scales, flo
 from kernels_pallas.token_tiles import Blocks, choose_block_rows
 
 _LANES = 128
-# A tile of bf16 has 16 rows. Of the most, each byte of a matrix is multiplied often enough to hide its way.
+# A tile of bf16 has 16 rows. With the maximum, each byte of a matrix is used often enough to hide its transfer.
 _MIN_ROWS = 16
 _MAX_ROWS = 512
-# Bytes of a block of rows, of which there are two.
+# Bytes of a block of rows, which is double-buffered.
 _ROWS_BYTES = 8 << 20
-# Bytes of a block of a matrix, of which there are two, beside two blocks of rows and two of results.
+# Bytes of a block of a matrix; blocks of matrices, rows and results are all double-buffered.
 _BLOCK_BYTES = 4 << 20
-# Bytes that a quantised one becomes on its way, as f32 and i32, twice.
+# Bytes of temporaries per byte of a quantised matrix: f32 and i32, twice.
 _GROUPED_WORK = 16
-# Bytes of sums and of f32 operands in parts: more than all blocks if those are f32.
+# Bytes of sums and of f32 operands split into parts: more than all blocks if these are f32.
 _SPARE_BYTES = 16 << 20
 
 
@@ -102,7 +102,7 @@ class TpuGroupedMatmul:
             problem.kernel,
             grid_spec=pltpu.PrefetchScalarGridSpec(
                 num_scalar_prefetch=1,
-                # A device may have none that counts.
+                # A device may have no valid block.
                 grid=(jnp.maximum(blocks.num_1[0], 1), pl.cdiv(num_outputs, block_outputs)),
                 in_specs=[*rows, *of_matrices, *whole, *scalars],
                 out_specs=pl.BlockSpec((block_rows, block_outputs), lambda c, o, _: (c, o)),
@@ -117,16 +117,16 @@ class TpuGroupedMatmul:
 
 
 class _Problem(NamedTuple):
-    """What a kernel gets, in this order.
+    """A kernel and its operands, in the order of its arguments.
 
     Attributes:
-        kernel: its body.
-        rows: what is multiplied, [P, ...].
-        by_output: what each output of a matrix has, [X, O, ...].
-        by_input: what each input has, [X, I, O].
-        constants: that all steps share.
+        kernel: body of the kernel.
+        rows: rows to multiply, [P, ...].
+        by_output: arrays with an entry per output of a matrix, [X, O, ...].
+        by_input: arrays with an entry per input of a matrix, [X, I, O].
+        constants: arrays that all steps share.
         scalars: scalars of each matrix, [X, ...].
-        work: bytes that a step needs beside each byte of a matrix's block.
+        work: bytes that a step needs per byte of a matrix's block.
     """
 
     kernel: Callable[..., None]
@@ -144,12 +144,12 @@ def _problem(x_PI: jax.Array, matrices: Matrices) -> _Problem:
         return _Problem(_multiply_block, (x_PI,), (w_XOI,))
     if format.block[0] > 1:
         return _Problem(_multiply_scaled_block, (x_PI,), (w_XOI,), scalars=(scale_Xoi,))
-    # Bytes are not taken apart, but the rows: those that meet the lower halves, and those that meet the upper ones.
+    # Rows are split instead of bytes: the inputs of the lower halves of the bytes, then those of the upper halves.
     rows = tuple(x_PI[:, part :: format.per_byte] for part in range(format.per_byte))
     by_output = (w_XOI, scale_Xoi, *(() if zero_Xoi is None else (zero_Xoi,)))
     num_bytes, num_groups = w_XOI.shape[2], scale_Xoi.shape[2]
     group_bytes = (format.block[1] or num_bytes * format.per_byte) // format.per_byte
-    # Multiplied with a number of each group it gives one of each byte: all else is slower in a vector's lanes.
+    # A product with this matrix expands values per group to values per byte: alternatives across lanes are slower.
     group_1B = lax.broadcasted_iota(jnp.int32, (1, num_bytes), 1) // group_bytes
     spread_gB = (lax.broadcasted_iota(jnp.int32, (num_groups, 1), 0) == group_1B).astype(jnp.float32)
     kernel = partial(_multiply_grouped_block, format=format, zeros=zero_Xoi is not None)
@@ -169,14 +169,14 @@ def _multiply_block(_: Any, x_WI: Any, w_1oI: Any, out_Wo: Any) -> None:
 
 
 def _multiply_scaled_block(_: Any, x_WI: Any, w_1oI: Any, scale_1oi: Any, out_Wo: Any) -> None:
-    """As `_multiply_block`, one block of columns after the other: their results are scaled, not the matrix."""
+    """Like `_multiply_block`, one block of columns at a time: the products are scaled instead of the matrix."""
     num_rows = out_Wo.shape[1] // _LANES
     first_row, last_row = pl.program_id(1) * num_rows, scale_1oi.shape[1] - 1
 
     def multiply(column: jax.Array, sum_Wo: jax.Array) -> jax.Array:
         columns = pl.ds(pl.multiple_of(column * _LANES, _LANES), _LANES)
         part_Wo = mxu_dot(x_WI[:, columns], w_1oI[0, :, columns].astype(x_WI.dtype), contract=1)
-        # The last block of outputs may be cut.
+        # The last block of outputs may be partial.
         scales = [scale_1oi[0, jnp.minimum(first_row + row, last_row), column] for row in range(num_rows)]
         scale_1o = jnp.concatenate([jnp.full((1, _LANES), scale, jnp.float32) for scale in scales], axis=1)
         return sum_Wo + part_Wo * scale_1o
@@ -186,7 +186,7 @@ def _multiply_scaled_block(_: Any, x_WI: Any, w_1oI: Any, scale_1oi: Any, out_Wo
 
 
 def _multiply_grouped_block(_: Any, *refs: Any, format: QuantizedFormat, zeros: bool) -> None:
-    """As `_multiply_block`; each output has factors of its own, for groups of its inputs."""
+    """Like `_multiply_block`, for matrices with a scale per output and group of inputs."""
     rows_WI, of_matrix, (spread_gB, out_Wo) = refs[: format.per_byte], refs[format.per_byte : -2], refs[-2:]
     w_1oB, scale_1og = of_matrix[:2]
     spread = partial(mxu_dot, right=spread_gB[...], contract=0)

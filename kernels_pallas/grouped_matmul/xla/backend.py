@@ -1,4 +1,4 @@
-"""Grouped products in portable XLA: a loop over the blocks that count."""
+"""Grouped matmul in portable XLA: a loop over the valid blocks."""
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,7 @@ class XlaGroupedMatmul:
         return choose_block_rows(num_rows, num_groups, min_rows=_MIN_ROWS, max_rows=_MAX_ROWS)
 
     def __call__(self, x_PI: jax.Array, matrices: Matrices, blocks: Blocks, *, transposed: bool = False) -> jax.Array:
-        """See `GroupedMatmul`; blocks that do not count are zeros."""
+        """See `GroupedMatmul`; blocks that are not valid are zeros."""
         num_places, num_inputs = x_PI.shape
         block_rows = num_places // blocks.group_C.shape[0]
         equation, out_axis = ("wi,io->wo", 2) if transposed else ("wi,oi->wo", 1)

@@ -14,7 +14,7 @@ from jax import lax
 
 from kernels_pallas.pallas import pl, plgpu
 
-# A thread block's keys and values: several blocks then share a multiprocessor.
+# Maximum size of a thread block's keys and values, so that several blocks share an SM.
 _MAX_BYTES = 64 * 1024
 _MAX_TOKENS = 16
 _MAX_WIDTH = 256
@@ -28,27 +28,27 @@ def kv_update(
     pages_per_layer: int,
     interpret: Any = False,
 ) -> list[jax.Array]:
-    """Put each token's keys and values into its slot; slots past the layer's pages are padding and dropped.
+    """Write each token's keys and values to its slot; slots past the layer's pages are padding and are dropped.
 
-    The caches come back in the buffers they came in when the caller does not use the old ones again.
+    The caches are updated in place if the caller does not use the old ones again.
 
     Args:
-        new_TKH: this step's keys and values, in the cache's dtype; keys only, where values are a part of them.
-        pages_PKSH: the same in the pages of all layers.
+        new_TKH: this step's keys and values, in the cache's dtype; only keys if values are part of them.
+        pages_PKSH: the caches of keys and values: pages of all layers.
         slot_T: i32, `page_id * page_size + offset` within a layer.
         first_page: i32, first page of the layer.
-        pages_per_layer: how many pages it has.
+        pages_per_layer: number of pages of a layer.
         interpret: parameters of the GPU interpret mode, or False to compile.
     """
     num_tokens, num_heads, head_dim = new_TKH[0].shape
     dtype = new_TKH[0].dtype
     token_bytes = len(new_TKH) * num_heads * head_dim * dtype.itemsize
     tokens = math.gcd(num_tokens, min(_MAX_TOKENS, 1 << max(0, (_MAX_BYTES // token_bytes).bit_length() - 1)))
-    # Wider heads are cut, as the memory accelerator copies so many numbers of an axis at most.
+    # Wider heads are split: TMA copies at most `_MAX_WIDTH` elements of an axis.
     width = head_dim if head_dim <= _MAX_WIDTH else math.gcd(head_dim, _MAX_WIDTH)
     tiling = plgpu.TilingTransform((width,))  # pyright: ignore[reportAbstractUsage]
     buffer = plgpu.SMEM((tokens, num_heads, head_dim), dtype, transforms=() if width == head_dim else (tiling,))
-    # A fresh function per call: one that is reused with another grid keeps its first trace.
+    # Every call needs a new function: a function that is reused with another grid keeps its first trace.
     write = plgpu.kernel(
         partial(_write_block, tokens=tokens, pages_per_layer=pages_per_layer),
         out_type=(),
@@ -58,7 +58,7 @@ def kv_update(
         kernel_name="kv_update",
         interpret=interpret,
     )
-    # Written through references, so that the compiler aliases the caches instead of copying them.
+    # The caches are written through refs, so that the compiler aliases them instead of copying.
     refs = [jax.new_ref(pages) for pages in pages_PKSH]
     write(list(new_TKH), refs, slot_T, first_page[None])
     return [jax.freeze(ref) for ref in refs]
@@ -75,7 +75,7 @@ def _write_block(
     tokens: int,
     pages_per_layer: int,
 ) -> None:
-    """Bring one block's tokens in with one copy, send each to its slot with one copy for all heads."""
+    """Load a block's tokens in one copy, then write each token to its slot in one copy for all heads."""
     page_size = pages_PKSH[0].shape[2]
     start = lax.axis_index("block") * tokens
     for new, buffer in zip(new_TKH, buffers_WKH, strict=True):

@@ -1,4 +1,4 @@
-"""Low-rank updates by kernels that each work on one device's shard.
+"""LoRA matmuls by kernels that each run on one device's shard.
 
 Dimension key: T tokens, L layers, S slots, X = L * S, R rank, I inputs, O outputs, J = modules with the same
 inputs * R.
@@ -17,7 +17,7 @@ from kernels_pallas.stacked import Stacked
 
 
 class Kernels(NamedTuple):
-    """What one device does.
+    """The functions that run on one device.
 
     Attributes:
         plan: (slot_T, num_slots) -> a tree of arrays.
@@ -31,10 +31,10 @@ class Kernels(NamedTuple):
 
 
 class ShardedLora:
-    """A `LoraMatmul`.
+    """A `LoraMatmul` that runs kernels on the shards of a mesh.
 
     Args:
-        kernels: kernels of a device.
+        kernels: kernels of one device.
         mesh: mesh of the devices.
     """
 
@@ -47,7 +47,7 @@ class ShardedLora:
         return self._kernels.plan(slot_T, num_slots)
 
     def shrink(self, x_TI: jax.Array, a: Stacked, plan: Any, *, split: bool) -> jax.Array:
-        """See `LoraMatmul`; [T, J]."""
+        """See `LoraMatmul`; returns [T, J]."""
         axis = MODEL if split else None
 
         def run(x_TI: jax.Array, a: Stacked, plan: Any) -> jax.Array:
@@ -67,5 +67,5 @@ class ShardedLora:
 
 
 def _matrix_specs(axis: Any) -> Any:
-    """Specs of factors whose last axis is split over `axis`."""
+    """Return the specs of LoRA matrices whose last axis is split over `axis`."""
     return Stacked(P(None, None, None, axis), P())  # pyright: ignore[reportArgumentType]  # specs instead of arrays

@@ -1,7 +1,7 @@
-"""Which slots the tokens of each block have: a block is multiplied by their factors and no others.
+"""The slots that the tokens of each block use: a block is multiplied by the LoRA matrices of these slots only.
 
-Tokens stay where they are. Those of a prompt lie together, so most blocks have one slot; a decoding step is one block
-or a few, which every slot's rows are spread over anyway, so sorting them would only move them.
+Tokens are not sorted by slot. The tokens of a prompt are adjacent, so most blocks use one slot; a decode step has one
+or a few blocks, over which the rows of every slot are spread anyway, so sorting would gain nothing.
 
 Dimension key: T tokens, C blocks, S slots without slot 0, U pairs of a block and a slot.
 """
@@ -13,11 +13,11 @@ import jax.numpy as jnp
 
 
 class SlotPairs(NamedTuple):
-    """Pairs of a block and one of its slots, those of a block together.
+    """Pairs of a block and one of its slots; the pairs of a block are adjacent.
 
     Attributes:
-        block_U, slot_U: i32; the slot is the index into the factors.
-        num_1: i32, how many there are; at least 1, which may be one that no token has.
+        block_U, slot_U: i32; the slot is an index into the LoRA matrices.
+        num_1: i32, number of valid pairs; at least 1, even if no token uses that slot.
     """
 
     block_U: jax.Array
@@ -29,8 +29,8 @@ class SlotLists(NamedTuple):
     """The slots of each block.
 
     Attributes:
-        slot_CS: i32, indices into the factors, those that count first.
-        num_C: i32, how many count.
+        slot_CS: i32, indices into the LoRA matrices; the valid ones come first.
+        num_C: i32, number of valid slots of each block.
     """
 
     slot_CS: jax.Array
@@ -38,7 +38,7 @@ class SlotLists(NamedTuple):
 
 
 def slot_pairs(slot_T: jax.Array, num_slots: int, block_tokens: int) -> SlotPairs:
-    """Find the pairs."""
+    """Find the pairs of blocks and slots."""
     present_CS = _present(slot_T, num_slots, block_tokens)
     pair_U = jnp.nonzero(present_CS.reshape(-1), size=present_CS.size, fill_value=0)[0].astype(jnp.int32)
     num = jnp.maximum(jnp.sum(present_CS, dtype=jnp.int32), 1)

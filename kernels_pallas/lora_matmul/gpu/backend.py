@@ -1,11 +1,11 @@
-"""Low-rank updates on Hopper GPUs: two kernels over blocks of 64 tokens, which go through the slots of their tokens.
+"""LoRA matmuls on Hopper GPUs: two kernels over blocks of 64 tokens, which loop over the slots of their tokens.
 
-The factors of a slot are fetched when a token of the block has it. As a row has one slot only, nothing is added up over
-slots: each slot's product is kept for its own rows.
+The LoRA matrices of a slot are fetched only if a token of the block uses it. Since a row has one slot, nothing is
+summed over slots: each slot's product is kept only for the rows of that slot.
 
 Dimension key: T tokens, m tokens of a block (64), C blocks, S slots (without slot 0), X those of all layers, R rank,
-I inputs, O outputs, i and o blocks of them, K parts that the inputs are cut to, J = modules with the same inputs * R,
-j a part of it.
+I inputs, O outputs, i and o blocks of them, K parts into which the inputs are split, J = modules with the same
+inputs * R, j a part of it.
 """
 
 from functools import partial
@@ -23,21 +23,21 @@ from kernels_pallas.pallas import pl, plgpu
 from kernels_pallas.stacked import Stacked
 from kernels_pallas.warpgroup import MATRIX, WARPGROUP_ROWS, Stages, along_rows, product, smem
 
-# Inputs of a step: a row of the tokens' tile and of a factor's are then 128 bytes, which one swizzle spans.
+# Inputs per step: a row of the token tile and of the A tile is then 128 bytes, the span of one swizzle.
 _STEP_INPUTS = 64
 _STAGES = 4
 _BLOCK_OUTPUTS = (128, 64)
-# What a product of the tensor cores takes along the rank, and what the registers hold of it.
+# The granularity of the rank in a tensor core product, and the maximum rank that fits in registers.
 _RANK_MULTIPLE = 16
 _MAX_RANK = 128
 
 
 def make_lora_matmul(mesh: Mesh, num_cores: int, interpret: Any = False) -> ShardedLora:
-    """The kernels on a mesh.
+    """Make the LoRA matmul of a mesh.
 
     Args:
         mesh: mesh of the devices.
-        num_cores: multiprocessors of a device.
+        num_cores: number of SMs of a device.
         interpret: parameters of the GPU interpret mode, or False to compile.
     """
     kernels = Kernels(
@@ -47,7 +47,7 @@ def make_lora_matmul(mesh: Mesh, num_cores: int, interpret: Any = False) -> Shar
 
 
 def check_module(module: LoraModule) -> None:
-    """Raise NotImplementedError for a module that the kernels cannot serve."""
+    """Raise NotImplementedError for a module that the kernels do not support."""
     num_inputs, num_outputs, rank, dtype = module
     if dtype != jnp.bfloat16:
         raise NotImplementedError(f"adapters in {dtype}: the kernels multiply bfloat16")
@@ -64,8 +64,8 @@ class TokenSlots(NamedTuple):
     """The tokens' slots, by token and by block.
 
     Attributes:
-        slot_Cm: i32; the last block is filled up with slot 0.
-        slots: adapter slot of each block.
+        slot_Cm: i32, the slot of each token; the last block is padded with slot 0.
+        slots: the slots of each block.
     """
 
     slot_Cm: Any
@@ -87,7 +87,7 @@ class _ShrinkInputs(NamedTuple):
 
 
 class _ShrinkScratch(NamedTuple):
-    """Stages of both operands, the barriers of their arrival, and the result on its way out."""
+    """Pipeline stages of both operands, the barriers for their arrival, and the result before it is stored."""
 
     x_mi: Any
     a_ji: Any
@@ -96,12 +96,12 @@ class _ShrinkScratch(NamedTuple):
 
 
 def shrink(x_TI: jax.Array, a: Stacked, plan: TokenSlots, *, num_cores: int, interpret: Any = False) -> jax.Array:
-    """(x A^T) of each token's slot, f32[T, J], and 0 for slot 0."""
+    """Return x A^T with the A matrices of each token's slot, f32[T, J], and 0 for slot 0."""
     (num_tokens, num_inputs), joint_rank = x_TI.shape, a.stack.shape[2]
     inputs = _ShrinkInputs(plan, a.first[None], _to_blocks(x_TI), a.flat)
     part_rank = max(size for size in range(_RANK_MULTIPLE, _MAX_RANK + 1, _RANK_MULTIPLE) if joint_rank % size == 0)
     num_blocks, num_rank_parts, num_steps = inputs.x_CmI.shape[0], joint_rank // part_rank, num_inputs // _STEP_INPUTS
-    # A step of decoding has few blocks: their inputs are cut, so that all multiprocessors work.
+    # A decode step has few blocks: their inputs are split, so that all SMs are busy.
     num_parts = max(1, min(num_steps, num_cores // (num_blocks * num_rank_parts)))
     kernel = plgpu.kernel(
         partial(_shrink_block, steps_per_part=-(-num_steps // num_parts), num_steps=num_steps),
@@ -170,7 +170,7 @@ class _ExpandInputs(NamedTuple):
 
 
 class _ExpandScratch(NamedTuple):
-    """The tokens' tile and its barrier, stages of the factors, and the result on its way out."""
+    """The token tile and its barrier, pipeline stages of B with theirs, and the result before it is stored."""
 
     h_mR: Any
     h_arrived: Any
@@ -180,7 +180,10 @@ class _ExpandScratch(NamedTuple):
 
 
 def expand(h_TJ: jax.Array, b: Stacked, plan: TokenSlots, member: int = 0, *, interpret: Any = False) -> jax.Array:
-    """(h B) of each token's slot, [T, O] in h's dtype, and 0 for slot 0; h is the `member`-th of the modules' in J."""
+    """Return h B with the B matrix of each token's slot, [T, O] in h's dtype, and 0 for slot 0.
+
+    Of `h_TJ`, only the part of module `member` is used.
+    """
     num_tokens, (*_, rank, num_outputs) = h_TJ.shape[0], b.stack.shape
     block_outputs = next(size for size in _BLOCK_OUTPUTS if num_outputs % size == 0)
     inputs = _ExpandInputs(plan, b.first[None], _to_blocks(h_TJ), b.flat)
@@ -236,6 +239,6 @@ def _expand_block(
 
 
 def _to_blocks(array: jax.Array) -> jax.Array:
-    """[T, ...] -> [C, 64, ...]; the last block is filled up with zeros."""
+    """Reshape [T, ...] to [C, 64, ...]; the last block is padded with zeros."""
     array = jnp.pad(array, ((0, -array.shape[0] % WARPGROUP_ROWS), *((0, 0),) * (array.ndim - 1)))
     return array.reshape(-1, WARPGROUP_ROWS, *array.shape[1:])

@@ -1,7 +1,7 @@
-"""Low-rank updates on TPU: two kernels over pairs of a block of tokens and one of its slots.
+"""LoRA matmuls on TPU: two kernels over pairs of a block of tokens and one of its slots.
 
-Factors are fetched for slots that tokens have, and for no others. A block's pairs follow each other, so its result
-stays in VMEM while each slot's rows are put in.
+LoRA matrices are fetched only for slots that tokens use. The pairs of a block are adjacent, so its result stays in VMEM
+while the rows of each slot are written to it.
 
 Dimension key: T tokens, t tokens of a block, S slots (without slot 0), X those of all layers, R rank, I inputs,
 O outputs, i and o blocks of them, J = modules with the same inputs * R.
@@ -22,11 +22,11 @@ from kernels_pallas.stacked import Stacked
 
 _LANES = 128
 _BLOCK_TOKENS = 256
-# Block size of inputs and outputs: with 256 tokens in bf16 a block takes 1 MiB, and there are two of each.
+# Columns of a block of inputs or outputs: 256 tokens in bf16 take 1 MiB, and each block is double-buffered.
 _BLOCK_COLUMNS = 2048
-# Elements of a block of joint factors: a few MiB, and there are two.
+# Elements of a block of the joint A matrices: a few MiB, double-buffered.
 _BLOCK_ELEMENTS = 1 << 20
-# Inputs that do not divide into blocks of lanes are taken whole.
+# If inputs are not a multiple of the lanes, a block has all of them, up to this number.
 _WHOLE_COLUMNS = 8192
 
 
@@ -34,7 +34,7 @@ class TokenSlots(NamedTuple):
     """The tokens' slots, by token and by block.
 
     Attributes:
-        slot_T1: i32.
+        slot_T1: i32, the slot of each token.
         pairs: pairs of blocks and their slots.
     """
 
@@ -43,7 +43,7 @@ class TokenSlots(NamedTuple):
 
 
 def make_lora_matmul(mesh: Mesh, interpret: Any = False) -> ShardedLora:
-    """The kernels on a mesh.
+    """Make the LoRA matmul of a mesh.
 
     Args:
         mesh: mesh of the devices.
@@ -53,7 +53,7 @@ def make_lora_matmul(mesh: Mesh, interpret: Any = False) -> ShardedLora:
 
 
 def check_inputs(num_inputs: int) -> None:
-    """Raise NotImplementedError for inputs of one device that the kernel cannot cut into blocks."""
+    """Raise NotImplementedError if the kernel cannot split the inputs of one device into blocks."""
     if num_inputs % _LANES and num_inputs > _WHOLE_COLUMNS:
         raise NotImplementedError(
             f"{num_inputs} inputs on a device: more than {_WHOLE_COLUMNS} must be a multiple of {_LANES}"
@@ -66,7 +66,7 @@ def plan(slot_T: jax.Array, num_slots: int) -> TokenSlots:
 
 
 def shrink(x_TI: jax.Array, a: Stacked, plan: TokenSlots, *, interpret: Any = False) -> jax.Array:
-    """(x A^T) of each token's slot, f32[T, J]; rows of slot 0 hold anything."""
+    """Return x A^T with the A matrices of each token's slot, f32[T, J]; rows of slot 0 hold arbitrary values."""
     a_XJI = a.flat
     (num_tokens, num_inputs), joint_rank = x_TI.shape, a_XJI.shape[1]
     block_tokens, block_inputs = min(num_tokens, _BLOCK_TOKENS), _block_inputs(num_inputs, joint_rank)
@@ -121,7 +121,10 @@ def _shrink_pair(
 
 
 def expand(h_TJ: jax.Array, b: Stacked, plan: TokenSlots, member: int = 0, *, interpret: Any = False) -> jax.Array:
-    """(h B) of each token's slot, [T, O] in h's dtype, and 0 for slot 0; h is the `member`-th of the modules' in J."""
+    """Return h B with the B matrix of each token's slot, [T, O] in h's dtype, and 0 for slot 0.
+
+    Of `h_TJ`, only the part of module `member` is used.
+    """
     b_XRO = b.flat
     num_tokens, (_, rank, num_outputs) = h_TJ.shape[0], b_XRO.shape
     h_TR = h_TJ[:, member * rank : (member + 1) * rank]
@@ -156,7 +159,7 @@ def _expand_pair(_: Any, __: Any, slot_U: Any, ___: Any, slot_t1: Any, h_tR: Any
 
 
 def _block_inputs(num_inputs: int, joint_rank: int) -> int:
-    """The widest that divides them."""
+    """Return the widest block that divides the inputs."""
     check_inputs(num_inputs)
     if num_inputs % _LANES:
         return num_inputs

@@ -1,1 +1,1 @@
-"""What the implementations share."""
+"""Code shared by the implementations."""

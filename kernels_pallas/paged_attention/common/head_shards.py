@@ -1,4 +1,4 @@
-"""What the backends share: heads split over the devices of a replica, and the head-major layout of pages."""
+"""Heads split over the devices of a replica, and the head-major layout of pages."""
 
 import math
 from collections.abc import Callable, Iterable
@@ -11,12 +11,12 @@ from jax.sharding import PartitionSpec as P
 from kernels_pallas.paged_attention.api import AttentionBackend, AttentionConfig, CacheSpec
 from kernels_pallas.shards import MODEL, model_size, over_model
 
-# Pages of every layout: [pages, key heads, tokens, numbers].
+# The axes of pages in every layout: pages, key heads, tokens, channels.
 PAGES_PARTITION = P(None, MODEL, None, None)
 
 
 def head_major_spec(config: AttentionConfig) -> dict[str, CacheSpec]:
-    """Keys and values apart, [L * P, K, S, H]; values that are part of the keys have no array."""
+    """Return the specs of separate keys and values, [L * P, K, S, H]; only keys if they contain the values."""
     c = config
     shape = (c.num_layers * c.num_pages, c.num_kv_heads, c.page_size, c.head_dim)
     spec = CacheSpec(shape, c.dtype, PAGES_PARTITION)
@@ -24,7 +24,7 @@ def head_major_spec(config: AttentionConfig) -> dict[str, CacheSpec]:
 
 
 def cache_bytes(backend: AttentionBackend, mesh: Mesh) -> int:
-    """Bytes of a replica's cache on each of its devices."""
+    """Return the bytes of a replica's cache on each of its devices."""
     return sum(
         math.prod(spec.shape) * jnp.dtype(spec.dtype).itemsize // (model_size(mesh) if MODEL in spec.partition else 1)
         for spec in backend.cache_spec().values()
@@ -32,7 +32,7 @@ def cache_bytes(backend: AttentionBackend, mesh: Mesh) -> int:
 
 
 def over_heads(attend: Callable[..., Any], mesh: Mesh, cache: Iterable[str]) -> Callable[..., Any]:
-    """`AttentionBackend.attend` on every shard of the heads; `cache` names the cache's arrays."""
+    """Wrap an `attend` function to run on each shard of the heads; `cache` contains the names of the cache's arrays."""
     heads, pages = P(None, MODEL, None), dict.fromkeys(cache, PAGES_PARTITION)
     in_specs = (heads, heads, heads, pages, P(), P(), P(MODEL))
     return over_model(attend, mesh, in_specs, (heads, pages))

@@ -1,4 +1,4 @@
-"""Pages of one backend's cache as another's, changed on their way."""
+"""Copying pages from one backend's cache to another's, through a function that transforms them."""
 
 from collections.abc import Callable
 from functools import partial
@@ -15,7 +15,7 @@ from kernels_pallas.paged_attention.api import AttentionBackend, Cache
 from kernels_pallas.paged_attention.common.split_meta import RemappedPages
 from kernels_pallas.shards import MODEL, model_size, over_model
 
-# That are moved at a time.
+# Tokens moved per loop iteration.
 _TOKENS_AT_ONCE = 1024
 
 
@@ -27,14 +27,14 @@ def move_pages(
     remapped: RemappedPages,
     mesh: Mesh,
 ) -> Cache:
-    """A cache of one layer with the pages that are live; the others hold anything.
+    """Return a one-layer cache of `target` with the live pages of `source`; other pages are undefined.
 
     Args:
         change: `(operands, *unpacked) -> keys and values`, [pages, heads, S, H], on one shard of the heads.
-        operands: arrays whose first axis is heads, or None.
+        operands: pytree of arrays whose first axis is heads, or None.
         source: a backend and its cache.
-        target: the other backend.
-        remapped: pages of the source, of all layers.
+        target: the backend of the new cache.
+        remapped: the pages to copy, as indices into the source's pages of all layers.
         mesh: mesh of the devices.
     """
     backend, cache = source
@@ -62,12 +62,13 @@ def _move_shard(
     }
 
     def body(turn: jax.Array, made: Cache) -> Cache:
-        # The last turn is moved back, and makes some pages once more.
+        # The last iteration is shifted back to stay in bounds, and computes some pages again.
         first = jnp.minimum(turn * at_once, num_pages - at_once)
         page_P = lax.dynamic_slice_in_dim(remapped.page_P, first, at_once)
         taken = {name: pages.at[page_P].get(mode="promise_in_bounds") for name, pages in cache.items()}
         packed = target.pack(*change(operands, *source.unpack(taken)))
-        # As kernels want pages: TPUs would have them as a product leaves them, and turn the whole cache round after.
+        # The layout that kernels expect. On TPU, XLA would keep the layout of the matmul's result and transpose the
+        # whole cache afterwards.
         rows = {name: with_layout_constraint(new, Layout(tuple(range(new.ndim)))) for name, new in packed.items()}
         return {name: lax.dynamic_update_slice_in_dim(pages, rows[name], first, axis=0) for name, pages in made.items()}
 

@@ -1,4 +1,4 @@
-"""Softmax over keys that come in parts, merged as FlashAttention does (arXiv:2205.14135)."""
+"""Softmax over keys that are processed in parts, merged as in FlashAttention (arXiv:2205.14135)."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -10,7 +10,8 @@ from jax import lax
 
 # Finite, so that differences of masked maxima are 0 and not NaN.
 MASKED = -1e30
-# Above any masked score and below any real one: a part without live keys weighs exp(MASKED - this) = 0.
+# Above any masked score and below any real one: keys of a part without live keys get the weight
+# exp(MASKED - LOWEST) = 0.
 LOWEST = MASKED / 10
 
 
@@ -22,15 +23,15 @@ class PartialSoftmax(NamedTuple):
     out: jax.Array
 
     def values(self) -> jax.Array:
-        """The finished weighted mean."""
+        """Return the final weighted mean."""
         return self.out / self.total[..., None]
 
 
 def from_sinks(sinks: jax.Array, shape: Sequence[int]) -> PartialSoftmax:
-    """The state before any key: a sink per head takes mass and has no value.
+    """Return the state before any key: the sink of each head takes probability mass but has no value.
 
     Args:
-        sinks: f32 scores, `MASKED` for none; broadcast to all axes of `shape` but the last.
+        sinks: f32 scores, `MASKED` for no sink; broadcast to all axes of `shape` but the last.
         shape: shape of the weighted values.
     """
     top = jnp.broadcast_to(sinks, shape[:-1])
@@ -40,7 +41,7 @@ def from_sinks(sinks: jax.Array, shape: Sequence[int]) -> PartialSoftmax:
 def attend_part(
     scores: jax.Array, live: jax.Array, values: jax.Array, equation: str, live_values: jax.Array
 ) -> PartialSoftmax:
-    """Softmax of one part's scores and the values they weigh.
+    """Return the partial softmax of one part's scores and values.
 
     Args:
         scores: f32, keys along the last axis.
@@ -54,7 +55,7 @@ def attend_part(
     weights = jnp.exp(scores - jnp.maximum(top, LOWEST)[..., None])
     weigh = partial(jnp.einsum, equation, weights.astype(values.dtype), preferred_element_type=jnp.float32)
     out = weigh(values)
-    # 0 * NaN is NaN. Masking the values always would cost as much as the product, so only where it happened.
+    # 0 * NaN is NaN. Masking the values costs as much as the product, so it is done only if NaN came out.
     out = lax.cond(
         jnp.isnan(jnp.sum(out)),
         lambda values, _: weigh(jnp.where(live_values, values, 0)),
@@ -66,7 +67,7 @@ def attend_part(
 
 
 def merge(state: PartialSoftmax, part: PartialSoftmax) -> PartialSoftmax:
-    """The softmax over the keys of both."""
+    """Merge two partial softmaxes over different keys."""
     top = jnp.maximum(state.top, part.top)
     old, new = jnp.exp(state.top - top), jnp.exp(part.top - top)
     return PartialSoftmax(

@@ -1,6 +1,6 @@
-"""Parts of a step as steps of their own: rows that run a single token, and prompts, there or in pages of their own.
+"""Metadata for parts of a step: rows that run a single token, and prompts, in the same or in another page pool.
 
-Dimension key: see `api`; P pages of another pool.
+Dimension key: see `api`; P pages of the other pool.
 """
 
 from typing import NamedTuple
@@ -11,16 +11,16 @@ import jax.numpy as jnp
 from kernels_pallas.paged_attention.api import AttentionMeta
 from kernels_pallas.paged_attention.xla.pages import expand
 
-# Past any pool.
+# A slot past the end of any pool.
 _NO_SLOT = jnp.iinfo(jnp.int32).max
 
 
 class RemappedPages(NamedTuple):
-    """Pages of a step's rows, one row's after the other's.
+    """The pages of a step's rows, packed row after row into another pool.
 
     Attributes:
-        page_P: i32, where each comes from; those past `num_live` are any.
-        num_live: i32.
+        page_P: i32, the original page of each page of the pool; arbitrary from `num_live` on.
+        num_live: i32, number of live pages.
     """
 
     page_P: jax.Array
@@ -28,7 +28,7 @@ class RemappedPages(NamedTuple):
 
 
 def decode_meta(meta: AttentionMeta) -> AttentionMeta:
-    """The rows that run a single token, with as many tokens as rows."""
+    """Return the metadata of the rows that run a single token, with T = B."""
     num_single = meta.distribution_2[0]
     row_B = jnp.arange(meta.kv_lens_B.shape[0])
     return meta._replace(
@@ -41,7 +41,10 @@ def decode_meta(meta: AttentionMeta) -> AttentionMeta:
 
 
 def prefill_meta(meta: AttentionMeta) -> AttentionMeta:
-    """The rows that run several tokens, which stay where they are: the first row need not have the first token."""
+    """Return the metadata of the rows that run several tokens.
+
+    Tokens keep their indices, so the first row need not start at token 0.
+    """
     num_rows, (num_single, num_live) = meta.kv_lens_B.shape[0], meta.distribution_2
     row_B = jnp.arange(num_rows) + num_single
     taken_B = jnp.minimum(row_B, num_rows - 1)
@@ -55,7 +58,10 @@ def prefill_meta(meta: AttentionMeta) -> AttentionMeta:
 
 
 def remap_pages(meta: AttentionMeta, page_size: int, num_pages: int) -> tuple[AttentionMeta, RemappedPages]:
-    """The same rows in a pool of `num_pages`, which has room for all, and the pages that they have here."""
+    """Return the metadata of the same rows in another pool, and the original pages.
+
+    The pool has `num_pages` pages, which must be enough for all rows.
+    """
     count_B = -(-meta.kv_lens_B // page_size)
     first_B = (jnp.cumsum(count_B) - count_B).astype(jnp.int32)
     row_P, index_P, num_live = expand(count_B, num_pages)

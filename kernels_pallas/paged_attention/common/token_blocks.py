@@ -1,4 +1,4 @@
-"""Blocks of consecutive packed tokens, whichever rows they belong to: what the Pallas kernels run prompts in."""
+"""Blocks of consecutive packed tokens, of one or more rows each, in which the Pallas kernels run prompts."""
 
 import jax
 import jax.numpy as jnp
@@ -7,9 +7,9 @@ from kernels_pallas.paged_attention.api import AttentionMeta
 
 
 def rows_of_blocks(meta: AttentionMeta, block_tokens: int, first_row: jax.Array) -> jax.Array:
-    """Rows from `first_row` on by block of `block_tokens` tokens: first and end, i32[2, blocks].
+    """Return the first and the end of the rows in each block of `block_tokens` tokens, i32[2, blocks].
 
-    The end is at most the first where a block has none.
+    Rows before `first_row` are left out. The end is at most the first where a block has no rows.
     """
     num_blocks = -(-meta.positions_T.shape[0] // block_tokens)
     start_C = jnp.arange(num_blocks, dtype=jnp.int32) * block_tokens

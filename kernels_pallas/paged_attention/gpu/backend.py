@@ -1,7 +1,7 @@
 """Paged attention on NVIDIA Hopper: Pallas kernels of the Mosaic GPU backend.
 
-Keys and values of a step are scattered into their pages first. Rows that run one token and the others have a kernel
-each; both read pages through the tensor memory accelerator and multiply on the tensor cores.
+The step's keys and values are first scattered into their pages. Rows that run one token (decode) and longer rows
+(prefill) have separate kernels; both load pages by TMA and multiply on the tensor cores (wgmma).
 """
 
 import math
@@ -25,14 +25,14 @@ _PAGE_SIZES = (16, 32, 64, 128, 256)
 
 
 class GpuPlan(NamedTuple):
-    """Work of one step: the tiles of the rows that run several tokens, None where the shapes say there are none."""
+    """Work of one step: the query tiles of the rows that run several tokens; None if the shapes rule such rows out."""
 
     meta: AttentionMeta
     tiles: QueryTiles | None
 
 
 class GpuAttention:
-    """Backend `gpu`. Heads are split over the devices of a replica; every shard attends on its own."""
+    """Backend `gpu`. Heads are split over the devices of a replica; each shard attends independently."""
 
     def __init__(
         self,
@@ -44,18 +44,18 @@ class GpuAttention:
         tiles: tuple[Tile, Tile] | None = None,
         interpret: Any = False,
     ) -> None:
-        """Check that the kernels can do what `config` asks.
+        """Check that the kernels support `config`, and choose their tiles.
 
         Args:
             config: config of the model.
             mesh: mesh of the devices.
-            num_cores: multiprocessors of the device.
+            num_cores: number of SMs of the device.
             smem_bytes: shared memory that a thread block may use.
-            tiles: tiles of decode and prefill, instead of those chosen for the device.
+            tiles: tiles for decode and prefill, instead of those chosen for the device.
             interpret: parameters of the GPU interpret mode, or False to compile.
 
         Raises:
-            NotImplementedError: for what the kernels cannot do, with the reason.
+            NotImplementedError: the kernels do not support `config`; the message gives the reason.
         """
         if config.dtype not in _CACHE_DTYPES:
             raise NotImplementedError(
@@ -73,7 +73,8 @@ class GpuAttention:
             choose_tile(config, decode=True, smem_bytes=smem_bytes),
             choose_tile(config, decode=False, smem_bytes=smem_bytes),
         )
-        # A tile holds the query heads of a key head, or each pass some of them and reads the keys anew.
+        # A tile holds all query heads of a key head if they fit. Otherwise each of several passes handles some of them
+        # and reads the keys again.
         group = config.num_q_heads // config.num_kv_heads
         self._num_passes = math.ceil(group / WARPGROUP_ROWS)
         if group % self._num_passes:
@@ -81,11 +82,11 @@ class GpuAttention:
         self._group = padded_group(config.num_q_heads // self._num_passes, config.num_kv_heads)
 
     def cache_spec(self) -> dict[str, CacheSpec]:
-        """Keys and values apart, head-major pages: a page of a head is one copy of the memory accelerator."""
+        """Return the specs of separate keys and values in head-major pages: one TMA copy loads a head's page."""
         return head_major_spec(self.config)
 
     def unpack(self, arrays: Cache) -> tuple[jax.Array, ...]:
-        """They lie apart."""
+        """Return the arrays as they are: keys and values are stored separately."""
         return tuple(arrays.values())
 
     def pack(self, k: jax.Array, v: jax.Array) -> Cache:
@@ -100,10 +101,10 @@ class GpuAttention:
         )
 
     def plan(self, meta: AttentionMeta) -> GpuPlan:
-        """Find which rows each tile of queries belongs to."""
+        """Find the rows of each query tile."""
         if self.config.batch_invariant:
-            # The two kernels round differently. In tiles, blocks of keys that a row does not see change nothing at
-            # all, so that a row's result depends on that row alone.
+            # The two kernels round differently, so all rows use the prefill kernel. There, key blocks that a row does
+            # not see leave its state exactly unchanged, so that its result depends on that row alone.
             meta = meta._replace(distribution_2=meta.distribution_2.at[0].set(0))
         elif meta.positions_T.shape == meta.kv_lens_B.shape:
             return GpuPlan(meta, None)
@@ -156,7 +157,7 @@ class GpuAttention:
         return o_ATKGH.transpose(1, 2, 0, 3, 4).reshape(num_tokens, num_heads, c.out_dim), cache
 
     def _attend_pages(self, q_TNH: jax.Array, layer: GpuLayer, plan: GpuPlan) -> jax.Array:
-        """What is in the pages, with queries that a tile holds."""
+        """Attend the keys and values in the pages; a tile must hold the query heads of a key head."""
         c = self.config
         o_TNH = jnp.zeros((*q_TNH.shape[:2], c.out_dim), q_TNH.dtype)
         if plan.tiles is not None:

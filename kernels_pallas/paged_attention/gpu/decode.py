@@ -1,11 +1,11 @@
 """Attention of rows that run one token.
 
-The query heads of a key head share a tile of 64 rows. A row's keys are split over several thread blocks, so that a
-few long rows fill the device; their parts are merged afterwards. Each part is a mean already: where values are a part
-of their keys it is kept in bf16, in the place of the queries.
+The query heads of a key head share a tile of 64 rows. A row's keys are split over several thread blocks (split-KV), so
+that a few long rows fill the device; the partial results are merged afterwards. Each partial result is normalised;
+where values are part of the keys, it is stored in bf16, in the shared memory of the queries.
 
 Dimension key: B rows, M pages per row, K key/value heads, G query heads of each (padded to a multiple of 8), H head
-dim, V numbers of a value, S page size, P pages of all layers, X splits.
+dim, V channels of a value, S page size, P pages of all layers, X splits.
 """
 
 from collections.abc import Callable
@@ -44,20 +44,19 @@ from kernels_pallas.paged_attention.gpu.tile import Tile
 from kernels_pallas.pallas import pl, plgpu
 from kernels_pallas.warpgroup import WARPGROUP_ROWS, along_rows, meet, smem
 
-# Thread blocks per multiprocessor to aim for.
+# Thread blocks per SM to aim for.
 _BLOCKS_PER_CORE = 2
 _ROW_MULTIPLE = 8
 
 
 class DecodeInputs(NamedTuple):
-    """What the kernel reads, and in this order.
+    """Operands of the kernel, in order.
 
     Attributes:
-        layer_2: i32, (first page of the layer, rows that run one token).
-        kv_lens_B: i32, keys per row.
-        page_table_BM: i32.
-        q_BKGH: bf16.
-        keys_PKSH, values_PKSH: pages of all layers; no values where they are a part of their keys.
+        layer_2: i32, (first page of the layer, number of rows that run one token).
+        kv_lens_B, page_table_BM: see `AttentionMeta`.
+        q_BKGH: bf16 queries.
+        keys_PKSH, values_PKSH: pages of all layers; `values_PKSH` is None where values are part of the keys.
     """
 
     layer_2: Any
@@ -71,7 +70,7 @@ class DecodeInputs(NamedTuple):
 class DecodeOutputs(NamedTuple):
     """Partial softmaxes in base 2: means [B, K, X, G, H], maxima and sums of weights f32[B, K, X, G].
 
-    Rows not decoded hold anything, and so do columns that no value has.
+    Rows that are not decoded are undefined, and so are columns past the channels of a value.
     """
 
     out: Any
@@ -80,7 +79,7 @@ class DecodeOutputs(NamedTuple):
 
 
 class _Problem(NamedTuple):
-    """What is fixed when the kernel is traced."""
+    """Static parameters of the kernel."""
 
     config: AttentionConfig
     tile: Tile
@@ -101,16 +100,17 @@ class _Scratch(NamedTuple):
 
 
 def choose_splits(num_rows: int, num_kv_heads: int, num_pages: int, page_size: int, tile: Tile, num_cores: int) -> int:
-    """Thread blocks per row and key head: enough to fill the device, none that could never have work."""
+    """Return the thread blocks per row and key head: enough to fill the device, but none that never has work."""
     wanted = -(-_BLOCKS_PER_CORE * num_cores // (num_rows * num_kv_heads))
     return max(1, min(wanted, -(-num_pages * page_size // tile.keys)))
 
 
 def decode_bytes(config: AttentionConfig, tile: Tile, splits: int, kv_lens: list[int]) -> int:
-    """Bytes between memory and chip for one layer of a decode step, by the kernel's own schedule.
+    """Return the bytes moved between memory and chip for one layer of a decode step, by the kernel's own schedule.
 
-    Per row: its pages, or the stretches of them that a block takes, once (copies named twice by one split come from the
-    cache), a query per head and split, and the parts, which are written by the kernel and read by the merge.
+    Per row: its pages, or the parts of pages that its blocks consist of, once (if a split copies one twice, the second
+    copy hits the cache), a query per head and split, and the partial results, which the kernel writes and the merge
+    reads.
     """
     problem = _Problem(config, tile, splits)
     itemsize = jnp.dtype(config.dtype).itemsize
@@ -136,10 +136,10 @@ def decode_bytes(config: AttentionConfig, tile: Tile, splits: int, kv_lens: list
 def attend_decode(
     config: AttentionConfig, tile: Tile, splits: int, q_BNH: jax.Array, layer: GpuLayer, interpret: Any = False
 ) -> jax.Array:
-    """Attend the rows that run one token; they come first, so that row and token have one number.
+    """Attend the rows that run one token; they come first, so that row and token have the same index.
 
     Returns:
-        o_BNH in f32, 0 for the other rows.
+        o_BNH in f32; 0 for the other rows.
     """
     num_rows, num_heads, head_dim = q_BNH.shape
     num_kv_heads, num_decode = layer.num_kv_heads, layer.meta.distribution_2[0]
@@ -158,7 +158,7 @@ def attend_decode(
     )
     parts = (num_rows, num_kv_heads, splits, q_BKGH.shape[2])
     stats = jax.ShapeDtypeStruct(parts, jnp.float32)
-    # A fresh function per call: one that is reused with another grid keeps its first trace.
+    # Every call needs a new function: a function that is reused with another grid keeps its first trace.
     kernel = plgpu.kernel(
         partial(_kernel, problem=_Problem(config, tile, splits)),
         out_type=(jax.ShapeDtypeStruct((*parts, head_dim), _part_dtype(config)), stats, stats),
@@ -200,7 +200,7 @@ def _scratch_types(tile: Tile, config: AttentionConfig) -> _Scratch:
 
 
 def _merge(parts: DecodeOutputs, sinks_KG: jax.Array | None) -> jax.Array:
-    """The softmax over the keys of all parts, [B, K, G, H]."""
+    """Merge the partial softmaxes of all splits, and return the outputs [B, K, G, H]."""
     top_BKG = jnp.max(parts.top, axis=2)
     if sinks_KG is not None:
         sinks_KG = jnp.pad(sinks_KG * LOG2E, ((0, 0), (0, top_BKG.shape[-1] - sinks_KG.shape[-1])))
@@ -229,7 +229,7 @@ def _kernel(inputs: DecodeInputs, out: Any, top: Any, total: Any, scratch: _Scra
 
 
 def _split_blocks(problem: _Problem, row: jax.Array, kv_len: jax.Array, split: jax.Array) -> KeyBlocks:
-    """A split's share of the row's blocks; it may be empty."""
+    """Return a split's share of the row's blocks, which may be empty."""
     config = problem.config
     first_key = jnp.int32(0) if config.window is None else jnp.maximum(kv_len - config.window, 0)
     blocks = blocks_between(row, first_key, kv_len, problem.tile, config.page_size)
@@ -246,13 +246,13 @@ def _attend(
     blocks: KeyBlocks,
     warpgroup: int,
 ) -> None:
-    """Attend the blocks, write the partial softmax. The first warpgroup copies for all."""
+    """Attend the blocks and write the partial softmax; the first warpgroup issues all copies."""
     config, tile = problem.config, problem.tile
     head, split, kv_len = lax.axis_index("head"), lax.axis_index("split"), inputs.kv_lens_B[blocks.row]
     group = pl.ds(0, inputs.q_BKGH.shape[2])
     stages = Stages(*scratch.stages)
     source = Source(head, inputs.layer_2[0], inputs.page_table_BM, inputs.keys_PKSH, inputs.values_PKSH)
-    # The tile's other rows hold anything: rows of a product do not mix, and theirs are not written.
+    # The tile's other rows are undefined: rows of a product are independent, and the results of those are not written.
     if warpgroup == 0:
         plgpu.copy_gmem_to_smem(inputs.q_BKGH.at[blocks.row, head], scratch.queries.at[group], scratch.queries_ready)
         for ahead in range(tile.stages):
@@ -289,7 +289,7 @@ def _attend(
 
 
 def _refill(copies: list[Callable[[], None]], free: Any) -> None:
-    """Copy into what has been read: by all warpgroups, if there is a barrier of theirs."""
+    """Start copies into a stage that has been read, by all warpgroups if they have a barrier `free`."""
     if free is not None:
         plgpu.barrier_arrive(free)
         if copies:
@@ -301,8 +301,8 @@ def _refill(copies: list[Callable[[], None]], free: Any) -> None:
 def _copies(
     tile: Tile, source: Source, stages: Stages, blocks: KeyBlocks, index: jax.Array, slot: jax.Array
 ) -> list[Callable[[], None]]:
-    """What starts to copy a block's keys, and its values where they are apart, if there is such a block."""
-    # Looked up now, so that the answer is there when the copies start.
+    """Return functions that copy a block's keys and its separate values, or do nothing if there is no such block."""
+    # The pages are looked up now, so that they are known when the copies start.
     pages = find_pages(source, blocks, tile, index)
 
     def copy(pages_PKSH: Any, buffer: Any, ready: Any) -> None:
@@ -324,10 +324,10 @@ def _write(
     part: tuple[jax.Array, ...],
     group: Any,
 ) -> None:
-    """Send the group's rows of the partial softmax to their place."""
+    """Write the group's rows of the partial softmax to global memory."""
     scale_m = jnp.where(state.total > 0, 1 / state.total, 0.0)
     if scratch.together is not None:
-        # The queries' place is taken once all have read them.
+        # Outputs overwrite the queries once all warpgroups have read them.
         meet(scratch.together)
     for columns, out_mh in zip(work.parts, state.out, strict=True):
         buffer = scratch.queries.at[:, columns] if scratch.out is None else scratch.out
@@ -335,7 +335,7 @@ def _write(
         plgpu.commit_smem()
         if scratch.out is not None:
             plgpu.copy_smem_to_gmem(scratch.out.at[group], outputs.out.at[(*part, slice(None), columns)])
-            # The buffer is used again for the next columns.
+            # The buffer is reused for the next columns.
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
     if scratch.together is not None:
         meet(scratch.together)
@@ -352,7 +352,7 @@ def _write(
 def _mask(
     config: AttentionConfig, tile: Tile, first_key: jax.Array, kv_len: jax.Array, scores_ms: jax.Array
 ) -> jax.Array:
-    """Hide keys past the row's end and before its window; blocks in between need nothing."""
+    """Mask keys past the row's end and before its window; blocks in between need no mask."""
     inside = first_key + tile.keys <= kv_len
     if config.window is not None:
         inside &= first_key >= kv_len - config.window

@@ -1,4 +1,4 @@
-"""What the GPU kernels are handed of one layer."""
+"""Inputs of the GPU attention kernels for one layer."""
 
 from typing import NamedTuple
 
@@ -8,12 +8,12 @@ from kernels_pallas.paged_attention.api import AttentionMeta
 
 
 class GpuLayer(NamedTuple):
-    """One layer on one shard, the step's keys and values written already.
+    """One layer on one shard, after the step's keys and values have been written.
 
     Attributes:
-        keys_PKSH, values_PKSH: pages of all layers; no values where they are a part of their keys.
-        first_page: i32, first page of this one.
-        meta: the step.
+        keys_PKSH, values_PKSH: pages of all layers; `values_PKSH` is None where values are part of the keys.
+        first_page: i32, first page of this layer.
+        meta: metadata of the step.
         sinks_N: see `AttentionBackend.attend`.
     """
 

@@ -1,8 +1,8 @@
-"""Attention of rows that run several tokens: tiles of consecutive packed tokens, whichever rows they belong to.
+"""Attention of rows that run several tokens, in tiles of consecutive packed tokens of one or more rows.
 
 Dimension key: T packed tokens, B rows, M pages per row, K key/value heads, G query heads of each (padded to a power
-of two), H head dim, V numbers of a value, S page size, P pages of all layers, Q tiles, W bands of 64 rows of a tile, m
-rows of a band: pairs of a token and a query head, token first.
+of two), H head dim, V channels of a value, S page size, P pages of all layers, Q tiles, W bands of 64 rows of a tile,
+m rows of a band, which are (token, query head) pairs in token-major order, t tokens of a tile.
 """
 
 from collections.abc import Callable
@@ -42,29 +42,29 @@ from kernels_pallas.paged_attention.gpu.tile import Tile
 from kernels_pallas.pallas import pl, plgpu
 from kernels_pallas.warpgroup import WARPGROUP_ROWS, along_rows, meet, smem
 
-# Registers per thread with two warpgroups that compute; together they may not exceed 3 * 168.
+# Registers per thread with two compute warpgroups; the sum over all three warpgroups may not exceed 3 * 168.
 _COMPUTE_REGISTERS, _MEMORY_REGISTERS = 240, 24
 
 State = TypeVar("State")
 
 
 class QueryTiles(NamedTuple):
-    """Rows of each tile that run several tokens, `[first, last]`; `first > last` where there is none."""
+    """The rows `[first, last]` of each tile that run several tokens; `first > last` if there are none."""
 
     first_row_Q: jax.Array
     last_row_Q: jax.Array
 
 
 class PrefillInputs(NamedTuple):
-    """What the kernel reads, and in this order.
+    """Operands of the kernel, in order.
 
     Attributes:
         first_page_1: i32, first page of the layer.
-        kv_lens_B, page_table_BM, cu_q_lens_B1: as in `AttentionMeta`.
+        kv_lens_B, page_table_BM, cu_q_lens_B1: see `AttentionMeta`.
         tiles: see `QueryTiles`.
-        sinks_KWm: f32, in base 2, or None.
-        q_QKWmH: bf16.
-        keys_PKSH, values_PKSH: pages of all layers; no values where they are a part of their keys.
+        sinks_KWm: f32 attention sinks in base 2, or None.
+        q_QKWmH: bf16 queries.
+        keys_PKSH, values_PKSH: pages of all layers; `values_PKSH` is None where values are part of the keys.
     """
 
     first_page_1: Any
@@ -90,7 +90,7 @@ class _Scratch(NamedTuple):
 
 
 class _Problem(NamedTuple):
-    """What is fixed when the kernel is traced."""
+    """Static parameters of the kernel."""
 
     config: AttentionConfig
     tile: Tile
@@ -99,7 +99,7 @@ class _Problem(NamedTuple):
 
 
 class _RowShare(NamedTuple):
-    """A row's part of a tile: its tokens `[start, end)`, what to add to a token for its position, and its keys."""
+    """A row's part of a tile: its tokens `[start, end)`, the `shift` from tokens to positions, and its keys."""
 
     start: jax.Array
     end: jax.Array
@@ -109,7 +109,7 @@ class _RowShare(NamedTuple):
 
 
 class _Position(NamedTuple):
-    """Where a warpgroup is: a block of a row's keys, and the steps before it."""
+    """The position of a warpgroup in its loop: a block of a row's keys, and the number of steps before it."""
 
     row: jax.Array
     block: jax.Array
@@ -118,7 +118,7 @@ class _Position(NamedTuple):
 
 
 def padded_group(num_q_heads: int, num_kv_heads: int) -> int:
-    """Query heads of a key head, rounded up to a power of two, which divides a tile's rows."""
+    """Return the query heads per key head, rounded up to a power of two, which divides a tile's rows."""
     group = num_q_heads // num_kv_heads
     if group > WARPGROUP_ROWS:
         raise NotImplementedError(f"{group} query heads per key head: a warpgroup holds {WARPGROUP_ROWS}")
@@ -142,7 +142,7 @@ def attend_prefill(
     """Attend the rows of the tiles.
 
     Returns:
-        o_TNH in bf16, 0 for tokens of other rows and of none.
+        o_TNH in bf16; 0 for tokens of other rows and for padding tokens.
     """
     num_tokens, num_heads, head_dim = q_TNH.shape
     num_kv_heads, meta = layer.num_kv_heads, layer.meta
@@ -160,7 +160,7 @@ def attend_prefill(
         keys_PKSH=layer.keys_PKSH,
         values_PKSH=layer.values_PKSH,
     )
-    # A fresh function per call: one that is reused with another grid keeps its first trace.
+    # Every call needs a new function: a function that is reused with another grid keeps its first trace.
     kernel = plgpu.kernel(
         partial(_kernel, problem=problem),
         out_type=jax.ShapeDtypeStruct(inputs.q_QKWmH.shape, jnp.bfloat16),
@@ -219,7 +219,7 @@ def _kernel(inputs: PrefillInputs, out: Any, scratch: _Scratch, *, problem: _Pro
         _attend(problem, inputs, out, scratch, _tile_index(), warpgroup)
 
     if problem.tile.shares_rows:
-        # Which columns are whose has to be known when the kernel is traced.
+        # The columns of each warpgroup have to be known at trace time.
         for index in range(warpgroups):
             pl.when(warpgroup == index)(partial(compute, index))
     else:
@@ -233,15 +233,16 @@ def _kernel(inputs: PrefillInputs, out: Any, scratch: _Scratch, *, problem: _Pro
 
 
 def _tile_index() -> jax.Array:
-    """Tiles of later tokens see more keys: they start first, so that none is left running alone.
+    """Return the tile of this thread block, in reverse order.
 
-    Found by each warpgroup: what they share is spilled, as the kernel starts with few registers.
+    Tiles of later tokens see more keys; they start first, so that no long tile is left running alone at the end. Each
+    warpgroup computes the index itself: a shared value would be spilled, as the kernel starts with few registers.
     """
     return lax.axis_size("tile") - 1 - lax.axis_index("tile")
 
 
 def _stream(problem: _Problem, inputs: PrefillInputs, scratch: _Scratch, tile: jax.Array) -> None:
-    """The memory warpgroup: copy the keys and values of the tile's rows in turn, as stages become free."""
+    """Run the memory (producer) warpgroup: copy keys and values of the tile's rows in turn, as stages become free."""
     stages, num_stages = Stages(*scratch.stages), problem.tile.stages
     source = Source(
         lax.axis_index("head"), inputs.first_page_1[0], inputs.page_table_BM, inputs.keys_PKSH, inputs.values_PKSH
@@ -264,7 +265,7 @@ def _stream(problem: _Problem, inputs: PrefillInputs, scratch: _Scratch, tile: j
 def _walk(
     problem: _Problem, inputs: PrefillInputs, tile: jax.Array, body: Callable[[_Position, State], State], state: State
 ) -> State:
-    """Go through the blocks of keys of all rows of the tile, in one loop."""
+    """Run `body` on the key blocks of all rows of the tile, in one loop."""
     last_row = inputs.tiles.last_row_Q[tile]
     num_rows = inputs.kv_lens_B.shape[0]
 
@@ -301,7 +302,7 @@ def _row_share(problem: _Problem, inputs: PrefillInputs, tile: jax.Array, row: j
 def _attend(
     problem: _Problem, inputs: PrefillInputs, out: Any, scratch: _Scratch, tile: jax.Array, warpgroup: jax.Array | int
 ) -> None:
-    """A computing warpgroup: attend the keys of the tile's rows in turn, write the result."""
+    """Run a compute warpgroup: attend the keys of the tile's rows in turn, then write the output."""
     config, head, shares_rows = problem.config, lax.axis_index("head"), problem.tile.shares_rows
     band = 0 if shares_rows else warpgroup
     queries = scratch.queries.at[band]
@@ -342,7 +343,7 @@ def _attend(
     if inputs.sinks_KWm is not None:
         sinks_m = plgpu.load(inputs.sinks_KWm.at[head, band], optimized=False)
     if shares_rows:
-        # The queries' place is taken once all have read them.
+        # Outputs overwrite the queries once all warpgroups have read them.
         meet(scratch.together)
     _write(work, state, sinks_m)
     if shares_rows:
@@ -353,7 +354,7 @@ def _attend(
 
 
 def _nothing() -> None:
-    """Keys that are values, too, are read with those."""
+    """Do nothing: keys that contain the values are released with the values."""
 
 
 def _mask(
@@ -364,7 +365,7 @@ def _mask(
     first_key: jax.Array,
     scores_ms: jax.Array,
 ) -> jax.Array:
-    """Hide keys that a query does not see; blocks that all queries see whole need nothing."""
+    """Mask keys that a query does not see; blocks that all queries see entirely need no mask."""
     keys, window = problem.tile.keys, problem.config.window
     first_row = band * WARPGROUP_ROWS
     first = tile * problem.tokens + lax.div(first_row, problem.group)
@@ -388,13 +389,13 @@ def _mask(
 
 
 def _write(work: Workspace, state: Softmax, sinks_m: jax.Array | None) -> None:
-    """Put the finished values where the queries were."""
+    """Normalise the weighted values and write them over the queries."""
     total_m, scale_m = state.total, jnp.ones_like(state.total)
     if sinks_m is not None:
         top_m = jnp.maximum(state.top, sinks_m)
         scale_m = jnp.exp2(state.top - top_m)
         total_m = total_m * scale_m + jnp.exp2(sinks_m - top_m)
-    # Tokens without keys: of decoding rows, and padding.
+    # Tokens of decoding rows and padding tokens have no keys.
     scale_m = jnp.where(total_m > 0, scale_m / total_m, 0.0)
     for part, out_mh in zip(work.parts, state.out, strict=True):
         work.queries.at[:, part][...] = (out_mh * along_rows(scale_m, out_mh.shape[1])).astype(jnp.bfloat16)

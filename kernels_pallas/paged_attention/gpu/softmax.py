@@ -1,6 +1,6 @@
-"""A computing warpgroup: softmax over blocks of keys as they arrive, its state in registers.
+"""Compute warpgroups: online softmax over blocks of keys as they arrive, with the state in registers.
 
-Scores are in base 2, which the hardware's exponential takes. Dimension key: m query rows of the warpgroup (64),
+Scores are in base 2, for the hardware's exponential (exp2). Dimension key: m query rows of the warpgroup (64),
 s keys of a block, H head dim, h a part of it.
 """
 
@@ -22,7 +22,7 @@ from kernels_pallas.warpgroup import MATRIX, ROWS, WARPGROUP_ROWS, along_rows, m
 LOG2E = math.log2(math.e)
 
 
-# Columns that the registers hold beside a softmax.
+# Columns that fit in registers next to the softmax state.
 _PIECE_WIDTH = 64
 
 
@@ -35,9 +35,9 @@ class Softmax(NamedTuple):
 
 
 class Converted(NamedTuple):
-    """Keys and values of a step in bf16 [s, H], and the barriers among the warpgroups that share them.
+    """Keys and values of a step, converted to bf16 [s, H], and the barriers of the warpgroups that share them.
 
-    There are no values where they are a part of their keys.
+    `values` is None where values are part of the keys.
     """
 
     keys: Any
@@ -47,16 +47,16 @@ class Converted(NamedTuple):
 
 
 class Workspace(NamedTuple):
-    """What a computing warpgroup works in.
+    """The memory, columns and barriers of a compute warpgroup.
 
     Attributes:
-        warpgroup: its index; known when the kernel is traced where warpgroups share rows.
-        parts: its columns of the values, as `Tile.parts` has them.
+        warpgroup: its index, which is known at trace time where warpgroups share rows.
+        parts: its columns of the values, from `Tile.parts`.
         queries: [m, H] in shared memory.
         stages: pipeline stages of the keys and values.
         weights: [m, s] in shared memory for the interpreter, else None.
-        mended: barrier of the warpgroups, for values that were not finite.
-        converted: for caches that are not bf16, else None.
+        mended: barrier of the warpgroups after `_mend` has zeroed values; None for a single warpgroup.
+        converted: bf16 keys and values of an 8-bit cache, else None.
     """
 
     warpgroup: jax.Array | int
@@ -72,11 +72,11 @@ class Block(NamedTuple):
     """A block of keys and values.
 
     Attributes:
-        slot: stage that holds, or will hold it.
-        live: its keys.
-        mask: puts `MASKED` where a query does not see a key.
-        keys_read: called once the keys of the slot are not needed any more.
-        values_read: the same for its values.
+        slot: stage that holds the block, or will hold it once copied.
+        live: its live keys.
+        mask: sets scores to `MASKED` where a query does not see a key.
+        keys_read: called once the keys of the slot are no longer needed.
+        values_read: called once the values of the slot are no longer needed.
     """
 
     slot: jax.Array
@@ -87,17 +87,17 @@ class Block(NamedTuple):
 
 
 def row_iota() -> jax.Array:
-    """0..63 down the query rows."""
+    """Return the indices 0..63 of the query rows, [m]."""
     return plgpu.broadcasted_iota(jnp.int32, (WARPGROUP_ROWS,), 0, layout=ROWS)
 
 
 def key_iota(keys: int) -> jax.Array:
-    """Number of each score's key within the block, [m, s]."""
+    """Return the index of each score's key within the block, [m, s]."""
     return plgpu.broadcasted_iota(jnp.int32, (WARPGROUP_ROWS, keys), 1, layout=MATRIX)
 
 
 def converted_types(tile: Tile, config: AttentionConfig, written: Any = None, read: Any = None) -> Converted | None:
-    """Scratch types of `Converted`; None for a cache that needs none."""
+    """Return the scratch types of `Converted`, or None for a cache that needs no conversion."""
     if jnp.dtype(config.dtype).itemsize > 1:
         return None
     step = smem((tile.keys, config.head_dim), jnp.bfloat16)
@@ -105,7 +105,7 @@ def converted_types(tile: Tile, config: AttentionConfig, written: Any = None, re
 
 
 def empty_softmax(tile: Tile, parts: list[slice]) -> Softmax:
-    """The state before any key."""
+    """Return the state before any key."""
 
     def full(shape: tuple[int, ...], value: float, layout: Any) -> jax.Array:
         return plgpu.layout_cast(jnp.full(shape, value, jnp.float32), layout)
@@ -116,7 +116,7 @@ def empty_softmax(tile: Tile, parts: list[slice]) -> Softmax:
 
 
 def attend_block(config: AttentionConfig, tile: Tile, work: Workspace, block: Block, state: Softmax) -> Softmax:
-    """Attend a block, after those that `state` is over."""
+    """Add a block of keys and values to the softmax `state`."""
     stages, slot = work.stages, block.slot
     if work.converted is None:
         keys = stages.keys.at[slot]
@@ -152,7 +152,7 @@ def attend_block(config: AttentionConfig, tile: Tile, work: Workspace, block: Bl
 def _weigh(
     tile: Tile, work: Workspace, weights_ms: jax.Array, values: Any, old_m: jax.Array, out: tuple[jax.Array, ...]
 ) -> tuple[jax.Array, ...]:
-    """Add the weighted values of a block to those before it, which shrink by `old_m`."""
+    """Rescale the weighted values so far by `old_m`, and add those of a block."""
     if work.weights is not None:
         work.weights[...] = weights_ms
         plgpu.commit_smem()
@@ -163,7 +163,7 @@ def _weigh(
             multiply = partial(_multiply, left=weights_ms, right=values.at[:, part])
             total.append(pl.run_state(multiply)(plgpu.WGMMAAccumulatorRef.init(shrunk_mh)))
         else:
-            # What the interpreter can do: operands in shared memory, accumulators that start at 0.
+            # The interpreter supports only operands in shared memory and accumulators that start at 0.
             total.append(shrunk_mh + product(work.weights, values.at[:, part], tile.width))
     return tuple(total)
 
@@ -173,16 +173,16 @@ def _multiply(accumulator: Any, left: Any, right: Any) -> None:
 
 
 def _logits(config: AttentionConfig, scores_ms: jax.Array) -> jax.Array:
-    """Scaled and capped scores in base 2."""
+    """Return scaled and capped scores in base 2."""
     cap = config.soft_cap
     if cap is None:
         return scores_ms * (config.scale * LOG2E)
-    # tanh from an exponential: the hardware's tanh is off by up to 5e-4, times the cap.
+    # tanh is computed from an exponential: the hardware's tanh has an error of up to 5e-4, times the cap.
     return cap * LOG2E - 2 * cap * LOG2E / (jnp.exp2(scores_ms * (2 * LOG2E * config.scale / cap)) + 1)
 
 
 def _mend(tile: Tile, work: Workspace, values: Any, live: LiveKeys) -> None:
-    """Zero values that are none: 0 * NaN is NaN. There are such in the block that holds the row's end only."""
+    """Zero the values of slots without a key, since 0 * NaN is NaN; only the block with the row's end has any."""
 
     @pl.when(live.end < tile.keys)
     def _ends_within() -> None:
@@ -198,7 +198,7 @@ def _mend(tile: Tile, work: Workspace, values: Any, live: LiveKeys) -> None:
 
 
 def _pieces(tile: Tile, head_dim: int) -> list[tuple[int, slice, slice]]:
-    """(first key, keys, columns) of parts of a block that fit the registers beside the softmax."""
+    """Return (first key, keys, columns) of parts of a block that fit in registers next to the softmax state."""
     width = _PIECE_WIDTH if head_dim % _PIECE_WIDTH == 0 else head_dim
     return [
         (start, slice(start, start + WARPGROUP_ROWS), slice(column, column + width))
@@ -208,7 +208,7 @@ def _pieces(tile: Tile, head_dim: int) -> list[tuple[int, slice, slice]]:
 
 
 def _by_warpgroup(tile: Tile, work: Workspace, warpgroup: int, task: Callable[[], None]) -> None:
-    """Let one of the warpgroups do a task."""
+    """Run a task in one of the warpgroups."""
     if tile.warpgroups == 1:
         task()
     else:
@@ -216,13 +216,16 @@ def _by_warpgroup(tile: Tile, work: Workspace, warpgroup: int, task: Callable[[]
 
 
 def _live_rows(x_sH: jax.Array, live: LiveKeys, start: int) -> jax.Array:
-    """Zero the keys, from the block's `start`-th on, that are not live."""
+    """Zero the rows of keys that are not live; the first row is key `start` of the block."""
     number = plgpu.broadcasted_iota(jnp.int32, x_sH.shape, 0, layout=MATRIX)
     return jnp.where((number >= live.first - start) & (number < live.end - start), x_sH, jnp.zeros_like(x_sH))
 
 
 def _convert(tile: Tile, work: Workspace, block: Block) -> None:
-    """Keys and values of the block to bf16; with two warpgroups, one or a half each."""
+    """Convert the block's keys and values to bf16.
+
+    With two warpgroups, one converts the keys and one the values, or each converts half of keys that contain values.
+    """
     assert work.converted is not None
     slot = block.slot
     stages, converted = work.stages, work.converted
@@ -231,7 +234,7 @@ def _convert(tile: Tile, work: Workspace, block: Block) -> None:
         for start, rows, columns in _pieces(tile, target.shape[-1])[share]:
             x_sH = plgpu.load(source.at[slot, rows, columns], layout=plgpu.Layout.WGMMA_UPCAST_2X, optimized=False)
             if jnp.issubdtype(x_sH.dtype, jnp.floating):
-                # Hopper has no instruction from 8 to 16 bits of this kind; both steps are exact.
+                # Hopper has no instruction from fp8 to bf16, so convert through f32; both steps are exact.
                 x_sH = x_sH.astype(jnp.float32)
             x_sH = plgpu.layout_cast(x_sH.astype(jnp.bfloat16), MATRIX)
             target.at[rows, columns][...] = x_sH if live is None else _live_rows(x_sH, live, start)

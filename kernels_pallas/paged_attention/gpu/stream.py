@@ -1,4 +1,4 @@
-"""Pages of keys and values on their way into shared memory, ahead of the warpgroups that compute."""
+"""Asynchronous copies of key and value pages into shared memory, ahead of the compute warpgroups."""
 
 from typing import Any, NamedTuple
 
@@ -13,12 +13,12 @@ from kernels_pallas.warpgroup import smem
 
 
 class KeyBlocks(NamedTuple):
-    """Stretch of a row's keys, in blocks of `Tile.keys`.
+    """A range of a row's keys, in blocks of `Tile.keys`.
 
     Attributes:
         row: row of the page table.
-        first, end: blocks.
-        first_page, last_page: range of the row's pages that hold visible keys.
+        first, end: range of blocks.
+        first_page, last_page: first and last of the row's pages that hold visible keys.
     """
 
     row: jax.Array
@@ -29,9 +29,10 @@ class KeyBlocks(NamedTuple):
 
 
 class LiveKeys(NamedTuple):
-    """The range of a block's keys that exist and are loaded: `[first, end)`, counted from the block's first.
+    """The range of a block's keys that exist and are loaded: `[first, end)`, counted from the block's first key.
 
-    Slots past a row's end may hold anything, and so may copies of its last page in place of pages nobody looks at.
+    Slots past a row's end may hold anything, and so may the slots of pages outside the visible range, for which
+    `page_numbers` substitutes another page of the row.
     """
 
     first: jax.Array
@@ -39,9 +40,9 @@ class LiveKeys(NamedTuple):
 
 
 class Stages(NamedTuple):
-    """Shared memory for `stages` steps [stages, keys, H], and the barriers that announce what has arrived.
+    """Shared memory of the pipeline stages, [stages, keys, H], and the barriers that signal the arrival of copies.
 
-    There are no values where they are a part of their keys.
+    `values` and `values_ready` are None where values are part of the keys.
     """
 
     keys: Any
@@ -51,13 +52,13 @@ class Stages(NamedTuple):
 
 
 class Source(NamedTuple):
-    """Where the keys and values of a head are.
+    """The location of a head's keys and values in global memory.
 
     Attributes:
         head: key head.
         layer_page: first page of the layer.
         page_table_BM: i32, pages within the layer.
-        keys_PKSH, values_PKSH: pages of all layers; no values where they are a part of their keys.
+        keys_PKSH, values_PKSH: pages of all layers; `values_PKSH` is None where values are part of the keys.
     """
 
     head: jax.Array
@@ -68,14 +69,14 @@ class Source(NamedTuple):
 
 
 def stage_types(tile: Tile, config: AttentionConfig) -> Stages:
-    """Scratch types of `Stages`."""
+    """Return the scratch types of `Stages`."""
     buffer = smem((tile.stages, tile.keys, config.head_dim), config.dtype)
     ready = plgpu.Barrier(num_arrivals=max(1, tile.keys // config.page_size), num_barriers=tile.stages)
     return Stages(buffer, buffer, ready, ready) if config.value_dim is None else Stages(buffer, None, ready, None)
 
 
 def blocks_between(row: jax.Array, first_key: jax.Array, end_key: jax.Array, tile: Tile, page_size: int) -> KeyBlocks:
-    """The blocks that hold keys `[first_key, end_key)` of a row."""
+    """Return the blocks that hold keys `[first_key, end_key)` of a row."""
     return KeyBlocks(
         row,
         lax.div(first_key, tile.keys),
@@ -86,16 +87,16 @@ def blocks_between(row: jax.Array, first_key: jax.Array, end_key: jax.Array, til
 
 
 def live_keys(blocks: KeyBlocks, index: jax.Array, kv_len: jax.Array, tile: Tile, page_size: int) -> LiveKeys:
-    """The live keys of a block of a row that has `kv_len` of them."""
+    """Return the live keys of a block, in a row of `kv_len` keys."""
     first_key = index * tile.keys
     return LiveKeys(blocks.first_page * page_size - first_key, kv_len - first_key)
 
 
 def page_numbers(blocks: KeyBlocks, tile: Tile, page_size: int, index: jax.Array) -> list[jax.Array]:
-    """The page of the row that a block lies in, or the pages that it consists of.
+    """Return the page that contains a block, or the pages that the block consists of, as indices into the row.
 
-    The row's ends may lie within the block. In place of pages that nobody looks at, which would cost bandwidth,
-    pages are named that are needed anyway.
+    The visible range may start or end within the block. Pages outside of it are replaced by the nearest page inside,
+    which is needed anyway, to save bandwidth.
     """
     count = max(1, tile.keys // page_size)
     first = index if page_size <= tile.keys else lax.div(index, page_size // tile.keys)
@@ -103,7 +104,7 @@ def page_numbers(blocks: KeyBlocks, tile: Tile, page_size: int, index: jax.Array
 
 
 def find_pages(source: Source, blocks: KeyBlocks, tile: Tile, index: jax.Array) -> list[jax.Array]:
-    """The pages of a block."""
+    """Return the pages of a block, as indices into the pages of all layers."""
     numbers = page_numbers(blocks, tile, source.keys_PKSH.shape[2], index)
     return [source.layer_page + source.page_table_BM[blocks.row, number] for number in numbers]
 
@@ -118,7 +119,7 @@ def copy_block(
     ready: Any,
     slot: jax.Array,
 ) -> None:
-    """Start to copy one block of keys or values into `slot`."""
+    """Start copying one block of keys or values into stage `slot`."""
     page_size = pages_PKSH.shape[2]
     if page_size > tile.keys:
         part = pl.ds(lax.rem(index, page_size // tile.keys) * tile.keys, tile.keys)

@@ -1,4 +1,4 @@
-"""Sizes of the attention kernels' tiles, and what they cost in shared memory."""
+"""Tile sizes of the GPU attention kernels, and the shared memory that tiles need."""
 
 from dataclasses import dataclass, replace
 from typing import Any
@@ -8,27 +8,27 @@ import jax.numpy as jnp
 from kernels_pallas.paged_attention.api import AttentionConfig
 from kernels_pallas.warpgroup import WARPGROUP_ROWS
 
-# What a thread block may use on Hopper.
+# Maximum shared memory of a thread block on Hopper.
 HOPPER_SMEM_BYTES = 232_448
-# Shared memory is handed out in multiples of this.
+# Shared memory is allocated in multiples of this.
 _ALIGNMENT = 1024
-# What barriers and alignment take at most.
+# Upper bound of the memory for barriers and alignment.
 _OVERHEAD = 2048
 
 
 @dataclass(frozen=True, kw_only=True)
 class Tile:
-    """How one thread block works.
+    """The tile of one thread block.
 
     Attributes:
-        warpgroups: that compute, 64 rows of queries each, unless they share them.
-        keys: per step.
-        stages: steps whose keys and values are in shared memory at a time.
-        width: columns of a product of weights and values; wider ones are cut to keep results in registers.
-        shares_rows: the warpgroups have the same 64 rows, and an equal part of the values' columns each: all of them
-            would not fit one's registers.
-        interpretable: keep to what the interpreter can do. It takes the operands of products from shared memory and
-            cannot go on with an accumulator; the device does better with registers.
+        warpgroups: number of compute warpgroups, with 64 query rows each unless they share rows.
+        keys: keys per step.
+        stages: pipeline stages: steps whose keys and values are in shared memory at the same time.
+        width: columns of a product of weights and values; wider values are split to keep results in registers.
+        shares_rows: whether the warpgroups share the same 64 query rows and compute an equal part of the values'
+            columns each, because the registers of one warpgroup could not hold all columns.
+        interpretable: whether to use only what the interpreter supports. It reads operands of products from shared
+            memory and cannot continue an accumulator; on the device, registers are faster.
     """
 
     warpgroups: int
@@ -45,19 +45,19 @@ class Tile:
 
     @property
     def bands(self) -> int:
-        """Stretches of 64 query rows."""
+        """Number of bands of 64 query rows."""
         return 1 if self.shares_rows else self.warpgroups
 
     def parts(self, value_dim: int, warpgroup: Any) -> list[slice]:
-        """A warpgroup's columns of the values, cut to `width`; its number counts only where they share rows."""
+        """Return a warpgroup's columns of the values in slices of `width`; its index matters only with shared rows."""
         columns = value_dim // self.warpgroups if self.shares_rows else value_dim
         first = warpgroup * columns if self.shares_rows else 0
         return [slice(start, start + self.width) for start in range(first, first + columns, self.width)]
 
     def smem_bytes(self, config: AttentionConfig, *, decode: bool) -> int:
-        """Bytes of shared memory: queries, stages, converted keys and values, and results.
+        """Return the bytes of shared memory: queries, stages, converted keys and values, and outputs.
 
-        Where values are a part of their keys, results take the place of the queries: there is none for their own.
+        Where values are part of the keys, outputs overwrite the queries, since a buffer of their own would not fit.
         """
         itemsize = jnp.dtype(config.dtype).itemsize
         step = self.keys * config.head_dim * (2 if config.value_dim is None else 1)
@@ -71,7 +71,7 @@ class Tile:
         return total + _OVERHEAD
 
 
-# By head dim, with the most stages that are of use.
+# By head dim, with the maximum number of useful stages.
 _DECODE = {
     64: Tile(warpgroups=1, keys=64, stages=4, width=64),
     80: Tile(warpgroups=1, keys=64, stages=4, width=80),
@@ -86,23 +86,23 @@ _PREFILL = {
     128: Tile(warpgroups=2, keys=128, stages=3, width=128),
     256: Tile(warpgroups=2, keys=64, stages=3, width=256),
 }
-# By dims of keys and of the values that are a part of them, for both kernels.
+# By the dims of keys and of the values that are part of them (MLA), for both kernels.
 _LATENT = {(576, 512): Tile(warpgroups=2, keys=64, stages=2, width=256, shares_rows=True)}
 _MIN_STAGES = 2
 
 
 def choose_tile(config: AttentionConfig, *, decode: bool, smem_bytes: int = HOPPER_SMEM_BYTES) -> Tile:
-    """The tile for a model's heads, with as many stages as fit.
+    """Return the tile for a model's heads, with as many stages as fit.
 
-    Decode aims at two thread blocks per multiprocessor: one computes, starts or ends while the other loads.
+    Decode aims at two thread blocks per SM: one computes, starts or ends while the other loads.
 
     Args:
         config: config of the model.
-        decode: for rows that run one token, or for the others.
+        decode: whether the tile is for rows that run one token or for longer rows.
         smem_bytes: shared memory that a thread block may use.
 
     Raises:
-        NotImplementedError: no tile for the head dim, or none that fits.
+        NotImplementedError: there is no tile for the head dim, or none fits.
     """
     largest = _largest_tile(config, decode=decode)
     tiles = [replace(largest, stages=stages) for stages in range(largest.stages, _MIN_STAGES - 1, -1)]

@@ -1,11 +1,11 @@
 """Ragged paged attention for TPU (Pallas Mosaic).
 
-One kernel, called for two shapes of work: rows that run one token (decode), and blocks of consecutive tokens of one
-or several longer rows (prefill). It writes the step's keys and values and attends, with an online softmax as in
-FlashAttention (arXiv:2205.14135) over double-buffered pages.
+One kernel serves two shapes of work: rows that run one token (decode), and blocks of consecutive tokens of one or more
+longer rows (prefill). It writes the step's keys and values and attends, with an online softmax as in FlashAttention
+(arXiv:2205.14135) over double-buffered pages.
 
-Bytes of a decode step, per layer: every page that a row sees once, and per row one tile of written tokens, a query
-and a result. FLOPs: 4 * N * H for each query and key of the buffers that it sees.
+Memory traffic of a decode step, per layer: every page that a row sees, once, and per row one written tile of tokens, a
+query and an output. FLOPs: 4 * N * H per pair of a query token and a key in the buffers that it sees.
 """
 
 from functools import partial
@@ -30,11 +30,11 @@ _MIN_PAGE_SIZE = 16
 
 
 class TpuPlan(NamedTuple):
-    """What a step's layers share.
+    """Metadata that the layers of a step share.
 
     Attributes:
-        meta: the step.
-        blocks_2C: i32, first row and end of the rows of each block of tokens; None where all rows run one token.
+        meta: metadata of the step.
+        blocks_2C: i32, first and end of the rows in each block of tokens; None where all rows run one token.
     """
 
     meta: AttentionMeta
@@ -42,7 +42,7 @@ class TpuPlan(NamedTuple):
 
 
 class TpuAttention:
-    """Backend `tpu`. Heads are split over the devices of a replica; every shard attends on its own.
+    """Backend `tpu`. Heads are split over the devices of a replica; each shard attends independently.
 
     Args:
         config: config of the whole model.
@@ -51,12 +51,12 @@ class TpuAttention:
         interpret: `pltpu.InterpretParams` to run the kernel on a CPU, or False.
 
     Raises:
-        NotImplementedError: the kernel does not do what `config` asks for.
+        NotImplementedError: the kernel does not support `config`.
     """
 
     def __init__(self, config: AttentionConfig, mesh: Mesh, memory: TpuMemory, *, interpret: Any = False) -> None:
         self.config = config
-        # The other half is for what else is read number by number.
+        # The page table, of 4-byte entries, may use half of SMEM; the other half is for the other scalars.
         self.max_table_entries: int | None = memory.smem_bytes // 2 // 4
         self._layout = TpuLayout.of(config)
         _check(config)
@@ -86,7 +86,8 @@ class TpuAttention:
 
     def plan(self, meta: AttentionMeta) -> TpuPlan:
         """Find the rows of each block."""
-        # A row of one token rounds differently alone and in a block: batch-invariant mode has blocks only.
+        # The result of a one-token row is rounded differently alone and in a block: batch-invariant mode uses blocks
+        # only.
         if self.config.batch_invariant:
             return TpuPlan(meta, rows_of_blocks(meta, self._tiles.block_tokens, jnp.int32(0)))
         if meta.positions_T.shape[0] == meta.kv_lens_B.shape[0]:
@@ -125,7 +126,8 @@ class TpuAttention:
             o_TNZ, pages = call(q_TNZ, kv_TKZ, cache["kv"], blocks_2C=plan.blocks_2C)
             return self._layout.results(o_TNZ).astype(q_TNH.dtype), {"kv": pages}
         num_rows, num_tokens = meta.kv_lens_B.shape[0], q_TNH.shape[0]
-        # Token b is row b's where rows run one token; the others' blocks are not visited and hold anything.
+        # Token b belongs to row b where rows run one token. The blocks of other rows are not visited, and their outputs
+        # are undefined.
         decoded_BNZ, pages = call(q_TNZ[:num_rows], kv_TKZ[:num_rows], cache["kv"], blocks_2C=None)
         decoded_TNZ = jnp.pad(decoded_BNZ, ((0, num_tokens - num_rows), (0, 0), (0, 0)))
         o_TNZ = jnp.zeros_like(decoded_TNZ)
@@ -146,7 +148,7 @@ class TpuAttention:
         sinks_N: jax.Array | None,
         blocks_2C: jax.Array | None,
     ) -> tuple[jax.Array, jax.Array]:
-        """One call of the kernel; without `blocks_2C` the blocks are the rows that run one token."""
+        """Call the kernel once; without `blocks_2C` the blocks are the rows that run one token."""
         local = self.config.split(model_size(self._mesh))
         shape = KernelShape(
             config=local,
@@ -172,7 +174,7 @@ class TpuAttention:
         return _from_blocks(o_CKQZ, shape.block_tokens)[: q_TNZ.shape[0]], pages_PKSZ
 
     def _pallas_call(self, shape: KernelShape, num_programs: jax.Array | int, operands: dict[str, jax.Array]) -> Any:
-        """The kernel over its blocks; takes scalars, operands and pages, returns results and pages."""
+        """Build the kernel call over all blocks; it takes scalars, operands and pages, returns outputs and pages."""
         config, layout = shape.config, shape.layout
         num_heads, rows = config.num_kv_heads, shape.block_rows
         num_scalars = len(Scalars._fields)
@@ -228,7 +230,7 @@ class TpuAttention:
 
 
 def _to_blocks(x_TNZ: jax.Array, block_tokens: int, num_kv_heads: int) -> jax.Array:
-    """[T, K * G, Z] -> [C, K, W * G, Z]; the last block is filled up with zeros."""
+    """[T, K * G, Z] -> [C, K, W * G, Z]; the last block is padded with zeros."""
     x_TNZ = jnp.pad(x_TNZ, ((0, -x_TNZ.shape[0] % block_tokens), (0, 0), (0, 0)))
     x_CWKGZ = x_TNZ.reshape(-1, block_tokens, num_kv_heads, x_TNZ.shape[1] // num_kv_heads, x_TNZ.shape[2])
     x_CKWGZ = jnp.moveaxis(x_CWKGZ, 2, 1)
@@ -236,7 +238,7 @@ def _to_blocks(x_TNZ: jax.Array, block_tokens: int, num_kv_heads: int) -> jax.Ar
 
 
 def _from_blocks(x_CKQZ: jax.Array, block_tokens: int) -> jax.Array:
-    """The inverse, with the filling in place."""
+    """The inverse of `_to_blocks`, except that the padding stays."""
     num_blocks, num_kv_heads, _, lanes = x_CKQZ.shape
     x_CKWGZ = x_CKQZ.reshape(num_blocks, num_kv_heads, block_tokens, -1, lanes)
     return jnp.moveaxis(x_CKWGZ, 1, 2).reshape(num_blocks * block_tokens, -1, lanes)

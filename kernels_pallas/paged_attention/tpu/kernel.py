@@ -1,11 +1,11 @@
-"""The TPU attention kernel: query blocks over the pages of their rows.
+"""The TPU attention kernel: query blocks attend the pages of their rows.
 
-A program has one block of W consecutive packed tokens, all heads, and goes over the rows that have tokens in it; of
-each row it writes the new keys and values, then streams the pages through two buffers. With W = 1 the block is a row:
-its new token is blended into the buffer that holds its page, and the next row's first pages are fetched while this
-row's last ones are attended.
+A program handles one block of W consecutive packed tokens, for all heads. It loops over the rows that have tokens in
+the block; for each it writes the new keys and values, then streams the row's pages through two buffers. With W = 1 the
+block is a row: its new token is blended into the buffer that holds its page, and the next row's first pages are
+fetched while this row's last ones are attended.
 
-Dimension key: see `api` and `tpu_schedule`; Z lanes of a cached token.
+Dimension key: see `api` and `schedule`; Z lanes of a cached token, Z' lanes of an output.
 """
 
 import functools
@@ -22,20 +22,20 @@ from kernels_pallas.pallas import pl, pltpu
 
 
 class Refs(NamedTuple):
-    """Operands, results and scratch of one program.
+    """Operands, outputs and scratch of one program.
 
     Attributes:
-        q: [1, K, Q, Z], zeros where the lanes hold values.
-        new: [1, K, W, Z], the block's keys and values.
-        sinks: f32[K, Q, 1] or None.
-        o: [1, K, Q, Z'].
-        pages: [L * P, K, S, Z], all of them.
-        keys: [2, pages per buffer, K, S, Z].
-        stage: [K, tokens, Z]; None where a block is a row.
-        top, total: f32[K, Q, 128].
-        out: f32[K, Q, Z'].
-        fetched: semaphores of the two buffers.
-        written: semaphore of the writes.
+        q: queries [1, K, Q, query lanes], zero in lanes that hold values.
+        new: keys and values of the block's tokens, [1, K, W, Z].
+        sinks: attention sinks, f32[K, Q, 1], or None.
+        o: outputs [1, K, Q, Z'].
+        pages: the cache's pages of all layers, [L * P, K, S, Z].
+        keys: the two buffers, [2, pages per buffer, K, S, Z].
+        stage: new tokens aligned to the pages' tiles, [K, tokens, Z]; unused where a block is a row.
+        top, total: running maximum and sum of weights, f32[K, Q, 128].
+        out: weighted values, f32[K, Q, Z'].
+        fetched: DMA semaphores of the two buffers.
+        written: DMA semaphore of the writes.
         slot: i32[1], the buffer that the next row starts with.
     """
 
@@ -55,7 +55,7 @@ class Refs(NamedTuple):
 
 
 class AttentionKernel:
-    """One program of the kernel. Made anew for every call: JAX reuses the trace of a function it has seen."""
+    """One program of the kernel. Every call needs a new instance: JAX reuses the trace of a function it has seen."""
 
     def __init__(self, shape: KernelShape, scalars: Scalars, refs: Refs) -> None:
         self._shape = shape
@@ -94,7 +94,7 @@ class AttentionKernel:
         return self._scalars.first_page_1[0] + self._scalars.page_table_F[entry]
 
     def _for_pages(self, span: Span, buffer: jax.Array, slot: jax.Array, act: Callable[[Any], None]) -> None:
-        """Start or await the copies of a buffer's pages."""
+        """Apply `act` (start or wait) to the copy of each page of a buffer."""
         refs = self._refs
         first, end = page_range(self._shape, span, buffer)
 
@@ -105,7 +105,7 @@ class AttentionKernel:
         lax.fori_loop(first, end, body, None)
 
     def _fetch_first(self) -> None:
-        """The very first buffer of the call."""
+        """Start fetching the first buffer of the call."""
         self._refs.slot[0] = jnp.int32(0)
         span = span_of(self._shape, self._scalars, jnp.int32(0), jnp.int32(0))
         self._for_pages(span, span.lowest // self._shape.buffer_tokens, jnp.int32(0), lambda copy: copy.start())
@@ -152,10 +152,10 @@ class AttentionKernel:
             refs.slot[0] = slot
             self._token_copy(span, end - 1, 1 - slot).wait()
 
-    # New tokens of one row that runs one token.
+    # The new token of a row that runs one token.
 
     def _token_copy(self, span: Span, buffer: jax.Array, slot: jax.Array) -> Any:
-        """The copy of the tile with the new token, from its buffer to its page."""
+        """Return the copy of the tile with the new token, from its buffer to its page."""
         shape, refs = self._shape, self._refs
         position = span.end - 1
         index = position // shape.config.page_size
@@ -167,7 +167,7 @@ class AttentionKernel:
         )
 
     def _tile_start(self, position: jax.Array) -> jax.Array:
-        """First slot, in its page, of the tile that a position is in."""
+        """Return the offset in its page of the tile that contains a position."""
         sublanes = self._shape.layout.sublanes
         return position % self._shape.config.page_size // sublanes * sublanes
 
@@ -179,7 +179,8 @@ class AttentionKernel:
         tile = pl.ds(pl.multiple_of(self._tile_start(position), sublanes), sublanes)
         is_new_S1 = lax.broadcasted_iota(jnp.int32, (sublanes, 1), 0) == position % sublanes
         for head in range(shape.config.num_kv_heads):
-            # In f32: chips without vectors of the cache's dtype cannot select in it, and the way there is exact.
+            # Select in f32, to which the conversion is exact: chips without vectors of the cache's dtype cannot select
+            # in that dtype.
             old_SZ = refs.keys[slot, index, head, tile].astype(jnp.float32)
             new_1Z = refs.new[0, head].astype(jnp.float32)
             refs.keys[slot, index, head, tile] = jnp.where(is_new_S1, new_1Z, old_SZ).astype(refs.keys.dtype)
@@ -188,7 +189,7 @@ class AttentionKernel:
     # New tokens of a block.
 
     def _tile_copy(self, span: Span, index: jax.Array, *, back: bool = False) -> Any:
-        """The copy of the `index`-th tile that a span has tokens in, to its page or back from it."""
+        """Return the copy of the `index`-th tile with tokens of a span, to its page or back from it."""
         shape, refs = self._shape, self._refs
         sublanes = shape.layout.sublanes
         position = span.start // sublanes * sublanes + index * sublanes
@@ -199,13 +200,16 @@ class AttentionKernel:
         return pltpu.make_async_copy(source, target, refs.written)
 
     def _for_tiles(self, span: Span, act: Callable[[Any], None]) -> None:
-        """Start or await the copies of all tiles."""
+        """Apply `act` (start or wait) to the copies of all tiles."""
         sublanes = self._shape.layout.sublanes
         count = pl.cdiv(span.end, sublanes) - span.start // sublanes
         lax.fori_loop(0, count, lambda index, _: act(self._tile_copy(span, index)), None)
 
     def _write_span(self, span: Span) -> None:
-        """Start writing a span's keys and values. Past its end a last tile holds anything: nothing is there yet."""
+        """Start writing a span's keys and values.
+
+        The last tile may hold anything past the span's end: those slots of the page are not in use yet.
+        """
         shape, refs = self._shape, self._refs
         sublanes, tokens = shape.layout.sublanes, shape.stage_tokens
         shift = span.start % sublanes
@@ -216,7 +220,7 @@ class AttentionKernel:
             copy.start()
             copy.wait()
 
-        # From the token's place in the block to its place in the tiles.
+        # From the token's offset in the block to its offset in the tiles.
         roll = lax.rem(shift - span.token + tokens, tokens)
         is_new_S1 = lax.broadcasted_iota(jnp.int32, (tokens, 1), 0) >= shift
         padding = jnp.zeros((tokens - shape.block_tokens, shape.layout.lanes), jnp.float32)
@@ -240,13 +244,13 @@ class AttentionKernel:
             self._attend_head(head, keys_EZ, holds_E1, sees_QE)
 
     def _sees(self, span: Span, first_position: jax.Array) -> jax.Array:
-        """Which keys of a buffer each query row sees, bool[Q or 1, E]."""
+        """Return which keys of a buffer each query row sees, bool[Q or 1, E]."""
         shape = self._shape
         key_1E = first_position + lax.broadcasted_iota(jnp.int32, (1, shape.buffer_tokens), 1)
         if shape.fused_write:
             return (key_1E >= span.lowest) & (key_1E < span.end)
         row_Q1 = lax.broadcasted_iota(jnp.int32, (shape.block_rows, 1), 0).astype(jnp.float32)
-        # Vectors of integers have no division; this is exact, the quotient's distance from an integer is 0.5 / G.
+        # Integer vectors have no division. The floor is exact: the quotient is at least 0.5 / G away from an integer.
         token_Q1 = jnp.floor((row_Q1 + 0.5) * (1 / shape.group)).astype(jnp.int32)
         query_Q1 = span.start - span.token + token_Q1
         mine_Q1 = (query_Q1 >= span.start) & (query_Q1 < span.end)
@@ -266,7 +270,7 @@ class AttentionKernel:
         if config.soft_cap is not None:
             scores_QE = config.soft_cap * jnp.tanh(scores_QE / config.soft_cap)
         scores_QE = jnp.where(sees_QE, scores_QE, MASKED)
-        # Slots that hold nothing may hold NaN, and 0 * NaN is NaN.
+        # Slots without a token may hold NaN, and 0 * NaN is NaN.
         values_EZ = jnp.where(holds_E1, layout.values(keys_EZ), 0)
 
         old_top_Q1 = refs.top[head, :, :1]

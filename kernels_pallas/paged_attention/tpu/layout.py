@@ -1,11 +1,11 @@
-"""How a token's key and value lie in the lanes of a TPU's cache.
+"""Layout of a token's key and value in the lanes of the TPU cache.
 
-    head of 64:   | key 0..63 | value 64..127 |                      one tile of 128 lanes
-    head of 128:  | key 0..127 | value 128..255 |                    two tiles
-    head of 80:   | key 0..79, zeros | value 128..207, zeros |       two tiles
-    key of 576, the first 512 of it the value: | key 0..575, zeros |  five tiles
+    head dim 64:                  | key 0..63 | value 64..127 |                one tile of 128 lanes
+    head dim 128:                 | key 0..127 | value 128..255 |              two tiles
+    head dim 80:                  | key 0..79, zeros | value 128..207, zeros |  two tiles
+    head dim 576, value_dim 512:  | key 0..575, zeros |                        five tiles
 
-`[L * P pages, K heads, S tokens, Z lanes]`: a page is contiguous, and a head's page is a matrix.
+Pages are `[L * P pages, K heads, S tokens, Z lanes]`: a page is contiguous, and a head's page is a matrix.
 """
 
 import dataclasses
@@ -21,13 +21,13 @@ LANES = 128
 
 @dataclasses.dataclass(frozen=True)
 class TpuLayout:
-    """Lanes of one cached token.
+    """Layout of one cached token in lanes.
 
     Attributes:
         head_dim: H.
         dtype: dtype of the cache.
         page_size: S.
-        value_dim: values are the first so many numbers of their keys; None for values of their own.
+        value_dim: see `AttentionConfig`.
     """
 
     head_dim: int
@@ -37,12 +37,12 @@ class TpuLayout:
 
     @classmethod
     def of(cls, config: AttentionConfig) -> "TpuLayout":
-        """The layout of a model's cache."""
+        """Return the layout of a model's cache."""
         return cls(config.head_dim, config.dtype, config.page_size, config.value_dim)
 
     @property
     def shared(self) -> bool:
-        """Key and value lie beside each other in one tile of lanes."""
+        """Whether key and value share one tile of lanes."""
         return self.value_dim is None and 2 * self.head_dim <= LANES
 
     @property
@@ -54,7 +54,7 @@ class TpuLayout:
 
     @property
     def lanes(self) -> int:
-        """Z."""
+        """Lanes of a cached token, Z."""
         return LANES if self.shared else self.value_start + _whole_tiles(self.head_dim)
 
     @property
@@ -64,12 +64,12 @@ class TpuLayout:
 
     @property
     def result_lanes(self) -> int:
-        """Lanes of a result."""
+        """Lanes of an output."""
         return self.query_lanes if self.value_dim is None else _whole_tiles(self.value_dim)
 
     @property
     def sublanes(self) -> int:
-        """Tokens of a tile: what a write replaces at least."""
+        """Tokens per tile, the minimum that a write replaces."""
         return min(32 // jnp.dtype(self.dtype).itemsize, self.page_size)
 
     def pack(self, k: jax.Array, v: jax.Array) -> jax.Array:
@@ -83,19 +83,19 @@ class TpuLayout:
         return kv[..., : self.head_dim], self.results(self.values(kv))
 
     def pad_queries(self, q: jax.Array) -> jax.Array:
-        """[..., H] -> [..., query_lanes]; zeros against the values' lanes leave them out of the scores."""
+        """[..., H] -> [..., query_lanes]; zeros in the lanes of values keep those out of the scores."""
         return pad_last_axis(q, self.query_lanes)
 
     def keys(self, kv: jax.Array) -> jax.Array:
-        """The lanes that queries meet."""
+        """Return the lanes that are multiplied with queries."""
         return kv[..., : self.query_lanes]
 
     def values(self, kv: jax.Array) -> jax.Array:
-        """The lanes that weights meet."""
+        """Return the lanes that are multiplied with softmax weights."""
         return kv if self.shared else kv[..., self.value_start : self.value_start + self.result_lanes]
 
     def results(self, o: jax.Array) -> jax.Array:
-        """[..., result_lanes] -> [..., H], or as many numbers as a value has."""
+        """[..., result_lanes] -> [..., H], or [..., value_dim] if that is set."""
         start = self.value_start if self.shared else 0
         return o[..., start : start + (self.head_dim if self.value_dim is None else self.value_dim)]
 

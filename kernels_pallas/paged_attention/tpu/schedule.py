@@ -1,8 +1,8 @@
-"""What a program of the TPU attention kernel reads: which rows, which positions of them, which pages.
+"""The rows, positions and pages that a program of the TPU attention kernel reads.
 
-The kernel runs these functions on traced numbers, the byte count below on plain ones.
+The kernel calls these functions with traced integers, `decode_bytes` with plain ones.
 
-Dimension key: see `api`; C query blocks, W tokens of one, Q = W * G rows per key head, E keys of a buffer.
+Dimension key: see `api`; C query blocks of W tokens, Q = W * G query rows per key head, E keys of a buffer.
 """
 
 import dataclasses
@@ -17,20 +17,20 @@ from kernels_pallas.paged_attention.tpu.layout import LANES, TpuLayout
 Int = Any
 """A number: traced in the kernel, plain elsewhere."""
 
-# Arrays of scores that the compiler keeps at once, besides what the kernel declares.
+# Arrays of scores that the compiler keeps at the same time, besides the scratch that the kernel declares.
 _SCORE_COPIES = 4
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class KernelShape:
-    """What is fixed when the kernel is traced.
+    """Static parameters of the kernel.
 
     Attributes:
-        config: config of the shard: its heads, not the model's.
+        config: config of one shard, with its heads and not the model's.
         layout: layout of the cache.
-        block_tokens: W.
+        block_tokens: tokens per query block, W.
         pages_per_buffer: pages that one key buffer holds.
-        num_table_entries: M.
+        num_table_entries: pages per row of the page table, M.
     """
 
     config: AttentionConfig
@@ -41,36 +41,36 @@ class KernelShape:
 
     @property
     def fused_write(self) -> bool:
-        """The new token is written from the buffer that holds its page."""
+        """Whether the new token is written from the buffer that holds its page."""
         return self.block_tokens == 1
 
     @property
     def group(self) -> int:
-        """G."""
+        """Query heads per key head, G."""
         return self.config.num_q_heads // self.config.num_kv_heads
 
     @property
     def block_rows(self) -> int:
-        """Q."""
+        """Query rows of a block per key head, Q."""
         return self.block_tokens * self.group
 
     @property
     def buffer_tokens(self) -> int:
-        """E."""
+        """Keys of a buffer, E."""
         return self.pages_per_buffer * self.config.page_size
 
     @property
     def stage_tokens(self) -> int:
-        """Tokens of the buffer that new tokens are aligned to the pages' tiles in."""
+        """Tokens of the staging buffer, in which new tokens are aligned to the pages' tiles."""
         return -(-self.block_tokens // self.layout.sublanes) * self.layout.sublanes + self.layout.sublanes
 
     @property
     def vmem_bytes(self) -> int:
-        """Memory on the chip that the kernel takes, about."""
+        """Approximate bytes of VMEM that the kernel uses."""
         config, layout = self.config, self.layout
         cached, computed = jnp.dtype(config.dtype).itemsize, jnp.dtype(config.compute_dtype).itemsize
         token = layout.lanes * cached
-        # The pipeline keeps two blocks of queries, new tokens and results.
+        # The pipeline double-buffers the blocks of queries, new tokens and outputs.
         head_lanes = layout.query_lanes + layout.result_lanes
         blocks = 2 * (self.block_rows * head_lanes * computed + self.block_tokens * token)
         state = self.block_rows * (2 * LANES + layout.result_lanes) * 4
@@ -80,13 +80,13 @@ class KernelShape:
 
 
 class Scalars(NamedTuple):
-    """Operands that are read one number at a time.
+    """Scalar operands, prefetched to SMEM.
 
     Attributes:
         first_page_1: i32, first page of the layer.
         kv_lens_B, cu_q_lens_B1: see `AttentionMeta`.
-        page_table_F: i32, `page_table_BM` flat.
-        block_rows_2C: i32, first row of each block and the end of its rows.
+        page_table_F: i32, `page_table_BM` flattened.
+        block_rows_2C: i32, first and end of the rows in each block.
     """
 
     first_page_1: Any
@@ -97,13 +97,13 @@ class Scalars(NamedTuple):
 
 
 class Span(NamedTuple):
-    """The tokens of a row in a block, i32 each.
+    """The tokens of a row in a block; all fields are i32.
 
     Attributes:
-        row: index.
-        token: first token, in the block.
-        start, end: positions of the tokens.
-        lowest: first position that any of them sees.
+        row: index of the row.
+        token: index of the first token in the block.
+        start, end: range of the tokens' positions in the row.
+        lowest: lowest position that any of them sees.
     """
 
     row: Int
@@ -114,7 +114,7 @@ class Span(NamedTuple):
 
 
 def span_of(shape: KernelShape, scalars: Scalars, block: Int, row: Int) -> Span:
-    """The span of a row in a block that overlaps it."""
+    """Return the span of a row in a block that overlaps it."""
     first_token = block * shape.block_tokens
     row_end = scalars.cu_q_lens_B1[row + 1]
     first = jnp.maximum(scalars.cu_q_lens_B1[row], first_token)
@@ -126,7 +126,7 @@ def span_of(shape: KernelShape, scalars: Scalars, block: Int, row: Int) -> Span:
 
 
 def page_range(shape: KernelShape, span: Span, buffer: Int) -> tuple[Int, Int]:
-    """First and end of the pages that a span needs of the `buffer`-th stretch of E keys."""
+    """Return the first and the end of the pages that a span needs from the `buffer`-th E keys of its row."""
     per_buffer, page_size = shape.pages_per_buffer, shape.config.page_size
     first = jnp.maximum(span.lowest // page_size, buffer * per_buffer)
     end = jnp.minimum(-(-span.end // page_size), (buffer + 1) * per_buffer)
@@ -134,9 +134,9 @@ def page_range(shape: KernelShape, span: Span, buffer: Int) -> tuple[Int, Int]:
 
 
 def decode_bytes(shape: KernelShape, kv_lens: list[int]) -> int:
-    """Bytes between memory and chip for one layer of a decode step, by the schedule above.
+    """Return the bytes moved between HBM and chip for one layer of a decode step, by the schedule above.
 
-    Per row: the pages that it sees, the tile with its new token, a query and a result per head, and the new token.
+    Per row: the pages that it sees, the tile with its new token, a query and an output per head, and the new token.
     """
     config, layout = shape.config, shape.layout
     count = len(kv_lens)

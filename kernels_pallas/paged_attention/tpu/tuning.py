@@ -1,4 +1,4 @@
-"""Tile sizes of the attention kernels."""
+"""Tile sizes of the TPU attention kernel."""
 
 from typing import NamedTuple
 
@@ -10,7 +10,8 @@ from kernels_pallas.paged_attention.tpu.schedule import KernelShape
 
 # Fraction of the on-chip memory that a kernel may use.
 VMEM_FRACTION = 0.9
-# Large enough that a copy's latency is small beside it, small enough that short rows waste little.
+# Bytes of a key buffer: large enough that its transfer takes much longer than a copy's latency, small enough that short
+# rows waste little.
 _BUFFER_BYTES = 1 << 20
 _MIN_BUFFER_TOKENS, _MAX_BUFFER_TOKENS = 128, 1024
 # Query rows per key head: enough to keep the MXU busy between loads of keys.
@@ -22,8 +23,8 @@ class TpuTiles(NamedTuple):
     """Tiles of the TPU kernel.
 
     Attributes:
-        block_tokens: packed tokens of a prefill block.
-        pages_per_buffer: pages of one of the two key buffers.
+        block_tokens: packed tokens per prefill block.
+        pages_per_buffer: pages per key buffer, of which there are two.
     """
 
     block_tokens: int
@@ -31,10 +32,10 @@ class TpuTiles(NamedTuple):
 
 
 def choose_tpu_tiles(config: AttentionConfig, layout: TpuLayout, vmem_bytes: int) -> TpuTiles:
-    """The largest tiles for the heads of one shard that fit the chip.
+    """Return the largest tiles for the heads of one shard that fit the chip.
 
     Raises:
-        NotImplementedError: not even the smallest do.
+        NotImplementedError: even the smallest tiles do not fit.
     """
     group = config.num_q_heads // config.num_kv_heads
     block_tokens = 1 << min(_MAX_BLOCK_TOKENS, max(_MIN_BLOCK_TOKENS, _BLOCK_ROWS // group)).bit_length() - 1

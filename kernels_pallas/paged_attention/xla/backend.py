@@ -1,8 +1,8 @@
-"""Paged attention in portable XLA: the path on CPU, and on any device without a kernel of its own.
+"""Paged attention in portable XLA: the path on CPU, and on any device without a native kernel.
 
-Cost follows the live tokens, not the configured context: rows that run one token (decode) become a list of items,
-longer rows (prefill) tiles of queries. Gathered pages are few enough to stay in a core's cache: gathering whole
-contexts first costs more than the attention itself.
+Cost scales with the live tokens, not with the configured context: rows that run one token (decode) become a list of
+items, longer rows (prefill) tiles of queries. Few enough pages are gathered at a time to stay in a core's cache:
+gathering whole contexts first would cost more than the attention itself.
 """
 
 import dataclasses
@@ -20,13 +20,13 @@ from kernels_pallas.paged_attention.xla.decode import DecodeItems, attend_decode
 from kernels_pallas.paged_attention.xla.pages import LayerInputs, from_stored, stored_dtype, to_stored
 from kernels_pallas.paged_attention.xla.prefill import QueryTiles, attend_tiles, plan_tiles
 
-# Large ones waste less per query, small ones less on short rows.
+# Tokens per tile: large tiles waste less per query, small ones less on short rows.
 _TILE_SIZES = (128, 32)
 _INVARIANT_TILE_SIZES = (16,)
 
 
 class XlaPlan(NamedTuple):
-    """Work of one step: decode items, if rows can be decoded so, and query tiles of each size, the largest first."""
+    """Work of one step: decode items, None in batch-invariant mode, and query tiles by size, the largest first."""
 
     meta: AttentionMeta
     items: DecodeItems | None
@@ -34,7 +34,7 @@ class XlaPlan(NamedTuple):
 
 
 class XlaAttention:
-    """Backend `xla`. Heads are split over the devices of a replica; every shard attends on its own."""
+    """Backend `xla`. Heads are split over the devices of a replica; each shard attends independently."""
 
     def __init__(self, config: AttentionConfig, mesh: Mesh) -> None:
         self.config = config
@@ -42,11 +42,11 @@ class XlaAttention:
         self._mesh = mesh
 
     def cache_spec(self) -> dict[str, CacheSpec]:
-        """Keys and values apart, head-major pages: the layout whose batched products need no transpose."""
+        """Return the specs of separate keys and values in head-major pages: batched products need no transpose."""
         return head_major_spec(dataclasses.replace(self.config, dtype=stored_dtype(self.config)))
 
     def unpack(self, arrays: Cache) -> tuple[jax.Array, ...]:
-        """They lie apart."""
+        """Return the arrays in the cache's dtype: keys and values are stored separately."""
         return tuple(from_stored(array, self.config) for array in arrays.values())
 
     def pack(self, k: jax.Array, v: jax.Array) -> Cache:
@@ -87,7 +87,7 @@ class XlaAttention:
     ) -> tuple[jax.Array, Cache]:
         """See `AttentionBackend.attend`."""
         if sinks_N is None:
-            # -inf would make 0 * inf of an empty row; a masked sink adds exactly nothing.
+            # -inf would give 0 * inf for an empty row; a sink of `MASKED` adds exactly 0.
             sinks_N = jnp.full(q_TNH.shape[1], MASKED, jnp.float32)
         return over_heads(self._attend_shard, self._mesh, cache)(q_TNH, k_TKH, v_TKH, cache, layer, plan, sinks_N)
 
@@ -105,7 +105,7 @@ class XlaAttention:
         q_TKGH = q_TNH.reshape(q_TNH.shape[0], k_TKH.shape[1], -1, c.head_dim)
         first_page = layer * c.num_pages
         slot_T = plan.meta.slot_mapping_T
-        # Padding tokens point past the pool; past the last layer as well, they are dropped.
+        # Padding tokens point past a layer's pool. Their page is set past the last layer, so that they are dropped.
         page_T = jnp.where(
             slot_T < c.num_pages * c.page_size, slot_T // c.page_size + first_page, c.num_layers * c.num_pages
         )
@@ -122,7 +122,7 @@ class XlaAttention:
             o_TKGH = jnp.zeros((*layer_inputs.q_TKGH.shape[:3], c.out_dim), jnp.float32)
         else:
             o_TKGH = attend_decode(c, layer_inputs, plan.items)
-        # Smallest first: the tail of a row's last tile reaches into the next rows, whose own tiles overwrite it.
+        # Smallest first: the tail of a row's last tile reaches into the next rows, whose tiles overwrite it later.
         for size, tiles in reversed(list(zip(self._tile_sizes(plan.meta), plan.tiles, strict=True))):
             o_TKGH = attend_tiles(c, layer_inputs, plan.meta, tiles, size, o_TKGH)
         return o_TKGH.reshape(*q_TNH.shape[:2], c.out_dim).astype(q_TNH.dtype), cache

@@ -1,4 +1,4 @@
-"""Attention of rows that run one token: a flat list of (row, stretch of keys) items, a fixed number at a time."""
+"""Attention of rows that run one token: a flat list of (row, range of keys) items, a fixed number at a time."""
 
 import math
 from functools import partial
@@ -12,21 +12,21 @@ from kernels_pallas.paged_attention.api import AttentionConfig, AttentionMeta
 from kernels_pallas.paged_attention.common.partial_softmax import MASKED, PartialSoftmax, attend_part, from_sinks
 from kernels_pallas.paged_attention.xla.pages import LayerInputs, expand, group_pages, take_keys_and_values
 
-# Keys of an item: enough that a product is worth its call, few enough that little is padding.
+# Keys per item: enough to amortise the call of a product, few enough that little is padding.
 _ITEM_TOKENS = 256
-# Items at a time: what they gather should stay in the cache of a core or two.
+# Items at a time: the pages that they gather should stay in the cache of one or two cores.
 _MAX_ITEMS = 32
 
 
 class DecodeItems(NamedTuple):
-    """Work of one step. I items of W pages each.
+    """Work of one step: I items of W pages each.
 
     Attributes:
-        num_live: i32, live items.
-        row_I: i32, ascending.
-        pages_IW: i32, page ids within a layer; past the row's end any page.
-        start_I: i32, position of the first key.
-        kv_len_B: i32, keys of each row.
+        num_live: i32, number of live items.
+        row_I: i32, row of each item, ascending.
+        pages_IW: i32, page ids within a layer; arbitrary past the row's end.
+        start_I: i32, position of each item's first key.
+        kv_len_B: i32, number of keys of each row.
     """
 
     num_live: jax.Array
@@ -53,14 +53,18 @@ def plan_decode(config: AttentionConfig, meta: AttentionMeta) -> DecodeItems:
 
 
 def attend_decode(config: AttentionConfig, layer: LayerInputs, items: DecodeItems) -> jax.Array:
-    """Token b belongs to row b. Returns f32 [T, K, G, H], zeros where no row decodes."""
+    """Attend the rows that run one token; token b belongs to row b.
+
+    Returns:
+        f32 [T, K, G, H]; 0 for tokens of other rows.
+    """
     num_rows, num_items = items.kv_len_B.shape[0], items.row_I.shape[0]
     chunk = min(num_rows, _MAX_ITEMS, num_items)
     key_s = jnp.arange(items.pages_IW.shape[1] * config.page_size)
     q_BKGH = layer.q_TKGH[:num_rows]
 
     def body(index: jax.Array, state: PartialSoftmax) -> PartialSoftmax:
-        # The last chunk is moved back into the list; the items it repeats are masked out.
+        # The last chunk is shifted back to stay within the list; the items that it repeats are masked out.
         start = jnp.minimum(index * chunk, num_items - chunk)
         take = partial(lax.dynamic_slice_in_dim, start_index=start, slice_size=chunk)
         row_E, pages_EW = take(items.row_I), layer.first_page + take(items.pages_IW)
@@ -81,7 +85,7 @@ def attend_decode(config: AttentionConfig, layer: LayerInputs, items: DecodeItem
         )
         return _merge_rows(state, part, row_E)
 
-    # Room after the rows for a chunk that starts at the last one.
+    # Padding after the rows, for a chunk that starts at the last row.
     state = from_sinks(layer.sinks_KG, (num_rows + chunk, *q_BKGH.shape[1:3], config.out_dim))
     state = lax.fori_loop(0, -(-items.num_live // chunk), body, state)
     o_BKGH = state.values()[:num_rows]

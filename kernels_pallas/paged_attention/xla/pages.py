@@ -10,12 +10,12 @@ from kernels_pallas.paged_attention.api import AttentionConfig
 
 
 class LayerInputs(NamedTuple):
-    """What one layer attends with, on one shard.
+    """Attention inputs of one layer on one shard.
 
     Attributes:
-        q_TKGH: queries by key head, in the dtype of the computation.
-        keys_PKSH, values_PKSH: pages of all layers, this step's tokens written; no values where they are the first
-            numbers of the keys.
+        q_TKGH: queries by key head, in the compute dtype.
+        keys_PKSH, values_PKSH: pages of all layers, with this step's tokens written; `values_PKSH` is None where values
+            are the first channels of the keys.
         first_page: i32, first page of the layer.
         sinks_KG: f32 scores of the sinks.
     """
@@ -30,7 +30,7 @@ class LayerInputs(NamedTuple):
 def take_keys_and_values(
     layer: LayerInputs, config: AttentionConfig, page_EW: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Both in the dtype of the computation; see `take_pages`."""
+    """Gather keys and values in the compute dtype; see `take_pages`."""
 
     def take(pages_PKSH: jax.Array) -> jax.Array:
         return from_stored(take_pages(pages_PKSH, page_EW), config).astype(layer.q_TKGH.dtype)
@@ -42,26 +42,29 @@ def take_keys_and_values(
 
 
 def stored_dtype(config: AttentionConfig) -> Any:
-    """Dtype of the arrays: bytes for floats of 8 bits, whose arrays XLA on CPU would convert whole to write a token."""
+    """Return the dtype of the cache arrays: uint8 for 8-bit floats.
+
+    To write one token into an array of 8-bit floats, XLA on CPU would convert the whole array.
+    """
     is_small_float = jnp.issubdtype(config.dtype, jnp.floating) and jnp.dtype(config.dtype).itemsize == 1
     return jnp.uint8 if is_small_float else config.dtype
 
 
 def to_stored(x: jax.Array, config: AttentionConfig) -> jax.Array:
-    """Keys or values as the arrays have them."""
+    """Convert keys or values to the stored dtype."""
     return lax.bitcast_convert_type(config.to_cache(x), stored_dtype(config))
 
 
 def from_stored(x: jax.Array, config: AttentionConfig) -> jax.Array:
-    """Keys or values in the cache's dtype."""
+    """Reinterpret stored keys or values in the cache's dtype."""
     return lax.bitcast_convert_type(x, config.dtype)
 
 
 def take_pages(pages_PKSH: jax.Array, page_EW: jax.Array) -> jax.Array:
-    """Keys or values of E lists of W pages, head-major: [E, K, W * S, H]. Every page must exist.
+    """Gather keys or values of E lists of W pages, head-major: [E, K, W * S, H]. Every page must exist.
 
-    Gathered as flat rows, one per page and head: XLA on CPU copies those three times faster than pages of four
-    axes, and they come out in the order that the products want. The barrier keeps it from undoing the reshape.
+    Pages are gathered as flat rows, one per page and head: XLA on CPU copies those three times faster than pages of
+    four axes, and they are in the order that the products need. The barrier keeps XLA from undoing the reshape.
     """
     _, num_heads, page_size, head_dim = pages_PKSH.shape
     row_EKW = page_EW[:, None, :] * num_heads + jnp.arange(num_heads)[:, None]
@@ -71,7 +74,7 @@ def take_pages(pages_PKSH: jax.Array, page_EW: jax.Array) -> jax.Array:
 
 
 def expand(counts_B: jax.Array, length: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """List (row, index within the row) for `counts_B` entries of each row, padded to `length`; and their number."""
+    """List (row, index within the row) for `counts_B` entries per row, padded to `length`, and return their number."""
     ends_B = jnp.cumsum(counts_B, dtype=jnp.int32)
     item_I = jnp.arange(length, dtype=jnp.int32)
     row_I = jnp.minimum(jnp.searchsorted(ends_B, item_I, side="right").astype(jnp.int32), counts_B.shape[0] - 1)
@@ -80,6 +83,6 @@ def expand(counts_B: jax.Array, length: int) -> tuple[jax.Array, jax.Array, jax.
 
 
 def group_pages(page_table_BM: jax.Array, count: int) -> jax.Array:
-    """The page table in groups of `count` pages, [B, groups, count]; the last group is filled up with page 0."""
+    """Return the page table in groups of `count` pages, [B, groups, count]; the last group is padded with page 0."""
     padded_BM = jnp.pad(page_table_BM, ((0, 0), (0, -page_table_BM.shape[1] % count)))
     return padded_BM.reshape(page_table_BM.shape[0], -1, count)

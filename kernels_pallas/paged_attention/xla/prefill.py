@@ -10,19 +10,19 @@ from kernels_pallas.paged_attention.api import AttentionConfig, AttentionMeta
 from kernels_pallas.paged_attention.common.partial_softmax import PartialSoftmax, attend_part, from_sinks, merge
 from kernels_pallas.paged_attention.xla.pages import LayerInputs, expand, group_pages, take_keys_and_values
 
-# Keys at a time. Large tiles start a prompt, where more would mostly be masked; small ones end it, often after a
-# long cached prefix, where fewer would not pay for a pass.
+# Keys at a time. Large tiles are at the start of a prompt, where more keys would mostly be masked; small tiles are at
+# its end, often after a long cached prefix, where fewer keys would not amortise a pass.
 _LARGE_TILE = 128
 _LARGE_TILE_KEYS, _SMALL_TILE_KEYS = 128, 256
 
 
 class QueryTiles(NamedTuple):
-    """Tiles of one size. Q tiles.
+    """Q query tiles of one size.
 
     Attributes:
-        num_live: i32, live tiles.
-        row_Q: i32, ascending.
-        token_Q: i32, first token of the tile.
+        num_live: i32, number of live tiles.
+        row_Q: i32, row of each tile, ascending.
+        token_Q: i32, first token of each tile.
     """
 
     num_live: jax.Array
@@ -31,10 +31,10 @@ class QueryTiles(NamedTuple):
 
 
 def plan_tiles(meta: AttentionMeta, first_row: jax.Array, sizes: tuple[int, ...]) -> tuple[QueryTiles, ...]:
-    """Cut the rows from `first_row` on into tiles of the largest size, what is left of each into smaller ones.
+    """Cut the rows from `first_row` on into tiles of the largest size, and the rest of each row into smaller ones.
 
     Args:
-        meta: the step.
+        meta: metadata of the step.
         first_row: rows before it have no tiles.
         sizes: tokens per tile, descending; each a multiple of the next.
     """
@@ -63,7 +63,8 @@ def attend_tiles(
 ) -> jax.Array:
     """Attend the tiles of one size.
 
-    Returns `o_TKGH` with their tokens' results in it; a row's last tile may spoil up to `size - 1` tokens after it.
+    Returns:
+        `o_TKGH` with the outputs of the tiles; a row's last tile may overwrite up to `size - 1` tokens after the row.
     """
     num_tokens, num_heads, group, _ = layer.q_TKGH.shape
     padding = ((0, size), (0, 0), (0, 0), (0, 0))

@@ -1,1 +1,1 @@
-"""What the implementations share."""
+"""Code that the implementations share."""

@@ -1,6 +1,6 @@
-"""From logits to the values that are drawn from: penalties, mask, bias, forbidden tokens. Plain XLA.
+"""From logits to the values that are sampled from: penalties, mask, bias, forbidden tokens. Plain XLA.
 
-Temperature is left to the reader of the values: it keeps their order, so whoever only compares need not apply it.
+Temperature is left to the callers: it does not change the order of values, so code that only compares can skip it.
 
 Dimension key: B rows of logits, R state rows, V the shard's ids, J entries of a list, W words of a mask.
 """
@@ -16,7 +16,7 @@ _FEW_ROWS = 8
 
 
 def penalise(value: jax.Array, count: jax.Array, penalties: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
-    """Elementwise: f32 value after i32 `count` uses under (repetition, frequency, presence); 0 changes nothing."""
+    """Apply (repetition, frequency, presence) penalties to f32 values; an i32 count of 0 leaves a value unchanged."""
     repetition, frequency, presence = penalties
     repeated = value * jnp.where(value < 0, repetition, 1.0 / repetition)
     less = frequency * count.astype(jnp.float32) + presence
@@ -24,7 +24,7 @@ def penalise(value: jax.Array, count: jax.Array, penalties: tuple[jax.Array, jax
 
 
 def adjust_logits(logits_BV: jax.Array, inputs: SamplingInputs, state: SamplingState, shard: Shard) -> jax.Array:
-    """f32[B, V] values before temperature; -inf where forbidden and for padding ids."""
+    """Return f32[B, V] values before temperature; -inf for forbidden tokens and padding ids."""
 
     def unchanged(x_BV: jax.Array) -> jax.Array:
         return x_BV
@@ -46,14 +46,14 @@ def adjust_logits(logits_BV: jax.Array, inputs: SamplingInputs, state: SamplingS
 
 
 def _rows_of(table_RV: jax.Array, row_B: jax.Array) -> jax.Array:
-    """Some rows; a few are cut out one by one, since XLA for TPU copies the whole table for a gather of long rows."""
+    """Gather rows; a few are sliced one by one, since XLA for TPU copies the whole table to gather long rows."""
     if len(row_B) > _FEW_ROWS:
         return table_RV[row_B]
     return jnp.concatenate([lax.dynamic_slice_in_dim(table_RV, row, 1) for row in row_B])
 
 
 def without_padding(x_BV: jax.Array, shard: Shard) -> jax.Array:
-    """-inf for ids past the vocabulary, which only a vocabulary that does not divide by the shards has."""
+    """Set ids past the vocabulary to -inf; they exist only if the shards do not divide the vocabulary evenly."""
     size = x_BV.shape[1]
     if size * shard.num_shards() == shard.vocab_size:
         return x_BV
@@ -65,7 +65,7 @@ def _columns(inputs: SamplingInputs) -> tuple[jax.Array, jax.Array, jax.Array]:
 
 
 def allowed_ids(inputs: SamplingInputs, shard: Shard, size: int) -> jax.Array:
-    """bool[B, V]; a shard may start inside a word."""
+    """Return which ids the mask allows, bool[B, V]; a shard may start inside a mask word."""
     rows, words = inputs.mask_BW.shape
     bits_BWS = (inputs.mask_BW[:, :, None] >> jnp.arange(MASK_BITS)) & 1
     bits_BV = bits_BWS.reshape(rows, words * MASK_BITS) != 0
@@ -79,9 +79,9 @@ def allowed_ids(inputs: SamplingInputs, shard: Shard, size: int) -> jax.Array:
 
 
 def sparse_lists(inputs: SamplingInputs, state: SamplingState, shard: Shard, size: int) -> tuple[jax.Array, jax.Array]:
-    """Bias and forbidden stops as one list per draw: ids i32[B, J] counted from the shard's first, values f32[B, J].
+    """Return bias and forbidden stops as one list per row: ids i32[B, J] and values f32[B, J].
 
-    Ids of other shards and unused entries become `size`, past the end.
+    Ids are relative to the shard's first id. Ids of other shards and unused entries become `size`, past the end.
     """
     bias_BJ = jnp.where(inputs.biased_B[:, None], state.bias_ids_RJ[inputs.row_B], shard.vocab_size)
     stop_BJ = jnp.where(inputs.forbid_stops_B[:, None], state.stop_ids_RJ[inputs.row_B], shard.vocab_size)
@@ -96,7 +96,7 @@ def sparse_lists(inputs: SamplingInputs, state: SamplingState, shard: Shard, siz
 def values_of(
     token_B: jax.Array, logits_BV: jax.Array, inputs: SamplingInputs, state: SamplingState, shard: Shard
 ) -> jax.Array:
-    """f32[B], the value over temperature of one token per draw, on every shard."""
+    """Return the value over temperature of one token per row, f32[B], on every shard."""
     size = logits_BV.shape[1]
     local_B = token_B - shard.first(size)
     inside_B = (local_B >= 0) & (local_B < size)

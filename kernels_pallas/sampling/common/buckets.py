@@ -1,11 +1,11 @@
-"""What the kernels keep of a row while they go over it: elementwise code and the shapes it leaves to XLA to finish.
+"""Running summary of a row in the kernels: elementwise updates, and the reductions with which XLA finishes it.
 
-A row is seen as chunks of `NUM_BUCKETS` ids. Everything is kept per place in the chunk (a bucket), so nothing moves
-across lanes and no step depends on the data: per bucket the online maximum and sum of exp, the largest value with
-noise, and the `DEPTH` largest values with their ids. No token that is not listed is larger than the smallest listed
-value of its bucket; that is the bound of the candidates.
+A row is processed in chunks of `NUM_BUCKETS` ids. Everything is kept per position in the chunk (a bucket), so nothing
+moves across lanes and no step depends on the data: per bucket the online maximum and sum of exp, the largest value with
+noise, and the `DEPTH` largest values with their ids. A token that is not listed is at most as large as the smallest
+listed value of its bucket; this gives the bound of the candidates.
 
-Dimension key: B rows of logits, S splits of a row, P places (1024 or, on TPU, lanes), J depth, K candidates.
+Dimension key: B rows of logits, S splits of a row, P buckets (1024; on TPU also lanes), J depth, K candidates.
 """
 
 from typing import NamedTuple, Self
@@ -19,17 +19,17 @@ from kernels_pallas.sampling.common.row_blocks import top_of_rows
 from kernels_pallas.sampling.common.summary import NUM_CANDIDATES, Best, Candidates, Shard, in_order
 
 NUM_BUCKETS = 1024
-# Where ids are spread evenly, four of the 20 likeliest share a bucket in one row of 220,000, of the 128 likeliest in
-# one of 100.
+# If ids are spread evenly, four of the 20 likeliest tokens share a bucket in one row of 220,000, and four of the 128
+# likeliest in one of 100.
 DEPTH = 4
-# A maximum starts at a finite value: exp(-inf - -inf) is NaN, which is how a bad row shows.
+# A maximum starts at a finite value: exp(-inf - -inf) would be NaN, which marks a bad row.
 _LOWEST = float(jnp.finfo(jnp.float32).min)
 
 
 class Lanes(NamedTuple):
-    """Running maximum, its lowest id, and the sum of exp(value - maximum); equal shapes.
+    """Running maximum, its lowest id, and the sum of exp(value - maximum); all of one shape.
 
-    NaN and +inf make the sum NaN for good and nothing else; 0 says that no value was above -inf.
+    NaN and +inf make the sum, and nothing else, NaN permanently; a sum of 0 means that no value was above -inf.
     """
 
     max: jax.Array
@@ -38,11 +38,11 @@ class Lanes(NamedTuple):
 
     @classmethod
     def empty(cls, shape: tuple[int, ...]) -> Self:
-        """The summary of no value."""
+        """Return the summary of no values."""
         return cls(jnp.full(shape, _LOWEST, jnp.float32), jnp.zeros(shape, jnp.int32), jnp.zeros(shape, jnp.float32))
 
     def add(self, values: list[jax.Array], ids: list[jax.Array]) -> "Lanes":
-        """With more values, of larger ids; one rescaling for all of them."""
+        """Return the summary with more values added, whose ids must be larger; the sum is rescaled once."""
         high, high_id = self.max, self.id
         for value, token in zip(values, ids, strict=True):
             larger = value > high
@@ -61,13 +61,16 @@ class Noised(NamedTuple):
 
     @classmethod
     def empty(cls, shape: tuple[int, ...]) -> Self:
-        """The summary of no value."""
+        """Return the summary of no values."""
         return cls(jnp.full(shape, -jnp.inf, jnp.float32), jnp.zeros(shape, jnp.int32))
 
     def add(
         self, value: jax.Array, token: jax.Array, first: jax.Array, key: tuple[jax.Array, jax.Array, jax.Array]
     ) -> "Noised":
-        """With more values. The noise is of the id in the whole vocabulary; `key` is u32 seed halves and position."""
+        """Return the summary with more values added.
+
+        The noise is that of the id in the whole vocabulary, `token + first`; `key` is u32 seed halves and position.
+        """
         noised = value + gumbel(key[:2], key[2], (token + first).astype(jnp.uint32))
         larger = noised > self.max
         return Noised(jnp.where(larger, noised, self.max), jnp.where(larger, token, self.id))
@@ -78,12 +81,12 @@ Levels = tuple[tuple[jax.Array, ...], tuple[jax.Array, ...]]
 
 
 def no_levels(shape: tuple[int, ...]) -> Levels:
-    """The summary of no value."""
+    """Return levels without values."""
     return (jnp.full(shape, -jnp.inf, jnp.float32),) * DEPTH, (jnp.zeros(shape, jnp.int32),) * DEPTH
 
 
 def insert(levels: Levels, value: jax.Array, token: jax.Array) -> Levels:
-    """With more values, of larger ids: 5 operations a level."""
+    """Insert more values, whose ids must be larger: 5 operations per level."""
     values: list[jax.Array] = []
     ids: list[jax.Array] = []
     for level, level_id in zip(*levels, strict=True):
@@ -109,7 +112,7 @@ def _exchange(
 
 
 def merge_levels(value_BSJP: jax.Array, id_BSJP: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The largest of each bucket over the splits, [B, J, P]: halves of the splits against each other, bitonically."""
+    """Merge the splits into the largest values of each bucket, [B, J, P], by bitonic merges of pairs of splits."""
     while value_BSJP.shape[1] > 1:
         if value_BSJP.shape[1] % 2:
             padding = ((0, 0), (0, 1), (0, 0), (0, 0))
@@ -135,7 +138,7 @@ def merge_levels(value_BSJP: jax.Array, id_BSJP: jax.Array) -> tuple[jax.Array, 
 
 
 def best_of(lanes_BP: Lanes, noised_BP: Noised, shard: Shard, size: int) -> tuple[Best, jax.Array]:
-    """One shard's best, and the sum of exp(value - max), f32[B], from the lanes of its rows."""
+    """Reduce lanes to the shard's `Best` and the sum of exp(value - max), f32[B]."""
     sum_BP = lanes_BP.sum
     max_BP = jnp.where(sum_BP > 0, lanes_BP.max, -jnp.inf)
     max_B, best_B = _largest(max_BP, lanes_BP.id)
@@ -152,12 +155,12 @@ def _largest(value_BP: jax.Array, id_BP: jax.Array) -> tuple[jax.Array, jax.Arra
 
 
 def candidates_of(value_BJP: jax.Array, id_BJP: jax.Array, sum_B: jax.Array, shard: Shard, size: int) -> Candidates:
-    """The likeliest of all buckets, in order."""
+    """Select the likeliest tokens of all buckets, in order."""
     rows = value_BJP.shape[0]
     value_BK, place_BK = top_of_rows(value_BJP.reshape(rows, -1), NUM_CANDIDATES)
     id_BK = jnp.take_along_axis(id_BJP.reshape(rows, -1), place_BK, axis=1)
     bound_B = jnp.maximum(value_BK[:, -1], jnp.max(value_BJP[:, -1], axis=1))
-    # Places are in no order of ids, so equal values are not either; nor are 0 and -0, of which -0 comes last.
+    # Buckets are not ordered by id, so equal values may not be either; nor are 0 and -0, since top_k puts -0 last.
     value_BK, id_BK = lax.cond(
         jnp.any((value_BK[:, 1:] == value_BK[:, :-1]) & (value_BK[:, 1:] > -jnp.inf)),
         in_order,

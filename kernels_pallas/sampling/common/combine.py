@@ -1,7 +1,7 @@
-"""From the shards' summaries to drawn tokens. Plain XLA, shared by every implementation.
+"""From the shards' summaries to sampled tokens. Plain XLA, shared by every implementation.
 
-Only summaries cross the mesh: `NUM_CANDIDATES` values and ids and a few scalars per draw and shard. What they cannot
-decide, which the certificate of `filters` finds out row by row, is drawn exactly by `threshold`.
+Only summaries cross the mesh: `NUM_CANDIDATES` values and ids and a few scalars per row and shard. Rows that the
+candidates do not decide, according to the check in `filters`, are sampled exactly by `threshold`.
 
 Dimension key: B rows of logits, V the shard's ids, K candidates of all shards, N shards.
 """
@@ -32,21 +32,21 @@ def sample_with(
     rows_at_once: int,
     retry: int = 0,
 ) -> SampleOutput:
-    """Draw one token per row of f32 logits.
+    """Sample one token per row of f32 logits.
 
     Args:
         summarise: the platform's pass over the logits.
-        logits_BV: f32[B, V], the shard's logits; `state.counts_RV` holds the same ids, the other arrays are whole.
-        inputs: one entry per draw, the same on every shard.
-        state: per-request rows.
-        shard: which ids these are.
-        rows_at_once: draws that the exact fallback takes together: 1 where a pass over a row is bound by the work, more
-            where it is bound by latency.
-        retry: candidates that the fallback tries first, where a longer list is cheaper than a search; 0 for none.
+        logits_BV: f32[B, V], the shard's logits; `state.counts_RV` covers the same ids, the other arrays are not split.
+        inputs: one entry per row, the same on every shard.
+        state: per-request state rows.
+        shard: the ids that the logits cover.
+        rows_at_once: number of rows that the exact fallback processes together: 1 where a pass over a row is
+            throughput-bound, more where it is latency-bound.
+        retry: number of candidates that the fallback tries before a search, where that is cheaper; 0 for none.
     """
     plan = plan_sampling(inputs, shard.vocab_size)
     few = ~jnp.any(plan.adjusted_B | plan.listed_B)
-    # A target is never drawn, and its log-probability is only given with `logprobs_B`, which is `listed`.
+    # A target is never sampled, and its log-probability is only returned with `logprobs_B`, which implies `listed_B`.
     listed = partial(_sample_listed, summarise, shard, rows_at_once, retry)
     return lax.cond(few, partial(_sample_few, summarise, shard), listed, logits_BV, inputs, state)
 
@@ -54,7 +54,7 @@ def sample_with(
 def _sample_few(
     summarise: Summarise, shard: Shard, logits_BV: jax.Array, inputs: SamplingInputs, state: SamplingState
 ) -> SampleOutput:
-    """Every draw is greedy or from the whole row, of logits as they are."""
+    """Sample a step whose rows are all greedy or unfiltered, from unadjusted logits."""
     best, _ = summarise(logits_BV, inputs, state, shard, listed=False)
     best = _merge_best(_gather(best, shard))
     plan = plan_sampling(inputs, shard.vocab_size)
@@ -120,7 +120,7 @@ def _finite(best: Best) -> jax.Array:
 
 
 def _gather(tree: T, shard: Shard) -> T:
-    """Each leaf [B, ...] of every shard, as [N, B, ...]; one collective for all of them."""
+    """Gather each leaf [B, ...] of every shard as [N, B, ...], with one collective for all leaves."""
     leaves, treedef = jax.tree.flatten(tree)
     if shard.axis_name is None:
         return treedef.unflatten([leaf[None] for leaf in leaves])
@@ -145,7 +145,7 @@ def _from_words(words: jax.Array, dtype: jnp.dtype) -> jax.Array:
 
 
 def _merge_best(parts: Best) -> Best:
-    """Shards hold ascending ids, so the first of equal maxima has the lowest id."""
+    """Merge the shards. They cover ascending ids, so the first of equal maxima has the lowest id."""
     bad_NB, max_NB, best_NB, noised_NB, noised_id_NB = parts
     if bad_NB.shape[0] == 1:
         return jax.tree.map(lambda x: x[0], parts)
@@ -156,12 +156,12 @@ def _merge_best(parts: Best) -> Best:
 
 
 def _merge_candidates(best: Best, parts: Candidates, whole: Best) -> Candidates:
-    """A stable sort by value keeps equal values in order of id, as shards and their lists are."""
+    """Merge the shards by a stable sort, which keeps equal values in order of id, as shards and their lists are."""
     shards, rows, count = parts.value_BK.shape
     if shards == 1:
         return jax.tree.map(lambda x: x[0], parts)
     value_BK, id_BK = (x.swapaxes(0, 1).reshape(rows, shards * count) for x in (parts.value_BK, parts.id_BK))
-    # It would set -0 below 0, which are one value.
+    # top_k would order -0 below 0, although they compare equal.
     value_BK, order_BK = lax.top_k(jnp.where(value_BK == 0, 0.0, value_BK), shards * count)
     # A shard without an allowed token has no mass; -inf - -inf would be NaN.
     scale_NB = jnp.where(best.max_B == -jnp.inf, 0.0, jnp.exp(best.max_B - whole.max_B))

@@ -1,4 +1,4 @@
-"""Top-k, top-p and min-p on a list of likeliest tokens. Plain XLA.
+"""Top-k, top-p and min-p on a list of the likeliest tokens. Plain XLA.
 
 Dimension key: B rows of logits, K candidates.
 """
@@ -14,17 +14,22 @@ from kernels_pallas.sampling.common.summary import Candidates, unbounded_top_p
 
 
 class Sampled(NamedTuple):
-    """i32 tokens, and bool: the filter may keep tokens that are no candidates, so the token means nothing."""
+    """Tokens sampled from candidates.
+
+    Attributes:
+        token_B: i32; meaningless where undecided.
+        undecided_B: bool, the filters may keep tokens that are not candidates.
+    """
 
     token_B: jax.Array
     undecided_B: jax.Array
 
 
 def sample_from_candidates(candidates: Candidates, log_sum_B: jax.Array, inputs: SamplingInputs) -> Sampled:
-    """Draw from what top-k, top-p and min-p keep of the candidates, and find the rows where they may keep more.
+    """Sample from the candidates that top-k, top-p and min-p keep, and find the rows where they may keep more.
 
-    What they keep is a prefix of the row in order of value. Candidates above the bound are a prefix for certain, and
-    what follows them is at most the bound: if a token of that value were not kept in the next place, no token is.
+    The filters keep a prefix of the row in order of value. The candidates above the bound certainly form a prefix, and
+    all tokens after it are at most the bound: if a token with exactly that value would not be kept next, no token is.
     """
     top_p_B = unbounded_top_p(inputs)
     mass_BK = jnp.exp(candidates.value_BK - log_sum_B[:, None])

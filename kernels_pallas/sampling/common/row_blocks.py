@@ -1,6 +1,6 @@
-"""Reductions of long rows. XLA's sum and argmax of a row are scalar loops on CPU; by blocks they are vector code.
+"""Reductions of long rows. XLA's sum and argmax of a row are scalar loops on CPU; blockwise they are vectorised.
 
-Dimension key: B rows, V entries, C blocks of S.
+Dimension key: B rows, V entries, C blocks of S entries.
 """
 
 import math
@@ -18,15 +18,15 @@ def _blocks(x_BV: jax.Array) -> jax.Array:
 
 
 def blockwise_sum(x_BV: jax.Array) -> jax.Array:
-    """f32[B]: across the blocks first, then across one block."""
+    """Sum each row, f32[B]: over the blocks first, then over the entries of one block."""
     return jnp.sum(jnp.sum(_blocks(x_BV), axis=1), axis=-1)
 
 
 def first_largest(x_BV: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Largest entry of each row and the first index of it, i32. A row with NaN gives +inf.
+    """Return the largest entry of each row and its first index, i32. A row with NaN gives +inf.
 
-    The best block first, then the best entry in it: XLA's maximum on CPU is vector code, its argmax is not. Nor does
-    that maximum pass NaN on (`xla_cpu_enable_fast_min_max`), so NaN is made the largest value there is.
+    The best block is found first, then the best entry in it: XLA's maximum on CPU is vectorised, its argmax is not.
+    That maximum does not propagate NaN (`xla_cpu_enable_fast_min_max`), so NaN is replaced by +inf.
     """
     x_BCS = _blocks(x_BV)
     block_B = jnp.argmax(jnp.max(_nan_is_inf(x_BCS), axis=-1), axis=-1)
@@ -41,11 +41,11 @@ def _nan_is_inf(x: jax.Array) -> jax.Array:
 
 
 def top_of_rows(x_BV: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
-    """`lax.top_k`, with i32 ids, that stays one on CPU.
+    """Run `lax.top_k`, with i32 ids, such that XLA for CPU does not turn it into a sort.
 
-    XLA finds it there as the slice of a sort; a slice of the result becomes another slice of the sort, and all of it is
-    sorted (measured: 25 ms in place of 0.8 for one row of 151,936).
+    XLA recognises top-k as a slice of a sort. A slice of the result would become another slice of that sort, and the
+    whole row would be sorted (measured: 25 ms instead of 0.8 ms for one row of 151,936).
     """
     value_BK, id_BK = lax.top_k(x_BV, count)
-    # One barrier each: before JAX 0.11, XLA's rewriting of top_k crashes on one around both.
+    # One barrier per result: before JAX 0.11, XLA's rewriting of top_k crashes on a barrier around both.
     return lax.optimization_barrier(value_BK), lax.optimization_barrier(id_BK).astype(jnp.int32)

@@ -1,12 +1,12 @@
-"""One pass over a row's logits on GPU (Pallas Mosaic GPU, Hopper and later).
+"""One pass over the logits on GPU (Pallas Mosaic GPU, Hopper and later).
 
-One warpgroup takes one split of one row, 1024 ids a step straight from HBM into registers, the next step's logits on
-their way while this step's are worked on. Bytes per draw: 4 V of logits, 4 V of counts where it is penalised, V / 8 of
-mask; out go 20 bytes a split and, where candidates are wanted, 32 KB a split. Nothing is shared between threads before
-the last step of a split, when its maxima and sums become one number each.
+One warpgroup processes one split of one row, loading 1024 ids per step directly from HBM to registers; the next step's
+logits are loaded while this step's are processed. Bytes per row: 4 V of logits, 4 V of counts if it is penalised, V / 8
+of mask; the output is 20 bytes per split and, if candidates are needed, another 32 KB per split. Threads share nothing
+before the last step of a split, when its maxima and sums are each reduced to one value.
 
 Dimension key: B rows of logits, V the shard's ids, C chunks of 1024 ids, S splits of a row, J entries of a list, P
-places.
+buckets.
 """
 
 from collections.abc import Callable
@@ -43,11 +43,11 @@ from kernels_pallas.sampling.common.summary import (
 )
 
 _CHUNK = NUM_BUCKETS
-# A thread loads 8 bytes at once; a row has to start at a multiple of them, and 16 leave room for a wider load.
+# A thread loads 8 bytes at a time, so a row must start at a multiple of 8 bytes; 16 allow for a wider load.
 _ALIGNMENT = 4
-# Three warpgroups on each of 132 multiprocessors.
+# Three warpgroups on each of 132 SMs.
 _PROGRAMS = 396
-# The levels of a split are written once; under this many chunks that would cost more than reading the logits.
+# A split writes its levels once; with fewer chunks than this, that would cost more than reading the logits.
 _MIN_CHUNKS = 16
 _ROWS_AT_ONCE = 8
 
@@ -62,7 +62,7 @@ def sample(
     *,
     interpret: Any = None,
 ) -> SampleOutput:
-    """Draw one token per row of f32 logits; see `combine.sample_with`."""
+    """Sample one token per row of f32 logits; see `combine.sample_with`."""
     shard = shard or Shard(logits_BV.shape[1])
 
     def summarise(
@@ -82,7 +82,7 @@ def sample(
 
 
 class _Refs(NamedTuple):
-    """Operands and results, all in HBM; None where a variant has none."""
+    """Operands and results, all in HBM; None where a variant of the kernel lacks one."""
 
     extent: Any  # i32[2], first id of the shard and number of its ids
     logits: Any  # f32[B, V]
@@ -94,7 +94,7 @@ class _Refs(NamedTuple):
     list_begin: Any  # i32[B, C + 1]
     counts: Any  # i32[R, V]
     kept_floats: Any  # f32[B, S, 3], maximum, sum, noised maximum
-    kept_ids: Any  # i32[B, S, 2], of the maximum, of the noised maximum
+    kept_ids: Any  # i32[B, S, 2], ids of the maximum and of the noised maximum
     level_values: Any  # f32[B, S, DEPTH, 1024]
     level_ids: Any  # i32[B, S, DEPTH, 1024]
 
@@ -108,7 +108,7 @@ def _pass(
     listed: bool,
     interpret: Any,
 ) -> tuple[Best, Candidates | None]:
-    """One kernel; without a state no draw is adjusted."""
+    """Run one kernel; without a state no logits are adjusted."""
     rows, size = logits_BV.shape
     padding = max(_CHUNK, -(-size // _ALIGNMENT) * _ALIGNMENT) - size
     chunks = -(-(size + padding) // _CHUNK)
@@ -140,7 +140,7 @@ def _pass(
 
 
 def _splits(rows: int, chunks: int, *, listed: bool) -> tuple[int, int]:
-    """How many programs share a row, and how many chunks each takes."""
+    """Return the number of splits of a row and the number of chunks per split."""
     wanted = -(-_PROGRAMS // rows)
     max_splits = chunks // _MIN_CHUNKS if listed else chunks
     per_split = -(-chunks // max(1, min(wanted, max_splits)))
@@ -165,12 +165,12 @@ def _operands(
     seeds_B2 = lax.bitcast_convert_type(inputs.seed_B2, jnp.int32)
     ints = (seeds_B2[:, 0], seeds_B2[:, 1], inputs.position_B, inputs.row_B, flag_B)
     names = ["extent", "logits", "floats", "ints"]
-    # Only vocabularies that no model in use has are copied for their alignment.
+    # Padding copies the logits, but only for vocabulary sizes that no model in use has.
     operands = [extent, _pad(logits_BV, padding), jnp.stack(floats, axis=1), jnp.stack(ints, axis=1)]
     if state is None:
         return names, operands
     chunks = -(-(size + padding) // _CHUNK)
-    # The last chunk ends with the row and overlaps the one before, as the kernel reads it.
+    # As in the kernel, the last chunk ends with the row and overlaps the one before.
     chunk_words = _CHUNK // MASK_BITS
     whole_BW = mask_words_from(inputs.mask_BW, first, (chunks - 1) * chunk_words)
     last_BW = mask_words_from(inputs.mask_BW, first + size + padding - _CHUNK, chunk_words)
@@ -188,7 +188,7 @@ def _pad(x: jax.Array, padding: int) -> jax.Array:
 
 
 class _Kept(NamedTuple):
-    """What a program carries from chunk to chunk: 64 registers of levels a thread and 40 of the rest."""
+    """Summary that a program carries from chunk to chunk: per thread 64 registers for levels and 40 for the rest."""
 
     lanes: Lanes
     noised: Noised
@@ -196,7 +196,7 @@ class _Kept(NamedTuple):
 
 
 def _body(names: list[str], per_split: int, chunks: int, size: int) -> Callable[..., None]:
-    """The kernel over the refs of these names. A new function for every call."""
+    """Return a new kernel function over the refs of these names."""
 
     def body(*arrays: Any) -> None:
         absent = dict.fromkeys(_Refs._fields)
@@ -221,25 +221,25 @@ def _body(names: list[str], per_split: int, chunks: int, size: int) -> Callable[
         _, kept = lax.fori_loop(begin, end, step, (load(begin), kept))
         _store(refs, kept, row, split)
 
-    # The name that a profile shows.
+    # Profiles show this name.
     body.__name__ = f"sample_{'plain' if 'counts' not in names else 'adjusted'}_{len(names)}"
     return body
 
 
 def _start(chunk: jax.Array, size: int) -> jax.Array:
-    """First id that a chunk reads: the last one ends with the row."""
+    """Return the first id that a chunk reads; the last chunk ends with the row."""
     return jnp.minimum(chunk * _CHUNK, size - _CHUNK)
 
 
 def _add(
     refs: _Refs, chunk: jax.Array, value: jax.Array, kept: _Kept, row: jax.Array, flags: jax.Array, size: int
 ) -> _Kept:
-    """With one chunk more."""
+    """Return the summary with one more chunk added."""
     start = _start(chunk, size)
     ids = lax.broadcasted_iota(jnp.int32, (_CHUNK,), 0) + start
     if refs.counts is not None:
         value = _adjust(refs, chunk, value, ids, row, flags, size)
-    # What the chunk before has had, and what is past the end, is not there.
+    # Exclude ids that the previous chunk covers, and ids past the end.
     fresh = (ids >= chunk * _CHUNK) & (ids < refs.extent[1])
     value = jnp.where(fresh, value * refs.floats[row, 0], -jnp.inf)
     lanes = kept.lanes.add([value], [ids])
@@ -299,6 +299,6 @@ def _store(refs: _Refs, kept: _Kept, row: jax.Array, split: jax.Array) -> None:
 
 
 def _largest(value: jax.Array, ids: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Largest value and its lowest id."""
+    """Return the largest value and its lowest id."""
     high = jnp.max(value)
     return high, jnp.min(jnp.where(value == high, ids, jnp.iinfo(jnp.int32).max))

@@ -1,8 +1,8 @@
-"""One pass over a row's logits on TPU (Pallas Mosaic).
+"""One pass over the logits on TPU (Pallas Mosaic).
 
-Eight rows at a time, the vocabulary in blocks that the pipeline brings to VMEM; what is kept of the rows stays in VMEM
-as the output block while the blocks go by. Bytes per draw: 4 V of logits, 4 V of counts where it is penalised, V / 8 of
-mask, and 3 to 35 KB out. All arithmetic is f32 on (8, 128) tiles; nothing moves across lanes.
+The grid is groups of eight rows by blocks of the vocabulary. The pipeline copies the blocks to VMEM; the summary of a
+group is its output block, which stays in VMEM across them. Bytes per row: 4 V of logits, 4 V of counts if it is
+penalised, V / 8 of mask, and 3 to 35 KB of output. All arithmetic is f32 on (8, 128) tiles; nothing moves across lanes.
 
 Dimension key: B rows of logits, V the shard's ids, G groups of 8 rows, J entries of a list, Q words of bit planes, C
 blocks.
@@ -34,9 +34,9 @@ from kernels_pallas.sampling.common.summary import (
 _LANES = 128
 _ROWS = 8
 _TILES = NUM_BUCKETS // _LANES
-# One word of a bit plane is 32 tiles.
+# One word of a bit plane covers 32 tiles.
 _BLOCK_UNIT = _LANES * MASK_BITS
-# 1 MiB of logits: long enough a transfer, and what the kernel needs of VMEM stays below the default limit.
+# 1 MiB of logits: large enough for an efficient transfer, and the kernel stays below the default VMEM limit.
 _MAX_BLOCK = 8 * _BLOCK_UNIT
 _ROWS_AT_ONCE = 8
 
@@ -52,7 +52,7 @@ def sample(
     block: int,
     interpret: Any = False,
 ) -> SampleOutput:
-    """Draw one token per row of f32 logits, `block` ids at a time; see `combine.sample_with` and `choose_block`."""
+    """Sample one token per row of f32 logits, `block` ids at a time; see `combine.sample_with` and `choose_block`."""
     shard = shard or Shard(logits_BV.shape[1])
 
     def summarise(
@@ -75,14 +75,14 @@ def sample(
 
 
 def choose_block(vmem_bytes: int) -> int:
-    """Ids of one block: the most of which logits (twice), values, counts and outputs (twice) take half of VMEM."""
+    """Choose the largest block, in ids, whose logits (twice), values, counts and outputs (twice) fit half of VMEM."""
     kept = 2 * 4 * _ROWS * 2 * DEPTH * NUM_BUCKETS
     fits = (vmem_bytes // 2 - kept) // (4 * 4 * _ROWS)
     return max(1, min(_MAX_BLOCK, fits) // _BLOCK_UNIT) * _BLOCK_UNIT
 
 
 class _Refs(NamedTuple):
-    """Operands and results; None where a variant has none. R8 is 8 draws, or B where there are fewer."""
+    """Operands and results; None where a variant of the kernel lacks one. R8 is 8 rows, or B if there are fewer."""
 
     state_row: Any  # SMEM i32[B]
     sample_flags: Any  # SMEM i32[B]
@@ -97,7 +97,7 @@ class _Refs(NamedTuple):
     list_begin: Any  # SMEM i32[R8, C + 1]
     counts: Any  # HBM i32[R, V]
     kept_floats: Any  # VMEM f32[R8, 384], maximum, sum, noised maximum
-    kept_ids: Any  # VMEM i32[R8, 256], of the maximum, of the noised maximum
+    kept_ids: Any  # VMEM i32[R8, 256], ids of the maximum and of the noised maximum
     level_values: Any  # VMEM f32[R8, DEPTH * 1024]
     level_ids: Any  # VMEM i32[R8, DEPTH * 1024]
     values: Any  # VMEM f32[R8, block], adjusted logits
@@ -106,7 +106,7 @@ class _Refs(NamedTuple):
 
 
 class _Kernel:
-    """A pass of one block size on one shard."""
+    """The kernel for one block size and one shard."""
 
     def __init__(self, block: int, shard: Shard, interpret: Any) -> None:
         self._block = block
@@ -116,7 +116,7 @@ class _Kernel:
     def __call__(
         self, logits_BV: jax.Array, inputs: SamplingInputs, state: SamplingState | None, *, listed: bool
     ) -> tuple[Best, Candidates | None]:
-        """Without a state no draw is adjusted."""
+        """Run the kernel; without a state no logits are adjusted."""
         rows, size = logits_BV.shape
         group = min(_ROWS, rows)
         names, operands, in_specs = self._operands(logits_BV, inputs, state, group)
@@ -179,7 +179,7 @@ class _Kernel:
         if state is not None:
             counts_RV = state.counts_RV
             if size % _LANES:
-                # Rows that no DMA can cut from the array, because they end inside a tile.
+                # A DMA cannot slice these rows from the array, because they end inside a tile.
                 counts_RV = jnp.pad(counts_RV[row_B], ((0, 0), (0, -size % _LANES)))
                 row_B = jnp.arange(rows, dtype=jnp.int32)
             words_BW = mask_words_from(inputs.mask_BW, first, blocks * self._block // MASK_BITS)
@@ -209,7 +209,7 @@ def _pad_rows(x: jax.Array, group: int) -> jax.Array:
 
 
 def _body(names: list[str], block: int, size: int) -> Callable[..., None]:
-    """The kernel over the refs of these names; `size` is V in whole tiles. A new function for every call."""
+    """Return a new kernel function over the refs of these names; `size` is V rounded up to whole tiles."""
 
     def body(*arrays: Any) -> None:
         absent = dict.fromkeys(_Refs._fields)
@@ -249,18 +249,18 @@ def _tile(index: Any) -> Any:
 
 
 def _column(ref: Any, index: int) -> jax.Array:
-    """One number per draw, on every lane."""
+    """Broadcast one value per row to all lanes."""
     return jnp.broadcast_to(ref[:, index : index + 1], (ref.shape[0], _LANES))
 
 
 def _ids(refs: _Refs, index: jax.Array, block: int) -> jax.Array:
-    """i32 ids of a tile, counted from the shard's first."""
+    """Return the i32 ids of a tile, relative to the shard's first id."""
     lane = lax.broadcasted_iota(jnp.int32, (refs.logits.shape[0], _LANES), 1)
     return lane + (pl.program_id(1) * block + index * _LANES)
 
 
 def _read(refs: _Refs, source: Any, index: jax.Array, block: int) -> tuple[jax.Array, jax.Array]:
-    """A tile's values over temperature and ids; -inf past the end, where a block holds anything."""
+    """Return a tile's values over temperature, and its ids; -inf past the end, where a block holds arbitrary data."""
     ids = _ids(refs, index, block)
     return jnp.where(ids < refs.extent[1], source[:, _tile(index)] * _column(refs.floats, 0), -jnp.inf), ids
 
@@ -288,7 +288,7 @@ def _add_noised(refs: _Refs, source: Any, block: int) -> None:
 
 
 def _add_levels(refs: _Refs, source: Any, block: int) -> None:
-    """One eighth of the buckets at a time: their levels are then 8 vector registers."""
+    """Update the levels of one eighth of the buckets at a time, which take 8 vector registers."""
 
     def eighth(u: jax.Array, _: None) -> None:
         def step(chunk: jax.Array, levels: Any) -> Any:
@@ -304,7 +304,7 @@ def _add_levels(refs: _Refs, source: Any, block: int) -> None:
 
 
 def _adjust(refs: _Refs, block: int, size: int) -> None:
-    """Adjusted logits of the block into `values`."""
+    """Write the block's adjusted logits to `values`."""
     flags = refs.group_flags[pl.program_id(0)]
     pl.when(flags & _PENALISED != 0)(lambda: _fetch_counts(refs, block, size))
     penalties = _column(refs.floats, 1), _column(refs.floats, 2), _column(refs.floats, 3)
@@ -331,7 +331,7 @@ def _adjust(refs: _Refs, block: int, size: int) -> None:
 
 
 def _fetch_counts(refs: _Refs, block: int, size: int) -> None:
-    """Rows of counts from HBM, each by its state row; rows without penalties keep what was there, and ignore it."""
+    """Copy the counts of each state row from HBM; rows without penalties keep stale counts, which they ignore."""
     group = refs.row_counts.shape[0]
     start = pl.multiple_of(pl.program_id(1) * block, _LANES)
     tail = size % block
@@ -359,7 +359,7 @@ def _fetch_counts(refs: _Refs, block: int, size: int) -> None:
 
 
 def _add_lists(refs: _Refs, block: int) -> None:
-    """Bias and forbidden ids of this block, one entry at a time: they are few, and most rows have none."""
+    """Apply bias and forbidden ids of this block, one entry at a time: they are few, and most rows have none."""
     group = refs.values.shape[0]
     v = pl.program_id(1)
     shape = (group, _LANES)

@@ -1,7 +1,7 @@
 """Sampling in portable XLA: the CPU path, and the pass over the logits that the kernels are compared with.
 
-Work that no draw of the step asks for is skipped by `lax.cond`. Nothing is divided by the temperature but what is
-drawn from, listed or summed: temperature keeps the order.
+Work that no row of the step needs is skipped by `lax.cond`. The temperature is applied only to values that are
+sampled from, listed or summed, since it does not change their order.
 """
 
 from functools import partial
@@ -26,14 +26,14 @@ from kernels_pallas.sampling.common.summary import (
     plan_sampling,
 )
 
-# A longer list costs a fifth of a search on CPU; most filters that reach past the candidates end in it.
+# On CPU a longer list costs a fifth of a search, and it decides most filters that reach past the candidates.
 _RETRY = 1024
 
 
 def sample(
     logits_BV: jax.Array, inputs: SamplingInputs, state: SamplingState, shard: Shard | None = None
 ) -> SampleOutput:
-    """Draw one token per row of f32 logits; see `combine.sample_with`."""
+    """Sample one token per row of f32 logits; see `combine.sample_with`."""
     shard = shard or Shard(logits_BV.shape[1])
     return sample_with(summarise, logits_BV, inputs, state, shard, rows_at_once=1, retry=_RETRY)
 
@@ -51,7 +51,7 @@ def summarise(
     def adjusted(logits_BV: jax.Array) -> tuple[Best, Candidates]:
         return _both(adjust_logits(logits_BV, inputs, state, shard), inputs, shard)
 
-    # Two whole branches: whatever a branch returned unchanged would be copied.
+    # Each branch is a whole pass: logits that a branch returned unchanged would be copied.
     any_adjusted = jnp.any(plan_sampling(inputs, shard.vocab_size).adjusted_B)
     return lax.cond(any_adjusted, adjusted, as_they_are, logits_BV)
 
@@ -92,9 +92,9 @@ def _candidates(x_BV: jax.Array, max_B: jax.Array, *, inputs: SamplingInputs, sh
     inverse_B1 = inverse_temperature(inputs)[:, None]
     size = x_BV.shape[1]
     count = min(NUM_CANDIDATES, size)
-    # In order of the values before temperature, which are never equal where those after it are not.
+    # Sorted before temperature: values that differ after temperature also differ before it.
     value_BK, id_BK = top_of_rows(x_BV, count)
-    # It sets -0 below 0, which are one value.
+    # top_k orders -0 below 0, although they compare equal.
     value_BK, id_BK = lax.cond(jnp.any(value_BK == 0), in_order, lambda *unchanged: unchanged, value_BK, id_BK)
     value_BK *= inverse_B1
     bound_B = value_BK[:, -1] if count < size else jnp.full_like(max_B, -jnp.inf)
