@@ -1,4 +1,4 @@
-"""LoRA adapters from host 0 to the others: an adapter may be larger than a message."""
+"""Sends LoRA adapters from host 0 to the other hosts in parts, since an adapter may be larger than a message."""
 
 from collections.abc import Generator
 
@@ -11,7 +11,7 @@ _PART_BYTES = 32 << 20
 
 
 def adapter_messages(key: str, adapter: LoadedAdapter) -> Generator[AdapterBytes | AddAdapter, None, None]:
-    """The messages that send an adapter to another host, in order."""
+    """Yield the messages that send an adapter to another host, in order."""
     for array in adapter.leaves.values():
         data = array.reshape(-1).view(np.uint8)
         for start in range(0, data.size, _PART_BYTES):
@@ -21,17 +21,17 @@ def adapter_messages(key: str, adapter: LoadedAdapter) -> Generator[AdapterBytes
 
 
 class AdapterReceiver:
-    """Puts adapters together again."""
+    """Reassembles adapters."""
 
     def __init__(self) -> None:
         self._parts: list[bytes] = []
 
     def take(self, data: bytes) -> None:
-        """The next bytes."""
+        """Append the next bytes."""
         self._parts.append(data)
 
     def finish(self, message: AddAdapter) -> LoadedAdapter:
-        """The adapter that the bytes make."""
+        """Return the adapter of the received bytes."""
         data, self._parts = np.frombuffer(b"".join(self._parts), np.uint8), []
         leaves: dict[tuple[str, ...], np.ndarray] = {}
         start = 0

@@ -14,7 +14,7 @@ GiveUp: TypeAlias = Callable[[str], None]
 
 
 def end_process(reason: str) -> None:
-    """End the process: a step in flight waits for a host that will never come, and nothing can wake it."""
+    """End the process: a step in flight waits for the lost host forever and cannot be interrupted."""
     logger.error("%s: the engine ends", reason)
     logging.shutdown()
     os._exit(int(ExitCode.ENGINE_LOST))

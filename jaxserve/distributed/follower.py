@@ -1,4 +1,4 @@
-"""Every other host: runs what host 0 says, step for step."""
+"""The side of every host but host 0: repeats host 0's calls, step by step."""
 
 import logging
 import queue
@@ -31,11 +31,11 @@ _Reports: TypeAlias = queue.SimpleQueue[tuple[int, Pending] | None]
 
 
 class Leader:
-    """Host 0, as seen from here. When it is lost the process ends.
+    """A follower's connection to host 0. When it is lost, the process ends.
 
     Args:
-        channel: to it; listened to from now on.
-        give_up: ends the process, with the reason.
+        channel: channel to host 0; a thread starts to listen to it.
+        give_up: ends the process; called with the reason.
     """
 
     def __init__(self, channel: Channel, give_up: GiveUp = end_process) -> None:
@@ -50,7 +50,7 @@ class Leader:
         return self._inbox.get()
 
     def min_over_hosts(self, value: int) -> int:
-        """See `Followers.min_over_hosts`; before the first step only."""
+        """See `Followers.min_over_hosts`; call before the first step only."""
         self.report(MinOverHosts(value))
         answer = self.receive()
         if not isinstance(answer, MinOverHosts):
@@ -58,11 +58,11 @@ class Leader:
         return answer.value
 
     def report(self, message: MinOverHosts | Sampled | Failed) -> None:
-        """Tell how far this host is, or what became of a step."""
+        """Send host 0 a value for `min_over_hosts`, or the result of a step."""
         try:
             self._channel.send(message)
         except OSError as error:
-            if not self._finished:  # else nobody waits for it
+            if not self._finished:  # else host 0 does not wait for it
                 self._give_up(f"host 0 is lost: {error}")
 
     def _listen(self) -> None:
@@ -80,7 +80,7 @@ class Leader:
 class Follower:
     """A runner that repeats host 0's calls.
 
-    Tokens are waited for on a thread of their own, so the next step is sent while this one runs, as on host 0.
+    A separate thread waits for tokens, so the next step is sent while this one runs, as on host 0.
 
     Args:
         runner: the runner of this host.
@@ -96,13 +96,13 @@ class Follower:
         self._reports: _Reports = queue.SimpleQueue()
 
     def run(self) -> None:
-        """Repeat until host 0 says that it is over."""
+        """Repeat host 0's calls until it sends `Finish`."""
         reporter = threading.Thread(target=self._report, name="reporter", daemon=True)
         reporter.start()
         failed = False
         while not isinstance(message := self._leader.receive(), Finish):
             if failed and isinstance(message, Forward | Sample):
-                continue  # what host 0 sent before it knew
+                continue  # host 0 sent it before it noticed the failure
             try:
                 self._handle(message)
                 failed = failed and not isinstance(message, Reset)
@@ -144,6 +144,6 @@ class Follower:
                 self._leader.report(Sampled(step, digest))
 
     def _fail(self, step: int, error: Exception) -> None:
-        """Host 0 will have seen the same, and starts over; else it gives this host up."""
+        """Report a failure to host 0, which resets all hosts if the step raised there, too; otherwise it gives up."""
         logger.error("step %d raised", step, exc_info=error)
         self._leader.report(Failed(step, f"{type(error).__name__}: {error}"))

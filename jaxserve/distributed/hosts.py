@@ -1,4 +1,4 @@
-"""Brings the hosts of one engine together and hands them to JAX's distributed runtime."""
+"""Connects the hosts of one engine and starts JAX's distributed runtime on them."""
 
 import logging
 
@@ -16,7 +16,7 @@ def accept_followers(config: EngineConfig, model: str) -> Followers:
     """On host 0: wait for the other hosts; call before JAX has touched a device.
 
     Raises:
-        LaunchError: they do not come, or would not run the same step.
+        LaunchError: a host does not join in time, or would not run the same step.
     """
     assert config.dist_init_addr is not None
     followers = Followers(gather(hello(config, model), config.dist_init_addr, config.dist_timeout_s))
@@ -28,7 +28,7 @@ def join_leader(config: EngineConfig, model: str) -> Leader:
     """On any other host: join host 0; call before JAX has touched a device.
 
     Raises:
-        LaunchError: it cannot be reached, or refuses.
+        LaunchError: host 0 cannot be reached, or refuses this host.
     """
     assert config.dist_init_addr is not None
     leader = Leader(join(hello(config, model), config.dist_init_addr, config.dist_timeout_s))

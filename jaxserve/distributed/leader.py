@@ -1,4 +1,4 @@
-"""Host 0's side: sends the other hosts what it runs itself, and compares the tokens that they sampled."""
+"""Host 0's side: sends its calls to the other hosts, and compares the tokens that they sampled."""
 
 import contextlib
 import logging
@@ -28,14 +28,14 @@ from jaxserve.step import ConstrainedRows, Plans, StepOutput
 
 logger = logging.getLogger(__name__)
 
-# A step that raised on every host is started over by this one; it may see so a little later than another host.
+# If a step raises on every host, host 0 resets them. It may notice the failure this much later than another host.
 _NOTICE_S = 3.0
-# A host that has sent what this one has not waits in a collective; then no reset ends.
+# Time limit of a reset, which never ends if a host waits in a collective of a program that this host has not sent.
 _RESET_S = 30.0
 
 
 def digest_of(outputs: tuple[StepOutput | None, ...]) -> int:
-    """CRC-32 of the tokens of a step."""
+    """Return the CRC-32 of the tokens of a step."""
     digest = 0
     for output in outputs:
         if output is not None:
@@ -44,11 +44,11 @@ def digest_of(outputs: tuple[StepOutput | None, ...]) -> int:
 
 
 class Followers:
-    """The other hosts. One that is lost, draws other tokens than this one or fails alone ends the process.
+    """Host 0's connections to the other hosts. If one is lost, samples other tokens or fails alone, the process ends.
 
     Args:
-        channels: by rank, from 1; listened to from now on.
-        give_up: ends the process, with the reason.
+        channels: channels to the other hosts, by rank from 1; a thread starts to listen to each.
+        give_up: ends the process; called with the reason.
     """
 
     def __init__(self, channels: Sequence[Channel], give_up: GiveUp = end_process) -> None:
@@ -59,7 +59,7 @@ class Followers:
         self._digests: dict[int, tuple[int, int]] = {}
         # Values of the hosts that wait in `min_over_hosts`.
         self._minima: list[int] = []
-        # The last reset; messages on earlier steps are ignored.
+        # The step of the last reset; messages about earlier steps are ignored.
         self._last_reset = -1
         self._finished = False
         for rank, channel in enumerate(channels, 1):
@@ -75,7 +75,7 @@ class Followers:
             self._give_up(f"a host is lost: {error}")
 
     def min_over_hosts(self, value: int) -> int:
-        """Wait until every host has called this as often as this one has; returns the smallest of their values."""
+        """Wait until every host has made the same call, and return the smallest of their values."""
         with self._changed:
             self._changed.wait_for(lambda: len(self._minima) == len(self._channels))
             least = min(value, *self._minima)
@@ -84,7 +84,7 @@ class Followers:
         return least
 
     def compare(self, step: int, digest: int, rank: int = 0) -> None:
-        """Note the digest of the tokens that a host sampled; all hosts must have the same."""
+        """Compare the digest of a host's sampled tokens with those of the others; give up if they differ."""
         with self._changed:
             if step <= self._last_reset:
                 return
@@ -95,7 +95,7 @@ class Followers:
             self._give_up(f"host {rank} sampled other tokens than the others in step {step}")
 
     def reset(self, step: int) -> None:
-        """Reset all hosts; their messages on steps before this one are ignored."""
+        """Reset all hosts; their messages about earlier steps are ignored."""
         with self._changed:
             self._digests.clear()
             self._last_reset = step
@@ -104,7 +104,7 @@ class Followers:
 
     @contextlib.contextmanager
     def deadline(self) -> Generator[None, None, None]:
-        """Give up unless the block is left in time."""
+        """Call `give_up` unless the block ends within `_RESET_S`."""
         timer = threading.Timer(_RESET_S, self._give_up, ["the hosts do not come together after a step that raised"])
         timer.daemon = True
         timer.start()
@@ -140,7 +140,7 @@ class Followers:
             self._changed.notify_all()
 
     def _await_reset(self, rank: int, step: int, reason: str) -> None:
-        """A step raised there; unless it raises here too, this host would wait for the other one for ever."""
+        """Give up unless this host resets soon after a step raised on another one, for which it would wait forever."""
         with self._changed:
             over = self._changed.wait_for(lambda: step < self._last_reset, _NOTICE_S)
         if not over:
@@ -148,7 +148,7 @@ class Followers:
 
 
 class LeadingRunner:
-    """A `Runner` whose every call the other hosts repeat.
+    """A `Runner` whose calls are repeated by the other hosts.
 
     Args:
         runner: the runner of this host.
@@ -167,7 +167,7 @@ class LeadingRunner:
         return _Forwarded(self._followers, step, self._runner.forward(plans))
 
     def add_adapter(self, key: str, adapter: LoadedAdapter) -> None:
-        """See `Runner`. The others get the adapter itself: only this host need have its files."""
+        """See `Runner`. The other hosts are sent the adapter itself, so only this host needs its files."""
         for message in adapter_messages(key, adapter):
             self._followers.broadcast(message)
         self._runner.add_adapter(key, adapter)

@@ -1,4 +1,4 @@
-"""What hosts say to each other: msgspec structs as MessagePack, each with its length in front, over TCP.
+"""Messages between hosts: msgspec structs as length-prefixed MessagePack over TCP.
 
 Hosts trust their network, as JAX's own runtime does. A message is data only; nothing received is executed.
 """
@@ -13,9 +13,9 @@ import numpy as np
 
 from jaxserve.step import Plans
 
-# Seconds until a host whose network says nothing at all is taken for gone; the system asks in between.
+# A host that sends no packets for this many seconds is considered lost; TCP keepalive probes it meanwhile.
 _SILENCE_S = 4
-# Masks of 4096 rows over 262,144 tokens.
+# Enough for the masks of 4096 rows over 262,144 tokens.
 _MAX_MESSAGE_BYTES = 256 << 20
 _KEEPALIVE = {
     "TCP_KEEPIDLE": 1,
@@ -32,7 +32,7 @@ class Hello(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     Attributes:
         rank: rank of the host.
         num_hosts: the number of hosts in the host's own flags.
-        versions: versions of the packages that compute a step; jaxserve's has a digest of its sources.
+        versions: versions of the packages that compute a step; jaxserve's includes a digest of its sources.
         settings: the flags that shape the step, as JSON, by name.
         model: digest of the model's config and of a sample of its weights.
     """
@@ -45,27 +45,27 @@ class Hello(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
 
 class Welcome(msgspec.Struct, frozen=True, tag=True):
-    """All hosts are there."""
+    """All hosts have joined."""
 
 
 class Refused(msgspec.Struct, frozen=True, tag=True):
-    """The host cannot take part."""
+    """The host is refused."""
 
     reason: str
 
 
 class MinOverHosts(msgspec.Struct, frozen=True, tag=True):
-    """A host has come to a point where all wait for each other; from host 0: all have.
+    """A host has reached a barrier; from host 0: all hosts have.
 
     Attributes:
-        value: the host's value; from host 0 the smallest of all.
+        value: the host's value; from host 0, the smallest value of all hosts.
     """
 
     value: int
 
 
 class Forward(msgspec.Struct, frozen=True, tag=True):
-    """Send the forward pass of the `step`-th step."""
+    """Send the forward pass of step `step` to the devices."""
 
     step: int
     plans: Plans
@@ -78,7 +78,7 @@ class ConstrainedBits(msgspec.Struct, frozen=True):
     bits: bytes
 
     def bits_CW(self) -> np.ndarray:
-        """The masks."""
+        """Return the masks, i32[C, W]."""
         return np.frombuffer(self.bits, np.int32).reshape(len(self.rows), -1)
 
 
@@ -97,7 +97,7 @@ class AdapterLeaf(msgspec.Struct, frozen=True):
 
 
 class AddAdapter(msgspec.Struct, frozen=True, tag=True):
-    """Keep a LoRA adapter, for steps to load. The leaves' bytes came before, one after the other."""
+    """Keep a LoRA adapter for steps to load. The bytes of its leaves were sent before, in order."""
 
     key: str
     leaves: tuple[AdapterLeaf, ...]
@@ -105,19 +105,19 @@ class AddAdapter(msgspec.Struct, frozen=True, tag=True):
 
 
 class RemoveAdapter(msgspec.Struct, frozen=True, tag=True):
-    """Keep it no longer."""
+    """Drop a LoRA adapter."""
 
     key: str
 
 
 class Sample(msgspec.Struct, frozen=True, tag=True):
-    """Send the draws of the step that was forwarded last."""
+    """Send the sampling program of the last forwarded step to the devices."""
 
     constrained: tuple[ConstrainedBits | None, ...]
 
 
 class Reset(msgspec.Struct, frozen=True, tag=True):
-    """Make cache and state anew, and run an empty step; it counts as the `step`-th."""
+    """Recreate cache and state, and run an empty step, which counts as step `step`."""
 
     step: int
 
@@ -127,14 +127,14 @@ class Finish(msgspec.Struct, frozen=True, tag=True):
 
 
 class Sampled(msgspec.Struct, frozen=True, tag=True):
-    """Digest of the tokens that a host has for a step."""
+    """Digest of the tokens that a host sampled in a step."""
 
     step: int
     digest: int
 
 
 class Failed(msgspec.Struct, frozen=True, tag=True):
-    """A step raised on a host, which waits for `Reset` now."""
+    """A step raised on a host, which now waits for `Reset`."""
 
     step: int
     reason: str
@@ -153,8 +153,8 @@ _from_follower = msgspec.msgpack.Decoder(FromFollower)
 class Channel:
     """One connection between two hosts.
 
-    Methods raise `ConnectionError` when the other end is gone or says what is no message. Any thread may send; one
-    receives.
+    Methods raise `ConnectionError` when the other host is gone or sends an invalid message. Any thread may send; only
+    one may receive.
     """
 
     def __init__(self, connection: socket.socket) -> None:
@@ -171,20 +171,20 @@ class Channel:
         self.send_encoded(encode(message))
 
     def send_encoded(self, data: bytes) -> None:
-        """Send what `encode` made."""
+        """Send a message that was encoded by `encode`."""
         with self._sending:
             self._socket.sendall(data)
 
     def receive_from_leader(self) -> FromLeader:
-        """Wait for a message of host 0."""
+        """Wait for a message from host 0."""
         return self._decode(_from_leader)
 
     def receive_from_follower(self) -> FromFollower:
-        """Wait for a message of another host."""
+        """Wait for a message from another host."""
         return self._decode(_from_follower)
 
     def hung_up(self) -> bool:
-        """Whether the other end is gone; for one that has nothing to say now."""
+        """Return whether the other host is gone; call only while it has nothing to send."""
         try:
             return not self._socket.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
         except BlockingIOError:
@@ -193,7 +193,7 @@ class Channel:
             return True
 
     def close(self) -> None:
-        """Hang up."""
+        """Close the connection."""
         self._socket.close()
 
     def _decode(self, decoder: Any) -> Any:
@@ -216,6 +216,6 @@ class Channel:
 
 
 def encode(message: Any) -> bytes:
-    """A message as it travels."""
+    """Return the bytes that are sent for a message."""
     data = _encoder.encode(message)
     return _HEADER.pack(len(data)) + data

@@ -1,4 +1,4 @@
-"""How hosts find each other and make sure that they will run the same step, before any of them touches a device."""
+"""Connects the hosts and checks that they will run the same step, before any of them touches a device."""
 
 import contextlib
 import hashlib
@@ -20,14 +20,14 @@ from jaxserve.errors import LaunchError
 
 logger = logging.getLogger(__name__)
 
-# What computes a step, as far as it is installed.
+# The packages that compute a step; not all of them need be installed.
 _PACKAGES = (
     "jax",
     "jaxlib",
     "libtpu",
     *(f"jax-cuda{major}-{part}" for major in (12, 13) for part in ("plugin", "pjrt")),
 )
-# What may differ between hosts: where things are, and what host 0 alone decides.
+# Settings that may differ between hosts: locations, and those that only host 0 uses.
 _LOCAL_SETTINGS = (
     "model_path", "revision", "download_dir", "compilation_cache_dir", "log_level", "show_progress", "nnodes",
     "node_rank", "merge_lora", "dist_init_addr", "dist_timeout_s", "max_queued_requests", "schedule_policy",
@@ -37,8 +37,8 @@ _HELLO_S = 10.0
 
 
 def hello(config: EngineConfig, model: str) -> Hello:
-    """What a host reports about itself: its settings, and `model_digest`."""
-    if config.lora is not None:  # where the adapters are may differ
+    """Return a host's first message: its versions, its settings and its `model_digest`."""
+    if config.lora is not None:  # locations of adapters may differ
         config = msgspec.structs.replace(
             config, lora=msgspec.structs.replace(config.lora, paths=dict.fromkeys(config.lora.paths, ""))
         )  # fmt: skip
@@ -72,13 +72,13 @@ def _versions() -> dict[str, str]:
 def model_digest(
     hf_config: Mapping[str, Any], source: TensorSource | None, adapters: Iterable[PeftAdapter] = ()
 ) -> str:
-    """Digest of a model.
+    """Return a digest of a model.
 
     Args:
         hf_config: its `config.json`.
-        source: its tensors, whose names, shapes and first rows are read; None where they cannot be read by name.
-            Hosts whose weights differ elsewhere only would still agree on every token, and on wrong ones.
-        adapters: those that are merged or served.
+        source: its tensors, of which names, shapes and first rows are hashed; None if they cannot be read by name.
+            Differences elsewhere go unnoticed: hosts would still agree on every token, but on wrong ones.
+        adapters: the adapters that are merged or served.
     """
     digest = hashlib.sha256(msgspec.json.encode(hf_config, order="sorted"))
     if source is not None:
@@ -92,16 +92,16 @@ def model_digest(
 
 
 def gather(mine: Hello, address: str, timeout_s: float) -> list[Channel]:
-    """Host 0: wait for every other host, and send them off together.
+    """On host 0: wait for every other host, and welcome them together.
 
-    A host that cannot take part gets the reason, and so does every other host. When this returns nobody listens at the
-    address any more: JAX's coordinator takes it over, so one port between hosts is enough.
+    If a host cannot take part, every host is sent the reason. The address is free when this returns: JAX's coordinator
+    listens there next, so one port between hosts is enough.
 
     Returns:
-        Their channels, by rank from 1.
+        The channels to the other hosts, by rank from 1.
 
     Raises:
-        LaunchError: a host cannot take part, or not all came in time.
+        LaunchError: a host cannot take part, or not all joined in time.
     """
     host, port = split_address(address)
     channels: dict[int, Channel] = {}
@@ -135,7 +135,7 @@ def _welcome(rank: int, channel: Channel) -> None:
 
 
 def _accept(listener: socket.socket, mine: Hello, channels: dict[int, Channel], deadline: float) -> None:
-    """Take one host in."""
+    """Accept the connection of one host."""
     left = deadline - time.monotonic()
     if left <= 0:
         missing = sorted(set(range(1, mine.num_hosts)) - channels.keys())
@@ -150,7 +150,7 @@ def _accept(listener: socket.socket, mine: Hello, channels: dict[int, Channel], 
     try:
         theirs = channel.receive_from_follower()
     except (ConnectionError, TimeoutError) as error:
-        # A host with other messages than ours will understand this one.
+        # A host of another version, with other messages, will still understand this one.
         logger.warning("%s said nothing useful: %s", peer[0], error)
         _refuse(channel, f"its greeting was not understood: another version than jaxserve {mine.versions['jaxserve']}")
         return
@@ -165,7 +165,7 @@ def _accept(listener: socket.socket, mine: Hello, channels: dict[int, Channel], 
         logger.info("host %d was gone and comes again", theirs.rank)
         channels.pop(theirs.rank).close()
     elif reason is None and earlier is not None:
-        # The first one is as good as the second, which alone is sent away.
+        # The first host stays, and only the second one is refused.
         logger.warning("a second host of rank %d at %s was refused", theirs.rank, peer[0])
         _refuse(channel, f"there is a host of --node-rank {theirs.rank} already")
         return
@@ -201,13 +201,13 @@ def _mismatch(mine: Hello, theirs: Hello) -> str | None:
 
 
 def join(mine: Hello, address: str, timeout_s: float) -> Channel:
-    """Any other host: go to host 0 and wait until all are there.
+    """On any other host: connect to host 0 and wait until all hosts have joined.
 
     Returns:
         The channel to host 0.
 
     Raises:
-        LaunchError: host 0 cannot be reached, or refuses.
+        LaunchError: host 0 cannot be reached, or refuses this host.
     """
     host, port = split_address(address)
     deadline = time.monotonic() + timeout_s
@@ -237,10 +237,10 @@ def join(mine: Hello, address: str, timeout_s: float) -> Channel:
 
 
 def split_address(address: str) -> tuple[str, int]:
-    """Host and port of `host:port`.
+    """Split `host:port` into host and port.
 
     Raises:
-        LaunchError: it is no such thing.
+        LaunchError: the address has another format.
     """
     host, _, port = address.rpartition(":")
     if not host or not port.isdigit() or not 0 < int(port) < 65536:

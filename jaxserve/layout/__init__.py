@@ -1,1 +1,1 @@
-"""A model laid out on devices, present or not: memory, kernels, shapes of a step. No weight is read."""
+"""Lays a model out on devices, present or not: memory, kernels and shapes of a step. Reads no weights."""

@@ -31,10 +31,10 @@ logger = logging.getLogger(__name__)
 
 
 class ChosenBackends(NamedTuple):
-    """The backends, and the modules that use their kernels; portable XLA has the others.
+    """The backends, and the modules that use their kernels; the others use portable XLA.
 
     Attributes:
-        backends: one of each op.
+        backends: the implementation of each op.
         linears: paths of quantised linear modules.
         lora_groups: paths of groups in the LoRA pool.
     """
@@ -45,7 +45,7 @@ class ChosenBackends(NamedTuple):
 
 
 def choose_attention_backend(name: BackendName, config: AttentionConfig, mesh: Mesh) -> Choice[AttentionBackend]:
-    """The attention backend.
+    """Choose the attention backend.
 
     Raises:
         LaunchError: the backend that `--attention-backend` names cannot serve this model on these devices.
@@ -59,7 +59,7 @@ def choose_attention_backend(name: BackendName, config: AttentionConfig, mesh: M
 def choose_backends(
     decoder: Decoder, mesh: Mesh, attention: Choice[AttentionBackend], lora_pool: LoraPoolLayout | None
 ) -> ChosenBackends:
-    """Choose a backend for every op but attention, which is given, and log all of them."""
+    """Choose a backend for every op except attention, which is given, and log all choices."""
     sampler = choose_sampler(mesh)
     experts = choose_grouped_matmul(_expert_shapes(decoder, mesh), mesh)
     _log_choice("attention", attention)
@@ -80,7 +80,7 @@ def choose_backends(
 
 
 def _choose_linears(decoder: Decoder, mesh: Mesh) -> tuple[GroupedMatmul, tuple[Path, ...]]:
-    """The kernel for quantised linear maps, and the modules it can multiply."""
+    """Choose the kernel for quantised linear maps, and the modules that it supports."""
     chosen = {
         path[:-1]: choose_grouped_matmul([_shard(decoder, mesh, spec, decoder.config.quantization)], mesh)
         for path, spec in decoder.param_specs.items()
@@ -94,7 +94,7 @@ def _choose_linears(decoder: Decoder, mesh: Mesh) -> tuple[GroupedMatmul, tuple[
 def _choose_lora(
     decoder: Decoder, mesh: Mesh, pool: LoraPoolLayout | None
 ) -> tuple[LoraMatmul, tuple[Path, ...], GroupedMatmul]:
-    """The kernels for adapters, the groups of modules that they can serve, and the kernel for experts' adapters."""
+    """Choose the LoRA kernel, the groups of modules that it supports, and the kernel for LoRA of experts."""
     if pool is None:
         return XlaLora(), (), XlaGroupedMatmul()
     chosen = {group: choose_lora(modules, mesh) for group, modules in lora_modules(decoder, pool, mesh).items()}
@@ -109,7 +109,7 @@ def _choose_lora(
 
 
 def _expert_shapes(decoder: Decoder, mesh: Mesh) -> set[ExpertShape]:
-    """Shapes of the experts' matrices on one device."""
+    """Return the shapes of the experts' matrices on one device."""
     quantization = decoder.config.quantized("experts")
     return {
         _shard(decoder, mesh, spec, quantization)
@@ -119,7 +119,7 @@ def _expert_shapes(decoder: Decoder, mesh: Mesh) -> set[ExpertShape]:
 
 
 def _shard(decoder: Decoder, mesh: Mesh, spec: ParamSpec, quantization: QuantizationConfig | None) -> ExpertShape:
-    """The shape of a matrix's shard on one device."""
+    """Return the shape of a matrix's shard on one device."""
     format = None if quantization is None else format_of(quantization)
     shard = spec.shard_shape(mesh)
     num_inputs = spec.num_inputs * shard[-1] // spec.shape[-1]
@@ -132,7 +132,7 @@ def _log_choice(op: str, choice: Choice[Any]) -> None:
 
 
 def _log_by_module(op: str, chosen: Mapping[Path, Choice[Any]]) -> None:
-    """Log the choices for modules, those with the same outcome together."""
+    """Log the choices for modules, with one line per outcome."""
     for outcome in dict.fromkeys(choice[1:] for choice in chosen.values()):
         same = {path: choice for path, choice in chosen.items() if choice[1:] == outcome}
         modules = (".".join(path).removeprefix("layers.") for path in same)

@@ -1,6 +1,6 @@
-"""A model laid out on a mesh, from its settings and its config alone: no weight is read, no memory is taken.
+"""Lays a model out on a mesh from its settings and its config alone: reads no weights, allocates no memory.
 
-The engine is built from such a layout, and `jaxserve.plan` compiles it for devices that are not here.
+The engine is built from such a layout, and `jaxserve.plan` compiles it for devices that are not present.
 """
 
 import logging
@@ -35,10 +35,10 @@ from kernels_pallas.shards import DATA, model_size
 
 logger = logging.getLogger(__name__)
 
-# The workspace of MLA prompts takes at most this part of the pool.
+# The workspace of MLA prompts takes at most the pool's size divided by this.
 _WORKSPACE_DIVISOR = 32
 
-# By platform. Larger pages waste more at the end of a row, smaller ones cost a copy each.
+# Tokens per page, by platform. Larger pages waste more memory at the end of a row; smaller ones take more copies.
 _PAGE_SIZES = {"cpu": (64,), "tpu": (128, 256)}
 _KV_DTYPES = {"bf16": "bfloat16", "bfloat16": "bfloat16", "fp8_e4m3": "float8_e4m3fn", "int8": "int8"}
 
@@ -51,7 +51,7 @@ class ModelLayout(NamedTuple):
         decoder: the model.
         kv_dtype: dtype of cached keys and values.
         scheduler: limits of a step.
-        page_sizes: tokens per page to choose from: the smallest whose page table fits the device.
+        page_sizes: candidate page sizes in tokens; the smallest whose page table fits the device is used.
         mesh: the devices; see `jaxserve.parallel.mesh`.
     """
 
@@ -79,9 +79,9 @@ class ModelLayout(NamedTuple):
 
     @property
     def device_read_bytes(self) -> int:
-        """Bytes of the weights that every step reads, on each device.
+        """Bytes of the weights that every step reads in full, on each device.
 
-        Weights of experts are read where they have tokens, an embedding that is not the head by rows.
+        Excludes experts, which are read only if they have tokens, and an untied embedding, which is read by rows.
         """
         embed = 0
         if not self.config.tie_word_embeddings:
@@ -98,11 +98,11 @@ class EngineLayout(NamedTuple):
     """A model with its memory laid out.
 
     Attributes:
-        cache: the pool of one replica.
-        pool_bytes: bytes of the pool on each device.
-        scheduler: limits of a step, with the context length cut to what the pool holds.
+        cache: sizes of the KV pool of one replica.
+        pool_bytes: bytes of the KV pool on each device.
+        scheduler: limits of a step, with the context length cut to the capacity of the pool.
         attention_name: name of the attention backend.
-        step: what the step's programs are made of.
+        step: the model that the step's programs are compiled from.
     """
 
     cache: CacheConfig
@@ -113,7 +113,7 @@ class EngineLayout(NamedTuple):
 
 
 def layout_model(config: EngineConfig, hf_config: Mapping[str, Any], mesh: Mesh) -> ModelLayout:
-    """Fit a model onto a mesh.
+    """Lay a model out on a mesh.
 
     Args:
         config: the settings.
@@ -152,7 +152,7 @@ def layout_model(config: EngineConfig, hf_config: Mapping[str, Any], mesh: Mesh)
 
 
 def check_fit(layout: ModelLayout, tp_size: int, ep_size: int) -> None:
-    """Raise LaunchError where a replica cannot be split over `tp_size` devices, `ep_size` groups of experts."""
+    """Raise LaunchError if a replica cannot be split over `tp_size` devices and `ep_size` groups of experts."""
     mesh = mesh_shape(tp_size, ep_size, layout.mesh.shape[DATA])
     shared = layout.decoder.args.parallelism.shared_experts
     replication = kv_head_replication(layout.config, mesh, shared_experts=shared)
@@ -161,7 +161,7 @@ def check_fit(layout: ModelLayout, tp_size: int, ep_size: int) -> None:
 
 
 def _check_blocks(decoder: Decoder, mesh: Mesh | AbstractMesh) -> None:
-    """Raise LaunchError where devices would share a block of a quantised weight."""
+    """Raise LaunchError if devices would share a block of a quantised weight."""
     quantization = decoder.config.quantization
     if quantization is None:
         return
@@ -172,7 +172,7 @@ def _check_blocks(decoder: Decoder, mesh: Mesh | AbstractMesh) -> None:
         sizes = (spec.shape[-2], spec.num_inputs)
         rows, columns = quantization.block
         columns = columns or spec.num_inputs // spec.shape[-1]
-        # Devices that have parts of whole rows all have their scales.
+        # If a scale covers a whole row, all devices that hold parts of the row hold its scale.
         for size, axes, block in zip(sizes, parts[-2:], (rows, columns), strict=True):
             num_parts = 1 if axes is None else math.prod(mesh.shape[axis] for axis in np.atleast_1d(axes))
             if num_parts > 1 and size % (num_parts * block):
@@ -192,12 +192,12 @@ def _check_blocks(decoder: Decoder, mesh: Mesh | AbstractMesh) -> None:
 def layout_engine(
     config: EngineConfig, layout: ModelLayout, pool_bytes: int, lora_pool: LoraPoolLayout | None = None
 ) -> EngineLayout:
-    """Size the pool and shape the step.
+    """Size the KV pool, and choose the backends and buckets of a step.
 
     Args:
         config: the settings.
         layout: the model.
-        pool_bytes: bytes for keys and values, on each device.
+        pool_bytes: bytes for keys and values on each device, the workspace of MLA prompts included.
         lora_pool: slots for LoRA adapters, if requests may name adapters.
 
     Raises:
@@ -212,7 +212,7 @@ def layout_engine(
     if config.max_total_tokens is not None:
         num_pages = config.max_total_tokens // page_size
     else:
-        # More than every row at full length is of use to the prefix cache only.
+        # Pages beyond those of all rows at full length only serve the prefix cache.
         max_pages = 4 * scheduler.max_rows * -(-scheduler.context_length // page_size)
         num_pages = min(pool_bytes // page_bytes, max_pages)
     cache = CacheConfig(page_size=page_size, num_pages=num_pages, prefix_caching=config.prefix_caching)
@@ -241,9 +241,9 @@ def layout_engine(
 
 
 def _fit_table(config: EngineConfig, layout: ModelLayout) -> tuple[int, SchedulerConfig]:
-    """The smallest page size for which the device can hold the page table of all rows at full length.
+    """Return the smallest page size with which the page table of all rows at full length fits the device.
 
-    Where no page size is large enough, rows are dropped, unless the user set their number.
+    If no page size is large enough, the number of rows is lowered, unless the user set it.
     """
     scheduler = layout.scheduler
     page_size, max_rows = 0, 0
@@ -287,7 +287,7 @@ def _attention(config: EngineConfig, layout: ModelLayout, page_size: int, num_pa
 
 
 def pick_dtype(config: EngineConfig, model: ModelConfig) -> jnp.dtype:
-    """Dtype of weights and activations."""
+    """Return the dtype of weights and activations."""
     # float16 has too small a range for bfloat16 models and no fast path on TPU or CPU; `auto` avoids it.
     name = config.dtype if config.dtype != "auto" else model.dtype
     if config.dtype == "auto" and name == "float16":
@@ -312,7 +312,7 @@ def _scheduler_config(config: EngineConfig, model: ModelConfig, platform: str) -
 
 
 def _fit_context(scheduler: SchedulerConfig, cache: CacheConfig) -> SchedulerConfig:
-    """A single request must fit the pool, or it could never finish."""
+    """Cut the context length to the pool's tokens, since a request that does not fit could never finish."""
     pool_tokens = cache.page_size * cache.num_pages
     if scheduler.context_length <= pool_tokens:
         return scheduler

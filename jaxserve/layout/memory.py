@@ -1,6 +1,6 @@
-"""Which share of a device's memory is whose. Imports no jax: the engine process reads it before jax is there."""
+"""Default shares of device memory. Imports no jax: the engine process reads them before it imports jax."""
 
-# The share of a GPU that the engine process takes. The rest is left to the driver and the libraries.
+# The share of a GPU's memory that the engine process takes. The rest is left to the driver and the libraries.
 GPU_MEM_FRACTION = 0.95
-# The share of what the weights leave free that the KV pool takes by default. The rest is for temporaries.
+# The KV pool's default share of the memory that the weights leave free. The rest is for temporaries.
 DEVICE_MEM_FRACTION = 0.88

@@ -1,4 +1,4 @@
-"""Sizes the workspace of MLA prompts, where their MHA form can pay; see `jaxserve.layers.mla_prefill`."""
+"""Sizes the workspace of MLA prompts if their MHA form can be cheaper; see `jaxserve.layers.mla_prefill`."""
 
 import dataclasses
 import logging
@@ -14,10 +14,10 @@ from kernels_pallas.paged_attention.common.head_shards import cache_bytes
 
 logger = logging.getLogger(__name__)
 
-# The kernels take head dims of whole tiles.
+# The kernels need head dims that are a multiple of this.
 _KERNEL_TILE = 128
-# See `MlaPrefillWorkspace.write_cost`. Measured on CPU (scripts/bench/results). For accelerators it is reasoned from
-# bandwidth: 2 KB are written and read for 262,144 FLOPs, so a head's key takes 2.3 times as long as its FLOPs on v5p,
+# See `MlaPrefillWorkspace.write_cost`. Measured on CPU (scripts/bench/results). For accelerators it is estimated from
+# bandwidth: 2 KB are written and read per 262,144 FLOPs, so a head's key takes 2.3 times as long as its FLOPs on v5p,
 # 2.8 times on H100 and 5.4 times on v6e.
 _CPU_WRITE_COST, _KERNEL_WRITE_COST = 2.0, 4.0
 
@@ -25,16 +25,16 @@ _CPU_WRITE_COST, _KERNEL_WRITE_COST = 2.0, 4.0
 def layout_workspace(
     model: ModelConfig, chosen: Choice[AttentionBackend], mesh: Mesh, scheduler: SchedulerConfig, max_bytes: int
 ) -> MlaPrefillWorkspace | None:
-    """The workspace of a model, if it has MLA and some of its steps can be cheaper in the MHA form.
+    """Return the workspace of a model, or None if it has no MLA or no step is cheaper in the MHA form.
 
-    In deterministic mode there is none: the cheaper form would depend on what else runs in a step.
+    In deterministic mode the result is None: the cheaper form would depend on what else runs in a step.
 
     Args:
         model: the model.
         chosen: the attention backend of the cache.
         mesh: the devices.
         scheduler: limits of a step.
-        max_bytes: bytes that the workspace may take, on each device.
+        max_bytes: maximum size of the workspace on each device.
     """
     cached = chosen.impl.config
     if model.mla is None or model.windows != (None,) or cached.batch_invariant:
@@ -49,11 +49,11 @@ def layout_workspace(
         num_pages=1,
         dtype=cached.compute_dtype,
         value_dim=None,
-        # No rows of single tokens come here, so their kernels are left out.
+        # Single-token rows never use the workspace, so decode kernels are left out.
         batch_invariant=by_kernel,
     )
     choose = partial(choose_attention, chosen.name, mesh=mesh)
-    # One prompt of full length, and others that begin in the same step.
+    # One prompt of full length, and others that start in the same step.
     max_tokens = scheduler.context_length + scheduler.max_step_tokens
     try:
         page_bytes = cache_bytes(choose(config).impl, mesh)

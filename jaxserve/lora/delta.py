@@ -1,4 +1,4 @@
-"""An adapter as a delta to the model's weights: the base tree's own paths, a pair of factors at each.
+"""An adapter as a delta to the model's weights: LoRA A and B matrices by path in the base tree.
 
 Dimension key: L layers, E experts, R rank, I inputs, O outputs of a weight [O, I]; V ids, D hidden for embeddings.
 """
@@ -18,18 +18,20 @@ from jaxserve.models.decoder import Decoder
 from jaxserve.models.hf.tensor_name import TensorName
 from jaxserve.models.param_spec import ParamSpec, Path, Weights, tree_of
 
-# What a tied model lacks: its head is the embedding. An adapter may treat the two differently.
+# A tied model has no such weight, since its head is the embedding. An adapter may still treat the two differently.
 _HEAD = ("lm_head", "weight")
 EMBEDDING = ("embed", "weight")
-# Where transformers 5 has what older checkpoints have elsewhere, and experts that they have one by one. An adapter may
-# be made with either.
+# transformers 5 renames modules of older checkpoints, and fuses experts that those store one by one. An adapter may use
+# either set of names.
 _RENAMED = (".block_sparse_moe.", ".mlp.")
 _ALL_EXPERTS = "model.layers.{layer}.mlp.experts."
 _FUSED = {"gate_proj": "gate_up_proj", "up_proj": "gate_up_proj"}
 
 
 class LoraWeights(NamedTuple):
-    """delta W = scale * B A. Weights that have layers and experts in front have them here, too, zeros where none is.
+    """The update of a weight: delta W = scale * B A.
+
+    The leading layer and expert axes are those of the weight; layers and experts without an update hold zeros.
 
     Attributes:
         a: f32[(L,) (E,) R, I].
@@ -46,9 +48,9 @@ class AdapterDelta(NamedTuple):
     """An adapter for one model.
 
     Attributes:
-        weights: by path in the model's tree.
-        rank: rank of the widest factor; the others are filled up with zeros.
-        tied_head: the model's head is its embedding.
+        weights: updates by path in the model's tree.
+        rank: the largest rank; matrices of lower rank are padded with zeros.
+        tied_head: whether the model's head is its embedding.
     """
 
     weights: dict[Path, LoraWeights]
@@ -57,17 +59,17 @@ class AdapterDelta(NamedTuple):
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of the factors on the host."""
+        """Bytes of the A and B matrices and scales on the host."""
         return sum(array.nbytes for lora in self.weights.values() for array in lora)
 
 
 class _Target(NamedTuple):
-    """Where a module's factors belong.
+    """The weight that a module's LoRA matrices update.
 
     Attributes:
         path: path of the weight.
-        at: the layer and the expert of it; nothing for an axis that is not there, or wanted whole.
-        first_row, row_step: first row and step of the weight in the module.
+        at: indices of the layer and the expert in the weight; omitted for an axis that is absent or updated whole.
+        first_row, row_step: first row of the weight in the module, and the step to its next row.
     """
 
     path: Path
@@ -77,7 +79,7 @@ class _Target(NamedTuple):
 
 
 class _Piece(NamedTuple):
-    """Factors for a target."""
+    """LoRA matrices for a target."""
 
     target: _Target
     tensors: AdapterTensors
@@ -87,12 +89,12 @@ def make_delta(adapter: PeftAdapter, decoder: Decoder, names: Mapping[Path, Tens
     """Fit an adapter to a model.
 
     Args:
-        adapter: the adapter as its files have it.
+        adapter: the adapter as read from its files.
         decoder: the model.
-        names: where the checkpoint has each weight, by its path in the tree.
+        names: the tensor in the checkpoint of each weight, by path in the tree.
 
     Raises:
-        AdapterError: modules that the model has not, or of another shape; all are listed.
+        AdapterError: the adapter has modules that the model lacks or has in another shape; the message lists them.
     """
     specs = adaptable(decoder)
     targets = _targets(specs, names)
@@ -107,7 +109,7 @@ def make_delta(adapter: PeftAdapter, decoder: Decoder, names: Mapping[Path, Tens
             specs[target.path].shape[-2] // times for target, (_, times) in zip(targets[module], heads, strict=True)
         ]
         spec, first = specs[targets[module][0].path], targets[module][0]
-        experts = spec.shape[len(first.at) : -2]  # that the module has, all at once
+        experts = spec.shape[len(first.at) : -2]  # the expert axis, if the module contains all experts
         made_for = (*tensors.a_RI.shape[:-2], tensors.b_OR.shape[-2], tensors.a_RI.shape[-1])
         wanted = (*experts, sum(rows), spec.num_inputs)
         if made_for != wanted:
@@ -128,19 +130,19 @@ def make_delta(adapter: PeftAdapter, decoder: Decoder, names: Mapping[Path, Tens
 
 
 def _without_idle_ranks(tensors: AdapterTensors) -> AdapterTensors:
-    """Factors without what changes none of their rows: PEFT puts those of gates and of ups below each other."""
+    """Drop ranks whose columns of B are zero: PEFT concatenates the ranks of gate and up projections."""
     used_R = tensors.b_OR.any(axis=tuple(range(tensors.b_OR.ndim - 1)))
     used_R[0] |= not used_R.any()
     return tensors._replace(a_RI=tensors.a_RI[..., used_R, :], b_OR=tensors.b_OR[..., used_R])
 
 
 def module_name(path: Path, names: Mapping[Path, TensorName]) -> str:
-    """The module of a weight as checkpoints name it; a tied head has no weight of its own."""
+    """Return the name of a weight's module in checkpoints; a tied head, which they do not store, is `lm_head`."""
     return names[path].pattern.removesuffix(".weight") if path in names else _HEAD[0]
 
 
 def adaptable(decoder: Decoder) -> dict[Path, ParamSpec]:
-    """The weights that an adapter can change: matrices, and the head also where it is the embedding."""
+    """Return the weights that an adapter can change: all matrices, and the head even if it is the embedding."""
     specs = {path: spec for path, spec in decoder.param_specs.items() if _is_linear(path, spec)}
     return {_HEAD: specs[EMBEDDING], **specs}
 
@@ -150,7 +152,7 @@ def _is_linear(path: Path, spec: ParamSpec) -> bool:
 
 
 def _targets(specs: Mapping[Path, ParamSpec], names: Mapping[Path, TensorName]) -> dict[str, list[_Target]]:
-    """The weights of each module; those of a fused one by their rows."""
+    """Return the weights of each module, by its name; a fused module has several, in different rows."""
     targets: dict[str, list[_Target]] = {}
     for path, spec in specs.items():
         name, module = names.get(path), module_name(path, names)
@@ -164,7 +166,7 @@ def _targets(specs: Mapping[Path, ParamSpec], names: Mapping[Path, TensorName]) 
                 for known in dict.fromkeys((own, own.replace(*_RENAMED))):
                     targets.setdefault(known, []).append(target)
             if name is not None and name.by_expert:
-                # Gates lie above ups.
+                # Rows of the gate projection come before those of the up projection.
                 first_row = spec.shape[-2] if path[-2] == "up_proj" else 0
                 fused = _ALL_EXPERTS.format(layer=layer) + _FUSED.get(path[-2], path[-2])
                 targets.setdefault(fused, []).append(_Target(path, at, first_row))
@@ -186,15 +188,15 @@ def _put(
 
 
 def merge(weights: Weights, delta: AdapterDelta, add: Callable[[jax.Array, LoraWeights], jax.Array]) -> Weights:
-    """The weights with an adapter in them; leaves that it does not change stay what they are.
+    """Return the weights with an adapter merged; leaves that it does not change are returned as they are.
 
     Args:
         weights: weights of the base.
-        delta: weight change of the adapter.
+        delta: the adapter.
         add: `add_lora`, compiled or not.
 
     Raises:
-        AdapterError: the weights are quantised, or the embedding is the head as well, and the adapter changes one only.
+        AdapterError: the weights are quantised, or the head is tied and the adapter changes it or the embedding.
     """
     if delta.tied_head and not delta.weights.keys().isdisjoint({_HEAD, EMBEDDING}):
         raise AdapterError(
@@ -213,7 +215,7 @@ def merge(weights: Weights, delta: AdapterDelta, add: Callable[[jax.Array, LoraW
 
 
 def add_lora(base: jax.Array, lora: LoraWeights) -> jax.Array:
-    """Base + scale * B A in f32, rounded once to the dtype of the base; one layer, and expert, at a time."""
+    """Return base + scale * B A, in f32 for one layer and expert at a time, and rounded once to the base's dtype."""
     if base.ndim == 2:
         return _add(base, *lora)
 
@@ -230,6 +232,6 @@ def _add(base_OI: jax.Array, a_RI: Any, b_OR: Any, scale: Any) -> jax.Array:
 
 
 def split(weights: Weights, delta: AdapterDelta, add: Callable[[jax.Array, LoraWeights], jax.Array]) -> Weights:
-    """The inverse of `merge`, but for rounding."""
+    """Undo `merge`, up to rounding."""
     negated = {path: lora._replace(scale=-lora.scale) for path, lora in delta.weights.items()}
     return merge(weights, delta._replace(weights=negated), add)

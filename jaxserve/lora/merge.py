@@ -1,4 +1,4 @@
-"""Adapters into the weights before anything is served: the model is then as fast as its base."""
+"""Merges adapters into the weights at start-up, so that the model is as fast as its base."""
 
 from typing import Any
 
@@ -9,14 +9,14 @@ from jaxserve.models.param_spec import Weights
 
 
 def merge_adapter(weights: Weights, delta: AdapterDelta) -> Weights:
-    """The weights with an adapter in them, in their sharding and, leaf by leaf, in their memory.
+    """Return the weights with an adapter merged, with the same sharding and, leaf by leaf, in the same memory.
 
     Raises:
         AdapterError: see `merge`.
     """
 
     def add(base: jax.Array, lora: LoraWeights) -> jax.Array:
-        layout: Any = base  # its type does not say so
+        layout: Any = base  # the type of jax.Array lacks `format`
         return jax.jit(add_lora, donate_argnums=0, out_shardings=layout.format)(base, lora)
 
     return merge(weights, delta, add)

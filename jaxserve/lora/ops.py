@@ -1,4 +1,4 @@
-"""What a step's adapters add to a model's modules; see `jaxserve.layers.context`."""
+"""Adds the LoRA updates of a step to the results of a model's modules; see `jaxserve.layers.context`."""
 
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -19,8 +19,8 @@ class GroupSplit(NamedTuple):
     """Which axes of a group's modules are split over the devices of a replica.
 
     Attributes:
-        inputs: whether their inputs are.
-        outputs: whether the outputs of each module are, by its name.
+        inputs: whether the inputs are split.
+        outputs: whether the outputs are split, by name of the module.
     """
 
     inputs: bool
@@ -28,14 +28,14 @@ class GroupSplit(NamedTuple):
 
 
 class LoraOps(NamedTuple):
-    """How updates are computed.
+    """The kernels for LoRA updates, and the sharding of the matrices.
 
     Attributes:
         matmul: the kernels.
-        by_kernel: paths of the pool's groups that use them; portable XLA has the others.
+        by_kernel: paths of the pool's groups that use them; the others use portable XLA.
         experts: the grouped matmul for LoRA matrices of experts.
-        num_adapters: slots of the pool, without slot 0.
-        splits: how modules lie on the mesh, by the path of their group.
+        num_adapters: number of slots of the pool, without slot 0.
+        splits: how modules are split over the mesh, by path of their group.
     """
 
     matmul: LoraMatmul
@@ -46,7 +46,7 @@ class LoraOps(NamedTuple):
 
 
 class LoraPlan(NamedTuple):
-    """What the tokens' slots decide.
+    """Metadata derived from the slots of the tokens.
 
     Attributes:
         slot_T: i32, the slot of each token.
@@ -63,9 +63,9 @@ class _Group:
     """The updates of a group's modules; see `LoraGroup`.
 
     Args:
-        ops: how they are computed.
+        ops: the kernels.
         path: path of the group in the pool.
-        part: the group's matrices, `a` and by module `b`, each `Stacked`.
+        part: the group's matrices: `a`, and `b` by name of the module, each `Stacked`.
         plan: metadata of the tokens.
     """
 
@@ -80,7 +80,7 @@ class _Group:
         self._h: Any = None
 
     def update(self, module: Path, x_TI: jax.Array) -> jax.Array | None:
-        """See `LoraGroup`. The first module that an adapter changes computes the product that all share."""
+        """See `LoraGroup`. The first adapted module computes x A^T for all modules of the group."""
         name = module[-1]
         if name not in self._b:
             return None
@@ -94,7 +94,7 @@ class _Layer(NamedTuple):
     """The adapters of one layer; see `LoraLayer`.
 
     Attributes:
-        ops: how updates are computed.
+        ops: the kernels.
         matrices: the layer's part of the pool.
         plan: metadata of the layer's tokens.
     """
@@ -124,7 +124,7 @@ class _Layer(NamedTuple):
         return None if found is None else LoraPair(found[1]["a"], found[1]["b"][module[-1]])
 
     def _find(self, modules: Sequence[Path]) -> tuple[Path, Mapping[str, Any]] | None:
-        """The pool's node of some modules with the same inputs. It has the name of the first that is adapted."""
+        """Return the pool's node of modules with the same inputs; it is named after the first adapted one."""
         node: Any = self.matrices
         for name in modules[0][1:-1]:
             node = node.get(name, {})
@@ -138,9 +138,9 @@ class Adapters(NamedTuple):
     """The adapters of a step; see `StepLora`.
 
     Attributes:
-        pool: see `jaxserve.lora.pool`; empty in a step in which no row has an adapter.
+        pool: see `jaxserve.lora.pool`; empty in steps without adapters.
         slot_T: i32, the slot of each token; 0 for none.
-        ops: how updates are computed.
+        ops: the kernels.
     """
 
     pool: Mapping[str, Any]
@@ -175,7 +175,7 @@ class Adapters(NamedTuple):
         return _Layer(self.ops, matrices, plan)
 
     def add_to_logits(self, logits_BV: jax.Array, x_BD: jax.Array, plan: LoraPlan) -> jax.Array:
-        """See `StepLora`. The head may be the embedding."""
+        """See `StepLora`. The head may be tied to the embedding."""
         if (part := self.pool.get("lm_head")) is None:
             return logits_BV
         part = jax.tree.map(lambda matrices: Stacked(matrices[None], jnp.int32(0)), part)

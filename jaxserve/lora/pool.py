@@ -1,9 +1,9 @@
-"""The adapters that a step can use: the LoRA matrices of all slots side by side, by module of the model.
+"""The LoRA pool: the LoRA A and B matrices of all slots, by module of the model.
 
-A pool is a tree of the model's modules. Where adapters may change linear modules it has a node for each group of them
-that reads the same activations, under the name of the first: one array `a` of their first matrices, one below the
-other in the order of the modules' names, and in `b` the second matrix of each by its name. Slot 0, for rows without an
-adapter, has no place in the arrays: slot s is at index s - 1.
+A pool is a tree like that of the model's modules. It has one node for each group of adaptable linear modules that read
+the same activations, named after the first of them. The node's `a` is one array of their A matrices, concatenated along
+the rank axis in the order of the modules' names; `b` contains the B matrix of each module by its name. Slot 0, for rows
+without an adapter, is not stored: slot s is at index s - 1.
 
 Dimension key: L layers, S slots, E experts where a module has them, R rank, I inputs, O outputs, J = modules of a
 group * R.
@@ -29,10 +29,10 @@ class LoraPoolLayout(NamedTuple):
     """Sizes of a LoRA pool.
 
     Attributes:
-        num_slots: slot 0 included.
-        rank: rank of any adapter, at most; those of a lower one are filled up with zeros.
+        num_slots: number of slots, slot 0 included.
+        rank: maximum rank of an adapter; matrices of lower rank are padded with zeros.
         paths: weights that adapters may change.
-        rank_multiple: the ranks of the pool are a multiple of this, which the devices need.
+        rank_multiple: the pool's rank is rounded up to a multiple of this, as the devices need.
     """
 
     num_slots: int
@@ -47,7 +47,7 @@ class LoraPoolLayout(NamedTuple):
 
 
 def lora_pool_specs(decoder: Decoder, layout: LoraPoolLayout) -> dict[Path, ParamSpec]:
-    """Specs of a group's `a` [(L,) S, (E,) J, I] and each `b` [(L,) S, (E,) R, O], split like the weights' axes."""
+    """Return specs of each group's `a` [(L,) S, (E,) J, I] and `b`s [(L,) S, (E,) R, O], sharded like the weights."""
     specs: dict[Path, ParamSpec] = {}
     weights = adaptable(decoder)
 
@@ -66,7 +66,7 @@ def lora_pool_specs(decoder: Decoder, layout: LoraPoolLayout) -> dict[Path, Para
 
 
 def lora_pool_splits(decoder: Decoder, layout: LoraPoolLayout, mesh: Mesh) -> dict[Path, GroupSplit]:
-    """How each group lies on a mesh."""
+    """Return how each group is split over a mesh."""
     specs = lora_pool_specs(decoder, layout)
 
     def split(path: Path) -> bool:
@@ -79,7 +79,7 @@ def lora_pool_splits(decoder: Decoder, layout: LoraPoolLayout, mesh: Mesh) -> di
 
 
 def lora_modules(decoder: Decoder, layout: LoraPoolLayout, mesh: Mesh) -> dict[Path, list[LoraModule]]:
-    """The linear modules that adapters may change, as one device has them, by their group."""
+    """Return the linear modules that adapters may change by group, with the sizes of one device's shard."""
     specs = lora_pool_specs(decoder, layout)
 
     def size(path: Path) -> int:
@@ -92,13 +92,13 @@ def lora_modules(decoder: Decoder, layout: LoraPoolLayout, mesh: Mesh) -> dict[P
     return {
         group: [module(group, path) for path in paths]
         for group, paths in _groups(decoder, layout).items()
-        # Rows of the embedding are looked up; what is taken apart is portable XLA's.
+        # The embedding is a lookup, experts use a grouped matmul, and weights that MLA absorbs use portable XLA.
         if not (paths[0] == EMBEDDING or weights[paths[0]].of_experts or weights[paths[0]].absorbed_only)
     }
 
 
 def lora_expert_shapes(decoder: Decoder, layout: LoraPoolLayout, mesh: Mesh) -> set[ExpertShape]:
-    """Shapes of the experts' factors on one device."""
+    """Return the shapes of the experts' A and B matrices on one device."""
     specs, weights = lora_pool_specs(decoder, layout), adaptable(decoder)
     shapes: set[ExpertShape] = set()
     for group, paths in _groups(decoder, layout).items():
@@ -111,7 +111,7 @@ def lora_expert_shapes(decoder: Decoder, layout: LoraPoolLayout, mesh: Mesh) -> 
 
 
 def _groups(decoder: Decoder, layout: LoraPoolLayout) -> dict[Path, list[Path]]:
-    """Nodes of the pool and the weights of their modules, in the order of their names."""
+    """Return the nodes of the pool with the weights of their modules, in the order of their names."""
     groups: dict[Path, list[Path]] = {}
     for path in sorted(layout.paths):
         parent = path[:-2]
@@ -121,12 +121,12 @@ def _groups(decoder: Decoder, layout: LoraPoolLayout) -> dict[Path, list[Path]]:
 
 
 def lora_pool_bytes(decoder: Decoder, layout: LoraPoolLayout, mesh: Mesh) -> int:
-    """Bytes of a pool on each device."""
+    """Return the bytes of a pool on each device."""
     return sum(spec.shard_bytes(mesh) for spec in lora_pool_specs(decoder, layout).values())
 
 
 def slot_leaves(delta: AdapterDelta, specs: Mapping[Path, ParamSpec]) -> dict[Path, np.ndarray]:
-    """An adapter as a slot holds it, on the host: `a` [(L,) (E,) J, I] and scale * each `b` [(L,) (E,) R, O]."""
+    """Return an adapter in the layout of a slot, on the host: `a` [(L,) (E,) J, I], scale * `b`s [(L,) (E,) R, O]."""
     leaves = {path: np.zeros(slot_spec(spec).shape, spec.dtype) for path, spec in specs.items()}
     for path, leaf in leaves.items():
         if path[-1] == "a":
@@ -137,21 +137,21 @@ def slot_leaves(delta: AdapterDelta, specs: Mapping[Path, ParamSpec]) -> dict[Pa
             continue
         members = sorted(other[-1] for other in specs if other[:-1] == path[:-1])
         first = leaf.shape[-2] * members.index(name)
-        with np.errstate(over="ignore", invalid="ignore"):  # the caller looks at the values
+        with np.errstate(over="ignore", invalid="ignore"):  # the caller checks the values
             leaves[*group, "a"][..., first : first + delta.rank, :] = lora.a
             leaf[..., : delta.rank, :] = np.swapaxes(lora.b, -1, -2) * lora.scale[..., None, None]
     return leaves
 
 
 def slot_spec(spec: ParamSpec) -> ParamSpec:
-    """Spec of one slot of a leaf: without the slot axis, which comes after the layer axis."""
+    """Return the spec of one slot of a leaf: without the slot axis, which comes after the layer axis."""
     at = int(spec.stacked)
     shape, axes = (*spec.shape[:at], *spec.shape[at + 1 :]), (*spec.axes[:at], *spec.axes[at + 1 :])
     return ParamSpec(shape, spec.dtype, axes, spec.layers)
 
 
 def write_slot(pool: Weights, slot: jax.Array, contents: Weights) -> Weights:
-    """Put an adapter into a slot."""
+    """Write an adapter into a slot."""
 
     def write(path: tuple[Any, ...], leaf: jax.Array, new: jax.Array) -> jax.Array:
         return jax.lax.dynamic_update_index_in_dim(leaf, new, slot - 1, axis=int(path[0].key == "layers"))

@@ -1,4 +1,4 @@
-"""Adapter folders, fitted to a model and to its slots."""
+"""Reads adapter folders and fits them to a model and its LoRA slots."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,7 +16,7 @@ from jaxserve.models.hf.tensor_name import TensorName
 from jaxserve.models.param_spec import Path as TreePath
 from jaxserve.runner_protocol import LoadedAdapter, loaded_adapter
 
-# PEFT's word for all linear modules but the head, and SGLang's for all modules and for projections that it fuses.
+# PEFT's name for all linear modules but the head, and SGLang's names for all modules and for the projections it fuses.
 _ALL_LINEAR, _ALL = "all-linear", "all"
 _FUSED: Mapping[str, Sequence[str]] = {
     "qkv_proj": ("q_proj", "k_proj", "v_proj"),
@@ -30,8 +30,8 @@ class AdapterReader(NamedTuple):
 
     Attributes:
         decoder: the model.
-        names: where the checkpoint has each weight, by its path in the tree.
-        num_hosts: how many hosts run the model together.
+        names: the tensor in the checkpoint of each weight, by path in the tree.
+        num_hosts: number of hosts that run the model.
     """
 
     decoder: Decoder
@@ -45,7 +45,7 @@ class AdapterReader(NamedTuple):
             AdapterError: the folder cannot be read, or does not fit the model.
         """
         if self.num_hosts > 1 and is_orbax_adapter(folder):
-            # Orbax restores on all hosts together, and only host 0 may know of this one.
+            # Orbax restores on all hosts together, but only host 0 may know of this folder.
             raise AdapterError(f"{folder} is an Orbax folder, which several hosts cannot read; use the PEFT folder")
         try:
             return make_delta(read_adapter(folder), self.decoder, self.names)
@@ -53,7 +53,7 @@ class AdapterReader(NamedTuple):
             raise AdapterError(str(error)) from None
 
     def target_paths(self, modules: Sequence[str]) -> set[TreePath]:
-        """Weights of modules as PEFT and SGLang name them, such as `q_proj`, `all-linear` and `all`.
+        """Return the weights of modules by the names of PEFT and SGLang, such as `q_proj`, `all-linear` and `all`.
 
         Raises:
             LaunchError: the model has no such module.
@@ -78,7 +78,7 @@ class SlotReader:
     """Reads adapters into the layout of a LoRA pool's slots.
 
     Args:
-        reader: reader of the model.
+        reader: reads adapters for the model.
         layout: layout of the LoRA pool.
     """
 
@@ -91,15 +91,15 @@ class SlotReader:
         """Read a folder.
 
         Raises:
-            AdapterError: it cannot be read, or does not fit the model or a slot.
+            AdapterError: the folder cannot be read, or does not fit the model or a slot.
         """
         return self.fit(self._reader.read(Path(folder)))
 
     def fit(self, delta: AdapterDelta) -> LoadedAdapter:
-        """Lay an adapter out as a slot.
+        """Convert an adapter to the layout of a slot.
 
         Raises:
-            AdapterError: it is too wide, or changes modules that slots have no room for.
+            AdapterError: the rank is too large, slots do not cover a module, or a scaled value overflows the dtype.
         """
         if delta.rank > self._layout.rank:
             raise AdapterError(f"rank {delta.rank} is more than --max-lora-rank {self._layout.rank}")
@@ -110,7 +110,7 @@ class SlotReader:
             raise AdapterError(f"it changes {names}, which are not among --lora-target-modules")
         leaves = slot_leaves(delta, self._specs)
         for path, leaf in leaves.items():
-            # Where all slots are multiplied, one that is not finite would reach the rows of others.
+            # Where tokens are multiplied with all slots, a non-finite value would reach rows of other adapters.
             if not np.isfinite(leaf.astype(np.float32)).all():
                 raise AdapterError(f"{'.'.join(path)}: its values times alpha / r are too large for {leaf.dtype}")
         return loaded_adapter(leaves)

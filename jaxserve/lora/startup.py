@@ -1,4 +1,4 @@
-"""The adapters that a server starts with, and the slots that hold them and later ones."""
+"""Reads the adapters that a server starts with, and sizes the slots for them and for later ones."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,12 +13,12 @@ from jaxserve.runner_protocol import LoadedAdapter
 
 
 class StartupAdapters(NamedTuple):
-    """What `--lora-paths` came to.
+    """The adapters of `--lora-paths`.
 
     Attributes:
         layout: layout of the LoRA pool.
-        reader: reader of later adapters.
-        by_name: in memory.
+        reader: reads adapters that are loaded later.
+        by_name: the adapters in host memory, by name.
     """
 
     layout: LoraPoolLayout
@@ -27,12 +27,12 @@ class StartupAdapters(NamedTuple):
 
 
 def read_startup_adapters(config: LoraConfig, reader: AdapterReader, rank_multiple: int) -> StartupAdapters:
-    """Read the adapters of `--lora-paths`; what is not set is what they need.
+    """Read the adapters of `--lora-paths`; settings that are not given are derived from them.
 
     Args:
         config: the settings.
-        reader: reader of the model.
-        rank_multiple: the ranks of the pool are a multiple of this, which the devices need.
+        reader: reads adapters for the model.
+        rank_multiple: see `LoraPoolLayout`.
 
     Raises:
         LaunchError: an adapter cannot be read or does not fit, or a module is not known.
@@ -57,7 +57,7 @@ def read_startup_adapters(config: LoraConfig, reader: AdapterReader, rank_multip
 def lora_pool_layout(
     config: LoraConfig, reader: AdapterReader, deltas: Mapping[str, AdapterDelta], rank_multiple: int
 ) -> LoraPoolLayout:
-    """What holds these adapters, and others of the rank and modules that were asked for."""
+    """Return a pool layout for these adapters, and for later ones of the configured rank and modules."""
     if config.target_modules is None:
         paths = {path for delta in deltas.values() for path in delta.weights}
     else:

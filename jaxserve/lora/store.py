@@ -1,4 +1,4 @@
-"""LoRA adapters on the host: which are in memory, which are read again when they are asked for, and who uses them."""
+"""LoRA adapters on the host: which are in memory, which are read again on demand, and which requests use them."""
 
 import logging
 from collections import OrderedDict
@@ -16,7 +16,7 @@ logger = logging.getLogger(__name__)
 
 _READ_POLL_S = 0.005
 
-# What is wrong, or None.
+# Called with an error message, or None on success.
 Answer: TypeAlias = Callable[[str | None], None]
 
 
@@ -37,12 +37,12 @@ class _Entry:
     """An adapter that requests can name.
 
     Attributes:
-        source: where it is.
-        digest: digest of the files when they were first read; None before.
-        in_memory: the holder has it.
-        evicting: it makes room for another one as soon as no request runs with it.
-        num_requests: that have begun and not ended.
-        num_active: the number of those that have been started.
+        source: the adapter's key and folder.
+        digest: digest of the adapter when it was first read; None before.
+        in_memory: whether the holder has it.
+        evicting: whether it will be evicted for another one once no started request uses it.
+        num_requests: number of requests that have begun and not ended.
+        num_active: number of those that have been started.
         loaded: called with the result of the first load.
         unloaded: called once the adapter is gone; set when it is to be unloaded.
     """
@@ -58,7 +58,7 @@ class _Entry:
 
     @property
     def open(self) -> bool:
-        """Whether requests may begin with it."""
+        """Whether new requests may use it."""
         return self.loaded is None and self.unloaded is None
 
 
@@ -71,15 +71,15 @@ class _Use(NamedTuple):
 
 
 class AdapterStore:
-    """Adapters by key. One thread calls; files are read on another, one adapter after the other.
+    """Adapters by key. Methods are called from one thread; files are read on another, one adapter after the other.
 
     Args:
-        read: what a folder holds; raises AdapterError.
-        holder: gets what is in memory.
+        read: reads an adapter folder; raises AdapterError.
+        holder: keeps the adapters that are in memory.
         slots: the slots of the device.
-        max_loaded: adapters in memory; None for no limit. The least recently used one that is not pinned makes room,
-            and is read again when a request asks for it.
-        executor: where files are read; a thread if None.
+        max_loaded: maximum number of adapters in memory; None for no limit. The least recently used one that is not
+            pinned is evicted, and is read again when a request asks for it.
+        executor: runs the reads; a single thread if None.
     """
 
     def __init__(
@@ -106,7 +106,7 @@ class AdapterStore:
 
     @property
     def idle(self) -> bool:
-        """Whether nothing is read or waits to be read or unloaded."""
+        """Whether no adapter is being read or waits to be read or unloaded."""
         return (
             not self._reading
             and not self._wanted
@@ -114,18 +114,18 @@ class AdapterStore:
         )
 
     def add(self, source: AdapterSource, adapter: LoadedAdapter) -> None:
-        """Take an adapter that the holder has already."""
+        """Add an adapter that the holder already has."""
         entry = self._entries[source.key] = _Entry(source)
         self._note_held(entry, adapter)
 
     def load(self, source: AdapterSource, loaded: Answer) -> None:
-        """Read an adapter; its key must be new."""
+        """Queue an adapter to be read; its key must be new."""
         assert source.key not in self._entries
         self._entries[source.key] = _Entry(source, loaded=loaded)
         self._wanted[source.key] = None
 
     def unload(self, key: str, unloaded: Answer) -> None:
-        """Let an adapter go when the last request that has begun with it has ended."""
+        """Unload an adapter once the last request that uses it has ended."""
         entry = self._entries.get(key)
         if entry is None or not entry.open:
             unloaded(f"the adapter {adapter_name(key)!r} is not loaded")
@@ -153,7 +153,7 @@ class AdapterStore:
         return False
 
     def release(self, delta: TokenDelta) -> None:
-        """Take note of the end of a choice."""
+        """Note the end of a choice; other deltas are ignored."""
         use = self._uses.get(delta.request_id)
         if use is None or delta.finish_reason is None:
             return
@@ -189,8 +189,8 @@ class AdapterStore:
         return self._reading is not None and self._reading[0] == entry.source.key
 
     def _bring(self, entry: _Entry) -> None:
-        """Read an adapter, or make room for it first."""
-        if entry.in_memory:  # its turn has come before it left
+        """Start reading an adapter if memory has capacity for it."""
+        if entry.in_memory:  # it was wanted again before it was evicted
             entry.evicting = False
             self._start_waiting(entry)
         elif self._has_capacity():
@@ -200,7 +200,7 @@ class AdapterStore:
         del self._wanted[entry.source.key]
 
     def _has_capacity(self) -> bool:
-        """Whether one adapter more can be in memory, now that another has left for it."""
+        """Return whether memory has capacity for one more adapter; evict an idle one if necessary."""
         held = [entry for entry in self._entries.values() if entry.in_memory]
         if self._max_loaded is None or len(held) < self._max_loaded:
             return True
@@ -210,12 +210,12 @@ class AdapterStore:
             self._evict(idle)
             return True
         if movable and not any(entry.evicting for entry in movable):
-            # Else steady requests for those in memory would keep all others out for ever.
+            # Otherwise steady requests for adapters in memory would keep all others out for ever.
             movable[0].evicting = True
         return False
 
     def _take(self, entry: _Entry, future: "Future[LoadedAdapter]") -> None:
-        """An adapter was read, or could not be."""
+        """Handle the result of a read."""
         error = future.exception()
         if error is not None:
             self._fail(entry, error)
@@ -267,7 +267,7 @@ class AdapterStore:
             self._slots.pin(entry.source.key)
 
     def _evict(self, entry: _Entry) -> None:
-        """Out of memory, and out of its slot, so that what is in a slot is in memory, too."""
+        """Remove an adapter from host memory and from its slot: adapters in slots must be in host memory, too."""
         self._slots.forget(entry.source.key)
         self._holder.remove_adapter(entry.source.key)
         entry.in_memory = entry.evicting = False

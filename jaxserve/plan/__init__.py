@@ -1,1 +1,1 @@
-"""`python -m jaxserve.plan`: compiles a model's steps for devices that are not here."""
+"""`python -m jaxserve.plan`: compiles a model's steps for devices that are not present."""

@@ -1,7 +1,7 @@
-"""`python -m jaxserve.plan`: does a model fit devices that are not here, and what could they do with it at best.
+"""`python -m jaxserve.plan`: checks whether a model fits devices that are not present, and bounds its speed on them.
 
-Only the model's `config.json` is needed. The step's real programs, kernels included, are compiled for the target by its
-own compiler.
+Only the model's `config.json` is needed. The step's real programs, kernels included, are compiled by the target's own
+compiler.
 """
 
 import argparse
@@ -21,7 +21,7 @@ _TP_SIZE = "Without --tp-size, a replica takes all devices that --dp-size leaves
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Plan; returns 0 if the model fits, 1 if it does not, 2 if that is unknown."""
+    """Print a plan; return 0 if the model fits, 1 if it does not, 2 if that is unknown."""
     parser = _parser()
     args = parser.parse_args(argv)
     if not args.model_path:
@@ -63,7 +63,7 @@ def _engine_config(args: argparse.Namespace, target: Target) -> EngineConfig:
         raise LaunchError(
             f"--dp-size must be between 1 and the target's {target.num_devices} devices, got {args.dp_size}"
         )
-    replicas = 1 if args.enable_dp_attention else args.dp_size  # that `--tp-size` counts one of
+    replicas = 1 if args.enable_dp_attention else args.dp_size  # with DP attention, `--tp-size` covers all replicas
     if args.tp_size is None:
         args.tp_size = target.num_devices // replicas
     if not 1 <= args.tp_size * replicas <= target.num_devices:

@@ -1,4 +1,4 @@
-"""Compiles a model's step for devices that are not here, and adds up what it needs."""
+"""Compiles a model's step for devices that are not present, and adds up the memory that it needs."""
 
 import math
 import threading
@@ -30,21 +30,21 @@ from kernels_pallas.dispatch import lora_rank_multiple
 from kernels_pallas.shards import EXPERT, model_size
 
 _COMPILE_THREADS = 2
-# The next forward pass runs while tokens are drawn from the logits of the last.
+# The next forward pass runs while tokens are sampled from the previous step's logits.
 _STEPS_IN_FLIGHT = 2
-# When more devices are advised: the fraction of a device's memory that weights may take.
+# The fraction of a device's memory that weights may take when the report advises more devices.
 _WEIGHTS_AT_MOST = 0.8
 _FEWER_SLOTS = "adapters' slots take room, too: --max-loras-per-batch, --max-lora-rank, --lora-target-modules"
-# For devices whose memory we do not know.
+# For devices whose memory size is not known.
 _UNKNOWN_POOL_BYTES = 512 << 20
 
 
-# How to lower a program, and how often a step runs a layer in the bodies of its loops.
+# A function that lowers a program, and the average number of times that a step runs a layer in its loop bodies.
 Job: TypeAlias = tuple[Callable[[], jax.stages.Lowered], Fraction]
 
 
 class Outcome(NamedTuple):
-    """What compiling came to: the programs, or why the compiler gave up."""
+    """The compiled programs, or the compiler's error if it ran out of memory."""
 
     programs: list[Program]
     compile_s: float
@@ -71,7 +71,7 @@ def make_plan(config: EngineConfig, hf_config: Mapping[str, Any], target: Target
 
 
 def adapter_slots(config: LoraConfig, layout: ModelLayout) -> LoraPoolLayout:
-    """Slots for adapters that are not there yet."""
+    """Return the pool layout for adapters that will be loaded later."""
     reader = AdapterReader(layout.decoder, layout.architecture.tensor_names(layout.config))
     return lora_pool_layout(config, reader, {}, lora_rank_multiple(layout.mesh))
 
@@ -84,13 +84,13 @@ def _compile(engine: EngineLayout, layers: Sequence[LayerConfig]) -> Outcome:
     """Compile every program of a step, two at a time."""
     step = StepPrograms(engine.step)
     lock = threading.Lock()
-    # Groups that are run once are not loops any more.
+    # Groups that run once are not compiled to loops.
     loops = [(len(group.kinds), group.repeats) for group in group_layers(layers) if group.repeats > 1]
     turns = Fraction(sum(size * repeats for size, repeats in loops), max(1, sum(size for size, _ in loops)))
 
     def compile_one(name: str, job: Job) -> Program:
         lower, turns = job
-        with lock:  # tracing is not for threads
+        with lock:  # trace one program at a time
             lowered = lower()
         started = time.perf_counter()
         compiled = lowered.compile()
@@ -108,7 +108,7 @@ def _compile(engine: EngineLayout, layers: Sequence[LayerConfig]) -> Outcome:
 
     jobs: dict[str, Job] = {_name(shape): (partial(step.lower_forward, shape), turns) for shape in engine.step.shapes}
     for rows in sorted({bucket.num_rows for bucket in engine.step.buckets}, reverse=True):
-        # Its loops search what the candidates do not decide, which is rare.
+        # Its loops run only if the candidates do not decide, which is rare.
         jobs[f"sample {rows} rows"] = partial(step.lower_sample, rows), Fraction(0)
     started = time.perf_counter()
     with ThreadPoolExecutor(_COMPILE_THREADS) as pool:
@@ -127,7 +127,7 @@ def _name(shape: ForwardShape) -> str:
 
 
 def _too_heavy(config: EngineConfig, layout: ModelLayout, adapters: LoraPoolLayout | None, target: Target) -> Report:
-    """The weights, with adapters' slots, do not fit: nothing to compile."""
+    """Return the report for weights and adapter slots that do not fit; nothing is compiled."""
     memory = Memory(
         total=target.device.memory_bytes,
         weights=layout.device_weight_bytes,
@@ -235,7 +235,7 @@ def _advice(layout: ModelLayout, engine: EngineLayout, target: Target, outcome: 
 
 
 def _more_devices(layout: ModelLayout, target: Target) -> str:
-    """How many devices of this kind would hold the weights, with room for the rest of a step."""
+    """Return advice on how many devices of this kind would hold the weights and the rest of a step."""
     now, total = model_size(layout.mesh), target.device.memory_bytes
     held = (
         f"weights are {layout.device_weight_bytes / 2**30:.1f} GiB on each of {now} devices of {total / 2**30:.1f} GiB"
@@ -244,7 +244,7 @@ def _more_devices(layout: ModelLayout, target: Target) -> str:
         return f"{held}: try more of them, a lower --dp-size, or smaller weights"
     least = math.ceil(layout.device_weight_bytes * now / (_WEIGHTS_AT_MOST * total))
     for tp_size in range(max(now + 1, least), layout.config.num_q_heads + 1):
-        # Whole experts on each device where they cannot be split as before.
+        # Try the current split of experts first, then whole experts on each device.
         for ep_size in dict.fromkeys((layout.mesh.shape[EXPERT], *_whole_experts(layout, tp_size))):
             if tp_size % ep_size == 0 and _fits(layout, tp_size, ep_size):
                 flags = f"--tp-size {tp_size}" + (f" --ep-size {ep_size}" if ep_size > 1 else "")

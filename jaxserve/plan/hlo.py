@@ -1,4 +1,4 @@
-"""Reading a compiled program's text: which collectives it has, and how often a step runs them."""
+"""Reads the text of a compiled program: which collectives it has, and how often a step runs them."""
 
 import re
 from collections import Counter
@@ -20,18 +20,18 @@ class Collectives(NamedTuple):
     """Collectives of a program, by kind.
 
     Attributes:
-        per_layer: in the bodies of the loops over layers.
-        once: outside of it.
+        per_layer: counts in the bodies of the loops over layers.
+        once: counts outside of these loops.
     """
 
     per_layer: Mapping[str, int]
     once: Mapping[str, int]
 
     def per_step(self, turns: Fraction) -> dict[str, int]:
-        """How often a step runs each kind.
+        """Return how often a step runs each kind.
 
         Args:
-            turns: how often a layer of the bodies is run, on average.
+            turns: the average number of times that a layer in the loop bodies runs.
         """
         kinds = [kind for kind in _COLLECTIVES if kind in self.per_layer or kind in self.once]
         counts = {kind: round(self.per_layer.get(kind, 0) * turns) + self.once.get(kind, 0) for kind in kinds}
@@ -41,7 +41,7 @@ class Collectives(NamedTuple):
 def find_collectives(text: str) -> Collectives:
     """Count the collectives in `Compiled.as_text()`.
 
-    The outermost loops are those over layers; a program without one has everything in `once`.
+    The outermost loops are those over layers; in a program without loops, all collectives are in `once`.
     """
     computations = dict(_computations(text))
     in_loops: set[str] = set()
@@ -58,7 +58,7 @@ def find_collectives(text: str) -> Collectives:
 
 
 def num_kernels(text: str) -> int:
-    """Calls of Pallas kernels in `Compiled.as_text()`; one in a loop counts once."""
+    """Count the calls of Pallas kernels in `Compiled.as_text()`; a call in a loop counts once."""
     return len(_KERNEL.findall(text))
 
 

@@ -13,9 +13,9 @@ class Program(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         name: `forward` with its tokens and rows, or `sample` with its rows.
-        compile_s: seconds here, other work beside it.
-        temporary_bytes, code_bytes: on each device.
-        kernels: Pallas kernels in it; one in the loop over layers counts once.
+        compile_s: compile time in seconds on this machine, with other compilations in parallel.
+        temporary_bytes, code_bytes: bytes of temporary buffers and of code on each device.
+        kernels: number of calls of Pallas kernels; a call in the loop over layers counts once.
         collectives: how often a step runs each kind.
     """
 
@@ -32,10 +32,10 @@ class Memory(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         total: memory of the device, or None if it is not known.
-        weights, adapters, kv_pool: what they take; of adapters, those in slots.
-        state: state of the requests that run, and the logits of two steps.
-        temporaries: temporary buffers of the program that needs most.
-        programs: all of them.
+        weights, adapters, kv_pool: the weights, the LoRA pool and the KV pool.
+        state: device state of the running requests, and the logits of two steps.
+        temporaries: temporary buffers of the program that needs the most.
+        programs: code of all programs.
     """
 
     total: int | None
@@ -53,18 +53,18 @@ class Memory(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def fits(self) -> bool:
-        """Whether they fit."""
+        """Whether the parts fit the device; True if its memory is not known."""
         return self.total is None or self.used <= self.total
 
 
 class Bounds(msgspec.Struct, frozen=True, kw_only=True):
-    """Tokens per second that memory and arithmetic allow each device at best; never measured.
+    """Upper bounds on tokens per second per device, from memory bandwidth and FLOPs; computed, not measured.
 
     Attributes:
-        rows, context: the decode step they are for: requests, and keys of each.
-        decode: bound of all rows together.
-        decode_alone: bound of a single request.
-        prefill: prompt tokens.
+        rows, context: number of requests in the decode step, and number of keys of each.
+        decode: bound for all rows together.
+        decode_alone: bound for a single request.
+        prefill: bound for prompt tokens.
     """
 
     rows: int
@@ -75,13 +75,13 @@ class Bounds(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Report(msgspec.Struct, frozen=True, kw_only=True):
-    """A plan.
+    """The report on a model and a target.
 
     Attributes:
         fits: whether the model fits the target.
-        advice: what would make it fit, or what to know.
-        kv_tokens: that the pools of all replicas hold.
-        full_requests: requests of `context_length` tokens that they hold.
+        advice: changes that would make it fit, and other hints.
+        kv_tokens: number of tokens that the KV pools of all replicas hold.
+        full_requests: number of requests of `context_length` tokens that they hold.
     """
 
     model: str
@@ -105,7 +105,7 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     bounds: Bounds | None
 
     def table(self) -> str:
-        """For people."""
+        """Return the report as a text table."""
         rows = [
             ("model", self.model),
             ("target", f"{self.target}, {self.devices} devices: {self._split()}"),
@@ -168,16 +168,16 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Load(NamedTuple):
-    """What a decode step is bounded for.
+    """The decode step that bounds are computed for.
 
     Attributes:
         weight_bytes: bytes of weights on one device that a step reads.
         expert_bytes: bytes of all experts on one device.
         key_bytes: bytes of one cached token on one device.
-        rows: requests.
-        context: keys of each.
-        tp_size: devices of a replica.
-        num_replicas: that share experts, and have as many requests each.
+        rows: number of requests.
+        context: number of keys of each request.
+        tp_size: number of devices of a replica.
+        num_replicas: number of replicas that share experts; each has `rows` requests.
     """
 
     weight_bytes: int
@@ -190,11 +190,11 @@ class Load(NamedTuple):
 
 
 def bound(model: ModelConfig, device: DeviceSpec, load: Load) -> Bounds | None:
-    """Roofline bounds: every weight that is used and every live key read once, every multiplication at full speed."""
+    """Return roofline bounds: weights in use and live keys are read once, and all FLOPs run at full speed."""
     if not device.bytes_per_s:
         return None
     flops = device.flops * load.tp_size
-    # On average over the layers.
+    # Keys that a query sees, on average over the layers.
     seen = sum(min(load.context, layer.window or load.context) for layer in model.layers) / model.num_layers
     value_dim = model.head_dim if model.mla is None else model.mla.kv_lora_rank
     attention_flops = 2 * model.num_layers * model.num_q_heads * (model.head_dim + value_dim)
@@ -205,7 +205,7 @@ def bound(model: ModelConfig, device: DeviceSpec, load: Load) -> Bounds | None:
         arithmetic_s = rows * (2 * num_multiplied(model) + attention_flops * seen) / flops
         return max(memory_s, arithmetic_s)
 
-    # A prompt's tokens see half of it on average, and none needs the vocabulary but the last.
+    # A prompt's tokens see half of it on average, and only the last one needs logits.
     head = model.vocab_size * model.hidden_size
     prefill = flops / (2 * (num_multiplied(model) - head) + attention_flops * seen / 2)
     return Bounds(
@@ -218,7 +218,7 @@ def bound(model: ModelConfig, device: DeviceSpec, load: Load) -> Bounds | None:
 
 
 def num_multiplied(model: ModelConfig) -> int:
-    """Weights that a token is multiplied with: all but the input embedding and the norms, and its own experts."""
+    """Return the number of weights that a token is multiplied with: all but input embedding, norms, other experts."""
     rows = {"dense": 3 * model.intermediate_size}
     if (experts := model.moe) is not None:
         own = experts.top_k * experts.intermediate_size + (experts.shared_intermediate_size or 0)
@@ -228,7 +228,7 @@ def num_multiplied(model: ModelConfig) -> int:
 
 
 def _attention_multiplied(model: ModelConfig) -> int:
-    """Weights of a layer's projections."""
+    """Return the number of weights of a layer's attention projections."""
     heads, hidden = model.num_q_heads, model.hidden_size
     if (mla := model.mla) is None:
         return hidden * model.head_dim * (2 * heads + 2 * model.num_kv_heads)
@@ -239,7 +239,7 @@ def _attention_multiplied(model: ModelConfig) -> int:
 
 
 def experts_read(model: ModelConfig, rows: int) -> float:
-    """Share of the experts that a step of so many tokens uses, if the router prefers none."""
+    """Return the share of the experts that a step of `rows` tokens uses, if the router is uniform."""
     if model.moe is None:
         return 0.0
     return 1 - (1 - model.moe.top_k / model.moe.num_experts) ** rows

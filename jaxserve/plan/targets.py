@@ -1,6 +1,6 @@
-"""Devices to plan for: what they hold and how fast they are, by their makers' figures, and topologies of them.
+"""Devices to plan for, with the vendors' figures for memory and speed, and topologies of such devices.
 
-A topology is made of devices that only compile. It needs the extra `plan` (libtpu, the CUDA plugin), no device.
+The devices of a topology can only compile. A topology needs the extra `plan` (libtpu, the CUDA plugin), but no device.
 """
 
 import math
@@ -21,10 +21,10 @@ class DeviceSpec(NamedTuple):
     Attributes:
         platform: `tpu`, `gpu` or `cpu`.
         name: name of the topology.
-        memory_bytes: memory of the device, as far as the runtime gives it to programs; 0 where it is not known.
-        bytes_per_s: between the memory and the chip.
+        memory_bytes: device memory that the runtime makes available to programs; 0 if it is not known.
+        bytes_per_s: memory bandwidth.
         flops: bfloat16 operations per second, dense.
-        per_chip: devices of a chip.
+        per_chip: number of devices per chip.
     """
 
     platform: str
@@ -36,7 +36,7 @@ class DeviceSpec(NamedTuple):
 
 
 class _GpuFacts(NamedTuple):
-    """What XLA's code generator asks about a GPU; see `GpuTargetConfigProto`."""
+    """The properties of a GPU that XLA's code generator needs; see `GpuTargetConfigProto`."""
 
     name: str
     capability: int
@@ -59,7 +59,7 @@ def _gpu(name: str, flops: float) -> DeviceSpec:
     return DeviceSpec("gpu", name, int(facts.memory_bytes * GPU_MEM_FRACTION), float(facts.bytes_per_s), flops)
 
 
-# TPU: docs.cloud.google.com/tpu, system architecture pages; memory is what libtpu's compiler says is available. GPU:
+# TPU: docs.cloud.google.com/tpu, system architecture pages; memory is what libtpu's compiler reports as available. GPU:
 # NVIDIA's data sheets, SXM, without sparsity.
 DEVICES: Mapping[str, DeviceSpec] = {
     "v5e": DeviceSpec("tpu", "v5e", int(15.75 * GIB), 819e9, 197e12),
@@ -74,10 +74,10 @@ DEVICES: Mapping[str, DeviceSpec] = {
 
 
 class Target(NamedTuple):
-    """Some devices of one kind.
+    """A topology of devices of one kind.
 
     Attributes:
-        text: as the user wrote it.
+        text: the target as the user wrote it.
         device: kind of the devices.
         shape: shape of the topology, in chips.
     """
@@ -88,15 +88,15 @@ class Target(NamedTuple):
 
     @property
     def num_devices(self) -> int:
-        """As JAX counts them."""
+        """Number of devices as JAX counts them."""
         return math.prod(self.shape) * self.device.per_chip
 
 
 def parse_target(text: str) -> Target:
-    """Read `v6e:2x4`, `h100:8` or `cpu:8`.
+    """Parse a target such as `v6e:2x4`, `h100:8` or `cpu:8`.
 
     Raises:
-        LaunchError: it names no device we know, or no number of them.
+        LaunchError: the device is unknown, or the number of devices is missing or malformed.
     """
     name, _, shape = text.partition(":")
     device = DEVICES.get(name.lower())
@@ -110,25 +110,25 @@ def parse_target(text: str) -> Target:
 
 
 def prepare_environment(target: Target) -> None:
-    """Set what the compilers read when they are loaded; call before jax is imported."""
+    """Set the environment variables that compilers read when they are loaded; call before jax is imported."""
     os.environ["JAX_PLATFORMS"] = "cpu"
     flags = os.environ.get("XLA_FLAGS", "")
     if target.device.platform == "tpu":
-        # No TPU VM whose metadata could be asked; other processes may compile for TPUs, too.
+        # There is no TPU VM to query for metadata, and other processes may compile for TPUs, too.
         os.environ.update(TPU_SKIP_MDS_QUERY="1", TPU_WORKER_HOSTNAMES="localhost", ALLOW_MULTIPLE_LIBTPU_LOAD="1")
         os.environ.setdefault("TPU_ACCELERATOR_TYPE", f"{target.device.name}-{target.num_devices}")
     elif target.device.platform == "gpu":
-        # Tuning runs candidates on the device.
+        # Autotuning runs candidates on the device.
         os.environ["XLA_FLAGS"] = f"{flags} --xla_gpu_autotune_level=0"
     else:
         os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count={target.num_devices}"
 
 
 def target_devices(target: Target) -> list[Any]:
-    """Devices that compile for the target; on `cpu` those of this machine.
+    """Return devices that compile for the target; for `cpu`, those of this machine.
 
     Raises:
-        LaunchError: the compiler is not installed, or offers no such topology.
+        LaunchError: the compiler is not installed, or does not support the topology.
     """
     import jax  # noqa: PLC0415
     from jax.experimental import topologies  # noqa: PLC0415
@@ -147,14 +147,14 @@ def target_devices(target: Target) -> list[Any]:
                 topology=f"1x1x{shape}",
             )
     except Exception as error:
-        # JAX has no exception of its own for a missing plugin, nor for a topology that a plugin refuses.
+        # JAX has no specific exception for a missing plugin, nor for a topology that a plugin refuses.
         hint = 'is the extra installed? pip install "jaxserve[plan]"'
         raise LaunchError(f"--target {target.text}: no compiler for it ({hint}): {error}") from None
     return list(topology.devices)
 
 
 def _gpu_config(device: DeviceSpec) -> str:
-    """XLA's description of a GPU, as text. What Hopper and Blackwell share stands here."""
+    """Return XLA's description of a GPU as text; the constants are common to Hopper and Blackwell."""
     facts = _GPU_FACTS[device.name]
     return f"""
 gpu_device_info {{

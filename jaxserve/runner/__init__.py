@@ -1,1 +1,1 @@
-"""Compiled steps on the devices; the only caller of jit."""
+"""Compiles steps and runs them on the devices; the only package that jits them."""

@@ -1,7 +1,7 @@
-"""From a `SchedulerOutput` to the arrays of one step.
+"""Builds the arrays of one step from a `SchedulerOutput`.
 
-`RowTable` keeps each running request's sampling parameters on the host, in numpy, row by row; building a batch
-gathers from it. Everything a step reads arrives in six arrays, because every transfer has a fixed price.
+`RowTable` keeps the sampling parameters of running requests on the host, in numpy, indexed by row; building a batch
+gathers from it. Everything a step reads arrives in six arrays, because every transfer has a fixed cost.
 """
 
 from itertools import chain
@@ -34,12 +34,12 @@ class SampleMasks(NamedTuple):
 
 
 class SampleBatch(NamedTuple):
-    """How a step samples, for each row of logits.
+    """Sampling inputs for each row of logits.
 
     Attributes:
         ints_8B: i32, rows named by `SampleField`.
         floats_6B: f32, rows in the order of `DEVICE_FIELDS`.
-        seeds_B2: u32, halves of the seed.
+        seeds_B2: u32, low and high half of the seed.
     """
 
     ints_8B: Array
@@ -47,7 +47,7 @@ class SampleBatch(NamedTuple):
     seeds_B2: Array
 
     def sampling_inputs(self, masks: SampleMasks) -> SamplingInputs:
-        """The sampler's view."""
+        """Return the sampler's view of the batch."""
         ints, flags = self.ints_8B, self.ints_8B[SampleField.FLAGS]
         floats = {str(field.device): row for field, row in zip(DEVICE_FIELDS, self.floats_6B, strict=True)}
         return SamplingInputs(
@@ -66,13 +66,13 @@ class SampleBatch(NamedTuple):
 
 
 class ForwardBatch(NamedTuple):
-    """One step's input, padded to its bucket. T tokens, B rows (and as many rows of logits), M pages per row.
+    """One step's input, padded to its bucket. T tokens, B rows (and B rows of logits), M pages per row.
 
     Attributes:
         tokens_4T: i32, rows named by `TokenField`.
         rows_4B: i32, rows named by `RowField`.
-        page_table_BM: i32.
-        sample: how the step samples.
+        page_table_BM: i32, pages of each row.
+        sample: sampling inputs.
     """
 
     tokens_4T: Array
@@ -81,7 +81,7 @@ class ForwardBatch(NamedTuple):
     sample: SampleBatch
 
     def attention_meta(self) -> AttentionMeta:
-        """The attention backend's view."""
+        """Return the attention backend's view of the batch."""
         return AttentionMeta(
             kv_lens_B=self.rows_4B[RowField.KV_LEN],
             page_table_BM=self.page_table_BM,
@@ -93,13 +93,13 @@ class ForwardBatch(NamedTuple):
 
 
 class BatchLayout(NamedTuple):
-    """Sizes that a batch is built and padded with.
+    """The sizes that a batch is built for and padded to.
 
     Attributes:
-        max_rows: rows of per-request state; index `max_rows` is the spare, neutral one.
-        page_size, num_pages: sizes of the pool; slots past it are dropped.
+        max_rows: rows of per-request state; index `max_rows` is a spare, neutral row.
+        page_size, num_pages: sizes of the KV pool; writes to slots past it are dropped.
         pages_per_row: M.
-        vocab_size: what top-k is without a limit.
+        vocab_size: also the value of top-k without a limit.
     """
 
     max_rows: int
@@ -110,7 +110,7 @@ class BatchLayout(NamedTuple):
 
 
 class RowTable:
-    """Sampling parameters of the running requests, by row, and the batches made from them."""
+    """Holds the sampling parameters of running requests, by row, and builds batches from them."""
 
     def __init__(self, layout: BatchLayout) -> None:
         self._layout = layout
@@ -128,7 +128,7 @@ class RowTable:
         self._top_k_R[layout.max_rows] = layout.vocab_size
 
     def admit(self, new: NewRow) -> None:
-        """Take over a row for a new owner."""
+        """Assign a row to a new sequence."""
         sampling = new.sampling
         self._num_pages_R[new.row] = 0
         self._floats_6R[:, new.row] = _device_floats(sampling)
@@ -141,11 +141,11 @@ class RowTable:
         self._flags_R[new.row] = biased | (SampleFlag.LOGPROBS if sampling.num_logprobs is not None else 0)
 
     def uses_adapters(self, plan: SchedulerOutput) -> bool:
-        """Whether a row of the plan has an adapter."""
+        """Return whether any row of the plan has an adapter."""
         return any(self._lora_slot_R[row.row] for row in plan.rows)
 
     def build(self, plan: SchedulerOutput, bucket: Bucket) -> ForwardBatch:
-        """Pad a plan to a bucket."""
+        """Build the batch of a plan, padded to a bucket."""
         layout = self._layout
         count = len(plan.rows)
         row_b = np.fromiter((row.row for row in plan.rows), np.int32, count)
@@ -187,12 +187,12 @@ class RowTable:
                 self._num_pages_R[row.row] = end
 
     def sample_batch(self, plan: SchedulerOutput, first_token_b: np.ndarray, num_rows: int) -> SampleBatch:
-        """A row of logits after each row's last token; for prompt log-probabilities one after every token.
+        """Build the sampling inputs: logits at each row's last token, or at every token for prompt log-probabilities.
 
         Args:
             plan: the step.
-            first_token_b: index of each row's first token.
-            num_rows: rows of logits of the bucket.
+            first_token_b: index of each row's first token among the packed tokens.
+            num_rows: number of rows of logits in the bucket.
         """
         spare = self._layout.max_rows
         ints_8B = np.zeros((len(SampleField), num_rows), np.int32)
@@ -224,7 +224,7 @@ class RowTable:
 
 
 def _device_floats(sampling: SamplingParams) -> list[float]:
-    """The values of `DEVICE_FIELDS`; kernels take temperature 0 for an argmax."""
+    """Return the values of `DEVICE_FIELDS`; temperature 0 selects argmax in the kernels."""
     values = {field.name: float(getattr(sampling, field.name)) for field in DEVICE_FIELDS}
     if sampling.greedy:
         values["temperature"] = 0.0

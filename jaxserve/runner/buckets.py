@@ -9,24 +9,24 @@ _FIRST_TOKENS = 32
 
 
 class Bucket(NamedTuple):
-    """Shape of one program: packed tokens and rows. With as many rows as tokens, every row runs a single token."""
+    """Shape of one program: packed tokens and rows. If the two are equal, every row runs a single token."""
 
     num_tokens: int
     num_rows: int
 
     @property
     def single_tokens(self) -> bool:
-        """Every row runs a single token."""
+        """Whether every row runs a single token."""
         return self.num_tokens == self.num_rows
 
 
 class ForwardShape(NamedTuple):
-    """Which forward pass.
+    """Key of a compiled forward pass.
 
     Attributes:
         bucket: shape of the step.
-        adapted: some rows have an adapter.
-        mha_prefill: MLA prompts take the MHA form; see `jaxserve.layers.mla_prefill`.
+        adapted: whether some rows have an adapter.
+        mha_prefill: whether MLA prompts take the MHA form; see `jaxserve.layers.mla_prefill`.
     """
 
     bucket: Bucket
@@ -35,11 +35,11 @@ class ForwardShape(NamedTuple):
 
 
 class BucketGrowth(NamedTuple):
-    """How finely shapes are graded: padding costs time, programs cost start-up.
+    """How bucket sizes grow: padding costs time in every step, more buckets cost compile time at start-up.
 
     Attributes:
-        first_rows: fewest rows of a decode step.
-        token_factor: from one size of a mixed step to the next.
+        first_rows: rows of the smallest decode bucket.
+        token_factor: ratio of the token counts of consecutive mixed buckets.
     """
 
     first_rows: int
@@ -52,10 +52,10 @@ ACCELERATOR_STEPS = BucketGrowth(first_rows=8, token_factor=4)
 
 
 def make_buckets(config: SchedulerConfig, steps: BucketGrowth) -> tuple[Bucket, ...]:
-    """Programs that cover every step within the limits, widest first.
+    """Return buckets that cover every step within the limits, widest first.
 
-    Decode steps have as many tokens as rows, in steps of four times. Steps with prompt tokens in them come with the
-    most rows that are fewer than their tokens.
+    Decode buckets have as many tokens as rows, and their sizes grow by a factor of four. A bucket for steps with prompt
+    tokens has the largest of these row counts that is below its number of tokens.
     """
     rows = _powers(steps.first_rows, 4, config.max_rows)
     tokens = _powers(_FIRST_TOKENS, steps.token_factor, max(config.max_step_tokens, rows[-1] + 1))
@@ -65,16 +65,16 @@ def make_buckets(config: SchedulerConfig, steps: BucketGrowth) -> tuple[Bucket, 
 
 
 def pick_bucket(buckets: Iterable[Bucket], num_tokens: int, num_rows: int, *, single_tokens: bool) -> Bucket:
-    """The smallest bucket that holds a step.
+    """Return the smallest bucket that holds a step.
 
     Args:
-        buckets: to choose from.
-        num_tokens: tokens of the step.
-        num_rows: its rows or draws, whichever are more.
-        single_tokens: every row runs one token, so a decode step will do.
+        buckets: the candidates.
+        num_tokens: number of tokens in the step.
+        num_rows: number of rows in the step, or of rows of logits if that is larger.
+        single_tokens: whether every row runs one token, so that a decode bucket suffices.
 
     Raises:
-        ValueError: none does; the scheduler's limits and the buckets disagree.
+        ValueError: no bucket is large enough; the scheduler's limits and the buckets disagree.
     """
     fitting = [
         bucket
@@ -89,7 +89,7 @@ def pick_bucket(buckets: Iterable[Bucket], num_tokens: int, num_rows: int, *, si
 
 
 def _powers(first: int, factor: int, last: int) -> list[int]:
-    """first, first * factor, ... and last."""
+    """Return `first`, `first * factor`, ... and `last`."""
     sizes = []
     size = first
     while size < last:

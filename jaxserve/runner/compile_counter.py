@@ -1,4 +1,4 @@
-"""Counts what XLA compiles, so that "no compile after ready" is a number and not a hope."""
+"""Counts XLA compilations, so that "nothing is compiled while serving" can be checked."""
 
 import jax
 
@@ -6,7 +6,7 @@ _COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
 
 
 class CompileCounter:
-    """Counts backend compilations of this process from its creation on."""
+    """Counts the backend compilations of this process, starting when the counter is created."""
 
     def __init__(self) -> None:
         self._total = 0
@@ -14,11 +14,11 @@ class CompileCounter:
         jax.monitoring.register_event_duration_secs_listener(self._on_event)
 
     def mark_ready(self) -> None:
-        """Everything counted later was compiled while serving."""
+        """Count all later compilations in `num_compiles_after_ready`, too."""
         self._at_ready = self._total
 
     def counts(self) -> dict[str, int]:
-        """`num_compiles` and `num_compiles_after_ready`."""
+        """Return `num_compiles` and `num_compiles_after_ready`."""
         after = 0 if self._at_ready is None else self._total - self._at_ready
         return {"num_compiles": self._total, "num_compiles_after_ready": after}
 

@@ -1,7 +1,6 @@
 """The compiled programs of a step: forward passes by bucket, sampling by number of rows.
 
-All are compiled before the engine is ready, several at a time: tracing holds the interpreter lock, the compiler does
-not.
+All are compiled before the engine is ready, several at a time: tracing holds the GIL, the compiler does not.
 """
 
 import logging
@@ -20,17 +19,17 @@ logger = logging.getLogger(__name__)
 Lower: TypeAlias = Callable[[Any], jax.stages.Lowered]
 Progress: TypeAlias = Callable[[Iterable[str]], Iterable[str]]
 
-# A compiler uses a core or two; more at once would cost memory only.
+# A compilation keeps one or two cores busy; more threads would only cost memory.
 _COMPILE_THREADS = max(2, min(8, (os.cpu_count() or 1) // 2))
 
 
 class ProgramCache:
-    """Programs that are ready to run.
+    """Compiles the programs of a step and holds them by shape.
 
     Args:
         shapes: shapes of the forward passes.
         lower_forward: lowers the forward pass of a `ForwardShape`.
-        lower_sample: lowers the sampling program of a number of rows.
+        lower_sample: lowers the sampling program for a number of rows.
     """
 
     def __init__(self, shapes: list[ForwardShape], lower_forward: Lower, lower_sample: Lower) -> None:
@@ -45,7 +44,7 @@ class ProgramCache:
 
     @property
     def num_programs(self) -> int:
-        """Programs to compile."""
+        """Number of programs to compile."""
         return len(self._shapes) + len(self._rows)
 
     def compile_all(self, progress: Progress) -> None:
@@ -57,15 +56,15 @@ class ProgramCache:
                 logger.debug("compiled %s", name)
 
     def pick(self, num_tokens: int, num_rows: int, *, single_tokens: bool) -> Bucket:
-        """The smallest compiled shape that holds a step."""
+        """Return the smallest compiled bucket that holds a step; see `pick_bucket`."""
         return pick_bucket(self._buckets, num_tokens, num_rows, single_tokens=single_tokens)
 
     def forward(self, shape: ForwardShape) -> Callable[..., Any]:
-        """The compiled forward pass of a shape."""
+        """Return the compiled forward pass of a shape."""
         return self._forwards[shape]
 
     def sample(self, num_rows: int) -> Callable[..., Any]:
-        """The compiled sampling program of so many rows."""
+        """Return the compiled sampling program for `num_rows` rows."""
         return self._samples[num_rows]
 
     def _compile(self, shape: Any, lower: Lower, programs: dict[Any, jax.stages.Compiled]) -> str:

@@ -1,4 +1,4 @@
-"""Names of the rows of packed arrays: everything that a step reads arrives in a few arrays; see `runner.batch`."""
+"""Names of the rows of the packed arrays that hold a step's inputs; see `runner.batch`."""
 
 from enum import IntEnum, IntFlag
 
@@ -7,9 +7,9 @@ class TokenField(IntEnum):
     """Rows of `ForwardBatch.tokens_4T`.
 
     Attributes:
-        ID: the token id, or `-1 - row` for the token that the step before samples for that row.
+        ID: the token id, or `-1 - row` for the token that the previous step samples for that row.
         POSITION: its position in the sequence.
-        CACHE_SLOT: where its key and value go; past the end of the pool for padding.
+        CACHE_SLOT: the cache slot for its key and value; past the end of the pool for padding.
         LORA_SLOT: the slot of its adapter; 0 for none.
     """
 
@@ -23,10 +23,10 @@ class RowField(IntEnum):
     """Rows of `ForwardBatch.rows_4B`.
 
     Attributes:
-        KV_LEN: tokens of the sequence once the step has run.
-        Q_END: the end of the row's tokens among the packed ones.
-        NUM_DECODE: at index 0, how many rows run a single token.
-        NUM_ROWS: at index 0, how many rows there are.
+        KV_LEN: number of cached tokens of the sequence after the step.
+        Q_END: end of the row's tokens among the packed tokens.
+        NUM_DECODE: at index 0, the number of rows that run a single token.
+        NUM_ROWS: at index 0, the number of rows.
     """
 
     KV_LEN = 0
@@ -41,10 +41,10 @@ class SampleField(IntEnum):
     Attributes:
         TOKEN_INDEX: the packed token whose logits are computed.
         STATE_ROW: the row of device state that sampling reads.
-        WRITE_ROW: the row of device state that takes the token; past the end to drop it.
+        WRITE_ROW: the row of device state that the token is written to; past the end to drop it.
         TARGET: a token to report instead of sampling one, or -1.
-        POSITION: position of the new token, which keys its noise.
-        TOP_K: keep so many tokens.
+        POSITION: position of the new token, from which its sampling noise is derived.
+        TOP_K: number of tokens that top-k keeps.
         FLAGS: see `SampleFlag`.
         LORA_SLOT: the slot of the row's adapter; 0 for none.
     """
@@ -64,8 +64,8 @@ class SampleFlag(IntFlag):
 
     Attributes:
         BIASED: the row has logit biases.
-        FORBID_STOPS: end tokens are forbidden.
-        LOGPROBS: log-probabilities are wanted.
+        FORBID_STOPS: end-of-sequence and stop tokens are forbidden.
+        LOGPROBS: log-probabilities are requested.
     """
 
     BIASED = 1

@@ -1,8 +1,8 @@
-"""Measures how large keys and values are, for a cache whose integers need factors.
+"""Calibrates the scales of an int8 KV cache on random tokens.
 
-The model runs prompts of random tokens with a cache of its own dtype, which is then looked at. How large the numbers of
-a head are is the model's rather than the text's; what is cut off costs more than a bit does, so there is room for half
-as much again.
+The model runs prompts of random tokens with a cache in the activations' dtype, and the scales follow from the largest
+values in it. The magnitudes of a head's channels depend on the model more than on the text. Clipping costs more than a
+bit of resolution, so the scales cover one and a half times the measured values.
 """
 
 import dataclasses
@@ -31,19 +31,19 @@ from kernels_pallas.paged_attention.api import AttentionBackend, Cache
 logger = logging.getLogger(__name__)
 
 _NUM_TOKENS = 2048
-# Other tokens have larger numbers.
+# Other tokens have larger values.
 _MARGIN = 1.5
 _LARGEST = 127
-# The smallest scale, as a fraction of the head's largest value.
+# Lower limit of a channel's peak, as a fraction of the largest peak of its head.
 _SMALLEST = 1 / 8
 
 
 def with_kv_scales(served: StepModel, weights: Weights, wait_for_hosts: Callable[[], object]) -> Weights:
-    """The weights with the KV scales of `jaxserve.layers.kv_scales`, measured with random tokens.
+    """Return the weights with KV scales (see `jaxserve.layers.kv_scales`) measured on random tokens.
 
     Args:
         served: the model with its int8 cache.
-        weights: its weights on the mesh, without scales.
+        weights: its weights on the mesh, without KV scales.
         wait_for_hosts: waits for the other hosts before the first step.
 
     Raises:
@@ -72,7 +72,7 @@ def with_kv_scales(served: StepModel, weights: Weights, wait_for_hosts: Callable
 
 
 def _to_measure(served: StepModel, plain: Decoder) -> StepModel:
-    """Steps of the most tokens, and a cache of the activations' dtype that holds all prompts."""
+    """Return the model with its largest bucket only and a cache in the activations' dtype that holds all prompts."""
     bucket, page_size = served.buckets[0], served.layout.page_size
     prompt_pages = min(-(-bucket.num_tokens // page_size), served.layout.pages_per_row)
     num_prompts = -(-_NUM_TOKENS // min(bucket.num_tokens, prompt_pages * page_size))
@@ -83,7 +83,7 @@ def _to_measure(served: StepModel, plain: Decoder) -> StepModel:
 
 
 def _prompts(layout: BatchLayout, bucket: Bucket) -> Iterator[ForwardBatch]:
-    """Random tokens, one prompt a step, until the cache is full."""
+    """Yield prompts of random tokens, one per step, that fill the cache."""
     rng = np.random.default_rng(0)
     num_tokens = min(bucket.num_tokens, layout.pages_per_row * layout.page_size)
     rows = RowTable(layout)
@@ -101,28 +101,28 @@ def _prompts(layout: BatchLayout, bucket: Bucket) -> Iterator[ForwardBatch]:
 
 
 def _scales(attention: AttentionBackend, rope_dim: int, num_replicas: int, cache: Cache) -> tuple[jax.Array, jax.Array]:
-    """Factors f32[L, 2, K, H] of what is cached, [L, 1, K, H] where values are a part of their keys; all finite?
+    """Return KV scales f32[L, 2, K, H], or [L, 1, K, H] if values are part of their keys, and whether all are finite.
 
     Args:
-        attention: has the cache.
-        rope_dim: the last so many numbers of a key are rotated, the first half of them against the other.
-        num_replicas: replicas of the model.
-        cache: once the prompts have run.
+        attention: the backend of the cache.
+        rope_dim: number of rotated channels, the last ones of a key; their first half is paired with their second half.
+        num_replicas: number of replicas of the model.
+        cache: the cache after the prompts have run.
     """
     num_layers = attention.config.num_layers
 
     def peaks(pages: jax.Array) -> jax.Array:
-        """[L, K, Z] of an array [replicas * L * P, K, S, Z]."""
+        """Return the largest magnitudes [L, K, Z] of an array [replicas * L * P, K, S, Z]."""
         pages = pages.reshape(num_replicas, num_layers, -1, *pages.shape[1:])
         return jnp.max(jnp.abs(pages), axis=(0, 2, 4))
 
     peaks_L2KH = jnp.stack(attention.unpack(jax.tree.map(peaks, cache)), axis=1).astype(jnp.float32)
     finite = jnp.all(jnp.isfinite(peaks_L2KH))
-    # Where the rotation is slow, what one number of a pair has in these prompts the other has in longer ones.
+    # In slowly rotating pairs, a value of one channel in these prompts moves to the other channel in longer ones.
     pairs_LK2R = peaks_L2KH[:, 0, :, -rope_dim:].reshape(*peaks_L2KH[:, 0].shape[:-1], 2, -1)
     larger_LKR = jnp.max(pairs_LK2R, axis=-2)
     peaks_L2KH = peaks_L2KH.at[:, 0, :, -rope_dim:].set(jnp.concatenate([larger_LKR, larger_LKR], axis=-1))
-    # Nor is a number that was small with these tokens sure to be with others.
+    # A channel that is small for these tokens may be larger for others.
     head_L2K1 = jnp.max(peaks_L2KH, axis=-1, keepdims=True)
     peaks_L2KH = jnp.maximum(peaks_L2KH, head_L2K1 * _SMALLEST)
     return jnp.where(peaks_L2KH > 0, peaks_L2KH * (_MARGIN / _LARGEST), 1.0), finite

@@ -1,10 +1,10 @@
-"""The jitted functions of a step and the shapes they are compiled for; owns no memory on any device.
+"""The jitted functions of a step and the shapes they are compiled for; owns no device memory.
 
-A step is two programs: `forward` ends with logits, `sample` takes tokens from them. The grammar mask of a row can
+A step is two programs: `forward` computes logits, `sample` samples tokens from them. The grammar mask of a row can
 depend on its previous token, so masks are sent while the device already runs the forward pass.
 
-Replicas of the model (`--dp-size`) take their steps in one program, split over the mesh axis `data`: cache, state and
-batch of the replicas lie side by side along the leading axis, and no replica reads another's.
+All replicas of the model (`--dp-size`) run their steps in one program, split over the mesh axis `data`: their caches,
+states and batches are joined along the leading axis, and no replica reads another's.
 """
 
 from collections.abc import Callable
@@ -43,7 +43,7 @@ NOTHING = SchedulerOutput(step=-1, new_rows=(), rows=())
 
 
 class StepModel(NamedTuple):
-    """A model and how its memory is laid out.
+    """A model, its backends and its memory layout.
 
     Attributes:
         decoder: the model.
@@ -52,9 +52,9 @@ class StepModel(NamedTuple):
         layout: sizes of rows, pages and vocabulary.
         buckets: shapes to compile, widest first.
         lora_pool: slots for LoRA adapters, if requests may name adapters.
-        lora_groups: paths of the pool's groups that use the LoRA kernels; portable XLA has the others.
+        lora_groups: paths of the pool's groups that use the LoRA kernels; the others use portable XLA.
         linears: paths of the linear modules that use the kernel for quantised linear maps.
-        mla_workspace: where MLA prompts of a step can get keys and values of each head.
+        mla_workspace: workspace for per-head keys and values of MLA prompts, if their MHA form may be used.
     """
 
     decoder: Decoder
@@ -68,7 +68,7 @@ class StepModel(NamedTuple):
     mla_workspace: MlaPrefillWorkspace | None = None
 
     def ops(self, *, mha_prefill: bool = False) -> StepOps:
-        """What the layers compute with."""
+        """Return the ops that layers compute with."""
         return StepOps(
             self.backends.attention,
             ExpertOps(self.backends.experts, self.mesh),
@@ -77,7 +77,7 @@ class StepModel(NamedTuple):
         )
 
     def lora_ops(self) -> LoraOps | None:
-        """How adapters are applied, if there can be any."""
+        """Return the LoRA ops, or None without a LoRA pool."""
         if (pool := self.lora_pool) is None:
             return None
         splits = lora_pool_splits(self.decoder, pool, self.mesh)
@@ -98,18 +98,18 @@ class StepModel(NamedTuple):
 
 
 class StepPrograms:
-    """What a runner compiles and calls.
+    """Lowers the programs that a runner compiles and calls.
 
     Attributes:
-        num_replicas: replicas of the model.
-        by_replica: sharding of arrays that have replicas along their leading axis.
+        num_replicas: number of replicas of the model.
+        by_replica: sharding of arrays whose leading axis is split over the replicas.
     """
 
     def __init__(self, model: StepModel) -> None:
         self._model = model
         self.num_replicas: int = model.mesh.shape[DATA]
         self.by_replica = NamedSharding(model.mesh, P(DATA))
-        # A host reads the tokens of all replicas, of which it may hold some only.
+        # Every host reads the tokens of all replicas, but may hold only some of them.
         out = NamedSharding(model.mesh, P()) if model.mesh.is_multi_process else self.by_replica
         # Logits stay where they are made: split over the vocabulary, as the output head is.
         vocab_axis = partition_spec(("vocab",), (model.layout.vocab_size,), model.mesh)[0]
@@ -124,10 +124,10 @@ class StepPrograms:
         lora_ops = model.lora_ops()
         weight_specs = model.decoder.weight_tree(lambda spec: over_replicas(spec.axes))
         pool_over_replicas = tree_of((path, over_replicas(spec.axes)) for path, spec in self._lora_pool_specs().items())
-        # By whether rows have adapters, and whether MLA prompts take the MHA form.
+        # Keys: whether rows have adapters, and whether MLA prompts take the MHA form.
         self._forward = {
             (adapted, mha_prefill): jax.jit(
-                # Over `model` the compiler splits what is in the function.
+                # Manual over `data` only; the compiler partitions over the axes of `MODEL`.
                 self._per_replica(
                     partial(_forward, _ForwardModel(model.decoder, model.ops(mha_prefill=mha_prefill), lora_ops)),
                     {DATA},
@@ -156,7 +156,7 @@ class StepPrograms:
         self._write_slot = jax.jit(write_slot, donate_argnums=0, out_shardings=lora_pool_shardings)
 
     def lower_forward(self, shape: ForwardShape) -> jax.stages.Lowered:
-        """`(weights, lora_pool, cache, last_token_R, batch) -> (cache, logits)`; the cache is donated.
+        """Lower `(weights, lora_pool, cache, last_token_R, batch) -> (cache, logits)`; the cache is donated.
 
         The LoRA pool is empty in steps without adapters.
         """
@@ -168,7 +168,7 @@ class StepPrograms:
         )  # fmt: skip
 
     def lower_sample(self, num_rows: int) -> jax.stages.Lowered:
-        """`(logits, state, batch, masks) -> (state, out)`; the state is donated."""
+        """Lower `(logits, state, batch, masks) -> (state, out)`; the state is donated."""
         layout = self._model.layout
         batch = RowTable(layout).sample_batch(NOTHING, np.zeros(0, np.int32), num_rows)
         masks = SampleMasks(np.zeros(num_rows, bool), np.zeros((num_rows, mask_words(layout.vocab_size)), np.int32))
@@ -176,30 +176,30 @@ class StepPrograms:
         return self._sample.lower(logits, self.state_shapes(), *self._replicated((batch, masks)))
 
     def lower_write_row(self) -> jax.stages.Lowered:
-        """`(state, row, contents) -> state`; the state is donated."""
+        """Lower `(state, row, contents) -> state`; the state is donated."""
         contents = row_state(NewRow(row=0, sampling=SamplingParams(), seed=0), self._model.layout.vocab_size)
         return self._write_row.lower(self.state_shapes(), np.int32(0), contents)
 
     def lower_write_slot(self) -> jax.stages.Lowered:
-        """`(lora_pool, slot, contents) -> lora_pool`; the pool is donated."""
+        """Lower `(lora_pool, slot, contents) -> lora_pool`; the pool is donated."""
         return self._write_slot.lower(self.lora_pool_shapes(), np.int32(0), self.slot_shapes())
 
     def lora_pool_shapes(self) -> Weights:
-        """Shapes, dtypes and shardings of the LoRA pool."""
+        """Return shapes, dtypes and shardings of the LoRA pool."""
         return tree_of((path, self._shape_of(spec)) for path, spec in self._lora_pool_specs().items())
 
     def slot_shapes(self) -> Weights:
-        """Shapes, dtypes and shardings of one slot of the LoRA pool."""
+        """Return shapes, dtypes and shardings of one slot of the LoRA pool."""
         return tree_of((path, self._shape_of(slot_spec(spec))) for path, spec in self._lora_pool_specs().items())
 
     def _lora_pool_specs(self) -> dict[Path, ParamSpec]:
-        """Shardings of the LoRA pool, if there is one."""
+        """Return the specs of the LoRA pool's arrays; none without a pool."""
         if self._model.lora_pool is None:
             return {}
         return lora_pool_specs(self._model.decoder, self._model.lora_pool)
 
     def weight_shapes(self) -> Weights:
-        """Shapes, dtypes, shardings and layouts of the weights."""
+        """Return shapes, dtypes, shardings and layouts of the weights."""
         mesh = self._model.mesh
         return self._model.decoder.weight_tree(
             lambda spec: jax.ShapeDtypeStruct(
@@ -212,12 +212,12 @@ class StepPrograms:
         return jax.ShapeDtypeStruct(spec.shape, spec.dtype, sharding=sharding)
 
     def logits_shape(self, num_rows: int) -> jax.ShapeDtypeStruct:
-        """What a forward pass of that many rows a replica ends with, f32."""
+        """Return the shape of the f32 logits of a forward pass with `num_rows` rows per replica."""
         shape = (self.num_replicas * num_rows, self._model.layout.vocab_size)
         return jax.ShapeDtypeStruct(shape, jnp.float32, sharding=self._by_id)
 
     def cache_shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
-        """Shapes, dtypes and shardings of the cache's arrays."""
+        """Return shapes, dtypes and shardings of the cache's arrays."""
         shardings = self._cache_shardings()
         return {
             name: jax.ShapeDtypeStruct(
@@ -227,7 +227,7 @@ class StepPrograms:
         }
 
     def state_shapes(self) -> DeviceState:
-        """Shapes, dtypes and shardings of the state."""
+        """Return shapes, dtypes and shardings of the state."""
         return jax.tree.map(
             lambda array, sharding: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding),
             jax.eval_shape(self.empty_state),
@@ -235,7 +235,7 @@ class StepPrograms:
         )
 
     def empty_state(self) -> DeviceState:
-        """Neutral state of all rows."""
+        """Return the neutral state of all rows."""
         layout = self._model.layout
         return empty_state(self.num_replicas * (layout.max_rows + 1), layout.vocab_size, self._state_sharding)
 
@@ -244,7 +244,7 @@ class StepPrograms:
         return {name: NamedSharding(self._model.mesh, P(DATA, *spec.partition[1:])) for name, spec in specs.items()}
 
     def _replicated(self, arrays: T) -> T:
-        """The shapes of all replicas' arrays from the arrays of one."""
+        """Return the shapes of all replicas' stacked arrays, given the arrays of one replica."""
         return jax.tree.map(
             lambda array: jax.ShapeDtypeStruct(
                 (self.num_replicas, *array.shape), array.dtype, sharding=self.by_replica
@@ -253,7 +253,7 @@ class StepPrograms:
         )
 
     def _per_replica(self, function: Callable[..., Any], axes: set[str], in_specs: Any, out_specs: Any) -> Any:
-        """Split by hand over some axes of the mesh."""
+        """Wrap a function in a `shard_map` that is manual over `axes` of the mesh."""
         return jax.shard_map(
             function,
             mesh=self._model.mesh,
@@ -265,7 +265,7 @@ class StepPrograms:
 
 
 class _ForwardModel(NamedTuple):
-    """What is static in a forward pass."""
+    """The static arguments of a forward pass."""
 
     decoder: Decoder
     ops: StepOps
@@ -280,7 +280,7 @@ def _forward(
     last_token_R: jax.Array,
     batch: ForwardBatch,
 ) -> tuple[Cache, jax.Array]:
-    """The forward pass of one replica: embedding, layers, and logits of the sampled tokens only."""
+    """Run the forward pass of one replica: embedding, layers, and logits of the sampled tokens only."""
     batch = jax.tree.map(lambda array: array[0], batch)
     tokens_4T, sample_8B = batch.tokens_4T, batch.sample.ints_8B
     token_ids_T = tokens_4T[TokenField.ID]
@@ -289,7 +289,7 @@ def _forward(
     token_ids_T = jnp.where(pending_T, last_T, token_ids_T)
 
     def lora(slot: jax.Array) -> StepLora:
-        # The pool is empty in a step in which no row has an adapter.
+        # The pool is empty in steps without adapters.
         return Adapters(pool, slot, model.lora_ops) if model.lora_ops is not None and pool else NoLora()
 
     x_TD, cache = model.decoder.forward(
@@ -314,7 +314,7 @@ def _sample(
     batch: SampleBatch,
     masks: SampleMasks,
 ) -> tuple[DeviceState, SampleOutput]:
-    """The samples of one replica, and the state after them, on one shard of the vocabulary."""
+    """Sample the tokens of one replica on one shard of the vocabulary, and return the updated state with them."""
     batch, masks = jax.tree.map(lambda array: array[0], (batch, masks))
     out: SampleOutput = decoder.tokenwise(
         lambda logits, *fields: sampler(logits, SamplingInputs(*fields), state.sampling, shard),

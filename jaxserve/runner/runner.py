@@ -1,9 +1,9 @@
-"""Runs steps on the devices: the only package that calls `jit`.
+"""Runs steps on the devices. This package is the only one that jits them.
 
-The runner owns weights, cache and device state. It runs what a `SchedulerOutput` says, never decides it, and
-waits for the device in `PendingStep.result` only.
+The runner owns weights, cache and device state. It runs what a `SchedulerOutput` specifies, makes no decisions of its
+own, and waits for the device only in `PendingStep.result`.
 
-See `runner.programs` for what a step is made of.
+See `runner.programs` for the programs of a step.
 """
 
 from collections.abc import Sequence
@@ -38,7 +38,7 @@ class PendingStep:
             array.copy_to_host_async()
 
     def result(self) -> tuple[StepOutput | None, ...]:
-        """Wait for the step; raises what the step raised. One output per plan."""
+        """Wait for the step and return one output per plan; raises what the step raised."""
         arrays = [np.split(np.asarray(array), len(self._plans)) for array in self._out]
         return tuple(
             None if plan is None else _step_output(plan, *(parts[index] for parts in arrays))
@@ -54,7 +54,7 @@ def _step_output(
     top_ids_BJ: np.ndarray | None = None,
     top_logprobs_BJ: np.ndarray | None = None,
 ) -> StepOutput:
-    """The samples of one plan; the arrays of the likeliest tokens are there when a row wants them."""
+    """Return the output of one plan; `top_ids_BJ` and `top_logprobs_BJ` are None unless a row needs them."""
     last = _last_logits_rows(plan)
     sampled = StepOutput(token_ids_B=token_B[last], finite_B=finite_B[last], logprobs_B=logprob_B[last])
     if top_ids_BJ is None or top_logprobs_BJ is None:
@@ -72,12 +72,12 @@ def _step_output(
 
 
 def _last_logits_rows(plan: SchedulerOutput) -> np.ndarray:
-    """The index of each row's last row of logits in the step."""
+    """Return the index of each row's last row of logits in the step."""
     return np.cumsum([row.num_logits_rows for row in plan.rows]) - 1
 
 
 def _prompt_lengths(plan: SchedulerOutput) -> list[tuple[int, int]]:
-    """(tokens to run, tokens of the sequence once they ran) of the rows that run several tokens."""
+    """Return (tokens to run, tokens of the sequence after the step) of each row that runs several tokens."""
     rows = (row for row in plan.rows if row.num_tokens > 1)
     return [(row.num_tokens, row.num_computed_tokens + row.num_tokens) for row in rows]
 
@@ -104,7 +104,7 @@ class ModelRunner:
     """One model on one mesh.
 
     Args:
-        model: what a step is made of.
+        model: the model, its backends and its memory layout.
         weights: its parameters, on the mesh.
     """
 
@@ -118,7 +118,7 @@ class ModelRunner:
         self._cache = zeros(self._lowering.cache_shapes())
         self._state = self._lowering.empty_state()
         self._adapters: dict[str, LoadedAdapter] = {}
-        self._lora_pool = zeros(self._lowering.lora_pool_shapes())  # slots that change nothing
+        self._lora_pool = zeros(self._lowering.lora_pool_shapes())  # zero matrices change nothing
         self._slot_shardings = jax.tree.map(lambda leaf: leaf.sharding, self._lowering.slot_shapes())
         self._shapes = model.shapes
         self._programs = ProgramCache(self._shapes, self._lowering.lower_forward, self._lowering.lower_sample)
@@ -128,7 +128,7 @@ class ModelRunner:
 
     @property
     def num_programs(self) -> int:
-        """Programs a step is compiled to."""
+        """Number of programs for forward passes and sampling."""
         return self._programs.num_programs
 
     def compile(self, progress: Progress) -> None:
@@ -139,7 +139,7 @@ class ModelRunner:
             self._write_slot = self._lowering.lower_write_slot().compile()
 
     def warm_up(self) -> None:
-        """Run every program once on padding: the real path with nothing in it."""
+        """Run every program once on padding only, through the same code path as a real step."""
         nothing = (None,) * self._num_replicas
         self._no_masks = {
             bucket.num_rows: to_devices(self._masks(nothing, nothing, bucket.num_rows), self._by_replica)
@@ -158,7 +158,7 @@ class ModelRunner:
         del self._adapters[key]
 
     def forward(self, plans: Plans) -> ForwardedStep:
-        """Send the forward pass of a step of every replica to the devices and return at once."""
+        """Send the forward pass of a step of all replicas to the devices and return immediately."""
         for replica, plan in enumerate(plans):
             for load in plan.adapter_loads if plan is not None else ():
                 self._load(load)
@@ -167,7 +167,7 @@ class ModelRunner:
         running = [plan for plan in plans if plan is not None]
         bucket = self._programs.pick(
             max(plan.num_tokens for plan in running),
-            # Every row has a draw, and some have more.
+            # Every row has at least one row of logits.
             max(plan.num_logits_rows for plan in running),
             single_tokens=all(row.num_tokens == 1 for plan in running for row in plan.rows),
         )
@@ -178,7 +178,7 @@ class ModelRunner:
         return self._run_forward(shape, plans)
 
     def _takes_mha_prefill(self, bucket: Bucket, plans: Sequence[SchedulerOutput]) -> bool:
-        """Whether the MHA form of the prompts is cheaper. A step takes as long as its slowest replica."""
+        """Return whether the MHA form of the prompts is cheaper; a step takes as long as its slowest replica."""
         workspace = self._model.mla_workspace
         if workspace is None or ForwardShape(bucket, mha_prefill=True) not in self._shapes:
             return False
@@ -202,28 +202,28 @@ class ModelRunner:
         return PendingStep(plans, out)
 
     def reset(self) -> None:
-        """Make the cache and state anew, after a step that raised has left the donated ones deleted.
+        """Recreate cache and state after a step raised, since donation has deleted the old ones.
 
-        Runs an empty step, to see whether the devices still can; raises what that raises.
+        Runs an empty step to check that the devices still work; raises what that step raises.
         """
-        # The old ones may be alive, if the failure came before they were donated; two do not fit.
+        # If the step failed before donation, the old arrays are alive. Free them first: memory does not hold both.
         self._cache = {}
         del self._state
         self._lora_pool = {}
-        self._lora_pool = zeros(self._lowering.lora_pool_shapes())  # slots that change nothing
+        self._lora_pool = zeros(self._lowering.lora_pool_shapes())
         self._cache = zeros(self._lowering.cache_shapes())
         self._state = self._lowering.empty_state()
         self._run_empty(ForwardShape(self._model.buckets[-1])).result()
 
     def _admit(self, replica: int, new: NewRow) -> None:
-        """Give a row of a replica to another request."""
+        """Assign a row of a replica to a new sequence."""
         self._rows[replica].admit(new)
         if needs_row_state(new):
             row = replica * (self._model.layout.max_rows + 1) + new.row
             self._state = self._write_row(self._state, np.int32(row), row_state(new, self._model.layout.vocab_size))
 
     def _load(self, load: AdapterLoad) -> None:
-        """A slot gets another adapter. Steps that are on their way are before it in the devices' queue."""
+        """Write an adapter into a slot; steps in flight come before the write in the devices' queues."""
         leaves = self._adapters[load.adapter].leaves
         contents = jax.tree.map(put, tree_of(leaves.items()), self._slot_shardings)
         self._lora_pool = self._write_slot(self._lora_pool, np.int32(load.slot), contents)
@@ -240,12 +240,12 @@ class ModelRunner:
         return self._run_forward(shape, nothing).sample(nothing)
 
     def _batch(self, bucket: Bucket, plans: Plans) -> ForwardBatch:
-        """The batches of all replicas, stacked."""
+        """Build the batches of all replicas, stacked."""
         batches = [rows.build(plan or NOTHING, bucket) for rows, plan in zip(self._rows, plans, strict=True)]
         return jax.tree.map(lambda *arrays: np.stack(arrays), *batches)
 
     def _masks(self, plans: Plans, constrained: Sequence[ConstrainedRows | None], num_rows: int) -> SampleMasks:
-        """The replicas' masks, stacked; a row of logits is sampled by the last of its tokens."""
+        """Stack the replicas' masks; the mask of a constrained row applies to its last row of logits."""
         words = mask_words(self._model.layout.vocab_size)
         masks = SampleMasks(
             np.zeros((self._num_replicas, num_rows), bool), np.zeros((self._num_replicas, num_rows, words), np.int32)

@@ -1,4 +1,4 @@
-"""What the device keeps between steps besides the cache: last tokens and sampling state, by row."""
+"""Device state that is kept between steps besides the cache: last tokens and sampling state, by row."""
 
 from typing import NamedTuple
 
@@ -11,7 +11,7 @@ from jaxserve.step import NewRow
 from kernels_pallas.sampling.api import SampleOutput, SamplingState
 from kernels_pallas.sampling.common.summary import Shard
 
-# End-of-sequence ids of the model come on top of the request's own.
+# Capacity for the request's stop tokens and the model's end-of-sequence ids.
 _MAX_STOPS = MAX_STOP_TOKEN_IDS + 16
 
 
@@ -19,7 +19,7 @@ class DeviceState(NamedTuple):
     """Row-indexed state; each replica's last row is spare and stays neutral.
 
     Attributes:
-        last_token_R: i32, the token drawn last; feeds the next step without a trip to the host.
+        last_token_R: i32, the last sampled token; it feeds the next step without a round trip to the host.
         sampling: see `SamplingState`.
     """
 
@@ -27,7 +27,7 @@ class DeviceState(NamedTuple):
     sampling: SamplingState
 
     def record(self, write_row_B: jax.Array, out: SampleOutput, shard: Shard) -> "DeviceState":
-        """Remember this step's draws; rows past the end are dropped, and so are tokens of other shards' counts."""
+        """Return the state after a step's tokens; drops rows past the end, and counts of other shards' tokens."""
         counts_RV = self.sampling.counts_RV
         size = counts_RV.shape[1]
         local_B = out.token_B - shard.first(size)
@@ -39,7 +39,7 @@ class DeviceState(NamedTuple):
 
 
 class RowState(NamedTuple):
-    """One row's new contents, as `DeviceState` spells them."""
+    """New contents of one row of `SamplingState`."""
 
     counts_V: np.ndarray
     bias_ids_J: np.ndarray
@@ -48,7 +48,7 @@ class RowState(NamedTuple):
 
 
 def empty_state(rows: int, vocab_size: int, shardings: DeviceState) -> DeviceState:
-    """Neutral state of `rows` rows, the spare ones included; `shardings` has one for each array."""
+    """Return neutral state of `rows` rows, spare ones included; `shardings` has one sharding per array."""
     last_token, (counts, bias_ids, bias_values, stop_ids) = shardings
     return DeviceState(
         jnp.zeros(rows, jnp.int32, device=last_token),
@@ -62,12 +62,12 @@ def empty_state(rows: int, vocab_size: int, shardings: DeviceState) -> DeviceSta
 
 
 def needs_row_state(new: NewRow) -> bool:
-    """Whether a request reads the row's device state at all."""
+    """Return whether a request's sampling reads its row of `SamplingState`."""
     return new.sampling.penalised or bool(new.sampling.logit_bias) or new.sampling.min_tokens > 0
 
 
 def row_state(new: NewRow, vocab_size: int) -> RowState:
-    """Contents of a row for its new owner; output tokens from before a preemption are counted again."""
+    """Return a row's contents for a new sequence; `counts_V` includes output tokens from before a preemption."""
     bias_ids_J = np.full(MAX_LOGIT_BIAS, vocab_size, np.int32)
     bias_values_J = np.zeros(MAX_LOGIT_BIAS, np.float32)
     for index, (token_id, bias) in enumerate(new.sampling.logit_bias.items()):

@@ -1,4 +1,4 @@
-"""Arrays that come to the devices."""
+"""Transfers of arrays to the devices."""
 
 from typing import Any, TypeVar
 
@@ -11,17 +11,17 @@ T = TypeVar("T")
 
 
 def to_devices(arrays: T, sharding: NamedSharding) -> T:
-    """Send a tree of arrays, which every host has whole."""
+    """Send a tree of arrays to the devices; every host passes the whole arrays."""
     if not sharding.mesh.is_multi_process:
-        return jax.device_put(arrays, sharding)  # all at once
+        return jax.device_put(arrays, sharding)  # one call for the whole tree
     return jax.tree.map(lambda array: put(array, sharding), arrays)
 
 
 def put(array: np.ndarray, sharding: Sharding) -> jax.Array:
-    """Every host has the whole array and sends what its own devices hold."""
+    """Send an array to the devices; every host passes the whole array and sends its own devices' shards."""
     return jax.make_array_from_callback(array.shape, sharding, array.__getitem__)
 
 
 def zeros(shapes: Any) -> Any:
-    """A tree of zeros on the devices, of `jax.ShapeDtypeStruct`s with shardings."""
+    """Return zeros on the devices for a tree of `jax.ShapeDtypeStruct`s with shardings."""
     return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype, device=leaf.sharding), shapes)
