@@ -1,1 +1,1 @@
-"""Tests. Folders mirror the kinds: unit, kernels, properties, parity, api, e2e."""
+"""Tests, with one folder per kind: unit, kernels, properties, parity, api, compile, e2e."""

@@ -1,4 +1,4 @@
-"""Eight CPU devices, strict dtypes, and shared fixtures."""
+"""Set-up of every test session: eight CPU devices, strict dtype promotion, and shared fixtures."""
 
 import contextlib
 import gc
@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-# GPU programs are compiled without a GPU, on which candidates could be tried.
+# GPU programs are compiled without a GPU, so XLA cannot autotune by running candidates.
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8 --xla_gpu_autotune_level=0"
 )
@@ -32,7 +32,7 @@ _KEEP_DAYS = 14
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """`--all` and `--recompile`."""
+    """Add the options `--all` and `--recompile`."""
     parser.addoption("--all", action="store_true", help="also the cases that are marked slow")
     parser.addoption(
         "--recompile", action="store_true", help="ask the compilers of targets again, whatever earlier runs kept"
@@ -40,9 +40,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Compile quickly for the CPU, in servers too; with --all as users do.
+    """Disable most compiler optimisations, in servers as well, unless `--all` asks for what users get.
 
-    Tiny models take longer to compile than to run: without LLVM's optimisations, a run takes a quarter less.
+    Tiny models take longer to compile than to run: without LLVM's optimisations, a test run is a quarter shorter.
     """
     if not config.getoption("--all"):
         os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
@@ -50,7 +50,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
-    """Where the time went: the slowest tests, and the seconds of each folder."""
+    """Print the slowest tests and the seconds spent in each folder."""
     seconds: Counter[str] = Counter()
     for report in (report for reports in terminalreporter.stats.values() for report in reports):
         if isinstance(report, pytest.TestReport):
@@ -70,10 +70,10 @@ def _cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jaxserve-tests"
 
 
-# xdist reads the groups in the same hook.
+# xdist reads the groups in the same hook, so this one must run first.
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out slow cases, and keep on one worker what shares a server or an engine."""
+    """Deselect slow cases, and keep tests that share a server or an engine on one xdist worker."""
     if not config.getoption("--all") and "slow" not in (config.option.markexpr or ""):
         left_out = [item for item in items if item.get_closest_marker("slow")]
         config.hook.pytest_deselected(items=left_out)
@@ -90,12 +90,12 @@ def _group(item: pytest.Item) -> str | None:
             return name
     scopes = getattr(item, "_fixtureinfo").name2fixturedefs  # noqa: B009
     own = [name for name, definitions in scopes.items() if definitions[-1].scope == "module"]
-    # Every module has the fixture that forgets its programs.
+    # Every module has one module-scoped fixture already: `_forget_compiled_programs`.
     return item.nodeid.partition("::")[0] if len(own) > 1 else None
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:
-    """Delete what no recent run has written or asked for."""
+    """Delete cached files that have not been written or touched for `_KEEP_DAYS` days."""
     if hasattr(session.config, "workerinput"):
         return
     oldest = time.time() - _KEEP_DAYS * 24 * 3600
@@ -107,7 +107,7 @@ def pytest_sessionstart(session: pytest.Session) -> None:
 
 @pytest.fixture(scope="session")
 def cache_folder() -> Path:
-    """Outlives a run, so that what did not change is not compiled again."""
+    """A folder that outlives a test run, so that unchanged programs are not compiled again."""
     folder = _cache_folder()
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     return folder
@@ -115,20 +115,23 @@ def cache_folder() -> Path:
 
 @pytest.fixture(scope="session")
 def compilation_cache(cache_folder: Path) -> str:
-    """The folder of compiled programs, which workers and runs share. JAX's keys hold programs, flags and versions."""
+    """The folder of compiled programs, shared by workers and runs. JAX's keys cover programs, flags and versions."""
     return str(cache_folder / "compiled")
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _share_compiled_programs(compilation_cache: str) -> None:
-    """A program that one test has compiled is loaded by the others."""
+    """Let each test load the programs that other tests have compiled."""
     jax.config.update("jax_compilation_cache_dir", compilation_cache)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _forget_compiled_programs() -> Iterator[None]:
-    """A CPU program is a dozen memory mappings, of which Linux gives a process 65,530: XLA crashes at the next."""
+    """Free the programs of each module, since XLA crashes when memory mappings run out.
+
+    A CPU program has a dozen mappings, and Linux allows a process 65,530.
+    """
     yield
     jax.clear_caches()
     gc.collect()
@@ -136,5 +139,5 @@ def _forget_compiled_programs() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def anyio_backend() -> str:
-    """Async tests run on asyncio, as the server does."""
+    """Run async tests on asyncio, as the server does."""
     return "asyncio"

@@ -1,4 +1,4 @@
-"""The application over a fake engine and a byte tokenizer: outputs can be predicted."""
+"""Fixtures for the API over a fake engine and a byte tokenizer, whose outputs are predictable."""
 
 from collections.abc import AsyncIterator
 
@@ -15,7 +15,7 @@ from tests.support.tiny import CHAT_TEMPLATE, VOCAB_SIZE, byte_tokenizer
 
 
 def make_server(client: FakeEngineClient, **settings: object) -> Server:
-    """State of an API process that serves the model `tiny`."""
+    """Return the state of an API process that serves the model `tiny`."""
     server = Server(
         ApiSettings(model_path="/models/tiny", served_model_name="tiny", **settings),  # type: ignore[arg-type]
         client,

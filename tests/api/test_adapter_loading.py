@@ -1,4 +1,4 @@
-"""Adapters that come and go while the server runs, by its routes."""
+"""Loading and unloading adapters over HTTP while the server runs: results, refusals, pinning and slots."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -23,7 +23,7 @@ Http = AsyncTestClient[Litestar]
 
 
 def read(folder: str) -> LoadedAdapter:
-    """A folder holds its shift."""
+    """Read an adapter folder, which contains only the shift of a `FakeRunner` adapter."""
     try:
         return shift_adapter(int((Path(folder) / "shift").read_text()))
     except ValueError as error:
@@ -32,7 +32,7 @@ def read(folder: str) -> LoadedAdapter:
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
-    """Adapters below the root, and one beside it."""
+    """A root folder with good and bad adapters and symbolic links, and one adapter outside of it."""
     root = tmp_path / "root"
     for folder, text in (
         (root / "poet", "2"),
@@ -103,7 +103,7 @@ async def test_load_use_unload_and_load_another_under_the_name(http: Http, engin
     assert answer.json() == {"success": True, "error_message": None, "loaded_adapters": {"first": "/adapters/first"}}
     assert await complete(http, "x") == 404
     await load(http, "x", "deep/pirate")
-    # The prompt's pages of the other adapter of that name are no longer meant.
+    # The pages cached with the earlier adapter of that name are not used.
     assert await complete(http, "x") == "FKP"
     assert len({request.adapter for request in engine.submitted}) == 2
 
@@ -140,7 +140,7 @@ async def test_load_use_unload_and_load_another_under_the_name(http: Http, engin
     ],
 )
 async def test_what_is_refused(http: Http, name: str, path: str, message: str) -> None:
-    """With the reason, and the rest is as it was."""
+    """A refusal states its reason and changes nothing else."""
     body = await load(http, name, path, 400)
     assert message in body["error_message"]
     assert body["loaded_adapters"] == {"first": "/adapters/first"}
@@ -182,7 +182,7 @@ async def test_unloading_hides_at_once_and_waits_for_what_runs(http: Http, engin
 
 
 async def test_pinned_adapters_leave_a_slot_to_the_others(http: Http) -> None:
-    """Two slots beside the base's: one may be pinned, and the other one as well once nobody else needs it."""
+    """One of the two slots besides the base's may be pinned, and the other, too, once no other adapter needs it."""
     await load(http, "p", "poet", pinned=True)
     body = await load(http, "q", "poet", 400, pinned=True)
     assert "which leaves no free slot of --max-loras-per-batch 3 to the others" in body["error_message"]
@@ -192,7 +192,7 @@ async def test_pinned_adapters_leave_a_slot_to_the_others(http: Http) -> None:
 
 
 class SlowClient:
-    """An engine whose unloading waits."""
+    """An engine client whose `unload_adapter` waits until the test sets `ended`."""
 
     def __init__(self) -> None:
         self.ended = asyncio.Event()

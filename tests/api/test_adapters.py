@@ -1,4 +1,4 @@
-"""Which adapter a request gets, by every way to name it."""
+"""The adapter that a request gets, for every way of naming it, and the errors for names that do not exist."""
 
 from collections.abc import AsyncIterator
 from typing import Any

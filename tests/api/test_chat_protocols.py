@@ -1,4 +1,4 @@
-"""Tools, reasoning, grammars and the other chat protocols over a fake engine: what is accepted, refused and sent."""
+"""Tools, reasoning, grammars, Responses and Messages over a fake engine: accepted and refused requests, and replies."""
 
 import json
 from collections.abc import AsyncIterator

@@ -1,4 +1,4 @@
-"""Chat and completions over a fake engine that counts upwards: `abc` is continued by `def`."""
+"""Chat and completions over a fake engine that counts upwards: it continues `abc` with `def`."""
 
 import json
 from typing import Any
@@ -18,7 +18,7 @@ CHAT = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 4}
 
 
 def events(text: str) -> list[Any]:
-    """Payloads of an event stream; `[DONE]` as a string."""
+    """Return the payloads of an event stream; `[DONE]` stays a string."""
     blocks = text.strip().split("\n\n")
     assert all(block.startswith("data: ") for block in blocks)
     payloads = [block.removeprefix("data: ") for block in blocks]
@@ -198,7 +198,7 @@ async def test_a_failed_step_is_computed_again(http: Http, engine: FakeEngineCli
 
 
 async def test_an_engine_that_is_lost_ends_what_runs(http: Http, server: Server, engine: FakeEngineClient) -> None:
-    """tests/e2e tests streams over a socket."""
+    """A request without a stream gets a 503; tests/e2e covers streams over a socket."""
     engine.lose_after = 5
     response = await http.post("/v1/completions", json={"prompt": "abc", "max_tokens": 100})
     assert response.status_code == 503
@@ -227,7 +227,7 @@ async def test_the_clients_own_id_comes_back(http: Http) -> None:
 
 
 async def test_a_long_prompt_is_prepared_off_the_loop(http: Http) -> None:
-    """The same answer, from a thread."""
+    """A large body, which a thread prepares, gets the same answer as a small one."""
     messages = [{"role": "system", "content": "x" * 400}, {"role": "user", "content": "y"}]
     body = {"messages": messages, "max_tokens": 3}
     small = (await http.post("/v1/chat/completions", json=body)).json()

@@ -1,4 +1,4 @@
-"""Limits on a request's head and on the time to receive it, over a real socket."""
+"""Limits on the size of a request's head and on the time to receive a request, over a real socket."""
 
 import asyncio
 import contextlib
@@ -46,7 +46,7 @@ async def port() -> AsyncIterator[int]:
 
 
 async def answer(port: int, *parts: bytes) -> bytes:
-    """Everything the server says until it closes or has answered."""
+    """Send `parts` one after the other, and return what the server sends until it answers or closes."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     try:
         for part in parts:

@@ -1,4 +1,4 @@
-"""Hostile and mistaken input: the right status, OpenAI's error object, and the server goes on."""
+"""Hostile and mistaken input gets the right status and OpenAI's error object, and the server continues."""
 
 from typing import Any
 

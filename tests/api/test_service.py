@@ -1,4 +1,4 @@
-"""Models, tokenizer, information, control, metrics, keys, and the OpenAPI document."""
+"""Routes other than generation, over a fake engine: models, tokenizer, information, control, metrics, keys, OpenAPI."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Programs for devices that are not here: what their compilers said is kept between runs, and judged in each."""
+"""Fixtures that compile for devices that are not attached; outcomes are kept between runs and checked in each."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +14,7 @@ if jax.__version_info__ >= (0, 11):
 
 @pytest.fixture(autouse=True, scope="package")
 def _compile_as_users_do(request: pytest.FixtureRequest) -> Iterator[None]:
-    """With every optimisation, and without JAX's cache: what it loads has no memory figures."""
+    """Compile with every optimisation, and without JAX's cache, whose programs have no memory figures."""
     jax.config.update("jax_disable_most_optimizations", False)
     jax.config.update("jax_enable_compilation_cache", False)
     compilation_cache.reset_cache()  # JAX remembers whether it has a cache.
@@ -26,13 +26,13 @@ def _compile_as_users_do(request: pytest.FixtureRequest) -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def outcomes(request: pytest.FixtureRequest, cache_folder: Path) -> "OutcomeStore":
-    """What the compilers said in earlier runs; with --recompile they are asked again."""
+    """The compile outcomes of earlier runs; with --recompile, every program is compiled again."""
     return OutcomeStore(cache_folder / "outcomes", recompile=request.config.getoption("--recompile"))
 
 
 @pytest.fixture(autouse=True, scope="package")
 def _keep_outcomes(request: pytest.FixtureRequest) -> Iterator[None]:
-    """`Lowered.compile` asks the store first."""
+    """Make `Lowered.compile` ask the store first."""
     if jax.__version_info__ < (0, 11):
         yield
         return

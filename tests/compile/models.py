@@ -1,4 +1,4 @@
-"""`config.json` of published models, as far as it shapes a step."""
+"""The `config.json` of published models, reduced to the settings that shape a step."""
 
 from typing import Any
 
@@ -101,7 +101,7 @@ DEEPSEEK_V2_LITE: dict[str, Any] = {
         "original_max_position_embeddings": 4096,
     },
 }  # fmt: skip
-# Half the layers to compile: one kind, with experts.
+# Half as many layers to compile: only the kind with experts.
 DEEPSEEK_V2_LITE_EXPERTS: dict[str, Any] = DEEPSEEK_V2_LITE | {"first_k_dense_replace": 0}
 DEEPSEEK_V31_EXPERTS: dict[str, Any] = DEEPSEEK_V31 | {"first_k_dense_replace": 0}
 KIMI_K2_THINKING: dict[str, Any] = DEEPSEEK_V31 | {

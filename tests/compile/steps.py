@@ -1,4 +1,4 @@
-"""Lays published models out on targets, and checks what every program of a step must keep to."""
+"""Layouts of published models on targets, and the checks that every program of a step must pass."""
 
 import re
 import time
@@ -71,7 +71,7 @@ def layout_for(target_text: str, model: str, tp_size: int, **options: Any) -> tu
 def check_program(
     engine: EngineLayout, lower: Callable[[], jax.stages.Lowered], memory_bytes: int, record: Callable[..., None]
 ) -> tuple[str, Any]:
-    """Compile; what every program must keep to. Returns its text and memory figures."""
+    """Compile a program, check that it fits the device, and return its text and memory figures."""
     lowered = lower()
     started = time.perf_counter()
     compiled = lowered.compile()
@@ -80,14 +80,14 @@ def check_program(
     assert memory is not None
     record("temporary_mib", round(memory.temp_size_in_bytes / 2**20, 1))
     assert memory.temp_size_in_bytes < memory_bytes / 10
-    # Donated arguments and their results are one memory.
+    # Donated arguments and their results share memory.
     used = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
     assert used + memory.temp_size_in_bytes + memory.generated_code_size_in_bytes <= memory_bytes
     return text, memory
 
 
 def check_forward(engine: EngineLayout, text: str, memory: Any, tp_size: int) -> None:
-    """The cache is updated in place, and two all-reduces a layer, of those repeated together, cross the devices."""
+    """Check that the cache is updated in place, and that each layer in the program's text has two all-reduces."""
     assert memory.alias_size_in_bytes >= engine.pool_bytes
     for name, spec in engine.step.backends.attention.cache_spec().items():
         pages = f"[{spec.shape[0]},"
@@ -97,6 +97,6 @@ def check_forward(engine: EngineLayout, text: str, memory: Any, tp_size: int) ->
     in_loops, alone = (
         sum(len(group.kinds) for group in groups if (group.repeats > 1) == loop) for loop in (True, False)
     )
-    # The embedding's rows are on different shards: one more, outside of the loops.
+    # The embedding's rows are on different shards, which takes one more all-reduce, outside of the loops.
     expected = Collectives({"all-reduce": 2 * in_loops}, {"all-reduce": 1 + 2 * alone})
     assert find_collectives(text) == (expected if tp_size > 1 else Collectives({}, {}))

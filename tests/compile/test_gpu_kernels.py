@@ -1,4 +1,4 @@
-"""What NVIDIA's assembler makes of the kernels: registers, and tensor cores."""
+"""The GPU kernels keep to registers and use the tensor cores, according to NVIDIA's assembler."""
 
 import re
 from collections.abc import Callable, Iterator
@@ -29,20 +29,20 @@ if jax.__version_info__ >= (0, 11):
 pytestmark = pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="the kernels need JAX 0.11")
 
 NUM_TOKENS, NUM_ROWS, NUM_PAGES, NUM_Q_HEADS, NUM_KV_HEADS = 256, 32, 16, 16, 4
-# Both dtypes of 8 bits are read and converted in the same places.
+# The kernels read and convert both 8-bit dtypes in the same places.
 _ALIKE = [(64, "int8"), (80, "float8_e4m3fn"), (96, "int8"), (128, "float8_e4m3fn"), (256, "int8")]
 CASES = [
     pytest.param(head_dim, dtype, marks=[pytest.mark.slow] * ((head_dim, dtype) in _ALIKE))
     for head_dim in (64, 80, 96, 128, 256)
     for dtype in ("bfloat16", "int8", "float8_e4m3fn")
 ]
-# Prefill with 256 columns of results in its registers, and 8 bits to convert: the addresses of the stages do not fit.
+# With 256 columns of results in registers and 8-bit elements to convert, prefill spills the addresses of its stages.
 # They are read back once per block of keys, some twenty loads among thousands of instructions.
 MOST_SPILLED = {(256, "int8"): 128, (256, "float8_e4m3fn"): 128}
 
 
 def lower_attention(head_dim: int, dtype: str) -> jax.stages.Lowered:
-    """Attention with all options, for one H100."""
+    """Lower attention with all options, for one H100."""
     mesh = mesh_of(target_devices(parse_target("h100:1")), 1, 1)
     sharding = NamedSharding(mesh, PartitionSpec())
 
@@ -81,13 +81,13 @@ def lower_attention(head_dim: int, dtype: str) -> jax.stages.Lowered:
 
 
 class Kernel(NamedTuple):
-    """What the assembler said of one kernel.
+    """The assembler's report on one kernel.
 
     Attributes:
-        name: of the kernel, as in a profile.
+        name: name of the kernel, as in a profile.
         spilled_bytes: the largest of its stack frame, spill stores and spill loads.
         loads_locals: whether its machine code reads or writes local memory.
-        uses_tensor_cores: whether it has warpgroup matrix products.
+        uses_tensor_cores: whether it has warpgroup matmul instructions.
     """
 
     name: str
@@ -97,7 +97,7 @@ class Kernel(NamedTuple):
 
 
 def _dumped(folder: Path) -> Iterator[Kernel]:
-    """The kernels whose dumps lie in a folder."""
+    """Yield the kernels that were dumped to a folder."""
     for path in sorted(folder.glob("*.ptxas")):
         spilled = re.findall(r"(\d+) bytes (?:stack frame|spill stores|spill loads)", path.read_text())
         assert spilled, path.read_text()
@@ -111,7 +111,7 @@ Assemble = Callable[[jax.stages.Lowered], list[Kernel]]
 
 @pytest.fixture
 def assemble(outcomes: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Assemble:
-    """Compiles a program and returns its kernels: those that no earlier program of this process had."""
+    """A function that compiles a program and returns the kernels that no earlier program of this process had."""
     monkeypatch.setenv("MOSAIC_GPU_DUMP_TO", str(tmp_path))
     monkeypatch.setenv("MOSAIC_GPU_DUMP_PTXAS", "1")
 
@@ -133,7 +133,7 @@ def test_attention_keeps_to_registers_and_uses_the_tensor_cores(head_dim: int, d
         assert kernel.spilled_bytes <= most, kernel
         assert most or not kernel.loads_locals, kernel
         assert kernel.uses_tensor_cores == name.startswith("paged"), name
-    # The write of keys and values is the same for several of them, and compiled once.
+    # The kernel that writes keys and values is the same in several cases, and compiled once.
     assert kernels.keys() >= {"paged_decode", "paged_prefill"}
 
 
@@ -171,7 +171,7 @@ def test_experts_keep_to_registers_and_use_the_tensor_cores(name: str, assemble:
 
 
 def test_kernels_of_a_step_with_adapters_keep_to_registers(assemble: Assemble) -> None:
-    """Those of every linear map's adapters, and of sampling, beside attention at the sizes of a real model."""
+    """The kernels are those of adapters for every linear map, of sampling and of attention, at a real model's sizes."""
     lora = LoraConfig(max_rank=16, target_modules=("all",))
     sizes = {"context_length": 8192, "max_running_requests": 8, "chunked_prefill_size": 32}
     engine, _ = layout_for("h100:1", "qwen3-4b", 1, lora=lora, **sizes)

@@ -1,4 +1,4 @@
-"""`python -m jaxserve.plan`, as a user calls it."""
+"""The command `python -m jaxserve.plan`: its reports, its advice and its errors."""
 
 import json
 import logging
@@ -20,7 +20,7 @@ from jaxserve.plan.compile import Outcome
 from jaxserve.plan.targets import parse_target, target_devices
 from tests.compile.models import DEEPSEEK_V31, LLAMA33_70B, QWEN3_4B, QWEN3_30B_A3B_FP8
 
-# Two forward programs and one of draws.
+# Two forward programs and one for sampling.
 SMALL = ("--max-running-requests", "8", "--chunked-prefill-size", "32")
 SMALLEST = ("--max-running-requests", "8", "--chunked-prefill-size", "8")
 TINY = QWEN3_4B | {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "vocab_size": 512}
@@ -28,7 +28,7 @@ needs_compilers = pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="the
 
 
 class Done(NamedTuple):
-    """What a call of the command came to."""
+    """The exit code and the output of one call of the command."""
 
     returncode: int
     stdout: str
@@ -40,7 +40,7 @@ Plan = Callable[..., Done]
 
 @pytest.fixture
 def plan(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Plan:
-    """The command, in this process."""
+    """A function that runs the command in this process."""
     monkeypatch.setattr(logging, "basicConfig", lambda **_: None)
 
     def plan(model: dict[str, Any], *arguments: str) -> Done:
@@ -55,7 +55,7 @@ def plan(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest
 
 
 def test_the_command(tmp_path: Path) -> None:
-    """`python -m jaxserve.plan` in a process of its own, on the devices that it asks JAX for."""
+    """`python -m jaxserve.plan` runs in its own process, on the devices that it asks JAX for."""
     (tmp_path / "config.json").write_text(json.dumps(TINY))
     arguments = ("--target", "cpu:2", "--json", "--context-length", "512", *SMALL)
     command = [sys.executable, "-m", "jaxserve.plan", "--model-path", str(tmp_path), *arguments]
@@ -96,10 +96,10 @@ def test_a_model_that_does_not_fit(plan: Plan) -> None:
 @pytest.mark.parametrize(
     ("model", "target", "flags"),
     [
-        # 144 blocks of its dense MLP's rows are no multiple of 32 devices.
+        # The 144 blocks of its dense MLP's rows are no multiple of 32 devices.
         (DEEPSEEK_V31, "v5e:2x2", "no number of them that divides the model is enough"),
         (DEEPSEEK_V31, "v5p:2x2x1", "try --tp-size 16 or"),
-        # Experts of six blocks cannot be cut in four.
+        # Experts of six blocks cannot be split over four devices.
         (QWEN3_30B_A3B_FP8, "v5e:1x1", "try --tp-size 4 --ep-size 4 or"),
     ],
 )
@@ -125,7 +125,7 @@ def test_a_context_that_does_not_fit(plan: Plan, monkeypatch: pytest.MonkeyPatch
 
 
 def test_a_target_whose_memory_is_not_known(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A context that the pool of a CPU does not hold is reported, without advice on devices."""
+    """A context that does not fit a CPU's page pool is reported, without advice on devices."""
     monkeypatch.setattr("jaxserve.plan.compile._compile", lambda *_: Outcome([], 0.0))
     long = TINY | {"max_position_embeddings": 1 << 20}
     done = plan(long, "--target", "cpu:1", "--json", *SMALLEST)
@@ -168,6 +168,6 @@ def test_programs_of_adapters(plan: Plan) -> None:
     done = plan(QWEN3_4B, "--target", "h100:1", "--json", "--context-length", "8192", *SMALL, *lora)
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
-    # A second product for each of seven modules and the head, and five first ones: q, k, v and gate, up share theirs.
+    # Expand kernels of seven modules and the head; shrink kernels of q, k, v, of o, of gate, up, of down, of the head.
     assert [program["kernels"] for program in report["programs"]] == [3, 2, 3 + 13, 2 + 13, 3]
     assert report["memory"]["adapters"] > 0

@@ -1,7 +1,7 @@
-"""The jitted step, compiled by the real compilers of devices that are not here, with the Pallas kernels in it.
+"""The jitted step with its Pallas kernels, compiled by the real compilers of devices that are not attached.
 
-What is proven for each: the kernels are in the program once, the cache is updated in place, temporaries are small, all
-of it fits the device, and the collectives are the expected ones.
+In each program, the kernels occur once, the cache is updated in place, temporaries are small, everything fits the
+device, and the collectives are the expected ones.
 """
 
 import math
@@ -28,7 +28,7 @@ from tests.support.marks import slow
 
 pytestmark = pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="the kernels need JAX 0.11")
 
-# Llama-3.1-8B does not fit one v5e, 70B no less than eight of the smaller devices.
+# Llama-3.1-8B does not fit one v5e, and 70B needs at least eight of the smaller devices.
 STEPS = [
     slow("v5e:2x2", "qwen2.5-0.5b", 1),
     slow("v5e:2x2", "qwen3-4b", 4),
@@ -47,7 +47,7 @@ STEPS = [
     ("h100:8", "llama-3.3-70b", 8),
     slow("h200:8", "llama-3.3-70b", 8),
 ]
-# Each model on a TPU and on a GPU, and both vocabularies split and whole.
+# Each model on a TPU and on a GPU, and both vocabularies (Qwen's and Llama's) split and whole.
 DECODE_STEPS = [
     ("v5e:2x2", "qwen2.5-0.5b", 1),
     slow("v5e:2x2", "llama-3.1-8b", 4),
@@ -62,7 +62,7 @@ DECODE_STEPS = [
 
 @pytest.mark.parametrize(("target", "model", "tp_size"), STEPS)
 def test_mixed_step(target: str, model: str, tp_size: int, record_property: Callable[..., None]) -> None:
-    """The widest step: prompts and single tokens."""
+    """The widest step runs prompts and single tokens."""
     engine, weight_bytes = layout_for(target, model, tp_size)
     on_gpu = parse_target(target).device.platform == "gpu"
     assert engine.attention_name == ("gpu" if on_gpu else "tpu")
@@ -71,9 +71,9 @@ def test_mixed_step(target: str, model: str, tp_size: int, record_property: Call
     text, memory = check_program(
         engine, lambda: step.lower_forward(ForwardShape(engine.step.buckets[0])), memory_bytes, record_property
     )
-    # Decode and prefill; on GPUs the cache is written by a kernel of its own.
+    # Decode and prefill; on GPUs a separate kernel writes the cache.
     assert num_kernels(text) == (3 if on_gpu else 2)
-    # Weights stay as they are; a layout that the compiler does not like would show here.
+    # Weights are not copied; a layout that the compiler changes would show here.
     assert memory.temp_size_in_bytes < weight_bytes / 4
     check_forward(engine, text, memory, tp_size)
 
@@ -90,7 +90,7 @@ def test_decode_step_and_draws(target: str, model: str, tp_size: int, record_pro
     assert num_kernels(text) == (2 if on_gpu else 1)
     check_forward(engine, text, memory, tp_size)
     text, memory = check_program(engine, lambda: step.lower_sample(rows), memory_bytes, record_property)
-    # Arg-maxima only; with candidates; with penalties and masks.
+    # One kernel for argmax only, one with candidates, and one with penalties and masks.
     assert num_kernels(text) == 3
     assert memory.alias_size_in_bytes >= 4 * (rows + 1) * engine.step.layout.vocab_size // tp_size
     _check_gathers(text, rows, tp_size)
@@ -117,8 +117,8 @@ def test_decode_step_and_draws(target: str, model: str, tp_size: int, record_pro
 def test_step_with_experts(
     target: str, model: str, tp_size: int, ep_size: int, record_property: Callable[..., None]
 ) -> None:
-    """Experts stay in the stack of all layers: cut out, one layer's would show among the temporaries."""
-    # Hopper's compiler would compute attention twice, were the device fuller than it likes.
+    """Experts stay in the stack of all layers; a slice with one layer's would show among the temporaries."""
+    # If the device were fuller, Hopper's compiler would compute attention twice.
     num_tokens = {"h100:1": 24576, "h200:8": 262144}.get(target)
     engine, _ = layout_for(target, model, tp_size, ep_size=ep_size, max_total_tokens=num_tokens)
     on_gpu = parse_target(target).device.platform == "gpu"
@@ -129,7 +129,7 @@ def test_step_with_experts(
     assert engine.attention_name == ("gpu" if on_gpu else "tpu")
     attention = 3 if on_gpu else 2
     assert not isinstance(engine.step.backends.experts, XlaGroupedMatmul)
-    # gpt-oss has layers of two kinds in turn, DeepSeek some without experts before the others.
+    # gpt-oss alternates two kinds of layers, DeepSeek has some without experts before the others.
     kinds = [kind for group in group_layers(engine.step.decoder.config.layers) for kind in group.kinds]
     mlps = {"dense": 0, "experts": 3}
     assert num_kernels(text) == sum(attention + mlps[kind.mlp] + _num_linears(engine, kind) for kind in kinds)
@@ -155,7 +155,7 @@ def test_step_with_experts(
     ],
 )
 def test_step_with_mha_prefill(target: str, model: str, tp_size: int, record_property: Callable[..., None]) -> None:
-    """Nothing crosses the devices for it, and neither cache nor room is copied."""
+    """MHA prefill adds no collective, and neither the cache nor the workspace is copied."""
     num_tokens = {"h100:1": 65536, "h200:8": 262144}.get(target)  # as above
     engine, _ = layout_for(target, model, tp_size, ep_size=tp_size, max_total_tokens=num_tokens)
     room = engine.step.mla_workspace
@@ -168,7 +168,7 @@ def test_step_with_mha_prefill(target: str, model: str, tp_size: int, record_pro
         heads = room.backend.config.num_kv_heads // tp_size
         pages = f"[{spec.shape[0]},{heads},"
         assert not [line for line in text.splitlines() if re.search(r" copy(-start)?\(", line) and pages in line]
-    # The cache is written, rows of single tokens decode, and the room has a backend of its own.
+    # The cache is written, rows of single tokens decode, and the workspace has its own backend.
     attention = 1 + 2 + 2 if target.startswith("h") else 3
     kinds = [kind for group in group_layers(engine.step.decoder.config.layers) for kind in group.kinds]
     mlps = {"dense": 0, "experts": 3}
@@ -177,7 +177,7 @@ def test_step_with_mha_prefill(target: str, model: str, tp_size: int, record_pro
 
 @pytest.mark.parametrize(("target", "model"), [("v6e:2x4", "qwen3-30b-a3b"), slow("h200:8", "deepseek-v3.1")])
 def test_copies_share_experts(target: str, model: str, record_property: Callable[..., None]) -> None:
-    """--enable-dp-attention: tokens of all copies go to the experts of each, and their sums back; nothing else."""
+    """With --enable-dp-attention, only the tokens of all replicas and the experts' sums cross the devices."""
     num_tokens = {"h200:8": 32768}.get(target)  # as above
     engine, _ = layout_for(target, model, 1, dp_size=8, dp_attention=True, max_total_tokens=num_tokens)
     assert engine.attention_name == ("gpu" if target.startswith("h") else "tpu")
@@ -186,14 +186,14 @@ def test_copies_share_experts(target: str, model: str, record_property: Callable
     text, memory = check_program(
         engine, lambda: step.lower_forward(ForwardShape(Bucket(rows, rows))), memory_bytes, record_property
     )
-    # Activations, experts and their weights; Hopper's compiler makes one of the three.
+    # Activations, experts and their weights are gathered; Hopper's compiler makes one all-gather of the three.
     gathers = 1 if target.startswith("h") else 3
     assert find_collectives(text) == Collectives({"all-gather": gathers, "reduce-scatter": 1}, {})
     assert memory.alias_size_in_bytes >= engine.pool_bytes
 
 
 def _num_linears(engine: EngineLayout, kind: LayerConfig) -> int:
-    """Quantised linear maps of a layer that have a kernel: of attention, and of an MLP or of a shared expert."""
+    """Return how many quantised linear maps of a layer have a kernel: in attention, and in an MLP or shared expert."""
     parts = ("attention", "moe" if kind.mlp == "experts" else "mlp")
     return sum(path[1] in parts for path in engine.step.linears)
 
@@ -211,7 +211,7 @@ def _num_linears(engine: EngineLayout, kind: LayerConfig) -> int:
 def test_decode_step_of_quantised_linear_maps(
     target: str, model: str, tp_size: int, quantization: str, record_property: Callable[..., None]
 ) -> None:
-    """Weights are multiplied out in the kernels: nothing of a layer's size is among the temporaries."""
+    """Weights are dequantised in the kernels, so no temporary is of a layer's size."""
     engine, _ = layout_for(target, model, tp_size, quantization=quantization)
     step, memory_bytes = StepPrograms(engine.step), parse_target(target).device.memory_bytes
     rows = engine.scheduler.max_rows
@@ -224,7 +224,7 @@ def test_decode_step_of_quantised_linear_maps(
 
 
 def _check_gathers(text: str, rows: int, tp_size: int) -> None:
-    """What crosses the devices in a draw is candidates, a few hundred words a row, and no logits."""
+    """Check that only candidates cross the devices in sampling, a few hundred words per row, and no logits."""
     sizes = [
         math.prod(int(size) for size in shape.split(",") if size)
         for line in re.findall(r"= (.*?) (?:all-gather|all-reduce|collective-permute)(?:-start)?\(", text)
@@ -236,7 +236,7 @@ def _check_gathers(text: str, rows: int, tp_size: int) -> None:
 
 @pytest.mark.parametrize("target", ["v6e:2x4", slow("h100:8")])
 def test_copies_share_nothing(target: str, record_property: Callable[..., None]) -> None:
-    """--dp: no collective runs over `data`."""
+    """With --dp, no collective runs over the mesh axis `data`."""
     engine, _ = layout_for(target, "qwen2.5-0.5b", 2, dp_size=4)
     step, memory_bytes = StepPrograms(engine.step), parse_target(target).device.memory_bytes
     text, _ = check_program(
@@ -251,9 +251,9 @@ def test_copies_share_nothing(target: str, record_property: Callable[..., None])
     ("target", "model", "tp_size"), [slow("v6e:2x4", "llama-3.1-8b", 4), ("h100:8", "llama-3.3-70b", 8)]
 )
 def test_step_with_adapters(target: str, model: str, tp_size: int, record_property: Callable[..., None]) -> None:
-    """Factors are split with their weights: small all-reduces after those of the base, and nothing else crosses."""
+    """LoRA matrices are split like their weights: small all-reduces follow those of the base, and nothing else."""
     lora = LoraConfig(max_rank=16, target_modules=("all-linear",))
-    # Hopper's compiler would compute updates twice, were the device fuller than it likes.
+    # If the device were fuller, Hopper's compiler would compute updates twice.
     engine, weight_bytes = layout_for(target, model, tp_size, lora=lora, max_total_tokens=262144)
     step, memory_bytes = StepPrograms(engine.step), parse_target(target).device.memory_bytes
     text, memory = check_program(
@@ -262,7 +262,7 @@ def test_step_with_adapters(target: str, model: str, tp_size: int, record_proper
         memory_bytes,
         record_property,
     )
-    # Four first products (q, k and v share one; gate and up, too), seven second ones.
+    # Four shrink kernels (q, k and v share one, as do gate and up) and seven expand kernels.
     assert num_kernels(text) == (3 if target.startswith("h") else 2) + 4 + 7
     assert memory.temp_size_in_bytes < weight_bytes / 4
     assert memory.alias_size_in_bytes >= engine.pool_bytes
@@ -273,7 +273,7 @@ def test_step_with_adapters(target: str, model: str, tp_size: int, record_proper
 def test_step_with_adapted_experts(
     target: str, tp_size: int, ep_size: int, record_property: Callable[..., None]
 ) -> None:
-    """Every linear map, routers and experts among them: no more than the base's collectives and theirs crosses."""
+    """Every linear map is adapted, routers and experts among them, and the program has the expected kernels."""
     lora = LoraConfig(max_rank=16, max_loras_per_batch=3, target_modules=("all",))
     options = {"ep_size": ep_size, "lora": lora, "max_total_tokens": 65536, "max_running_requests": 64}
     engine, _ = layout_for(target, "qwen3-30b-a3b", tp_size, **options)
@@ -284,8 +284,8 @@ def test_step_with_adapted_experts(
         memory_bytes,
         record_property,
     )
-    # Of attention; experts; two for each map of experts; first factors of q, k, v, of o, and of the router; second
-    # ones of these five; both of the head.
+    # Attention; experts; two for each linear map of experts; shrink for q, k, v, for o, and for the router; expand for
+    # these five; both for the head.
     assert num_kernels(text) == (2 if target.startswith("h") else 1) + 3 + 3 * 2 + 3 + 5 + 2
     assert memory.alias_size_in_bytes >= engine.pool_bytes
 
@@ -346,7 +346,7 @@ def test_quantised_cache(target: str, dtype: str, record_property: Callable[...,
 
 
 def test_long_contexts_take_larger_pages(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A TPU's page table has to fit the memory for scalars."""
+    """A TPU's page table has to fit its scalar memory."""
     engine, _ = layout_for("v6e:2x4", "llama-3.1-8b", 4, context_length=131072)
     assert engine.cache.page_size == 256
     step = StepPrograms(engine.step)

@@ -1,4 +1,4 @@
-"""The real server in a process of its own, on a tiny checkpoint."""
+"""Fixtures and helpers that run the real server, in its own process or in this one."""
 
 import asyncio
 import contextlib
@@ -29,7 +29,7 @@ START_S = 300
 
 @contextlib.asynccontextmanager
 async def loaded(folder: Path, **options: Any) -> AsyncIterator[InProcessEngineClient]:
-    """An engine in this process, so that one load serves servers with different settings."""
+    """Run an engine in this process, so that one load serves servers with different settings."""
     config = EngineConfig(model_path=str(folder), dtype="float32", page_size=16, show_progress=False, **options)
     built = await asyncio.to_thread(build_engine, config, lambda items, *_: items)
     client = InProcessEngineClient(built.engine, built.info)
@@ -39,7 +39,7 @@ async def loaded(folder: Path, **options: Any) -> AsyncIterator[InProcessEngineC
 
 @contextlib.asynccontextmanager
 async def serving(server: Server, tokenizer: Tokenizer) -> AsyncIterator[str]:
-    """A server of this process on a socket of its own; its address."""
+    """Run a server in this process on its own socket, and yield its address."""
     server.serve(tokenizer)
     http = uvicorn.Server(uvicorn.Config(create_app(server), port=0, log_level="warning", lifespan="off"))
     http.capture_signals = contextlib.nullcontext  # type: ignore[method-assign]
@@ -75,7 +75,7 @@ class ServerProcess:
             )
 
     def wait_ready(self) -> "ServerProcess":
-        """Wait for 200 from /health; `/live` must answer long before."""
+        """Wait until `/health` answers with status 200."""
         deadline = time.monotonic() + START_S
         while time.monotonic() < deadline:
             assert self.process.poll() is None, self.log.read_text()
@@ -88,12 +88,12 @@ class ServerProcess:
         raise AssertionError(f"not ready after {START_S} s:\n{self.log.read_text()}")
 
     def engine_pid(self) -> int:
-        """Process id of the engine."""
+        """Return the process id of the engine."""
         children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
         return int(children[0])
 
     def stop(self) -> int:
-        """SIGTERM and wait."""
+        """Send SIGTERM, wait for the process to end, and return its exit code."""
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGTERM)
         try:

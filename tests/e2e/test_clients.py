@@ -1,4 +1,4 @@
-"""Clients that users have, against the demo model: they find what they expect."""
+"""Client libraries that users have (OpenAI, Anthropic and others) work with a server of the demo model."""
 
 import json
 import shutil
@@ -23,7 +23,7 @@ PARIS = "The capital of France is Paris."
 
 
 class Weather(BaseModel):
-    """What is asked of the model."""
+    """The structured output that is asked of the model."""
 
     city: str = Field(max_length=12)
     days: int = Field(ge=1, le=9)
@@ -68,7 +68,7 @@ def test_openai_streams_with_its_helper(client: OpenAI) -> None:
 
 
 def test_a_conversation_with_a_tool(client: OpenAI) -> None:
-    """A forced call, its result in the history, and an answer."""
+    """A forced call is followed by its result in the history, and by an answer."""
     first = client.chat.completions.create(
         model="demo", messages=MESSAGES, tools=[tool()], max_tokens=120, temperature=0,
         tool_choice={"type": "function", "function": {"name": "weather"}},

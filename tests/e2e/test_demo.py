@@ -1,4 +1,4 @@
-"""The README's first promise: one command, a real model, sensible words."""
+"""The README's first promise: one command serves a real model that gives sensible answers."""
 
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -24,7 +24,7 @@ def test_the_demo_knows_a_capital(demo: ServerProcess) -> None:
 
 
 def test_defaults_name_the_capital_and_end(demo: ServerProcess) -> None:
-    """The README's question with the sampling parameters that the demo model recommends, and a seed for each try."""
+    """The README's question is asked with the sampling parameters that the demo model recommends, and 16 seeds."""
 
     def ask(seed: int) -> tuple[bool, str]:
         answer = client.chat.completions.create(

@@ -41,7 +41,7 @@ def test_every_example_is_tested() -> None:
 
 @pytest.fixture(scope="module")
 def options_server(flags: list[str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
-    """With the options that two examples need."""
+    """A server with the LoRA and reasoning options that two examples need."""
     folder = tmp_path_factory.mktemp("examples")
     write_adapter(folder / "adapters" / "poet")
     lora = ["--enable-lora", "--max-lora-rank", "4", "--lora-target-modules", "all-linear"]

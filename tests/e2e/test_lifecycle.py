@@ -1,4 +1,4 @@
-"""Start, refusal to start, drain, and the loss of the engine."""
+"""The lifecycle of a server process: start, refusal to start, drain, and loss of the engine."""
 
 import json
 import os
@@ -24,7 +24,7 @@ def stream_lines(url: str, body: dict[str, Any], out: list[str], started: thread
 
 
 def start_stream(server: ServerProcess, max_tokens: int) -> tuple[threading.Thread, list[str]]:
-    """A stream in a thread; returns once its first event is there."""
+    """Start a stream in a thread, and return once its first event has arrived."""
     out: list[str] = []
     started = threading.Event()
     body = {"prompt": "abc", "max_tokens": max_tokens, "ignore_eos": True, "stream": True}
@@ -56,7 +56,7 @@ def test_sigterm_lets_running_requests_finish(flags: list[str], tmp_path: Path) 
 
 def test_the_drain_has_a_limit(flags: list[str], tmp_path: Path) -> None:
     server = ServerProcess(*flags, "--drain-timeout", "0.2", log=tmp_path / "log").wait_ready()
-    os.kill(server.engine_pid(), signal.SIGSTOP)  # a request that would take for ever
+    os.kill(server.engine_pid(), signal.SIGSTOP)  # so that the request would take for ever
     thread = threading.Thread(target=lambda: httpx.post(f"{server.url}/v1/completions", json={"prompt": "x"}))
     out: list[str] = []
     body = {"messages": [{"role": "user", "content": "x"}], "stream": True}
@@ -109,7 +109,7 @@ def test_a_busy_port_is_reported_before_the_model_is_read(server: ServerProcess)
 
 
 def test_an_engine_that_cannot_start_says_why(checkpoint: Path) -> None:
-    """The engine process finds it; the exit code and the message are the launcher's."""
+    """The engine process finds the problem; the launcher prints the message and ends with the exit code."""
     result = launch("--model-path", str(checkpoint), "--port", "0", "--tp", "3")
     assert result.returncode == 2
     assert "error: --tp-size 3 does not divide the model's 8 attention heads" in result.stderr, result.stderr

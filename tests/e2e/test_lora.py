@@ -1,4 +1,4 @@
-"""Adapters, as a user serves them."""
+"""Adapters on a real server, merged into the base and next to it."""
 
 import json
 from concurrent.futures import ThreadPoolExecutor
@@ -21,7 +21,7 @@ def complete(server: ServerProcess, model: str) -> str:
 
 def test_a_merged_adapter_is_served_under_its_name(flags: list[str], server: ServerProcess, tmp_path: Path) -> None:
     adapter = write_adapter(tmp_path / "adapter")
-    # The fixture's flags name the base.
+    # The fixture's flags give the base a name.
     unnamed = [flag for flag in flags if flag not in ("--served-model-name", "tiny")]
     merged = ServerProcess(*unnamed, "--merge-lora", f"poet={adapter}", log=tmp_path / "log").wait_ready()
     models = httpx.get(f"{merged.url}/v1/models").json()["data"]
@@ -31,7 +31,7 @@ def test_a_merged_adapter_is_served_under_its_name(flags: list[str], server: Ser
 
 
 def test_adapters_are_served_beside_the_base(flags: list[str], server: ServerProcess, tmp_path: Path) -> None:
-    """More of them than slots, all at once, by every name; each answers as the model that it is merged into."""
+    """More adapters than slots run at the same time, under each of their names, and answer as they do alone."""
     paths = {name: write_adapter(tmp_path / name, seed=seed, rank=2 + seed) for seed, name in enumerate("abc")}
     as_json = json.dumps({"lora_name": "c", "lora_path": str(paths["c"])})
     lora = ["--lora-paths", f"a={paths['a']}", f"b={paths['b']}", as_json, "--max-loras-per-batch", "3"]

@@ -1,4 +1,4 @@
-"""Adapters that come and go while a real server answers."""
+"""Adapters are loaded and unloaded while a real server answers requests."""
 
 import asyncio
 import random
@@ -31,7 +31,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def lora_server(flags: list[str], root: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
-    """Two slots and two adapters in memory, beside the base."""
+    """A server with two slots besides the base's, and at most three adapters in host memory."""
     lora = ["--enable-lora", "--max-lora-rank", "8", "--lora-target-modules", "all", "--lora-root", str(root)]
     limits = ["--max-loras-per-batch", "3", "--max-loaded-loras", "3"]
     process = ServerProcess(*flags, *lora, *limits, log=tmp_path_factory.mktemp("lora") / "log").wait_ready()
@@ -41,7 +41,7 @@ def lora_server(flags: list[str], root: Path, tmp_path_factory: pytest.TempPathF
 
 
 def change(server: ServerProcess, what: str, **body: object) -> tuple[int, str | None, list[str]]:
-    """Load or unload; the status, what was wrong and what is loaded then."""
+    """Load or unload an adapter; return the status, the error message and the names that are loaded then."""
     answer = httpx.post(f"{server.url}/{what}_lora_adapter", json=body, timeout=60)
     found = answer.json()
     return answer.status_code, found["error_message"], list(found["loaded_adapters"])
@@ -57,7 +57,7 @@ def unload(server: ServerProcess, name: str) -> None:
 
 @pytest.fixture(scope="module")
 def alone(lora_server: ServerProcess) -> dict[str, str]:
-    """What each adapter answers when it is the only one."""
+    """The answers of the base and of each adapter when it is the only one loaded."""
     answers: dict[str, str] = {"": complete(lora_server, "tiny")}
     for folder in FOLDERS:
         load(lora_server, "alone", folder)
@@ -74,7 +74,7 @@ def test_more_adapters_than_memory_holds_are_read_again(
         load(lora_server, name, name)
     for name in (*FOLDERS, *FOLDERS):
         assert complete(lora_server, name) == alone[name]
-    # What is read again must be what was loaded.
+    # An adapter that is read again must be the one that was loaded.
     kept = root / "a-kept"
     (root / "a").rename(kept)
     shutil.copytree(root / "b", root / "a")
@@ -127,19 +127,19 @@ def test_adapters_that_cannot_be_served_change_nothing(
 
 
 class Clients:
-    """Many clients that load, unload and ask as they like.
+    """Concurrent clients that load, unload and query adapters at random.
 
     Attributes:
-        answered: requests that an adapter answered.
+        answered: number of requests that an adapter answered.
     """
 
     def __init__(self, url: str, alone: dict[str, str]) -> None:
         self._url = url
         self._alone = alone
         self._random = random.Random(0)
-        # What a name may mean; the last one means now this, now that.
+        # The folders that a name may be loaded from; the last name has two.
         self._folders = {"x": ["a"], "y": ["b"], "z": ["c"], "w": ["d", "e"]}
-        # Names that surely are loaded, and how often each was asked to go.
+        # Names that are certainly loaded, and the number of requests to unload each name.
         self._loaded: set[str] = set()
         self._num_unloads: Counter[str] = Counter()
         self.answered = 0
@@ -188,7 +188,7 @@ def test_random_interleavings(lora_server: ServerProcess, alone: dict[str, str])
     for name in loaded:
         unload(lora_server, name)
     assert change(lora_server, "unload", lora_name="no such")[2] == []
-    # Every slot can be had again, at once.
+    # Every slot can be used again immediately.
     for folder in ("a", "b"):
         load(lora_server, folder, folder)
         assert complete(lora_server, folder) == alone[folder]

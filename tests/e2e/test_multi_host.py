@@ -1,4 +1,4 @@
-"""Two processes of four CPU devices each, on loopback, as two hosts."""
+"""Two hosts, which are two processes on loopback with four CPU devices each, against one host with one device."""
 
 import contextlib
 import os
@@ -42,7 +42,7 @@ def two_hosts(
     here: list[str] | None = None,
     there: list[str] | None = None,
 ) -> Iterator[tuple[ServerProcess, Follower]]:
-    """Two hosts that are starting; `here` are flags that only the first has, `there` those of the second."""
+    """Start two hosts; `here` are flags that only host 0 has, `there` flags that only host 1 has."""
     shared = [
         *flags, "--nnodes", "2", "--dist-init-addr", f"127.0.0.1:{free_port()}",
         "--tp-size", str(8 // dp_size), "--dp-size", str(dp_size),
@@ -60,7 +60,7 @@ def two_hosts(
 
 
 def texts(url: str) -> list[str]:
-    """Greedy, seeded several times, with a grammar, and with what lives in a row's state on the devices."""
+    """Return texts from greedy and seeded requests, with a grammar, and with penalties and biases in a row's state."""
     bodies: list[dict[str, Any]] = [
         {"prompt": [1, 2, 3], "max_tokens": 24, "temperature": 0, "ignore_eos": True},
         {"prompt": [5, 6], "max_tokens": 24, "seed": 7, "n": 4, "top_p": 0.9, "ignore_eos": True},
@@ -77,7 +77,7 @@ def texts(url: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def want(server: ServerProcess) -> list[str]:
-    """By one host with one device."""
+    """The texts of one host with one device."""
     return texts(server.url)
 
 
@@ -90,7 +90,7 @@ def test_two_hosts_with_a_copy_each_give_the_tokens_of_one(flags: list[str], wan
 
 
 def test_two_hosts_share_a_copy_until_one_is_lost(flags: list[str], want: list[str], tmp_path: Path) -> None:
-    """With one adapter that both have from the start, and one that only host 0 has the files of."""
+    """Both hosts have one adapter from the start; the files of another one are on host 0 only."""
     first, later = write_adapter(tmp_path / "first", seed=1), write_adapter(tmp_path / "root" / "later", seed=2)
     merged = ServerProcess(*flags, "--merge-lora", str(later), log=tmp_path / "merged").wait_ready()
     want_later = complete(merged, "tiny")
@@ -116,7 +116,7 @@ def test_two_hosts_share_a_copy_until_one_is_lost(flags: list[str], want: list[s
 
 
 def kill_engine(launcher: int) -> None:
-    """The engine itself, not its launcher."""
+    """Kill the engine of a launcher, not the launcher."""
     children = Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()
     os.kill(int(children[0]), signal.SIGKILL)
 

@@ -1,4 +1,4 @@
-"""Requests made from the server's own OpenAPI document: none is an internal error, and answers are as documented."""
+"""Requests generated from the server's OpenAPI document cause no internal error, and responses are as documented."""
 
 import pytest
 import schemathesis
@@ -52,7 +52,7 @@ OPERATIONS = (
 
 @pytest.fixture(scope="module")
 def schema(server: ServerProcess) -> schemathesis.BaseSchema:
-    # The document describes itself as text.
+    # The document describes its own route as text.
     return schemathesis.openapi.from_url(f"{server.url}/schema/openapi.json").exclude(path_regex="^/schema")
 
 

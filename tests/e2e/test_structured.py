@@ -1,4 +1,7 @@
-"""Structured outputs of a model with random weights: valid whenever they end by themselves, alone and combined."""
+"""Structured outputs of a model with random weights are valid whenever they end by themselves.
+
+This holds for random schemas, and for every grammar combined with every two other features of a request.
+"""
 
 import asyncio
 import itertools
@@ -98,7 +101,7 @@ PAIRS = [(grammar, *pair) for grammar in GRAMMARS for pair in itertools.combinat
 
 
 def check(grammar: str, choice: dict[str, Any]) -> None:
-    """What a grammar promises of a choice that ended by itself."""
+    """Check that a choice that ended by itself conforms to its grammar."""
     message = choice["message"]
     if choice["matched_stop"] in ("99", "zz") or choice["finish_reason"] == "length":
         return
@@ -119,7 +122,7 @@ def check(grammar: str, choice: dict[str, Any]) -> None:
 
 
 async def streamed(http: httpx.AsyncClient, **fields: Any) -> dict[int, dict[str, Any]]:
-    """Choices of a stream, put together."""
+    """Return the choices of a stream, assembled from its chunks."""
     body = {"messages": [{"role": "user", "content": "x"}], "max_tokens": 200, "stream": True, **fields}
     lines = (await http.post("/v1/chat/completions", json=body)).text.splitlines()
     assert lines[-2] == "data: [DONE]", lines[-3:]
@@ -140,7 +143,7 @@ async def streamed(http: httpx.AsyncClient, **fields: Any) -> dict[int, dict[str
 
 @pytest.mark.parametrize("grammar", ["schema", "regex", "required", slow("ebnf"), slow("named")])
 async def test_every_grammar_with_every_two_features(http: httpx.AsyncClient, grammar: str) -> None:
-    """Whole and streamed give the same, every choice of it keeps to the grammar, and every token has its list."""
+    """Whole and streamed answers are equal, every choice conforms to the grammar, and every token has its logprobs."""
 
     async def one(first: str, second: str) -> None:
         fields = {**GRAMMARS[grammar], **FEATURES[first], **FEATURES[second], "seed": 7}
@@ -154,7 +157,7 @@ async def test_every_grammar_with_every_two_features(http: httpx.AsyncClient, gr
             calls = choice["message"]["tool_calls"] or ()
             assert list(own["arguments"].values()) == [call["function"]["arguments"] for call in calls]
             tokens = (choice["logprobs"] or {}).get("content") or []
-            # Draws depend on no neighbour; logits move by rounding.
+            # Sampling does not depend on other rows; logits differ by rounding.
             assert [token["token"] for token in own["tokens"]] == [token["token"] for token in tokens]
             np.testing.assert_allclose(
                 [token["logprob"] for token in own["tokens"]], [token["logprob"] for token in tokens], atol=1e-3
@@ -215,7 +218,7 @@ async def test_bad_grammars_disturb_nobody(http: httpx.AsyncClient) -> None:
         assert response.status_code == 400, response.text
         assert response.json()["error"]["param"] == next(iter(fields))
 
-    # Once it is compiled, this one waits for nothing.
+    # Once this grammar is compiled, its requests wait for nothing.
     await ask(http, **GRAMMARS["schema"])
     good = [ask(http, **GRAMMARS["schema"], seed=seed) for seed in range(8)]
     answers = await asyncio.gather(*map(refused, bad[:5]), *good)

@@ -1,4 +1,4 @@
-"""The server as users meet it: the openai client, many at once, clients that vanish."""
+"""The server as users meet it: the OpenAI client, many concurrent clients, and clients that disconnect."""
 
 import asyncio
 import os
@@ -97,7 +97,7 @@ async def test_many_clients_at_once(server: ServerProcess) -> None:
 
         together = await asyncio.gather(*(ask(index) for index in range(24)))
         alone = [await ask(index) for index in range(0, 24, 6)]
-    # Draws never depend on neighbours; float32 logits move by rounding only, which no draw here is close to.
+    # Sampling never depends on other rows; float32 logits differ only by rounding, which changes no token here.
     assert alone == together[::6]
     assert metric(server, "jaxserve_compiles_after_ready_total") == 0
 
@@ -136,7 +136,7 @@ def test_a_prefix_is_computed_once(client: OpenAI) -> None:
 
 
 def test_abort_by_the_clients_own_id(server: ServerProcess, client: OpenAI) -> None:
-    """One id, two prompts: all their choices end, the stream gets an error, and the rows are free."""
+    """One id stands for two prompts: all their choices end as aborted, and the rows are free."""
     options: Any = {"model": "tiny", "prompt": ["one", "two"], "n": 8, "max_tokens": 400, "stream": True}
     stream = client.completions.create(**options, extra_body={"rid": "mine", "ignore_eos": True})
     reasons: dict[int, str] = {}
@@ -156,7 +156,7 @@ def test_abort_by_the_clients_own_id(server: ServerProcess, client: OpenAI) -> N
 
 
 def test_a_client_that_does_not_read_holds_up_nobody(server: ServerProcess, client: OpenAI) -> None:
-    """Its answer waits for it, in full, while others are served."""
+    """The whole answer waits for the slow client, while others are served."""
     body = {"prompt": "x", "max_tokens": 500, "n": 8, "ignore_eos": True, "stream": True, "logprobs": 20}
     with httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=60) as slow:
         for _ in range(3):

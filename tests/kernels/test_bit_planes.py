@@ -1,4 +1,4 @@
-"""The re-laid mask, bit by bit."""
+"""The bit planes that the sampling kernels read hold the token mask, bit by bit, against the unpacked mask in numpy."""
 
 import jax
 import jax.numpy as jnp

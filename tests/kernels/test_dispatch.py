@@ -1,4 +1,4 @@
-"""Which backend is chosen, and what is said of it."""
+"""The choice of attention and sampling backends for a device, and the reasons reported for it."""
 
 import logging
 from types import SimpleNamespace

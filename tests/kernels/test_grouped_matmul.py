@@ -1,4 +1,4 @@
-"""Grouped products against numpy in float64; the Pallas kernels run interpreted, with their races watched."""
+"""Grouped matmuls against numpy in float64; the Pallas kernels run in interpret mode, with race detection."""
 
 from typing import Any
 
@@ -20,7 +20,7 @@ from kernels_pallas.token_tiles import most_blocks, sort_into_blocks
 from tests.support.marks import slow
 
 needs_pallas = pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="the kernels need JAX 0.11")
-# Few enough for blocks of any number of rows.
+# Bytes of a row of activations, few enough that they do not limit the number of rows in a block.
 ROW_BYTES = 1024
 KERNELS = [pytest.param("tpu", marks=needs_pallas), pytest.param("gpu", marks=needs_pallas)]
 
@@ -44,7 +44,7 @@ def implementation(name: str) -> GroupedMatmul:
 
 
 def check_quantized(name: str, group_R: np.ndarray, num_groups: int, sizes: tuple[int, int]) -> None:
-    """The same with matrices of 8 bits in blocks of 128."""
+    """Check a grouped matmul by fp8 matrices with a scale for each block of 128 x 128 elements."""
     matmul, (num_outputs, num_inputs) = implementation(name), sizes
     rng = np.random.default_rng(4)
     x_RI = jnp.asarray(rng.standard_normal((len(group_R), num_inputs)), jnp.bfloat16)
@@ -76,13 +76,13 @@ def check(
     *,
     transposed: bool = False,
 ) -> None:
-    """Rows in place, times the matrices of the second of three layers, brought back."""
+    """Check rows that are sorted into blocks, multiplied by the second of three layers' matrices, and put back."""
     matmul, (num_outputs, num_inputs) = implementation(name), sizes
     num_rows = len(group_R)
     rng = np.random.default_rng(num_rows)
     x_RI = jnp.asarray(rng.standard_normal((num_rows, num_inputs)), dtype)
     w_LGOI = rng.standard_normal((3, num_groups, num_outputs, num_inputs)) / num_inputs**0.5
-    # Matrices that no row has must not be looked at.
+    # Matrices that no row uses must not be read.
     unused = np.setdiff1d(np.arange(num_groups), group_R)
     w_LGOI[[0, 2]] = np.nan
     w_LGOI[1, unused] = np.nan
@@ -112,7 +112,7 @@ def spread(num_groups: int, num_rows: int) -> np.ndarray:
 
 
 def some_elsewhere(num_groups: int, num_rows: int) -> np.ndarray:
-    """Rows of no group, as of experts on other devices, between the others."""
+    """Return the group of each row, with none for some rows, as if their experts were on other devices."""
     return np.random.default_rng(3).integers(0, 2 * num_groups, num_rows).clip(max=num_groups)
 
 
@@ -136,7 +136,7 @@ def test_each_row_meets_its_own_matrix(name: str, sizes: tuple[int, int], groups
 )
 @pytest.mark.parametrize("name", ["xla", *KERNELS])
 def test_lora_matrices(name: str, sizes: tuple[int, int], transposed: bool) -> None:
-    """Ranks of 16 and more: outputs of the first factor, inputs of the second, which lies [in, out]."""
+    """Ranks from 16 on: they are the outputs of an A matrix and the inputs of a B matrix, which is stored [in, out]."""
     check(name, some_elsewhere(6, 70), 6, sizes, jnp.bfloat16, transposed=transposed)
 
 
@@ -164,7 +164,7 @@ E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, 0, -0.5, -1, -1.5, -2, -3, -4, -6])
 
 
 def random_matrices(name: str, shape: tuple[int, int, int]) -> tuple[Matrices, np.ndarray]:
-    """Quantised ones, and f64[X, O, I] that they stand for."""
+    """Return quantised matrices, and the same matrices dequantised, f64[X, O, I]."""
     (format, scale_dtype), (*lead, num_inputs) = FORMATS[name], shape
     rng = np.random.default_rng(5)
     columns = format.block[1] or num_inputs
@@ -194,7 +194,7 @@ def random_matrices(name: str, shape: tuple[int, int, int]) -> tuple[Matrices, n
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("name", ["xla", pytest.param("tpu", marks=needs_pallas)])
 def test_matrices_with_scales_of_groups(name: str, format: str, dtype: Any) -> None:
-    """192 inputs of 4 bits are 96 bytes, less than a vector's lanes."""
+    """A row of 192 4-bit inputs has 96 bytes, which is fewer than a vector has lanes."""
     matmul, group_R = implementation(name), spread(3, 40)
     matrices, w64_XOI = random_matrices(format, (3, 136, 192))
     x_RI = jnp.asarray(np.random.default_rng(6).standard_normal((40, 192)), dtype)
@@ -215,7 +215,7 @@ def test_matrices_with_scales_of_groups(name: str, format: str, dtype: Any) -> N
 @pytest.mark.parametrize(("num_outputs", "num_inputs"), [(64, 192), slow(256, 256)])
 @pytest.mark.parametrize("format", FORMATS)
 def test_matrices_with_scales_of_groups_on_gpu(format: str, num_outputs: int, num_inputs: int) -> None:
-    """A step of 4-bit matrices is 48 bytes or 64, and pieces of it that share factors are 16, 32 or 64."""
+    """A step takes 48 or 64 bytes of a row of 4-bit elements, and 16, 32, 48 or 64 of them share a scale."""
     matmul, group_R = implementation("gpu"), spread(3, 70)
     matrices, w64_XOI = random_matrices(format, (3, num_outputs, num_inputs))
     x_RI = jnp.asarray(np.random.default_rng(6).standard_normal((70, num_inputs)), jnp.bfloat16)
@@ -233,13 +233,13 @@ def test_matrices_with_scales_of_groups_on_gpu(format: str, num_outputs: int, nu
 @needs_pallas
 @pytest.mark.slow
 def test_a_cut_block_of_8_bits() -> None:
-    """2,176 outputs of 4,096 inputs are two blocks of 1,024 and one of 128."""
+    """2,176 outputs of 4,096 inputs make two blocks of 1,024 outputs and one of 128."""
     check_quantized("tpu", spread(2, 20), 2, (2176, 4096))
 
 
 @needs_pallas
 def test_tpus_take_any_size_and_float32() -> None:
-    """More blocks of outputs than one, the last of which is cut, and inputs that are no multiple of 128."""
+    """The outputs make several blocks, the last of which is partial, and the inputs are no multiple of 128."""
     check("tpu", spread(3, 20), 3, (300, 8200), jnp.float32)
 
 
@@ -277,7 +277,7 @@ def test_blocks_hold_every_row_once_beside_its_own(groups: list[int], num_groups
     np.testing.assert_array_equal(row_P[block_row_R[here]], here)
     np.testing.assert_array_equal(group_C[block_row_R[here] // block_rows], group_R[here])
     assert np.all(block_row_R[group_R == num_groups] == len(row_P))
-    # No block is empty, and a group's follow each other.
+    # No block is empty, and the blocks of a group are consecutive.
     assert num == sum(-(-np.sum(group_R == group) // block_rows) for group in range(num_groups))
     assert np.all(np.diff(group_C[:num]) >= 0)
     assert set(block_row_R[here] // block_rows) == set(range(num))
@@ -290,11 +290,11 @@ def test_blocks_hold_every_row_once_beside_its_own(groups: list[int], num_groups
 @pytest.mark.parametrize("axes", [("heads", "hidden"), ("hidden", "heads"), (None, "hidden")])
 @needs_pallas
 def test_a_linear_map_split_over_devices(axes: tuple[Any, Any], format: str) -> None:
-    """One matrix of three, by the TPU's kernel: outputs split, inputs split, and whole on both devices."""
+    """The TPU kernel multiplies by one of three stacked matrices, split by outputs, split by inputs, or replicated."""
     mesh = make_mesh(2)
     matrices, w64_XOI = random_matrices(format, (3, 256, 512))
     ops = LinearOps(implementation("tpu"), mesh, ())
-    # Two blocks, the second of them filled up.
+    # Two blocks of rows, the second of which is padded.
     x_TI = jnp.asarray(np.random.default_rng(6).standard_normal((600, 512)), jnp.float32)
 
     @jax.jit

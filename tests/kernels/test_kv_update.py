@@ -1,4 +1,4 @@
-"""Keys and values into their pages: every slot that is named, and nothing else."""
+"""Updates of the KV cache write every slot that is named and nothing else, against a loop in numpy."""
 
 from typing import Any
 
@@ -33,7 +33,7 @@ def on_xla(new_2TKH: jax.Array, pages_2PKSH: jax.Array, slot_T: jax.Array, first
 @pytest.mark.parametrize("num_tokens", [1, 7, 24, 48])
 @pytest.mark.parametrize("update", [on_xla, pytest.param(on_gpu, marks=needs_pallas)])
 def test_each_token_goes_to_its_slot(update: Any, num_tokens: int, dtype: Any) -> None:
-    """A third of the tokens are padding, whose slots are past the layer's; the other layer stays as it is."""
+    """A third of the tokens are padding, with slots past the layer's last one; the other layer is unchanged."""
     rng = np.random.default_rng(num_tokens)
     slots = rng.permutation(PAGES * PAGE_SIZE)[:num_tokens]
     slots[2::3] = PAGES * PAGE_SIZE

@@ -1,4 +1,4 @@
-"""Low-rank updates against numpy in float64; the Pallas kernels run interpreted, with their races watched."""
+"""LoRA updates against numpy in float64; the Pallas kernels run in interpret mode, with race detection."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -47,13 +47,13 @@ def implementation(name: str, tp_size: int = 1, *, detect_races: bool = True) ->
 
 
 class Case:
-    """Random factors and tokens.
+    """Random LoRA A and B matrices and activations.
 
     Args:
-        sizes: tokens, inputs, outputs, rank, slots.
-        slots: maps the number of slots and tokens to the tokens' slots.
-        dtype: of all but the reference.
-        members: modules that read the same activations.
+        sizes: numbers of tokens, inputs, outputs, ranks and slots.
+        slots: a function from the numbers of slots and tokens to the slot of each token.
+        dtype: dtype of all arrays but the reference's.
+        members: number of modules that read the same activations.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class Case:
         self.slots = jnp.asarray(slots(num_slots, tokens), jnp.int32)
 
     def updates(self, lora: LoraMatmul, *, split_inputs: bool = False, split_outputs: bool = False) -> list[np.ndarray]:
-        """Of each module."""
+        """Return the update of each module."""
 
         @jax.jit
         def run(x: jax.Array, a: jax.Array, b: jax.Array, slots: jax.Array, layer: jax.Array) -> list[jax.Array]:
@@ -76,7 +76,7 @@ class Case:
             matrices = [Stacked(each, layer) for each in b]
             return [lora.expand(h, each, plan, member=i, split=split_outputs) for i, each in enumerate(matrices)]
 
-        # Of three layers; nothing of the first and the last may be read.
+        # The second of three layers; the first and the last must not be read.
         a, b = (
             jnp.stack([jnp.full_like(array, jnp.nan), array, jnp.full_like(array, jnp.nan)], axis=axis)
             for array, axis in ((self.a, 0), (self.b, 1))
@@ -100,7 +100,7 @@ def mixed(num_slots: int, tokens: int) -> np.ndarray:
 
 
 def of_prompts(num_slots: int, tokens: int) -> np.ndarray:
-    """A few long stretches; the last ones have no adapter."""
+    """Return slots in a few long runs, as of prompts; the last tokens have no adapter."""
     return np.sort(mixed(num_slots, tokens))[::-1]
 
 
@@ -122,21 +122,21 @@ def test_each_token_gets_its_own_adapter(name: str, sizes: tuple[int, ...], slot
 @pytest.mark.parametrize("name", ["xla", *KERNELS])
 @pytest.mark.parametrize("rank", [16, 48])
 def test_modules_with_the_same_inputs_share_the_first_product(name: str, rank: int) -> None:
-    """Joint ranks of 48 and 144: the second is more than the GPU's registers take at once."""
+    """The joint ranks are 48 and 144; the GPU's registers cannot hold 144 in one pass."""
     Case((40, 128, 192, rank, 3), mixed, jnp.bfloat16, members=3).check(implementation(name))
 
 
 @needs_pallas
 @pytest.mark.parametrize("sizes", [(1, 100, 70, 2, 1), (24, 4224, 2500, 8, 3)])
 def test_tpus_take_any_size_and_float32(sizes: tuple[int, ...]) -> None:
-    """Inputs that are no multiple of 128, outputs in blocks whose last one is cut, and more blocks than one."""
+    """The inputs are no multiple of 128, and the outputs make several blocks, the last of which is partial."""
     Case(sizes, mixed, jnp.float32).check(implementation("tpu"))
 
 
 @needs_pallas
 @pytest.mark.parametrize("split", [{"split_inputs": True}, {"split_outputs": True}, {}])
 def test_shards_give_what_one_device_gives(split: dict[str, bool]) -> None:
-    """The GPU's interpreter knows one device only."""
+    """Only the TPU kernel is tested, since the GPU interpreter supports a single device."""
     Case((70, 256, 256, 16, 3), mixed, jnp.bfloat16, members=2).check(implementation("tpu", tp_size=2), **split)
 
 
@@ -167,7 +167,7 @@ def test_blocks_list_the_slots_of_their_tokens() -> None:
 @needs_pallas
 @pytest.mark.slow
 def test_a_model_with_the_kernels_gives_the_same_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In all modules, over two devices of each of two copies."""
+    """All modules have adapters, and each of two replicas is split over two devices."""
     base = write_checkpoint(tmp_path / "base")
     paths = {f"a{seed}": str(write_adapter(tmp_path / f"a{seed}", modules=EVERYTHING, seed=seed)) for seed in (1, 2)}
     lora = LoraConfig(paths=paths, max_loras_per_batch=3)
@@ -180,6 +180,6 @@ def test_a_model_with_the_kernels_gives_the_same_tokens(tmp_path: Path, monkeypa
         return [[output.choices[0].token_ids for output in several] for several in outputs]
 
     want = generated()
-    kernel = implementation("tpu", tp_size=2, detect_races=False)  # it takes a minute
+    kernel = implementation("tpu", tp_size=2, detect_races=False)  # race detection takes a minute
     monkeypatch.setattr("jaxserve.layout.backends.choose_lora", lambda *_: Choice(kernel, "tpu", "interpreted"))
     assert generated() == want

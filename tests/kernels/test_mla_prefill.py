@@ -1,4 +1,4 @@
-"""MLA prompts in the MHA form, with every backend, against numpy in float64 in the absorbed form."""
+"""MLA prefill in the MHA form, with every attention backend, against the absorbed form in numpy in float64."""
 
 import dataclasses
 from typing import Any
@@ -19,15 +19,15 @@ from kernels_pallas.paged_attention.common import page_moves
 from tests.compile.models import DEEPSEEK_V31
 from tests.kernels.test_paged_attention import BF16, F32, Gpu, Tpu, Xla, needs_pallas
 
-# The GPU kernels know no other latent vectors.
+# The GPU kernels support no other size of latent vectors.
 MLA = find_architecture(DEEPSEEK_V31).model_config(DEEPSEEK_V31).mla
 assert MLA is not None
-# Rows that run a single token, prompts that begin and go on, and rows and tokens of none.
+# Rows that run a single token, the first chunk of a prompt and a later one, and padding rows and tokens.
 CASE = Case(q_lens=(1, 1, 5, 30), kv_lens=(16, 77, 5, 90), heads=(4, 1, 576), value_dim=512, num_tokens=64)
 
 
 class Projections:
-    """What the workspace needs of a layer's projections."""
+    """The part of a layer's projections that the workspace uses."""
 
     cache_scales = None
 
@@ -37,11 +37,11 @@ class Projections:
         self.kv_b_proj.weight = nnx.Param(jnp.asarray(values, dtype))
 
     def sinks_N(self) -> None:
-        """There are none."""
+        """Return None: there are no attention sinks."""
 
 
 def make_workspace(implementation: type[Any], cached: AttentionConfig, num_pages: int) -> MlaPrefillWorkspace:
-    """A workspace of so many pages."""
+    """Return a workspace of `num_pages` pages."""
     heads = dataclasses.replace(
         cached,
         num_layers=1,
@@ -56,7 +56,7 @@ def make_workspace(implementation: type[Any], cached: AttentionConfig, num_pages
 
 
 def absorbed_exactly(step: Step, q_TNQ: np.ndarray, keys_NHC: np.ndarray) -> Step:
-    """The step with queries of what is cached."""
+    """Return the step with queries in the latent space of the cache, as in the absorbed form."""
     q_TNC = np.einsum("tnh,nhc->tnc", q_TNQ[..., : MLA.qk_nope_head_dim], keys_NHC)
     return step._replace(q_TNH=np.concatenate([q_TNC, q_TNQ[..., MLA.qk_nope_head_dim :]], axis=-1))
 
@@ -66,13 +66,13 @@ def absorbed_exactly(step: Step, q_TNQ: np.ndarray, keys_NHC: np.ndarray) -> Ste
     [(Xla, F32), *(pytest.param(one, BF16, marks=needs_pallas) for one in (Tpu, Gpu))],
 )
 def test_matches_numpy(implementation: type[Any], dtype: jnp.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    # Three pages at a time: seven of them take three turns, the last of which is moved back.
+    # Three pages are moved at a time: seven pages take three turns, the last of which starts earlier and overlaps.
     monkeypatch.setattr(page_moves, "_TOKENS_AT_ONCE", 3 * CASE.page_size)
     config = CASE.config(dtype)
     step = make_step(CASE, config)
     projections = Projections(dtype)
     cached = implementation(config, 1).attention
-    # One page more than the prompts have.
+    # One page more than the prompts occupy.
     workspace = make_workspace(implementation, config, 1 + 6 + 1)
     numbers = (*step.q_TNH.shape[:2], MLA.qk_nope_head_dim + MLA.qk_rope_head_dim)
     q_TNQ = jnp.asarray(np.random.default_rng(2).standard_normal(numbers), dtype)
@@ -91,7 +91,7 @@ def test_matches_numpy(implementation: type[Any], dtype: jnp.dtype, monkeypatch:
     )
     want_TNV = np.einsum("tnc,nvc->tnv", want_TNC, values_NVC)
     got_TNV = np.asarray(out.astype(F32))[: want_TNV.shape[0]]
-    # A rounding each of queries, keys, weights and values, and sums over the latent vector's numbers.
+    # One rounding each of queries, keys, weights and values, and sums over the latent vector's channels.
     tolerance = 4 * float(jnp.finfo(dtype).eps) + MLA.kv_lora_rank**0.5 * float(np.finfo(np.float32).eps)
     np.testing.assert_allclose(got_TNV, want_TNV, rtol=0, atol=tolerance * np.abs(want_TNV).max())
     new_PSKH = np.asarray(jnp.moveaxis(cached.unpack(new)[0], 1, 2).astype(F32))

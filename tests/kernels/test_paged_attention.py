@@ -1,7 +1,7 @@
-"""Every attention backend over the same cases against numpy in float64, with NaN wherever nothing may be read.
+"""Every attention backend over the same cases against numpy in float64, with NaN in all memory that must not be read.
 
-The Pallas kernels run interpreted, with their races watched, memory that nobody wrote as NaN, and reads out of bounds
-raising.
+The Pallas kernels run in interpret mode with race detection; uninitialised memory is NaN, and reads out of bounds
+raise.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ FP8, INT8 = jnp.dtype(jnp.float8_e4m3fn), jnp.dtype(jnp.int8)
 
 
 class Xla:
-    """Pages of keys and values apart, head-major."""
+    """The XLA backend, with keys and values in separate, head-major pages."""
 
     backend = XlaAttention
 
@@ -37,7 +37,7 @@ class Xla:
 
 
 class Tpu:
-    """Keys beside values in one array of pages."""
+    """The TPU backend, with keys next to values in one array of pages."""
 
     def __init__(self, config: AttentionConfig, tp_size: int) -> None:
         from jax.experimental.pallas import tpu as pltpu
@@ -59,7 +59,7 @@ class Tpu:
 
 
 class Gpu(Xla):
-    """The layout of `Xla`; tiles that the interpreter can run, for a device of two multiprocessors."""
+    """The GPU backend, with the layout of `Xla` and tiles that the interpreter can run, on two multiprocessors."""
 
     def __init__(self, config: AttentionConfig, tp_size: int) -> None:
         from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -79,7 +79,7 @@ class Gpu(Xla):
 def run(
     implementation: type[Xla | Tpu], case: Case, dtype: jnp.dtype, *, tp_size: int = 1, batch_invariant: bool = False
 ) -> None:
-    """Run a case and hold results and pages against what is expected."""
+    """Run a case and compare its results and pages with the expected ones."""
     config = case.config(dtype, batch_invariant=batch_invariant)
     step = make_step(case, config)
     attention = implementation(config, tp_size).attention
@@ -108,13 +108,13 @@ def _attend(attention: AttentionBackend, step: Step, cache: dict[str, jax.Array]
 
 
 def _unpacked(attention: AttentionBackend, cache: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
-    """Keys and values, [P, S, K, H]."""
+    """Return keys and values, [P, S, K, H]."""
     k_PSKH, *v_PSKH = (jnp.moveaxis(x_PKSH, 1, 2) for x_PKSH in attention.unpack(cache))
     return k_PSKH, v_PSKH[0] if v_PSKH else k_PSKH[..., : attention.config.value_dim]
 
 
 def _check_pages(config: AttentionConfig, old: Any, new: Any, want: list[np.ndarray]) -> None:
-    """Each slot that a row holds has its key and value; the other layer was not touched."""
+    """Check that each slot of a row holds its key and value, and that the other layer is unchanged."""
     for before, after, want_PSKH in zip(old, new, want, strict=True):
         old_PSKH, new_PSKH = (np.asarray(x.astype(jnp.float32)) for x in (before, after))
         np.testing.assert_array_equal(new_PSKH[: config.num_pages], old_PSKH[: config.num_pages])
@@ -122,7 +122,7 @@ def _check_pages(config: AttentionConfig, old: Any, new: Any, want: list[np.ndar
         np.testing.assert_array_equal(new_PSKH[held], want_PSKH[held])
 
 
-# "mixed" has single tokens and prompts, "many_rows" the former alone; the others are like parts of these.
+# "mixed" has single tokens and prompts, "many_rows" only single tokens; the other shapes resemble parts of these.
 _PARTS = ("decode", "one_row_alone", "short_prefill", "multi_head", "latent")
 PLAIN = [slow(shape, "plain", F32) if shape in _PARTS else (shape, "plain", F32) for shape in SHAPES]
 PLAIN += [("mixed", "plain", BF16), slow("decode", "plain", BF16), slow("chunk_of_a_long_prompt", "plain", BF16)]
@@ -143,7 +143,7 @@ def test_matches_numpy(implementation: type[Any], shape: str, options: str, dtyp
     run(implementation, SHAPES[shape].with_options(**OPTIONS[options]), dtype)
 
 
-# The GPU kernels multiply in bf16, and know head dims from 64 on. Their interpreter takes half a minute a case.
+# The GPU kernels multiply in bf16 and support head dims from 64 on. Their interpreter takes half a minute per case.
 _ALIKE = ("decode", "short_prefill", "tiles_of_both_sizes", "multi_head", "multi_query", "one_row_alone")
 GPU_CASES = [
     *(slow(shape, "plain") if shape in _ALIKE else (shape, "plain") for shape in SHAPES if shape != "latent"),
@@ -174,7 +174,7 @@ def test_head_dims(implementation: type[Any], head_dim: int) -> None:
 @pytest.mark.parametrize("page_size", [32, slow(64), slow(128), 256])
 @pytest.mark.parametrize("implementation", [pytest.param(one, marks=needs_pallas) for one in (Tpu, Gpu)])
 def test_page_sizes(implementation: type[Any], page_size: int) -> None:
-    # The last slot of a page, the first of the next, and a chunk over the border.
+    # The last slot of a page, the first slot of the next, and a chunk that crosses into the next page.
     case = Case(
         q_lens=(1, 1, 40),
         kv_lens=(page_size, page_size + 1, page_size + 20),
@@ -194,7 +194,7 @@ def test_quantised_cache(implementation: type[Any], dtype: jnp.dtype, page_size:
         kv_lens=(33, 48, 30, 90),
         heads=(6, 2, 64),
         page_size=page_size,
-        # Some are past what int8 holds.
+        # Some elements exceed the range of int8.
         magnitude=50.0 if dtype == INT8 else 1.0,
     )
     run(implementation, case, dtype)
@@ -218,7 +218,7 @@ def test_groups(implementation: type[Any], group: int) -> None:
     "case", [slow({"heads": (160, 2, 64), "sinks": True}), {"heads": (128, 1, 576), "value_dim": 512}], ids=str
 )
 def test_more_query_heads_than_a_gpu_tile_holds(case: dict[str, Any]) -> None:
-    """They take several passes: of 40 heads, and of 64."""
+    """The heads take several passes, of 40 heads or of 64."""
     run(Gpu, Case(q_lens=(1, 1, 3), kv_lens=(18, 3, 37), num_tokens=16, **case), BF16)
 
 
@@ -256,7 +256,7 @@ def test_tpu_decode_reads_live_pages_once(window: int | None) -> None:
     kv_lens = [1, 64, 65, 1000, 4000]
     token_bytes = 2 * 8 * 128 * 2
     seen = [length if window is None else min(length, window) for length in kv_lens]
-    # A page at either end that is not wholly live, a tile of 16 tokens written, the new token, a query and a result.
+    # A partly live page at either end, a tile of 16 tokens written, the new token, a query and a result.
     constant = (2 * 64 + 16 + 1) * token_bytes + 2 * 32 * 128 * 2
     got = decode_bytes(shape, kv_lens)
     assert sum(seen) * token_bytes <= got <= sum(seen) * token_bytes + len(kv_lens) * constant
@@ -274,7 +274,7 @@ def test_gpu_decode_reads_live_pages_once(page_size: int, window: int | None) ->
     kv_lens = [1, 64, 65, 1000, 4000]
     token_bytes = 2 * 8 * 128 * 2
     seen = [length if window is None else min(length, window) for length in kv_lens]
-    # A page at either end that is not wholly live; queries and parts in f32 of four splits, padded to 8 heads.
+    # A partly live page at either end; queries, and the f32 partial results of four splits, padded to 8 heads.
     constant = 2 * 64 * token_bytes + 4 * 8 * 8 * (2 * 128 + 2 * 4 * 130)
     got = decode_bytes(config, tile, 4, kv_lens)
     assert sum(seen) * token_bytes <= got <= sum(seen) * token_bytes + len(kv_lens) * constant

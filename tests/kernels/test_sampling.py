@@ -1,4 +1,4 @@
-"""Sampling against numpy, token for token, and the properties that its noise promises."""
+"""The XLA sampler against numpy, token for token, and its noise against known answers and the Gumbel distribution."""
 
 import itertools
 
@@ -21,7 +21,7 @@ SAMPLE = jax.jit(sample)
 
 
 def arrays(params: list[RowParams], vocab_size: int, *, logprobs: bool = True) -> tuple[SamplingInputs, SamplingState]:
-    """The device's view of some rows; the last state row is the spare one."""
+    """Return the sampler's inputs and state for some rows; the last state row is the spare one."""
     rows = len(params) + 1
     state = SamplingState(
         np.zeros((rows, vocab_size), np.int32),
@@ -104,7 +104,7 @@ def test_top_logprobs_are_the_likeliest_in_order() -> None:
 
 
 def test_filters_that_reach_past_the_candidates_are_exact() -> None:
-    """Flat logits: top-p of 0.99 keeps thousands of tokens."""
+    """With flat logits, a top-p of 0.99 keeps thousands of tokens."""
     logits = random_logits(8, 5000, scale=0.1)
     params = [RowParams(seed=i, top_p=0.99, min_p=0.3 * (i % 2)) for i in range(8)]
     out = SAMPLE(jnp.asarray(logits), *arrays(params, 5000))
@@ -145,7 +145,7 @@ def test_target_gives_the_plain_logprob_of_a_token() -> None:
 
 
 def test_threefry_is_the_published_cipher() -> None:
-    """Known answers of the Random123 distribution, 20 rounds."""
+    """The known answers for 20 rounds are those of the Random123 distribution."""
     known = {
         ((0, 0), (0, 0)): (0x6B200159, 0x99BA4EFE),
         ((0xFFFFFFFF,) * 2, (0xFFFFFFFF,) * 2): (0x1CB996FC, 0xBB002BE7),
@@ -158,7 +158,7 @@ def test_threefry_is_the_published_cipher() -> None:
 
 def test_noise_is_gumbel_distributed() -> None:
     noise = np.asarray(gumbel_noise(jnp.asarray([[1, 2]], jnp.uint32), jnp.asarray([3]), jnp.arange(100_000)[None]))
-    # Mean is Euler's constant, variance pi^2 / 6; five standard errors of 1e5 samples.
+    # The mean is Euler's constant, the variance pi^2 / 6; the tolerance is five standard errors of 1e5 samples.
     assert abs(noise.mean() - 0.5772) < 5 * 1.2825 / 100_000**0.5
     assert abs(noise.var() - 1.6449) < 0.06
     assert np.isfinite(noise).all()

@@ -1,4 +1,4 @@
-"""Every implementation against numpy, token for token; split vocabularies against whole ones."""
+"""Every sampling backend against numpy, token for token, with whole vocabularies and with split ones."""
 
 import re
 from collections.abc import Callable
@@ -22,7 +22,7 @@ Sample = Callable[..., SampleOutput]
 
 
 def implementation(name: str, block: int = 4096, *, detect_races: bool = True) -> Sample:
-    """TPU and GPU kernels run on CPU."""
+    """Return a sampler; the TPU and GPU kernels run interpreted on the CPU."""
     if name == "xla":
         return xla.sample
     if name == "tpu":
@@ -43,7 +43,7 @@ def implementation(name: str, block: int = 4096, *, detect_races: bool = True) -
 
 @cache
 def compiled(name: str) -> Sample:
-    """One function for all cases: those of one size share its programs."""
+    """Return one jitted function for all cases, so that cases of one size share a program."""
     return jax.jit(implementation(name))
 
 
@@ -66,7 +66,7 @@ def check(case: Case, out: SampleOutput) -> None:
             continue
         if abs(float(out.logprob_B[row]) - want.logprob) > 1e-4:
             wrong.append(f"{sample.name}: logprob {float(out.logprob_B[row])}, not {want.logprob}")
-        # The order of tokens of no probability means nothing.
+        # The order of tokens with zero probability is arbitrary.
         some = np.flatnonzero(want.top_logprobs > -np.inf)
         if out.top_ids_BJ[row][some].tolist() != want.top_ids[some].tolist():
             wrong.append(
@@ -79,7 +79,7 @@ def check(case: Case, out: SampleOutput) -> None:
     assert not wrong, "\n".join(wrong)
 
 
-# The largest of these vocabularies fills several blocks, the smallest not one.
+# The largest of these vocabularies fills several blocks, the smallest less than one.
 ALL = [("xla", case) if case.vocab_size in (17, 5000) else slow("xla", case) for case in step_cases()] + [
     pytest.param(name, case, marks=[needs_pallas, *([] if case.vocab_size == 5000 else [pytest.mark.slow])])
     for name in ("tpu", "gpu")
@@ -95,7 +95,7 @@ def test_matches_numpy(name: str, case: Case) -> None:
 
 @pytest.mark.parametrize("name", ["xla", slow("tpu"), slow("gpu")])
 def test_matches_numpy_at_a_real_size(name: str) -> None:
-    """On TPU, where it would take a minute, races are watched at the smaller sizes only."""
+    """Race detection in the TPU kernel, which would take a minute, is left to the smaller sizes."""
     case = large_case()
     out = jax.jit(implementation(name, block=32768, detect_races=name != "tpu"))(
         jnp.asarray(case.logits()), *case.arrays()
@@ -130,7 +130,7 @@ def sharded(name: str, vocab_size: int, shards: int) -> Callable[..., SampleOutp
 
 
 def padded(case: Case, shards: int) -> tuple[jax.Array, SamplingInputs, SamplingState]:
-    """Ids past the vocabulary have logits that would win."""
+    """Return a case padded to a multiple of the shards; ids past the vocabulary have logits that would win."""
     width = -(-case.vocab_size // shards) * shards
     logits = np.pad(case.logits(), ((0, 0), (0, width - case.vocab_size)), constant_values=99.0)
     return jnp.asarray(logits), *case.arrays(padded_to=width)
@@ -160,7 +160,7 @@ COLLECTIVE = re.compile(r"= (.*?) (?:all-gather|all-reduce|all-to-all|collective
 
 
 def collectives(text: str) -> list[int]:
-    """Elements that each collective of a program gives on one device."""
+    """Return the number of elements that each collective of a program returns on one device."""
     sizes: list[int] = []
     for line in COLLECTIVE.findall(text):
         shapes = re.findall(r"\w+\[([\d,]*)\]", line)

@@ -1,4 +1,7 @@
-"""With --enable-deterministic-inference a request's tokens are its own: alone, in company, cached, preempted."""
+"""With --enable-deterministic-inference, a request's tokens are those it gets alone, whatever else happens.
+
+The same request is run in a batch with others, after a prefix cache hit, and with preemption.
+"""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -50,7 +53,7 @@ def test_after_a_prefix_hit(llm: LLM, alone: list[object]) -> None:
 
 
 def test_after_preemption(checkpoint: Path, alone: list[object]) -> None:
-    """A pool that holds two of the five at full length."""
+    """The page pool holds two of the five requests at full length."""
     with load(checkpoint, max_total_tokens=512, context_length=256, prefix_caching=False) as llm:
         outputs = llm.generate(PROMPTS, SAMPLING)
         assert llm.stats.num_preemptions > 0

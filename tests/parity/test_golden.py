@@ -1,4 +1,7 @@
-"""Logits equal transformers' for every architecture and rope variant: whole, chunked, decoded, batched, sharded."""
+"""Logits equal those of transformers for every architecture and rope variant.
+
+Prompts run whole, in chunks, token by token, in batches, and sharded.
+"""
 
 from functools import partial
 from pathlib import Path
@@ -24,14 +27,14 @@ from tests.support.marks import slow
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 NAMES = sorted(path.name for path in GOLDEN.iterdir())
-# Those that are split in ways of their own.
+# Models that are split in ways that the others do not cover.
 SPLIT = ("llama_wide_heads", "phi3", "qwen2_moe", "gpt_oss", "deepseek_v3", "deepseek_v3_fp8", "qwen3_fp8", "olmo2")
 # 60 tokens through two layers of width 32 in f32; logits of magnitude ~10.
 TOLERANCE = 1e-4
 
 
 class Model(NamedTuple):
-    """A runner with its forward pass opened up, to see logits of every token."""
+    """A runner and its golden logits; `run` calls the forward pass directly, to get the logits of every token."""
 
     runner: ModelRunner
     token_ids: np.ndarray
@@ -58,7 +61,7 @@ def forward(
 
 
 def run(model: Model, rows: list[ScheduledRow]) -> np.ndarray:
-    """Logits of every token of a step."""
+    """Return the logits of every token of a step."""
     runner = model.runner
     plan = SchedulerOutput(step=0, new_rows=(), rows=tuple(rows))
     batch = jax.tree.map(jnp.asarray, runner._rows[0].build(plan, Bucket(128, 4)))
@@ -110,7 +113,7 @@ def test_decode_beside_prefill(name: str) -> None:
     ],
 )
 def test_sharded(name: str, tp_size: int) -> None:
-    """Four devices on two key heads: heads are repeated. In the case of latent attention, the only one is."""
+    """With four devices and two KV heads, each head is replicated, as is the single KV head of latent attention."""
     model = load(name, tp_size=tp_size)
     logits = run(model, [row(i, ids, 0, 60) for i, ids in enumerate(model.token_ids)])
     close(logits.reshape(model.logits.shape), model.logits)
@@ -145,7 +148,7 @@ def test_experts_on_devices_of_their_own(name: str, tp_size: int, ep_size: int) 
     ],
 )
 def test_a_cache_of_8_bits(dtype: str, name: str, sizes: dict[str, int]) -> None:
-    """Rounded keys and values move the logits a little: by a share of how far those of a token are apart."""
+    """Rounding keys and values changes the logits by less than a quarter of their standard deviation."""
     model = load(name, kv_cache_dtype=dtype, **sizes)
     assert {array.dtype.itemsize for array in model.runner._cache.values()} == {1}
     ids, want = model.token_ids[0], model.logits[0]
@@ -159,12 +162,12 @@ LATENT = [name for name in NAMES if name.startswith("deepseek")]
 
 @pytest.fixture
 def _mha_prefill(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Prompts take the MHA form, though models as small as these gain nothing by it."""
+    """Make prompts take the MHA form, although models as small as these gain nothing by it."""
     monkeypatch.setattr(MlaPrefillWorkspace, "costs", lambda _, rows: PrefillCosts(absorbed=len(list(rows)), mha=0))
 
 
 def load_mha_prefill(name: str, **changes: object) -> Model:
-    """The model, with steps in which all prompts take the MHA form."""
+    """Load a model for steps in which all prompts take the MHA form."""
     model = load(name, **changes)
     assert model.runner._model.mla_workspace is not None
     return model._replace(mha_prefill=True)
@@ -179,7 +182,7 @@ def load_mha_prefill(name: str, **changes: object) -> Model:
     ],
 )
 def test_mha_prefill(name: str, tp_size: int) -> None:
-    """Whole, in chunks, and beside a row that runs a single token."""
+    """Prompts run whole, in chunks, and next to a row that runs a single token."""
     model = load_mha_prefill(name, tp_size=tp_size)
     logits = run(model, [row(i, ids, 0, 60) for i, ids in enumerate(model.token_ids)])
     close(logits.reshape(model.logits.shape), model.logits)
@@ -200,7 +203,7 @@ def test_mha_prefill_of_a_cache_of_8_bits(dtype: str) -> None:
     assert np.sqrt(np.mean((np.concatenate(parts) - want) ** 2)) < 0.25 * want.std()
 
 
-# The fewest programs that can run two prompts.
+# As few programs as can run two prompts.
 FEW_PROGRAMS = {"max_running_requests": 2, "chunked_prefill_size": 64}
 
 
@@ -212,7 +215,7 @@ def sampled(*rows: ScheduledRow) -> SchedulerOutput:
 
 
 def warm_runner(**changes: int) -> tuple[ModelRunner, list[SchedulerOutput]]:
-    """A runner, and two steps for it."""
+    """Return a runner that is compiled and warmed up, and two steps for it."""
     model = load("qwen3", **FEW_PROGRAMS, **changes)
     model.runner.compile(lambda buckets: buckets)
     model.runner.warm_up()
@@ -229,7 +232,7 @@ def sampled_alone() -> list[list[int]]:
 
 @pytest.mark.parametrize("tp_size", [slow(1), 2])
 def test_copies_side_by_side(sampled_alone: list[list[int]], tp_size: int) -> None:
-    """Two copies of the model run different steps in one program; their tokens are those of one copy."""
+    """Two replicas of the model run different steps in one program; their tokens are those of one replica."""
     runner, plans = warm_runner(tp_size=tp_size, dp_size=2)
     outputs = runner.forward(tuple(plans)).sample((None, None)).result()
     assert [output and output.token_ids_B.tolist() for output in outputs] == sampled_alone
@@ -244,7 +247,7 @@ def test_copies_side_by_side(sampled_alone: list[list[int]], tp_size: int) -> No
     [slow("qwen3_moe", 1, 4, 1), slow("deepseek_v3_fp8", 1, 2, 1), ("gpt_oss", 2, 2, 2)],
 )
 def test_copies_share_experts(name: str, tp_size: int, dp_size: int, ep_size: int) -> None:
-    """Each copy has prompts of its own, and the last has none."""
+    """Each replica has its own prompts, and the last one has none."""
     sizes = {"tp_size": tp_size, "dp_size": dp_size, "ep_size": ep_size}
     model = load(name, **FEW_PROGRAMS, **sizes, dp_attention=True)
     model.runner.compile(lambda buckets: buckets)
@@ -258,7 +261,7 @@ def test_copies_share_experts(name: str, tp_size: int, dp_size: int, ep_size: in
 
 @pytest.mark.usefixtures("_mha_prefill")
 def test_runner_chooses_mha_prefill(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Those of two copies, one of which runs single tokens only; decode steps have no prompts."""
+    """A step takes the MHA form if any replica runs a prompt, even if another one only decodes; decode steps do not."""
     model = load("deepseek_v3", **FEW_PROGRAMS, dp_size=2, dp_attention=True)
     runner, shapes = model.runner, []
 

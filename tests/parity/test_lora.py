@@ -1,4 +1,7 @@
-"""Many adapters at once: each row gets what a model with its adapter merged gives it."""
+"""Rows with different adapters run in one batch, and each gets the tokens of a model with its adapter merged.
+
+Adapters that PEFT wrote are compared with the tokens that PEFT generates.
+"""
 
 import json
 import shutil
@@ -24,7 +27,7 @@ from tests.support.marks import slow
 from tests.support.tiny import CONFIG, write_adapter, write_checkpoint, write_tokenizer
 
 GOLDEN = Path(__file__).parent.parent / "golden"
-# Two rows, and so few programs; prompts are more.
+# Two rows keep the number of programs small; there are more prompts than rows.
 SIZES = SMALL | {"max_running_requests": 2, "max_total_tokens": 2048, "chunked_prefill_size": 16}
 GREEDY = SamplingParams(temperature=0, max_tokens=16, ignore_eos=True)
 PROMPTS = [[1, 2, 3], [7] * 40, [5]]
@@ -44,10 +47,10 @@ def merged(base: Path, adapter: Path) -> list[tuple[int, ...]]:
         return generated(llm)
 
 
-# The other families' adapters are PEFT's, below.
+# The other families are tested below, with adapters that PEFT wrote.
 @pytest.mark.parametrize("family", [slow("LlamaForCausalLM"), "Qwen2ForCausalLM"])
 def test_rows_get_what_their_merged_models_give(family: str, tmp_path: Path) -> None:
-    """More adapters than slots, of different ranks and modules; afterwards the base is what it was."""
+    """There are more adapters than slots, of different ranks and modules; the base model is the same afterwards."""
     base = write_checkpoint(tmp_path / "base", architectures=[family])
     adapters = {
         "all": write_adapter(tmp_path / "all", modules=EVERYTHING, rank=4, seed=1),
@@ -80,7 +83,7 @@ def adapters(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def alone(base: Path, adapters: dict[str, Path]) -> dict[str, list[tuple[int, ...]]]:
-    """Of the base and each adapter, one after the other."""
+    """Tokens of the base model and of each adapter, generated one after the other."""
     with served(base, adapters, slots=2) as llm:
         return {name: generated(llm, name) for name in ("", *adapters)}
 
@@ -99,7 +102,7 @@ def alone(base: Path, adapters: dict[str, Path]) -> dict[str, list[tuple[int, ..
 def test_a_mixed_batch_is_each_alone(
     base: Path, adapters: dict[str, Path], alone: dict[str, list[tuple[int, ...]]], options: dict[str, Any]
 ) -> None:
-    """Eight adapters and the base at once, over devices, in tiles, and with rows that lose their pages."""
+    """Eight adapters and the base run in one batch: on several devices, in tiles of tokens, and with preempted rows."""
     if options.pop("enough_pages_for_two", False):
         options = {"max_total_tokens": 144, "context_length": 64}
     with served(base, adapters, slots=9, **(SIZES | {"max_running_requests": 9} | options)) as llm:
@@ -113,7 +116,7 @@ def test_a_mixed_batch_is_each_alone(
 
 
 def test_adapters_of_a_quantised_base(base: Path, adapters: dict[str, Path], tmp_path: Path) -> None:
-    """The base's linear maps are 8-bit integers times a power of two for each row, so nothing is lost."""
+    """The base's linear weights are 8-bit integers times a power of two per row, so quantising loses nothing."""
     exact = shutil.copytree(base, tmp_path / "exact")
     tensors = load_file(exact / "model.safetensors")
     for name, weight in tensors.items():
@@ -139,16 +142,17 @@ def test_choices_grammars_and_logprobs_work_with_adapters(base: Path, adapters: 
         np.testing.assert_allclose(got_choice.logprobs, want_choice.logprobs, atol=1e-4)
 
 
-# Norms around both halves of a layer, latent attention, fused modules, and experts in three ways.
+# Norms around both halves of a layer, latent attention, fused modules, and three kinds of experts.
 FAMILIES = ("gemma3", "deepseek_v3", "phi3", "gpt_oss", "qwen2_moe")
 WITH_ADAPTERS = sorted(folder.parent.name for folder in GOLDEN.glob("*/adapters"))
 
 
 @pytest.mark.parametrize("name", [name if name in FAMILIES else slow(name) for name in WITH_ADAPTERS])
 def test_adapters_that_peft_wrote_say_what_they_say_there(name: str, tmp_path: Path) -> None:
-    """Beside the base, and in it: patterns of ranks and alphas, fused and all linear modules, embedding and head.
+    """Adapters give PEFT's tokens, both next to the base and merged into it.
 
-    With experts also those, as parameters of their module, routers, gates of shared experts and latent expansions.
+    They cover patterns of ranks and alphas, fused and all linear modules, the embedding and the head; in models with
+    experts also the experts, as parameters of their module, routers, gates of shared experts and latent expansions.
     """
     folders = {folder.name: str(folder) for folder in (GOLDEN / name / "adapters").iterdir()}
     base = shutil.copytree(GOLDEN / name, tmp_path / "base")
@@ -172,7 +176,7 @@ def test_adapters_that_peft_wrote_say_what_they_say_there(name: str, tmp_path: P
     ids=str,
 )
 def test_adapted_experts_over_devices_and_in_tiles(name: str, mesh: dict[str, Any], tmp_path: Path) -> None:
-    """Experts on devices of their own, and each of them split; heads that are split and copies; mixed and alone."""
+    """Experts are distributed or split, heads are split, and replicas are used; adapters run mixed and alone."""
     base = shutil.copytree(GOLDEN / name, tmp_path / "base")
     write_tokenizer(base)
     [folder] = (GOLDEN / name / "adapters").iterdir()
@@ -189,7 +193,7 @@ def test_adapted_experts_over_devices_and_in_tiles(name: str, mesh: dict[str, An
 
 
 def test_experts_one_by_one_are_those_of_their_parameters(tmp_path: Path) -> None:
-    """Adapters made with transformers 4 have a module for each; PEFT fuses gates and ups, with ranks of their own."""
+    """Adapters made with transformers 4 have a module per expert; PEFT fuses gate and up, each with its own ranks."""
     [folder] = (GOLDEN / "qwen3_moe" / "adapters").iterdir()
     config = json.loads((GOLDEN / "qwen3_moe" / "config.json").read_text())
     architecture = find_architecture(config)
@@ -204,7 +208,7 @@ def test_experts_one_by_one_are_those_of_their_parameters(tmp_path: Path) -> Non
             both = peft_tensors(module, a_RI, b_OR)
             fused, single = fused | both, single | both
             continue
-        # (name, its outputs, its ranks) of what the parameter is made of.
+        # The projections that make up the parameter, with their outputs and their ranks.
         (_, num_outputs, rank), own = b_OR.shape, {"down_proj": (slice(None), slice(None))}
         if parameter == "gate_up_proj":
             own = {
@@ -235,7 +239,7 @@ def test_experts_one_by_one_are_those_of_their_parameters(tmp_path: Path) -> Non
 
 
 def peft_tensors(module: str, a_RI: np.ndarray, b_OR: np.ndarray) -> dict[str, np.ndarray]:
-    """As PEFT names them."""
+    """Return both matrices under PEFT's names."""
     matrices = {"A": a_RI, "B": b_OR}
     return {
         f"base_model.model.{module}.lora_{name}.weight": np.ascontiguousarray(matrix)
@@ -259,7 +263,7 @@ def test_an_unknown_adapter_is_refused_with_the_loaded_ones(base: Path, adapters
 
 
 def test_adapters_come_and_go(base: Path, adapters: dict[str, Path], alone: dict[str, list[tuple[int, ...]]]) -> None:
-    """Under one name, over two devices; what was cached of the one is not the other's."""
+    """Two adapters use one name in turn, on two devices; the prefix cache of the first does not serve the second."""
     lora = LoraConfig(max_rank=9, target_modules=("all",))
     with LLM(str(base), lora=lora, tp_size=2, **SIZES) as llm:
         for key in ("a1", "a7"):

@@ -1,4 +1,4 @@
-"""An adapter in the weights: what numpy makes of base and factors in float64."""
+"""Weights with a merged adapter are those that numpy computes in float64 from the base and the A and B matrices."""
 
 from pathlib import Path
 from typing import Any
@@ -40,7 +40,7 @@ def weights_of(folder: Path, **mesh: int) -> Any:
 
 
 def delta_of(adapter: Path, *, replication: int = 1, **changes: Any) -> Any:
-    """For the model of `tests.support.tiny`, whose KV heads may be repeated."""
+    """Read an adapter for the model of `tests.support.tiny`, whose KV heads may be replicated."""
     hf_config = CONFIG | changes
     architecture = find_architecture(hf_config)
     config = architecture.model_config(hf_config)
@@ -50,7 +50,7 @@ def delta_of(adapter: Path, *, replication: int = 1, **changes: Any) -> Any:
 
 
 def write_merged(folder: Path, adapter: Path, **changes: Any) -> Path:
-    """The checkpoint that the base and an adapter make, by numpy."""
+    """Write the checkpoint of the base with an adapter merged by numpy."""
     write_checkpoint(folder, **changes)
     tensors = load_file(folder / "model.safetensors")
     for module, found in read_peft(adapter).modules.items():
@@ -82,7 +82,7 @@ def test_each_module_alone(module: str, tmp_path: Path) -> None:
 
 
 def test_merged_in_shards_with_repeated_heads(tmp_path: Path) -> None:
-    """Eight devices on four key heads."""
+    """Eight devices share four KV heads, so each head is replicated."""
     adapter = write_adapter(tmp_path / "adapter", modules=LINEAR_MODULES)
     want = weights_of(write_merged(tmp_path / "merged", adapter), tp_size=8)
     got = merge_adapter(weights_of(write_checkpoint(tmp_path / "base"), tp_size=8), delta_of(adapter, replication=2))

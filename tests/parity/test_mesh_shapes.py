@@ -1,4 +1,4 @@
-"""Over how many devices a model is split, and how many copies there are, changes no token (float32)."""
+"""Splitting a model over devices and running several replicas change no token in float32, against one device."""
 
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,8 @@ SMALL: dict[str, Any] = {
     "dtype": "float32",
 }
 MESHES: list[dict[str, int]] = [{"tp_size": 8}, {"tp_size": 2, "dp_size": 2}]
-# Qwen2 has biases, and is split as the others are beside them. Two devices, four, and two copies: test_golden.py.
+# Qwen2 has biases, and is otherwise split as the others are. test_golden.py covers two and four devices, and two
+# replicas.
 CASES = [
     ("Qwen2ForCausalLM", MESHES),
     slow("Qwen2ForCausalLM", [{"tp_size": 4, "dp_size": 2}]),
@@ -28,7 +29,7 @@ CASES = [
 PROMPTS = [[1, 2, 3], [4] * 40, [5, 6], [7]]
 SAMPLINGS = {
     "greedy": SamplingParams(temperature=0, max_tokens=12),
-    # A filter that reaches past the candidates, and all that lives in a row's state.
+    # "flat" has a filter that reaches past the candidates, "everything" uses all of a row's state.
     "flat": SamplingParams(seed=5, max_tokens=12, temperature=30.0, top_p=0.95),
     "everything": SamplingParams(
         seed=6, max_tokens=12, min_tokens=6, frequency_penalty=1.0, repetition_penalty=1.3, top_k=40,
@@ -48,7 +49,7 @@ def tokens(folder: Path, **mesh: int) -> list[Any]:
 
 @pytest.mark.parametrize(("family", "meshes"), CASES)
 def test_any_mesh_gives_the_same_tokens(family: str, meshes: list[dict[str, int]], tmp_path: Path) -> None:
-    # 264 ids divide by every number of devices: the vocabulary is split, too.
+    # 264 is divisible by every number of devices, so the vocabulary is split, too.
     folder = write_checkpoint(tmp_path, architectures=[family], vocab_size=264, sliding_window=24)
     want = tokens(folder)
     assert all(ids for output in want for ids, _ in output)

@@ -1,4 +1,4 @@
-"""A converted checkpoint gives the same numbers; the offline interface gives the engine's tokens."""
+"""A converted checkpoint gives the same weights and tokens as its source; `LLM` gives the engine's tokens."""
 
 from pathlib import Path
 
@@ -46,7 +46,7 @@ def test_a_gguf_file_is_converted(tmp_path: Path) -> None:
 
 
 def test_copies_of_the_model_draw_what_one_draws(folders: tuple[Path, Path]) -> None:
-    """With everything that lives in a row's device state: penalties, biases, forbidden stops."""
+    """The requests use everything in a row's device state: penalties, biases, forbidden stops."""
     prompts = [[1, 2, 3], [4, 5], [6] * 20, [7, 8, 9, 10], [11], [12, 13]]
     sampling = SamplingParams(
         seed=5, max_tokens=12, min_tokens=6, frequency_penalty=1.0, repetition_penalty=1.3,

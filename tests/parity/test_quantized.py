@@ -1,6 +1,6 @@
-"""A quantised checkpoint gives the logits of its weights multiplied out, in every format and on several devices.
+"""A quantised checkpoint gives the logits of its dequantised weights, in every format and on several devices.
 
-What a format stores is written here as its makers define it, beside the numbers that it stands for.
+Each format's tensors are written here as its authors define them, next to the dequantised values.
 """
 
 import json
@@ -26,7 +26,7 @@ E2M1 = np.float32([0, 0.5, 1, 1.5, 2, 3, 4, 6])
 
 
 class Quantized(NamedTuple):
-    """What a file has of a matrix [O, I], by the end of the name, and what that stands for."""
+    """The tensors that a file stores for a matrix [O, I], by the suffix of their names, and the dequantised matrix."""
 
     tensors: dict[str, np.ndarray]
     plain: np.ndarray
@@ -37,13 +37,13 @@ def groups(w: np.ndarray) -> np.ndarray:
 
 
 def words(code: np.ndarray) -> np.ndarray:
-    """Numbers of 4 bits along the last axis in words, lowest first."""
+    """Pack 4-bit codes along the last axis into 32-bit words, lowest bits first."""
     parts = code.reshape(*code.shape[:-1], -1, 8).astype(np.uint32)
     return np.bitwise_or.reduce(parts << (4 * np.arange(8, dtype=np.uint32)), axis=-1).view(np.int32)
 
 
 def packed(w: np.ndarray) -> Quantized:
-    """compressed-tensors: signed integers, stored 8 above."""
+    """Quantise as compressed-tensors does: signed 4-bit integers, stored with 8 added."""
     scale = (np.abs(groups(w)).max(-1) / 7).astype(np.float32)
     code = np.clip(np.rint(groups(w) / scale[..., None]), -8, 7)
     plain = (code * scale[..., None]).reshape(w.shape)
@@ -53,7 +53,7 @@ def packed(w: np.ndarray) -> Quantized:
 
 
 def with_zeros(w: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Codes [O, I], zero points and factors [O, I / group], and what they stand for."""
+    """Return codes [O, I], zero points and scales [O, I / group], and the dequantised matrix."""
     low, high = groups(w).min(-1), groups(w).max(-1)
     scale = ((high - low) / 15).astype(np.float16)
     zero = np.clip(np.rint(-low / scale.astype(np.float32)), 1, 15)
@@ -92,7 +92,7 @@ def channels(dtype: Any, largest: float) -> Callable[[np.ndarray], Quantized]:
 
 
 def mxfp4(w: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """[..., I] as blocks [..., I / 32, 16], exponents, and what they stand for."""
+    """Return a matrix [..., I] as blocks [..., I / 32, 16], their exponents, and the dequantised matrix."""
     blocks = w.reshape(*w.shape[:-1], -1, 32)
     exponent = np.floor(np.log2(np.abs(blocks).max(-1))).astype(np.int32) - 2
     scale = np.exp2(exponent)[..., None].astype(np.float32)
@@ -147,7 +147,7 @@ ONE, TWO_GROUPS, SPLIT = {}, {"tp_size": 2, "ep_size": 2}, {"tp_size": 4}
     ("name", "meshes"),
     [
         ("int4", [ONE, TWO_GROUPS]),
-        ("int8", [SPLIT]),  # no group is shared by devices
+        ("int8", [SPLIT]),  # no quantisation group spans devices
         ("fp8", [ONE]),
         ("gptq", [ONE]),
         ("awq", [ONE]),
@@ -179,7 +179,7 @@ def save_as_orbax(folder: Path, destination: Path) -> Path:
 
 
 def groups_of_32(w: np.ndarray) -> Quantized:
-    """Signed integers of 4 bits with bfloat16 factors; the last group of a row may be shorter."""
+    """Quantise to signed 4-bit integers with bfloat16 scales; the last group of a row may be shorter."""
     plain = np.empty_like(w)
     for start in range(0, w.shape[1], 32):
         part = w[:, start : start + 32]
@@ -219,7 +219,7 @@ def test_what_cannot_be_quantised_is_refused(gpt_oss: tuple[Path, Path]) -> None
 
 @pytest.fixture(scope="module")
 def gpt_oss(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """With experts in MXFP4, as published, and in float32, as transformers would write it."""
+    """One model with experts in MXFP4, as published, and in float32, as transformers would write them."""
     rng, folder = np.random.default_rng(0), tmp_path_factory.mktemp("gpt_oss")
     plain = load_file(GOLDEN / "gpt_oss" / "model.safetensors")
     stored = dict(plain)
@@ -259,7 +259,7 @@ def test_bytes_on_the_device_are_those_of_the_file(gpt_oss: tuple[Path, Path]) -
 
 
 def test_what_does_not_fit_is_refused(gpt_oss: tuple[Path, Path], tmp_path: Path) -> None:
-    """Blocks on two devices; factors of another dtype; tensors that are missing."""
+    """Blocks that do not divide over two devices, scales of another dtype, and missing tensors are refused."""
     with pytest.raises(LaunchError, match="32 elements in blocks of 32 do not divide over 2 devices; try another --tp"):
         load(str(gpt_oss[0]), tp_size=2)
     folder = shutil.copytree(gpt_oss[0], tmp_path / "changed")

@@ -1,4 +1,4 @@
-"""Adapters come and go while requests run: every request gets its own, and what is gone leaves nothing behind."""
+"""Adapters are loaded and unloaded while requests run: each request gets its adapter's tokens, and nothing leaks."""
 
 from typing import Any
 
@@ -17,7 +17,7 @@ NUM_SLOTS = 3
 
 
 class Adapters(RuleBasedStateMachine):
-    """What the API does to an engine; names of this machine are keys of the engine."""
+    """A state machine that acts on an engine as the API does, with the engine's adapter keys as names."""
 
     @initialize(
         max_loaded=st.one_of(st.none(), st.just(NUM_SLOTS), st.just(NUM_SLOTS + 1)),
@@ -38,10 +38,10 @@ class Adapters(RuleBasedStateMachine):
             num_pages=num_pages,
         )
         self.num_keys = self.num_requests = 0
-        # Shift by key, of what requests may name.
+        # The shifts of adapters that requests may name, by key.
         self.served: dict[str, int] = {}
         self.pinned: set[str] = set()
-        # Keys that are being loaded or unloaded, and requests that run: (prompt, shift, tokens wanted).
+        # Keys that are being loaded (whether pinned) or unloaded, and running requests: (prompt, shift, max_tokens).
         self.loading: dict[str, bool] = {}
         self.unloading: set[str] = set()
         self.expected: dict[str, tuple[int, int, int]] = {}
@@ -123,7 +123,7 @@ class Adapters(RuleBasedStateMachine):
 
     @rule(data=st.data(), shift=st.one_of(st.none(), st.integers(0, 200)))
     def touch(self, data: Any, shift: int | None) -> None:
-        """The files of an adapter that was loaded change, or break."""
+        """Change or break the files of a loaded adapter."""
         if self.served:
             key = data.draw(st.sampled_from(sorted(self.served)))
             self.files[key] = shift
@@ -166,7 +166,7 @@ class Adapters(RuleBasedStateMachine):
 
     @invariant()
     def only_steps_that_must_fail_do(self) -> None:
-        """Such as one that loads an adapter that is not in memory."""
+        """Only injected failures cause resets; a step that loaded an adapter that is not in memory would add one."""
         if hasattr(self, "runner"):
             assert self.runner.num_resets <= self.num_failures
 
@@ -190,7 +190,7 @@ class Adapters(RuleBasedStateMachine):
         assert self.engine.idle
         assert not self.expected
         assert not self.loading
-        # No request is left that could leak a slot or memory: all is free.
+        # No request is left, so all slots and all memory must be free.
         for key in list(self.served):
             self.engine.unload_adapter(key, lambda error: None)
         while not self.engine.idle:

@@ -1,4 +1,4 @@
-"""Parsers of model output: any cutting of any text gives what the whole text gives, and nothing is lost."""
+"""Parsers of model output give the same message for any split of a text as for the whole text, and lose nothing."""
 
 import json
 import re
@@ -35,7 +35,7 @@ def read(config: MessageParserConfig, parts: Iterable[str]) -> list[MessageDelta
 
 
 def is_plain(text: str, markers: Iterable[str]) -> bool:
-    """Whether no marker is in the text, nor begins or ends at its edges."""
+    """Whether a text contains no marker, and no part of a marker at its edges."""
     return not any(
         marker in text
         or any(text.endswith(marker[:size]) or text.startswith(marker[-size:]) for size in range(1, len(marker)))
@@ -67,7 +67,7 @@ def test_any_cutting_of_any_text_gives_the_same_thinking(name: str, data: st.Dat
     whole = Message().add(read(wanted, [text]))
     assert Message().add(read(wanted, cut(text, data.draw(CUTS)))) == whole
     if name != "gpt-oss":
-        # Text in, text out: only tags, and space before a repeated one, are gone.
+        # Text passes through: only tags, and space before a repeated tag, are removed.
         passed = "".join(piece.text for piece in read(wanted, [text]))  # type: ignore[union-attr]
         gone = str.maketrans(dict.fromkeys(f"{format.start}{format.end} \n"))
         assert passed.translate(gone) == text.translate(gone)
@@ -110,7 +110,7 @@ def test_calls_are_read_as_they_were_meant(
     name: str, write: Any, calls: list[WrittenCall], cuts: list[int], before: str
 ) -> None:
     if name in ("llama3", "pythonic"):
-        before = ""  # these begin the output
+        before = ""  # in these formats, calls begin the output
     config = MessageParserConfig(tool_calls=TOOL_CALL_FORMATS[name], tools=TOOLS)
     pieces = read(config, cut(f"{before}\n{write(calls)}" if before else write(calls), cuts))
     message = Message().add(pieces)
@@ -127,7 +127,7 @@ def test_calls_are_read_as_they_were_meant(
 @pytest.mark.parametrize(("name", "write"), CALL_WRITERS, ids=[f"{n}-{w.__name__}" for n, w in CALL_WRITERS])
 @given(data=st.data())
 def test_any_cutting_of_broken_calls_gives_the_same(name: str, write: Any, data: st.DataObject) -> None:
-    """Transcripts with pieces cut out, doubled and put in: never an exception, and what is no call is content."""
+    """Transcripts with parts removed, doubled or inserted raise no exception, and text that is no call is content."""
     text = write(data.draw(CALLS))
     for _ in range(data.draw(st.integers(0, 3))):
         at, size = data.draw(st.integers(0, len(text))), data.draw(st.integers(0, 12))
@@ -141,7 +141,7 @@ def test_any_cutting_of_broken_calls_gives_the_same(name: str, write: Any, data:
     for call in whole.calls.values():
         assert isinstance(json.loads(call.arguments), dict)
     if not whole.calls:
-        # Headers and markers of messages that are no calls are gone.
+        # These two formats drop the headers and markers of messages that are no calls.
         assert whole.content == text or name in ("pythonic", "gpt-oss")
 
 
@@ -150,7 +150,7 @@ def test_any_cutting_of_broken_calls_gives_the_same(name: str, write: Any, data:
 def test_a_call_that_is_cut_off_has_a_beginning(
     name: str, write: Any, calls: list[WrittenCall], size: int, cuts: list[int]
 ) -> None:
-    """What is parsed of it is the beginning of what the whole output gives; nothing comes twice."""
+    """The arguments parsed from a truncated call are a prefix of the whole call's; nothing is emitted twice."""
     config = MessageParserConfig(tool_calls=TOOL_CALL_FORMATS[name], tools=TOOLS)
     whole = Message().add(read(config, [write(calls)]))
     parser = config.parser()
@@ -162,7 +162,7 @@ def test_a_call_that_is_cut_off_has_a_beginning(
         if call.complete:
             assert call.arguments == expected
         else:
-            # Without quotes, the beginning of an end tag may be text as well.
+            # In formats without quotes, the beginning of an end tag may be text as well.
             assert expected.startswith(re.sub(r"(\\n)?</?[a-z_]*$", "", call.arguments))
     if any(not call.complete for call in message.calls.values()):
         assert message.content == ""
@@ -199,10 +199,10 @@ JSON = st.recursive(
 def test_json_passes_the_scanner(
     value: Any, indent: int | None, ascii_only: bool, python: bool, cuts: list[int]
 ) -> None:
-    """In strict JSON as it was, and as Python writes the same value."""
+    """Strict JSON passes unchanged, and a value as Python writes it becomes the same value in JSON."""
     text = repr(value) if python else json.dumps(value, indent=indent, ensure_ascii=ascii_only)
     if python and "\\x" in text:
-        return  # not JSON's escapes
+        return  # JSON has no such escapes
     scanner, out, rest = JsonScanner(), "", ""
     for part in [*cut(text, cuts), ""]:
         rest += part
@@ -249,7 +249,7 @@ HOSTILE = (
 @pytest.mark.parametrize("text", HOSTILE, ids=range(len(HOSTILE)))
 @pytest.mark.parametrize("name", TOOL_CALL_FORMATS)
 def test_hostile_output_is_content(name: str, text: str) -> None:
-    """No exception, and in time that grows with the text and not with its square."""
+    """Hostile output raises no exception, and parsing takes time linear in the text, not quadratic."""
     message = Message().add(read(MessageParserConfig(tool_calls=TOOL_CALL_FORMATS[name], tools=TOOLS), [text]))
     for call in message.calls.values():
         assert isinstance(json.loads(call.arguments), dict)

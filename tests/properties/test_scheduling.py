@@ -1,4 +1,4 @@
-"""Any order of requests, aborts, failures and late results: nothing is lost, leaked or sent twice."""
+"""The scheduler loses, leaks and repeats nothing in any order of requests, aborts, failures and late results."""
 
 from collections import deque
 from typing import Any
@@ -28,10 +28,10 @@ OPTIONS = st.fixed_dictionaries(
 
 
 class Script:
-    """A constraint that knows the whole output: at each place some tokens are allowed, and after the last one it ends.
+    """A constraint with a fixed set of allowed tokens at each position, which is finished after the last position.
 
     Attributes:
-        taken: the output so far.
+        taken: the tokens so far.
     """
 
     def __init__(self, places: list[frozenset[int]]) -> None:
@@ -62,7 +62,7 @@ class Script:
 
 
 class SchedulerMachine(RuleBasedStateMachine):
-    """A scheduler between a client that does as it likes and a device that answers late."""
+    """A state machine around a scheduler, with a client that acts at random and a device that answers late."""
 
     @initialize(
         page_size=st.sampled_from([1, 2, 4]),
@@ -99,7 +99,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.scheduler = Scheduler(
             self.config, CacheConfig(page_size=page_size, num_pages=num_pages, prefix_caching=caching), self.adapters
         )
-        # What the device has in its slots, and the slots of its rows.
+        # The adapter in each slot of the device, and the slot of each row.
         self.slots = {0: ""}
         self.slot_of_row: dict[int, int] = {}
         self.in_flight: deque[SchedulerOutput] = deque()
@@ -159,7 +159,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.aborted.add(name)
         self.scheduler.abort(name)
 
-    # What the draws of a step may be is known when it is the only one in flight; so does the engine work.
+    # The masks of a step are known only when it is the only one in flight; the engine works in the same way.
     @precondition(lambda self: not self.scripts or len(self.in_flight) < 2)
     @rule()
     def schedule(self) -> None:
@@ -266,7 +266,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             assert self.prompt_logprobs[name] == len(self.requests[name].prompt_token_ids) - 1
 
     def _check_adapters(self, plan: SchedulerOutput) -> None:
-        """Every row finds its own adapter in its slot."""
+        """Check that the slot of every row holds the adapter of its request."""
         for load in plan.adapter_loads:
             assert 0 < load.slot < self.adapters._num_slots
             self.slots[load.slot] = load.adapter
@@ -275,7 +275,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             assert self.slots[self.slot_of_row[row.row]] == sequence.request.adapter
 
     def _tell_masks(self) -> None:
-        """What the draws of the only step in flight may be."""
+        """Record which tokens may be sampled in the only step in flight."""
         if len(self.in_flight) != 1:
             return
         constrained = self.scheduler.constrained_rows()
@@ -283,7 +283,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.masks = {index: script.allowed for index, script in constrained.items()}  # type: ignore[attr-defined]
 
     def _masked(self, tokens: list[int]) -> list[int]:
-        """Draws of the step that is answered, as its masks let them be."""
+        """Return sampled tokens, with those that the step's masks forbid replaced by allowed ones."""
         masks, self.masks = self.masks, {}
         return [
             token if index not in masks or token in masks[index] else min(masks[index])

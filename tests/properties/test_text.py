@@ -1,4 +1,4 @@
-"""Any cutting of a stream gives what the whole gives: detokenizers and stop strings."""
+"""Detokenizers and stop strings give the same text for any split of a stream as for the whole."""
 
 import string
 from itertools import pairwise
@@ -13,7 +13,7 @@ from tests.support.tiny import VOCAB_SIZE, byte_tokenizer
 
 
 def sentencepiece_like() -> Tokenizer:
-    """Characters, byte tokens for the rest, and a leading space that decoding drops."""
+    """Return a tokenizer with characters, byte tokens for the rest, and a leading space that decoding drops."""
     pieces = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), *("\u2581" + c for c in "abc"), *"abc\u2581é"]
     tokenizer = Tokenizer(
         models.BPE({piece: i for i, piece in enumerate(pieces)}, [], unk_token="<unk>", byte_fallback=True)
@@ -43,7 +43,7 @@ def test_byte_level_pieces_join_to_the_whole(ids: list[int], skip: bool) -> None
 
 @given(st.lists(st.integers(257, SENTENCEPIECE.get_vocab_size() - 1) | st.sampled_from([0xC3, 0xA9]), max_size=40))
 def test_sentencepiece_pieces_join_to_the_whole(ids: list[int]) -> None:
-    """Where the bytes are text: for broken bytes the Rust decoder gives up on the valid ones around them too."""
+    """Only valid UTF-8 is compared: for invalid bytes, the Rust decoder gives up on the valid ones around them, too."""
     try:
         b"".join(PIECES.of[token_id] for token_id in ids).decode()
     except UnicodeDecodeError:
@@ -85,7 +85,7 @@ def test_stop_strings_cut_alike_for_any_cutting(text: str, stops: list[str], cut
     pieces = [text[start:end] for start, end in pairwise(edges)]
     by_character = run(list(text))
     assert run(pieces) == by_character
-    # One character at a time: the first stop string to be complete ends the text.
+    # One character at a time, the first stop string to be complete ends the text.
     ends = [(text.find(stop) + len(stop), text.find(stop), stop) for stop in stops if stop in text]
     if not ends:
         assert by_character == (text, None)

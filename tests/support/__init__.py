@@ -1,1 +1,1 @@
-"""What tests share: fakes, tiny checkpoints, marks, and the store of compile outcomes."""
+"""Helpers shared by tests: fakes, tiny checkpoints, marks, and the store of compile outcomes."""

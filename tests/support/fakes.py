@@ -1,4 +1,4 @@
-"""Stand-ins that can be worked by hand: a runner without a device, and an engine client without a process."""
+"""Fakes that a test can control: a runner without a device, and an engine client without an engine process."""
 
 import asyncio
 from collections.abc import Callable, Sequence
@@ -25,7 +25,7 @@ NUM_TOP = 20
 
 
 class FakeStep:
-    """A step whose result is known at once, before and after its draws."""
+    """A step whose result is known immediately, before and after sampling."""
 
     def __init__(self, runner: "FakeRunner", plans: Plans, outputs: tuple[StepOutput | None, ...]) -> None:
         self._runner = runner
@@ -33,7 +33,7 @@ class FakeStep:
         self._outputs = outputs
 
     def sample(self, constrained: Sequence[ConstrainedRows | None]) -> "FakeStep":
-        """A constrained row draws the first allowed token from its own on."""
+        """Replace the token of each constrained row with the first allowed id from that token on, wrapping around."""
         for copy, (plan, output, rows) in enumerate(zip(self._plans, self._outputs, constrained, strict=True)):
             for row, bits_W in zip(rows.rows, rows.bits_CW, strict=True) if plan and output and rows else ():
                 allowed_V = np.unpackbits(bits_W.view(np.uint8), bitorder="little").nonzero()[0].tolist()
@@ -48,7 +48,7 @@ class FakeStep:
 
 
 class InlineExecutor(Executor):
-    """Does at once what it is given."""
+    """An executor that runs each function immediately, in the thread that submits it."""
 
     def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
         future: Future[Any] = Future()
@@ -63,22 +63,22 @@ _INLINE = InlineExecutor()
 
 
 def shift_adapter(shift: int) -> LoadedAdapter:
-    """An adapter for `FakeRunner`."""
+    """Return an adapter that makes `FakeRunner` add `shift` to each sampled token."""
     return loaded_adapter({("shift",): np.array(shift)})
 
 
 class FakeRunner:
-    """Draws `last token + 1` modulo the vocabulary, and more where an adapter says so: every output can be predicted.
+    """A runner with predictable outputs: it samples `last token + 1`, plus an adapter's shift, modulo the vocabulary.
 
     Attributes:
-        plans: what was sent, copy after copy.
-        fail_next: forward passes that raise.
-        poison: a token id that makes every step it is in raise.
-        poison_draws: also where the token was drawn by the step before.
-        not_finite: rows of state whose logits are NaN.
-        adapters: that are held, by key.
-        slots: what was loaded into each.
-        slot_of: of a copy's row.
+        plans: the scheduler outputs received, step by step and replica by replica.
+        fail_next: number of the next forward passes and resets that raise.
+        poison: a token id; every step that has it among its input tokens raises.
+        poison_samples: whether a step also raises if the previous step sampled `poison`.
+        not_finite: state rows whose logits are NaN.
+        adapters: the loaded adapters by key.
+        slots: the adapter loaded into each slot.
+        slot_of: the adapter slot of each (replica, row).
     """
 
     def __init__(self, vocab_size: int = 256) -> None:
@@ -166,7 +166,7 @@ def make_engine(
     executor: Executor | None = _INLINE,
     wrap: Callable[[Runner], Runner] = lambda runner: runner,
 ) -> tuple[Engine, FakeRunner]:
-    """An engine over a `FakeRunner`, or over what `wrap` makes of it."""
+    """Return an engine over `wrap(runner)`, and `runner`, a new `FakeRunner`."""
     runner = FakeRunner(vocab_size)
     limits = SchedulerConfig(
         max_rows=max_rows, max_step_tokens=max_step_tokens, context_length=context_length, policy=policy
@@ -184,11 +184,11 @@ def make_engine(
 
 
 class FakeEngineClient:
-    """`EngineClient` in this process: a task steps the engine while it has work.
+    """An `EngineClient` in this process: an asyncio task steps the engine while it has work.
 
     Attributes:
-        lost: set to make the engine look dead.
-        lose_after: steps after which the engine is lost, or None.
+        lost: why the engine is lost, or None; set it to make the engine look dead.
+        lose_after: number of steps after which the engine is lost, or None.
         submitted: every request, in order.
     """
 
@@ -287,7 +287,7 @@ class FakeEngineClient:
             self._task = asyncio.get_running_loop().create_task(self._run())
 
     def lose(self, reason: str) -> None:
-        """The engine process is gone."""
+        """Act as if the engine process had ended."""
         self.lost = reason
         self._streams.fail_all(reason)
 

@@ -1,8 +1,8 @@
-"""Marks of cases."""
+"""Pytest marks for parametrised cases."""
 
 from functools import partial
 
 import pytest
 
-# A case that is like one that always runs: a row of a grid, left to `scripts/test --all`.
+# A parametrised case that resembles one that always runs; only `scripts/test --all` runs it.
 slow = partial(pytest.param, marks=pytest.mark.slow)

@@ -1,7 +1,7 @@
-"""Outputs that tiny models have memorized: one for each model family in its own tokens, and what a client must read.
+"""Outputs that tiny models have memorized, in the syntax of each model family, and what clients must read from them.
 
-`scripts/make_memorized.py` overfitted the model in `tests/models/memorized` to these; a user message names the output
-that the model gives.
+`scripts/make_memorized.py` overfitted the model in `tests/models/memorized` to these outputs; the user message names
+the output that the model generates.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,7 +14,7 @@ CHAT_TEMPLATE = (
     "{{ message['content'] }}<end>\n{% endfor %}"
     "{% if add_generation_prompt %}<start>assistant\n{{ opening }}{% endif %}"
 )
-# Tokens of their own, as the families have them; the other markers are ordinary text.
+# Markers that are single tokens, as in the families' tokenizers; the other markers are ordinary text.
 SPECIAL_TOKENS = (
     "<think>", "</think>", "<tool_call>", "</tool_call>", "<|channel|>", "<|message|>", "<|start|>", "<|end|>",
     "<|call|>", "<|constrain|>", "[TOOL_CALLS]", "<|python_tag|>", "<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>",
@@ -30,14 +30,14 @@ _CALLS = (
 
 @dataclass(frozen=True, kw_only=True)
 class Memorized:
-    """One output.
+    """One memorized output.
 
     Attributes:
         name: the user message that asks for it.
-        reasoning_parser, tool_call_parser: those of the family.
-        opening: what the template puts at the end of the prompt.
-        reasoning, content, calls: what is meant.
-        output: what the model writes.
+        reasoning_parser, tool_call_parser: names of the family's parsers.
+        opening: text that the chat template appends to the prompt.
+        reasoning, content, calls: the parts that a client must read from the output.
+        output: text that the model generates.
     """
 
     name: str
@@ -50,7 +50,7 @@ class Memorized:
 
     @property
     def output(self) -> str:
-        """As the model writes it, without what the prompt has opened."""
+        """The text that the model generates, without the `opening` that the prompt already contains."""
         calls = dict(CALL_WRITERS)[self.tool_call_parser](self.calls) if self.calls else ""
         text = self.content + ("\n" if self.content and calls else "") + calls
         if self.reasoning and self.reasoning_parser == "gpt-oss" and self.calls:
@@ -91,7 +91,7 @@ MEMORIZED = (
     Memorized(name="llama", tool_call_parser="llama3", calls=_CALLS),
     Memorized(name="pythonic", tool_call_parser="pythonic", calls=_CALLS),
 )  # fmt: skip
-# The outputs that a model of the family's own architecture has memorized, too: `scripts/make_memorized_families.py`.
+# Outputs that a tiny model of the family's architecture has memorized as well: `scripts/make_memorized_families.py`.
 FAMILIES: Mapping[str, tuple[str, ...]] = {
     "qwen3": ("qwen3", "qwen3 plain"),
     "deepseek": ("v31", "r1"),

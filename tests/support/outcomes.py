@@ -1,8 +1,8 @@
-"""What the compilers of devices that are not here said about a program, kept between runs.
+"""A store of compile outcomes of programs for devices that are not attached, kept between test runs.
 
 A compiled program is a function of the lowered module, the devices, the compilers' versions and their flags. The key
-of an outcome is a hash of all of these, so a change that leaves a step as it is compiles nothing again. Only what the
-compiler said is kept; every test still judges it anew.
+of an outcome is a hash of all of these, so a change that does not affect a step recompiles nothing. Only the compiler's
+output is kept; every test still checks it.
 """
 
 import base64
@@ -23,11 +23,11 @@ from jaxlib.mlir import ir, passmanager
 
 _COMPILERS = ("jax", "jaxlib", "libtpu", "jax-cuda13-plugin", "jax-cuda13-pjrt", "nvidia-cuda-nvcc")
 _FLAGS = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")
-compile_program = jax.stages.Lowered.compile  # tests/compile replaces it with a store's
+compile_program = jax.stages.Lowered.compile  # kept here, because tests/compile patches the method to use the store
 
 
 class MemoryFigures(NamedTuple):
-    """The fields of `jax.stages.Compiled.memory_analysis()` that tests read, in bytes of one device."""
+    """The fields of `jax.stages.Compiled.memory_analysis()` that tests read, in bytes per device."""
 
     temp_size_in_bytes: int
     argument_size_in_bytes: int
@@ -37,12 +37,12 @@ class MemoryFigures(NamedTuple):
 
 
 class CompiledOutcome(NamedTuple):
-    """Stands for a `jax.stages.Compiled`.
+    """A stand-in for `jax.stages.Compiled`.
 
     Attributes:
         text: the scheduled HLO.
-        memory: what the program takes on one device.
-        compile_s: how long the compiler took when it was asked.
+        memory: memory that the program needs on one device.
+        compile_s: seconds that the compilation took when it was run.
     """
 
     text: str
@@ -50,20 +50,20 @@ class CompiledOutcome(NamedTuple):
     compile_s: float
 
     def as_text(self) -> str:
-        """The scheduled HLO."""
+        """Return the scheduled HLO."""
         return self.text
 
     def memory_analysis(self) -> MemoryFigures:
-        """What the program takes on one device."""
+        """Return the memory that the program needs on one device."""
         return self.memory
 
 
 class OutcomeStore:
-    """Outcomes in a folder, a file each.
+    """A folder of outcomes, with one file each.
 
     Args:
-        folder: made when the first outcome is written.
-        recompile: ask the compiler every time and write its outcome again.
+        folder: the folder, created when the first outcome is written.
+        recompile: whether to run the compiler every time and overwrite the stored outcome.
     """
 
     def __init__(self, folder: Path, *, recompile: bool = False) -> None:
@@ -71,7 +71,7 @@ class OutcomeStore:
         self._recompile = recompile
 
     def compile(self, lowered: jax.stages.Lowered) -> CompiledOutcome:
-        """The outcome of compiling a program for devices that are not here."""
+        """Return the outcome of compiling a program for devices that are not attached."""
 
         def measure() -> list[Any]:
             started = time.perf_counter()
@@ -84,30 +84,30 @@ class OutcomeStore:
         return CompiledOutcome(text, MemoryFigures(*memory), seconds)
 
     def get(self, key: str, measure: Callable[[], Any]) -> Any:
-        """The JSON value under `key`; `measure` is called where there is none."""
+        """Return the JSON value stored under `key`; if there is none, call `measure` and store its result."""
         path = self._folder / f"{key}.json.gz"
         if path.exists() and not self._recompile:
-            path.touch()  # old files are those that no run has asked for
+            path.touch()  # files that no run uses grow old and are deleted
             return json.loads(gzip.decompress(path.read_bytes()))
         value = measure()
         self._folder.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(f".{os.getpid()}")
         partial.write_bytes(gzip.compress(json.dumps(value).encode(), mtime=0))
         partial.rename(path)
-        # As a later run will read it: tuples are lists in JSON.
+        # A later run reads tuples back as lists, so this run does, too.
         return json.loads(json.dumps(value))
 
 
 def compiles_only(lowered: jax.stages.Lowered) -> bool:
-    """Whether the devices of a program are not here, so that it can be compiled and not run."""
+    """Whether the devices of a program are not attached, so that it can be compiled but not run."""
     lowering: Any = lowered._lowering
     return isinstance(lowering._device_list[0].client, _jax.CompileOnlyPyClient)
 
 
 def program_key(lowered: jax.stages.Lowered) -> str:
-    """A hash of everything that the compiled program depends on.
+    """Return a hash of everything that the compiled program depends on.
 
-    Debug locations do not count: a kernel that only moved within its file is the same kernel.
+    Debug locations are left out: a kernel that only moved within its file is the same kernel.
     """
     lowering: Any = lowered._lowering
     topology = xla_client.get_topology_for_devices(list(lowering._device_list)).fingerprint()
@@ -129,7 +129,7 @@ def _version(distribution: str) -> str:
 
 
 def _canonical_text(module: ir.Module) -> str:
-    """The module and the kernels in it, without debug locations."""
+    """Return the text of the module and of the kernels in it, without debug locations."""
     kernels: list[str] = []
 
     def take_out(op: ir.Operation) -> ir.WalkResult:
@@ -143,7 +143,7 @@ def _canonical_text(module: ir.Module) -> str:
                 op.attributes["backend_config"] = ir.StringAttr.get(json.dumps(config, sort_keys=True))
             elif target.startswith("mosaic_gpu"):
                 config = ir.DictAttr(op.attributes["mhlo.backend_config"])
-                # The hash of the kernel is one of its text with locations.
+                # `kernel_hash` is a hash of the kernel's text with locations.
                 rest = {entry.name: entry.attr for entry in config if entry.name not in ("module", "kernel_hash")}
                 kernels.append(_kernel_text(ir.StringAttr(config["module"]).value_bytes))
                 op.attributes["mhlo.backend_config"] = ir.DictAttr.get(rest)
@@ -156,7 +156,7 @@ def _canonical_text(module: ir.Module) -> str:
 
 
 def _kernel_text(payload: bytes) -> str:
-    """A kernel in Mosaic's dialects."""
+    """Return the text of a serialised kernel in Mosaic's dialects, without debug locations."""
     context = ir.Context()
     context.allow_unregistered_dialects = True
     tpu.register_dialect(context)

@@ -1,10 +1,10 @@
-"""Ports for servers of tests."""
+"""Ports for the servers that tests start."""
 
 import socket
 
 
 def free_port() -> int:
-    """A port of the loopback that nobody has."""
+    """Return a free port of the loopback interface."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

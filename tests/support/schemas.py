@@ -5,7 +5,7 @@ from typing import Any
 
 
 def random_schema(rng: random.Random, depth: int = 3) -> dict[str, Any]:
-    """A schema of any kind; its strings, numbers and lists are short."""
+    """Return a schema of any kind; its strings, numbers and lists are short."""
     makers = [_string, _integer, _number, _boolean, _null, _enum, _const]
     if depth:
         makers += [_object, _object, _array, _any_of]

@@ -1,4 +1,4 @@
-"""Model outputs in every family's own form, written from what they mean."""
+"""Writers of model outputs in every family's syntax, from the tool calls, reasoning and content they contain."""
 
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -8,7 +8,7 @@ from jaxserve.parsing.tool_calls.tool import Tool
 
 
 class WrittenCall(NamedTuple):
-    """A call before it is written down."""
+    """A tool call, before it is written in a family's syntax."""
 
     name: str
     arguments: dict[str, Any]
@@ -118,7 +118,7 @@ def _glm45(calls: Sequence[WrittenCall]) -> str:
     return "\n".join(map(body, calls))
 
 
-# (name of the parser, how it writes calls)
+# (name of a parser, function that writes calls in the parser's syntax)
 CALL_WRITERS: Sequence[tuple[str, Callable[[Sequence[WrittenCall]], str]]] = (
     ("deepseekv3", _deepseekv3),
     ("deepseekv31", _deepseekv31),

@@ -1,4 +1,4 @@
-"""Which adapter is in which slot; the scheduler's property test holds it against random requests."""
+"""The assignment of adapters to slots; the scheduler's property test checks it with random requests."""
 
 import pytest
 

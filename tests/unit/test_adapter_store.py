@@ -1,4 +1,4 @@
-"""What the property test of the store cannot see: who waits for whom, and reading on a thread."""
+"""Cases of `AdapterStore` that its property test does not cover: the order of waiting, and reading on a thread."""
 
 import threading
 
@@ -10,7 +10,7 @@ from tests.unit.test_engine import finish, request, tokens
 
 
 def test_steady_requests_for_one_adapter_do_not_keep_another_out() -> None:
-    """It leaves once those that run with it have ended; later ones for it come after the one that waited."""
+    """Adapter `a` is evicted once its running requests have ended; its later requests wait until `b` is loaded."""
     engine, _ = make_engine(num_slots=2, adapters="a", max_loaded=1)
     answers: list[str | None] = []
     engine.add(request("0", adapter="a", max_tokens=8))
@@ -28,7 +28,7 @@ def test_steady_requests_for_one_adapter_do_not_keep_another_out() -> None:
 
 
 def test_requests_run_while_an_adapter_is_read() -> None:
-    """Reading does not hold the steps up, and the answer comes by itself."""
+    """Reading an adapter does not block steps, and the answer comes once it is read."""
     reading, go_on = threading.Event(), threading.Event()
 
     def read(folder: str) -> LoadedAdapter:

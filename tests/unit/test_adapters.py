@@ -1,4 +1,4 @@
-"""Adapter folders: what PEFT writes is read, what we do not compute is refused by name."""
+"""Reading of adapter folders: what PEFT writes is accepted, and what is not supported is refused by name."""
 
 import json
 import math
@@ -111,7 +111,7 @@ def test_broken_tensors_are_refused(changes: dict[str, Any], reason: str, tmp_pa
         read_peft(tmp_path)
 
 
-# Of a layer with two experts of 6 inner and 8 outer numbers, rank 3.
+# Shapes of a layer with two experts, intermediate size 6, hidden size 8 and rank 3.
 EXPERTS = "model.layers.0.mlp.experts"
 MATRICES = {
     f"{EXPERTS}.base_layer.lora_A.weight": (6, 8),
@@ -132,7 +132,7 @@ def write_parameters(folder: Path, shapes: Mapping[str, tuple[int, ...]], target
 
 
 def test_parameters_with_all_experts(tmp_path: Path) -> None:
-    """Of nested wrappers the innermost is the first parameter's; rows of A are by expert, columns of B by rank."""
+    """The innermost wrapper belongs to the first parameter; rows of A are ordered by expert, columns of B by rank."""
     folder = write_parameters(tmp_path, MATRICES, ["experts.down_proj", "mlp.experts.gate_up_proj"])
     modules = read_peft(folder).modules
     assert modules.keys() == {f"{EXPERTS}.gate_up_proj", f"{EXPERTS}.down_proj"}

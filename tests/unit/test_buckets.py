@@ -1,4 +1,4 @@
-"""The shapes that steps are compiled for hold every step within the limits."""
+"""Every step within the scheduler's limits fits one of the buckets that are compiled, of which there are few."""
 
 import pytest
 from hypothesis import given

@@ -1,4 +1,4 @@
-"""Factors of an integer cache, from what a cache of floats holds."""
+"""Calibration of the scales of an integer KV cache from the peaks of a float cache."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -13,7 +13,7 @@ NUM_LAYERS, NUM_HEADS, HEAD_DIM = 2, 2, 4
 
 
 def scales(k_PKSH: np.ndarray, v_PKSH: np.ndarray, rope_dim: int = HEAD_DIM) -> tuple[np.ndarray, bool]:
-    """Peaks that the factors of a cache of two copies allow."""
+    """Return the peaks that the scales of a cache with two replicas allow, and whether the cache is finite."""
     config = AttentionConfig(
         num_layers=NUM_LAYERS, num_q_heads=2, num_kv_heads=NUM_HEADS, head_dim=HEAD_DIM, page_size=8, num_pages=3,
         dtype=jnp.float32, scale=1.0,
@@ -37,11 +37,11 @@ def test_the_largest_number_of_every_place_counts_in_any_copy() -> None:
 
 
 def test_a_rotated_pair_has_the_larger_of_both() -> None:
-    """A slow rotation turns one into the other only at positions that were not run."""
+    """A slow rotation moves one channel of a pair into the other only at positions that were not run."""
     keys = empty()
     keys[0, 0, 0] = 8, 5, 2, 6
     np.testing.assert_allclose(scales(keys, empty())[0][0, 0, 0], [8, 6, 8, 6], rtol=1e-6)
-    # Of a latent vector, only the last numbers are rotated.
+    # Only the last channels of a latent vector are rotated.
     np.testing.assert_allclose(scales(keys, empty(), rope_dim=2)[0][0, 0, 0], [8, 5, 6, 6], rtol=1e-6)
 
 
@@ -50,7 +50,7 @@ def test_small_numbers_have_room() -> None:
     values[3, 1, 2, 0] = 16
     got, _ = scales(empty(), values)
     np.testing.assert_allclose(got[1, 1, 1], [16, *[16 * _SMALLEST] * 3], rtol=1e-6)
-    # Nothing is known of a head that was always 0.
+    # Nothing is known of a head that was always 0: its scales are 1.
     np.testing.assert_allclose(got[0, 1], _LARGEST / _MARGIN, rtol=1e-6)
 
 

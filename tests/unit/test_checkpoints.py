@@ -1,4 +1,4 @@
-"""Checkpoint files: what is read, and what is refused."""
+"""Reading of safetensors and GGUF files, and refusal of hostile, broken and pickled ones."""
 
 import json
 import struct
@@ -109,7 +109,7 @@ def test_gguf_tensors_are_the_ones_that_were_written(tmp_path: Path, quant: str)
 
 @pytest.mark.parametrize("quant", ["Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"])
 def test_gguf_k_quants_can_be_read(quant: str) -> None:
-    """The gguf package cannot write them: a block of zero bits with scale 1 is decoded instead."""
+    """The gguf package cannot write these formats, so blocks of zero bits are decoded instead."""
     kind = GGMLQuantizationType[quant]
     size, width = gguf.GGML_QUANT_SIZES[kind]
     values = gguf.quants.dequantize(np.zeros((2, width), np.uint8), kind)

@@ -1,4 +1,4 @@
-"""The `jaxserve` command hands its flags to the command that is named."""
+"""The `jaxserve` command passes its flags to the named subcommand, prints its usage, and refuses unknown ones."""
 
 import pytest
 

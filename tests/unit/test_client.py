@@ -1,4 +1,4 @@
-"""Streams of deltas: each choice ends once, whoever ends it."""
+"""Streams of token deltas end each choice once, and callers that wait get an error when the engine ends."""
 
 import asyncio
 import threading

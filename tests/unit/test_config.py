@@ -1,4 +1,4 @@
-"""Reading config.json, and flags."""
+"""Reading of models' `config.json`, of flags and of config files: accepted values, defaults and refusals."""
 
 import json
 from pathlib import Path
@@ -25,7 +25,7 @@ def test_reads_a_plain_config() -> None:
 
 
 def test_code_beside_the_weights_is_not_opened() -> None:
-    """Makers publish such files; the architecture is known without them."""
+    """Model authors publish code next to the weights; the architecture is known without it."""
     code = {"AutoConfig": "configuration_phi3.Phi3Config", "AutoModelForCausalLM": "modeling_phi3.Phi3ForCausalLM"}
     assert read(architectures=["Phi3ForCausalLM"], auto_map=code) == read(architectures=["Phi3ForCausalLM"])
 
@@ -54,7 +54,7 @@ FP8 = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "we
 
 
 def compressed(kind: str, ignore: Any = ("lm_head",), **weights: Any) -> dict[str, Any]:
-    """compressed-tensors with some settings of Kimi K2 Thinking's changed."""
+    """Return the compressed-tensors config of Kimi K2 Thinking with some settings changed."""
     plain = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 32}
     group = {"targets": ["Linear"], "weights": plain | weights}
     method = {"quant_method": "compressed-tensors", "format": kind, "config_groups": {"group_0": group}}
@@ -171,7 +171,7 @@ def test_refuses_by_name(changes: dict[str, Any], message: str) -> None:
 
 
 def test_parts_that_are_quantised() -> None:
-    """Kimi K2 Thinking's experts only; of DeepSeek everything."""
+    """In Kimi K2 Thinking only the experts are quantised, in DeepSeek everything."""
     deepseek = {
         "architectures": ["DeepseekV3ForCausalLM"],
         "n_group": 1,
@@ -192,7 +192,7 @@ def test_parts_that_are_quantised() -> None:
     assert kimi.quantization.parts == ("experts",)
     assert (kimi.quantization.block, kimi.quantization.scale_dtype) == ((1, 32), "bfloat16")
     assert len(read(**deepseek, quantization_config=FP8).quantization.parts) == 4
-    # A list of names means the layers that have them; one for all modules means a model that is not quantised.
+    # A name need only cover the layers that have the module; one that covers all modules means no quantisation.
     dense = read(**deepseek, quantization_config=FP8 | {"modules_to_not_convert": ["model.layers.0.mlp"]})
     assert dense.quantization.parts == ("attention", "shared_expert", "experts")
     assert read(quantization_config=FP8 | {"modules_to_not_convert": ["model"]}).quantization is None
@@ -307,7 +307,7 @@ def test_config_file_negations_and_strings(tmp_path: Path) -> None:
     ("flags", "sizes"),
     [
         (["--tp", "8", "--dp", "2"], (8, 2, 1, False)),
-        # All devices are those of --tp, and each has experts of its own.
+        # --tp counts all devices, and each device has its own experts.
         (["--tp", "8", "--dp", "4", "--enable-dp-attention"], (2, 4, 2, True)),
         (["--tp", "8", "--dp", "4", "--enable-dp-attention", "--ep", "4"], (2, 4, 1, True)),
     ],

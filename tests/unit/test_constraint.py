@@ -1,4 +1,4 @@
-"""Limits on thinking, grammars in the engine, and forced tokens that need no draw."""
+"""Thinking budgets, grammars in the engine, and forced tokens that are not sampled."""
 
 import json
 from pathlib import Path
@@ -34,7 +34,7 @@ def budget(tokens: int, *, in_reasoning: bool = True) -> ThinkingState:
 
 
 def feed(limit: ThinkingState, text: bytes) -> int | None:
-    """Bytes until the end is forced, or None."""
+    """Return the number of bytes fed until the end of thinking is forced, or None."""
     for index, byte in enumerate(text):
         if limit.queue:
             return index
@@ -139,7 +139,7 @@ def test_forced_tokens_are_run_but_not_drawn(tokenizer: GrammarTokenizer) -> Non
         engine.add(request("a", lark, **fields))
         deltas = run(engine)
         outputs.add(text(deltas, "a"))
-        if "presence_penalty" in fields:  # penalties count what was drawn
+        if "presence_penalty" in fields:  # penalties count sampled tokens
             assert len(runner.plans) > 60
         else:
             assert len(runner.plans) < 6
@@ -161,7 +161,7 @@ def test_forced_tokens_keep_to_max_tokens(tokenizer: GrammarTokenizer) -> None:
 
 
 def test_a_row_that_nothing_may_follow(tokenizer: GrammarTokenizer) -> None:
-    """Every choice has its own constraint; forbidden tokens and the grammar can leave nothing."""
+    """Forbidden tokens and the grammar together can allow no token; the request then ends with an error."""
     engine, runner = make_engine(max_rows=4, max_step_tokens=64, page_size=16, vocab_size=VOCAB_SIZE)
     engine.use_tokenizer(tokenizer)
     runner.not_finite = {0}
@@ -201,7 +201,7 @@ def test_grammars_without_an_output_are_refused(tokenizer: GrammarTokenizer) -> 
 
 
 def test_thinking_and_grammar_together(tokenizer: GrammarTokenizer, tmp_path: Path) -> None:
-    """The budget closes the thinking inside a grammar that begins with it."""
+    """The budget closes the thinking with which a grammar begins."""
     engine, _ = make_engine(max_rows=4, max_step_tokens=64, page_size=16, vocab_size=VOCAB_SIZE)
     engine.use_tokenizer(tokenizer)
     lark = 'start: thinking "yes"\nthinking[suffix="</t>"]: /(.|\\n)*/'

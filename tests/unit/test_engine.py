@@ -1,4 +1,4 @@
-"""The step loop over a runner that can be worked by hand."""
+"""The engine's step loop over a `FakeRunner`, whose tokens are predictable and whose steps can be made to fail."""
 
 import pytest
 
@@ -65,7 +65,7 @@ def test_prompts_are_cut_to_the_budget_and_mixed_with_decode() -> None:
 
 
 def test_preemption_changes_no_token() -> None:
-    """Room for one and a half: the later request is sent back and finishes all the same."""
+    """The page pool holds one and a half requests: later ones are preempted and finish all the same."""
     engine, _ = make_engine(num_pages=12, page_size=4, context_length=48)
     for name in ("a", "b", "c"):
         engine.add(request(name, prompt=(ord(name),) * 8, max_tokens=24))
@@ -103,7 +103,7 @@ def test_a_failing_step_is_tried_again() -> None:
 
 @pytest.mark.parametrize("dp_size", [1, 2])
 def test_requests_that_make_every_step_raise_end_alone(dp_size: int) -> None:
-    """Two culprits, one with two choices, beside and between others that come early and late."""
+    """The failing requests, one of them with two choices, run next to good ones that come early and late."""
     engine, runner = make_engine(max_step_tokens=64, dp_size=dp_size)
     runner.poison = 13
     engine.add(request("long", prompt=(100, 101), max_tokens=30))
@@ -123,7 +123,7 @@ def test_requests_that_make_every_step_raise_end_alone(dp_size: int) -> None:
 
 
 def test_a_request_that_fails_late_is_found_as_well() -> None:
-    """Prefill passes; the step that runs the poisoned draw does not."""
+    """The prefill succeeds; the step that runs the poisoned sampled token fails."""
     engine, runner = make_engine(max_step_tokens=64)
     runner.poison = 20
     engine.add(request("a", prompt=(16, 17), max_tokens=30))

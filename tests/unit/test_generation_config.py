@@ -1,4 +1,4 @@
-"""Where sampling parameters come from that a request does not set."""
+"""The sources of sampling parameters that a request does not set: the model's files, and flags."""
 
 import json
 from pathlib import Path
@@ -67,7 +67,7 @@ def test_gguf_keys(tmp_path: Path) -> None:
     ],
 )
 def test_who_says_what(model: Path, name: str, options: Any, want: dict[str, Any]) -> None:
-    """End tokens are the model's whatever its sampling defaults are."""
+    """The end tokens are the model's, whichever sampling defaults are used."""
     assert find_generation_config(name, model, **options) == GenerationConfig(want, (7,))
 
 

@@ -1,4 +1,4 @@
-"""The golden checkpoints as llama.cpp would write them, by its own table of names, are read back as they were."""
+"""Golden checkpoints, written as llama.cpp would with its own table of tensor names, are read back unchanged."""
 
 import json
 import re
@@ -18,7 +18,7 @@ from jaxserve.errors import LaunchError
 from jaxserve.models.registry import find_architecture
 
 GOLDEN = Path(__file__).parent.parent / "golden"
-# llama.cpp's name of each architecture, and what a file says beside its shape.
+# llama.cpp's name of each architecture, and its metadata besides the sizes that all files have.
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {},
     "qwen2": {},
@@ -69,7 +69,7 @@ _EXPERT = re.compile(r"(model\.layers\.\d+\.mlp\.experts\.)\d+\.(\w+\.weight)")
 
 
 def as_converted(family: str, tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Experts of a layer in one tensor, gates and ups apart, and what makes keys and values apart."""
+    """Stack the experts of a layer, split gate from up projections, and split `kv_b_proj` into keys and values."""
     out: dict[str, Any] = {}
     for name, array in tensors.items():
         if found := _EXPERT.fullmatch(name):
@@ -93,21 +93,21 @@ def as_converted(family: str, tensors: dict[str, np.ndarray]) -> dict[str, np.nd
 
 
 def pairs_as_neighbours(array: np.ndarray, num_heads: int) -> np.ndarray:
-    """As the converter reorders the rows of queries and keys for Llama's way of rotating."""
+    """Make the rows of rotated pairs neighbours in queries and keys, as the converter does for Llama's rope."""
     halves = array.reshape(num_heads, 2, -1, *array.shape[1:])
     return halves.swapaxes(1, 2).reshape(array.shape)
 
 
 def write(path: Path, family: str, extra: dict[str, np.ndarray] | None = None) -> dict[str, np.ndarray]:
-    """Returns the tensors under Hugging Face's names."""
+    """Write a golden checkpoint as GGUF, and return its tensors under Hugging Face's names."""
     source = HuggingFaceCheckpoint(GOLDEN / FOLDERS.get(family, family))
     config = dict(source.config)
     tensors = {name: source.read(name, (slice(None),) * len(shape)) for name, shape in source.shapes.items()}
     source.close()
     num_layers = config["num_hidden_layers"]
-    # DeepSeek's layer for the token after the next is not converted.
+    # DeepSeek's multi-token prediction layer is not converted.
     tensors = {name: array for name, array in tensors.items() if f"layers.{num_layers}." not in name}
-    if family == "qwen3moe":  # whose files have no layers without experts
+    if family == "qwen3moe":  # its files have no layers without experts
         tensors = {name: array for name, array in tensors.items() if not name.startswith("model.layers.0.mlp.")}
         first = {name: array for name, array in tensors.items() if name.startswith("model.layers.1.mlp.")}
         tensors |= {name.replace("layers.1.", "layers.0."): array for name, array in first.items()}
@@ -137,7 +137,7 @@ def write(path: Path, family: str, extra: dict[str, np.ndarray] | None = None) -
             stored = pairs_as_neighbours(stored, NUM_HEADS if "q_proj" in name else NUM_KV_HEADS)
         if family == "gemma3" and name.endswith("norm.weight"):
             stored = stored + 1
-        # The converter does the same to names that end otherwise.
+        # The converter also renames these, whose names end in neither .weight nor .bias.
         known = name.replace("correction_bias", "correction.bias").replace("attn.sinks", "attn.sinks.weight")
         writer.add_tensor(names.get_name(known, try_suffixes=(".weight", ".bias")), stored)
     for name, array in (extra or {}).items():
@@ -160,20 +160,20 @@ def test_weights_and_config_come_back(family: str, tmp_path: Path) -> None:
         part = (slice(1, 3), *(slice(size // 2, size) for size in array.shape[1:]))
         np.testing.assert_array_equal(file.read(name, part), got[part], err_msg=name)
     config = json.loads((GOLDEN / FOLDERS.get(family, family) / "config.json").read_text())
-    if family == "deepseek2":  # files have one factor for both, and nothing of the layer for the token after the next
+    if family == "deepseek2":  # files have one factor for both, and no multi-token prediction layer
         config["rope_parameters"] |= {"mscale": 1.2, "mscale_all_dim": 1.2}
         config["num_nextn_predict_layers"] = 0
     if family == "qwen3moe":
         config["mlp_only_layers"] = []
-    if family == "gpt-oss":  # files have no place for these: those of the models that there are are meant
+    if family == "gpt-oss":  # files cannot hold these, so the values of the published models are used
         config |= {"swiglu_alpha": 1.702, "swiglu_limit": 7.0}
     architecture = find_architecture(file.config)
     want, got_config = architecture.model_config(config), architecture.model_config(file.config)
-    # Files do not say what a head's scores are divided by, and always ask for bf16.
+    # Files do not contain the scale of attention scores, and their config always asks for bf16.
     same = {"dtype": want.dtype, "eos_token_ids": want.eos_token_ids, "attention_scale": want.attention_scale}
-    if family == "phi3":  # and not what a rotary embedding that is not stretched was trained with
+    if family == "phi3":  # nor the context that an unscaled rotary embedding was trained with
         same["rope"] = msgspec.structs.replace(got_config.rope, original_max_position=want.rope.original_max_position)
-    if family == "smollm3":  # files have no place for it: every fourth layer is meant
+    if family == "smollm3":  # files cannot hold which layers have no rope: it is every fourth layer
         same["layers"] = want.layers
     assert msgspec.structs.replace(got_config, **same) == want
     if family == "gemma3":

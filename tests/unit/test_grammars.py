@@ -1,4 +1,4 @@
-"""Grammars of calls and schemas over a real tokenizer: whatever they let through is what they promise."""
+"""Grammars of tool calls, reasoning and schemas: random outputs that they allow are valid and can be parsed."""
 
 import json
 import random
@@ -75,14 +75,14 @@ class Case:
         self.writer = GrammarWriter(self.text, JsonStyle())
 
     def walk(self, grammar: str, seed: int, limit: int = 2000) -> str | None:
-        """A random output that the grammar lets through; None if it does not end by itself."""
+        """Return a random output that the grammar allows, or None if it does not end within `limit` tokens."""
         rng = random.Random(seed)
         matcher = compile_grammar(self.grammars, grammar)
         ids: list[int] = []
         while not matcher.is_stopped() and len(ids) < limit:
             bits = np.frombuffer(matcher.compute_bitmask(), np.uint8)
             allowed = np.unpackbits(bits, bitorder="little").nonzero()[0].tolist()
-            # Ends are preferred, or a text would hardly have one.
+            # Tokens that can end something are preferred, or a text would hardly ever end.
             ends = [token for token in allowed if token >= 256 or token in b'"}])<|']
             token = rng.choice(ends if ends and rng.random() < 0.5 else allowed)
             assert matcher.consume_token(token), matcher.get_error()
@@ -157,7 +157,7 @@ def test_a_grammar_holds_after_the_thinking(case: Case, name: str, in_reasoning:
 
 @pytest.mark.parametrize("name", REASONING_FORMATS)
 def test_markers_that_are_ordinary_text(name: str, tmp_path: Path) -> None:
-    """The same for a model whose tokenizer has no tokens for the markers."""
+    """A grammar also holds after the thinking if the tokenizer has no tokens for the markers."""
     plain = Case(tmp_path, special=())
     format = REASONING_FORMATS[name]
     part = GrammarPart({"lark_grammar": 'start: "yes" | "no"'})
@@ -168,7 +168,7 @@ def test_markers_that_are_ordinary_text(name: str, tmp_path: Path) -> None:
         ids = plain.grammars.tokenize_str(text)
         matcher = compile_grammar(plain.grammars, grammar)
         assert (matcher.try_consume_tokens(ids) == len(ids)) is accepted
-    # A tag that the model never learnt is not offered.
+    # The grammar does not offer a tag that the model never learnt.
     assert name == "gpt-oss" or format.force_reasoning or not format.grammar(plain.writer, None, calls=False).expression
 
 
@@ -286,7 +286,7 @@ ODD = {
 
 @pytest.mark.parametrize("name", ["glm45", "hermes", "pythonic", "qwen3_coder"])
 def test_arguments_of_odd_types(case: Case, name: str) -> None:
-    """What the grammar lets through is what the parser reads, with the types of the schema."""
+    """The parser reads what the grammar allows, with the types of the schema."""
     properties = {key: value for key, value in ODD["properties"].items() if " " not in key or name != "pythonic"}  # type: ignore[attr-defined]
     tool = Tool(name="f", parameters={**ODD, "properties": properties})
     format = TOOL_CALL_FORMATS[name]

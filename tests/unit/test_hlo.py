@@ -1,4 +1,4 @@
-"""Reading collectives and kernels out of a compiled program's text."""
+"""Counting of collectives and kernels in the text of a compiled program."""
 
 from fractions import Fraction
 
@@ -14,7 +14,7 @@ from jaxserve.plan.hlo import Collectives, find_collectives, num_kernels
 
 
 def compiled(*, loop: bool) -> str:
-    """Two sums over devices for each of three layers, and one gather behind them."""
+    """Compile two all-reduces per layer, in a loop of three layers or in one layer, followed by an all-gather."""
     mesh = Mesh(np.array(jax.devices()[:4]), ("model",))
 
     def layers(x: jax.Array, w: jax.Array) -> jax.Array:
@@ -36,7 +36,7 @@ def test_collectives_of_a_loop_count_for_each_layer() -> None:
     found = find_collectives(compiled(loop=True))
     assert found == Collectives({"all-reduce": 2}, {"all-gather": 1})
     assert found.per_step(Fraction(3)) == {"all-reduce": 6, "all-gather": 1}
-    # Four times five layers and one, and twice one more: 26 layers of seven in bodies.
+    # A body of six layers runs four times and a body of one layer twice: 26 layers, of which the bodies hold seven.
     assert Collectives({"all-reduce": 14}, {}).per_step(Fraction(26, 7)) == {"all-reduce": 52}
 
 

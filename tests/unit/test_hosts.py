@@ -1,4 +1,4 @@
-"""Several hosts in this process: an engine over a leading runner, and followers that repeat it."""
+"""Several hosts in one process: an engine over a leading runner, and followers that must repeat its steps."""
 
 import contextlib
 import queue
@@ -22,7 +22,7 @@ WAIT_S = 30.0
 
 
 class HeldStep(FakeStep):
-    """A step that the device ends when the runner's gate opens."""
+    """A step whose result is available once the runner's gate is open."""
 
     def result(self) -> tuple[StepOutput | None, ...]:
         assert isinstance(self._runner, HeldRunner)
@@ -31,7 +31,7 @@ class HeldStep(FakeStep):
 
 
 class HeldRunner(FakeRunner):
-    """Tells of every forward pass that was sent."""
+    """A runner that puts every forward pass into `sent` and holds its results until `gate` is open."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -61,10 +61,10 @@ def hang_up(end: socket.socket) -> None:
 
 
 class Hosts:
-    """Host 0 and the others, each with a runner of its own.
+    """Host 0 and the other hosts, each with its own runner.
 
     Attributes:
-        losses: why host 0 gave up.
+        losses: the reasons for which host 0 gave up.
     """
 
     def __init__(self, *runners: FakeRunner, leading: FakeRunner | None = None) -> None:
@@ -85,7 +85,7 @@ class Hosts:
         )
 
     def finish(self) -> None:
-        """Let the followers go; they must end."""
+        """Release the followers, and check that they end."""
         self.followers.finish()
         for thread in self.threads:
             thread.join(WAIT_S)
@@ -121,7 +121,7 @@ def test_three_hosts_run_the_same_steps(make_hosts: Callable[..., Hosts]) -> Non
 
 
 def test_hosts_meet_as_late_as_the_last() -> None:
-    """Twice, since the second meeting must not take what is left of the first."""
+    """Hosts meet twice, since the second meeting must not use values left from the first."""
     pairs = [tcp_pair() for _ in range(2)]
     losses: queue.SimpleQueue[str] = queue.SimpleQueue()
     followers = Followers([Channel(here) for here, _ in pairs], losses.put)
@@ -154,7 +154,7 @@ def test_an_abort_in_flight_is_repeated(make_hosts: Callable[..., Hosts]) -> Non
 
 
 def test_adapters_are_sent_to_the_others(make_hosts: Callable[..., Hosts], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Their arrays, in parts; also after a step that raised."""
+    """The arrays of an adapter are sent in parts, also after a step that raised."""
     monkeypatch.setattr("jaxserve.distributed.adapters._PART_BYTES", 3)
     others = FakeRunner(), FakeRunner()
     hosts = make_hosts(*others)
@@ -199,7 +199,7 @@ def test_a_host_that_fails_alone_is_given_up(make_hosts: Callable[..., Hosts], m
 
 
 class FailingStep(FakeStep):
-    """Devices report a failure when the tokens are fetched."""
+    """A step whose failure is reported when its tokens are fetched, as devices do."""
 
     def result(self) -> tuple[StepOutput | None, ...]:
         assert isinstance(self._runner, FailingRunner)
@@ -210,7 +210,7 @@ class FailingStep(FakeStep):
 
 
 class FailingRunner(FakeRunner):
-    """Its first tokens raise."""
+    """A runner whose first step raises when its tokens are fetched."""
 
     failures = 1
 
@@ -239,7 +239,7 @@ def test_tokens_that_raise_on_one_host_end_all(
 
 
 class StuckRunner(FailingRunner):
-    """After a failure the devices answer no more until the gate opens."""
+    """A failing runner whose reset waits until the gate opens."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -267,7 +267,7 @@ def test_a_host_that_draws_other_tokens_is_given_up(make_hosts: Callable[..., Ho
     hosts = make_hosts(FakeRunner(), FakeRunner(vocab_size=5))
     hosts.engine.add(request("a"))
     finish(hosts.engine)
-    # Whichever of the two is reported first.
+    # Either of the two followers may be reported first.
     assert "sampled other tokens than the others in step 1" in hosts.losses.get(timeout=WAIT_S)
 
 
@@ -303,7 +303,7 @@ def test_a_follower_sends_the_next_step_while_one_runs(make_hosts: Callable[...,
     hosts.engine.add(request("a"))
     hosts.engine.step()
     hosts.engine.step()
-    # Both are on the devices before the first has ended.
+    # Both steps are on the devices before the first has ended.
     for _ in range(2):
         other.sent.get(timeout=WAIT_S)
     other.gate.set()

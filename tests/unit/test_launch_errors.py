@@ -1,4 +1,4 @@
-"""What cannot start says why: in the launcher before there is an engine, and in the layout before weights are read."""
+"""Launch errors give their reason: in the launcher before the engine starts, in the layout before weights are read."""
 
 import json
 import logging
@@ -47,7 +47,7 @@ def test_adapter_folder_that_does_not_exist(
 
 
 def run_launcher(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> int:
-    """The exit code of `python -m jaxserve.launch`, in this process."""
+    """Run `python -m jaxserve.launch` in this process, and return its exit code."""
     monkeypatch.setattr(sys, "argv", ["launch", *arguments])
     monkeypatch.setattr(logging, "basicConfig", lambda **_: None)
     try:

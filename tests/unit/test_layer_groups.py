@@ -1,4 +1,4 @@
-"""Layers that repeat are found, whatever comes before and after them."""
+"""Grouping of repeating layers, whatever comes before and after them."""
 
 import pytest
 from hypothesis import given

@@ -1,4 +1,4 @@
-"""When expanding prompts is the cheaper way."""
+"""The workspace for MLA prefill in the MHA form: its costs, its size, and when a runner uses it."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -24,7 +24,7 @@ COST = 3
 
 
 def make_room(head_dim: int, num_pages: int) -> MlaPrefillWorkspace:
-    """Of pages of 64 tokens."""
+    """Return a workspace of `num_pages` pages of 64 tokens."""
     config = AttentionConfig(
         num_layers=1,
         num_q_heads=128,
@@ -43,7 +43,7 @@ def make_room(head_dim: int, num_pages: int) -> MlaPrefillWorkspace:
 
 @pytest.mark.parametrize(("num_tokens", "length"), [(2, 2), (500, 8192), (530, 8192), (2048, 2048)])
 def test_arithmetic_is_counted(num_tokens: int, length: int) -> None:
-    # With room for 160 numbers, keys and values take together what 192 and 128 do.
+    # With 160 channels each, a key and a value have as many together as with 192 and 128.
     room = make_room(160, 1000)
     pairs = sum(length - num_tokens + token + 1 for token in range(num_tokens))
     cached = pairs * 2 * (576 + 512)
@@ -58,10 +58,10 @@ def test_what_does_not_fit() -> None:
     room = make_room(256, 64)
     assert room.num_tokens == 64 * 64
     assert room.costs([(2048, 2048), (1024, 2048)]).mha < float("inf")
-    # A page more than there is.
+    # One page more than the workspace has.
     assert room.costs([(2048, 2049), (1024, 2048)]).mha == float("inf")
     assert room.costs([]) == (0, 0)
-    # What is as wide as what is cached never pays.
+    # Heads that are wider than the cached vectors are never cheaper.
     assert not make_room(1024, 64).can_pay(4096)
 
 
@@ -82,10 +82,10 @@ def prompt(num_tokens: int, length: int) -> SchedulerOutput:
         ([prompt(2048, 4096)], True),
         ([prompt(2, 4096)], False),
         ([prompt(1, 4096)], False),
-        # More than there is room for, in one of the copies.
+        # More tokens than the workspace holds, in one of the replicas.
         ([prompt(2048, 8193)], False),
         ([prompt(2048, 4096), prompt(2048, 8193)], False),
-        # All wait for the copy that takes longest.
+        # All replicas wait for the one that takes longest.
         ([prompt(2048, 4096), prompt(1, 4096)], True),
         ([prompt(2048, 4096), prompt(2, 4096)], True),
         ([prompt(40, 4096), prompt(2, 4096)], False),
@@ -107,7 +107,7 @@ POOL_BYTES = 4 << 30
 @pytest.mark.parametrize(
     ("pool_bytes", "options", "num_tokens"),
     [
-        # A context and a step; what a 32nd of the pool holds: 16 heads, twice 192 numbers of two bytes.
+        # A context and a step, or what fits a 32nd of the pool: 16 heads, a key and a value of 192 2-byte channels.
         (POOL_BYTES, {}, 4096 + 512),
         (POOL_BYTES // 2, {"context_length": 16384}, (POOL_BYTES // 64) // (64 * 16 * 2 * 192 * 2) * 64),
         (POOL_BYTES, {"chunked_prefill_size": 64}, None),

@@ -1,4 +1,4 @@
-"""Bounds on speed, from what is published of models."""
+"""Weights per token and shares of experts, from which speed is bounded, against the published sizes of models."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ from tests.compile.models import DEEPSEEK_V31, GPT_OSS_20B, GPT_OSS_120B, LLAMA3
 @pytest.mark.parametrize(
     ("config", "billions"),
     [
-        # As their makers count, less the input embedding.
+        # Active parameters as the models' authors count them, less the input embedding.
         (LLAMA31_8B, 8.03 - 0.53),
         (QWEN3_30B_A3B, 3.35 - 0.31),
         (QWEN3_235B_A22B, 22.2 - 0.62),

@@ -1,11 +1,11 @@
-"""The tree of pages: what matches, what is evicted, what is left."""
+"""The prefix cache: which pages match, which are evicted, and which remain."""
 
 from jaxserve.scheduling.pages import PagePool
 from jaxserve.scheduling.prefix_cache import PrefixCache
 
 
 def fill(cache: PrefixCache, pool: PagePool, cache_key_prefix: str, tokens: list[int]) -> list[int]:
-    """A sequence that computes `tokens` and ends; two tokens per page."""
+    """Cache a sequence that computes `tokens` and ends, with two tokens per page, and return its pages."""
     assert cache.make_room(len(tokens) // 2)
     pages = pool.take(len(tokens) // 2)
     cache.insert((cache_key_prefix,), tokens, pages)

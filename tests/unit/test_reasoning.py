@@ -1,4 +1,4 @@
-"""The tables of reasoning formats: where thinking starts, and what odd outputs mean."""
+"""The reasoning formats: whether an output starts in reasoning, and how odd outputs are parsed."""
 
 import pytest
 
@@ -67,7 +67,7 @@ def test_odd_outputs(name: str, in_reasoning: bool | None, text: str, reasoning:
 
 
 def test_a_grammar_tells_where_thinking_is() -> None:
-    """Its content may hold the tags as text, and nothing interrupts the thinking."""
+    """Constrained content may contain the tags as text, and a tool-call marker does not interrupt the thinking."""
     format = REASONING_FORMATS["qwen3"]
     for text, reasoning, content in (
         ('{"a": "<think>"}', "", '{"a": "<think>"}'),

@@ -1,4 +1,4 @@
-"""The rendezvous: hosts that fit are accepted, all others are refused with a reason."""
+"""The rendezvous of hosts: those that match host 0 are accepted, all others are refused with a reason."""
 
 import contextlib
 import socket
@@ -36,7 +36,7 @@ def another_version(**versions: str) -> Hello:
 
 
 def connect(port: int) -> socket.socket:
-    """As `join` does: host 0 may not listen yet."""
+    """Connect to host 0 as `join` does, with retries, since host 0 may not listen yet."""
     deadline = time.monotonic() + WAIT_S
     while True:
         try:
@@ -78,12 +78,12 @@ def test_what_may_differ_between_hosts_is_not_asked() -> None:
 
 
 def test_strangers_are_sent_away() -> None:
-    """Whoever says what is no greeting changes nothing."""
+    """Connections that send anything but a greeting change nothing."""
     port = free_port()
 
     def strangers() -> Channel:
         for noise in (b"GET / HTTP/1.1\r\n\r\n", b"\xff" * 64, b"\x00\x00\x00\x01\x00"):
-            with connect(port) as connection, contextlib.suppress(OSError):  # refused before all is said
+            with connect(port) as connection, contextlib.suppress(OSError):  # refused before everything is sent
                 connection.sendall(noise)
                 connection.shutdown(socket.SHUT_WR)
                 connection.recv(1)
@@ -125,7 +125,7 @@ def test_of_two_hosts_of_one_rank_the_first_stays_while_it_lives() -> None:
     def others() -> list[Channel]:
         with connect(port) as gone:
             Channel(gone).send(greeting(1, num_hosts=3))
-        # It was restarted, and comes again.
+        # The host was restarted and connects again.
         again = Channel(connect(port))
         again.send(greeting(1, num_hosts=3))
         with pytest.raises(LaunchError, match="there is a host of --node-rank 1 already"):

@@ -1,4 +1,4 @@
-"""Tokenizers from GGUF metadata, and chat templates."""
+"""Tokenizers built from GGUF metadata, and chat templates."""
 
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ MESSAGES = [{"role": "user", "content": "hi"}]
 
 
 def gpt2(pre: str, **metadata: Any) -> Any:
-    """Bytes, some merges, and a pre-tokenizer by name."""
+    """Return a byte-level GGUF tokenizer with some merges and a named pre-tokenizer."""
     alphabet = [chr(c) for c in (*range(0x21, 0x7F), 0x120)]
     merges = ["1 2", "12 3", "Ġ h", "Ġh e"]
     tokens = [*alphabet, *(merge.replace(" ", "") for merge in merges), "<|end|>"]

@@ -1,4 +1,4 @@
-"""Kimi's tokenizer file without its code: ids are tiktoken's own."""
+"""Kimi's tokenizer file, read without the code that comes with it, gives the ids of tiktoken."""
 
 import base64
 import json
@@ -25,7 +25,7 @@ SPECIAL = {"[BOS]": 0, "[EOS]": 1, "<|im_end|>": 2, "<think>": 6}
 
 
 def ranks_of(text: str) -> dict[bytes, int]:
-    """A vocabulary learned from the text, bytes first."""
+    """Return the ranks of a BPE vocabulary learned from the text, single bytes first."""
     rust = Rust(models.BPE())
     rust.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     alphabet = list(bytes_to_unicode().values())
@@ -81,7 +81,7 @@ def test_special_tokens_have_their_places(tokenizer: Tokenizer) -> None:
     assert tokenizer.eos_token_ids == (first + 1,)
     assert tokenizer.vocab_size == first + 256
     assert tokenizer.is_token(f"<|reserved_token_{first + 255}|>")
-    # A special token is left out of the text, what is only added is not.
+    # A special token is left out of the text, a token that is only added is not.
     assert tokenizer.decode(ids, skip_special_tokens=True) == "<think>hi"
 
 

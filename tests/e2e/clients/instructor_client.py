@@ -1,4 +1,4 @@
-"""instructor: pydantic models out of tools and out of JSON. Run with the server's address."""
+"""Check that instructor gets pydantic models from tools and from JSON. The argument is the server's address."""
 
 import sys
 
@@ -8,7 +8,7 @@ from pydantic import BaseModel, Field
 
 
 class Person(BaseModel):
-    """Somebody."""
+    """A person."""
 
     name: str = Field(max_length=20)
     age: int = Field(ge=0, le=120)

@@ -1,4 +1,4 @@
-"""langchain-openai: messages, streams, tools and structured output. Run with the server's address."""
+"""Check langchain-openai: messages, streams, tools and structured output. The argument is the server's address."""
 
 import sys
 

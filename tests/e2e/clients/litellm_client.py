@@ -1,4 +1,4 @@
-"""litellm: completions, streams, tools, and errors as it maps them. Run with the server's address."""
+"""Check litellm: completions, streams, tools, and the errors it maps. The argument is the server's address."""
 
 import json
 import sys
