@@ -103,7 +103,7 @@ def test_a_model_that_does_not_fit(plan: Plan) -> None:
         (QWEN3_30B_A3B_FP8, "v5e:1x1", "try --tp-size 4 --ep-size 4 or"),
     ],
 )
-def test_advice_knows_blocks_and_experts(model: dict[str, Any], target: str, flags: str, plan: Plan) -> None:
+def test_plan_advice_respects_blocks_and_experts(model: dict[str, Any], target: str, flags: str, plan: Plan) -> None:
     done = plan(model, "--target", target, "--json")
     assert done.returncode == 1, done.stderr
     report = json.loads(done.stdout)

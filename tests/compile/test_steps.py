@@ -79,7 +79,9 @@ def test_mixed_step(target: str, model: str, tp_size: int, record_property: Call
 
 
 @pytest.mark.parametrize(("target", "model", "tp_size"), DECODE_STEPS)
-def test_decode_step_and_draws(target: str, model: str, tp_size: int, record_property: Callable[..., None]) -> None:
+def test_decode_and_sampling_programs(
+    target: str, model: str, tp_size: int, record_property: Callable[..., None]
+) -> None:
     engine, _ = layout_for(target, model, tp_size)
     on_gpu = parse_target(target).device.platform == "gpu"
     step, memory_bytes = StepPrograms(engine.step), parse_target(target).device.memory_bytes
@@ -176,7 +178,7 @@ def test_step_with_mha_prefill(target: str, model: str, tp_size: int, record_pro
 
 
 @pytest.mark.parametrize(("target", "model"), [("v6e:2x4", "qwen3-30b-a3b"), slow("h200:8", "deepseek-v3.1")])
-def test_copies_share_experts(target: str, model: str, record_property: Callable[..., None]) -> None:
+def test_dp_attention_step_collectives(target: str, model: str, record_property: Callable[..., None]) -> None:
     """With --enable-dp-attention, only the tokens of all replicas and the experts' sums cross the devices."""
     num_tokens = {"h200:8": 32768}.get(target)  # as above
     engine, _ = layout_for(target, model, 1, dp_size=8, dp_attention=True, max_total_tokens=num_tokens)
@@ -235,7 +237,7 @@ def _check_gathers(text: str, rows: int, tp_size: int) -> None:
 
 
 @pytest.mark.parametrize("target", ["v6e:2x4", slow("h100:8")])
-def test_copies_share_nothing(target: str, record_property: Callable[..., None]) -> None:
+def test_data_parallel_step_has_no_collective_over_data(target: str, record_property: Callable[..., None]) -> None:
     """With --dp, no collective runs over the mesh axis `data`."""
     engine, _ = layout_for(target, "qwen2.5-0.5b", 2, dp_size=4)
     step, memory_bytes = StepPrograms(engine.step), parse_target(target).device.memory_bytes
@@ -291,7 +293,7 @@ def test_step_with_adapted_experts(
 
 
 @pytest.mark.parametrize("target", [slow("v6e:2x4"), "h100:1"])
-def test_draws_from_the_largest_vocabulary(
+def test_sampler_compiles_for_the_largest_vocabulary(
     target: str, monkeypatch: pytest.MonkeyPatch, record_property: Callable[..., None]
 ) -> None:
     monkeypatch.setitem(MODELS, "large vocabulary", QWEN3_4B | {"vocab_size": 262144})
@@ -315,7 +317,7 @@ def test_blackwell_runs_the_portable_step(caplog: Any) -> None:
         assert num_kernels(compiled.as_text() or "") == 0
 
 
-def test_a_named_backend_is_no_wish() -> None:
+def test_explicit_backend_raises_if_unsupported() -> None:
     with pytest.raises(Exception, match="made for Hopper"):
         layout_for("b200:1", "qwen3-4b", 1, attention_backend="gpu")
     with pytest.raises(Exception, match="do not run on"):
@@ -361,7 +363,7 @@ def test_long_contexts_take_larger_pages(monkeypatch: pytest.MonkeyPatch) -> Non
     assert engine.cache.page_size == 128
 
 
-def test_state_is_small() -> None:
+def test_penalty_counts_are_sharded_over_vocabulary() -> None:
     engine, _ = layout_for("v6e:2x4", "llama-3.3-70b", 8)
     state = StepPrograms(engine.step).state_shapes()
     counts = state.sampling.counts_RV

@@ -194,7 +194,7 @@ async def test_thinking_can_be_left_in_withheld_and_limited(
 
 
 @pytest.mark.parametrize("choice", ["auto", "required"])
-async def test_a_budget_closes_a_channel(engine: InProcessEngineClient, tokenizer: Tokenizer, choice: str) -> None:
+async def test_budget_closes_harmony_channel(engine: InProcessEngineClient, tokenizer: Tokenizer, choice: str) -> None:
     """The budget also begins what follows the thinking: the answer, or a call."""
     case = next(r for r in MEMORIZED if r.name == "gpt")
     async with serving(server(engine, case), tokenizer) as url, httpx.AsyncClient(base_url=url) as http:

@@ -131,7 +131,7 @@ def test_a_host_with_another_model_is_refused_with_a_reason(flags: list[str], tm
 
 
 @pytest.mark.slow
-def test_host_0_takes_the_others_along(flags: list[str], tmp_path: Path) -> None:
+def test_losing_host_0_ends_the_other_hosts(flags: list[str], tmp_path: Path) -> None:
     with two_hosts(flags, tmp_path, dp_size=2) as (leader, follower):
         leader.wait_ready()
         kill_engine(leader.process.pid)

@@ -127,7 +127,7 @@ def all_elsewhere(num_groups: int, num_rows: int) -> np.ndarray:
 @pytest.mark.parametrize("groups", [spread, some_elsewhere, all_in_one, all_elsewhere])
 @pytest.mark.parametrize("sizes", [(64, 128), (384, 64)])
 @pytest.mark.parametrize("name", ["xla", *KERNELS])
-def test_each_row_meets_its_own_matrix(name: str, sizes: tuple[int, int], groups: Any) -> None:
+def test_grouped_matmul_matches_numpy(name: str, sizes: tuple[int, int], groups: Any) -> None:
     check(name, groups(5, 200), 5, sizes, jnp.bfloat16)
 
 
@@ -267,7 +267,7 @@ def test_what_the_gpu_kernel_cannot_do(shape: ExpertShape, problem: str) -> None
     num_groups=st.integers(1, 6),
     block_rows=st.sampled_from([1, 4, 16]),
 )
-def test_blocks_hold_every_row_once_beside_its_own(groups: list[int], num_groups: int, block_rows: int) -> None:
+def test_sort_into_blocks_keeps_rows_with_their_group(groups: list[int], num_groups: int, block_rows: int) -> None:
     group_R = np.minimum(groups, num_groups)
     blocks, permuted = sort_into_blocks(jnp.asarray(group_R, jnp.int32), num_groups, block_rows)
     group_C, num = np.asarray(blocks.group_C), int(blocks.num_1[0])

@@ -144,7 +144,7 @@ SPLIT = [
 
 
 @pytest.mark.parametrize(("shards", "case"), SPLIT, ids=str)
-def test_split_vocabulary_draws_the_same(shards: int, case: Case) -> None:
+def test_sharded_vocabulary_samples_same_tokens(shards: int, case: Case) -> None:
     out = jax.device_get(sharded("xla", case.vocab_size, shards)(*padded(case, shards)))
     check(case, out)
 

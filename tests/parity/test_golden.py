@@ -231,7 +231,7 @@ def sampled_alone() -> list[list[int]]:
 
 
 @pytest.mark.parametrize("tp_size", [slow(1), 2])
-def test_copies_side_by_side(sampled_alone: list[list[int]], tp_size: int) -> None:
+def test_dp_replicas_match_single_replica(sampled_alone: list[list[int]], tp_size: int) -> None:
     """Two replicas of the model run different steps in one program; their tokens are those of one replica."""
     runner, plans = warm_runner(tp_size=tp_size, dp_size=2)
     outputs = runner.forward(tuple(plans)).sample((None, None)).result()
@@ -246,7 +246,7 @@ def test_copies_side_by_side(sampled_alone: list[list[int]], tp_size: int) -> No
     ("name", "tp_size", "dp_size", "ep_size"),
     [slow("qwen3_moe", 1, 4, 1), slow("deepseek_v3_fp8", 1, 2, 1), ("gpt_oss", 2, 2, 2)],
 )
-def test_copies_share_experts(name: str, tp_size: int, dp_size: int, ep_size: int) -> None:
+def test_dp_attention_step_collectives(name: str, tp_size: int, dp_size: int, ep_size: int) -> None:
     """Each replica has its own prompts, and the last one has none."""
     sizes = {"tp_size": tp_size, "dp_size": dp_size, "ep_size": ep_size}
     model = load(name, **FEW_PROGRAMS, **sizes, dp_attention=True)

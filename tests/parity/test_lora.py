@@ -99,7 +99,7 @@ def alone(base: Path, adapters: dict[str, Path]) -> dict[str, list[tuple[int, ..
     ],
     ids=str,
 )
-def test_a_mixed_batch_is_each_alone(
+def test_mixed_adapter_batch_matches_single_adapter_runs(
     base: Path, adapters: dict[str, Path], alone: dict[str, list[tuple[int, ...]]], options: dict[str, Any]
 ) -> None:
     """Eight adapters and the base run in one batch: on several devices, in tiles of tokens, and with preempted rows."""
@@ -148,7 +148,7 @@ WITH_ADAPTERS = sorted(folder.parent.name for folder in GOLDEN.glob("*/adapters"
 
 
 @pytest.mark.parametrize("name", [name if name in FAMILIES else slow(name) for name in WITH_ADAPTERS])
-def test_adapters_that_peft_wrote_say_what_they_say_there(name: str, tmp_path: Path) -> None:
+def test_peft_adapters_match_peft_transcripts(name: str, tmp_path: Path) -> None:
     """Adapters give PEFT's tokens, both next to the base and merged into it.
 
     They cover patterns of ranks and alphas, fused and all linear modules, the embedding and the head; in models with

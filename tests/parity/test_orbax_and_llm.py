@@ -45,7 +45,7 @@ def test_a_gguf_file_is_converted(tmp_path: Path) -> None:
     assert outputs[0] == outputs[1]
 
 
-def test_copies_of_the_model_draw_what_one_draws(folders: tuple[Path, Path]) -> None:
+def test_dp_replicas_sample_same_tokens(folders: tuple[Path, Path]) -> None:
     """The requests use everything in a row's device state: penalties, biases, forbidden stops."""
     prompts = [[1, 2, 3], [4, 5], [6] * 20, [7, 8, 9, 10], [11], [12, 13]]
     sampling = SamplingParams(

@@ -52,7 +52,7 @@ def test_sentencepiece_pieces_join_to_the_whole(ids: list[int]) -> None:
 
 
 @given(st.text(max_size=40), st.sampled_from(["byte level", "sentencepiece"]))
-def test_no_replacement_character_leaves_for_a_cut_one(text: str, kind: str) -> None:
+def test_detokenizer_never_emits_replacement_for_split_character(text: str, kind: str) -> None:
     data = text.encode(errors="replace")
     ids = [byte if kind == "byte level" else byte + 1 for byte in data]
     pieces = detokenize(BYTES if kind == "byte level" else PIECES, ids, skip=True)

@@ -15,7 +15,7 @@ def use(slots: AdapterSlots, *adapters: str) -> None:
 
 
 @pytest.mark.parametrize(("policy", "gone"), [("lru", "b"), ("fifo", "a")])
-def test_who_goes_first(policy: str, gone: str) -> None:
+def test_slot_eviction_policy(policy: str, gone: str) -> None:
     slots = AdapterSlots(3, policy)  # type: ignore[arg-type]
     use(slots, "a", "b", "a")
     before = {load.adapter: load.slot for load in slots.take_loads()}
@@ -23,7 +23,7 @@ def test_who_goes_first(policy: str, gone: str) -> None:
     assert slots.take_loads() == (AdapterLoad(before[gone], "c"),)
 
 
-def test_a_slot_with_rows_is_not_given_away() -> None:
+def test_slot_in_use_is_not_evicted() -> None:
     slots = AdapterSlots(2)
     assert slots.hold("a") == slots.hold("a") == 1
     assert slots.has_free_slot("a")

@@ -9,7 +9,7 @@ from tests.support.fakes import InlineExecutor, make_engine, shift_adapter
 from tests.unit.test_engine import finish, request, tokens
 
 
-def test_steady_requests_for_one_adapter_do_not_keep_another_out() -> None:
+def test_adapter_load_is_not_starved_by_requests_for_another() -> None:
     """Adapter `a` is evicted once its running requests have ended; its later requests wait until `b` is loaded."""
     engine, _ = make_engine(num_slots=2, adapters="a", max_loaded=1)
     answers: list[str | None] = []
@@ -80,7 +80,7 @@ def test_a_pinned_adapter_keeps_its_slot() -> None:
     assert loads == list("pabcabc")
 
 
-def test_unloading_waits_for_requests_that_wait_themselves() -> None:
+def test_unload_waits_for_queued_requests() -> None:
     engine, runner = make_engine(num_slots=2, adapters="ab")
     engine.add(request("first", adapter="a", max_tokens=20))
     engine.step()

@@ -27,7 +27,7 @@ def empty() -> np.ndarray:
     return np.zeros((2 * NUM_LAYERS * 3, NUM_HEADS, 8, HEAD_DIM), np.float32)
 
 
-def test_the_largest_number_of_every_place_counts_in_any_copy() -> None:
+def test_peak_is_the_maximum_over_positions_and_replicas() -> None:
     rng = np.random.default_rng(0)
     values = 1 + rng.random((12, NUM_HEADS, 8, HEAD_DIM), np.float32)
     got, finite = scales(empty(), -values)
@@ -45,7 +45,7 @@ def test_a_rotated_pair_has_the_larger_of_both() -> None:
     np.testing.assert_allclose(scales(keys, empty(), rope_dim=2)[0][0, 0, 0], [8, 5, 6, 6], rtol=1e-6)
 
 
-def test_small_numbers_have_room() -> None:
+def test_scale_has_a_floor_relative_to_the_head_peak() -> None:
     values = empty()
     values[3, 1, 2, 0] = 16
     got, _ = scales(empty(), values)
@@ -55,7 +55,7 @@ def test_small_numbers_have_room() -> None:
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
-def test_numbers_that_are_not_finite_are_seen(bad: float) -> None:
+def test_calibration_reports_non_finite_cache(bad: float) -> None:
     keys = empty()
     keys[5, 0, 3, 1] = bad
     assert not scales(keys, empty())[1]

@@ -30,7 +30,7 @@ def test_code_beside_the_weights_is_not_opened() -> None:
     assert read(architectures=["Phi3ForCausalLM"], auto_map=code) == read(architectures=["Phi3ForCausalLM"])
 
 
-def test_what_a_file_leaves_out_is_what_the_makers_class_takes() -> None:
+def test_missing_config_keys_use_transformers_defaults() -> None:
     qwen = read(architectures=["Qwen2ForCausalLM"], sliding_window=64)
     assert qwen.windows == (None,)
     assert read(architectures=["Qwen3ForCausalLM"], sliding_window=64, use_sliding_window=True).windows == (None,)
@@ -255,12 +255,12 @@ def test_keys_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("flag", ["--api-key", "--admin-api-key"])
-def test_an_empty_key_would_open_everything(flag: str) -> None:
+def test_empty_api_key_is_refused(flag: str) -> None:
     with pytest.raises(LaunchError, match=f"{flag} must not be empty"):
         parse_arguments(["--model", "demo", flag, ""])
 
 
-def test_adapters_of_the_start() -> None:
+def test_lora_paths_flag_formats() -> None:
     as_json = '{"lora_name": "c", "lora_path": "org/c", "pinned": true}'
     lora = parse_arguments(["--model", "demo", "--lora-paths", "org/a", "b=./b", as_json]).engine.lora
     assert lora == LoraConfig(paths={"org/a": "org/a", "b": "./b", "c": "org/c"}, pinned=("c",))
@@ -326,7 +326,7 @@ def test_devices(flags: list[str], sizes: tuple[int, int, int, bool]) -> None:
         (["--dp", "0", "--enable-dp-attention"], "--dp-size must be at least 1"),
     ],
 )
-def test_devices_that_do_not_go_together(flags: list[str], message: str) -> None:
+def test_incompatible_parallel_sizes_are_refused(flags: list[str], message: str) -> None:
     with pytest.raises(LaunchError, match=message):
         parse_arguments(["--model", "demo", *flags])
 

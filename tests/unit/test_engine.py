@@ -45,7 +45,7 @@ def test_continues_and_ends() -> None:
     assert [delta.finish_reason for delta in deltas][-1] is FinishReason.LENGTH
 
 
-def test_the_next_step_is_sent_before_a_token_is_known() -> None:
+def test_engine_dispatches_next_step_before_previous_result() -> None:
     engine, runner = make_engine()
     engine.add(request("a"))
     assert engine.step() == []
@@ -102,7 +102,7 @@ def test_a_failing_step_is_tried_again() -> None:
 
 
 @pytest.mark.parametrize("dp_size", [1, 2])
-def test_requests_that_make_every_step_raise_end_alone(dp_size: int) -> None:
+def test_only_requests_that_fail_their_steps_end_with_error(dp_size: int) -> None:
     """The failing requests, one of them with two choices, run next to good ones that come early and late."""
     engine, runner = make_engine(max_step_tokens=64, dp_size=dp_size)
     runner.poison = 13
@@ -156,7 +156,7 @@ def test_a_device_that_fails_every_step_is_given_up() -> None:
     assert runner.num_resets == 3
 
 
-def test_copies_of_the_model_share_the_requests_and_keep_a_prefix() -> None:
+def test_replicas_balance_requests_and_reuse_prefixes() -> None:
     engine, runner = make_engine(dp_size=2, max_step_tokens=64)
     prompts = {"a": (1,) * 9, "b": (2,) * 9}
     for name, prompt in prompts.items():

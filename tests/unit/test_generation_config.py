@@ -66,7 +66,7 @@ def test_gguf_keys(tmp_path: Path) -> None:
         ("demo", {"defaults": "openai"}, {}),
     ],
 )
-def test_who_says_what(model: Path, name: str, options: Any, want: dict[str, Any]) -> None:
+def test_generation_config_source_precedence(model: Path, name: str, options: Any, want: dict[str, Any]) -> None:
     """The end tokens are the model's, whichever sampling defaults are used."""
     assert find_generation_config(name, model, **options) == GenerationConfig(want, (7,))
 

@@ -120,7 +120,7 @@ def test_three_hosts_run_the_same_steps(make_hosts: Callable[..., Hosts]) -> Non
     assert hosts.losses_there.empty()
 
 
-def test_hosts_meet_as_late_as_the_last() -> None:
+def test_min_over_hosts_waits_for_all_hosts() -> None:
     """Hosts meet twice, since the second meeting must not use values left from the first."""
     pairs = [tcp_pair() for _ in range(2)]
     losses: queue.SimpleQueue[str] = queue.SimpleQueue()
@@ -286,7 +286,7 @@ def test_host_0_that_is_lost_ends_the_others(make_hosts: Callable[..., Hosts]) -
         assert hosts.losses_there.get(timeout=WAIT_S) == "host 0 is lost: the other host hung up"
 
 
-def test_what_is_said_of_a_step_before_a_reset_counts_no_more(make_hosts: Callable[..., Hosts]) -> None:
+def test_digests_from_before_a_reset_are_ignored(make_hosts: Callable[..., Hosts]) -> None:
     hosts = make_hosts(FakeRunner())
     hosts.followers.reset(3)
     hosts.followers.compare(2, 17, rank=1)
@@ -312,7 +312,7 @@ def test_a_follower_sends_the_next_step_while_one_runs(make_hosts: Callable[...,
     assert hosts.losses.empty()
 
 
-def test_a_host_whose_network_is_silent_is_noticed_by_the_system() -> None:
+def test_channel_enables_tcp_keepalive() -> None:
     end, there = tcp_pair()
     with end, there:
         Channel(end)
@@ -321,7 +321,7 @@ def test_a_host_whose_network_is_silent_is_noticed_by_the_system() -> None:
         assert [end.getsockopt(socket.IPPROTO_TCP, option) for option in options] == [1, 1, 3, 4000]
 
 
-def test_a_follower_that_says_what_was_not_asked_is_given_up(make_hosts: Callable[..., Hosts]) -> None:
+def test_follower_with_an_invalid_message_is_lost(make_hosts: Callable[..., Hosts]) -> None:
     hosts = make_hosts(FakeRunner())
     hosts.channels[0].send_encoded(b"\x00\x00\x00\x01\xc1")
     assert "host 1 is lost: not a message" in hosts.losses.get(timeout=WAIT_S)

@@ -91,7 +91,7 @@ def prompt(num_tokens: int, length: int) -> SchedulerOutput:
         ([prompt(40, 4096), prompt(2, 4096)], False),
     ],
 )
-def test_a_runner_takes_what_is_cheaper(plans: list[SchedulerOutput], expands: bool) -> None:
+def test_runner_uses_mha_prefill_only_if_cheaper(plans: list[SchedulerOutput], expands: bool) -> None:
     wide, narrow = Bucket(2048, 256), Bucket(512, 256)
     shapes = [ForwardShape(wide), ForwardShape(narrow), ForwardShape(wide, mha_prefill=True)]
     runner: Any = SimpleNamespace(_model=SimpleNamespace(mla_workspace=make_room(256, 128)), _shapes=shapes)
@@ -115,7 +115,7 @@ POOL_BYTES = 4 << 30
         (POOL_BYTES, {"deterministic": True}, None),
     ],
 )
-def test_design(pool_bytes: int, options: dict[str, Any], num_tokens: int | None) -> None:
+def test_layout_sizes_mla_workspace(pool_bytes: int, options: dict[str, Any], num_tokens: int | None) -> None:
     config = EngineConfig(model_path="", **{"context_length": 4096, **options})
     layout = layout_model(config, DEEPSEEK_V2_LITE, make_mesh(1))
     engine = layout_engine(config, layout, pool_bytes)

@@ -24,7 +24,7 @@ from jaxserve.parsing.reasoning.registry import REASONING_FORMATS
         ("gpt-oss", "<|start|>assistant<|channel|>analysis<|message|>", True),
     ],
 )
-def test_the_end_of_the_prompt_tells(name: str, prompt: str, in_reasoning: bool | None) -> None:
+def test_starts_in_reasoning_from_prompt_end(name: str, prompt: str, in_reasoning: bool | None) -> None:
     assert REASONING_FORMATS[name].starts_in_reasoning(prompt) is in_reasoning
 
 

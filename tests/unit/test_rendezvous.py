@@ -77,7 +77,7 @@ def test_what_may_differ_between_hosts_is_not_asked() -> None:
         channel.close()
 
 
-def test_strangers_are_sent_away() -> None:
+def test_rendezvous_ignores_invalid_connections() -> None:
     """Connections that send anything but a greeting change nothing."""
     port = free_port()
 
