@@ -53,11 +53,11 @@ class _PeftConfig(msgspec.Struct, frozen=True, kw_only=True):
 
 # Field -> the reason why an adapter that sets it is rejected.
 _REFUSED: Mapping[str, str] = {
-    "use_dora": "DoRA scales whole columns of the base weights, which a sum of products cannot",
-    "modules_to_save": "these modules were trained whole; merge them into the base model",
+    "use_dora": "DoRA is not supported: it rescales columns of the base weights",
+    "modules_to_save": "fully trained modules are not supported; merge them into the base model",
     "lora_bias": "LoRA biases are not supported",
-    "fan_in_fan_out": "the base model's weights are not transposed here",
-    "layer_replication": "layers are not repeated",
+    "fan_in_fan_out": "transposed base weights are not supported",
+    "layer_replication": "layer replication is not supported",
     "trainable_token_indices": "tokens trained whole are not supported; merge them into the base model",
     "alora_invocation_tokens": "adapters that start in the middle of a prompt are not supported",
     "arrow_config": "routing among adapters is not supported",

@@ -33,7 +33,9 @@ class _Reader(GGUFReader):
     def _get(self, offset: Any, dtype: Any, count: Any = 1, override_order: Any = None) -> Any:
         end = int(offset) + int(count) * np.dtype(dtype).itemsize
         if end > self.data.size:
-            raise ValueError(f"it ends at byte {self.data.size}, within what takes bytes {offset} to {end}")
+            raise ValueError(
+                f"the file is truncated at byte {self.data.size}, inside the data at bytes {offset} to {end}"
+            )
         return super()._get(offset, dtype, count, override_order)
 
 
@@ -144,7 +146,9 @@ class GGUFCheckpoint:
                 if rest == merged.parts[0]:
                     found = [parts.pop((block, part), None) for part in merged.parts]
                     if None in found:
-                        raise CheckpointError(f"{self._path}: blk.{block} has not all of {', '.join(merged.parts)}")
+                        raise CheckpointError(
+                            f"{self._path}: blk.{block} must contain all of {', '.join(merged.parts)}"
+                        )
                     views[f"model.layers.{block}.{name}"] = merged.view(*found)
         if parts:
             raise self._no_place(next(iter(parts.values())))
@@ -169,7 +173,7 @@ class GGUFCheckpoint:
         return Whole(tensor, self._heads(key) if permuted else 0, shift)
 
     def _no_place(self, tensor: ReaderTensor) -> CheckpointError:
-        return CheckpointError(f"{self._path}: tensor {tensor.name!r} has no place in this architecture")
+        return CheckpointError(f"{self._path}: tensor {tensor.name!r} is unknown in this architecture")
 
     def _heads(self, key: str) -> int:
         return int(self.metadata.get(f"{self._arch}.{key}") or self.metadata[f"{self._arch}.attention.head_count"])

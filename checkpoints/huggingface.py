@@ -50,7 +50,7 @@ class HuggingFaceCheckpoint:
                 self._files.append(file)
                 for name in file.shapes:
                     if name in self._owner:
-                        raise CheckpointError(f"{path}: tensor {name} stands in another file as well")
+                        raise CheckpointError(f"{path}: tensor {name} is also in another file")
                     self._owner[name] = file
         except BaseException:
             self.close()

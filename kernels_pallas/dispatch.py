@@ -107,7 +107,9 @@ def _choose(
     except NotImplementedError as error:
         if name != "auto":
             raise
-        return Choice(makers["xla"](spec, mesh), "xla", f"the {native} kernel cannot: {error}", is_fallback=True)
+        return Choice(
+            makers["xla"](spec, mesh), "xla", f"the {native} kernel does not support it: {error}", is_fallback=True
+        )
     return Choice(impl, wanted, f"made for {platform}" if name == "auto" else "asked for")
 
 

@@ -34,7 +34,7 @@ class CacheConfig(Config, frozen=True):
     def __post_init__(self) -> None:
         _check_page_size(self.page_size)
         if self.num_pages < 1:
-            raise LaunchError(f"the key/value pool has no room for a single page of {self.page_size} tokens")
+            raise LaunchError(f"the key/value pool is too small for a single page of {self.page_size} tokens")
 
 
 class SchedulerConfig(Config, frozen=True):
@@ -181,7 +181,7 @@ class EngineConfig(Config, frozen=True):
         if self.tp_size % self.ep_size:
             raise LaunchError(f"--ep-size {self.ep_size} does not divide --tp-size {self.tp_size}")
         if self.dp_attention and self.dp_size == 1:
-            raise LaunchError("--enable-dp-attention needs --dp-size above 1: replicas of attention to share experts")
+            raise LaunchError("--enable-dp-attention needs --dp-size above 1")
         if not 0 <= self.node_rank < self.nnodes:
             raise LaunchError(
                 f"--node-rank must be 0 to {self.nnodes - 1} with --nnodes {self.nnodes}, got {self.node_rank}"

@@ -104,16 +104,20 @@ class MoeConfig(Config, frozen=True):
             if value is not None and not 0 < value < 2**31:
                 raise LaunchError(f"config.json: {name} of experts must be a positive 32-bit number, got {value}")
         if self.num_experts > _MAX_EXPERTS:
-            raise LaunchError(f"config.json: more than {_MAX_EXPERTS} experts a layer, got {self.num_experts}")
+            raise LaunchError(
+                f"config.json: at most {_MAX_EXPERTS} experts per layer are supported, got {self.num_experts}"
+            )
         if not 1 <= self.top_k <= self.num_experts:
             raise LaunchError(
                 f"config.json: num_experts_per_tok must be 1 to {self.num_experts} experts, got {self.top_k}"
             )
         if self.num_groups < 1 or self.num_experts % self.num_groups:
-            raise LaunchError(f"config.json: {self.num_experts} experts do not divide into {self.num_groups} groups")
+            raise LaunchError(
+                f"config.json: {self.num_experts} experts are not divisible into {self.num_groups} groups"
+            )
         own = self.num_experts // self.num_groups
         if self.num_groups > 1 and own < self.group_scores:
-            raise LaunchError(f"config.json: groups need at least {self.group_scores} experts, these have {own}")
+            raise LaunchError(f"config.json: groups need at least {self.group_scores} experts, got {own} per group")
         if not 1 <= self.top_groups <= self.num_groups or self.top_groups * own < self.top_k:
             raise LaunchError(
                 f"config.json: topk_group must be 1 to {self.num_groups} and give {self.top_k} experts, "

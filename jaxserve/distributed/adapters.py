@@ -42,5 +42,5 @@ class AdapterReceiver:
             start = end
         adapter = loaded_adapter(leaves)
         if adapter.digest != message.digest:
-            raise RuntimeError(f"the adapter {message.key!r} did not arrive as it was sent")
+            raise RuntimeError(f"the adapter {message.key!r} was corrupted in transfer")
         return adapter

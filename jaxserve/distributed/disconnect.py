@@ -15,6 +15,6 @@ GiveUp: TypeAlias = Callable[[str], None]
 
 def end_process(reason: str) -> None:
     """End the process: a step in flight waits for the lost host forever and cannot be interrupted."""
-    logger.error("%s: the engine ends", reason)
+    logger.error("%s: terminating the engine", reason)
     logging.shutdown()
     os._exit(int(ExitCode.ENGINE_LOST))

@@ -92,7 +92,7 @@ class Followers:
             if count < len(self._channels):
                 self._digests[step] = first, count + 1
         if digest != first:
-            self._give_up(f"host {rank} sampled other tokens than the others in step {step}")
+            self._give_up(f"host {rank} sampled different tokens in step {step}")
 
     def reset(self, step: int) -> None:
         """Reset all hosts; their messages about earlier steps are ignored."""
@@ -105,7 +105,9 @@ class Followers:
     @contextlib.contextmanager
     def deadline(self) -> Generator[None, None, None]:
         """Call `give_up` unless the block ends within `_RESET_S`."""
-        timer = threading.Timer(_RESET_S, self._give_up, ["the hosts do not come together after a step that raised"])
+        timer = threading.Timer(
+            _RESET_S, self._give_up, ["the hosts did not complete a reset in time after a step raised"]
+        )
         timer.daemon = True
         timer.start()
         try:

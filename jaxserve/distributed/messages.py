@@ -210,7 +210,7 @@ class Channel:
         while len(data) < size:
             part = self._socket.recv(min(size - len(data), 1 << 20))
             if not part:
-                raise ConnectionError("the other host hung up")
+                raise ConnectionError("the other host closed the connection")
             data += part
         return bytes(data)
 

@@ -131,7 +131,7 @@ def _welcome(rank: int, channel: Channel) -> None:
     try:
         channel.send(Welcome())
     except OSError as error:
-        raise LaunchError(f"host {rank} was lost while the others came: {error}") from None
+        raise LaunchError(f"host {rank} was lost while waiting for the other hosts: {error}") from None
 
 
 def _accept(listener: socket.socket, mine: Hello, channels: dict[int, Channel], deadline: float) -> None:
@@ -139,7 +139,7 @@ def _accept(listener: socket.socket, mine: Hello, channels: dict[int, Channel], 
     left = deadline - time.monotonic()
     if left <= 0:
         missing = sorted(set(range(1, mine.num_hosts)) - channels.keys())
-        raise LaunchError(f"hosts of rank {missing} did not come in time")
+        raise LaunchError(f"hosts of rank {missing} did not connect in time")
     listener.settimeout(left)
     try:
         connection, peer = listener.accept()
@@ -151,7 +151,7 @@ def _accept(listener: socket.socket, mine: Hello, channels: dict[int, Channel], 
         theirs = channel.receive_from_follower()
     except (ConnectionError, TimeoutError) as error:
         # A host of another version, with other messages, will still understand this one.
-        logger.warning("%s said nothing useful: %s", peer[0], error)
+        logger.warning("%s sent an invalid greeting: %s", peer[0], error)
         _refuse(channel, f"its greeting was not understood: another version than jaxserve {mine.versions['jaxserve']}")
         return
     connection.settimeout(None)
@@ -162,19 +162,19 @@ def _accept(listener: socket.socket, mine: Hello, channels: dict[int, Channel], 
     reason = _mismatch(mine, theirs)
     earlier = channels.get(theirs.rank)
     if reason is None and earlier is not None and earlier.hung_up():
-        logger.info("host %d was gone and comes again", theirs.rank)
+        logger.info("host %d disconnected and joins again", theirs.rank)
         channels.pop(theirs.rank).close()
     elif reason is None and earlier is not None:
         # The first host stays, and only the second one is refused.
         logger.warning("a second host of rank %d at %s was refused", theirs.rank, peer[0])
-        _refuse(channel, f"there is a host of --node-rank {theirs.rank} already")
+        _refuse(channel, f"--node-rank {theirs.rank} is already taken by another host")
         return
     if reason is not None:
         for other in (channel, *channels.values()):
             _refuse(other, reason)
         raise LaunchError(f"the host at {peer[0]} cannot take part: {reason}")
     channels[theirs.rank] = channel
-    logger.info("host %d of %d is there", len(channels) + 1, mine.num_hosts)
+    logger.info("%d of %d hosts have joined", len(channels) + 1, mine.num_hosts)
 
 
 def _refuse(channel: Channel, reason: str) -> None:
@@ -187,13 +187,13 @@ def _mismatch(mine: Hello, theirs: Hello) -> str | None:
     if theirs.num_hosts != mine.num_hosts:
         return f"--nnodes is {theirs.num_hosts} there and {mine.num_hosts} on host 0"
     if not 1 <= theirs.rank < mine.num_hosts:
-        return f"--node-rank {theirs.rank} of {mine.num_hosts} hosts; host 0 is here already"
+        return f"--node-rank {theirs.rank} of {mine.num_hosts} hosts; rank 0 is host 0 itself"
     for package in sorted(mine.versions.keys() | theirs.versions.keys()):
         own_version, their_version = mine.versions.get(package), theirs.versions.get(package)
         if own_version != their_version:
             return f"{package} is {their_version} there and {own_version} on host 0"
     if theirs.model != mine.model:
-        return "the model is another one (its config or its weights)"
+        return "the model differs from host 0's (config or weights)"
     for name, value in mine.settings.items():
         if (other := theirs.settings.get(name)) != value:
             return f"the setting {name} is {other} there and {value} on host 0"
@@ -226,14 +226,14 @@ def join(mine: Hello, address: str, timeout_s: float) -> Channel:
         answer = channel.receive_from_leader()
     except (ConnectionError, TimeoutError) as error:
         channel.close()
-        raise LaunchError(f"host 0 at {address} did not let us take part: {error}") from None
+        raise LaunchError(f"host 0 at {address} did not accept this host: {error}") from None
     connection.settimeout(None)
     if isinstance(answer, Welcome):
         return channel
     channel.close()
     if isinstance(answer, Refused):
-        raise LaunchError(f"host 0 refuses this one: {answer.reason}")
-    raise LaunchError(f"host 0 at {address} answered what was not asked")
+        raise LaunchError(f"host 0 refused this host: {answer.reason}")
+    raise LaunchError(f"host 0 at {address} sent an unexpected message")
 
 
 def split_address(address: str) -> tuple[str, int]:

@@ -126,7 +126,9 @@ class ProcessEngineClient:
             return
         limit = self.info.max_rows + self._max_queued
         if num_choices > limit:
-            raise RequestError(f"{num_choices} choices can never run or wait; the limit is {limit}", param="n")
+            raise RequestError(
+                f"{num_choices} choices exceed the limit of running and queued choices, {limit}", param="n"
+            )
         if self._streams.num_live + num_choices > limit:
             raise OverloadedError(
                 f"{self._streams.num_live} choices run or wait, the limit is {limit}; try again in a second"

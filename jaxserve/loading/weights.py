@@ -214,7 +214,7 @@ def _names_of_blocks(decoder: Decoder, names: dict[Path, TensorName]) -> dict[Pa
             weight, rows = names[*path[:-1], "weight"], spec.packing.block_rows
             cut = rows > 1 and (weight.first_row % rows or weight.row_step != 1)
             if weight.transposed or cut:
-                raise LaunchError(f"{weight.pattern}: its parts do not begin with a quantised block")
+                raise LaunchError(f"{weight.pattern}: its parts do not start at the boundary of a quantised block")
             first_row = weight.first_row // rows
             found[path] = weight._replace(pattern=f"{weight.pattern}_{path[-1]}", first_row=first_row)
     return found

@@ -102,7 +102,7 @@ def make_delta(adapter: PeftAdapter, decoder: Decoder, names: Mapping[Path, Tens
     problems: list[str] = []
     for module, tensors in adapter.modules.items():
         if module not in targets:
-            problems.append(f"{module}: the model has no such module, or none that adapters can change")
+            problems.append(f"{module}: not a module of the model that adapters can change")
             continue
         heads = [replicated_head_rows(specs[target.path], decoder.args) for target in targets[module]]
         rows = [

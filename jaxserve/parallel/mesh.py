@@ -121,7 +121,9 @@ def kv_head_replication(config: ModelConfig, mesh: Mesh | AbstractMesh, *, share
     if config.num_kv_heads % tp_size == 0:
         return 1
     if tp_size % config.num_kv_heads:
-        raise LaunchError(f"--tp-size {tp_size} and the model's {config.num_kv_heads} key heads do not divide")
+        raise LaunchError(
+            f"--tp-size {tp_size} is neither a divisor nor a multiple of the model's {config.num_kv_heads} KV heads"
+        )
     return tp_size // config.num_kv_heads
 
 

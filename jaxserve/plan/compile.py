@@ -34,7 +34,7 @@ _COMPILE_THREADS = 2
 _STEPS_IN_FLIGHT = 2
 # The fraction of a device's memory that weights may take when the report advises more devices.
 _WEIGHTS_AT_MOST = 0.8
-_FEWER_SLOTS = "adapters' slots take room, too: --max-loras-per-batch, --max-lora-rank, --lora-target-modules"
+_FEWER_SLOTS = "adapter slots take memory, too: lower --max-loras-per-batch, --max-lora-rank, --lora-target-modules"
 # For devices whose memory size is not known.
 _UNKNOWN_POOL_BYTES = 512 << 20
 

@@ -35,7 +35,7 @@ def compile_grammar(tokenizer: LLTokenizer, grammar: str) -> LLMatcher:
         matcher.compute_bitmask()
     if matcher.is_error():
         error = matcher.get_error().split("\n<state>")[0][:500]
-        raise GrammarError("nothing satisfies it" if error == "NoExtensionBias" else error)
+        raise GrammarError("the grammar accepts no output" if error == "NoExtensionBias" else error)
     return matcher
 
 

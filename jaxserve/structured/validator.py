@@ -81,7 +81,7 @@ class GrammarValidator:
             async with asyncio.timeout(_MAX_WAIT_S):
                 return await asyncio.get_running_loop().run_in_executor(self._threads, self._try, grammar)
         except TimeoutError:
-            raise OverloadedError("too many grammars wait to be tried; try again in a second") from None
+            raise OverloadedError("too many grammars are waiting to be validated; try again in a second") from None
 
     def _try(self, grammar: str) -> str | None:
         process = self._idle.pop() if self._idle else self._spawn()

@@ -50,7 +50,7 @@ def load_tiktoken(folder: Path) -> PreTrainedTokenizerFast:
     config = read_json(folder / "tokenizer_config.json")
     if (found := config.get("tokenizer_class")) != _CLASS:
         raise CheckpointError(
-            f"{folder / FILE_NAME}: how {found} cuts text into words is not known; a tokenizer.json beside it is read"
+            f"{folder / FILE_NAME}: tokenizer class {found} is not supported; add a tokenizer.json to the folder"
         )
     ranks = _read_ranks(folder / FILE_NAME)
     special = _special_tokens(config, len(ranks))
@@ -86,7 +86,9 @@ def _read_ranks(path: Path) -> list[bytes]:
             raise CheckpointError(f"{path}: line {number + 1}: {error}") from None
     missing = [byte for byte in range(256) if bytes([byte]) not in set(tokens)]
     if missing or len(set(tokens)) != len(tokens):
-        raise CheckpointError(f"{path}: tokens are missing ({len(missing)} single bytes) or stand there twice")
+        raise CheckpointError(
+            f"{path}: tokens are missing ({len(missing)} single bytes), or the file has duplicate tokens"
+        )
     return tokens
 
 
@@ -105,7 +107,7 @@ def _special_tokens(config: Mapping[str, Any], first_id: int) -> list[AddedToken
 def _content(token: Any) -> str:
     content = token.get("content") if isinstance(token, dict) else token
     if not isinstance(content, str) or not content:
-        raise CheckpointError(f"tokenizer_config.json: {token!r} is no token")
+        raise CheckpointError(f"tokenizer_config.json: {token!r} is not a valid token")
     return content
 
 

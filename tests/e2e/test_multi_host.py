@@ -127,7 +127,7 @@ def test_a_host_with_another_model_is_refused_with_a_reason(flags: list[str], tm
         assert follower.process.wait(60) == ExitCode.BAD_CONFIG
         assert leader.process.wait(10) == ExitCode.BAD_CONFIG
     for log in (leader.log, follower.log):
-        assert "the model is another one (its config or its weights)" in log.read_text()
+        assert "the model differs from host 0's (config or weights)" in log.read_text()
 
 
 @pytest.mark.slow

@@ -209,9 +209,9 @@ def test_quantised_while_loading(name: str, mesh: dict[str, int], tmp_path: Path
 def test_what_cannot_be_quantised_is_refused(gpt_oss: tuple[Path, Path]) -> None:
     quantised, plain = gpt_oss
     load(str(quantised), quantization="mxfp4")
-    with pytest.raises(LaunchError, match="--quantization int8: the checkpoint is quantised already, as mxfp4"):
+    with pytest.raises(LaunchError, match="--quantization int8: the checkpoint is already quantised as mxfp4"):
         load(str(quantised), quantization="int8")
-    with pytest.raises(LaunchError, match="--quantization awq: the checkpoint is not quantised so"):
+    with pytest.raises(LaunchError, match="--quantization awq: the checkpoint is not in this format"):
         load(str(plain), quantization="awq")
     with pytest.raises(LaunchError, match="down_proj has inputs and outputs the other way"):
         load(str(plain), quantization="int8")

@@ -94,7 +94,7 @@ def run(engine: Engine, limit: int = 4000) -> list[TokenDelta]:
         if engine.idle:
             return deltas
         deltas += engine.step()
-    raise AssertionError("the engine does not come to rest")
+    raise AssertionError("the engine did not become idle")
 
 
 def request(name: str, lark: str = "", max_tokens: int = 64, **fields: object) -> Request:

@@ -30,7 +30,7 @@ def finish(engine: object, limit: int = 1000) -> list[TokenDelta]:
         if engine.idle:  # type: ignore[attr-defined]
             return deltas
         deltas += engine.step()  # type: ignore[attr-defined]
-    raise AssertionError("the engine does not come to rest")
+    raise AssertionError("the engine did not become idle")
 
 
 def tokens(deltas: list[TokenDelta], name: str) -> list[int]:

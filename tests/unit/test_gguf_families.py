@@ -218,5 +218,5 @@ def test_a_file_that_was_cut_off_says_where(tmp_path: Path, share: float) -> Non
     data = (tmp_path / "x.gguf").read_bytes()
     end = int(len(data) * share)
     (tmp_path / "x.gguf").write_bytes(data[:end])
-    with pytest.raises(CheckpointError, match=rf"x\.gguf.*it ends at byte {end}, within"):
+    with pytest.raises(CheckpointError, match=rf"x\.gguf.*the file is truncated at byte {end}, inside"):
         GGUFCheckpoint(tmp_path / "x.gguf")

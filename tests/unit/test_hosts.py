@@ -268,14 +268,14 @@ def test_a_host_that_draws_other_tokens_is_given_up(make_hosts: Callable[..., Ho
     hosts.engine.add(request("a"))
     finish(hosts.engine)
     # Either of the two followers may be reported first.
-    assert "sampled other tokens than the others in step 1" in hosts.losses.get(timeout=WAIT_S)
+    assert "sampled different tokens in step 1" in hosts.losses.get(timeout=WAIT_S)
 
 
 def test_a_host_that_is_lost_is_given_up(make_hosts: Callable[..., Hosts]) -> None:
     hosts = make_hosts(FakeRunner(), FakeRunner())
     hosts.sockets[3].shutdown(socket.SHUT_RDWR)
-    assert hosts.losses.get(timeout=WAIT_S) == "host 2 is lost: the other host hung up"
-    assert hosts.losses_there.get(timeout=WAIT_S) == "host 0 is lost: the other host hung up"
+    assert hosts.losses.get(timeout=WAIT_S) == "host 2 is lost: the other host closed the connection"
+    assert hosts.losses_there.get(timeout=WAIT_S) == "host 0 is lost: the other host closed the connection"
 
 
 def test_host_0_that_is_lost_ends_the_others(make_hosts: Callable[..., Hosts]) -> None:
@@ -283,7 +283,7 @@ def test_host_0_that_is_lost_ends_the_others(make_hosts: Callable[..., Hosts]) -
     for end in hosts.sockets[::2]:
         end.shutdown(socket.SHUT_RDWR)
     for _ in range(2):
-        assert hosts.losses_there.get(timeout=WAIT_S) == "host 0 is lost: the other host hung up"
+        assert hosts.losses_there.get(timeout=WAIT_S) == "host 0 is lost: the other host closed the connection"
 
 
 def test_digests_from_before_a_reset_are_ignored(make_hosts: Callable[..., Hosts]) -> None:

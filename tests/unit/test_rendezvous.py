@@ -63,7 +63,7 @@ def test_a_host_that_does_not_fit_is_refused(theirs: Hello, reason: str) -> None
         there = pool.submit(join, theirs, address, WAIT_S)
         with pytest.raises(LaunchError, match=reason):
             gather(greeting(0), address, WAIT_S)
-        with pytest.raises(LaunchError, match=f"host 0 refuses this one: .*{reason}"):
+        with pytest.raises(LaunchError, match=f"host 0 refused this host: .*{reason}"):
             there.result()
 
 
@@ -143,7 +143,7 @@ def test_of_two_hosts_of_one_rank_the_first_stays_while_it_lives() -> None:
 
 
 def test_hosts_that_do_not_come_are_named() -> None:
-    with pytest.raises(LaunchError, match=r"rank \[1\] did not come in time"):
+    with pytest.raises(LaunchError, match=r"rank \[1\] did not connect in time"):
         gather(greeting(0), f"127.0.0.1:{free_port()}", 0.2)
     with pytest.raises(LaunchError, match="host 0 cannot be reached"):
         join(greeting(1), f"127.0.0.1:{free_port()}", 0.2)

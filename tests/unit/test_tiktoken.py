@@ -93,7 +93,7 @@ def test_special_tokens_have_their_places(tokenizer: Tokenizer) -> None:
         (["%% 0"], {}, "line 1: "),
         (["IQ== 0"], {}, "255 single bytes"),
         (None, {"tokenizer_class": "OtherTokenizer"}, "how OtherTokenizer cuts text"),
-        (None, {"bos_token": {"content": 3}}, "is no token"),
+        (None, {"bos_token": {"content": 3}}, "is not a valid token"),
     ],
 )
 def test_files_that_cannot_be_used(

@@ -136,10 +136,10 @@ def read_dense_config(
     """
     for key in _REFUSED_KEYS:
         if config.get(key):
-            raise LaunchError(f"config.json: {key} would run code from the checkpoint; it is refused")
+            raise LaunchError(f"config.json: {key} would run code from the checkpoint, which is not allowed")
     # Phi 3, DeepSeek and Kimi name Python files beside weights that are computed here: they are not opened.
     if "--" in str(config.get("auto_map")):
-        raise LaunchError("config.json: auto_map names code of another repository; it is refused")
+        raise LaunchError("config.json: auto_map refers to code in another repository, which is not allowed")
     architectures = config.get("architectures") or []
     if len(architectures) != 1:
         raise LaunchError(f"config.json: expected one entry in 'architectures', got {architectures!r}")

@@ -48,9 +48,9 @@ def with_requested(config: ModelConfig, hf_config: Mapping[str, Any], requested:
     if requested == method:
         return config
     if config.quantization is not None:
-        raise LaunchError(f"--quantization {requested}: the checkpoint is quantised already, as {method}")
+        raise LaunchError(f"--quantization {requested}: the checkpoint is already quantised as {method}")
     if requested not in REQUESTED:
-        raise LaunchError(f"--quantization {requested}: the checkpoint is not quantised so")
+        raise LaunchError(f"--quantization {requested}: the checkpoint is not in this format")
     return msgspec.structs.replace(config, quantization=REQUESTED[requested])
 
 
@@ -72,7 +72,7 @@ def with_quantized_parts(config: ModelConfig, names: Mapping[tuple[str, ...], Te
         if any(kept.values()) and not all(kept.values()):
             named = next(name for name, is_kept in kept.items() if is_kept)
             raise LaunchError(
-                f"config.json: {named} is not quantised where others of its kind are, which is not supported"
+                f"config.json: {named} is not quantised, but other modules of its kind are, which is not supported"
             )
         if kept and not all(kept.values()):
             parts.append(part)
@@ -137,7 +137,9 @@ def _compressed_tensors(config: Mapping[str, Any], dtype: str) -> QuantizationCo
     """What llm-compressor writes, and Kimi K2 Thinking."""
     groups: Mapping[str, Any] = config.get("config_groups") or {}
     if len(groups) != 1:
-        raise LaunchError(f"config.json: compressed-tensors with one group of settings is supported, got {len(groups)}")
+        raise LaunchError(
+            f"config.json: compressed-tensors needs exactly one entry in config_groups, got {len(groups)}"
+        )
     group: Mapping[str, Any] = next(iter(groups.values()))
     check_supported(group, "compressed-tensors", targets=(["Linear"],))
     weights: Mapping[str, Any] = group.get("weights") or {}
@@ -184,7 +186,7 @@ def _gptq(config: Mapping[str, Any], _: str) -> QuantizationConfig:
     check_supported(config, "gptq", bits=(4,), desc_act=(False,), checkpoint_format=("gptq",))
     columns = _positive(config.get("group_size"), "group_size")
     if config.get("dynamic"):
-        raise LaunchError("config.json: gptq with settings of single modules (dynamic) is not supported")
+        raise LaunchError("config.json: gptq with per-module settings (dynamic) is not supported")
     return QuantizationConfig(element_type="int4", block=(1, columns), zeros=True, kept=_kept(config))
 
 

@@ -155,7 +155,9 @@ class KeywordArguments:
         properties, required = parameters(tool)
         for word in (*tool.name.split("."), *properties):
             if not word.isidentifier() or keyword.iskeyword(word):
-                raise RequestError(f"tools: this model writes Python calls, which cannot have {word!r}", param="tools")
+                raise RequestError(
+                    f"tools: this model writes Python calls, in which {word!r} is not a valid name", param="tools"
+                )
         keys = sorted(properties, key=lambda key: key not in required)
         for number, key in enumerate(keys):
             value = _with_definitions(properties[key], tool)

@@ -37,7 +37,7 @@ _SPARE_BYTES = 16 << 20
 def check_shape(shape: ExpertShape) -> None:
     """Raise NotImplementedError for matrices that the kernel cannot multiply."""
     if shape.rows_dtype == jnp.float16:
-        raise NotImplementedError("the TPU kernel has no float16: the MXU has none")
+        raise NotImplementedError("the TPU kernel does not support float16, which the MXU lacks")
     if shape.format is None:
         return
     rows, columns = shape.format.block

@@ -246,7 +246,7 @@ def _from_blocks(x_CKQZ: jax.Array, block_tokens: int) -> jax.Array:
 
 def _check(config: AttentionConfig) -> None:
     if config.dtype == jnp.float16:
-        raise NotImplementedError("the TPU kernel has no float16: the MXU has none")
+        raise NotImplementedError("the TPU kernel does not support float16, which the MXU lacks")
     if config.page_size % _MIN_PAGE_SIZE:
         raise NotImplementedError(
             f"the TPU kernel wants pages of a multiple of {_MIN_PAGE_SIZE} tokens, got {config.page_size}"
