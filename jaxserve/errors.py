@@ -4,22 +4,22 @@
     ├── RequestError          the client's fault: 400, names the field
     │   ├── NotFoundError     unknown model or adapter: 404
     │   └── AdapterError      an adapter that cannot be loaded: 400
-    ├── OverloadedError       the queue is full: 429, try again here
+    ├── OverloadedError       the queue is full: 429, retry here later
     ├── UnavailableError      loading, draining or engine lost: 503
     └── LaunchError           bad flag, bad checkpoint, busy port: the launcher exits
 
-`api.errors` holds the one table from these to HTTP; nothing else knows a status code.
+`api.errors` alone maps these to HTTP; nothing else knows a status code.
 """
 
 from enum import IntEnum
 
 
 class JaxserveError(Exception):
-    """Root of the tree."""
+    """Base class of all exceptions here."""
 
 
 class RequestError(JaxserveError):
-    """A request that cannot be honoured as it stands.
+    """A request that cannot be served as it is.
 
     Attributes:
         param: name of the offending field, or None when the body as a whole is at fault.
@@ -49,7 +49,7 @@ class OverloadedError(JaxserveError):
 
 
 class UnavailableError(JaxserveError):
-    """This instance cannot serve: it loads, drains, or has lost its engine."""
+    """This instance cannot serve: it is loading or draining, or has lost its engine."""
 
     def __init__(self, message: str, *, retry_after_s: int = 5) -> None:
         super().__init__(message)
@@ -57,7 +57,7 @@ class UnavailableError(JaxserveError):
 
 
 class ExitCode(IntEnum):
-    """How the launcher ends."""
+    """Exit codes of the launcher."""
 
     OK = 0
     BAD_CONFIG = 2

@@ -1,7 +1,7 @@
-"""What a client asked for and what it gets back, as plain host data.
+"""Requests and their outputs, as plain host data.
 
-These structs cross the socket between the API process and the engine process, so they hold no HTTP,
-no text and no arrays. A `Request` that exists is valid: every range is checked when it is built.
+These structs cross the socket between the API process and the engine process, so they hold no HTTP objects, no text and
+no arrays. Ranges are checked on construction, so every `Request` is valid.
 """
 
 from enum import StrEnum
@@ -14,7 +14,7 @@ MAX_CHOICES = 128
 
 
 class FinishReason(StrEnum):
-    """Why a choice ended, in OpenAI's words, plus `abort` and `error`."""
+    """The reason why a choice ended: OpenAI's values, plus `abort` and `error`."""
 
     STOP = "stop"
     LENGTH = "length"
@@ -23,12 +23,12 @@ class FinishReason(StrEnum):
 
 
 class GrammarTokenizer(msgspec.Struct, frozen=True, kw_only=True):
-    """The tokenizer, for grammars.
+    """The tokenizer data that grammars need.
 
     Attributes:
-        json: contents of its `tokenizer.json`.
-        vocab_size: the model's, which may be larger than the tokenizer's.
-        eos_token_ids: tokens that a finished grammar may end with.
+        json: contents of `tokenizer.json`.
+        vocab_size: vocabulary size of the model, which may be larger than the tokenizer's.
+        eos_token_ids: tokens that may end the output once its grammar is complete.
     """
 
     json: str
@@ -37,16 +37,16 @@ class GrammarTokenizer(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ThinkingBudget(msgspec.Struct, frozen=True, kw_only=True):
-    """A limit on the tokens of an output's thinking.
+    """A limit on an output's thinking tokens.
 
     Attributes:
-        start: marker that opens it in the output.
-        end: marker that closes it.
-        early_end_markers: markers that end it as well.
-        allows_multiple: it may be opened again.
-        in_reasoning: the prompt has opened it already.
-        budget: tokens of thinking, at most.
-        end_token_ids: what is forced when they are used up; its text contains `end`.
+        start: marker that opens thinking in the output.
+        end: marker that closes thinking.
+        early_end_markers: other markers that end thinking.
+        allows_multiple: thinking may be opened again.
+        in_reasoning: the prompt has already opened thinking.
+        budget: maximum number of thinking tokens.
+        end_token_ids: tokens that are forced when the budget is used up; their text contains `end`.
     """
 
     start: str
@@ -59,13 +59,13 @@ class ThinkingBudget(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class AdapterSource(msgspec.Struct, frozen=True, kw_only=True):
-    """A LoRA adapter that is to be loaded.
+    """A LoRA adapter to load.
 
     Attributes:
-        key: what `Request.adapter` refers to: the name, a colon, and a suffix that makes every load unique, so that
-            an adapter may replace another of the same name.
-        folder: where its files are.
-        pinned: never leaves memory or its slot on the device.
+        key: key for `Request.adapter`: the name, a colon, and a suffix that makes every load unique, so that an adapter
+            may replace another of the same name.
+        folder: folder of the adapter's files.
+        pinned: never evicted from host memory or from its slot on the device.
     """
 
     key: str
@@ -74,7 +74,7 @@ class AdapterSource(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def adapter_name(key: str) -> str:
-    """What clients call an adapter; no name has a colon."""
+    """Return the name by which clients select an adapter; names contain no colon."""
     return key.partition(":")[0]
 
 
@@ -82,16 +82,16 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     """One prompt to continue `num_choices` times.
 
     Attributes:
-        id: unique among live requests; the API process makes it.
+        id: unique among live requests; created by the API process.
         prompt_token_ids: i32 ids, each inside the vocabulary, at least one.
-        sampling: how to draw; the seed of choice i is folded in by the scheduler.
-        eos_token_ids: the model's own end tokens for this request.
+        sampling: sampling parameters; the scheduler folds the choice index into the seed.
+        eos_token_ids: the model's end-of-sequence tokens for this request.
         num_choices: OpenAI's `n`; the prompt is computed once.
         cache_salt: requests share cached prefixes only with the same salt.
         priority: higher runs earlier, and is preempted later, under the `priority` policy.
-        grammar: what the output must be, in llguidance's form; empty for anything.
+        grammar: grammar of the output, in llguidance's format; empty for none.
         thinking: limit on the output's thinking, if any.
-        adapter: LoRA adapter that is applied, by key; empty for none.
+        adapter: key of the LoRA adapter to apply; empty for none.
     """
 
     id: str
@@ -107,12 +107,12 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def constrained(self) -> bool:
-        """Whether some draws depend on the output before them."""
+        """Whether the tokens that may be sampled depend on the output so far."""
         return bool(self.grammar) or self.thinking is not None
 
 
 class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
-    """Log-probability (natural log) of one token and of its likeliest alternatives."""
+    """Log-probability (natural log) of one token and of its most likely alternatives."""
 
     logprob: float
     top_ids: tuple[int, ...] = ()
@@ -120,21 +120,21 @@ class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
 
 
 class TokenDelta(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
-    """What one step adds to one choice of a request.
+    """Output that one step adds to one choice of a request.
 
     Exactly one delta of each choice of an accepted request carries a `finish_reason`.
 
     Attributes:
         request_id: the request's id.
         choice: index in [0, num_choices).
-        token_ids: new output tokens, the stop token included.
-        logprobs: one entry per new token when asked for, else empty.
+        token_ids: new output tokens, including the stop token.
+        logprobs: one entry per new token if requested, else empty.
         prompt_logprobs: for prompt tokens [1, len); sent once, with the first delta.
         finish_reason: set on the last delta of the choice.
         matched_stop: the token id that ended the output, if one did.
         num_cached_tokens: prompt tokens that came from the prefix cache.
         error: what went wrong when `finish_reason` is `error`.
-        refused: the error is the request's fault, not the server's.
+        refused: the error was caused by the request, not by the server.
     """
 
     request_id: str

@@ -1,7 +1,6 @@
-"""What the engine asks of a model runner, on one host or on many.
+"""Protocols between the engine and a model runner, on one or several hosts.
 
-Host-only: the protocols stand below the engine, the runner and the leader of several hosts, which all implement or
-call them.
+Host-only. The engine, the runner and the leader of a multi-host run implement or call these protocols.
 """
 
 import zlib
@@ -17,8 +16,8 @@ class LoadedAdapter(NamedTuple):
     """A LoRA adapter in host memory.
 
     Attributes:
-        leaves: arrays by their path in the pool, in the shape in which a slot of the device holds them.
-        digest: CRC-32 of the leaves in their order.
+        leaves: arrays by path in the LoRA pool, in the shape of a slot on the device.
+        digest: CRC-32 of the leaves in order.
     """
 
     leaves: Mapping[tuple[str, ...], np.ndarray]
@@ -26,7 +25,7 @@ class LoadedAdapter(NamedTuple):
 
 
 def loaded_adapter(leaves: Mapping[tuple[str, ...], np.ndarray]) -> LoadedAdapter:
-    """The adapter of these leaves, with its digest."""
+    """Create a `LoadedAdapter` from its leaves and compute the digest."""
     digest = 0
     for leaf in leaves.values():
         digest = zlib.crc32(np.ascontiguousarray(leaf).reshape(-1).view(np.uint8), digest)
@@ -34,7 +33,7 @@ def loaded_adapter(leaves: Mapping[tuple[str, ...], np.ndarray]) -> LoadedAdapte
 
 
 class RunnerAdapters(Protocol):
-    """The adapters that a runner can put into slots."""
+    """The adapters that a runner can load into slots."""
 
     def add_adapter(self, key: str, adapter: LoadedAdapter) -> None:
         """Keep an adapter until it is removed."""
@@ -46,28 +45,28 @@ class RunnerAdapters(Protocol):
 
 
 class Pending(Protocol):
-    """A step whose results are on their way to the host."""
+    """A step whose results are being transferred to the host."""
 
     def result(self) -> tuple[StepOutput | None, ...]:
-        """Wait for the results: one output per plan."""
+        """Wait for the results and return one output per plan."""
         ...
 
 
 class Forwarded(Protocol):
-    """A step whose forward pass was sent and whose tokens are not sampled yet."""
+    """A step whose forward pass is dispatched and whose tokens are not sampled yet."""
 
     def sample(self, constrained: Sequence[ConstrainedRows | None]) -> Pending:
-        """Send the sampling program; one entry per plan."""
+        """Dispatch the sampling program; `constrained` has one entry per plan."""
         ...
 
 
 class Runner(RunnerAdapters, Protocol):
-    """A model runner. It holds the adapters whose keys appear in plans."""
+    """A model runner. It keeps the adapters whose keys appear in plans."""
 
     def forward(self, plans: Plans) -> Forwarded:
-        """Send the forward pass of a step to the devices; at least one of the plans is not None."""
+        """Dispatch the forward pass of a step; at least one of the plans is not None."""
         ...
 
     def reset(self) -> None:
-        """Make the cache anew after a step raised, and run an empty step; raises what that raises."""
+        """Recreate the cache after a step raised, and run an empty step; errors of that step propagate."""
         ...

@@ -1,6 +1,6 @@
-"""Sampling parameters: one table says what each is, and everything else reads it.
+"""Sampling parameters, defined in one table that all other code uses.
 
-The API takes the fields of `SAMPLING_FIELDS` from request bodies and from the model's defaults, `SamplingParams` checks
+The API reads the fields of `SAMPLING_FIELDS` from request bodies and from the model's defaults, `SamplingParams` checks
 their ranges, and the runner packs those that kernels read into one array per step.
 """
 
@@ -20,11 +20,11 @@ class SamplingField(NamedTuple):
     """A number or a flag that a request may set.
 
     Attributes:
-        name: in request bodies and in `SamplingParams`.
-        low, high: the least and the largest value; both None where `SamplingParams` checks it by itself.
+        name: name in request bodies and in `SamplingParams`.
+        low, high: minimum and maximum value; both None if `SamplingParams` checks the range itself.
         above_low: whether `low` itself is out of range.
-        from_model: whether the model's makers may recommend a value.
-        device: the name of the kernels' array of it, f32[B]; None where no kernel reads it as it is.
+        from_model: whether the model's own defaults may set it.
+        device: name of the f32[B] array that kernels read; None if no kernel reads the value directly.
     """
 
     name: str
@@ -35,10 +35,10 @@ class SamplingField(NamedTuple):
     device: str | None = None
 
     def check(self, value: float) -> None:
-        """Raise RequestError where the value is out of range."""
+        """Raise RequestError if the value is out of range."""
         if self.low is None or self.high is None:
             return
-        # `low <= value <= high` is false for NaN, so NaN and infinities are refused with everything else.
+        # `low <= value <= high` is false for NaN, so NaN and infinities are rejected, too.
         if not self.low <= value <= self.high:
             raise RequestError(f"{self.name} must be between {self.low} and {self.high}, got {value}", param=self.name)
         if self.above_low and value <= self.low:
@@ -56,7 +56,7 @@ SAMPLING_FIELDS: tuple[SamplingField, ...] = (
     SamplingField("min_tokens", 0, 2**31 - 1),
     SamplingField("ignore_eos"),
 )
-# What only the endpoints set.
+# Fields that only the endpoints set.
 _OTHER_RANGES = (
     SamplingField("seed", -(2**63), 2**63 - 1),
     SamplingField("max_tokens", 0, 2**31 - 1),
@@ -66,23 +66,23 @@ DEVICE_FIELDS = tuple(field for field in SAMPLING_FIELDS if field.device is not 
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """How the next token is sampled and when to stop. Ranges: see `SAMPLING_FIELDS`.
+    """Parameters of sampling and stopping. Ranges: see `SAMPLING_FIELDS`.
 
     Attributes:
         temperature: divides the logits; below 1e-6 means greedy.
-        top_k: keep the k likeliest tokens; -1 keeps all.
+        top_k: keep the k most likely tokens; -1 keeps all.
         top_p: keep tokens while the probability mass before them is at most this.
-        min_p: drop tokens below this share of the likeliest kept token's probability.
-        frequency_penalty: subtracted per earlier occurrence in the output.
-        presence_penalty: subtracted once for a token that is in the output.
+        min_p: drop tokens below this fraction of the most likely kept token's probability.
+        frequency_penalty: subtracted from a token's logit per earlier occurrence in the output.
+        presence_penalty: subtracted once from the logit of a token that is in the output.
         repetition_penalty: divides positive and multiplies negative logits of output tokens.
         logit_bias: token id -> bias in [-100, 100]; -100 forbids the token.
-        seed: key of the sample; the same seed, position and logits give the same token anywhere.
-        max_tokens: output tokens at most; 0 computes the prompt only.
-        min_tokens: end-of-sequence and stop tokens are forbidden until this many are out.
-        stop_token_ids: tokens that end the output besides the model's own.
-        ignore_eos: switches every token stop off.
-        num_logprobs: None for none, else how many alternatives to report per token (0..20).
+        seed: sampling key; the same seed, position and logits give the same token anywhere.
+        max_tokens: maximum number of output tokens; 0 computes the prompt only.
+        min_tokens: number of output tokens before which end-of-sequence and stop tokens are forbidden.
+        stop_token_ids: tokens that end the output, besides the model's end-of-sequence tokens.
+        ignore_eos: disables every token stop.
+        num_logprobs: number of alternatives to report per token (0..20); None for no log-probabilities.
         prompt_logprobs: report log-probabilities of the prompt's tokens as well.
     """
 
@@ -141,7 +141,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
         return self.frequency_penalty != 0 or self.presence_penalty != 0 or self.repetition_penalty != 1
 
     def check_token_ids(self, vocab_size: int) -> None:
-        """Refuse ids outside the vocabulary: a device gather would clamp or wrap them silently."""
+        """Raise RequestError for ids outside the vocabulary: a device gather would clamp or wrap them silently."""
         for param, ids in (("logit_bias", self.logit_bias), ("stop_token_ids", self.stop_token_ids)):
             for token_id in ids:
                 if not 0 <= token_id < vocab_size:

@@ -1,6 +1,6 @@
-"""What a step is asked and what it answers: all that scheduling and the runner share.
+"""Inputs and outputs of a step: the whole interface between scheduling and the runner.
 
-Host integers only. A `SchedulerOutput` serialises, so it is also what a multi-host run broadcasts.
+Host data only. A `SchedulerOutput` is serialisable, and multi-host runs broadcast it.
 """
 
 from typing import TypeAlias
@@ -12,15 +12,15 @@ from jaxserve.sampling_params import SamplingParams
 
 
 class NewRow(msgspec.Struct, frozen=True, kw_only=True):
-    """A sequence that takes a row in this step, with all the runner must know of it until it leaves.
+    """A sequence that gets a row in this step, with all data that the runner needs while it runs.
 
     Attributes:
-        row: fixed index into the runner's per-row state for as long as the sequence runs.
-        sampling: how its tokens are drawn.
-        seed: key of the draw, the choice index already folded in; u64.
-        eos_token_ids: forbidden until `min_tokens` are out, stop tokens included.
-        output_token_ids: tokens drawn before a preemption; penalties count them.
-        adapter_slot: slot of its LoRA adapter; 0 for none.
+        row: index into the runner's per-row state, fixed while the sequence runs.
+        sampling: sampling parameters.
+        seed: sampling key with the choice index folded in; u64.
+        eos_token_ids: tokens forbidden before `min_tokens` output tokens, including stop tokens.
+        output_token_ids: tokens sampled before a preemption; penalties count them.
+        adapter_slot: slot of the LoRA adapter; 0 for none.
     """
 
     row: int
@@ -32,7 +32,7 @@ class NewRow(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class AdapterLoad(msgspec.Struct, frozen=True):
-    """A slot gets another adapter, before the step runs."""
+    """An adapter to load into a slot before the step runs."""
 
     slot: int
     adapter: str
@@ -43,13 +43,13 @@ class ScheduledRow(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         row: the sequence's row.
-        token_ids: the tokens to run; a trailing -1 stands for the token that the step before draws for this row.
-        num_computed_tokens: tokens whose keys and values are in the cache already; position of the first to run.
-        new_page_ids: pages that the row gained since its last step, in order; all of them after a `NewRow`.
-        samples: whether a token is drawn after the last one (else the row is a prefill chunk).
-        num_output_tokens: output tokens before this draw.
-        prompt_targets: when prompt log-probabilities are wanted, the prompt token that follows each token run.
-        wants_logprobs: the draw's likeliest alternatives are wanted.
+        token_ids: tokens to run; a trailing -1 is a placeholder for the token that the previous step samples.
+        num_computed_tokens: tokens whose keys and values are already in the cache; position of the first to run.
+        new_page_ids: pages added to the row since its last step, in order; all of its pages after a `NewRow`.
+        samples: whether a token is sampled after the last one; otherwise the row is a prefill chunk.
+        num_output_tokens: output tokens before this step's sample.
+        prompt_targets: the prompt token after each token run, if prompt log-probabilities are wanted.
+        wants_logprobs: the most likely alternatives of the sampled token are wanted.
     """
 
     row: int
@@ -63,23 +63,23 @@ class ScheduledRow(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def num_tokens(self) -> int:
-        """Tokens run in this step."""
+        """Number of tokens run in this step."""
         return len(self.token_ids)
 
     @property
     def num_logits_rows(self) -> int:
-        """Rows of logits that the step computes for this sequence."""
+        """Number of rows of logits that the step computes for this sequence."""
         return self.num_tokens if self.prompt_targets else 1
 
 
 class SchedulerOutput(msgspec.Struct, frozen=True, kw_only=True):
-    """One step: rows that run one token first, then the longer ones.
+    """One step. Rows that run a single token come first.
 
     Attributes:
-        step: counts up from 0.
-        new_rows: rows whose owner changes with this step.
-        rows: what runs.
-        adapter_loads: what is put into slots before.
+        step: step number, counting up from 0.
+        new_rows: rows that get a new sequence in this step.
+        rows: rows that run.
+        adapter_loads: adapters to load into slots before the step runs.
     """
 
     step: int
@@ -89,21 +89,21 @@ class SchedulerOutput(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def num_tokens(self) -> int:
-        """Tokens run in this step over all rows."""
+        """Number of tokens run in this step over all rows."""
         return sum(row.num_tokens for row in self.rows)
 
     @property
     def num_logits_rows(self) -> int:
-        """Rows of logits computed in this step."""
+        """Number of rows of logits computed in this step."""
         return sum(row.num_logits_rows for row in self.rows)
 
 
 class ConstrainedRows(msgspec.Struct, frozen=True):
-    """Rows of a plan whose draws are constrained.
+    """Rows of a plan whose sampling is constrained.
 
     Attributes:
-        rows: their indices in the plan, C of them.
-        bits_CW: i32; bit v % 32 of word v // 32 is set where token v is allowed.
+        rows: indices of the C rows in the plan.
+        bits_CW: i32; bit v % 32 of word v // 32 is set if token v is allowed.
     """
 
     rows: tuple[int, ...]
@@ -123,14 +123,14 @@ class PromptLogprobs(msgspec.Struct, frozen=True):
 
 
 class StepOutput(msgspec.Struct, frozen=True, kw_only=True):
-    """What a step drew, as numpy on the host. B = rows of the plan, in its order.
+    """Results of a step, as numpy arrays on the host. B = rows of the plan, in its order.
 
     Attributes:
-        token_ids_B: i32, the drawn token; meaningless where the row does not sample.
-        finite_B: bool, False where the row's logits held NaN or nothing could be drawn.
-        logprobs_B: f32 log-probability of the drawn token; 0 unless some row wanted it.
-        top_ids_BJ, top_logprobs_BJ: likeliest tokens in order and their log-probabilities; None unless wanted.
-        prompt: by index of the row in the plan, for rows with `prompt_targets`.
+        token_ids_B: i32, the sampled token; meaningless if the row does not sample.
+        finite_B: bool, False if the row's logits held NaN or no token could be sampled.
+        logprobs_B: f32 log-probability of the sampled token; 0 unless some row wanted it.
+        top_ids_BJ, top_logprobs_BJ: most likely tokens in order and their log-probabilities; None unless wanted.
+        prompt: prompt log-probabilities by index of the row in the plan, for rows with `prompt_targets`.
     """
 
     token_ids_B: np.ndarray

@@ -1,6 +1,6 @@
-"""Frozen settings, checked where they are built, handed down in parts.
+"""Frozen config structs, validated on construction and passed to components in parts.
 
-Nothing here reads files, the environment or a device; `jaxserve.arguments` turns flags into these.
+Nothing here reads files, the environment or a device; `jaxserve.arguments` builds the structs from flags.
 """
 
 from jaxserve.config.engine import (

@@ -1,7 +1,7 @@
-"""Base of every config."""
+"""Base class of all configs."""
 
 import msgspec
 
 
 class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Frozen, keyword-only, and serialisable to the engine process."""
+    """A frozen, keyword-only struct that can be serialised to the engine process."""

@@ -1,6 +1,6 @@
-"""Settings of an engine and of its parts.
+"""Settings of the engine and its components.
 
-A component receives its own part (`SchedulerConfig`), never the whole.
+A component receives only its own config (such as `SchedulerConfig`), never the whole.
 """
 
 from typing import Literal
@@ -19,12 +19,12 @@ _MAX_ADAPTER_NAME = 256
 
 
 class CacheConfig(Config, frozen=True):
-    """The paged key/value pool.
+    """Settings of the paged KV cache.
 
     Attributes:
         page_size: tokens per page.
         num_pages: pages in the pool.
-        prefix_caching: keep computed pages of ended requests for prompts that start alike.
+        prefix_caching: keep the pages of finished requests for prompts with the same prefix.
     """
 
     page_size: int
@@ -38,12 +38,12 @@ class CacheConfig(Config, frozen=True):
 
 
 class SchedulerConfig(Config, frozen=True):
-    """Limits of one step, and the order of the queue.
+    """Limits of a step, and the order of the waiting queue.
 
     Attributes:
-        max_rows: sequences that run at once.
-        max_step_tokens: tokens of all rows in one step; prompts are cut into chunks of this.
-        context_length: tokens of prompt and output together, at most.
+        max_rows: maximum number of sequences that run at the same time.
+        max_step_tokens: maximum number of tokens in one step; longer prompts are split into chunks.
+        context_length: maximum number of prompt and output tokens together.
         policy: order of the waiting queue.
     """
 
@@ -63,7 +63,7 @@ class SchedulerConfig(Config, frozen=True):
 
 
 def adapter_name_problem(name: str) -> str | None:
-    """What keeps an adapter from being called so, if anything."""
+    """Return why `name` is not a valid adapter name, or None if it is valid."""
     if name and len(name) <= _MAX_ADAPTER_NAME and name == name.strip() and ":" not in name and name.isprintable():
         return None
     return (
@@ -73,16 +73,16 @@ def adapter_name_problem(name: str) -> str | None:
 
 
 class LoraConfig(Config, frozen=True):
-    """Adapters that requests can ask for.
+    """LoRA adapters that requests can select.
 
     Attributes:
-        paths: folder by name.
-        pinned: names of those that never leave memory or their slot.
-        max_loras_per_batch: slots on the device, the base model's included.
-        max_loaded: adapters in host memory; None for no limit.
-        max_rank: rank of a slot; None for that of the widest adapter.
-        target_modules: that adapters may change, as PEFT names them; None for those that the adapters change.
-        eviction_policy: which idle adapter gives its slot up.
+        paths: folders by adapter name.
+        pinned: names of adapters that are never evicted from host memory or their slot.
+        max_loras_per_batch: slots on the device, including the base model's.
+        max_loaded: maximum number of adapters in host memory; None for no limit.
+        max_rank: rank of a slot; None for the largest rank in `paths`.
+        target_modules: PEFT names of modules that adapters may change; None for those that `paths` change.
+        eviction_policy: which idle adapter is evicted from its slot.
     """
 
     paths: dict[str, str] = msgspec.field(default_factory=dict[str, str])
@@ -116,20 +116,20 @@ class LoraConfig(Config, frozen=True):
             )
 
     def fits_slots(self, *, num_pinned: int, num_others: int) -> bool:
-        """Whether adapters that are not pinned find a slot that they can share."""
+        """Return whether the base model and the pinned adapters leave a slot for the other adapters, if any."""
         return num_pinned + min(num_others, 1) < self.max_loras_per_batch
 
 
 class EngineConfig(Config, frozen=True):
     """Settings of the engine process.
 
-    `None` means that the engine decides once it has seen the device.
+    `None` means that the engine decides once it knows the device.
 
     Attributes:
-        tp_size: devices of a replica.
-        dp_size: replicas.
-        ep_size: groups of a replica's devices that have experts of their own.
-        dp_attention: replicas share one set of experts, which lie over the groups of all.
+        tp_size: devices per replica.
+        dp_size: number of replicas.
+        ep_size: number of groups of a replica's devices, each with its own experts.
+        dp_attention: replicas share one set of experts, which is split over the groups of all replicas.
     """
 
     model_path: str

@@ -1,4 +1,4 @@
-"""The shape of a model, as its `config.json` gives it."""
+"""Model architecture settings, from a checkpoint's `config.json`."""
 
 from typing import Literal
 
@@ -15,18 +15,18 @@ _MAX_MTP_LAYERS = 16
 
 
 class RopeConfig(Config, frozen=True):
-    """Rotary position embedding.
+    """Settings of a rotary position embedding.
 
     Attributes:
         theta: base of the frequencies.
-        scaling: how frequencies are stretched: `default`, `linear`, `llama3` or `yarn`.
-        factor: context stretch of every scaling.
-        original_max_position: context the model was first trained with, in tokens.
+        scaling: RoPE scaling type: `default`, `linear`, `llama3` or `yarn`.
+        factor: factor by which the scaling stretches the context.
+        original_max_position: context length that the model was first trained with, in tokens.
         low_freq_factor, high_freq_factor: llama3's two wavelength limits.
         beta_fast, beta_slow: yarn's two rotation limits.
         attention_factor: yarn's multiplier of cos and sin; None derives 0.1 ln(factor) + 1 (arXiv:2309.00071).
         truncate: yarn rounds its correction range to whole dimensions.
-        frequency_divisors: a finished divisor per frequency (GGUF files carry Llama 3's scaling so).
+        frequency_divisors: precomputed divisor of each frequency (GGUF files store Llama 3's scaling this way).
     """
 
     theta: float = 10_000.0
@@ -43,12 +43,12 @@ class RopeConfig(Config, frozen=True):
 
 
 class LayerConfig(Config, frozen=True):
-    """What layers of one model may differ in.
+    """Settings that may differ between layers of one model.
 
     Attributes:
-        window: keys a query can see counting itself, or None for all.
-        rope: which of the model's rotary embeddings turns queries and keys; None for no positions.
-        mlp: one for all tokens, or experts of which each token has a few.
+        window: number of keys that a query attends to, including its own; None for all.
+        rope: which of the model's rotary embeddings rotates queries and keys; None for no position embedding.
+        mlp: a dense MLP, or experts of which each token uses a few.
     """
 
     window: int | None = None
@@ -64,22 +64,22 @@ class MoeConfig(Config, frozen=True):
     """A mixture of experts (arXiv:1701.06538).
 
     Attributes:
-        num_experts: in each layer that has them.
+        num_experts: routed experts per MoE layer.
         top_k: experts per token.
-        intermediate_size: inner size of one expert.
-        scores: what a token's experts are weighed by: softmax over all experts, or over those chosen, or sigmoid.
+        intermediate_size: intermediate size of one expert.
+        scores: routing weights: softmax over all experts, softmax over the chosen experts, or sigmoid.
         normalize: the weights of a token's experts are divided by their sum.
-        scale: multiplies the weights.
-        correction: the choice, but not the weights, is by scores to which a number of each expert is added
+        scale: multiplier of the weights.
+        correction: experts are chosen by scores with a per-expert bias, which the weights do not include
             (arXiv:2408.15664).
-        num_groups, top_groups: groups of neighbours, and how many of them a token's experts are from: those whose best
-            scores have the highest sum (arXiv:2412.19437, section 2.1.2).
-        group_scores: how many of a group's scores are summed.
+        num_groups, top_groups: groups of consecutive experts, and groups from which a token's experts are chosen: those
+            whose best scores have the highest sum (arXiv:2412.19437, section 2.1.2).
+        group_scores: best scores that are summed per group.
         bias: router and experts have biases.
-        swiglu_limit: gate and up are clamped to it, and multiplied as in gpt-oss.
-        swiglu_alpha: factor of the gate in the sigmoid of that product.
-        shared_intermediate_size: inner size of the shared expert; None if there is none.
-        shared_gate: the shared expert has a gate of its own.
+        swiglu_limit: clamp of gate and up in gpt-oss's SwiGLU; None for `activation(gate) * up`.
+        swiglu_alpha: multiplier of the gate in the sigmoid of gpt-oss's SwiGLU.
+        shared_intermediate_size: intermediate size of the shared expert; None if there is none.
+        shared_gate: the shared expert's output has a sigmoid gate.
     """
 
     num_experts: int
@@ -128,15 +128,15 @@ class MoeConfig(Config, frozen=True):
 
 
 class QuantizationConfig(Config, frozen=True):
-    """How a checkpoint has the weights of linear maps: as small numbers, with a factor for each block of them.
+    """Format of quantised linear weights: low-precision elements with a scale for each block.
 
     Attributes:
         element_type: float8_e4m3fn, int8, 4-bit integers or float4_e2m1fn.
-        block: rows and columns of a block; 0 columns are a whole row. The last ones may have fewer.
-        scale_dtype: dtype of the factors; e8m0 are exponents of two.
+        block: rows and columns of a block; 0 columns mean a whole row. The last blocks may be smaller.
+        scale_dtype: dtype of the scales; e8m0 scales are exponents of two.
         zeros: each block of integers has a zero point.
-        parts: the parts of the model whose linear maps are quantised.
-        kept: modules that are not, as the checkpoint names them.
+        parts: parts of the model whose linear modules are quantised.
+        kept: names or patterns of modules that are not quantised, as the checkpoint lists them.
     """
 
     element_type: Literal["fp8", "int8", "int4", "mxfp4"]
@@ -148,17 +148,17 @@ class QuantizationConfig(Config, frozen=True):
 
 
 class MlaConfig(Config, frozen=True):
-    """Attention over a latent vector that all heads share (MLA, arXiv:2405.04434, section 2.1).
+    """Multi-head latent attention: all heads share a cached latent vector (arXiv:2405.04434, section 2.1).
 
-    The names are those of `config.json`.
+    Fields are named as in `config.json`.
 
     Attributes:
-        q_lora_rank: inner size of the query projection; None if the projection is one matrix.
+        q_lora_rank: rank of the query projection; None if the projection is one matrix.
         kv_lora_rank: channels of the latent vector.
         qk_rope_head_dim: rotated channels of a key, which all heads share.
-        qk_nope_head_dim: channels of a head's key that come from the latent vector.
-        v_head_dim: channels of a head's value, which come from the latent vector.
-        interleaved: the two channels of a rotated pair are neighbours.
+        qk_nope_head_dim: channels of a head's key that are projected from the latent vector.
+        v_head_dim: channels of a head's value, projected from the latent vector.
+        interleaved: the two channels of a rotated pair are adjacent.
     """
 
     q_lora_rank: int | None
@@ -176,25 +176,25 @@ class MlaConfig(Config, frozen=True):
 
 
 class ModelConfig(Config, frozen=True):
-    """A decoder-only transformer's shape, from the checkpoint's `config.json`.
+    """Architecture of a decoder-only transformer, from the checkpoint's `config.json`.
 
     Attributes:
         architecture: Hugging Face class name; a key of `jaxserve.models.registry`.
-        layers: the model's layers, in order.
+        layers: settings of each layer, in order.
         max_position: context length that the model was trained for, in tokens.
-        local_rope: rotary embedding of the layers that ask for it.
-        embedding_scale: multiplies rows of the embedding.
-        attention_scale: multiplies scores; None for 1 / sqrt(head_dim).
+        local_rope: rotary embedding of the layers whose `rope` is `local`.
+        embedding_scale: multiplier of token embeddings.
+        attention_scale: multiplier of attention scores; None for 1 / sqrt(head_dim).
         activation: activation function of the MLP.
-        experts: experts of the layers that have them.
-        latent: attention over a latent vector: its key is the only one, and its value a part of that.
-        quantization: format of the quantized weights, and the parts of the model that have it.
-        num_mtp_layers: multi-token prediction layers behind these, which are not loaded.
-        attention_sinks: every head has an extra score that takes probability and no value.
-        qk_norm: how queries and keys are normalised: each head, or the whole projection.
-        norm_offset: added to the norms' weights.
-        dtype: dtype the checkpoint declares.
-        eos_token_ids: the model's own end tokens.
+        moe: mixture of experts of the layers whose `mlp` is `experts`.
+        mla: multi-head latent attention, with one KV head whose value is a part of its key.
+        quantization: format of the quantised weights, and the parts of the model that use it.
+        num_mtp_layers: multi-token prediction layers after these layers, which are not loaded.
+        attention_sinks: every head has an extra score that takes probability but has no value.
+        qk_norm: how queries and keys are normalised: per head, or over the whole projection.
+        norm_offset: constant added to the norms' weights.
+        dtype: dtype that the checkpoint declares.
+        eos_token_ids: the model's end-of-sequence tokens.
     """
 
     architecture: str
@@ -232,17 +232,17 @@ class ModelConfig(Config, frozen=True):
         return len(self.layers)
 
     def quantized(self, part: QuantizedPart) -> QuantizationConfig | None:
-        """How a part's linear maps are quantised, if they are."""
+        """Return the quantisation of a part's linear modules, or None if they are not quantised."""
         return self.quantization if self.quantization is not None and part in self.quantization.parts else None
 
     @property
     def rope_dim(self) -> int:
-        """Channels of a head that are rotated."""
+        """Number of rotated channels per head."""
         return self.head_dim if self.mla is None else self.mla.qk_rope_head_dim
 
     @property
     def windows(self) -> tuple[int | None, ...]:
-        """Those of the layers, each once."""
+        """The distinct attention windows of the layers."""
         return tuple(dict.fromkeys(layer.window for layer in self.layers))
 
     def __post_init__(self) -> None:

@@ -1,4 +1,4 @@
-"""Settings of the launcher: what it does with flags that are not the engine's."""
+"""Settings of the launcher: the flags that are not settings of the engine."""
 
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -11,15 +11,15 @@ LogLevel = Literal["debug", "info", "warning", "error"]
 
 
 class ModelFiles(Config, frozen=True):
-    """Where the files of the model come from, as the user named them.
+    """Sources of the model's files, as named by the user.
 
     Attributes:
         model_path: a folder, a `.gguf` file, a Hugging Face id, or `demo`.
         revision: revision of the Hugging Face repository.
-        download_dir: folder for downloads; the Hugging Face cache if None.
-        tokenizer_path: folder or `.gguf` file of the tokenizer; the model's own if None.
-        chat_template: a Jinja file, a template as text, or a built-in name; the model's own if None.
-        merge_lora: an adapter to add to the weights: `path` or `name=path`.
+        download_dir: folder for downloads; None for the Hugging Face cache.
+        tokenizer_path: folder or `.gguf` file of the tokenizer; None for the model's.
+        chat_template: a Jinja file, a template as text, or a built-in name; None for the model's.
+        merge_lora: a LoRA adapter to merge into the weights: `path` or `name=path`.
     """
 
     model_path: str
@@ -31,18 +31,18 @@ class ModelFiles(Config, frozen=True):
 
 
 class HttpConfig(Config, frozen=True):
-    """The HTTP server.
+    """Settings of the HTTP server.
 
     Attributes:
         host, port: address to bind.
-        served_model_name: name of the model in the API; its path if None.
+        served_model_name: name of the model in the API; None for its path.
         api_key, admin_api_key: keys that clients must send, if any.
-        max_queued_requests: choices that may wait; no limit if None.
-        strict_params: refuse fields that are not known.
+        max_queued_requests: maximum number of waiting choices; None for no limit.
+        strict_params: reject requests with unknown fields.
         log_requests: log one line per request.
         enable_metrics: serve `/metrics`.
-        skip_warmup: report ready before a token was generated.
-        drain_timeout_s: seconds that running requests get after SIGTERM.
+        skip_warmup: report ready without generating a token first.
+        drain_timeout_s: seconds that running requests have to finish after SIGTERM.
     """
 
     host: str
@@ -68,18 +68,18 @@ class HttpConfig(Config, frozen=True):
 
 
 class OutputConfig(Config, frozen=True):
-    """How requests are sampled and their outputs read.
+    """Sampling defaults, output parsers and structured outputs.
 
     Attributes:
         sampling_defaults: `model` for the model's own sampling parameters, `openai` for OpenAI's.
-        preferred_sampling_params: the user's own defaults, which win over `sampling_defaults`.
-        random_seed: makes the seeds of requests without a seed reproducible.
-        reasoning_parser: name of a reasoning format, `auto`, or None for none.
+        preferred_sampling_params: defaults given by the user, which override `sampling_defaults`.
+        random_seed: makes the seeds chosen for requests without one reproducible.
+        reasoning_parser: name of a reasoning format, or `auto`; None for none.
         tool_call_parser: name of a tool-call format, or `auto`.
-        completion_template: name or text of the template of requests with a suffix; None refuses them.
-        grammars: serve structured outputs.
+        completion_template: name or text of the template for requests with a suffix; None rejects such requests.
+        grammars: enable structured outputs.
         json_whitespace: allow white space in constrained JSON.
-        json_whitespace_pattern: a regular expression of that white space; the grammar's own if None.
+        json_whitespace_pattern: a regular expression for that white space; None for the grammar's default.
     """
 
     sampling_defaults: Literal["model", "openai"]
@@ -94,14 +94,14 @@ class OutputConfig(Config, frozen=True):
 
 
 class ServeConfig(Config, frozen=True):
-    """Everything on the command line.
+    """All command-line settings.
 
     Attributes:
         engine: settings of the engine process; `model_path` is still the user's name for the model.
-        files: where the files of the model come from.
-        http: the HTTP server.
+        files: sources of the model's files.
+        http: settings of the HTTP server.
         output: sampling defaults, parsers and grammars.
-        lora_root: folder whose adapters may be loaded while serving.
+        lora_root: folder from which adapters may be loaded while serving.
         log_level: log level of all processes.
         flags: every flag by name, without secrets, for `/get_server_info`.
     """

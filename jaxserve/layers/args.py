@@ -1,4 +1,4 @@
-"""What the modules of a model are built from."""
+"""Arguments from which the modules of a model are built."""
 
 from typing import NamedTuple
 
@@ -9,10 +9,10 @@ from jaxserve.parallel.parallelism import Parallelism
 
 
 class DecoderArgs(NamedTuple):
-    """What a decoder and its layers are built from.
+    """Arguments of a decoder and its layers.
 
     Attributes:
-        config: the model, as its checkpoint describes it.
+        config: architecture of the model, from its checkpoint.
         dtype: dtype of weights and activations.
         parallelism: how the weights differ from the checkpoint's.
         batch_invariant: run token-wise computation in fixed tiles, so that a token's result does not depend on how
@@ -26,5 +26,5 @@ class DecoderArgs(NamedTuple):
 
     @property
     def num_kv_heads(self) -> int:
-        """KV heads, repeated ones included."""
+        """Number of KV heads, including replicated ones."""
         return self.config.num_kv_heads * self.parallelism.kv_head_replication

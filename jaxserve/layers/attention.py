@@ -1,4 +1,4 @@
-"""Grouped-query attention without the attention itself: projections, norms and rotation."""
+"""Grouped-query attention around the attention backend: projections, norms and rotary embedding."""
 
 from functools import partial
 from typing import Any, ClassVar
@@ -36,11 +36,11 @@ class Attention(nnx.Module):
         self._head_dim = c.head_dim
 
     def sinks_N(self) -> jax.Array | None:
-        """Each head's score that takes probability and no value, f32, if there are any."""
+        """Return an extra score per head that takes probability but has no value, f32, or None."""
         return None if self.sinks is None else self.sinks[...].astype(jnp.float32)
 
     def _norm(self, config: ModelConfig, axis: str, num_heads: int, dtype: jnp.dtype) -> Any:
-        """The norm of queries or keys, if they have one; whole projections are split as their heads are."""
+        """Return the norm of queries or keys, if any; a norm over whole projections is sharded like the heads."""
         c = config
         if c.qk_norm is None:
             return None
@@ -50,7 +50,7 @@ class Attention(nnx.Module):
     def project(
         self, x_TD: jax.Array, ctx: LayerContext, *rope_TC: jax.Array
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Rotated queries and keys, and values: [T, N, H], [T, K, H], [T, K, H]; without `rope_TC`, not rotated."""
+        """Return queries [T, N, H], keys [T, K, H] and values [T, K, H]; without `rope_TC`, nothing is rotated."""
         heads = (x_TD.shape[0], -1, self._head_dim)
         q_TM, k_TM, v_TM = apply_group((self.q_proj, self.k_proj, self.v_proj), x_TD, ctx)
         v_TKH = v_TM.reshape(heads)

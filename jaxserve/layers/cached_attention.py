@@ -1,4 +1,4 @@
-"""The attention call of a layer, between its projections and the attention backend."""
+"""Attention calls, which connect a layer's projections to the attention backend."""
 
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -9,11 +9,11 @@ from kernels_pallas.paged_attention.api import AttentionBackend, Cache, Plan
 
 
 class AttentionCall(Protocol):
-    """Attention of one step; made once for all layers that have the same window."""
+    """Attention of one step, shared by all layers with the same window."""
 
     @property
     def mla(self) -> Literal["absorbed", "mha"]:
-        """The form of MLA in which it takes queries; see `LayerContext`."""
+        """The form of MLA for which queries must be projected; see `LayerContext`."""
         ...
 
     def attend(
@@ -33,10 +33,10 @@ class AttentionCall(Protocol):
             k_TKH: new keys.
             v_TKH: new values.
             cache: see `AttentionBackend`.
-            layer: i32 scalar, the index of the layer.
+            layer: i32 scalar, index of the layer.
 
         Returns:
-            o_TNH as the output projection takes it, and the updated cache.
+            o_TNH as input of the output projection, and the updated cache.
         """
         ...
 
@@ -45,8 +45,8 @@ class PagedAttentionCall(NamedTuple):
     """Attention over the paged cache.
 
     Attributes:
-        backend: the backend, with the window.
-        plan: the backend's metadata of the step.
+        backend: attention backend, configured with the window.
+        plan: the backend's plan of the step.
         mla: see `LayerContext`.
     """
 

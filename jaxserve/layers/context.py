@@ -1,6 +1,6 @@
-"""What a layer is given while it is traced: implementations of its ops, and the adapters of its tokens.
+"""The context of a layer during tracing: implementations of its ops, and the adapters of its tokens.
 
-A context is built once per layer by the decoder and passed down as an argument. Nothing is stored on a module.
+The decoder builds a context once per layer and passes it down as an argument. Nothing is stored on a module.
 """
 
 from collections.abc import Collection, Sequence
@@ -25,10 +25,10 @@ class Backends(NamedTuple):
     """The implementation of each op, chosen once for a model on a mesh.
 
     Attributes:
-        attention: paged attention; it shapes the cache.
+        attention: paged attention; it defines the shapes of the cache.
         sampler: samples tokens from logits.
-        linear: quantised linear maps, as a grouped matmul of one group.
-        experts: linear maps of experts.
+        linear: quantised linear modules, as a grouped matmul with one group.
+        experts: projections of experts.
         lora: LoRA of linear modules.
         lora_experts: LoRA of experts.
     """
@@ -42,11 +42,11 @@ class Backends(NamedTuple):
 
 
 class LinearOps(NamedTuple):
-    """How quantised linear maps are multiplied.
+    """Ops of quantised linear modules.
 
     Attributes:
-        matmul: the kernel on one device.
-        mesh: the mesh that the weights lie on.
+        matmul: the kernel, run on each device.
+        mesh: the mesh over which the weights are sharded.
         modules: paths of the modules that use the kernel; XLA dequantises the others.
     """
 
@@ -56,11 +56,11 @@ class LinearOps(NamedTuple):
 
 
 class ExpertOps(NamedTuple):
-    """How experts are multiplied.
+    """Ops of experts.
 
     Attributes:
-        matmul: the kernel on one device.
-        mesh: the mesh that the experts lie on.
+        matmul: the kernel, run on each device.
+        mesh: the mesh over which the experts are sharded.
     """
 
     matmul: GroupedMatmul
@@ -68,12 +68,12 @@ class ExpertOps(NamedTuple):
 
 
 class ExpertAdapters(NamedTuple):
-    """The adapters of tokens that go through experts.
+    """Adapters of tokens that are routed to experts.
 
     Attributes:
-        matmul: the kernel for their LoRA matrices, on one device.
-        num_slots: slots without slot 0, which has no adapter.
-        slot_T: i32, the slot of each token; 0 for none.
+        matmul: the kernel for LoRA matrices of experts, run on each device.
+        num_slots: number of slots except slot 0, which has no adapter.
+        slot_T: i32, slot of each token; 0 for none.
     """
 
     matmul: GroupedMatmul
@@ -82,22 +82,22 @@ class ExpertAdapters(NamedTuple):
 
 
 class LoraGroup(Protocol):
-    """The updates of linear modules that read the same activations and share their first product."""
+    """LoRA updates of linear modules that read the same activations and share the product with the A matrices."""
 
     def update(self, module: Path, x_TI: jax.Array) -> jax.Array | None:
-        """What the tokens' adapters add to a module's result, [T, O]; None where no adapter changes it."""
+        """Return the adapters' update of a module's result, [T, O], or None if no adapter changes it."""
         ...
 
 
 class HeadUpdates(Protocol):
-    """The updates of MLA's `kv_b_proj` in its absorbed form."""
+    """LoRA updates of MLA's `kv_b_proj` in its absorbed form."""
 
     def absorb(self, q_TNH: jax.Array, /) -> jax.Array:
-        """What to add to the absorbed queries, [T, N, C]."""
+        """Return the update of the absorbed queries, [T, N, C]."""
         ...
 
     def project_v(self, o_TNC: jax.Array, /) -> jax.Array:
-        """What to add to the values, [T, N, V], of the attention's result."""
+        """Return the update of the values, [T, N, V], from the attention's result."""
         ...
 
 
@@ -105,26 +105,26 @@ class LoraLayer(Protocol):
     """The adapters of one layer's tokens."""
 
     def group(self, modules: Sequence[Path]) -> LoraGroup | None:
-        """The updates of modules with the same inputs; None where no adapter changes any of them."""
+        """Return the updates of modules with the same inputs, or None if no adapter changes any of them."""
         ...
 
     def heads(self, module: Path, key_dim: int, num_heads: int) -> HeadUpdates | None:
-        """The updates of MLA's `kv_b_proj`, in its absorbed form.
+        """Return the updates of MLA's `kv_b_proj` in its absorbed form, or None if no adapter changes it.
 
         Args:
-            module: its path.
-            key_dim: outputs of a head that make its key; the others make its value.
-            num_heads: heads on all devices.
+            module: path of the module.
+            key_dim: number of outputs per head that form its key; the others form its value.
+            num_heads: number of heads over all devices.
         """
         ...
 
     def expert_pair(self, module: Path) -> LoraPair | None:
-        """The LoRA matrices of a linear map of every expert."""
+        """Return the LoRA matrices of one projection of all experts, or None if no adapter changes it."""
         ...
 
     @property
     def experts(self) -> ExpertAdapters | None:
-        """What experts need to know of the tokens' adapters."""
+        """The tokens' adapters as experts need them; None without adapters."""
         ...
 
 
@@ -132,38 +132,38 @@ class StepLora(Protocol):
     """The adapters of a step."""
 
     def slots_of(self, num_tokens: int) -> jax.Array:
-        """i32[T], the slot of each token; 0 for none."""
+        """Return the slot of each token, i32[T]; 0 for none."""
         ...
 
     def plan(self, slot_T: jax.Array) -> Any:
-        """What all layers need to know of the slots of these tokens."""
+        """Return metadata of the tokens' slots, which all layers share."""
         ...
 
     def embed(self, embedding: "Embedding", token_ids_T: jax.Array) -> jax.Array:
-        """Rows of the embedding, updates included."""
+        """Look up token embeddings, including the adapters' updates."""
         ...
 
     @property
     def layers(self) -> dict[str, Any]:
-        """The LoRA matrices of layers, stacked, as a tree of the layers' modules."""
+        """The stacked LoRA matrices of the layers, as a tree of the layers' modules."""
         ...
 
     def layer(self, matrices: dict[str, Any], plan: Any) -> LoraLayer:
-        """The adapters of one layer.
+        """Return the adapters of one layer.
 
         Args:
-            matrices: that layer's part of `layers`, its leaves `Stacked`.
-            plan: from `plan`, of the tokens that the layer is given.
+            matrices: the layer's part of `layers`, with `Stacked` leaves.
+            plan: result of `plan` for the tokens that the layer processes.
         """
         ...
 
     def add_to_logits(self, logits_BV: jax.Array, x_BD: jax.Array, plan: Any) -> jax.Array:
-        """Logits, f32[B, V], with the updates of the output head."""
+        """Return logits, f32[B, V], with the updates of the output head added."""
         ...
 
 
 class NoLora:
-    """A step, and a layer, without adapters."""
+    """A `StepLora` and `LoraLayer` without adapters."""
 
     layers: dict[str, Any]
     experts = None
@@ -201,13 +201,13 @@ class NoLora:
 
 
 class LayerContext(NamedTuple):
-    """What a layer needs while it is traced.
+    """Everything that a layer needs during tracing.
 
     Attributes:
-        linear: how quantised linear maps are multiplied.
-        experts: how experts are multiplied.
-        lora: the adapters of the layer's tokens.
-        mla: the form of MLA: over the cached latent, with W_UK folded into the queries and W_UV into the results
+        linear: ops of quantised linear modules.
+        experts: ops of experts.
+        lora: adapters of the layer's tokens.
+        mla: form of MLA: attention over the cached latent, with W_UK folded into the queries and W_UV into the results
             (`absorbed`), or over keys and values of each head (`mha`).
     """
 

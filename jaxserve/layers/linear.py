@@ -1,7 +1,7 @@
-"""Flax NNX building blocks: they name the parameter tree and its logical axes, and hold the plain computation.
+"""Flax NNX building blocks, which define the parameter tree, its logical axes and the plain computation.
 
-Weights keep Hugging Face's orientation, [out, in]: nothing is transposed while loading, and it is the faster one
-for XLA on CPU. Products accumulate in f32 and return the activations' dtype; norms run in f32.
+Weights keep Hugging Face's orientation, [out, in]: nothing is transposed while loading, and XLA on CPU is faster with
+it. Products accumulate in f32 and return the activations' dtype; norms run in f32.
 
 Logical axes: `vocab`, `hidden`, `heads` (query heads x head dim), `kv_heads`, `mlp`, `experts`,
 `experts_shared`, `expert_mlp`, `layers`; None is replicated.
@@ -25,7 +25,7 @@ from kernels_pallas.quantized import QuantizedFormat
 from kernels_pallas.stacked import Stacked
 
 Axes: TypeAlias = tuple[str | None, ...]
-# Dtypes of scales that a model's config has another name for.
+# Scale dtypes that JAX names differently from a model's config.
 _SCALE_DTYPES: Mapping[str, jnp.dtype] = {"e8m0": jnp.dtype(jnp.uint8)}
 ACTIVATIONS: Mapping[str, Callable[[jax.Array], jax.Array]] = {
     "silu": jax.nn.silu,
@@ -34,7 +34,7 @@ ACTIVATIONS: Mapping[str, Callable[[jax.Array], jax.Array]] = {
 
 
 class Packing(NamedTuple):
-    """How the entries of an array stand for the elements of a quantised weight.
+    """The mapping from array entries to elements of a quantised weight.
 
     Attributes:
         per_byte: elements in one entry, along the last axis.
@@ -55,16 +55,16 @@ def param(
     packing: Packing | None = None,
     loaded: bool = True,
 ) -> nnx.Param[jax.Array]:
-    """A named weight. Its values are zeros: models are built abstractly, and only shapes count.
+    """Create a parameter. Its values are zeros: models are built abstractly, so only shapes matter.
 
     Args:
         shape: shape of the weight in one layer.
         dtype: dtype of its values.
         axes: logical axes.
-        keep_stacked: a layer gets it as `Stacked` instead of a slice.
-        absorbed_only: it is folded into other maps and never applied by itself.
-        packing: how it is packed, of a quantised weight and of its scales and zero points.
-        loaded: the checkpoint has it.
+        keep_stacked: layers receive the weight as `Stacked` instead of a slice.
+        absorbed_only: the weight is folded into other ops and never applied directly.
+        packing: packing of a quantised weight or of its scales or zero points.
+        loaded: the weight is loaded from the checkpoint.
     """
     value = jnp.zeros(shape, dtype)
     return nnx.Param(
@@ -78,7 +78,7 @@ def param(
 
 
 class QuantizedParam(NamedTuple):
-    """A weight, with its scales and zero points where it is quantised; see `QuantizedMatrix`."""
+    """A weight, with its scales and zero points if it is quantised; see `QuantizedMatrix`."""
 
     weight: nnx.Param[jax.Array]
     scale: nnx.Param[jax.Array] | None = None
@@ -94,7 +94,7 @@ def weight_params(
     keep_stacked: bool = False,
     absorbed_only: bool = False,
 ) -> QuantizedParam:
-    """A matrix, or several, and the numbers of its blocks if it is quantised; see `param`."""
+    """Create one or several matrices, with scales and zero points if they are quantised; see `param`."""
     if quantization is None:
         return QuantizedParam(param(shape, dtype, axes, keep_stacked=keep_stacked, absorbed_only=absorbed_only))
     format = format_of(quantization)
@@ -113,7 +113,7 @@ def weight_params(
 
 
 def format_of(quantization: QuantizationConfig) -> QuantizedFormat:
-    """What kernels know of it."""
+    """Return the format as kernels take it."""
     return QuantizedFormat(quantization.element_type, quantization.block)
 
 
@@ -124,9 +124,9 @@ class Linear(nnx.Module):
         path: path of the module in the model's tree; the decoder sets it once, when the model is built.
     """
 
-    # The dtype of the result; None for the activations'.
+    # Dtype of the result; None for the activations' dtype.
     out_dtype: ClassVar[DTypeLike | None] = None
-    # Whether the weight is folded into other maps and never applied by itself.
+    # Whether the weight is folded into other ops and never applied directly.
     absorbed_only: ClassVar[bool] = False
 
     def __init__(
@@ -139,7 +139,7 @@ class Linear(nnx.Module):
         dtype: jnp.dtype,
         quantization: QuantizationConfig | None = None,
     ) -> None:
-        # A kernel reads a quantised weight in place: sliced out of the stack it would be copied.
+        # A kernel reads a quantised weight in place; slicing it out of the stack would copy it.
         self.weight, self.scale, self.zero = weight_params(
             (out_size, in_size),
             dtype,
@@ -158,7 +158,7 @@ class Linear(nnx.Module):
         return _with_update(self, x_TI, ctx, ctx.lora.group((self.path,)))
 
     def base(self, x_TI: jax.Array, ctx: LayerContext) -> jax.Array:
-        """The result without adapters."""
+        """Return the result without adapters."""
         if self.path in ctx.linear.modules:
             out_axis, in_axis = self._axes
             y_TO = multiply(ctx.linear, x_TI, *self._stacked(), (out_axis, in_axis))
@@ -167,14 +167,14 @@ class Linear(nnx.Module):
         return y_TO if self.bias is None else y_TO + self.bias[...].astype(y_TO.dtype)
 
     def matrix(self, dtype: jnp.dtype) -> jax.Array:
-        """The weight in the activations' dtype, [out, in]."""
+        """Return the weight, [out, in]; a quantised weight is dequantised to `dtype`."""
         if self._form is None:
             return self.weight[...]
         matrices, layer = self._stacked()
         return matrices.matrix(layer, dtype)
 
     def _stacked(self) -> tuple[Matrices, jax.Array]:
-        """The quantised weights of all layers, and the index of this layer among them."""
+        """Return the quantised weights of all layers and the index of this layer among them."""
         weight, scale, zero = (
             None if each is None else cast("Stacked", each.get_value()) for each in (self.weight, self.scale, self.zero)
         )
@@ -184,7 +184,7 @@ class Linear(nnx.Module):
 
 
 def apply_group(linears: Sequence[Linear], x_TI: jax.Array, ctx: LayerContext) -> list[jax.Array]:
-    """The results of linear modules that read the same activations: their adapters share the first product."""
+    """Apply linear modules to the same activations; their adapters share the product with the A matrices."""
     group = ctx.lora.group([linear.path for linear in linears])
     return [_with_update(linear, x_TI, ctx, group) for linear in linears]
 
@@ -204,24 +204,24 @@ class RMSNorm(nnx.Module):
         self._offset = offset
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Any leading axes; returns x's dtype."""
+        """Normalise x over its last axis; leading axes are arbitrary. Returns x's dtype."""
         x32 = x.astype(jnp.float32)
         x32 = x32 * lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self._eps)
         return (x32 * (self.weight[...].astype(jnp.float32) + self._offset)).astype(x.dtype)
 
 
 class Embedding(nnx.Module):
-    """Token table; also the output head when tied."""
+    """Token embedding; also the output head if the weights are tied."""
 
     def __init__(self, vocab_size: int, hidden_size: int, *, dtype: jnp.dtype) -> None:
         self.weight = param((vocab_size, hidden_size), dtype, ("vocab", "hidden"))
 
     def __call__(self, token_ids_T: jax.Array) -> jax.Array:
-        """Ids must lie inside the vocabulary: a gather would clamp them silently."""
+        """Look up token ids, which must be inside the vocabulary: a gather would clamp them silently."""
         return self.weight[...][token_ids_T]
 
     def logits(self, x_BD: jax.Array) -> jax.Array:
-        """Scores over the vocabulary, f32."""
+        """Return logits over the vocabulary, f32."""
         return jnp.einsum("bd,vd->bv", x_BD, self.weight[...], preferred_element_type=jnp.float32)
 
 

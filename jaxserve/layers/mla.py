@@ -4,8 +4,8 @@ Keys and values are cached as one latent vector that all heads share. In the abs
 queries and W_UV into the results, so attention runs on the cached latent directly: one KV head of
 `kv_lora_rank + qk_rope_head_dim` channels, whose value is the first `kv_lora_rank` channels of its key.
 
-Dimension key: C latent channels, R rotated channels, H channels of a head's key that are not rotated, V channels of a
-head's value.
+Dimension key: C latent channels, R rotated channels, H unrotated channels of a head's key, V channels of a head's
+value.
 """
 
 from functools import partial
@@ -22,15 +22,15 @@ from jaxserve.layers.kv_scales import kv_scales_param
 from jaxserve.layers.linear import Linear, RMSNorm
 from jaxserve.layers.rope import apply_rope
 
-# Epsilon of the norms inside MLA, whatever the model's other norms have.
+# Epsilon of the norms inside MLA, independent of the model's `rms_norm_eps`.
 _EPS = 1e-6
 
 
 class KvBProj(Linear):
-    """`kv_b_proj`: makes keys and values of latent vectors.
+    """`kv_b_proj`: projects latent vectors to keys and values.
 
-    It is never applied as it is: W_UK is folded into the queries, W_UV into the attention's result, or both make the
-    keys and values of whole prompts (`mla_prefill`).
+    It is never applied directly: either W_UK is folded into the queries and W_UV into the attention's result, or both
+    compute the keys and values of whole prompts (`mla_prefill`).
     """
 
     absorbed_only = True
@@ -43,15 +43,15 @@ class KvBProj(Linear):
 
     @property
     def key_dim(self) -> int:
-        """Rows of a head that make its key; the others make its value."""
+        """Number of rows of a head that project to its key; the other rows project to its value."""
         return self._mla.qk_nope_head_dim
 
     def updates(self, ctx: LayerContext) -> HeadUpdates | None:
-        """What the tokens' adapters add in the absorbed form."""
+        """Return the updates of the tokens' adapters in the absorbed form."""
         return ctx.lora.heads(self.path, self.key_dim, self.num_heads)
 
     def absorb(self, q_TNQ: jax.Array, updates: HeadUpdates | None = None) -> jax.Array:
-        """Queries of heads' own keys, [T, N, H + R], as queries of what is cached, [T, N, C + R]."""
+        """Convert queries of per-head keys, [T, N, H + R], to queries of the cached latent, [T, N, C + R]."""
         q_TNH, q_TNR = q_TNQ[..., : self.key_dim], q_TNQ[..., self.key_dim :]
         w_uk_NHC, _ = self.by_head(q_TNH.dtype)
         q_TNC = jnp.einsum("tnh,nhc->tnc", q_TNH, w_uk_NHC)
@@ -60,20 +60,20 @@ class KvBProj(Linear):
         return jnp.concatenate([q_TNC, q_TNR], axis=-1)
 
     def project_v(self, o_TNC: jax.Array, updates: HeadUpdates | None = None) -> jax.Array:
-        """Values, [T, N, V], of what attention over the cache gave."""
+        """Project the result of attention over the cache to values, [T, N, V]."""
         _, w_uv_NVC = self.by_head(o_TNC.dtype)
         o_TNV = jnp.einsum("tnc,nvc->tnv", o_TNC, w_uv_NVC)
         return o_TNV if updates is None else o_TNV + updates.project_v(o_TNC)
 
     def by_head(self, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
-        """W_UK [N, H, C] and W_UV [N, V, C], which make keys and values of a latent vector."""
+        """Return W_UK [N, H, C] and W_UV [N, V, C], which project a latent vector to keys and values."""
         mla = self._mla
         both = self.matrix(dtype).reshape(-1, mla.qk_nope_head_dim + mla.v_head_dim, mla.kv_lora_rank)
         return both[:, : mla.qk_nope_head_dim], both[:, mla.qk_nope_head_dim :]
 
 
 class MlaAttention(nnx.Module):
-    """Projections around the attention backend; as `Attention`."""
+    """Projections around the attention backend; the MLA counterpart of `Attention`."""
 
     def __init__(self, args: DecoderArgs, mla: MlaConfig) -> None:
         c, a, dtype = args.config, mla, args.dtype
@@ -97,14 +97,14 @@ class MlaAttention(nnx.Module):
         self._num_keys = args.num_kv_heads
 
     def sinks_N(self) -> None:
-        """See `Attention`; there are none."""
+        """See `Attention`; MLA has no sinks."""
 
     def project(
         self, x_TD: jax.Array, ctx: LayerContext, *rope_TC: jax.Array
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Queries [T, N, C + R], and keys [T, K, C + R] and values [T, K, C], which are the same for each of K.
+        """Return queries [T, N, C + R], keys [T, K, C + R] and values [T, K, C].
 
-        In the form `mha`, queries are those of the heads' own keys, [T, N, H + R].
+        Keys and values are the same for all K heads. In the `mha` form, queries are for per-head keys, [T, N, H + R].
         """
         a, num_tokens = self._latent, x_TD.shape[0]
         if a.q_lora_rank is None:
@@ -126,14 +126,14 @@ class MlaAttention(nnx.Module):
         return q_TNQ, key_TKS, key_TKS[..., : a.kv_lora_rank]
 
     def output(self, o_TNC: jax.Array, ctx: LayerContext) -> jax.Array:
-        """[T, N, C] -> [T, D]; in the form `mha`, [T, N, V] -> [T, D]."""
+        """[T, N, C] -> [T, D]; in the `mha` form, [T, N, V] -> [T, D]."""
         o_TNV = o_TNC
         if ctx.mla == "absorbed":
             o_TNV = self.kv_b_proj.project_v(o_TNC, self.kv_b_proj.updates(ctx))
         return self.o_proj(o_TNV.reshape(o_TNV.shape[0], -1), ctx)
 
     def _in_halves(self, x: jax.Array) -> jax.Array:
-        """Rotated pairs as `apply_rope` wants them: one of each in the first half, the other in the second."""
+        """Reorder interleaved pairs for `apply_rope`: first channels in one half, second channels in the other."""
         if not self._latent.interleaved:
             return x
         return x.reshape(*x.shape[:-1], -1, 2).swapaxes(-1, -2).reshape(x.shape)

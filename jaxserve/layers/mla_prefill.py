@@ -1,10 +1,10 @@
-"""MLA prompts in the MHA form: over keys and values of each head (arXiv:2405.04434, section 2.1.2).
+"""MLA prefill in the MHA form: attention over the keys and values of each head (arXiv:2405.04434, section 2.1.2).
 
-In the absorbed form a query meets 576 channels of a key and 512 of a value for each head; over keys and values of the
-head's own it meets 128 + 64 and 128. Long prompts are cheaper in the MHA form, although keys and values have to be
-computed from the latent vectors they see in every layer. Where the prompts of a step see no more tokens than fit, each
-layer computes them into a workspace whose pages are those of an attention backend for plain heads. Rows that run a
-single token stay in the absorbed form.
+In the absorbed form, every head attends over keys of 576 channels and values of 512; in the MHA form, over keys of
+128 + 64 channels and values of 128. The MHA form is cheaper for long prompts, although every layer has to compute keys
+and values from the latent vectors first. If the sequences of a step's prompts fit the workspace, each layer writes
+their keys and values there, in the pages of an attention backend for ordinary heads. Rows that run a single token stay
+in the absorbed form.
 
 Dimension key: see `mla`; Z cached channels, C + R; E channels of a key or a value in the workspace, P pages.
 """
@@ -27,11 +27,11 @@ from kernels_pallas.paged_attention.common.split_meta import RemappedPages, deco
 
 
 class PrefillCosts(NamedTuple):
-    """FLOPs that the prompts of a step take, per layer and head.
+    """FLOPs of the prompts of a step, per layer and head.
 
     Attributes:
-        absorbed: in the absorbed form.
-        mha: in the MHA form; infinite where the workspace is too small.
+        absorbed: FLOPs of the absorbed form.
+        mha: FLOPs of the MHA form; infinite if the workspace is too small.
     """
 
     absorbed: float
@@ -40,13 +40,13 @@ class PrefillCosts(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MlaPrefillWorkspace:
-    """Where prompts get keys and values of each head.
+    """Workspace for the per-head keys and values of prompts, one layer at a time.
 
     Attributes:
         mla: sizes of the model's attention.
-        backend: the attention backend over the workspace, whose pages are those of its only layer.
-        write_cost: what computing keys and values takes as a multiple of its FLOPs: they are written and read, too.
-        mesh: the devices.
+        backend: attention backend over the workspace, whose pages are those of a single layer.
+        write_cost: cost of computing keys and values, including memory traffic, as a multiple of its FLOPs.
+        mesh: the device mesh.
     """
 
     mla: MlaConfig
@@ -56,19 +56,19 @@ class MlaPrefillWorkspace:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens that the sequences of a step's prompts may have together."""
+        """Maximum total length of the sequences of a step's prompts, in tokens."""
         return self.backend.config.num_pages * self.backend.config.page_size
 
     def costs(self, rows: Iterable[tuple[int, int]]) -> PrefillCosts:
-        """What the prompts of a step take in both forms.
+        """Return the cost of the prompts of a step in both forms.
 
         Args:
-            rows: (tokens to run, tokens of the sequence once they ran) of the rows that run several tokens.
+            rows: (tokens to run, sequence length after they ran) of each row that runs several tokens.
         """
         mla, config = self.mla, self.backend.config
         absorbed_pair = 2 * (2 * mla.kv_lora_rank + mla.qk_rope_head_dim)
         mha_pair = 4 * config.head_dim
-        # Keys and values of a step's own tokens cost what absorbing its queries and results would.
+        # Projecting the step's own tokens costs as much as absorbing its queries and results, so neither is counted.
         per_token = self.write_cost * 2 * mla.kv_lora_rank * (mla.qk_nope_head_dim + mla.v_head_dim)
         num_pages, absorbed, mha = 0, 0.0, 0.0
         for num_tokens, length in rows:
@@ -79,16 +79,16 @@ class MlaPrefillWorkspace:
         return PrefillCosts(absorbed, mha if num_pages <= config.num_pages else math.inf)
 
     def can_pay(self, num_tokens: int) -> bool:
-        """Whether steps of so many tokens are ever cheaper in the MHA form: longer sequences favour it."""
+        """Return whether a step of `num_tokens` tokens can be cheaper in the MHA form; longer sequences favour it."""
         costs = self.costs([(min(num_tokens, self.num_tokens), self.num_tokens)])
         return costs.mha < costs.absorbed
 
     def keys_and_values(self, matrices: tuple[jax.Array, jax.Array], x_PKSZ: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Keys and values [P, N, S, E] of each head, from what is cached.
+        """Compute keys and values of each head, [P, N, S, E], from latent and rotated channels.
 
         Args:
             matrices: see `KvBProj.by_head`.
-            x_PKSZ: cached channels of each key head, which are all the same.
+            x_PKSZ: channels of each KV head, as cached; all KV heads have the same.
         """
         mla, size = self.mla, self.backend.config.head_dim
         w_uk_KGHC, w_uv_KGVC = (each.reshape(x_PKSZ.shape[1], -1, *each.shape[1:]) for each in matrices)
@@ -102,11 +102,11 @@ class MlaPrefillWorkspace:
         return k_PKGSE.reshape(by_head), v_PKGSE.reshape(by_head)
 
     def plan(self, cached: AttentionBackend, meta: AttentionMeta) -> "MhaPrefillCall":
-        """What the layers of a step need.
+        """Build the attention call that the layers of a step share.
 
         Args:
-            cached: the backend of the cache.
-            meta: the step, whose prompts fit the room.
+            cached: attention backend of the KV cache.
+            meta: metadata of the step, whose prompts must fit the workspace.
         """
         prefill, writer = prefill_meta(meta), cached.writer()
         remapped, pages = remap_pages(prefill, self.backend.config.page_size, self.backend.config.num_pages)
@@ -122,16 +122,16 @@ class MlaPrefillWorkspace:
 
 
 class MhaPrefillCall(NamedTuple):
-    """Attention of a step whose prompts take the MHA form; see `AttentionCall`.
+    """Attention of a step whose prompts use the MHA form; see `AttentionCall`.
 
     Attributes:
-        workspace: where keys and values of the prompts go.
-        single: attention of the rows that run a single token, over the cache.
+        workspace: workspace for keys and values of the prompts.
+        single: attention over the cache, for the rows that run a single token.
         writer: writes the prompts' tokens to the cache.
-        prompts: the backend's metadata of the prompts, over the workspace.
-        pages: pages of a layer whose keys and values are computed.
-        num_single: i32, rows that run a single token; they come first.
-        num_rows: rows of the step.
+        prompts: the workspace backend's plan for the prompts.
+        pages: pages of a layer in the cache, from which keys and values are computed.
+        num_single: i32, number of rows that run a single token; they come first.
+        num_rows: number of rows of the step.
         mla: see `LayerContext`.
     """
 
@@ -154,7 +154,7 @@ class MhaPrefillCall(NamedTuple):
         layer: jax.Array,
     ) -> tuple[jax.Array, Cache]:
         """See `AttentionCall.attend`."""
-        # Any queries will do.
+        # The queries do not matter: the result is discarded.
         _, cache = self.writer.attend(attention, k_TKH, k_TKH, v_TKH, cache, layer)
         rows = slice(self.num_rows)
         q_BNZ = attention.kv_b_proj.absorb(q_TNH[rows])
@@ -167,7 +167,7 @@ class MhaPrefillCall(NamedTuple):
     def _attend_prompts(
         self, attention: Any, q_TNH: jax.Array, k_TKZ: jax.Array, cache: Cache, layer: jax.Array
     ) -> jax.Array:
-        """[T, N, V] over the room."""
+        """Return the prompts' attention over the workspace, [T, N, V]."""
         workspace, cached = self.workspace, self.single.backend
         matrices = attention.kv_b_proj.by_head(q_TNH.dtype)
         scales = kv_scales_of(attention.cache_scales, cached.config.value_dim)
@@ -180,7 +180,7 @@ class MhaPrefillCall(NamedTuple):
             self.pages._replace(page_P=self.pages.page_P + first_page),
             workspace.mesh,
         )
-        # The backend writes this step's own: they may be more exact than what is cached.
+        # The backend writes the step's own keys and values: they may be more precise than cached ones.
         k_TNE, v_TNE = (x_TN1E[:, :, 0] for x_TN1E in workspace.keys_and_values(matrices, k_TKZ[:, :, None]))
         q_TNE = pad_last_axis(q_TNH, workspace.backend.config.head_dim)
         o_TNE, _ = workspace.backend.attend(q_TNE, k_TNE, v_TNE, pages, jnp.int32(0), self.prompts)
@@ -189,7 +189,7 @@ class MhaPrefillCall(NamedTuple):
     def _keys_and_values(
         self, operands: tuple[tuple[jax.Array, jax.Array], jax.Array | None], x_PKSZ: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
-        """Keys and values of what is cached; operands are the matrices and the cache's factors."""
+        """Compute keys and values of cached pages; `operands` are the matrices and the KV scales."""
         matrices, scale_KZ = operands
         if scale_KZ is not None:
             x_PKSZ = x_PKSZ.astype(jnp.float32) * scale_KZ[:, None]

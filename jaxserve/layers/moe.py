@@ -1,9 +1,10 @@
-"""Mixtures of experts: a router gives each token a few of many MLPs (arXiv:1701.06538, arXiv:2101.03961).
+"""Mixture of experts: a router sends each token to a few of many MLPs (arXiv:1701.06538, arXiv:2101.03961).
 
-Tokens are sorted by their experts once, multiplied in blocks of one expert each, and brought back. Every device has
-some of the experts, or a part of each, and adds what its own make of the tokens to the sum over all.
+Tokens are sorted by expert once, multiplied in blocks that have one expert each, and put back in order. Every device
+holds some of the experts, or a shard of each, and the outputs are summed over devices.
 
-Dimension key: E experts, U experts of a token, F an expert's hidden size, P places of tokens in blocks.
+Dimension key: E experts, U experts of a token, F hidden size of an expert, P rows of the experts' blocks, Q rows of the
+blocks by adapter.
 """
 
 from collections.abc import Callable, Mapping
@@ -28,18 +29,18 @@ from kernels_pallas.shards import DATA, EXPERT, IN_EXPERT, MODEL, over_model
 from kernels_pallas.stacked import LoraPair, Stacked
 from kernels_pallas.token_tiles import Blocks, PermutedRows, sort_into_blocks
 
-# Sigmoids may all be nothing.
+# All sigmoid scores of a token may be zero.
 _SMALLEST_SUM = 1e-20
-# (gate, up) -> what the second product takes.
+# (gate, up) -> input of the down projection.
 Gated: TypeAlias = Callable[[jax.Array, jax.Array], jax.Array]
 
 
 class Routing(NamedTuple):
-    """The experts of each token.
+    """The chosen experts of each token.
 
     Attributes:
-        id_TU: i32.
-        weight_TU: f32, of each expert's result in their sum.
+        id_TU: i32 indices of the experts.
+        weight_TU: f32 weights of the experts' outputs.
     """
 
     id_TU: jax.Array
@@ -54,12 +55,12 @@ _SCORES: Mapping[RouterScores, Callable[[jax.Array], jax.Array]] = {
 
 
 def route_tokens(logits_TE: jax.Array, config: MoeConfig, correction_E: jax.Array | None = None) -> Routing:
-    """The experts with the highest scores; of equal ones the first.
+    """Choose the experts with the highest scores; ties go to the lower index.
 
     Args:
-        logits_TE: f32, from the router.
-        config: what is made of them.
-        correction_E: f32, added to the scores for the choice only.
+        logits_TE: f32 logits of the router.
+        config: settings of the routing.
+        correction_E: f32 bias, added to the scores only to choose experts.
     """
     scores_TE = _SCORES[config.scores](logits_TE)
     ranked_TE = scores_TE if correction_E is None else scores_TE + correction_E
@@ -75,7 +76,7 @@ def route_tokens(logits_TE: jax.Array, config: MoeConfig, correction_E: jax.Arra
 
 
 def _in_best_groups(scores_TE: jax.Array, config: MoeConfig) -> jax.Array:
-    """Whether an expert is in one of the token's groups, bool[T, E]."""
+    """Return whether each expert is in one of the token's best groups, bool[T, E]."""
     num_tokens, num_experts = scores_TE.shape
     best_TGU, _ = lax.top_k(scores_TE.reshape(num_tokens, config.num_groups, -1), config.group_scores)
     _, group_TU = lax.top_k(jnp.sum(best_TGU, axis=-1), config.top_groups)
@@ -84,13 +85,13 @@ def _in_best_groups(scores_TE: jax.Array, config: MoeConfig) -> jax.Array:
 
 
 class _ByAdapter(NamedTuple):
-    """Rows that have an adapter, sorted by expert and adapter.
+    """Block rows of tokens that have an adapter, sorted by adapter and expert.
 
     Attributes:
-        matmul: the product.
-        blocks: their groups are numbers of slots times experts, plus the expert.
-        source_Q: i32, the place among the experts' blocks of the row at each place here.
-        target_P: i32, the place here of the row at each place there; Q for rows without adapters.
+        matmul: the grouped matmul kernel.
+        blocks: blocks whose group is `(slot - 1) * num_experts + expert`.
+        source_Q: i32, index in P of each row of `blocks`.
+        target_P: i32, index in Q of each row of the experts' blocks; out of range (Q) for rows without an adapter.
     """
 
     matmul: GroupedMatmul
@@ -99,7 +100,7 @@ class _ByAdapter(NamedTuple):
     target_P: jax.Array
 
     def update(self, lora: LoraPair, x_PI: jax.Array) -> jax.Array:
-        """What adapters add to the results of rows, [P, O]."""
+        """Return the adapters' updates of the rows' outputs, [P, O]."""
         _, num_slots, num_experts, *_ = lora.a.stack.shape
         first = lora.a.layer * (num_slots * num_experts)
         blocks = self.blocks._replace(group_C=self.blocks.group_C + first)
@@ -110,13 +111,13 @@ class _ByAdapter(NamedTuple):
 
 
 class _Rows(NamedTuple):
-    """How rows in the experts' blocks are multiplied.
+    """Rows in the experts' blocks, with the kernel that multiplies them.
 
     Attributes:
-        matmul: the product.
-        format: format of quantised weights.
-        blocks: whose groups are the experts that are here.
-        by_adapter: rows of tokens that have an adapter, if the model serves adapters.
+        matmul: the grouped matmul kernel.
+        format: format of quantised weights; None for others.
+        blocks: blocks whose groups are the experts on this device.
+        by_adapter: rows of tokens that have an adapter; None without adapters.
     """
 
     matmul: GroupedMatmul
@@ -126,13 +127,13 @@ class _Rows(NamedTuple):
 
 
 class _ExpertWeights(NamedTuple):
-    """The weights of a linear map of each expert, as a step uses them; or, on a mesh, their partition specs.
+    """Weights of one projection of all experts, as a step uses them, or their partition specs.
 
     Attributes:
-        weight: [L, E, out, in], of all layers that have experts.
-        scale, zero: scales and zero points of its blocks where it is quantised.
+        weight: [L, E, out, in], stacked over the layers that have experts.
+        scale, zero: scales and zero points of the weight's blocks if it is quantised.
         bias: [E, out], or None.
-        lora: the matrices of adapters, [L, S, E, R, in] and [L, S, E, R, out], or None.
+        lora: LoRA matrices of all slots, [L, S, E, R, in] and [L, S, E, R, out], or None.
     """
 
     weight: Stacked
@@ -142,7 +143,7 @@ class _ExpertWeights(NamedTuple):
     lora: LoraPair | None
 
     def multiply(self, x_PI: jax.Array, rows: _Rows) -> jax.Array:
-        """Multiply each row with its expert's matrix."""
+        """Multiply each row by its expert's matrix; add the adapter's update and the bias."""
         blocks = rows.blocks
         num_outputs = self.weight.stack.shape[2]
         scale, zero = (None if each is None else each.reshape(-1, *each.shape[2:]) for each in (self.scale, self.zero))
@@ -157,7 +158,7 @@ class _ExpertWeights(NamedTuple):
 
 
 class ExpertLinear(nnx.Module):
-    """A linear map of each expert: weights [E, out, in], and biases [E, out] or none."""
+    """One projection of all experts: weights [E, out, in] and optional biases [E, out]."""
 
     def __init__(
         self,
@@ -168,21 +169,21 @@ class ExpertLinear(nnx.Module):
         dtype: jnp.dtype,
         quantization: QuantizationConfig | None,
     ) -> None:
-        # A step reads the experts that have tokens: sliced out of the stack, all of them would be copied.
+        # A step reads only the experts that have tokens; slicing the stack would copy all of them.
         self.weight, self.scale, self.zero = weight_params(shape, dtype, axes, quantization, keep_stacked=True)
         self.bias = param(shape[:2], dtype, axes[:2]) if bias else None
         self.path: Path = ()
         self._axes, self._shape = axes, shape
 
     def arrays(self, ctx: LayerContext) -> _ExpertWeights:
-        """The weights of all experts, and the adapters' matrices."""
+        """Return the weights of all experts and the LoRA matrices."""
         weight: Any = self.weight.get_value()  # a Stacked
         scale, zero = (None if each is None else each.get_value().stack for each in self._of_blocks())
         bias = None if self.bias is None else self.bias[...]
         return _ExpertWeights(weight, scale, zero, bias, ctx.lora.expert_pair(self.path))
 
     def specs(self, ctx: LayerContext) -> _ExpertWeights:
-        """How they lie on the mesh."""
+        """Return the partition specs of `arrays`."""
         mesh = ctx.experts.mesh
         stack = _in_replica(partition_spec(("layers", *self._axes), (1, *self._shape), mesh))
         scale, zero = (None if each is None else self._block_specs(each, mesh) for each in self._of_blocks())
@@ -191,7 +192,7 @@ class ExpertLinear(nnx.Module):
         return _ExpertWeights(_specs_of_stack(stack), scale, zero, bias, lora)
 
     def _lora_specs(self, mesh: Mesh) -> LoraPair:
-        """LoRA matrices are split as the weights are (S-LoRA, arXiv:2311.03285)."""
+        """Return specs that split LoRA matrices like the weights (S-LoRA, arXiv:2311.03285)."""
         experts, outputs, inputs = _in_replica(partition_spec(self._axes, self._shape, mesh))
         return LoraPair(*(_specs_of_stack(P(None, None, experts, None, axis)) for axis in (inputs, outputs)))
 
@@ -208,12 +209,12 @@ def _specs_of_stack(spec: P) -> Stacked:
 
 
 def _in_replica(spec: P) -> P:
-    """The spec within a replica, where the data axis is split already."""
+    """Return the spec within a replica, where the data axis is already split."""
     return P(*(EXPERT if isinstance(axis, tuple) and EXPERT in axis else axis for axis in spec))
 
 
 class Experts(nnx.Module):
-    """The MLPs."""
+    """The MLPs of the routed experts."""
 
     def __init__(self, args: DecoderArgs, experts: MoeConfig) -> None:
         config, dtype = args.config, args.dtype
@@ -230,11 +231,11 @@ class Experts(nnx.Module):
         self._shared = args.parallelism.shared_experts
 
     def __call__(self, x_TD: jax.Array, routing: Routing, ctx: LayerContext) -> jax.Array:
-        """Weighted sum of each token's experts, [T, D] in x's dtype."""
+        """Return the weighted sum of each token's experts, [T, D] in x's dtype."""
         layers = (self.gate_proj, self.up_proj, self.down_proj)
         slot_T = None if ctx.lora.experts is None else ctx.lora.experts.slot_T
         if self._shared:
-            # Each replica has some of the experts, and sees the tokens of all.
+            # Each replica runs its share of the experts on the tokens of all replicas.
             gather = partial(lax.all_gather, axis_name=DATA, tiled=True)
             x_TD, routing, slot_T = jax.tree.map(gather, (x_TD, routing, slot_T))
         in_specs = (P(), P(), P(), *(layer.specs(ctx) for layer in layers))
@@ -252,13 +253,13 @@ class Experts(nnx.Module):
         up: _ExpertWeights,
         down: _ExpertWeights,
     ) -> jax.Array:
-        """The sum over the experts of all devices, from those of one."""
+        """Run the experts of one device and sum the outputs over the devices of a replica."""
         matmul = ctx.experts.matmul
         num_tokens, top_k = routing.id_TU.shape
         num_experts = gate.weight.stack.shape[1]
         own_TU = routing.id_TU - lax.axis_index((DATA, EXPERT) if self._shared else EXPERT) * num_experts
         own_TU = jnp.where((own_TU >= 0) & (own_TU < num_experts), own_TU, num_experts)
-        # Block rows are chosen for all experts: on average the local experts have their share of the tokens.
+        # The block size is chosen for all experts: on average, local experts get their share of the tokens.
         row_bytes = max(x_TD.shape[1], gate.weight.stack.shape[2]) * x_TD.dtype.itemsize
         block_rows = matmul.block_rows(num_tokens * top_k, self._num_experts, row_bytes)
         blocks, permuted = sort_into_blocks(own_TU.reshape(-1), num_experts, block_rows)
@@ -271,10 +272,10 @@ class Experts(nnx.Module):
         gate_PF, up_PF = (each.multiply(x_PD, rows) for each in (gate, up))
         h_PF = self._gated(gate_PF, up_PF)
         if down.bias is not None:
-            # Once, and not by every device that has a part of the expert.
+            # Only one of the devices that share an expert adds its bias.
             down = down._replace(bias=jnp.where(lax.axis_index(IN_EXPERT) == 0, down.bias, jnp.zeros_like(down.bias)))
         y_PD = down.multiply(h_PF, rows)
-        # Those whose expert is elsewhere have no place.
+        # The index is out of range, which reads zeros, where the expert is on another device.
         y_TUD = y_PD.at[permuted.block_row_R.reshape(num_tokens, top_k)].get(mode="fill", fill_value=0)
         y_TD = jnp.einsum("tud,tu->td", y_TUD.astype(jnp.float32), routing.weight_TU)
         return lax.psum(y_TD.astype(x_TD.dtype), MODEL)
@@ -282,14 +283,16 @@ class Experts(nnx.Module):
     def _sort_by_adapter(
         self, adapters: ExpertAdapters, own_TU: jax.Array, num_experts: int, permuted: PermutedRows, row_bytes: int
     ) -> _ByAdapter:
-        """Sort the tokens anew: in the experts' own blocks a matrix would be read once for each adapter.
+        """Sort the tokens again, by adapter and expert.
+
+        If the experts' blocks were split by adapter instead, an expert's matrix would be read once for each adapter.
 
         Args:
-            adapters: the adapters of the tokens.
-            own_TU: i32, each token's experts among those on this device; `num_experts` for the others.
+            adapters: adapters of the tokens.
+            own_TU: i32, indices of each token's experts on this device; `num_experts` for other experts.
             num_experts: experts on this device.
-            permuted: where tokens are among the experts' blocks.
-            row_bytes: bytes of a row.
+            permuted: positions of the tokens in the experts' blocks.
+            row_bytes: bytes per row.
         """
         matmul, num_slots, slot_T = adapters
         adapted_TU = (slot_T[:, None] > 0) & (own_TU < num_experts)
@@ -302,13 +305,13 @@ class Experts(nnx.Module):
 
 
 def _gated(config: ModelConfig, experts: MoeConfig) -> Gated:
-    """What is made of gate and up."""
+    """Return the function that combines gate and up."""
     activation, limit = ACTIVATIONS[config.activation], experts.swiglu_limit
     if limit is None:
         return lambda gate, up: activation(gate) * up
 
     def clamped(gate: jax.Array, up: jax.Array) -> jax.Array:
-        """gpt-oss's: gelu by a sigmoid (arXiv:1606.08415), times one more than up."""
+        """gpt-oss's SwiGLU: the gate through GELU's sigmoid form (arXiv:1606.08415), times `up + 1`."""
         gate, up = jnp.minimum(gate, limit), jnp.clip(up, -limit, limit)
         return gate * jax.nn.sigmoid(experts.swiglu_alpha * gate) * (up + 1)
 
@@ -316,13 +319,13 @@ def _gated(config: ModelConfig, experts: MoeConfig) -> Gated:
 
 
 class Gate(Linear):
-    """Scores, which are not rounded."""
+    """A projection to scores, which stay in f32."""
 
     out_dtype = jnp.float32
 
 
 class MoE(nnx.Module):
-    """Experts with their router, and an expert of all tokens where there is one."""
+    """Router and routed experts, and a shared expert if the model has one."""
 
     def __init__(self, args: DecoderArgs) -> None:
         config, dtype = args.config, args.dtype

@@ -1,6 +1,6 @@
-"""Quantised linear maps by the grouped matmul kernel, which dequantises tile by tile: one group, one matrix.
+"""Quantised linear modules, computed as a grouped matmul with a single group.
 
-Left to XLA, a step writes the dequantised weights to memory and reads them again.
+The kernel dequantises tile by tile. XLA alone would write the dequantised weights to memory and read them again.
 """
 
 from typing import Any
@@ -20,11 +20,11 @@ from kernels_pallas.token_tiles import Blocks
 def multiply(
     ops: LinearOps, x_TI: jax.Array, matrices: Matrices, layer: jax.Array, axes: tuple[str | None, str | None]
 ) -> jax.Array:
-    """`x W^T` with one layer's matrix.
+    """Return `x W^T` for one layer's matrix.
 
     Args:
         ops: the kernel and the mesh.
-        x_TI: whole on every device; where inputs are split, in the parts that the devices have.
+        x_TI: activations, replicated on every device, or sharded if the matrix is sharded over its inputs.
         matrices: the matrices of all layers.
         layer: i32, the index of the layer among them.
         axes: logical axes of outputs and inputs.

@@ -10,7 +10,7 @@ from jaxserve.config import RopeConfig
 
 
 def rope_frequencies(rope: RopeConfig, head_dim: int) -> np.ndarray:
-    """Radians per position of each of the head's `head_dim / 2` planes, f32."""
+    """Return the radians per position of each of the head's `head_dim / 2` planes, f32."""
     exponent = np.arange(0, head_dim, 2, dtype=np.float64) / head_dim
     frequency = 1.0 / rope.theta**exponent
     if rope.frequency_divisors is not None:
@@ -27,7 +27,7 @@ def rope_frequencies(rope: RopeConfig, head_dim: int) -> np.ndarray:
 
 
 def rope_attention_factor(rope: RopeConfig) -> float:
-    """Multiplier of cos and sin; 1 except for YaRN."""
+    """Return the multiplier of cos and sin; 1 except for YaRN."""
     if rope.scaling != "yarn":
         return 1.0
     if rope.attention_factor is not None:
@@ -36,7 +36,7 @@ def rope_attention_factor(rope: RopeConfig) -> float:
 
 
 def _llama3(rope: RopeConfig, frequency: np.ndarray) -> np.ndarray:
-    """Stretch long waves by `factor`, keep short ones, blend between."""
+    """Stretch long wavelengths by `factor`, keep short ones, and blend in between."""
     turns = rope.original_max_position * frequency / (2 * math.pi)
     blend = (turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
     blend = np.clip(blend, 0.0, 1.0)
@@ -44,7 +44,7 @@ def _llama3(rope: RopeConfig, frequency: np.ndarray) -> np.ndarray:
 
 
 def _yarn(rope: RopeConfig, frequency: np.ndarray, head_dim: int) -> np.ndarray:
-    """Interpolate slow planes, keep fast ones, ramp between (arXiv:2309.00071, section 3.2)."""
+    """Interpolate low frequencies, keep high ones, and ramp in between (arXiv:2309.00071, section 3.2)."""
 
     def plane_of(turns: float) -> float:
         return head_dim * math.log(rope.original_max_position / (turns * 2 * math.pi)) / (2 * math.log(rope.theta))
@@ -58,14 +58,14 @@ def _yarn(rope: RopeConfig, frequency: np.ndarray, head_dim: int) -> np.ndarray:
 
 
 def rope_cos_sin(positions_T: jax.Array, rope: RopeConfig, head_dim: int) -> tuple[jax.Array, jax.Array]:
-    """Cos and sin of each token's angles, f32[T, H/2]."""
+    """Return cos and sin of each token's angles, f32[T, H/2]."""
     factor = rope_attention_factor(rope)
     angles = positions_T.astype(jnp.float32)[:, None] * jnp.asarray(rope_frequencies(rope, head_dim))
     return jnp.cos(angles) * factor, jnp.sin(angles) * factor
 
 
 def apply_rope(x_TNH: jax.Array, cos_TC: jax.Array, sin_TC: jax.Array) -> jax.Array:
-    """Rotate the two halves of each head against each other, in f32; returns x's dtype."""
+    """Rotate each head, pairing its first half with its second, in f32; return x's dtype."""
     first, second = jnp.split(x_TNH.astype(jnp.float32), 2, axis=-1)
     cos, sin = cos_TC[:, None], sin_TC[:, None]
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x_TNH.dtype)

@@ -1,7 +1,7 @@
-"""Maths on tokens that do not see each other: all at once, or in tiles of one shape.
+"""Ops that treat each token independently, run on all tokens together or in tiles of a fixed shape.
 
 A row of a matrix product rounds differently in a batch of 8 and of 64, because XLA picks its loops by shape. In
-tiles every token meets the same shapes whatever the size of its step, so its result does not depend on the others.
+tiles, the shapes are the same whatever the size of a step, so a token's result does not depend on the other tokens.
 """
 
 from collections.abc import Callable
@@ -15,25 +15,25 @@ _TILE = 16
 
 
 class Tokenwise(Protocol):
-    """How functions of arrays whose leading axis is tokens are applied."""
+    """Applies functions to arrays whose leading axis is tokens."""
 
     def __call__(self, function: Callable[..., Any], *arrays: jax.Array, shared: tuple[Any, ...] = ()) -> Any:
-        """`function` of what is shared, then of the arrays.
+        """Call `function` with the shared results, then the arrays, as positional arguments.
 
         Args:
-            function: function of some tokens.
+            function: function of any number of tokens.
             arrays: arrays of all tokens.
             shared: results of `prepare`.
         """
         ...
 
     def prepare(self, function: Callable[..., Any], *arrays: jax.Array) -> Any:
-        """What many functions need to know of the tokens that they are applied to together; any tree."""
+        """Compute results that several calls share for the tokens that are processed together; any pytree."""
         ...
 
 
 class AtOnce:
-    """All tokens together."""
+    """Processes all tokens together."""
 
     def __call__(self, function: Callable[..., Any], *arrays: jax.Array, shared: tuple[Any, ...] = ()) -> Any:
         """See `Tokenwise`."""
@@ -45,7 +45,7 @@ class AtOnce:
 
 
 class InTiles:
-    """In tiles of 16 tokens, one after the other; the last one is padded with zeros."""
+    """Processes tiles of 16 tokens, one after the other; the last tile is padded with zeros."""
 
     def __call__(self, function: Callable[..., Any], *arrays: jax.Array, shared: tuple[Any, ...] = ()) -> Any:
         """See `Tokenwise`."""
@@ -53,7 +53,7 @@ class InTiles:
         return jax.tree.map(lambda array: array.reshape(-1, *array.shape[2:])[: arrays[0].shape[0]], out)
 
     def prepare(self, function: Callable[..., Any], *arrays: jax.Array) -> Any:
-        """See `Tokenwise`; what is of a tile lies along a new leading axis."""
+        """See `Tokenwise`; the tiles' results are stacked along a new leading axis."""
         return lax.map(lambda tile: function(*tile), tuple(map(_tiles, arrays)))
 
 

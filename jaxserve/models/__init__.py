@@ -1,1 +1,1 @@
-"""Architectures: configuration, tensor names, forward pass."""
+"""Model architectures: config, tensor names and forward pass."""

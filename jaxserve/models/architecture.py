@@ -1,4 +1,4 @@
-"""What an architecture's file provides; the engine knows models only through this."""
+"""The interface of an architecture, which is all that the engine knows of a model."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -15,8 +15,8 @@ class Architecture(NamedTuple):
     """One entry of the registry.
 
     Attributes:
-        read_config: reads a parsed `config.json`.
-        tensor_names: where the checkpoint has each weight, by its path in the tree.
+        read_config: converts a parsed `config.json`.
+        tensor_names: returns the checkpoint tensor of each weight, by the weight's path in the tree.
         build: builds the model.
     """
 
@@ -25,15 +25,15 @@ class Architecture(NamedTuple):
     build: Callable[[DecoderArgs], Decoder]
 
     def model_config(self, hf_config: Mapping[str, Any]) -> ModelConfig:
-        """Read `config.json`, with what it says of quantised modules.
+        """Read `config.json`, including which modules are quantised.
 
         Raises:
-            LaunchError: it asks for what is not supported.
+            LaunchError: the file requests an unsupported feature.
         """
         config = self.read_config(hf_config)
         return with_quantized_parts(config, self.tensor_names(config))
 
 
 def build_decoder(args: DecoderArgs, *, build_layer: BuildLayer = DecoderLayer) -> Decoder:
-    """Build a decoder of these layers."""
+    """Build a decoder whose layers are made by `build_layer`."""
     return Decoder(args, build_layer=build_layer)

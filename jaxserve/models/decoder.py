@@ -1,8 +1,8 @@
 """The decoder-only transformer: RMSNorm, rotary grouped-query attention, gated MLP.
 
-The NNX modules build and name each kind of layer. The weights of a layer's child are stacked along a leading axis over
-the layers that have it, and layers that repeat are scanned, so a step's program holds each group once. Nothing of NNX
-passes through the hot `jit`: the step sees a plain dict of arrays and merges modules only while it is traced.
+NNX modules define each kind of layer. The weights of a child module are stacked along a leading axis over the layers
+that have it, and repeating layers are scanned, so a step's program contains each group of layers once. No NNX object
+passes through the hot `jit`: the step takes a plain dict of arrays and merges modules only during tracing.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -31,17 +31,17 @@ from jaxserve.models.param_spec import ParamSpec, Path, Weights, tree_of
 from kernels_pallas.paged_attention.api import AttentionBackend, AttentionMeta, Cache, with_window
 from kernels_pallas.stacked import Stacked
 
-# What `param` says of a weight besides its axes.
+# Metadata that `param` sets besides the axes.
 _FLAGS = ("keep_stacked", "absorbed_only", "packing", "loaded")
 
 
 def hidden_norm(config: ModelConfig, dtype: jnp.dtype) -> RMSNorm:
-    """A norm of the residual stream or of what is added to it."""
+    """Create a norm of the residual stream, or of a block's output."""
     return RMSNorm(config.hidden_size, eps=config.rms_norm_eps, dtype=dtype, offset=config.norm_offset)
 
 
 def gated_mlp(config: ModelConfig, dtype: jnp.dtype) -> GatedMLP:
-    """The MLP of a dense layer."""
+    """Create the MLP of a dense layer."""
     c = config
     return GatedMLP(
         c.hidden_size,
@@ -54,7 +54,7 @@ def gated_mlp(config: ModelConfig, dtype: jnp.dtype) -> GatedMLP:
 
 
 class DecoderLayer(nnx.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)); cut where the attention backend comes in."""
+    """x + attention(norm(x)), then x + mlp(norm(x)); split around the attention backend."""
 
     def __init__(self, args: DecoderArgs, layer: LayerConfig) -> None:
         c, dtype = args.config, args.dtype
@@ -70,32 +70,32 @@ class DecoderLayer(nnx.Module):
     def before_attention(
         self, x_TD: jax.Array, ctx: LayerContext, *rope_TC: jax.Array
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Queries, keys and values of normalised activations."""
+        """Return queries, keys and values of the normalised activations."""
         return self.attention.project(self.input_norm(x_TD), ctx, *rope_TC)
 
     def after_attention(self, x_TD: jax.Array, o_TNH: jax.Array, ctx: LayerContext) -> jax.Array:
-        """Output projection and MLP with their residuals."""
+        """Apply the output projection and the MLP, each with its residual."""
         x_TD = x_TD + self.attention.output(o_TNH, ctx)
         mlp = self.moe if self._mlp == "experts" else self.mlp
         return x_TD + mlp(self.post_attention_norm(x_TD), ctx)
 
 
 class Layer(Protocol):
-    """A layer's module, cut where the attention backend comes in. Its children are stacked over the layers."""
+    """A layer's module, split around the attention backend. Its children are stacked over the layers."""
 
     @property
     def attention(self) -> Attention | MlaAttention:
-        """Its projections."""
+        """The projections around the attention backend."""
         ...
 
     def before_attention(
         self, x_TD: jax.Array, ctx: LayerContext, *rope_TC: jax.Array
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Queries [T, N, H], keys and values [T, K, H]; `rope_TC` is cos and sin where the layer has positions."""
+        """Return queries [T, N, H], keys and values [T, K, H]; `rope_TC` is cos and sin if the layer uses RoPE."""
         ...
 
     def after_attention(self, x_TD: jax.Array, o_TNH: jax.Array, ctx: LayerContext) -> jax.Array:
-        """The layer's result, from its input and what attention gave."""
+        """Return the layer's output, from its input and the attention result."""
         ...
 
 
@@ -103,7 +103,7 @@ BuildLayer: TypeAlias = Callable[[DecoderArgs, LayerConfig], Layer]
 
 
 class _Modules(nnx.Module):
-    """What a model has outside of its layers."""
+    """Modules of a model outside of its layers."""
 
     def __init__(self, config: ModelConfig, dtype: jnp.dtype) -> None:
         self.embed = Embedding(config.vocab_size, config.hidden_size, dtype=dtype)
@@ -117,9 +117,9 @@ class StepOps(NamedTuple):
 
     Attributes:
         attention: the attention backend.
-        experts: how experts are multiplied.
-        linear: how quantised linear maps are multiplied.
-        workspace: where MLA prompts get keys and values of each head, in a step that takes this form.
+        experts: ops of experts.
+        linear: ops of quantised linear modules.
+        workspace: workspace for keys and values of MLA prompts, if the step uses the MHA form.
     """
 
     attention: AttentionBackend
@@ -128,7 +128,7 @@ class StepOps(NamedTuple):
     workspace: MlaPrefillWorkspace | None = None
 
     def attention_calls(self, windows: Iterable[int | None], meta: AttentionMeta) -> Mapping[int | None, AttentionCall]:
-        """The attention call of each window's layers."""
+        """Return the attention call of each window size."""
         if self.workspace is not None:
             return {None: self.workspace.plan(self.attention, meta)}
         backends = (with_window(self.attention, window) for window in windows)
@@ -136,14 +136,14 @@ class StepOps(NamedTuple):
 
 
 class _Step(NamedTuple):
-    """What the layers of a step share.
+    """Data that the layers of a step share.
 
     Attributes:
-        weights: the layers' weights, stacked.
-        lora: the adapters of the tokens.
-        lora_plan: what the tokens' slots decide.
-        ropes: cos and sin by name, f32[T, H/2].
-        attention: the attention call by window.
+        weights: stacked weights of the layers.
+        lora: adapters of the tokens.
+        lora_plan: metadata of the tokens' adapter slots.
+        ropes: cos and sin of each rotary embedding by name, f32[T, H/2].
+        attention: attention call by window size.
         ops: see `StepOps`.
     """
 
@@ -156,11 +156,11 @@ class _Step(NamedTuple):
 
 
 class Decoder:
-    """One model's tree and its forward pass.
+    """A model's parameter tree and forward pass.
 
     Args:
-        args: what it is built from.
-        build_layer: makes a layer's module.
+        args: arguments of the modules.
+        build_layer: makes the module of a layer.
     """
 
     def __init__(self, args: DecoderArgs, *, build_layer: BuildLayer = DecoderLayer) -> None:
@@ -178,13 +178,13 @@ class Decoder:
         self._stacks = LayerStacks(config.layers, {kind: _children(module) for kind, module in self._kinds.items()})
 
     def without_kv_scales(self) -> "Decoder":
-        """The same model with a cache that has no scales."""
+        """Return the same model with a KV cache that has no scales."""
         parallelism = self.args.parallelism._replace(kv_scales=False)
         return Decoder(self.args._replace(parallelism=parallelism), build_layer=self._build_layer)
 
     @cached_property
     def param_specs(self) -> dict[Path, ParamSpec]:
-        """Every weight of the tree by its path."""
+        """Specs of all weights, by path in the tree."""
         specs: dict[Path, ParamSpec] = {}
 
         def add(module: Any, prefix: Path) -> None:
@@ -203,11 +203,11 @@ class Decoder:
         return specs
 
     def weight_tree(self, leaf: Callable[[ParamSpec], Any]) -> Weights:
-        """The tree with `leaf` of each weight."""
+        """Return the tree of weights, with `leaf(spec)` for each weight."""
         return tree_of((path, leaf(spec)) for path, spec in self.param_specs.items())
 
     def lora_group(self, module: Path) -> tuple[str, ...]:
-        """Names of the modules beside `module`, itself included, that read the same activations."""
+        """Return the names of `module` and its siblings that read the same activations."""
         parent: Any = self._modules
         if module[0] == "layers":
             parent = self._kinds[self.config.layers[self._stacks.layers_with(module[1])[0]]]
@@ -225,10 +225,10 @@ class Decoder:
         ops: StepOps,
         lora: StepLora,
     ) -> tuple[jax.Array, Cache]:
-        """Run the layers over packed tokens. Returns activations [T, D] before the last norm, and the cache."""
+        """Run the layers over packed tokens; return activations [T, D] before the final norm, and the cache."""
         x_TD = lora.embed(self._merge(weights).embed, token_ids_T)
         if self.config.embedding_scale != 1:
-            # The scale is rounded to the dtype, as the models were trained with it.
+            # The scale is rounded to the dtype, as in the models' training.
             x_TD = x_TD * jnp.asarray(self.config.embedding_scale, x_TD.dtype)
         ropes = {"global": self.config.rope, "local": self.config.local_rope}
         step = _Step(
@@ -251,7 +251,7 @@ class Decoder:
     def _run_group(
         self, step: _Step, group: LayerGroup[LayerConfig], carry: tuple[jax.Array, Cache], turn: jax.Array
     ) -> tuple[tuple[jax.Array, Cache], None]:
-        """Run the group's layers the `turn`-th time."""
+        """Run repetition `turn` of the group's layers."""
         for offset in range(len(group.kinds)):
             carry = self._run_layer(step, LayerIndex(group, offset, turn), *carry)
         return carry, None
@@ -281,7 +281,7 @@ class Decoder:
         return part if spec is not None and spec.keep_stacked else part.slice()
 
     def logits(self, weights: Weights, x_BD: jax.Array, lora: StepLora) -> jax.Array:
-        """Scores over the vocabulary of the given activations, f32[B, V]; slots are those of the B rows."""
+        """Return logits of the given activations, f32[B, V]; the adapter slots are those of the B rows."""
         modules = self._merge(weights)
         head = modules.embed if self.config.tie_word_embeddings else modules.lm_head
 
@@ -298,19 +298,19 @@ class Decoder:
 
 
 def _set_paths(module: nnx.Module, prefix: Path) -> None:
-    """Tell linear modules their paths in the model's tree, by which a context knows them."""
+    """Set the linear modules' paths in the model's tree, by which a context refers to them."""
     for path, node in nnx.iter_graph(module):
         if hasattr(node, "path"):
             node.path = (*prefix, *map(str, path))
 
 
 def _children(module: nnx.Module) -> list[str]:
-    """Names of a layer's children that have weights."""
+    """Return the names of a layer's children that have weights."""
     return list(dict.fromkeys(str(path[0]) for path, _ in nnx.to_flat_state(nnx.state(module))))
 
 
 def dense_tensor_names(config: ModelConfig) -> dict[Path, TensorName]:
-    """Path in the tree -> where Hugging Face's checkpoints have it."""
+    """Map the paths in the tree to tensors of Hugging Face checkpoints."""
     names: dict[Path, str] = {
         ("embed", "weight"): "model.embed_tokens.weight",
         ("norm", "weight"): "model.norm.weight",

@@ -1,4 +1,4 @@
-"""DeepSeek V2 and V2-Lite: V3's layers, whose experts are chosen by softmax (arXiv:2405.04434)."""
+"""DeepSeek V2 and V2-Lite: V3's layers with softmax routing (arXiv:2405.04434)."""
 
 from collections.abc import Mapping
 from typing import Any

@@ -1,4 +1,4 @@
-"""DeepSeek V3, R1 and Kimi K2: latent attention, and experts in groups (arXiv:2412.19437)."""
+"""DeepSeek V3, R1 and Kimi K2: MLA, and experts in groups (arXiv:2412.19437)."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -34,7 +34,7 @@ def read_config(config: Mapping[str, Any]) -> ModelConfig:
 
 
 def read_mla(config: Mapping[str, Any]) -> ModelConfig:
-    """A model with latent attention, as if all its layers were dense."""
+    """Read a model with MLA, as if all its layers were dense."""
     if int(config.get("moe_layer_freq") or 1) != 1:
         raise LaunchError(f"config.json: moe_layer_freq must be 1, got {config['moe_layer_freq']}")
     q_lora_rank = config.get("q_lora_rank")
@@ -47,7 +47,7 @@ def read_mla(config: Mapping[str, Any]) -> ModelConfig:
         interleaved=bool(config.get("rope_interleave", True)),
     )
     model = read_dense_config(
-        # One key for all heads: the latent vector and what is rotated.
+        # One key for all heads: the latent vector and the rotated channels.
         {**config, "num_key_value_heads": 1, "head_dim": mla.kv_lora_rank + mla.qk_rope_head_dim}
     )
     return msgspec.structs.replace(
@@ -56,7 +56,7 @@ def read_mla(config: Mapping[str, Any]) -> ModelConfig:
 
 
 def read_experts(config: Mapping[str, Any], num_shared: int = 1) -> dict[str, Any]:
-    """Sizes of `MoeConfig`; `num_shared` are meant if the file says nothing."""
+    """Read the sizes of `MoeConfig`; `num_shared` is the default number of shared experts."""
     size, num_shared = int(config["moe_intermediate_size"]), int(config.get("n_shared_experts", num_shared) or 0)
     num_experts = config.get("n_routed_experts", config.get("num_local_experts"))
     return {
@@ -68,7 +68,7 @@ def read_experts(config: Mapping[str, Any], num_shared: int = 1) -> dict[str, An
 
 
 def _stretch(config: Mapping[str, Any]) -> float:
-    """What queries and keys are each multiplied with for a stretched context."""
+    """Return the multiplier of queries and of keys for a stretched context."""
     scaling: Mapping[str, Any] = config.get("rope_parameters") or config.get("rope_scaling") or {}
     if scaling.get("rope_type", scaling.get("type", "default")) == "default":
         return 1.0

@@ -1,4 +1,4 @@
-"""Gemma 3's text models: windows in most layers, with a rotary base of their own, and norms around every block."""
+"""Gemma 3 text models: sliding windows with their own rotary base in most layers, and norms around every block."""
 
 from collections.abc import Mapping
 from functools import partial
@@ -46,7 +46,7 @@ class Gemma3Layer(nnx.Module):
 
 @refuse_bad_fields
 def read_config(config: Mapping[str, Any]) -> ModelConfig:
-    """Read `config.json`; files from before transformers 5 name the second rotary base and the pattern apart."""
+    """Read `config.json`; files from before transformers 5 have other fields for local RoPE and the layer pattern."""
     ropes = dict(config.get("rope_parameters") or {})
     if not ropes:
         ropes = {
@@ -66,7 +66,7 @@ def read_config(config: Mapping[str, Any]) -> ModelConfig:
             for layer in range(read_num_layers(config))
         ]
     model = read_dense_config(
-        # What Gemma's own class takes where the file says nothing.
+        # Defaults of Gemma's own class for fields that the file lacks.
         {
             "tie_word_embeddings": True,
             "head_dim": 256,

@@ -1,4 +1,4 @@
-"""gpt-oss: attention with sinks, windows in every other layer, experts in all of them, biases everywhere."""
+"""gpt-oss: attention sinks, sliding windows in every other layer, experts in all layers, biases everywhere."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -18,7 +18,7 @@ def read_config(config: Mapping[str, Any]) -> ModelConfig:
     """Read `config.json`."""
     kinds = ("sliding_attention", "full_attention")
     model = read_dense_config(
-        # What gpt-oss's own class takes where the file says nothing.
+        # Defaults of gpt-oss's own class for fields that the file lacks.
         {
             "head_dim": 64,
             "rms_norm_eps": 1e-5,
@@ -47,14 +47,14 @@ def tensor_names(config: ModelConfig) -> dict[Path, TensorName]:
     names, prefix = dense_tensor_names(config), "model.layers.{layer}.mlp"
     for kind in ("weight", "bias"):
         names["layers", "moe", "router", kind] = TensorName(f"{prefix}.router.{kind}")
-    # Rows of gate and up take turns in one tensor.
+    # Rows of gate and up are interleaved in one tensor.
     for own, theirs, row, step in (
         ("gate_proj", "gate_up_proj", 0, 2),
         ("up_proj", "gate_up_proj", 1, 2),
         ("down_proj", "down_proj", 0, 1),
     ):
         path, tensor = ("layers", "moe", "experts", own), f"{prefix}.experts.{theirs}"
-        # Quantised ones are published [out, in], plain ones are written [in, out].
+        # Quantised tensors are published as [out, in]; unquantised ones are saved as [in, out].
         quantization = config.quantized("experts")
         plain = quantization is None or quantization.element_type != "mxfp4"
         names[*path, "weight"] = TensorName(tensor, row, step, transposed=plain)

@@ -1,4 +1,4 @@
-"""Layers that repeat are scanned, so that a step's program holds each group of them once.
+"""Scanning of repeating layers, so that a step's program contains each group of layers once.
 
 The weights of a layer's child, such as its attention, are stacked over the layers that have such a child.
 """
@@ -16,12 +16,12 @@ K = TypeVar("K")
 
 
 class LayerGroup(NamedTuple, Generic[K]):
-    """Layers of a few kinds that repeat together.
+    """Consecutive layers whose kinds repeat.
 
     Attributes:
         first: index of the group's first layer.
-        kinds: the kinds of the layers that repeat together, in order.
-        repeats: how often they do.
+        kinds: kinds of the layers in one repetition, in order.
+        repeats: number of repetitions.
     """
 
     first: int
@@ -30,7 +30,7 @@ class LayerGroup(NamedTuple, Generic[K]):
 
 
 def group_layers(kinds: Sequence[K]) -> list[LayerGroup[K]]:
-    """Cut a model into groups, each covering as many layers as possible and, among those, repeating the fewest.
+    """Split a model into groups, each with maximum length and, for that length, the fewest layers per repetition.
 
     Args:
         kinds: the kind of each layer.
@@ -55,12 +55,12 @@ def _repeats(kinds: tuple[K, ...], size: int) -> int:
 
 
 class LayerIndex(NamedTuple):
-    """A layer of a group, in one turn of the scan.
+    """A layer of a group in one iteration of the scan.
 
     Attributes:
-        group: its group.
-        offset: its index among the layers that repeat together.
-        turn: i32 scalar, which repetition.
+        group: the layer's group.
+        offset: index of the layer in a repetition.
+        turn: i32 scalar, index of the repetition.
     """
 
     group: LayerGroup[LayerConfig]
@@ -69,17 +69,17 @@ class LayerIndex(NamedTuple):
 
     @property
     def kind(self) -> LayerConfig:
-        """What the layer is made of."""
+        """The kind of the layer."""
         return self.group.kinds[self.offset]
 
     @property
     def number(self) -> jax.Array:
-        """i32 scalar, the index of the layer in the model."""
+        """Index of the layer in the model, i32 scalar."""
         return self.group.first + self.offset + self.turn * len(self.group.kinds)
 
 
 class LayerStacks:
-    """Which layers have which children, and where a layer's part of their stacks is.
+    """Maps layers to their children and to their indices in the children's stacks.
 
     Args:
         layers: the kind of each layer.
@@ -94,24 +94,24 @@ class LayerStacks:
         }
 
     def layers_with(self, child: str) -> tuple[int, ...]:
-        """Indices of the layers that have such a child, in order."""
+        """Return the indices of the layers that have such a child, in order."""
         return self._layers[child]
 
     def take(
         self, stacked: Mapping[str, Any], layer: LayerIndex, take: Callable[[Path, Stacked], Any]
     ) -> dict[str, Any]:
-        """A layer's part of trees that are stacked over the layers that have them.
+        """Return a layer's part of trees that are stacked over the layers that have them.
 
         Args:
-            stacked: trees by the name of a layer's child.
-            layer: which layer.
-            take: what becomes of a leaf, from its path in the model and its part of the stack.
+            stacked: trees by name of the child.
+            layer: the layer.
+            take: makes a leaf of the result from its path in the model and its part of the stack.
         """
         parts: dict[str, Any] = {}
         for name, tree in stacked.items():
             if name not in self._children[layer.kind]:
                 continue
-            # Its index among the layers with such a child, and how many of those repeat together.
+            # Index among the layers with this child, and number of such layers per repetition.
             first = self._layers[name].index(layer.group.first + layer.offset)
             stride = sum(name in self._children[kind] for kind in layer.group.kinds)
             index = first + layer.turn * stride

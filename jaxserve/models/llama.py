@@ -1,4 +1,4 @@
-"""Llama 1 to 3, and all that share its layers: SmolLM2, the DeepSeek-R1 Llama distillations."""
+"""Llama 1 to 3 and models with the same layers: SmolLM2, the DeepSeek-R1 Llama distillations."""
 
 from jaxserve.models.architecture import Architecture, build_decoder
 from jaxserve.models.decoder import dense_tensor_names

@@ -1,4 +1,4 @@
-"""Mistral 7B and its successors: Llama's layers, no biases, an optional sliding window."""
+"""Mistral 7B and its successors: Llama's layers without biases, and an optional sliding window."""
 
 from functools import partial
 

@@ -14,7 +14,7 @@ from jaxserve.models.param_spec import Path
 @refuse_bad_fields
 def read_config(config: Mapping[str, Any]) -> ModelConfig:
     """Read `config.json`."""
-    # What Mixtral's own class takes where the file says nothing.
+    # Defaults of Mixtral's own class for fields that the file lacks.
     defaults = {"rms_norm_eps": 1e-5, "rope_theta": 1e6}
     model = read_dense_config({**defaults, **config}, attention_bias=False, attention_out_bias=False)
     experts = MoeConfig(

@@ -1,4 +1,4 @@
-"""OLMo 2: norms after the blocks, not before, and over whole projections of queries and keys (arXiv:2501.00656)."""
+"""OLMo 2: norms after the blocks instead of before, and QK norms over whole projections (arXiv:2501.00656)."""
 
 from functools import partial
 

@@ -1,4 +1,4 @@
-"""The weights of a model by their paths in its tree: shapes, dtypes and logical axes."""
+"""Specs of a model's weights: shapes, dtypes and logical axes, by path in the model's tree."""
 
 import math
 from collections.abc import Iterable
@@ -17,17 +17,17 @@ Path: TypeAlias = tuple[str, ...]
 
 @dataclass(frozen=True)
 class ParamSpec:
-    """One weight of the tree.
+    """Spec of one weight of the tree.
 
     Attributes:
-        shape: its shape, with the layers that have such a weight along axis 0.
+        shape: shape of the weight, stacked along axis 0 over the layers that have it.
         dtype: dtype of its values.
         axes: logical axes.
-        layers: indices of the layers that have it, in order; empty for weights outside of layers.
-        keep_stacked: a layer gets it as `Stacked` instead of a slice.
-        absorbed_only: it is folded into other maps and never applied by itself.
-        packing: how it is packed, of a quantised weight and of its scales and zero points.
-        loaded: the checkpoint has it.
+        layers: indices of the layers that have the weight, in order; empty for weights outside of layers.
+        keep_stacked: layers receive the weight as `Stacked` instead of a slice.
+        absorbed_only: the weight is folded into other ops and never applied directly.
+        packing: packing of a quantised weight or of its scales or zero points.
+        loaded: the weight is loaded from the checkpoint.
     """
 
     shape: tuple[int, ...]
@@ -41,30 +41,30 @@ class ParamSpec:
 
     @property
     def stacked(self) -> bool:
-        """Whether axis 0 is layers."""
+        """Whether axis 0 is the layer axis."""
         return bool(self.layers)
 
     @property
     def num_inputs(self) -> int:
-        """Inputs of a matrix, however it is packed."""
+        """Number of inputs of a matrix, independent of its packing."""
         return self.shape[-1] * (self.packing or Packing()).per_byte
 
     def shard_shape(self, mesh: Mesh) -> tuple[int, ...]:
-        """The shape of one device's shard."""
+        """Return the shape of one device's shard."""
         return named_sharding(self.axes, self.shape, mesh).shard_shape(self.shape)
 
     def shard_bytes(self, mesh: Mesh) -> int:
-        """Bytes of one device's shard."""
+        """Return the size of one device's shard in bytes."""
         return math.prod(self.shard_shape(mesh)) * self.dtype.itemsize
 
     @property
     def of_experts(self) -> bool:
-        """Whether it is a weight of experts: the first axis after the layers is theirs."""
+        """Whether this is a weight of experts, with the expert axis first after any layer axis."""
         return self.axes[self.stacked : self.stacked + 1] in (("experts",), ("experts_shared",))
 
 
 def tree_of(leaves: Iterable[tuple[Path, Any]]) -> Weights:
-    """Nested dicts from paths."""
+    """Build nested dicts from paths."""
     tree: Weights = {}
     for path, leaf in leaves:
         node = tree

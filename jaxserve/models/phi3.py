@@ -1,4 +1,4 @@
-"""Phi 3: Llama's layers; checkpoints have q, k, v in one tensor and gate, up in another."""
+"""Phi 3: Llama's layers; checkpoints fuse q, k, v into one tensor and gate, up into another."""
 
 from functools import partial
 

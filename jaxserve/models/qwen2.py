@@ -8,7 +8,7 @@ from jaxserve.models.architecture import Architecture, build_decoder
 from jaxserve.models.decoder import dense_tensor_names
 from jaxserve.models.hf.config import read_dense_config
 
-# What Qwen's own classes take where the file says nothing.
+# Defaults of Qwen's own classes for fields that the file lacks.
 WINDOW_DEFAULTS: Mapping[str, Any] = {"use_sliding_window": False, "max_window_layers": 28}
 
 

@@ -1,4 +1,4 @@
-"""Qwen2 with experts, one of which all tokens have (Qwen1.5-MoE, Qwen2-57B-A14B; arXiv:2407.10671)."""
+"""Qwen2 with routed experts and a shared one (Qwen1.5-MoE, Qwen2-57B-A14B; arXiv:2407.10671)."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -15,7 +15,7 @@ from jaxserve.models.param_spec import Path
 
 
 def expert_layers(model: ModelConfig, config: Mapping[str, Any]) -> ModelConfig:
-    """The model with experts in the layers that `config.json` gives them."""
+    """Return the model with experts in the layers that `config.json` selects."""
     num_experts = config.get("num_experts", config.get("num_local_experts"))
     experts = MoeConfig(
         num_experts=int(config["num_experts"] if num_experts is None else num_experts),

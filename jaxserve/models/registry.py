@@ -1,4 +1,4 @@
-"""Architectures by their Hugging Face class name. A new model is a new file and one line here.
+"""Architectures by Hugging Face class name. A new model needs a new file and one line here.
 
 Modules are imported on demand, so the launcher can refuse an unknown architecture without importing jax.
 """
@@ -31,10 +31,10 @@ _MODULES: Mapping[str, str] = {
 
 
 def architecture_name(hf_config: Mapping[str, Any]) -> str:
-    """The supported architecture that a `config.json` names.
+    """Return the supported architecture that a `config.json` names.
 
     Raises:
-        LaunchError: it names none; the message lists the supported ones.
+        LaunchError: the file names no supported architecture; the message lists those that are.
     """
     names = hf_config.get("architectures")
     if isinstance(names, list) and len(names) == 1 and names[0] in _MODULES:
@@ -43,5 +43,5 @@ def architecture_name(hf_config: Mapping[str, Any]) -> str:
 
 
 def find_architecture(hf_config: Mapping[str, Any]) -> "Architecture":
-    """Import the architecture a `config.json` names; raises as `architecture_name` does."""
+    """Import the architecture that a `config.json` names; raises like `architecture_name`."""
     return importlib.import_module(_MODULES[architecture_name(hf_config)]).ARCHITECTURE

@@ -1,4 +1,4 @@
-"""SmolLM3: Llama's layers, every fourth of them without positions (NoPE, arXiv:2501.18795)."""
+"""SmolLM3: Llama's layers, every fourth without position embedding (NoPE, arXiv:2501.18795)."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -14,7 +14,7 @@ from jaxserve.models.hf.config import read_dense_config, refuse_bad_fields
 
 @refuse_bad_fields
 def read_config(config: Mapping[str, Any]) -> ModelConfig:
-    """Read `config.json`; `no_rope_layers` has 1 for layers with positions."""
+    """Read `config.json`, where `no_rope_layers` is 1 for layers with RoPE."""
     model = read_dense_config({"tie_word_embeddings": True, "use_sliding_window": False, **config})
     if model.windows != (None,) and config.get("layer_types") is None:
         raise LaunchError("config.json: sliding_window without layer_types is not supported by this architecture")

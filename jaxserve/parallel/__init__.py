@@ -1,1 +1,1 @@
-"""Meshes, and how arrays are split over them."""
+"""Device meshes, and how arrays are sharded over them."""

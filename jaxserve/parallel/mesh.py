@@ -1,4 +1,4 @@
-"""The device mesh and the table from logical axes to mesh axes. Changing the strategy is changing the table."""
+"""The device mesh, and the table from logical axes to mesh axes that defines the sharding strategy."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -13,8 +13,8 @@ from jaxserve.errors import LaunchError
 from kernels_pallas.shards import DATA, EXPERT, IN_EXPERT, MODEL, model_size
 
 # Tensor parallelism splits heads, MLP and vocabulary over all devices of a replica; everything else is replicated.
-# Experts are split over the first axis of those, and inside over the second. Of the weights, `data` only splits experts
-# that replicas share: each replica there has its own requests, and all else of its own.
+# Experts are distributed over a replica's axis `expert`, and each expert is split over `model`. The only weights split
+# over `data` are experts that replicas share; replicas have their own requests and their own copy of all other weights.
 SHARDING_RULES: dict[str, str | tuple[str, ...] | None] = {
     "vocab": MODEL,
     "heads": MODEL,
@@ -29,10 +29,10 @@ SHARDING_RULES: dict[str, str | tuple[str, ...] | None] = {
 
 
 def make_mesh(tp_size: int, dp_size: int = 1, ep_size: int = 1) -> Mesh:
-    """A mesh over the first `dp_size * tp_size` devices; see `mesh_of`.
+    """Create a mesh over the first `dp_size * tp_size` devices; see `mesh_of`.
 
     Raises:
-        LaunchError: there are not that many devices.
+        LaunchError: there are too few devices, or devices of several hosts are left unused.
     """
     devices = jax.devices()
     count = dp_size * tp_size
@@ -50,25 +50,25 @@ def make_mesh(tp_size: int, dp_size: int = 1, ep_size: int = 1) -> Mesh:
 
 
 def mesh_of(devices: Sequence[Any], tp_size: int, dp_size: int = 1, ep_size: int = 1) -> Mesh:
-    """A (data, expert, model) mesh over the first `dp_size * tp_size` of the devices, which need not be there.
+    """Create a (data, expert, model) mesh over the first `dp_size * tp_size` devices, which need not be attached.
 
     Args:
-        devices: to choose from.
-        tp_size: devices of a replica.
-        dp_size: replicas.
-        ep_size: devices of a replica, or groups of them, that each have experts of their own; divides `tp_size`.
+        devices: devices to choose from.
+        tp_size: devices per replica.
+        dp_size: number of replicas.
+        ep_size: number of groups of a replica's devices, each with its own experts; divides `tp_size`.
     """
     grid = np.array(devices[: dp_size * tp_size]).reshape(dp_size, ep_size, tp_size // ep_size)
     return Mesh(grid, (DATA, *MODEL), axis_types=(AxisType.Auto,) * grid.ndim)
 
 
 def mesh_shape(tp_size: int, ep_size: int = 1, dp_size: int = 1) -> AbstractMesh:
-    """A mesh of which only the shape is known; see `mesh_of`."""
+    """Create a mesh of which only the shape is known; see `mesh_of`."""
     return AbstractMesh((dp_size, ep_size, tp_size // ep_size), (DATA, *MODEL))
 
 
 def partition_spec(axes: tuple[str | None, ...], shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> PartitionSpec:
-    """Mesh axes of an array's logical axes; a vocabulary that does not divide stays whole."""
+    """Map an array's logical axes to mesh axes; a vocabulary that does not divide evenly is replicated."""
     spec: list[str | tuple[str, ...] | None] = []
     for axis, size in zip(axes, shape, strict=True):
         mesh_axis = SHARDING_RULES[axis] if axis is not None else None
@@ -79,35 +79,35 @@ def partition_spec(axes: tuple[str | None, ...], shape: tuple[int, ...], mesh: M
 
 
 def named_sharding(axes: tuple[str | None, ...], shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:
-    """`partition_spec` on a mesh."""
+    """Return `partition_spec` as a sharding on a mesh."""
     return NamedSharding(mesh, partition_spec(axes, shape, mesh))
 
 
 def weight_format(axes: tuple[str | None, ...], shape: tuple[int, ...], mesh: Mesh) -> Format:
-    """How a weight lies in memory: split as `named_sharding` says, its last axis contiguous.
+    """Return the layout and sharding of a weight: sharded as in `named_sharding`, with its last axis contiguous.
 
-    Left to themselves, TPUs turn arrays whose last axis is no multiple of 128 round, and every step that hands one to a
+    By default, TPUs store arrays transposed if their last axis is no multiple of 128. Every step that passes one to a
     kernel, or reads rows of it, would first copy all of it.
     """
     return Format(Layout(tuple(range(len(shape)))), named_sharding(axes, shape, mesh))
 
 
 def over_replicas(axes: tuple[str | None, ...]) -> PartitionSpec:
-    """How an array lies over `data` alone."""
+    """Return the partition spec of an array over the `data` axis alone."""
     rules = (SHARDING_RULES[axis] if axis is not None else None for axis in axes)
     return PartitionSpec(*(DATA if rule is not None and DATA in rule else None for rule in rules))
 
 
 def kv_head_replication(config: ModelConfig, mesh: Mesh | AbstractMesh, *, shared_experts: bool = False) -> int:
-    """How often each KV head is repeated so that every device has one; checks that all else divides.
+    """Return how often each KV head is repeated to give every device one; check that other sizes divide.
 
     Args:
-        config: the model.
-        mesh: the devices, or only their shape.
+        config: config of the model.
+        mesh: the device mesh, or only its shape.
         shared_experts: see `Parallelism`.
 
     Raises:
-        LaunchError: heads, MLP columns or experts do not divide.
+        LaunchError: heads, MLP columns or experts do not divide evenly.
     """
     tp_size, ep_size = model_size(mesh), mesh.shape[EXPERT]
     if config.num_q_heads % tp_size:

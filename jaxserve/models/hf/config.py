@@ -1,4 +1,4 @@
-"""Reading Hugging Face's `config.json`. Host data only: knows no jax."""
+"""Reads Hugging Face's `config.json`. Host-only: does not import jax."""
 
 import functools
 import math
@@ -22,7 +22,7 @@ _REFUSED_KEYS = ("trust_remote_code", "_attn_implementation_internal")
 
 
 def refuse_bad_fields(read: Callable[P, ModelConfig]) -> Callable[P, ModelConfig]:
-    """Let a reader of `config.json` raise LaunchError for whatever a field that is missing or of another type does."""
+    """Make a reader of `config.json` raise LaunchError for fields that are missing or of the wrong type."""
 
     @functools.wraps(read)
     def checked(*args: P.args, **kwargs: P.kwargs) -> ModelConfig:
@@ -39,15 +39,15 @@ def refuse_bad_fields(read: Callable[P, ModelConfig]) -> Callable[P, ModelConfig
 
 
 def read_rope(config: Mapping[str, Any], max_position: int) -> RopeConfig:
-    """Read what a `config.json` says of rotary embeddings.
+    """Read the rotary embedding settings of a `config.json`.
 
     Raises:
-        LaunchError: it asks for a kind that is not supported.
+        LaunchError: the RoPE variant is not supported.
     """
-    # transformers 5 writes `rope_parameters`; older files have `rope_theta` beside `rope_scaling`.
+    # transformers 5 writes `rope_parameters`; older files have `rope_theta` next to `rope_scaling`.
     scaling: dict[str, Any] = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
     kind = scaling.get("rope_type", scaling.get("type", "default"))
-    if "long_factor" in scaling:  # whatever the file calls it
+    if "long_factor" in scaling:  # whatever type the file names
         kind = "longrope"
     if kind not in _ROPE_TYPES:
         raise LaunchError(f"config.json: rope scaling {kind!r} is not supported; supported: {', '.join(_ROPE_TYPES)}")
@@ -77,7 +77,7 @@ def read_rope(config: Mapping[str, Any], max_position: int) -> RopeConfig:
 
 
 def mscale(factor: float, weight: float) -> float:
-    """YaRN's correction of attention for a context that is stretched (arXiv:2309.00071, section 3.4)."""
+    """Return YaRN's attention multiplier for a stretched context (arXiv:2309.00071, section 3.4)."""
     return 1.0 if factor <= 1 or not weight else 0.1 * weight * math.log(factor) + 1.0
 
 
@@ -95,10 +95,10 @@ def _read_layers(config: Mapping[str, Any], num_layers: int) -> tuple[LayerConfi
 
 
 def read_num_layers(config: Mapping[str, Any]) -> int:
-    """How many layers there are.
+    """Read the number of layers.
 
     Raises:
-        LaunchError: none, or so many that nobody means it.
+        LaunchError: it is not between 1 and `_MAX_LAYERS`.
     """
     num_layers = int(config["num_hidden_layers"])
     if not 0 < num_layers <= _MAX_LAYERS:
@@ -107,7 +107,7 @@ def read_num_layers(config: Mapping[str, Any]) -> int:
 
 
 def with_experts(model: ModelConfig, experts: MoeConfig, dense_layers: Container[int] = ()) -> ModelConfig:
-    """The model with experts in all layers but some."""
+    """Return the model with experts in all layers except `dense_layers`."""
     layers = tuple(
         layer if number in dense_layers else msgspec.structs.replace(layer, mlp="experts")
         for number, layer in enumerate(model.layers)
@@ -129,10 +129,10 @@ def read_dense_config(
         config: the parsed file.
         attention_bias: whether q, k and v have a bias; None reads `attention_bias`.
         attention_out_bias: the same for the output projection.
-        qk_norm: how queries and keys are normalised.
+        qk_norm: how queries and keys are normalised; see `ModelConfig`.
 
     Raises:
-        LaunchError: a field is missing, out of range, or asks for what the dense decoder does not do.
+        LaunchError: a field is missing, out of range, or requests a feature that the dense decoder lacks.
     """
     for key in _REFUSED_KEYS:
         if config.get(key):

@@ -1,4 +1,4 @@
-"""Reading the `quantization_config` of a `config.json`. Host data only: knows no jax."""
+"""Reads the `quantization_config` of a `config.json`. Host-only: does not import jax."""
 
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -14,15 +14,15 @@ from jaxserve.models.hf.tensor_name import TensorName
 # Block size of the Microscaling formats (OCP MX specification 1.0).
 _MX_COLUMNS = 32
 _WHOLE_ROW = 0
-# A pattern comes with the model and may never end.
+# Timeout of a pattern: patterns come with the model and may never finish.
 _MATCH_S = 1.0
 
 
 def read_quantization(config: Mapping[str, Any]) -> QuantizationConfig | None:
-    """What the file says of quantised weights, if it does; see `with_quantized_parts` for which they are.
+    """Read the format of quantised weights, if any; see `with_quantized_parts` for which are quantised.
 
     Raises:
-        LaunchError: a format that is not supported.
+        LaunchError: the format is not supported.
     """
     quantization = config.get("quantization_config") or config.get("compression_config")
     if not quantization:
@@ -37,10 +37,10 @@ def read_quantization(config: Mapping[str, Any]) -> QuantizationConfig | None:
 
 
 def with_requested(config: ModelConfig, hf_config: Mapping[str, Any], requested: str | None) -> ModelConfig:
-    """The model as `--quantization` wants it: quantised while it is loaded, or as its checkpoint is.
+    """Return the model as requested by `--quantization`: quantised during loading, or as in its checkpoint.
 
     Raises:
-        LaunchError: the checkpoint is quantised otherwise, or not at all.
+        LaunchError: the checkpoint has another format, or `requested` is a format that only checkpoints can have.
     """
     if requested is None:
         return config
@@ -55,14 +55,14 @@ def with_requested(config: ModelConfig, hf_config: Mapping[str, Any], requested:
 
 
 def with_quantized_parts(config: ModelConfig, names: Mapping[tuple[str, ...], TensorName]) -> ModelConfig:
-    """The model with those parts named whose modules are quantised.
+    """Return the model with `parts` reduced to the parts whose modules are quantised.
 
     Args:
         config: config of the model.
-        names: path in the tree -> where the checkpoint has it.
+        names: path in the tree -> tensor of the checkpoint.
 
     Raises:
-        LaunchError: a part is quantised in some layers, or some of its modules, and not in others.
+        LaunchError: a part is quantised only in some layers, or only in some of its modules.
     """
     if config.quantization is None:
         return config
@@ -81,7 +81,7 @@ def with_quantized_parts(config: ModelConfig, names: Mapping[tuple[str, ...], Te
 
 
 def _modules(config: ModelConfig, names: Mapping[tuple[str, ...], TensorName], part: QuantizedPart) -> Iterable[str]:
-    """Names in the checkpoint of a part's linear maps; of experts, those of the first and the last."""
+    """Yield checkpoint names of a part's linear modules; for experts, those of the first and the last expert."""
     kind = {"mlp": "dense", "experts": "experts", "shared_expert": "experts"}.get(part)
     prefix = ("layers", "moe", part) if kind == "experts" else ("layers", part)
     last = 0 if config.moe is None else config.moe.num_experts - 1
@@ -99,10 +99,10 @@ def _is_kept(quantization: QuantizationConfig, name: str) -> bool:
 
 
 def _means(entry: str, name: str) -> bool:
-    """Whether an entry of the list of modules that are not quantised means this one.
+    """Return whether an entry of the list of unquantised modules matches `name`.
 
-    An entry is a regular expression of the beginning (`re:`), or some neighbouring parts of the dotted name, where a
-    star stands for any one.
+    An entry is `re:` and a regular expression that matches the name's start, or consecutive components of the dotted
+    name, where `*` matches any.
     """
     if entry.startswith("re:"):
         try:
@@ -117,7 +117,7 @@ def _means(entry: str, name: str) -> bool:
 
 
 def _fp8(config: Mapping[str, Any], _: str) -> QuantizationConfig:
-    """DeepSeek's and Qwen's."""
+    """Read the FP8 format of DeepSeek and Qwen."""
     block = config.get("weight_block_size")
     if block is None or len(block) != 2:
         raise LaunchError(f"config.json: fp8 weights need a weight_block_size of two numbers, got {block}")
@@ -127,14 +127,14 @@ def _fp8(config: Mapping[str, Any], _: str) -> QuantizationConfig:
 
 
 def _mxfp4(config: Mapping[str, Any], _: str) -> QuantizationConfig:
-    """gpt-oss's: the experts (OCP Microscaling Formats 1.0)."""
+    """Read gpt-oss's format, in which only experts are quantised (OCP Microscaling Formats 1.0)."""
     return QuantizationConfig(
         element_type="mxfp4", block=(1, _MX_COLUMNS), scale_dtype="e8m0", parts=("experts",), kept=_kept(config)
     )
 
 
 def _compressed_tensors(config: Mapping[str, Any], dtype: str) -> QuantizationConfig:
-    """What llm-compressor writes, and Kimi K2 Thinking."""
+    """Read the format of llm-compressor and Kimi K2 Thinking."""
     groups: Mapping[str, Any] = config.get("config_groups") or {}
     if len(groups) != 1:
         raise LaunchError(
@@ -155,7 +155,7 @@ def _compressed_tensors(config: Mapping[str, Any], dtype: str) -> QuantizationCo
         weights, "compressed-tensors", symmetric=(True,), dynamic=(False,), actorder=(None, "weight", "static")
     )
     for key in ("input_activations", "output_activations"):
-        # Results are then those of activations that are not rounded.
+        # Dynamically quantised activations are accepted but not rounded.
         if group.get(key) and not group[key].get("dynamic", False):
             raise LaunchError(f"config.json: compressed-tensors with static {key} is not supported")
     element_type, strategies = _COMPRESSED[found]
@@ -168,21 +168,21 @@ def _compressed_tensors(config: Mapping[str, Any], dtype: str) -> QuantizationCo
     return QuantizationConfig(
         element_type=element_type,
         block=(1, columns),
-        # TPUs have no float16.
+        # TPUs have no float16, so float16 scales become float32.
         scale_dtype="bfloat16" if element_type == "int4" and dtype == "bfloat16" else "float32",
         kept=_strings(config.get("ignore"), "ignore"),
     )
 
 
 def _awq(config: Mapping[str, Any], _: str) -> QuantizationConfig:
-    """AutoAWQ's (arXiv:2306.00978)."""
+    """Read AutoAWQ's format (arXiv:2306.00978)."""
     check_supported(config, "awq", bits=(4,), version=("gemm", "GEMM"), zero_point=(True,))
     columns = _positive(config.get("group_size"), "group_size")
     return QuantizationConfig(element_type="int4", block=(1, columns), zeros=True, kept=_kept(config))
 
 
 def _gptq(config: Mapping[str, Any], _: str) -> QuantizationConfig:
-    """GPTQ's (arXiv:2210.17323), as AutoGPTQ and GPTQModel write it."""
+    """Read GPTQ's format (arXiv:2210.17323), as written by AutoGPTQ and GPTQModel."""
     check_supported(config, "gptq", bits=(4,), desc_act=(False,), checkpoint_format=("gptq",))
     columns = _positive(config.get("group_size"), "group_size")
     if config.get("dynamic"):
@@ -208,13 +208,13 @@ def _strings(value: Any, key: str) -> tuple[str, ...]:
     return tuple(value)
 
 
-# What weights can be quantised to while they are loaded.
+# Formats to which weights can be quantised during loading.
 REQUESTED: Mapping[str, QuantizationConfig] = {
     "int8": QuantizationConfig(element_type="int8", block=(1, _WHOLE_ROW)),
     "fp8": QuantizationConfig(element_type="fp8", block=(1, _WHOLE_ROW)),
     "int4": QuantizationConfig(element_type="int4", block=(1, 32), scale_dtype="bfloat16"),
 }
-# (format, type, bits) -> numbers, and what may share a factor.
+# (format, type, bits) -> element type, and strategies of sharing scales.
 _COMPRESSED: Mapping[tuple[Any, Any, Any], tuple[Any, tuple[str, ...]]] = {
     ("pack-quantized", "int", 4): ("int4", ("group", "channel")),
     ("int-quantized", "int", 8): ("int8", ("channel",)),

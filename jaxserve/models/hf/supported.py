@@ -1,4 +1,4 @@
-"""Settings of a `config.json` that have few meanings here. Host data only: knows no jax."""
+"""Checks settings of a `config.json` that support only a few values. Host-only: does not import jax."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -7,15 +7,15 @@ from jaxserve.errors import LaunchError
 
 
 def check_supported(config: Mapping[str, Any], owner: str = "", **supported: tuple[Any, ...]) -> None:
-    """See that settings have values that are supported.
+    """Check that settings have supported values.
 
     Args:
         config: the settings.
-        owner: what has them, for the message.
-        supported: values by key; the first is what a file means that says nothing.
+        owner: owner of the settings, for the error message.
+        supported: supported values by key; the first is the default of a missing setting.
 
     Raises:
-        LaunchError: one has another.
+        LaunchError: a setting has another value.
     """
     for key, values in supported.items():
         if config.get(key, values[0]) not in values:

@@ -1,4 +1,4 @@
-"""Where a checkpoint has a weight."""
+"""Locations of weights in a checkpoint."""
 
 from typing import NamedTuple
 
@@ -8,12 +8,12 @@ _EXPERT = "{expert}"
 class TensorName(NamedTuple):
     """A tensor of a checkpoint, or some of its rows.
 
-    Weights of experts [E, out, in] are a tensor for each of them, or one that has them along its leading axis.
+    Weights of experts [E, out, in] are stored as one tensor per expert, or as one tensor with experts as leading axis.
 
     Attributes:
-        pattern: its name; `{layer}` stands for the layer's number, `{expert}` for the expert's.
+        pattern: name of the tensor, with `{layer}` for the layer's index and `{expert}` for the expert's.
         first_row: first row of the weight in a tensor that stacks several weights.
-        row_step: from one row of the weight to the next, where the rows of several take turns.
+        row_step: distance between rows of the weight in a tensor that interleaves several weights.
         transposed: the tensor is [in, out]; its columns are the weight's rows.
     """
 
@@ -24,9 +24,9 @@ class TensorName(NamedTuple):
 
     @property
     def by_expert(self) -> bool:
-        """Whether each expert has a tensor of its own."""
+        """Whether each expert has its own tensor."""
         return _EXPERT in self.pattern
 
     def of_layer(self, layer: int, expert: int = 0) -> str:
-        """The name in one layer, and of one of its experts."""
+        """Return the tensor's name for a layer and, where `by_expert`, an expert."""
         return self.pattern.format(layer=layer, expert=expert)
