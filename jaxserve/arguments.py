@@ -1,11 +1,9 @@
 """Launch flags, with SGLang's names and meanings, and the `--config` file, which flags override."""
 
 import argparse
-import hashlib
 import os
 from collections import Counter
 from collections.abc import Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -474,13 +472,13 @@ def _named_adapter(text: str) -> _LoraPath:
 
 
 def _compilation_cache(args: argparse.Namespace) -> str | None:
-    """Create and return a folder per model, settings and versions; it is private because its contents are executed."""
+    """Create and return the folder; it is private because its contents are executed.
+
+    All models share it: JAX's keys cover the program, the compiler's flags and the versions.
+    """
     if args.compilation_cache_dir == "none":
         return None
-    key = [metadata.version("jax"), metadata.version("jaxlib"), args.model_path, args.dtype, str(args.tp_size)]
-    name = hashlib.sha256("\n".join(key).encode()).hexdigest()[:16]
-    base = Path(args.compilation_cache_dir) if args.compilation_cache_dir else cache_folder() / "compiled"
-    folder = base / name
+    folder = Path(args.compilation_cache_dir) if args.compilation_cache_dir else cache_folder() / "compiled"
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     return str(folder)
 

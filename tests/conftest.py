@@ -123,7 +123,8 @@ def compilation_cache(cache_folder: Path) -> str:
 def _share_compiled_programs(compilation_cache: str) -> None:
     """Let each test load the programs that other tests have compiled."""
     jax.config.update("jax_compilation_cache_dir", compilation_cache)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
 @pytest.fixture(scope="module", autouse=True)

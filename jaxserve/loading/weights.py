@@ -10,12 +10,12 @@ import math
 import operator
 import pathlib
 from collections.abc import Callable, Iterable, Iterator
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import jax
 import numpy as np
 from jax.experimental.layout import Format
-from jax.sharding import Mesh, SingleDeviceSharding
+from jax.sharding import Mesh, Sharding, SingleDeviceSharding
 
 from checkpoints import orbax_io
 from checkpoints.quantized import Quantizer, quantizing
@@ -74,18 +74,25 @@ def load_weights(
 def _array_of_shards(spec: ParamSpec, mesh: Mesh, read: Callable[[Index], np.ndarray]) -> jax.Array:
     """Read a weight shard by shard, each shard once even if several devices hold it."""
     sharding = named_sharding(spec.axes, spec.shape, mesh)
-    layout = weight_format(spec.axes, spec.shape, mesh).layout
-    holders: dict[str, tuple[Index, list[Format]]] = {}
+    row_major = weight_format(spec.axes, spec.shape, mesh)
+    holders: dict[str, tuple[Index, list[Format | Sharding]]] = {}
     for device, index in sharding.addressable_devices_indices_map(spec.shape).items():
         assert index is not None
         key = str(index)  # slices cannot be hashed before Python 3.12
-        holders.setdefault(key, (index, []))[1].append(Format(layout, SingleDeviceSharding(device)))
+        holders.setdefault(key, (index, []))[1].append(_placement(row_major, device))
     shards: list[jax.Array] = []
-    for index, formats in holders.values():
+    for index, placements in holders.values():
         values = read(index)
-        shards += jax.block_until_ready([jax.device_put(values, each, may_alias=True) for each in formats])
+        shards += jax.block_until_ready([jax.device_put(values, each, may_alias=True) for each in placements])
         del values  # free the host's memory before the next shard is read
     return jax.make_array_from_single_device_arrays(spec.shape, sharding, shards)
+
+
+def _placement(row_major: Format, device: Any) -> Format | Sharding:
+    """Return the placement of a shard on a device, whose layout must be row-major."""
+    sharding = SingleDeviceSharding(device)
+    # Only TPUs have another default layout, and JAX compiles a program for each transfer that names a layout.
+    return Format(row_major.layout, sharding) if device.platform == "tpu" else sharding
 
 
 def quantized_as(source: TensorSource, decoder: Decoder, names: dict[Path, TensorName]) -> TensorSource:
