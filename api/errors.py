@@ -1,4 +1,4 @@
-"""The single mapping from exceptions to HTTP status codes and OpenAI's error object."""
+"""The single mapping from jaxserve's exceptions to HTTP status codes and OpenAI's error object."""
 
 import logging
 import uuid

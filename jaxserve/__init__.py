@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 __all__ = ["LLM", "SamplingParams", "TextOptions"]
 
 
-_HOMES = {
+_LAZY_IMPORTS = {
     "LLM": "jaxserve.llm",
     "SamplingParams": "jaxserve.sampling_params",
     "TextOptions": "jaxserve.engine.output_processor",
@@ -22,6 +22,6 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
+    if name not in _LAZY_IMPORTS:
         raise AttributeError(f"module 'jaxserve' has no attribute {name!r}")
-    return getattr(importlib.import_module(_HOMES[name]), name)
+    return getattr(importlib.import_module(_LAZY_IMPORTS[name]), name)

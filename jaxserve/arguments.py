@@ -319,6 +319,9 @@ def _log_flags(group: argparse._ArgumentGroup) -> None:  # pyright: ignore[repor
 def parse_arguments(argv: Sequence[str]) -> ServeConfig:
     """Parse the flags and the config file.
 
+    Only what concerns several flags, or the text of one, is checked here. The ranges of values are checked by the
+    configs, in `jaxserve.config`.
+
     Raises:
         LaunchError: contradictory or impossible values, or a bad config file.
         SystemExit: unknown flags, `--help`.

@@ -60,8 +60,8 @@ def convert(name: str, destination: Path, dtype_name: str, adapter: str | None =
     for file in _SMALL_FILES:
         if path.is_dir() and (path / file).exists():
             shutil.copy(path / file, destination / file)
-    made_of = name if adapter is None else f"{name} with {adapter}"
-    manifest = orbax_io.Manifest(architecture=model.architecture, dtype=str(dtype), source=made_of)
+    source_label = name if adapter is None else f"{name} with {adapter}"
+    manifest = orbax_io.Manifest(architecture=model.architecture, dtype=str(dtype), source=source_label)
     orbax_io.save(destination, weights, manifest)
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(weights))
     print(f"wrote {size / 1e6:.0f} MB of {dtype} to {destination}")

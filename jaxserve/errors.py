@@ -8,7 +8,7 @@
     ├── UnavailableError      loading, draining or engine lost: 503
     └── LaunchError           bad flag, bad checkpoint, busy port: the launcher exits
 
-`api.errors` alone maps these to HTTP; nothing else knows a status code.
+`api.errors` alone maps these to HTTP status codes.
 """
 
 from enum import IntEnum

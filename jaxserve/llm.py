@@ -246,7 +246,7 @@ class LLM:
             prompt_token_ids=tuple(prompt),
             sampling=sampling,
             eos_token_ids=self._eos_token_ids,
-            adapter=self._adapter_key(adapter) if adapter else "",
+            adapter_key=self._adapter_key(adapter) if adapter else "",
             **fields,
         )
 

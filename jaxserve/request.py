@@ -62,7 +62,7 @@ class AdapterSource(msgspec.Struct, frozen=True, kw_only=True):
     """A LoRA adapter to load.
 
     Attributes:
-        key: key for `Request.adapter`: the name, a colon, and a suffix that makes every load unique, so that an adapter
+        key: key for `Request.adapter_key`: the name, a colon, and a suffix that makes every load unique, so that an adapter
             may replace another of the same name.
         folder: folder of the adapter's files.
         pinned: never evicted from host memory or from its slot on the device.
@@ -91,7 +91,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
         priority: higher runs earlier, and is preempted later, under the `priority` policy.
         grammar: grammar of the output, in llguidance's format; empty for none.
         thinking: limit on the output's thinking, if any.
-        adapter: key of the LoRA adapter to apply; empty for none.
+        adapter_key: key of the LoRA adapter to apply; empty for none.
     """
 
     id: str
@@ -103,7 +103,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     priority: int = 0
     grammar: str = ""
     thinking: ThinkingBudget | None = None
-    adapter: str = ""
+    adapter_key: str = ""
 
     @property
     def constrained(self) -> bool:

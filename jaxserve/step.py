@@ -35,7 +35,7 @@ class AdapterLoad(msgspec.Struct, frozen=True):
     """An adapter to load into a slot before the step runs."""
 
     slot: int
-    adapter: str
+    key: str
 
 
 class ScheduledRow(msgspec.Struct, frozen=True, kw_only=True):

@@ -110,7 +110,7 @@ def _choose(
         return Choice(
             makers["xla"](spec, mesh), "xla", f"the {native} kernel does not support it: {error}", is_fallback=True
         )
-    return Choice(impl, wanted, f"made for {platform}" if name == "auto" else "asked for")
+    return Choice(impl, wanted, f"native to {platform}" if name == "auto" else "requested")
 
 
 def lora_rank_multiple(mesh: Mesh) -> int:
@@ -143,7 +143,7 @@ def _require_hopper(mesh: Mesh) -> None:
     if jax.__version_info__ < (0, 11):
         raise NotImplementedError(f"the GPU kernels need JAX 0.11, this is {jax.__version__}")
     if not re.search(r"\bG?H(20|100|200|800)\b", device.device_kind):
-        raise NotImplementedError(f"the kernels are made for Hopper, not for {device.device_kind}")
+        raise NotImplementedError(f"the kernels support only Hopper, not {device.device_kind}")
 
 
 def _tpu_sampler(_: None, mesh: Mesh) -> Sampler:

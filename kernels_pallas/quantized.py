@@ -61,10 +61,10 @@ def dequantize(matrix: QuantizedMatrix, format: QuantizedFormat, dtype: DTypeLik
     """Return `(element - zero point) * scale` in `dtype`, [O, I]; products are in f32."""
     w_OI = _elements(matrix.values, format)
     if matrix.zero_oi is not None:
-        w_OI = w_OI - _spread(matrix.zero_oi.astype(jnp.float32), format, w_OI.shape)
+        w_OI = w_OI - _expand_blocks(matrix.zero_oi.astype(jnp.float32), format, w_OI.shape)
     elif format.element_type == "int4":
         w_OI = w_OI - INT4_ZERO
-    return (w_OI * _spread(f32_scales(matrix.scale_oi), format, w_OI.shape)).astype(dtype)
+    return (w_OI * _expand_blocks(f32_scales(matrix.scale_oi), format, w_OI.shape)).astype(dtype)
 
 
 def f32_scales(scale: jax.Array) -> jax.Array:
@@ -91,8 +91,8 @@ def _elements(values: jax.Array, format: QuantizedFormat) -> jax.Array:
     return float4(code) if format.element_type == "mxfp4" else code.astype(jnp.float32)
 
 
-def _spread(of_block: jax.Array, format: QuantizedFormat, shape: tuple[int, ...]) -> jax.Array:
+def _expand_blocks(block_values: jax.Array, format: QuantizedFormat, shape: tuple[int, ...]) -> jax.Array:
     """Repeat the value of each block for all elements of the block."""
     (num_rows, num_columns), (rows, columns) = shape, format.block
-    rows_Oi = jnp.repeat(of_block, rows, axis=0)[:num_rows] if rows > 1 else of_block
+    rows_Oi = jnp.repeat(block_values, rows, axis=0)[:num_rows] if rows > 1 else block_values
     return jnp.repeat(rows_Oi, columns, axis=1)[:, :num_columns] if columns else rows_Oi

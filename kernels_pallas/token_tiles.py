@@ -17,11 +17,11 @@ class Blocks(NamedTuple):
 
     Attributes:
         group_C: i32; unused blocks repeat the group of the last used one.
-        num_1: i32, number of used blocks, which come first.
+        num_live_1: i32, number of used blocks, which come first.
     """
 
     group_C: jax.Array
-    num_1: jax.Array
+    num_live_1: jax.Array
 
 
 class PermutedRows(NamedTuple):
@@ -44,7 +44,7 @@ def choose_block_rows(num_rows: int, num_groups: int, *, min_rows: int, max_rows
     return rows
 
 
-def most_blocks(num_rows: int, num_groups: int, block_rows: int) -> int:
+def max_num_blocks(num_rows: int, num_groups: int, block_rows: int) -> int:
     """Return the maximum number of blocks that rows need, however they are distributed over groups."""
     # Every group with rows fills all but its last block.
     return (num_rows + min(num_rows, num_groups) * (block_rows - 1)) // block_rows
@@ -59,7 +59,7 @@ def sort_into_blocks(group_R: jax.Array, num_groups: int, block_rows: int) -> tu
         block_rows: rows per block.
     """
     num_rows = group_R.shape[0]
-    num_blocks = most_blocks(num_rows, num_groups, block_rows)
+    num_blocks = max_num_blocks(num_rows, num_groups, block_rows)
     order_R = jnp.argsort(group_R, stable=True).astype(jnp.int32)
     size_G = jnp.zeros(num_groups, jnp.int32).at[group_R].add(1, mode="drop")
     end_G = jnp.cumsum(size_G)

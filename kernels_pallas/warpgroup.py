@@ -52,13 +52,13 @@ def product(left: Any, right: Any, width: int) -> jax.Array:
     return pl.run_scoped(multiply, plgpu.WGMMAAccumulatorRef((WARPGROUP_ROWS, width), jnp.float32))
 
 
-def meet(barrier: Any) -> None:
+def arrive_and_wait(barrier: Any) -> None:
     """Arrive at a barrier, and wait until all warpgroups that share it have arrived."""
     plgpu.barrier_arrive(barrier)
     plgpu.barrier_wait(barrier)
 
 
-def along_rows(x_m: jax.Array, width: int) -> jax.Array:
+def broadcast_rows(x_m: jax.Array, width: int) -> jax.Array:
     """Broadcast one value per row across the `width` columns."""
     return lax.broadcast_in_dim(x_m, (WARPGROUP_ROWS, width), [0])
 

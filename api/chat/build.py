@@ -61,7 +61,7 @@ def build_chat(builder: RequestBuilder, body: ChatCompletionRequest) -> Prepared
             num_logprobs=(body.top_logprobs or 0) if body.logprobs else None,
         ),
         num_choices=body.n or 1,
-        adapter=model.adapter_keys[0],
+        adapter_key=model.adapter_keys[0],
         grammar=grammar,
         thinking=_thinking(builder, body, prompt.in_reasoning, forced=tools is not None and tools.forced),
     )
@@ -123,8 +123,8 @@ def render(
         )
     template = builder.model.tokenizer.chat_template
     turns = template_messages(messages, template.source or "")
-    shown = None if tools is None else tools.shown
-    return template.render(turns, kwargs, tools=shown, continue_final_message=continue_final)
+    template_tools = None if tools is None else tools.template_tools
+    return template.render(turns, kwargs, tools=template_tools, continue_final_message=continue_final)
 
 
 def template_kwargs(body: ChatCompletionRequest) -> dict[str, Any]:

@@ -22,13 +22,13 @@ class ToolUse:
     """The tools of a request, and how the model may call them.
 
     Attributes:
-        shown: definitions that are passed to the chat template.
+        template_tools: definitions that are passed to the chat template.
         callable: tools that the model may call.
         forced: the model must call a tool.
         parallel: the model may make several calls.
     """
 
-    shown: Sequence[dict[str, Any]]
+    template_tools: Sequence[dict[str, Any]]
     callable: Sequence[Tool]
     forced: bool
     parallel: bool
@@ -51,14 +51,14 @@ def read_tools(body: ChatCompletionRequest) -> ToolUse | None:
     if not body.tools:
         if body.tool_choice in (None, "none", "auto"):
             return None
-        raise RequestError(f"tool_choice {_shown(body.tool_choice)} needs tools", param="tool_choice")
+        raise RequestError(f"tool_choice {_to_json(body.tool_choice)} needs tools", param="tool_choice")
     if len(body.tools) > _MAX_TOOLS:
         raise RequestError(f"{len(body.tools)} tools, the limit is {_MAX_TOOLS}", param="tools")
     tools = [_tool(definition, index) for index, definition in enumerate(body.tools)]
     names = [tool.name for tool in tools]
     if len(set(names)) != len(names):
         raise RequestError("tool names must be unique", param="tools")
-    shown = [_as_shown(definition) for definition in body.tools]
+    template_tools = [_template_tool(definition) for definition in body.tools]
     parallel = body.parallel_tool_calls is not False
     match body.tool_choice:
         case "none":
@@ -69,9 +69,9 @@ def read_tools(body: ChatCompletionRequest) -> ToolUse | None:
                     f"tool_choice names {function.name!r}; tools has {', '.join(names)}", param="tool_choice"
                 )
             index = names.index(function.name)
-            return ToolUse(shown=[shown[index]], callable=[tools[index]], forced=True, parallel=False)
+            return ToolUse(template_tools=[template_tools[index]], callable=[tools[index]], forced=True, parallel=False)
         case choice:
-            return ToolUse(shown=shown, callable=tools, forced=choice == "required", parallel=parallel)
+            return ToolUse(template_tools=template_tools, callable=tools, forced=choice == "required", parallel=parallel)
 
 
 def _tool(definition: ToolDefinition, index: int) -> Tool:
@@ -89,11 +89,11 @@ def _tool(definition: ToolDefinition, index: int) -> Tool:
     return Tool(name=function.name, parameters=parameters, strict=bool(function.strict))
 
 
-def _as_shown(definition: ToolDefinition) -> dict[str, Any]:
+def _template_tool(definition: ToolDefinition) -> dict[str, Any]:
     function: dict[str, Any] = {"name": definition.function.name, "description": definition.function.description or ""}
     function["parameters"] = definition.function.parameters or {"type": "object", "properties": {}}
     return {"type": "function", "function": function}
 
 
-def _shown(choice: Any) -> str:
+def _to_json(choice: Any) -> str:
     return msgspec.json.encode(choice).decode()

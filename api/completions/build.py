@@ -37,7 +37,7 @@ def build_completions(builder: RequestBuilder, body: CompletionRequest) -> list[
     num_logprobs = 0 if body.logprobs is None and best_of > num_choices else body.logprobs
     max_tokens = _DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
     prepared: list[Prepared] = []
-    for ids, adapter in zip(prompt_ids, model.adapter_keys, strict=True):
+    for ids, key in zip(prompt_ids, model.adapter_keys, strict=True):
         sampling = builder.sampling(
             body,
             builder.model.generation.sampling,
@@ -45,7 +45,7 @@ def build_completions(builder: RequestBuilder, body: CompletionRequest) -> list[
             num_logprobs=num_logprobs,
             prompt_logprobs=bool(body.echo) and body.logprobs is not None,
         )
-        request = builder.request(body, ids, sampling=sampling, num_choices=best_of, grammar=grammar, adapter=adapter)
+        request = builder.request(body, ids, sampling=sampling, num_choices=best_of, grammar=grammar, adapter_key=key)
         prepared.append(Prepared(model.name, request, builder.text_options(body), param))
     return prepared
 

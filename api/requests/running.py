@@ -41,7 +41,7 @@ class RunningRequest:
         if answer_id in server.running:
             raise RequestError(f"request id {answer_id!r} is in use", param="rid")
         for item in prepared:
-            server.adapters.check_loaded(item.request.adapter)
+            server.adapters.check_loaded(item.request.adapter_key)
         server.client.check_capacity(sum(item.request.num_choices for item in prepared))
         self._server = server
         self._timer = RequestTimer(server.metrics)

@@ -224,18 +224,18 @@ class _Response:
             yield self._event("response.output_item.added", output_index=block.index, item=self._items[-1])
             yield from self._part_event("added", block)
         elif phase is Phase.DELTA:
-            place = self._place(block)
+            location = self._event_location(block)
             if block.kind is BlockKind.TEXT:
-                place["logprobs"], self._new_logprobs = self._new_logprobs, []
-                self._logprobs += place["logprobs"]
-            yield self._event(f"response.{_TEXTS[block.kind]}.delta", **place, delta=text)
+                location["logprobs"], self._new_logprobs = self._new_logprobs, []
+                self._logprobs += location["logprobs"]
+            yield self._event(f"response.{_TEXTS[block.kind]}.delta", **location, delta=text)
         else:
             item = self._items[block.index]
             _fill(item, block, self._logprobs)
             self._logprobs = []
             item.status = "incomplete" if cut_off or block.failed else "completed"
             key = "arguments" if block.kind is BlockKind.CALL else "text"
-            yield self._event(f"response.{_TEXTS[block.kind]}.done", **self._place(block), **{key: block.text})
+            yield self._event(f"response.{_TEXTS[block.kind]}.done", **self._event_location(block), **{key: block.text})
             yield from self._part_event("done", block)
             yield self._event("response.output_item.done", output_index=block.index, item=item)
 
@@ -243,17 +243,17 @@ class _Response:
         """Yield a content part event if the block is a message; other items have none."""
         item = self._items[block.index]
         if isinstance(item, OutputMessage):
-            place = {"item_id": item.id, "output_index": block.index, "content_index": 0}
+            location = {"item_id": item.id, "output_index": block.index, "content_index": 0}
             part = item.content[0] if item.content else OutputText("")
-            yield self._event(f"response.content_part.{name}", **place, part=part)
+            yield self._event(f"response.content_part.{name}", **location, part=part)
 
-    def _place(self, block: Block) -> dict[str, Any]:
-        place: dict[str, Any] = {"item_id": self._items[block.index].id, "output_index": block.index}
+    def _event_location(self, block: Block) -> dict[str, Any]:
+        location: dict[str, Any] = {"item_id": self._items[block.index].id, "output_index": block.index}
         if block.kind is not BlockKind.CALL:
-            place["content_index"] = 0
+            location["content_index"] = 0
         if block.kind is BlockKind.TEXT:
-            place["logprobs"] = self._logprobs
-        return place
+            location["logprobs"] = self._logprobs
+        return location
 
     def _event(self, kind: str, **fields: Any) -> bytes:
         sequence, self._sequence = self._sequence, self._sequence + 1

@@ -136,7 +136,7 @@ class QuantizationConfig(Config, frozen=True):
         scale_dtype: dtype of the scales; e8m0 scales are exponents of two.
         zeros: each block of integers has a zero point.
         parts: parts of the model whose linear modules are quantised.
-        kept: names or patterns of modules that are not quantised, as the checkpoint lists them.
+        unquantized_modules: names or patterns of modules that are not quantised, as the checkpoint lists them.
     """
 
     element_type: Literal["fp8", "int8", "int4", "mxfp4"]
@@ -144,7 +144,7 @@ class QuantizationConfig(Config, frozen=True):
     scale_dtype: Literal["float32", "bfloat16", "e8m0"] = "float32"
     zeros: bool = False
     parts: tuple[QuantizedPart, ...] = ("attention", "mlp", "shared_expert", "experts")
-    kept: tuple[str, ...] = ()
+    unquantized_modules: tuple[str, ...] = ()
 
 
 class MlaConfig(Config, frozen=True):

@@ -127,7 +127,7 @@ class Followers:
                     case Sampled(step=step, digest=digest):
                         self.compare(step, digest, rank)
                     case MinOverHosts(value=value):
-                        self._note_meeting(value)
+                        self._note_barrier(value)
                     case Failed(step=step, reason=reason):
                         self._await_reset(rank, step, reason)
                     case other:
@@ -136,7 +136,7 @@ class Followers:
             if not self._finished:
                 self._give_up(f"host {rank} is lost: {error}")
 
-    def _note_meeting(self, value: int) -> None:
+    def _note_barrier(self, value: int) -> None:
         with self._changed:
             self._minima.append(value)
             self._changed.notify_all()

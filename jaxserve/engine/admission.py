@@ -83,8 +83,8 @@ class Admission:
         Raises:
             RuntimeError: the request is constrained, and `use_tokenizer` was not called.
         """
-        if request.adapter and (self._adapters is None or not self._adapters.acquire(request)):
-            error = f"the adapter {adapter_name(request.adapter)!r} is not loaded"
+        if request.adapter_key and (self._adapters is None or not self._adapters.acquire(request)):
+            error = f"the adapter {adapter_name(request.adapter_key)!r} is not loaded"
             self._end(request, FinishReason.ERROR, error=error, refused=True)
             return []
         if request.constrained and self._grammars is None:
@@ -166,7 +166,7 @@ class Admission:
 
     def _await_adapter(self, waiting: _Waiting) -> list[Admitted]:
         request = waiting.request
-        if request.adapter:
+        if request.adapter_key:
             assert self._adapters is not None
             if not self._adapters.start(request):
                 return []

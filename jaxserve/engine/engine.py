@@ -25,7 +25,7 @@ from jaxserve.engine.messages import (
     UnloadAdapter,
     UseTokenizer,
 )
-from jaxserve.lora.store import AdapterStore, Answer
+from jaxserve.lora.store import AdapterStore, OnDone
 from jaxserve.request import AdapterSource, GrammarTokenizer, Request, TokenDelta
 from jaxserve.runner_protocol import Pending, Runner
 from jaxserve.scheduling.data_parallel import DataParallelScheduler
@@ -103,19 +103,19 @@ class Engine:
         """Accept constrained requests from now on."""
         self._admission.use_tokenizer(tokenizer)
 
-    def load_adapter(self, source: AdapterSource, answer: Answer) -> None:
-        """Load a LoRA adapter while requests run; `answer` is called in a later step with an error, or None."""
+    def load_adapter(self, source: AdapterSource, on_done: OnDone) -> None:
+        """Load a LoRA adapter while requests run; `on_done` is called in a later step with an error, or None."""
         if self._adapters is None:
-            answer("the engine runs without LoRA")
+            on_done("the engine runs without LoRA")
         else:
-            self._adapters.load(source, answer)
+            self._adapters.load(source, on_done)
 
-    def unload_adapter(self, key: str, answer: Answer) -> None:
-        """Refuse new requests with an adapter, and unload it after the last one; `answer` is called then."""
+    def unload_adapter(self, key: str, on_done: OnDone) -> None:
+        """Refuse new requests with an adapter, and unload it after the last one; `on_done` is called then."""
         if self._adapters is None:
-            answer("the engine runs without LoRA")
+            on_done("the engine runs without LoRA")
         else:
-            self._adapters.unload(key, answer)
+            self._adapters.unload(key, on_done)
 
     def add(self, request: Request) -> None:
         """Queue a request.

@@ -19,7 +19,7 @@ from jax.typing import DTypeLike
 
 from jaxserve.config import QuantizationConfig
 from jaxserve.layers.context import LayerContext, LoraGroup, Path
-from jaxserve.layers.quantized_linear import multiply
+from jaxserve.layers.linear_kernel import multiply
 from kernels_pallas.grouped_matmul.api import Matrices
 from kernels_pallas.quantized import QuantizedFormat
 from kernels_pallas.stacked import Stacked
@@ -102,13 +102,13 @@ def weight_params(
     rows, columns = format.block
     blocks = (*lead, -(-num_rows // rows), -(-num_columns // columns) if columns else 1)
     block_axes = axes if columns else (*axes[:-1], None)
-    of_blocks = partial(param, blocks, axes=block_axes, keep_stacked=keep_stacked, packing=Packing(block_rows=rows))
+    block_spec = partial(param, blocks, axes=block_axes, keep_stacked=keep_stacked, packing=Packing(block_rows=rows))
     scale_dtype = _SCALE_DTYPES.get(quantization.scale_dtype) or jnp.dtype(quantization.scale_dtype)
     entries, packing = (*lead, num_rows, num_columns // format.per_byte), Packing(per_byte=format.per_byte)
     return QuantizedParam(
         param(entries, format.dtype, axes, keep_stacked=keep_stacked, absorbed_only=absorbed_only, packing=packing),
-        of_blocks(scale_dtype),
-        of_blocks(jnp.dtype(jnp.uint8)) if quantization.zeros else None,
+        block_spec(scale_dtype),
+        block_spec(jnp.dtype(jnp.uint8)) if quantization.zeros else None,
     )
 
 
@@ -151,7 +151,7 @@ class Linear(nnx.Module):
         self.bias = param((out_size,), dtype, axes[:1]) if bias else None
         self.path: Path = ()
         self._axes = axes
-        self._form = None if quantization is None else format_of(quantization)
+        self._format = None if quantization is None else format_of(quantization)
 
     def __call__(self, x_TI: jax.Array, ctx: LayerContext) -> jax.Array:
         """[T, in] -> [T, out]."""
@@ -168,7 +168,7 @@ class Linear(nnx.Module):
 
     def matrix(self, dtype: jnp.dtype) -> jax.Array:
         """Return the weight, [out, in]; a quantised weight is dequantised to `dtype`."""
-        if self._form is None:
+        if self._format is None:
             return self.weight[...]
         matrices, layer = self._stacked()
         return matrices.matrix(layer, dtype)
@@ -180,7 +180,7 @@ class Linear(nnx.Module):
         )
         assert weight is not None
         assert scale is not None
-        return Matrices(weight.stack, scale.stack, None if zero is None else zero.stack, self._form), weight.layer
+        return Matrices(weight.stack, scale.stack, None if zero is None else zero.stack, self._format), weight.layer
 
 
 def apply_group(linears: Sequence[Linear], x_TI: jax.Array, ctx: LayerContext) -> list[jax.Array]:

@@ -78,7 +78,7 @@ class MlaPrefillWorkspace:
             mha += pairs * mha_pair + length * per_token
         return PrefillCosts(absorbed, mha if num_pages <= config.num_pages else math.inf)
 
-    def can_pay(self, num_tokens: int) -> bool:
+    def can_be_cheaper(self, num_tokens: int) -> bool:
         """Return whether a step of `num_tokens` tokens can be cheaper in the MHA form; longer sequences favour it."""
         costs = self.costs([(min(num_tokens, self.num_tokens), self.num_tokens)])
         return costs.mha < costs.absorbed

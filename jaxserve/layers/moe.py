@@ -199,8 +199,8 @@ class ExpertLinear(nnx.Module):
     def _of_blocks(self) -> tuple[Any, Any]:
         return self.scale, self.zero
 
-    def _block_specs(self, of_blocks: Any, mesh: Mesh) -> P:
-        axes: Axes = of_blocks.get_metadata()["logical_axes"]
+    def _block_specs(self, block_spec: Any, mesh: Mesh) -> P:
+        axes: Axes = block_spec.get_metadata()["logical_axes"]
         return _in_replica(partition_spec(("layers", *axes), (1, *self._shape), mesh))
 
 
@@ -221,7 +221,7 @@ class Experts(nnx.Module):
         number, inner, outer = experts.num_experts, experts.intermediate_size, config.hidden_size
         make = partial(ExpertLinear, bias=experts.bias, dtype=dtype, quantization=config.quantized("experts"))
         quantization = config.quantized("experts")
-        self._form = None if quantization is None else format_of(quantization)
+        self._format = None if quantization is None else format_of(quantization)
         axis = "experts_shared" if args.parallelism.shared_experts else "experts"
         self.gate_proj = make((number, inner, outer), axes=(axis, "expert_mlp", "hidden"))
         self.up_proj = make((number, inner, outer), axes=(axis, "expert_mlp", "hidden"))
@@ -267,7 +267,7 @@ class Experts(nnx.Module):
         if slot_T is not None and ctx.lora.experts is not None:
             adapters = ctx.lora.experts._replace(slot_T=slot_T)
             by_adapter = self._sort_by_adapter(adapters, own_TU, num_experts, permuted, row_bytes)
-        rows = _Rows(matmul, self._form, blocks, by_adapter)
+        rows = _Rows(matmul, self._format, blocks, by_adapter)
         x_PD = x_TD[permuted.row_P // top_k]
         gate_PF, up_PF = (each.multiply(x_PD, rows) for each in (gate, up))
         h_PF = self._gated(gate_PF, up_PF)

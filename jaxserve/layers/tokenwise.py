@@ -32,7 +32,7 @@ class Tokenwise(Protocol):
         ...
 
 
-class AtOnce:
+class WholeBatch:
     """Processes all tokens together."""
 
     def __call__(self, function: Callable[..., Any], *arrays: jax.Array, shared: tuple[Any, ...] = ()) -> Any:
@@ -44,7 +44,7 @@ class AtOnce:
         return function(*arrays)
 
 
-class InTiles:
+class Tiled:
     """Processes tiles of 16 tokens, one after the other; the last tile is padded with zeros."""
 
     def __call__(self, function: Callable[..., Any], *arrays: jax.Array, shared: tuple[Any, ...] = ()) -> Any:

@@ -64,7 +64,7 @@ def layout_workspace(
         return None
     cost = _KERNEL_WRITE_COST if by_kernel else _CPU_WRITE_COST
     workspace = MlaPrefillWorkspace(mla=model.mla, backend=backend, write_cost=cost, mesh=mesh)
-    if not workspace.can_pay(scheduler.max_step_tokens):
+    if not workspace.can_be_cheaper(scheduler.max_step_tokens):
         logger.info(
             "MLA prompts always take the absorbed form: the MHA form would never pay with a workspace of %d tokens",
             workspace.num_tokens,

@@ -36,7 +36,7 @@ _IGNORED_SUFFIXES = ("rotary_emb.inv_freq", "attention.bias", "attention.masked_
 # Scales of an FP8 KV cache. They are ignored: jaxserve casts to FP8 without scales, as the format's exponents suffice.
 _KV_SCALES = (".k_scale", ".v_scale", ".kv_scale")
 _MAX_LISTED = 20
-_PIECE_BYTES = 16 << 20
+_CHUNK_BYTES = 16 << 20
 _ALIGNMENT = 64
 
 
@@ -189,7 +189,7 @@ class _ParamReader:
             out[...] = repeat_heads(whole, 0, self._head_rows, self._replication)[index]
             return
         start_row, end_row, _ = index[0].indices(num_rows)
-        step = max(1, _PIECE_BYTES * len(out) // max(1, out.nbytes))
+        step = max(1, _CHUNK_BYTES * len(out) // max(1, out.nbytes))
         for start in range(0, len(out), step):
             first = first_row + start_row + start
             part = slice(first, min(first + step, first_row + end_row))

@@ -78,7 +78,7 @@ class _Target(NamedTuple):
     row_step: int = 1
 
 
-class _Piece(NamedTuple):
+class _TargetTensors(NamedTuple):
     """LoRA matrices for a target."""
 
     target: _Target
@@ -98,7 +98,7 @@ def make_delta(adapter: PeftAdapter, decoder: Decoder, names: Mapping[Path, Tens
     """
     specs = adaptable(decoder)
     targets = _targets(specs, names)
-    pieces: list[_Piece] = []
+    target_tensors: list[_TargetTensors] = []
     problems: list[str] = []
     for module, tensors in adapter.modules.items():
         if module not in targets:
@@ -113,18 +113,18 @@ def make_delta(adapter: PeftAdapter, decoder: Decoder, names: Mapping[Path, Tens
         made_for = (*tensors.a_RI.shape[:-2], tensors.b_OR.shape[-2], tensors.a_RI.shape[-1])
         wanted = (*experts, sum(rows), spec.num_inputs)
         if made_for != wanted:
-            problems.append(f"{module}: made for a weight of {made_for}, not {wanted}")
+            problems.append(f"{module}: expects a weight of shape {made_for}, the model has {wanted}")
             continue
         for target, own_rows, (head_rows, times) in zip(targets[module], rows, heads, strict=True):
             b_OR = tensors.b_OR[..., target.first_row :: target.row_step, :][..., :own_rows, :]
             b_OR = repeat_heads(b_OR, 0, head_rows, times) if times > 1 else b_OR
             own = tensors._replace(b_OR=b_OR)
-            pieces.append(_Piece(target, own if len(targets[module]) == 1 else _without_idle_ranks(own)))
+            target_tensors.append(_TargetTensors(target, own if len(targets[module]) == 1 else _without_idle_ranks(own)))
     if problems:
         raise AdapterError(f"the adapter does not fit the model: {listed(problems)}")
-    rank = max(piece.tensors.a_RI.shape[-2] for piece in pieces)
+    rank = max(item.tensors.a_RI.shape[-2] for item in target_tensors)
     weights: dict[Path, LoraWeights] = {}
-    for target, tensors in pieces:
+    for target, tensors in target_tensors:
         _put(weights, target, specs[target.path], tensors, rank)
     return AdapterDelta(weights, rank, decoder.config.tie_word_embeddings)
 

@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 _READ_POLL_S = 0.005
 
 # Called with an error message, or None on success.
-Answer: TypeAlias = Callable[[str | None], None]
+OnDone: TypeAlias = Callable[[str | None], None]
 
 
 class Ready(NamedTuple):
@@ -53,8 +53,8 @@ class _Entry:
     evicting: bool = False
     num_requests: int = 0
     num_active: int = 0
-    loaded: Answer | None = None
-    unloaded: Answer | None = None
+    loaded: OnDone | None = None
+    unloaded: OnDone | None = None
 
     @property
     def open(self) -> bool:
@@ -118,13 +118,13 @@ class AdapterStore:
         entry = self._entries[source.key] = _Entry(source)
         self._note_held(entry, adapter)
 
-    def load(self, source: AdapterSource, loaded: Answer) -> None:
+    def load(self, source: AdapterSource, loaded: OnDone) -> None:
         """Queue an adapter to be read; its key must be new."""
         assert source.key not in self._entries
         self._entries[source.key] = _Entry(source, loaded=loaded)
         self._wanted[source.key] = None
 
-    def unload(self, key: str, unloaded: Answer) -> None:
+    def unload(self, key: str, unloaded: OnDone) -> None:
         """Unload an adapter once the last request that uses it has ended."""
         entry = self._entries.get(key)
         if entry is None or not entry.open:
@@ -134,7 +134,7 @@ class AdapterStore:
 
     def acquire(self, request: Request) -> bool:
         """Keep the adapter of a request until its last choice is released; False if the adapter is not loaded."""
-        entry = self._entries.get(request.adapter)
+        entry = self._entries.get(request.adapter_key)
         if entry is None or not entry.open:
             return False
         entry.num_requests += 1
@@ -246,7 +246,7 @@ class AdapterStore:
 
     def _take_waiting(self, entry: _Entry) -> list[Request]:
         """Remove and return the requests that wait for an adapter."""
-        found = [request for request in self._waiting.values() if request.adapter == entry.source.key]
+        found = [request for request in self._waiting.values() if request.adapter_key == entry.source.key]
         for request in found:
             del self._waiting[request.id]
         return found

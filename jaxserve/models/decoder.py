@@ -24,7 +24,7 @@ from jaxserve.layers.mla import MlaAttention
 from jaxserve.layers.mla_prefill import MlaPrefillWorkspace
 from jaxserve.layers.moe import MoE
 from jaxserve.layers.rope import rope_cos_sin
-from jaxserve.layers.tokenwise import AtOnce, InTiles, Tokenwise
+from jaxserve.layers.tokenwise import WholeBatch, Tiled, Tokenwise
 from jaxserve.models.hf.tensor_name import TensorName
 from jaxserve.models.layer_scan import LayerGroup, LayerIndex, LayerStacks, group_layers
 from jaxserve.models.param_spec import ParamSpec, Path, Weights, tree_of
@@ -167,7 +167,7 @@ class Decoder:
         self.args = args
         self.config = config = args.config
         self.dtype = dtype = args.dtype
-        self.tokenwise: Tokenwise = InTiles() if args.batch_invariant else AtOnce()
+        self.tokenwise: Tokenwise = Tiled() if args.batch_invariant else WholeBatch()
         self._build_layer = build_layer
         self._modules: Any = nnx.eval_shape(lambda: _Modules(config, dtype))
         self._kinds: dict[LayerConfig, Any] = {

@@ -51,7 +51,7 @@ def read_mla(config: Mapping[str, Any]) -> ModelConfig:
         {**config, "num_key_value_heads": 1, "head_dim": mla.kv_lora_rank + mla.qk_rope_head_dim}
     )
     return msgspec.structs.replace(
-        model, mla=mla, attention_scale=(mla.qk_nope_head_dim + mla.qk_rope_head_dim) ** -0.5 * _stretch(config) ** 2
+        model, mla=mla, attention_scale=(mla.qk_nope_head_dim + mla.qk_rope_head_dim) ** -0.5 * _query_scale(config) ** 2
     )
 
 
@@ -67,7 +67,7 @@ def read_experts(config: Mapping[str, Any], num_shared: int = 1) -> dict[str, An
     }
 
 
-def _stretch(config: Mapping[str, Any]) -> float:
+def _query_scale(config: Mapping[str, Any]) -> float:
     """Return the multiplier of queries and of keys for a stretched context."""
     scaling: Mapping[str, Any] = config.get("rope_parameters") or config.get("rope_scaling") or {}
     if scaling.get("rope_type", scaling.get("type", "default")) == "default":

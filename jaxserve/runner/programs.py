@@ -92,7 +92,7 @@ class StepModel(NamedTuple):
         if (workspace := self.mla_workspace) is not None:
             mixed = (bucket for bucket in self.buckets if not bucket.single_tokens)
             shapes += [
-                ForwardShape(bucket, mha_prefill=True) for bucket in mixed if workspace.can_pay(bucket.num_tokens)
+                ForwardShape(bucket, mha_prefill=True) for bucket in mixed if workspace.can_be_cheaper(bucket.num_tokens)
             ]
         return shapes
 
@@ -109,51 +109,59 @@ class StepPrograms:
         self._model = model
         self.num_replicas: int = model.mesh.shape[DATA]
         self.by_replica = NamedSharding(model.mesh, P(DATA))
-        # Every host reads the tokens of all replicas, but may hold only some of them.
-        out = NamedSharding(model.mesh, P()) if model.mesh.is_multi_process else self.by_replica
         # Logits stay where they are made: split over the vocabulary, as the output head is.
         vocab_axis = partition_spec(("vocab",), (model.layout.vocab_size,), model.mesh)[0]
         self._shard = Shard(model.layout.vocab_size, vocab_axis if model_size(model.mesh) > 1 else None)
-        by_id = P(DATA, self._shard.axis_name)
-        self._by_id = NamedSharding(model.mesh, by_id)
+        self._by_id = NamedSharding(model.mesh, P(DATA, self._shard.axis_name))
         sampling: list[Any] = [self._by_id, self.by_replica, self.by_replica, self.by_replica]
         arrays: list[Any] = [self.by_replica, SamplingState(*sampling)]
         self._state_sharding = DeviceState(*arrays)
-        state = jax.tree.map(lambda sharding: sharding.spec, self._state_sharding)
-        options = compiler_options(model.mesh)
-        lora_ops = model.lora_ops()
-        weight_specs = model.decoder.weight_tree(lambda spec: over_replicas(spec.axes))
-        pool_over_replicas = tree_of((path, over_replicas(spec.axes)) for path, spec in self._lora_pool_specs().items())
         # Keys: whether rows have adapters, and whether MLA prompts take the MHA form.
         self._forward = {
-            (adapted, mha_prefill): jax.jit(
-                # Manual over `data` only; the compiler partitions over the axes of `MODEL`.
-                self._per_replica(
-                    partial(_forward, _ForwardModel(model.decoder, model.ops(mha_prefill=mha_prefill), lora_ops)),
-                    {DATA},
-                    (weight_specs, pool_over_replicas if adapted else {}, P(DATA), P(DATA), P(DATA)),
-                    P(DATA),
-                ),
-                donate_argnums=2,
-                out_shardings=(self._cache_shardings(), self._by_id),
-                compiler_options=options,
-            )
+            (adapted, mha_prefill): self._jit_forward(adapted=adapted, mha_prefill=mha_prefill)
             for adapted, mha_prefill in ((False, False), (True, False), (False, True))
         }
-        self._sample = jax.jit(
-            self._per_replica(
-                partial(_sample, model.decoder, model.backends.sampler, self._shard),
-                {DATA, *MODEL},
-                (by_id, state, P(DATA), P(DATA)),
-                (state, P(DATA)),
-            ),
-            donate_argnums=1,
-            out_shardings=(self._state_sharding, out),
-            compiler_options=options,
-        )
+        self._sample = self._jit_sample()
         self._write_row = jax.jit(write_row, donate_argnums=0, out_shardings=self._state_sharding)
         lora_pool_shardings = jax.tree.map(lambda leaf: leaf.sharding, self.lora_pool_shapes())
         self._write_slot = jax.jit(write_slot, donate_argnums=0, out_shardings=lora_pool_shardings)
+
+    def _jit_forward(self, *, adapted: bool, mha_prefill: bool) -> Any:
+        model = self._model
+        weight_specs = model.decoder.weight_tree(lambda spec: over_replicas(spec.axes))
+        pool_specs = tree_of((path, over_replicas(spec.axes)) for path, spec in self._lora_pool_specs().items())
+        static = _ForwardModel(model.decoder, model.ops(mha_prefill=mha_prefill), model.lora_ops())
+        # Manual over `data` only; the compiler partitions over the axes of `MODEL`.
+        function = self._per_replica(
+            partial(_forward, static),
+            {DATA},
+            (weight_specs, pool_specs if adapted else {}, P(DATA), P(DATA), P(DATA)),
+            P(DATA),
+        )
+        return jax.jit(
+            function,
+            donate_argnums=2,
+            out_shardings=(self._cache_shardings(), self._by_id),
+            compiler_options=compiler_options(model.mesh),
+        )
+
+    def _jit_sample(self) -> Any:
+        mesh = self._model.mesh
+        state = jax.tree.map(lambda sharding: sharding.spec, self._state_sharding)
+        function = self._per_replica(
+            partial(_sample, self._model.decoder, self._model.backends.sampler, self._shard),
+            {DATA, *MODEL},
+            (self._by_id.spec, state, P(DATA), P(DATA)),
+            (state, P(DATA)),
+        )
+        # Every host reads the tokens of all replicas, but may hold only some of them.
+        out = NamedSharding(mesh, P()) if mesh.is_multi_process else self.by_replica
+        return jax.jit(
+            function,
+            donate_argnums=1,
+            out_shardings=(self._state_sharding, out),
+            compiler_options=compiler_options(mesh),
+        )
 
     def lower_forward(self, shape: ForwardShape) -> jax.stages.Lowered:
         """Lower `(weights, lora_pool, cache, last_token_R, batch) -> (cache, logits)`; the cache is donated.

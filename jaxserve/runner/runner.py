@@ -224,7 +224,7 @@ class ModelRunner:
 
     def _load(self, load: AdapterLoad) -> None:
         """Write an adapter into a slot; steps in flight come before the write in the devices' queues."""
-        leaves = self._adapters[load.adapter].leaves
+        leaves = self._adapters[load.key].leaves
         contents = jax.tree.map(put, tree_of(leaves.items()), self._slot_shardings)
         self._lora_pool = self._write_slot(self._lora_pool, np.int32(load.slot), contents)
 

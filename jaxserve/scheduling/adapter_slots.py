@@ -30,42 +30,42 @@ class AdapterSlots:
         self._num_rows: Counter[str] = Counter()
         self._loads: list[AdapterLoad] = []
 
-    def has_free_slot(self, adapter: str) -> bool:
+    def has_free_slot(self, key: str) -> bool:
         """Whether `hold` would find a slot for the adapter."""
-        return not adapter or adapter in self._slots or bool(self._free) or self._idle() is not None
+        return not key or key in self._slots or bool(self._free) or self._idle() is not None
 
-    def hold(self, adapter: str) -> int:
+    def hold(self, key: str) -> int:
         """Return the adapter's slot and count one more row; the next step loads the adapter if the slot is new."""
-        if not adapter:
+        if not key:
             return 0
-        if adapter not in self._slots:
+        if key not in self._slots:
             if not self._free:
                 idle = self._idle()
                 assert idle is not None, "call has_free_slot before hold"
                 self._free.append(self._slots.pop(idle))
-            self._slots[adapter] = self._free.pop()
-            self._loads.append(AdapterLoad(self._slots[adapter], adapter))
+            self._slots[key] = self._free.pop()
+            self._loads.append(AdapterLoad(self._slots[key], key))
         elif self._policy == "lru":
-            self._slots.move_to_end(adapter)
-        self._num_rows[adapter] += 1
-        return self._slots[adapter]
+            self._slots.move_to_end(key)
+        self._num_rows[key] += 1
+        return self._slots[key]
 
-    def release(self, adapter: str) -> None:
+    def release(self, key: str) -> None:
         """Count one row fewer for the adapter."""
-        if adapter:
-            self._num_rows[adapter] -= 1
+        if key:
+            self._num_rows[key] -= 1
 
-    def pin(self, adapter: str) -> None:
+    def pin(self, key: str) -> None:
         """Never give the adapter's slot to another adapter."""
-        self._pinned.add(adapter)
+        self._pinned.add(key)
 
-    def forget(self, adapter: str) -> None:
+    def forget(self, key: str) -> None:
         """Free the slot of an adapter that is removed; no row may use it."""
-        assert not self._num_rows.pop(adapter, 0)
-        self._pinned.discard(adapter)
-        if (slot := self._slots.pop(adapter, None)) is not None:
+        assert not self._num_rows.pop(key, 0)
+        self._pinned.discard(key)
+        if (slot := self._slots.pop(key, None)) is not None:
             self._free.append(slot)
-            self._loads = [load for load in self._loads if load.adapter != adapter]
+            self._loads = [load for load in self._loads if load.key != key]
 
     def take_loads(self) -> tuple[AdapterLoad, ...]:
         """Return the loads for the next step: those added since the last call."""
@@ -73,5 +73,5 @@ class AdapterSlots:
         return loads
 
     def _idle(self) -> str | None:
-        movable = (adapter for adapter in self._slots if adapter not in self._pinned)
-        return next((adapter for adapter in movable if not self._num_rows[adapter]), None)
+        movable = (key for key in self._slots if key not in self._pinned)
+        return next((key for key in movable if not self._num_rows[key]), None)

@@ -43,9 +43,9 @@ class DataParallelScheduler:
 
     def schedule(self) -> Plans | None:
         """Plan the next step of every replica; return None if no replica can run."""
-        doubtful = next((scheduler for scheduler in self._schedulers if scheduler.quarantined), None)
+        quarantined = next((scheduler for scheduler in self._schedulers if scheduler.quarantined), None)
         plans = tuple(
-            scheduler.schedule() if doubtful is None or scheduler is doubtful else None
+            scheduler.schedule() if quarantined is None or scheduler is quarantined else None
             for scheduler in self._schedulers
         )
         return plans if any(plan is not None for plan in plans) else None

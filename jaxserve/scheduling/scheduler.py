@@ -308,14 +308,14 @@ class Scheduler:
                 return
             if sequence.num_in_flight or self._waits_for_prefix(sequence):
                 continue
-            if not self._adapters.has_free_slot(sequence.request.adapter):
+            if not self._adapters.has_free_slot(sequence.request.adapter_key):
                 continue  # those behind it may find a slot
             if not self._start(sequence, step):
                 return
 
     def _start(self, sequence: Sequence, step: StepBuilder) -> bool:
         """Give a waiting sequence a row and pages and run it in this step; return False if either is missing."""
-        if not self._free_rows or not self._adapters.has_free_slot(sequence.request.adapter):
+        if not self._free_rows or not self._adapters.has_free_slot(sequence.request.adapter_key):
             return False
         sequence.pages = self._match(sequence)
         sequence.num_indexed_pages = len(sequence.pages)
@@ -335,7 +335,7 @@ class Scheduler:
             if sequence.choice == 0:
                 self._num_prompt_tokens += sequence.num_prompt_tokens
                 self._num_cached_tokens += sequence.num_cached_tokens
-        step.admit(sequence, self._adapters.hold(sequence.request.adapter))
+        step.admit(sequence, self._adapters.hold(sequence.request.adapter_key))
         step.add(sequence, count)
         return True
 
@@ -407,7 +407,7 @@ class Scheduler:
         self._running.remove(sequence)
         assert sequence.row is not None
         self._free_rows.append(sequence.row)
-        self._adapters.release(sequence.request.adapter)
+        self._adapters.release(sequence.request.adapter_key)
         sequence.row = None
         self._prefixes.release(sequence.pages)
         sequence.pages = []

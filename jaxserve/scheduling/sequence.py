@@ -19,7 +19,7 @@ def choice_seed(seed: int, choice: int) -> int:
 
 def cache_key_prefix_of(request: Request) -> CacheKeyPrefix:
     """Return the request's key prefix in the prefix cache; requests with the same one may share pages."""
-    return (request.adapter, request.cache_salt)
+    return (request.adapter_key, request.cache_salt)
 
 
 class Sequence:

@@ -37,8 +37,8 @@ def paged_attention_reference(
                 if config.soft_cap is not None:
                     scores = config.soft_cap * np.tanh(scores / config.soft_cap)
                 sink = -np.inf if sinks_N is None else float(sinks_N[head])
-                top = max(scores.max(), sink)
-                weights = np.exp(scores - top)
-                total = weights.sum() + np.exp(sink - top)
-                o_TNH[token, head] = weights @ v_SKH[start : position + 1, head // group] / total
+                row_max = max(scores.max(), sink)
+                weights = np.exp(scores - row_max)
+                row_sum = weights.sum() + np.exp(sink - row_max)
+                o_TNH[token, head] = weights @ v_SKH[start : position + 1, head // group] / row_sum
     return o_TNH

@@ -203,7 +203,7 @@ def _filtered(size: int) -> Case:
 def _adjusted(size: int) -> Case:
     """Penalties, mask, bias and forbidden tokens, alone and together."""
     counts = {0: 2, 3: 1, size // 2: 5, size - 1: 1}
-    few = tuple(range(2, size, max(1, size // 3)))
+    allowed_ids = tuple(range(2, size, max(1, size // 3)))
     penalties: dict[str, Any] = {"repetition": 1.3, "frequency": 0.4, "presence": 0.6, "counts": counts}
     everything: dict[str, Any] = {**penalties, "bias": {1: 3.0, size - 1: 2.0}, "forbidden": (size - 3, 2)}
     allowed = tuple(range(1, size, 3))
@@ -215,9 +215,9 @@ def _adjusted(size: int) -> Case:
         Sample(name="bias", params=RowParams(seed=5, bias={4: 6.0, size - 1: 5.0, 0: -3.0})),
         Sample(name="bias forbids", params=RowParams(temperature=0, bias=dict.fromkeys(range(3, 17), -np.inf))),
         Sample(name="mask", params=RowParams(seed=7, allowed=allowed)),
-        Sample(name="mask with few", params=RowParams(seed=8, allowed=few, top_p=0.99), logprobs=True),
+        Sample(name="mask with few", params=RowParams(seed=8, allowed=allowed_ids, top_p=0.99), logprobs=True),
         Sample(name="mask with one", params=RowParams(seed=9, allowed=(size - 1,), top_k=3), logprobs=True),
-        Sample(name="mask and bias", params=RowParams(temperature=0, allowed=few, bias={few[-1]: 40.0, 0: 90.0})),
+        Sample(name="mask and bias", params=RowParams(temperature=0, allowed=allowed_ids, bias={allowed_ids[-1]: 40.0, 0: 90.0})),
         Sample(
             name="forbidden", params=RowParams(temperature=0, forbidden=(5, size - 1)), put={5: 40.0, size - 1: 50.0}
         ),

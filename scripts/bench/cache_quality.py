@@ -62,7 +62,7 @@ def main() -> None:
     cached = logprobs(config, token_ids)
     apart = np.abs(plain - cached)
     print(f"{len(plain)} tokens: mean {plain.mean():.4f}, with {config.kv_cache_dtype} {cached.mean():.4f}")
-    print(f"apart: mean {apart.mean():.4f}, largest {apart.max():.3f}")
+    print(f"absolute difference: mean {apart.mean():.4f}, largest {apart.max():.3f}")
 
 
 if __name__ == "__main__":

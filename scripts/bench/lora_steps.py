@@ -65,7 +65,7 @@ def main() -> None:
     built.runner.compile(lambda names: names)
     built.runner.warm_up()
     names = list(config.lora.paths)
-    loads = tuple(AdapterLoad(slot=slot, adapter=name) for slot, name in enumerate(names, 1))
+    loads = tuple(AdapterLoad(slot=slot, key=name) for slot, name in enumerate(names, 1))
     first = plan_step(built, 1, 1, len(names))
     built.runner.forward((msgspec.structs.replace(first, adapter_loads=loads),)).sample((None,)).result()
     for kind, num_rows, num_tokens in (("decode", _NUM_ROWS, 1), ("prompts", 4, _PROMPT_TOKENS)):

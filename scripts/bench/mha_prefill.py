@@ -55,7 +55,7 @@ def main() -> None:
     model = layout_engine(config, layout, _POOL_BYTES).step
     workspace = model.mla_workspace
     if workspace is None:
-        parser.error("--model-path: prompts of this model are not expanded")
+        parser.error("--model-path: this model has no MHA prefill")
     programs = StepPrograms(model)
     shapes = [ForwardShape(model.buckets[0], mha_prefill=mha) for mha in (False, True)]
     forwards = [programs.lower_forward(shape).compile() for shape in shapes]
@@ -77,7 +77,7 @@ def main() -> None:
         ratio = statistics.median(rounds[:, 1] / rounds[:, 0])
         costs = workspace.costs([(num_tokens, length)])
         print(
-            f"{num_tokens} tokens after {length - num_tokens}: over the cache {cached:.0f} ms, expanded {expanded:.0f} "
+            f"{num_tokens} tokens after {length - num_tokens}: absorbed {cached:.0f} ms, MHA {expanded:.0f} "
             f"ms, {ratio:.2f} of it; taken: {costs.mha < costs.absorbed}"
         )
         length *= 2

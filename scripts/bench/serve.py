@@ -161,7 +161,7 @@ def main() -> None:
     parser.add_argument("--input", type=int, default=128)
     parser.add_argument("--output", type=int, default=128)
     parser.add_argument("--shared", type=int, default=0, help="prompt tokens that all requests share")
-    parser.add_argument("--vocabulary", type=int, default=20000, help="ids are drawn below this")
+    parser.add_argument("--vocabulary", type=int, default=20000, help="token ids are sampled below this")
     parser.add_argument("--fields", type=json.loads, default={}, help="further fields of each body, as JSON")
     parser.add_argument("--requests", type=int, help="per run; twice the concurrency and at least 4 if unset")
     parser.add_argument("--runs", type=int, default=3, help="the table gives their median")

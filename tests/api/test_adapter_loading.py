@@ -105,7 +105,7 @@ async def test_load_use_unload_and_load_another_under_the_name(http: Http, engin
     await load(http, "x", "deep/pirate")
     # The pages cached with the earlier adapter of that name are not used.
     assert await complete(http, "x") == "FKP"
-    assert len({request.adapter for request in engine.submitted}) == 2
+    assert len({request.adapter_key for request in engine.submitted}) == 2
 
 
 @pytest.mark.parametrize(

@@ -54,13 +54,13 @@ async def test_names(http: AsyncTestClient[Litestar], engine: FakeEngineClient, 
         answer = await http.post(path, json=body | {"max_tokens": 1} | fields)
         assert answer.status_code == 200, answer.text
         assert answer.json()["model"] == (fields.get("model") or "tiny")
-        assert engine.submitted[-1].adapter == adapter
+        assert engine.submitted[-1].adapter_key == adapter
 
 
 async def test_one_adapter_for_each_prompt(http: AsyncTestClient[Litestar], engine: FakeEngineClient) -> None:
     body = {"prompt": ["a", "b", "c"], "lora_path": ["poet", None, "pirate"], "max_tokens": 1}
     assert (await http.post("/v1/completions", json=body)).status_code == 200
-    assert [request.adapter for request in engine.submitted] == ["poet", "", "pirate"]
+    assert [request.adapter_key for request in engine.submitted] == ["poet", "", "pirate"]
 
 
 @pytest.mark.parametrize(

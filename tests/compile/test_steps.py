@@ -306,7 +306,7 @@ def test_sampler_compiles_for_the_largest_vocabulary(
 def test_blackwell_runs_the_portable_step(caplog: Any) -> None:
     engine, _ = layout_for("b200:1", "qwen3-4b", 1)
     assert engine.attention_name == "xla"
-    assert [text.split(":")[0] for text in caplog.messages if "made for Hopper" in text] == [
+    assert [text.split(":")[0] for text in caplog.messages if "only Hopper" in text] == [
         "attention backend", "sampling backend"
     ]  # fmt: skip
     step = StepPrograms(engine.step)
@@ -318,7 +318,7 @@ def test_blackwell_runs_the_portable_step(caplog: Any) -> None:
 
 
 def test_explicit_backend_raises_if_unsupported() -> None:
-    with pytest.raises(Exception, match="made for Hopper"):
+    with pytest.raises(Exception, match="support only Hopper"):
         layout_for("b200:1", "qwen3-4b", 1, attention_backend="gpu")
     with pytest.raises(Exception, match="do not run on"):
         layout_for("v6e:2x4", "qwen3-4b", 1, attention_backend="gpu")

@@ -21,7 +21,7 @@ from tests.support.tiny import CONFIG
 DENSE = SHAPES["decode"].config(jnp.dtype(jnp.float32))
 
 
-@pytest.mark.parametrize(("name", "reason"), [("auto", "made for cpu"), ("xla", "asked for")])
+@pytest.mark.parametrize(("name", "reason"), [("auto", "native to cpu"), ("xla", "requested")])
 def test_a_cpu_takes_the_portable_one(name: Any, reason: str) -> None:
     chosen = choose_attention(name, DENSE, make_mesh(1))
     assert isinstance(chosen.impl, XlaAttention)
@@ -42,8 +42,8 @@ def test_the_choice_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, "jaxserve.layout.backends"):
         layout_engine(config, layout_model(config, CONFIG, make_mesh(1)), 0)
     assert [record.message for record in caplog.records] == [
-        "attention backend: xla, made for cpu",
-        "sampling backend: xla, made for cpu",
+        "attention backend: xla, native to cpu",
+        "sampling backend: xla, native to cpu",
     ]
 
 

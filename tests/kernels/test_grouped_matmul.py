@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxserve.layers.context import LinearOps
-from jaxserve.layers.quantized_linear import multiply
+from jaxserve.layers.linear_kernel import multiply
 from jaxserve.parallel.mesh import make_mesh
 from kernels_pallas.grouped_matmul.api import ExpertShape, GroupedMatmul, Matrices
 from kernels_pallas.grouped_matmul.reference import grouped_matmul
@@ -270,7 +270,7 @@ def test_what_the_gpu_kernel_cannot_do(shape: ExpertShape, problem: str) -> None
 def test_sort_into_blocks_keeps_rows_with_their_group(groups: list[int], num_groups: int, block_rows: int) -> None:
     group_R = np.minimum(groups, num_groups)
     blocks, permuted = sort_into_blocks(jnp.asarray(group_R, jnp.int32), num_groups, block_rows)
-    group_C, num = np.asarray(blocks.group_C), int(blocks.num_1[0])
+    group_C, num = np.asarray(blocks.group_C), int(blocks.num_live_1[0])
     row_P, block_row_R = np.asarray(permuted.row_P), np.asarray(permuted.block_row_R)
     assert len(row_P) == len(group_C) * block_rows == most_blocks(len(groups), num_groups, block_rows) * block_rows
     here = np.flatnonzero(group_R < num_groups)

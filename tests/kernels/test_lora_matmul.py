@@ -152,7 +152,7 @@ def test_a_row_that_is_not_finite_harms_no_other() -> None:
 def test_blocks_list_the_slots_of_their_tokens() -> None:
     slot_T = jnp.array([0, 3, 3, 1, 0, 0, 0, 0, 2, 0])
     pairs, lists = slot_pairs(slot_T, 3, 4), slot_lists(slot_T, 3, 4)
-    count = int(pairs.num_1[0])
+    count = int(pairs.num_live_1[0])
     assert list(zip(pairs.block_U[:count].tolist(), pairs.slot_U[:count].tolist(), strict=True)) == [
         (0, 0), (0, 2), (2, 1),
     ]  # fmt: skip
@@ -161,7 +161,7 @@ def test_blocks_list_the_slots_of_their_tokens() -> None:
         [],
         [1],
     ]
-    assert int(slot_pairs(jnp.zeros(4, jnp.int32), 3, 4).num_1[0]) == 1
+    assert int(slot_pairs(jnp.zeros(4, jnp.int32), 3, 4).num_live_1[0]) == 1
 
 
 @needs_pallas

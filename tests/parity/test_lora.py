@@ -121,9 +121,9 @@ def test_adapters_of_a_quantised_base(base: Path, adapters: dict[str, Path], tmp
     tensors = load_file(exact / "model.safetensors")
     for name, weight in tensors.items():
         if "_proj" in name:
-            numbers = np.clip(np.round(weight * 256), -126, 126)
-            numbers[:, 0] = 127
-            tensors[name] = (numbers / 256).astype(np.float32)
+            elements = np.clip(np.round(weight * 256), -126, 126)
+            elements[:, 0] = 127
+            tensors[name] = (elements / 256).astype(np.float32)
     save_file(tensors, exact / "model.safetensors")
     want = merged(exact, adapters["a6"])
     with served(exact, {"a6": adapters["a6"]}, quantization="int8") as llm:
@@ -209,21 +209,21 @@ def test_experts_one_by_one_are_those_of_their_parameters(tmp_path: Path) -> Non
             fused, single = fused | both, single | both
             continue
         # The projections that make up the parameter, with their outputs and their ranks.
-        (_, num_outputs, rank), own = b_OR.shape, {"down_proj": (slice(None), slice(None))}
+        (_, num_outputs, rank), projections = b_OR.shape, {"down_proj": (slice(None), slice(None))}
         if parameter == "gate_up_proj":
-            own = {
+            projections = {
                 name: (slice(half * num_outputs // 2, (half + 1) * num_outputs // 2), slice(2 * half, 2 * half + 2))
                 for half, name in enumerate(("gate_proj", "up_proj"))
             }
         b_EOR = np.zeros_like(b_OR)
-        for name, (outputs, ranks) in own.items():
+        for name, (outputs, ranks) in projections.items():
             b_EOR[:, outputs, ranks] = b_OR[:, outputs, ranks]
             for expert in range(len(a_RI)):
                 single |= peft_tensors(f"{parent}.{expert}.{name}", a_RI[expert, ranks], b_OR[expert, outputs, ranks])
         wrapper = f"{parent}.base_layer" if parameter == "gate_up_proj" else parent
         flat_a, flat_b = a_RI.reshape(-1, a_RI.shape[-1]), b_EOR.transpose(1, 2, 0).reshape(num_outputs, -1)
         fused |= peft_tensors(wrapper, flat_a, flat_b)
-        assert rank == 2 * len(own)
+        assert rank == 2 * len(projections)
     settings = json.loads((folder / "adapter_config.json").read_text())
     one_by_one = {"target_parameters": None, "rank_pattern": {}, "alpha_pattern": {}}
     for name, tensors, changes in (("fused", fused, {}), ("single", single, one_by_one)):

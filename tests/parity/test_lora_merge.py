@@ -146,5 +146,5 @@ def test_an_adapter_of_another_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(AdapterError) as refused:
         delta_of(adapter)
     text = str(refused.value)
-    assert "model.layers.0.mlp.up_proj: made for a weight of (96, 64), not (128, 64)" in text
+    assert "model.layers.0.mlp.up_proj: expects a weight of shape (96, 64), the model has (128, 64)" in text
     assert "model.layers.2.mlp.down_proj: the model has no such module" in text

@@ -34,19 +34,19 @@ class Script:
         taken: the tokens so far.
     """
 
-    def __init__(self, places: list[frozenset[int]]) -> None:
-        self._places = places
+    def __init__(self, positions: list[frozenset[int]]) -> None:
+        self._positions = positions
         self.taken: list[int] = []
         self.masked = True
         self.error: str | None = None
 
     @property
     def finished(self) -> bool:
-        return len(self.taken) == len(self._places)
+        return len(self.taken) == len(self._positions)
 
     @property
     def allowed(self) -> frozenset[int]:
-        return self._places[len(self.taken)]
+        return self._positions[len(self.taken)]
 
     def take(self, token_id: int) -> None:
         assert token_id in self.allowed
@@ -54,7 +54,7 @@ class Script:
 
     def forced(self) -> list[int]:
         out: list[int] = []
-        for allowed in self._places[len(self.taken) :]:
+        for allowed in self._positions[len(self.taken) :]:
             if len(allowed) > 1:
                 break
             out += allowed
@@ -142,7 +142,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             eos_token_ids=(EOS,),
             num_choices=num_choices,
             priority=priority,
-            adapter=adapter,
+            adapter_key=adapter,
         )
         self.requests[request.id] = request
         for choice in range(num_choices):
@@ -167,7 +167,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         if plan is None:
             return
         self.in_flight.append(plan)
-        self._tell_masks()
+        self._record_masks()
         self._check_adapters(plan)
         assert plan.num_tokens <= self.config.max_step_tokens
         assert sum(row.num_logits_rows for row in plan.rows) <= self.config.max_rows
@@ -183,7 +183,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         tokens = self._masked(data.draw(st.lists(st.integers(0, EOS), min_size=count, max_size=count)))
         broken = data.draw(st.sampled_from([-1] * 9 + [0]))
         self.scheduler.update(self._output(plan, tokens, [index != broken for index in range(count)]))
-        self._tell_masks()
+        self._record_masks()
 
     @precondition(lambda self: self.in_flight)
     @rule(alone=st.booleans())
@@ -194,7 +194,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.scheduler.requeue_after_failure(alone=alone)
 
     @invariant()
-    def told_once(self) -> None:
+    def each_choice_ends_once(self) -> None:
         if not hasattr(self, "scheduler"):
             return
         for delta in self.scheduler.take_deltas():
@@ -234,8 +234,8 @@ class SchedulerMachine(RuleBasedStateMachine):
                 plan = self.in_flight.popleft()
                 tokens = self._masked([0] * len(plan.rows))
                 self.scheduler.update(self._output(plan, tokens, [True] * len(plan.rows)))
-                self._tell_masks()
-            self.told_once()
+                self._record_masks()
+            self.each_choice_ends_once()
             self.pages_add_up()
         assert self.scheduler.idle, "every request ends"
         for name, choice in self.ends:
@@ -269,12 +269,12 @@ class SchedulerMachine(RuleBasedStateMachine):
         """Check that the slot of every row holds the adapter of its request."""
         for load in plan.adapter_loads:
             assert 0 < load.slot < self.adapters._num_slots
-            self.slots[load.slot] = load.adapter
+            self.slots[load.slot] = load.key
         self.slot_of_row |= {new.row: new.adapter_slot for new in plan.new_rows}
         for row, sequence in zip(plan.rows, self.scheduler._in_flight[-1].sequences, strict=True):
-            assert self.slots[self.slot_of_row[row.row]] == sequence.request.adapter
+            assert self.slots[self.slot_of_row[row.row]] == sequence.request.adapter_key
 
-    def _tell_masks(self) -> None:
+    def _record_masks(self) -> None:
         """Record which tokens may be sampled in the only step in flight."""
         if len(self.in_flight) != 1:
             return

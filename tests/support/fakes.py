@@ -34,13 +34,13 @@ class FakeStep:
 
     def sample(self, constrained: Sequence[ConstrainedRows | None]) -> "FakeStep":
         """Replace the token of each constrained row with the first allowed id from that token on, wrapping around."""
-        for copy, (plan, output, rows) in enumerate(zip(self._plans, self._outputs, constrained, strict=True)):
+        for replica, (plan, output, rows) in enumerate(zip(self._plans, self._outputs, constrained, strict=True)):
             for row, bits_W in zip(rows.rows, rows.bits_CW, strict=True) if plan and output and rows else ():
                 allowed_V = np.unpackbits(bits_W.view(np.uint8), bitorder="little").nonzero()[0].tolist()
                 sampled = int(output.token_ids_B[row])
                 token = min(allowed_V, key=lambda token: (token - sampled) % self._runner.vocab_size)
                 output.token_ids_B[row] = token
-                self._runner.last[copy, plan.rows[row].row] = token
+                self._runner.last[replica, plan.rows[row].row] = token
         return self
 
     def result(self) -> tuple[StepOutput | None, ...]:
@@ -98,28 +98,28 @@ class FakeRunner:
         assert any(plan is not None for plan in plans)
         self.plans += [plan for plan in plans if plan is not None]
         for load in (load for plan in plans if plan is not None for load in plan.adapter_loads):
-            self.slots[load.slot] = self.adapters[load.adapter]
-        for copy, plan in enumerate(plans):
-            self.slot_of |= {(copy, new.row): new.adapter_slot for new in plan.new_rows} if plan is not None else {}
+            self.slots[load.slot] = self.adapters[load.key]
+        for replica, plan in enumerate(plans):
+            self.slot_of |= {(replica, new.row): new.adapter_slot for new in plan.new_rows} if plan is not None else {}
         if self.fail_next:
             self.fail_next -= 1
             raise RuntimeError("the device is on fire")
-        return FakeStep(self, plans, tuple(plan and self._sample(copy, plan) for copy, plan in enumerate(plans)))
+        return FakeStep(self, plans, tuple(plan and self._sample(replica, plan) for replica, plan in enumerate(plans)))
 
-    def _sample(self, copy: int, plan: SchedulerOutput) -> StepOutput:
+    def _sample(self, replica: int, plan: SchedulerOutput) -> StepOutput:
         tokens: list[int] = []
         prompt: dict[int, PromptLogprobs] = {}
         for index, row in enumerate(plan.rows):
             if self.poison in row.token_ids:
                 raise RuntimeError("a poisoned token")
-            last = row.token_ids[-1] if row.token_ids[-1] >= 0 else self.last[copy, row.row]
+            last = row.token_ids[-1] if row.token_ids[-1] >= 0 else self.last[replica, row.row]
             if self.poison_samples and last == self.poison:
                 raise RuntimeError("a poisoned draw")
-            slot = self.slot_of[copy, row.row]
+            slot = self.slot_of[replica, row.row]
             shift = int(self.slots[slot].leaves["shift",]) if slot else 0
             tokens.append((last + 1 + shift) % self.vocab_size)
             if row.samples:
-                self.last[copy, row.row] = tokens[-1]
+                self.last[replica, row.row] = tokens[-1]
             if row.prompt_targets:
                 count = len(row.prompt_targets)
                 prompt[index] = PromptLogprobs(

@@ -18,7 +18,7 @@ def use(slots: AdapterSlots, *adapters: str) -> None:
 def test_slot_eviction_policy(policy: str, gone: str) -> None:
     slots = AdapterSlots(3, policy)  # type: ignore[arg-type]
     use(slots, "a", "b", "a")
-    before = {load.adapter: load.slot for load in slots.take_loads()}
+    before = {load.key: load.slot for load in slots.take_loads()}
     use(slots, "c")
     assert slots.take_loads() == (AdapterLoad(before[gone], "c"),)
 

@@ -76,7 +76,7 @@ def test_a_pinned_adapter_keeps_its_slot() -> None:
     for number, adapter in enumerate("pabcabcp"):
         engine.add(request(str(number), adapter=adapter))
         finish(engine)
-    loads = [load.adapter for plan in runner.plans for load in plan.adapter_loads]
+    loads = [load.key for plan in runner.plans for load in plan.adapter_loads]
     assert loads == list("pabcabc")
 
 

@@ -20,7 +20,7 @@ def request(
         prompt_token_ids=prompt,
         sampling=SamplingParams(max_tokens=max_tokens, **options),  # type: ignore[arg-type]
         priority=priority,
-        adapter=adapter,
+        adapter_key=adapter,
     )
 
 

@@ -23,7 +23,7 @@ assert MLA is not None
 COST = 3
 
 
-def make_room(head_dim: int, num_pages: int) -> MlaPrefillWorkspace:
+def make_workspace(head_dim: int, num_pages: int) -> MlaPrefillWorkspace:
     """Return a workspace of `num_pages` pages of 64 tokens."""
     config = AttentionConfig(
         num_layers=1,
@@ -44,25 +44,25 @@ def make_room(head_dim: int, num_pages: int) -> MlaPrefillWorkspace:
 @pytest.mark.parametrize(("num_tokens", "length"), [(2, 2), (500, 8192), (530, 8192), (2048, 2048)])
 def test_arithmetic_is_counted(num_tokens: int, length: int) -> None:
     # With 160 channels each, a key and a value have as many together as with 192 and 128.
-    room = make_room(160, 1000)
+    workspace = make_workspace(160, 1000)
     pairs = sum(length - num_tokens + token + 1 for token in range(num_tokens))
     cached = pairs * 2 * (576 + 512)
     expanded = pairs * 2 * (192 + 128) + COST * length * 2 * 512 * (128 + 128)
-    assert room.costs([(num_tokens, length)]) == (cached, expanded)
-    assert room.costs([(num_tokens, length)] * 2) == (2 * cached, 2 * expanded)
+    assert workspace.costs([(num_tokens, length)]) == (cached, expanded)
+    assert workspace.costs([(num_tokens, length)] * 2) == (2 * cached, 2 * expanded)
     assert (expanded < cached) == (num_tokens in {530, 2048})
-    assert room.can_pay(num_tokens) == (num_tokens > 500)
+    assert workspace.can_be_cheaper(num_tokens) == (num_tokens > 500)
 
 
 def test_what_does_not_fit() -> None:
-    room = make_room(256, 64)
-    assert room.num_tokens == 64 * 64
-    assert room.costs([(2048, 2048), (1024, 2048)]).mha < float("inf")
+    workspace = make_workspace(256, 64)
+    assert workspace.num_tokens == 64 * 64
+    assert workspace.costs([(2048, 2048), (1024, 2048)]).mha < float("inf")
     # One page more than the workspace has.
-    assert room.costs([(2048, 2049), (1024, 2048)]).mha == float("inf")
-    assert room.costs([]) == (0, 0)
+    assert workspace.costs([(2048, 2049), (1024, 2048)]).mha == float("inf")
+    assert workspace.costs([]) == (0, 0)
     # Heads that are wider than the cached vectors are never cheaper.
-    assert not make_room(1024, 64).can_pay(4096)
+    assert not make_workspace(1024, 64).can_be_cheaper(4096)
 
 
 def prompt(num_tokens: int, length: int) -> SchedulerOutput:
@@ -94,7 +94,7 @@ def prompt(num_tokens: int, length: int) -> SchedulerOutput:
 def test_runner_uses_mha_prefill_only_if_cheaper(plans: list[SchedulerOutput], expands: bool) -> None:
     wide, narrow = Bucket(2048, 256), Bucket(512, 256)
     shapes = [ForwardShape(wide), ForwardShape(narrow), ForwardShape(wide, mha_prefill=True)]
-    runner: Any = SimpleNamespace(_model=SimpleNamespace(mla_workspace=make_room(256, 128)), _shapes=shapes)
+    runner: Any = SimpleNamespace(_model=SimpleNamespace(mla_workspace=make_workspace(256, 128)), _shapes=shapes)
     assert ModelRunner._takes_mha_prefill(runner, wide, plans) == expands
     assert not ModelRunner._takes_mha_prefill(runner, narrow, plans)
     runner._model.mla_workspace = None
@@ -119,9 +119,9 @@ def test_layout_sizes_mla_workspace(pool_bytes: int, options: dict[str, Any], nu
     config = EngineConfig(model_path="", **{"context_length": 4096, **options})
     layout = layout_model(config, DEEPSEEK_V2_LITE, make_mesh(1))
     engine = layout_engine(config, layout, pool_bytes)
-    room = engine.step.mla_workspace
-    assert (room and room.num_tokens) == num_tokens
+    workspace = engine.step.mla_workspace
+    assert (workspace and workspace.num_tokens) == num_tokens
     expanded = [shape.bucket.num_tokens for shape in engine.step.shapes if shape.mha_prefill]
     assert expanded == ([] if num_tokens is None else [512])
-    held = engine.pool_bytes + (0 if room is None else room.num_tokens * 16 * 2 * 192 * 2)
+    held = engine.pool_bytes + (0 if workspace is None else workspace.num_tokens * 16 * 2 * 192 * 2)
     assert held <= pool_bytes

@@ -68,13 +68,13 @@ def with_quantized_parts(config: ModelConfig, names: Mapping[tuple[str, ...], Te
         return config
     parts: list[QuantizedPart] = []
     for part in config.quantization.parts:
-        kept = {name: _is_kept(config.quantization, name) for name in _modules(config, names, part)}
-        if any(kept.values()) and not all(kept.values()):
-            named = next(name for name, is_kept in kept.items() if is_kept)
+        unquantized = {name: _is_unquantized(config.quantization, name) for name in _modules(config, names, part)}
+        if any(unquantized.values()) and not all(unquantized.values()):
+            named = next(name for name, is_unquantized in unquantized.items() if is_unquantized)
             raise LaunchError(
                 f"config.json: {named} is not quantised, but other modules of its kind are, which is not supported"
             )
-        if kept and not all(kept.values()):
+        if unquantized and not all(unquantized.values()):
             parts.append(part)
     quantization = msgspec.structs.replace(config.quantization, parts=tuple(parts))
     return msgspec.structs.replace(config, quantization=quantization if parts else None)
@@ -94,11 +94,11 @@ def _modules(config: ModelConfig, names: Mapping[tuple[str, ...], TensorName], p
                     yield name.of_layer(number, expert).removesuffix(".weight")
 
 
-def _is_kept(quantization: QuantizationConfig, name: str) -> bool:
-    return any(_means(entry, name) for entry in quantization.kept)
+def _is_unquantized(quantization: QuantizationConfig, name: str) -> bool:
+    return any(_matches(entry, name) for entry in quantization.unquantized_modules)
 
 
-def _means(entry: str, name: str) -> bool:
+def _matches(entry: str, name: str) -> bool:
     """Return whether an entry of the list of unquantised modules matches `name`.
 
     An entry is `re:` and a regular expression that matches the name's start, or consecutive components of the dotted
@@ -123,13 +123,13 @@ def _fp8(config: Mapping[str, Any], _: str) -> QuantizationConfig:
         raise LaunchError(f"config.json: fp8 weights need a weight_block_size of two numbers, got {block}")
     rows, columns = (_positive(size, "weight_block_size") for size in block)
     check_supported(config, "fp8", fmt=("e4m3",), activation_scheme=("dynamic",))
-    return QuantizationConfig(element_type="fp8", block=(rows, columns), kept=_kept(config))
+    return QuantizationConfig(element_type="fp8", block=(rows, columns), unquantized_modules=_unquantized_modules(config))
 
 
 def _mxfp4(config: Mapping[str, Any], _: str) -> QuantizationConfig:
     """Read gpt-oss's format, in which only experts are quantised (OCP Microscaling Formats 1.0)."""
     return QuantizationConfig(
-        element_type="mxfp4", block=(1, _MX_COLUMNS), scale_dtype="e8m0", parts=("experts",), kept=_kept(config)
+        element_type="mxfp4", block=(1, _MX_COLUMNS), scale_dtype="e8m0", parts=("experts",), unquantized_modules=_unquantized_modules(config)
     )
 
 
@@ -170,7 +170,7 @@ def _compressed_tensors(config: Mapping[str, Any], dtype: str) -> QuantizationCo
         block=(1, columns),
         # TPUs have no float16, so float16 scales become float32.
         scale_dtype="bfloat16" if element_type == "int4" and dtype == "bfloat16" else "float32",
-        kept=_strings(config.get("ignore"), "ignore"),
+        unquantized_modules=_strings(config.get("ignore"), "ignore"),
     )
 
 
@@ -178,7 +178,7 @@ def _awq(config: Mapping[str, Any], _: str) -> QuantizationConfig:
     """Read AutoAWQ's format (arXiv:2306.00978)."""
     check_supported(config, "awq", bits=(4,), version=("gemm", "GEMM"), zero_point=(True,))
     columns = _positive(config.get("group_size"), "group_size")
-    return QuantizationConfig(element_type="int4", block=(1, columns), zeros=True, kept=_kept(config))
+    return QuantizationConfig(element_type="int4", block=(1, columns), zeros=True, unquantized_modules=_unquantized_modules(config))
 
 
 def _gptq(config: Mapping[str, Any], _: str) -> QuantizationConfig:
@@ -187,7 +187,7 @@ def _gptq(config: Mapping[str, Any], _: str) -> QuantizationConfig:
     columns = _positive(config.get("group_size"), "group_size")
     if config.get("dynamic"):
         raise LaunchError("config.json: gptq with per-module settings (dynamic) is not supported")
-    return QuantizationConfig(element_type="int4", block=(1, columns), zeros=True, kept=_kept(config))
+    return QuantizationConfig(element_type="int4", block=(1, columns), zeros=True, unquantized_modules=_unquantized_modules(config))
 
 
 def _positive(value: Any, key: str) -> int:
@@ -196,7 +196,7 @@ def _positive(value: Any, key: str) -> int:
     return value
 
 
-def _kept(config: Mapping[str, Any]) -> tuple[str, ...]:
+def _unquantized_modules(config: Mapping[str, Any]) -> tuple[str, ...]:
     return _strings(config.get("modules_to_not_convert"), "modules_to_not_convert")
 
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from kernels_pallas.grouped_matmul.api import ExpertShape, Matrices
-from kernels_pallas.grouped_matmul.gpu.sums import (
+from kernels_pallas.grouped_matmul.gpu.products import (
     BLOCK_INPUTS,
     Operands,
     Scratch,
@@ -48,11 +48,11 @@ def check_shape(shape: ExpertShape) -> None:
     """Raise NotImplementedError for matrices that the kernel cannot multiply."""
     num_outputs, num_inputs, dtype, format = shape[:4]
     if dtype != jnp.bfloat16:
-        raise NotImplementedError(f"matrices in {dtype}: the kernel multiplies bfloat16")
+        raise NotImplementedError(f"matrices in {dtype}: the kernel supports only bfloat16")
     inputs, outputs = _multiples(format)
     if num_inputs % inputs or num_outputs % outputs:
         raise NotImplementedError(
-            f"matrices of {num_inputs} inputs and {num_outputs} outputs on a device: the kernel wants multiples of "
+            f"matrices of {num_inputs} inputs and {num_outputs} outputs on a device: the kernel needs multiples of "
             f"{inputs} and {outputs}"
         )
 
@@ -75,7 +75,7 @@ def _multiples(format: QuantizedFormat | None) -> tuple[int, int]:
     )
 
 
-class _Cut(NamedTuple):
+class _Tiling(NamedTuple):
     """The tiling of a product.
 
     Attributes:
@@ -91,19 +91,19 @@ class _Cut(NamedTuple):
     sum_up: SumUp
 
 
-def _cut(matrices: Matrices, *, transposed: bool) -> _Cut:
+def _tiling(matrices: Matrices, *, transposed: bool) -> _Tiling:
     w_XOI, format = matrices.values_XOI, matrices.format
     num_outputs, num_columns = w_XOI.shape[:0:-1] if transposed else w_XOI.shape[1:]
     if format is not None and format.per_byte == 2:
         columns = next(size for size in _STEPS_BYTES if num_columns % size == 0)
         piece = gcd(columns, format.block[1] // 2)
-        return _Cut(columns, _QUANTIZED_OUTPUTS, piece, partial(sum_up_groups, format=format, piece=piece))
+        return _Tiling(columns, _QUANTIZED_OUTPUTS, piece, partial(sum_up_groups, format=format, piece=piece))
     outputs = next(size for size in _BLOCK_OUTPUTS if num_outputs % size == 0)
     max_columns = outputs if transposed else _STEP_INPUTS  # a row of the matrix must span the swizzle of x
     columns = next(size for size in _STEPS_INPUTS if num_columns % size == 0 and size <= max_columns)
     if format is not None:
-        return _Cut(columns, outputs, None, sum_up_rows if format in _BY_ROW else sum_up_blocks)
-    return _Cut(columns, outputs, columns if transposed else None, partial(sum_up, transposed=transposed))
+        return _Tiling(columns, outputs, None, sum_up_rows if format in _BY_ROW else sum_up_blocks)
+    return _Tiling(columns, outputs, columns if transposed else None, partial(sum_up, transposed=transposed))
 
 
 class GpuGroupedMatmul:
@@ -124,24 +124,24 @@ class GpuGroupedMatmul:
     def __call__(self, x_PI: jax.Array, matrices: Matrices, blocks: Blocks, *, transposed: bool = False) -> jax.Array:
         """See `GroupedMatmul`."""
         operands = _operands(x_PI, matrices, blocks)
-        cut = _cut(matrices, transposed=transposed)
+        tiling = _tiling(matrices, transposed=transposed)
         num_blocks, num_rows, num_columns = operands.x_CmI.shape
         num_outputs = operands.w.shape[2 if transposed else 1]
-        block = (cut.columns, cut.outputs) if transposed else (cut.outputs, cut.columns)
-        converted = (num_rows // WARPGROUP_ROWS * cut.outputs, cut.columns)
+        block = (tiling.columns, tiling.outputs) if transposed else (tiling.outputs, tiling.columns)
+        converted = (num_rows // WARPGROUP_ROWS * tiling.outputs, tiling.columns)
         kernel = plgpu.kernel(
-            partial(_multiply_block, num_steps=num_columns // cut.columns, sum_up=cut.sum_up, transposed=transposed),
+            partial(_multiply_block, num_steps=num_columns // tiling.columns, sum_up=tiling.sum_up, transposed=transposed),
             out_type=jax.ShapeDtypeStruct((num_blocks, WARPGROUP_ROWS, num_outputs), x_PI.dtype),
             scratch_types=[
                 Scratch(
-                    x_mi=smem((_STAGES, num_rows, cut.columns), x_PI.dtype, like=cut.swizzled),
-                    w=smem((_STAGES, *block), operands.w.dtype, like=cut.swizzled),
+                    x_mi=smem((_STAGES, num_rows, tiling.columns), x_PI.dtype, like=tiling.swizzled),
+                    w=smem((_STAGES, *block), operands.w.dtype, like=tiling.swizzled),
                     arrived=plgpu.Barrier(num_arrivals=2, num_barriers=_STAGES),
-                    out_mo=smem((WARPGROUP_ROWS, cut.outputs), x_PI.dtype),
-                    converted_oi=None if matrices.format is None else smem(converted, x_PI.dtype, like=cut.swizzled),
+                    out_mo=smem((WARPGROUP_ROWS, tiling.outputs), x_PI.dtype),
+                    converted_oi=None if matrices.format is None else smem(converted, x_PI.dtype, like=tiling.swizzled),
                 )
             ],
-            grid=(num_outputs // cut.outputs, num_blocks),
+            grid=(num_outputs // tiling.outputs, num_blocks),
             grid_names=("outputs", "block"),
             kernel_name="grouped_matmul",
             interpret=self._interpret,
@@ -165,7 +165,7 @@ def _multiply_block(
 ) -> None:
     block, block_outputs, step_columns = lax.axis_index("block"), scratch.out_mo.shape[1], scratch.x_mi.shape[2]
 
-    @pl.when(block < operands.blocks.num_1[0])
+    @pl.when(block < operands.blocks.num_live_1[0])
     def _multiply() -> None:
         group = operands.blocks.group_C[block]
         outputs = pl.ds(lax.axis_index("outputs") * block_outputs, block_outputs)

@@ -43,16 +43,16 @@ def check_shape(shape: ExpertShape) -> None:
     rows, columns = shape.format.block
     if rows == 1:
         if (columns or shape.num_inputs) % shape.format.per_byte:
-            raise NotImplementedError(f"matrices in blocks of {columns} numbers: the kernel wants whole bytes")
+            raise NotImplementedError(f"quantisation blocks of {columns} elements: the kernel needs a whole number of bytes")
         return
     if shape.format.element_type != "fp8":
         raise NotImplementedError(
-            f"matrices in {shape.format.element_type} and blocks of {rows} rows: the kernel wants fp8"
+            f"{shape.format.element_type} matrices in blocks of {rows} rows: the kernel supports only fp8"
         )
     if shape.format.block != (_LANES, _LANES) or shape.num_outputs % _LANES or shape.num_inputs % _LANES:
         raise NotImplementedError(
             f"matrices of {shape.num_inputs} inputs and {shape.num_outputs} outputs on a device, quantised in blocks "
-            f"of {shape.format.block}: the kernel wants multiples of {_LANES}, and blocks of that"
+            f"of {shape.format.block}: the kernel needs multiples of {_LANES}, and blocks of that"
         )
 
 
@@ -75,8 +75,8 @@ class TpuGroupedMatmul:
         """See `GroupedMatmul`."""
         problem = _transposed_problem(x_PI, matrices.values_XOI) if transposed else _problem(x_PI, matrices)
         row_axis, out_axis = (1, 2) if transposed else (2, 1)
-        (num_places, _), num_outputs = x_PI.shape, matrices.values_XOI.shape[out_axis]
-        block_rows = num_places // blocks.group_C.shape[0]
+        (num_block_rows, _), num_outputs = x_PI.shape, matrices.values_XOI.shape[out_axis]
+        block_rows = num_block_rows // blocks.group_C.shape[0]
         row_bytes = matrices.values_XOI.shape[row_axis] * matrices.values_XOI.dtype.itemsize * problem.work
         block_outputs = _block_outputs(num_outputs, row_bytes)
         rows = [pl.BlockSpec((block_rows, x.shape[1]), lambda c, o, _: (c, 0)) for x in problem.rows]
@@ -103,11 +103,11 @@ class TpuGroupedMatmul:
             grid_spec=pltpu.PrefetchScalarGridSpec(
                 num_scalar_prefetch=1,
                 # A device may have no valid block.
-                grid=(jnp.maximum(blocks.num_1[0], 1), pl.cdiv(num_outputs, block_outputs)),
+                grid=(jnp.maximum(blocks.num_live_1[0], 1), pl.cdiv(num_outputs, block_outputs)),
                 in_specs=[*rows, *of_matrices, *whole, *scalars],
                 out_specs=pl.BlockSpec((block_rows, block_outputs), lambda c, o, _: (c, o)),
             ),
-            out_shape=jax.ShapeDtypeStruct((num_places, num_outputs), x_PI.dtype),
+            out_shape=jax.ShapeDtypeStruct((num_block_rows, num_outputs), x_PI.dtype),
             compiler_params=pltpu.CompilerParams(
                 dimension_semantics=("arbitrary", "arbitrary"), vmem_limit_bytes=2 * block_bytes + _SPARE_BYTES
             ),

@@ -22,8 +22,8 @@ class XlaGroupedMatmul:
 
     def __call__(self, x_PI: jax.Array, matrices: Matrices, blocks: Blocks, *, transposed: bool = False) -> jax.Array:
         """See `GroupedMatmul`; blocks that are not valid are zeros."""
-        num_places, num_inputs = x_PI.shape
-        block_rows = num_places // blocks.group_C.shape[0]
+        num_block_rows, num_inputs = x_PI.shape
+        block_rows = num_block_rows // blocks.group_C.shape[0]
         equation, out_axis = ("wi,io->wo", 2) if transposed else ("wi,oi->wo", 1)
 
         def multiply(block: jax.Array, y_PO: jax.Array) -> jax.Array:
@@ -31,5 +31,5 @@ class XlaGroupedMatmul:
             y_WO = jnp.einsum(equation, x_WI, matrices.matrix(blocks.group_C[block], x_PI.dtype))
             return lax.dynamic_update_slice(y_PO, y_WO, (block * block_rows, 0))
 
-        y_PO = jnp.zeros((num_places, matrices.values_XOI.shape[out_axis]), x_PI.dtype)
-        return lax.fori_loop(0, blocks.num_1[0], multiply, y_PO)
+        y_PO = jnp.zeros((num_block_rows, matrices.values_XOI.shape[out_axis]), x_PI.dtype)
+        return lax.fori_loop(0, blocks.num_live_1[0], multiply, y_PO)

@@ -17,12 +17,12 @@ class SlotPairs(NamedTuple):
 
     Attributes:
         block_U, slot_U: i32; the slot is an index into the LoRA matrices.
-        num_1: i32, number of valid pairs; at least 1, even if no token uses that slot.
+        num_live_1: i32, number of valid pairs; at least 1, even if no token uses that slot.
     """
 
     block_U: jax.Array
     slot_U: jax.Array
-    num_1: jax.Array
+    num_live_1: jax.Array
 
 
 class SlotLists(NamedTuple):

@@ -21,7 +21,7 @@ from kernels_pallas.lora_matmul.common.sharded import Kernels, ShardedLora
 from kernels_pallas.lora_matmul.common.slot_blocks import SlotLists, slot_lists
 from kernels_pallas.pallas import pl, plgpu
 from kernels_pallas.stacked import Stacked
-from kernels_pallas.warpgroup import MATRIX, WARPGROUP_ROWS, Stages, along_rows, product, smem
+from kernels_pallas.warpgroup import MATRIX, WARPGROUP_ROWS, Stages, broadcast_rows, product, smem
 
 # Inputs per step: a row of the token tile and of the A tile is then 128 bytes, the span of one swizzle.
 _STEP_INPUTS = 64
@@ -50,12 +50,12 @@ def check_module(module: LoraModule) -> None:
     """Raise NotImplementedError for a module that the kernels do not support."""
     num_inputs, num_outputs, rank, dtype = module
     if dtype != jnp.bfloat16:
-        raise NotImplementedError(f"adapters in {dtype}: the kernels multiply bfloat16")
+        raise NotImplementedError(f"adapters in {dtype}: the kernels support only bfloat16")
     if rank % _RANK_MULTIPLE or rank > _MAX_RANK:
-        raise NotImplementedError(f"rank {rank}: the kernels want a multiple of {_RANK_MULTIPLE} up to {_MAX_RANK}")
+        raise NotImplementedError(f"rank {rank}: the kernels need a multiple of {_RANK_MULTIPLE} up to {_MAX_RANK}")
     if num_inputs % _STEP_INPUTS or num_outputs % _BLOCK_OUTPUTS[-1]:
         raise NotImplementedError(
-            f"a module of {num_inputs} inputs and {num_outputs} outputs on a device: the kernels want multiples of "
+            f"a module of {num_inputs} inputs and {num_outputs} outputs on a device: the kernels need multiples of "
             f"{_STEP_INPUTS} and {_BLOCK_OUTPUTS[-1]}"
         )
 
@@ -152,7 +152,7 @@ def _shrink_block(
 
         sum_mj = lax.fori_loop(0, num_own, multiply, zeros_mj)
         own_m = slot_m == slots.slot_CS[block, index] + 1
-        return jnp.where(along_rows(own_m, part_rank), sum_mj, h_mj)
+        return jnp.where(broadcast_rows(own_m, part_rank), sum_mj, h_mj)
 
     scratch.out_mj[...] = lax.fori_loop(0, num_slots, take_slot, zeros_mj)
     plgpu.commit_smem()
@@ -227,7 +227,7 @@ def _expand_block(
     def take_slot(index: jax.Array, out_mo: jax.Array) -> jax.Array:
         new_mo = product(scratch.h_mR, scratch.b_Ro.at[stages.next(index)], block_outputs)
         own_m = slot_m == slots.slot_CS[block, index] + 1
-        return jnp.where(along_rows(own_m, block_outputs), new_mo, out_mo)
+        return jnp.where(broadcast_rows(own_m, block_outputs), new_mo, out_mo)
 
     plgpu.barrier_wait(scratch.h_arrived)
     zeros_mo = plgpu.layout_cast(jnp.zeros((WARPGROUP_ROWS, block_outputs), jnp.float32), MATRIX)

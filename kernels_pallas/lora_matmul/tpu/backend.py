@@ -75,7 +75,7 @@ def shrink(x_TI: jax.Array, a: Stacked, plan: TokenSlots, *, interpret: Any = Fa
         partial(_shrink_pair, num_steps=num_steps),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1 + len(SlotPairs._fields),
-            grid=(plan.pairs.num_1[0], num_steps),
+            grid=(plan.pairs.num_live_1[0], num_steps),
             in_specs=[
                 pl.BlockSpec((block_tokens, 1), lambda u, i, _, block_U, *__: (block_U[u], 0)),
                 pl.BlockSpec((block_tokens, block_inputs), lambda u, i, _, block_U, *__: (block_U[u], i)),
@@ -98,7 +98,7 @@ def _shrink_pair(
     first_1: Any,
     block_U: Any,
     slot_U: Any,
-    num_1: Any,
+    num_live_1: Any,
     slot_t1: Any,
     x_ti: Any,
     a_1Ji: Any,
@@ -133,7 +133,7 @@ def expand(h_TJ: jax.Array, b: Stacked, plan: TokenSlots, member: int = 0, *, in
         _expand_pair,
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1 + len(SlotPairs._fields),
-            grid=(pl.cdiv(num_outputs, block_outputs), plan.pairs.num_1[0]),
+            grid=(pl.cdiv(num_outputs, block_outputs), plan.pairs.num_live_1[0]),
             in_specs=[
                 pl.BlockSpec((block_tokens, 1), lambda o, u, _, block_U, *__: (block_U[u], 0)),
                 pl.BlockSpec((block_tokens, rank), lambda o, u, _, block_U, *__: (block_U[u], 0)),

@@ -39,7 +39,7 @@ class TokenBlocks(NamedTuple):
     own_TS: jax.Array
 
     @property
-    def few(self) -> bool:
+    def uses_all_slots(self) -> bool:
         """Whether there are at most `_FEW_TOKENS` tokens."""
         return self.own_TS.shape[0] <= _FEW_TOKENS
 
@@ -70,7 +70,7 @@ class XlaLora:
     def shrink(self, x_TI: jax.Array, a: Stacked, plan: TokenBlocks, *, split: bool = False) -> jax.Array:
         """See `LoraMatmul`; returns [C, W, J], or for few tokens [T, S, J] over all slots."""
         del split
-        if plan.few:
+        if plan.uses_all_slots:
             # One 2-D matrix, like a weight: with three axes the compiler would change its layout in every step.
             a_SJI = a.slice()
             return jnp.einsum("ti,ji->tj", x_TI, a_SJI.reshape(-1, a_SJI.shape[2])).reshape(-1, *a_SJI.shape[:2])
@@ -81,7 +81,7 @@ class XlaLora:
         del split
         rank = b.stack.shape[2]
         own_h = h[:, :, member * rank : (member + 1) * rank]
-        if plan.few:
+        if plan.uses_all_slots:
             h_TSR = jnp.where(plan.own_TS[:, :, None], own_h, jnp.zeros_like(own_h))
             b_SRO = b.slice()
             return jnp.einsum("tr,ro->to", h_TSR.reshape(len(h_TSR), -1), b_SRO.reshape(-1, b_SRO.shape[2]))
@@ -94,7 +94,7 @@ def lora_embed(token_ids_T: jax.Array, a_SRI: jax.Array, b_SRO: jax.Array, slot_
     lora = XlaLora()
     plan = lora.plan(slot_T, a_SRI.shape[0])
     h_TR = b_SRO[jnp.maximum(slot_T - 1, 0), :, token_ids_T]
-    h = jnp.broadcast_to(h_TR[:, None], (len(h_TR), len(a_SRI), h_TR.shape[1])) if plan.few else plan.gather(h_TR)
+    h = jnp.broadcast_to(h_TR[:, None], (len(h_TR), len(a_SRI), h_TR.shape[1])) if plan.uses_all_slots else plan.gather(h_TR)
     return lora.expand(h, Stacked(a_SRI[None], jnp.int32(0)), plan)
 
 

@@ -18,13 +18,13 @@ LOWEST = MASKED / 10
 class PartialSoftmax(NamedTuple):
     """A softmax in progress: running maximum, sum of weights, weighted values (one axis more); all f32."""
 
-    top: jax.Array
-    total: jax.Array
+    row_max: jax.Array
+    row_sum: jax.Array
     out: jax.Array
 
     def values(self) -> jax.Array:
         """Return the final weighted mean."""
-        return self.out / self.total[..., None]
+        return self.out / self.row_sum[..., None]
 
 
 def from_sinks(sinks: jax.Array, shape: Sequence[int]) -> PartialSoftmax:
@@ -34,8 +34,8 @@ def from_sinks(sinks: jax.Array, shape: Sequence[int]) -> PartialSoftmax:
         sinks: f32 scores, `MASKED` for no sink; broadcast to all axes of `shape` but the last.
         shape: shape of the weighted values.
     """
-    top = jnp.broadcast_to(sinks, shape[:-1])
-    return PartialSoftmax(top, jnp.ones(shape[:-1], jnp.float32), jnp.zeros(shape, jnp.float32))
+    row_max = jnp.broadcast_to(sinks, shape[:-1])
+    return PartialSoftmax(row_max, jnp.ones(shape[:-1], jnp.float32), jnp.zeros(shape, jnp.float32))
 
 
 def attend_part(
@@ -51,8 +51,8 @@ def attend_part(
         live_values: bool, broadcast against `values`.
     """
     scores = jnp.where(live, scores, MASKED)
-    top = jnp.max(scores, axis=-1)
-    weights = jnp.exp(scores - jnp.maximum(top, LOWEST)[..., None])
+    row_max = jnp.max(scores, axis=-1)
+    weights = jnp.exp(scores - jnp.maximum(row_max, LOWEST)[..., None])
     weigh = partial(jnp.einsum, equation, weights.astype(values.dtype), preferred_element_type=jnp.float32)
     out = weigh(values)
     # 0 * NaN is NaN. Masking the values costs as much as the product, so it is done only if NaN came out.
@@ -63,15 +63,15 @@ def attend_part(
         values,
         out,
     )
-    return PartialSoftmax(top, jnp.sum(weights, axis=-1), out)
+    return PartialSoftmax(row_max, jnp.sum(weights, axis=-1), out)
 
 
 def merge(state: PartialSoftmax, part: PartialSoftmax) -> PartialSoftmax:
     """Merge two partial softmaxes over different keys."""
-    top = jnp.maximum(state.top, part.top)
-    old, new = jnp.exp(state.top - top), jnp.exp(part.top - top)
+    row_max = jnp.maximum(state.row_max, part.row_max)
+    old, new = jnp.exp(state.row_max - row_max), jnp.exp(part.row_max - row_max)
     return PartialSoftmax(
-        top,
-        state.total * old + part.total * new,
+        row_max,
+        state.row_sum * old + part.row_sum * new,
         state.out * old[..., None] + part.out * new[..., None],
     )

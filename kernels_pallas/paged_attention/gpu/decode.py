@@ -42,7 +42,7 @@ from kernels_pallas.paged_attention.gpu.stream import (
 )
 from kernels_pallas.paged_attention.gpu.tile import Tile
 from kernels_pallas.pallas import pl, plgpu
-from kernels_pallas.warpgroup import WARPGROUP_ROWS, along_rows, meet, smem
+from kernels_pallas.warpgroup import WARPGROUP_ROWS, broadcast_rows, arrive_and_wait, smem
 
 # Thread blocks per SM to aim for.
 _BLOCKS_PER_CORE = 2
@@ -74,8 +74,8 @@ class DecodeOutputs(NamedTuple):
     """
 
     out: Any
-    top: Any
-    total: Any
+    row_max: Any
+    row_sum: Any
 
 
 class _Problem(NamedTuple):
@@ -95,8 +95,8 @@ class _Scratch(NamedTuple):
     weights: Any
     converted: Any
     out: Any
-    top: Any
-    total: Any
+    row_max: Any
+    row_sum: Any
 
 
 def choose_splits(num_rows: int, num_kv_heads: int, num_pages: int, page_size: int, tile: Tile, num_cores: int) -> int:
@@ -145,7 +145,7 @@ def attend_decode(
     num_kv_heads, num_decode = layer.num_kv_heads, layer.meta.distribution_2[0]
     group = num_heads // num_kv_heads
     if group > WARPGROUP_ROWS:
-        raise NotImplementedError(f"{group} query heads per key head: a tile holds {WARPGROUP_ROWS}")
+        raise NotImplementedError(f"{group} query heads per key head: at most {WARPGROUP_ROWS} are supported")
     q_BKGH = q_BNH.reshape(num_rows, num_kv_heads, group, head_dim).astype(jnp.bfloat16)
     q_BKGH = jnp.pad(q_BKGH, ((0, 0), (0, 0), (0, -group % _ROW_MULTIPLE), (0, 0)))
     inputs = DecodeInputs(
@@ -194,26 +194,26 @@ def _scratch_types(tile: Tile, config: AttentionConfig) -> _Scratch:
         weights=smem((tile.warpgroups, WARPGROUP_ROWS, tile.keys), jnp.bfloat16) if tile.interpretable else None,
         converted=converted_types(tile, config, together, together),
         out=smem((WARPGROUP_ROWS, tile.width), jnp.float32) if config.value_dim is None else None,
-        top=rows,
-        total=rows,
+        row_max=rows,
+        row_sum=rows,
     )
 
 
 def _merge(parts: DecodeOutputs, sinks_KG: jax.Array | None) -> jax.Array:
     """Merge the partial softmaxes of all splits, and return the outputs [B, K, G, H]."""
-    top_BKG = jnp.max(parts.top, axis=2)
+    max_BKG = jnp.max(parts.row_max, axis=2)
     if sinks_KG is not None:
-        sinks_KG = jnp.pad(sinks_KG * LOG2E, ((0, 0), (0, top_BKG.shape[-1] - sinks_KG.shape[-1])))
-        top_BKG = jnp.maximum(top_BKG, sinks_KG)
-    weight_BKXG = parts.total * jnp.exp2(parts.top - top_BKG[:, :, None])
-    total_BKG = jnp.sum(weight_BKXG, axis=2)
+        sinks_KG = jnp.pad(sinks_KG * LOG2E, ((0, 0), (0, max_BKG.shape[-1] - sinks_KG.shape[-1])))
+        max_BKG = jnp.maximum(max_BKG, sinks_KG)
+    weight_BKXG = parts.row_sum * jnp.exp2(parts.row_max - max_BKG[:, :, None])
+    sum_BKG = jnp.sum(weight_BKXG, axis=2)
     if sinks_KG is not None:
-        total_BKG += jnp.exp2(sinks_KG - top_BKG)
-    return jnp.sum(parts.out.astype(jnp.float32) * weight_BKXG[..., None], axis=2) / total_BKG[..., None]
+        sum_BKG += jnp.exp2(sinks_KG - max_BKG)
+    return jnp.sum(parts.out.astype(jnp.float32) * weight_BKXG[..., None], axis=2) / sum_BKG[..., None]
 
 
-def _kernel(inputs: DecodeInputs, out: Any, top: Any, total: Any, scratch: _Scratch, *, problem: _Problem) -> None:
-    outputs = DecodeOutputs(out, top, total)
+def _kernel(inputs: DecodeInputs, out: Any, row_max: Any, row_sum: Any, scratch: _Scratch, *, problem: _Problem) -> None:
+    outputs = DecodeOutputs(out, row_max, row_sum)
     row = lax.axis_index("row")
 
     @pl.when(row < inputs.layer_2[1])
@@ -265,7 +265,7 @@ def _attend(
         queries=scratch.queries,
         stages=stages,
         weights=None if scratch.weights is None else scratch.weights.at[warpgroup],
-        mended=scratch.together,
+        values_zeroed=scratch.together,
         converted=scratch.converted,
     )
 
@@ -325,27 +325,27 @@ def _write(
     group: Any,
 ) -> None:
     """Write the group's rows of the partial softmax to global memory."""
-    scale_m = jnp.where(state.total > 0, 1 / state.total, 0.0)
+    scale_m = jnp.where(state.row_sum > 0, 1 / state.row_sum, 0.0)
     if scratch.together is not None:
         # Outputs overwrite the queries once all warpgroups have read them.
-        meet(scratch.together)
+        arrive_and_wait(scratch.together)
     for columns, out_mh in zip(work.parts, state.out, strict=True):
         buffer = scratch.queries.at[:, columns] if scratch.out is None else scratch.out
-        buffer[...] = (out_mh * along_rows(scale_m, out_mh.shape[1])).astype(outputs.out.dtype)
+        buffer[...] = (out_mh * broadcast_rows(scale_m, out_mh.shape[1])).astype(outputs.out.dtype)
         plgpu.commit_smem()
         if scratch.out is not None:
             plgpu.copy_smem_to_gmem(scratch.out.at[group], outputs.out.at[(*part, slice(None), columns)])
             # The buffer is reused for the next columns.
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
     if scratch.together is not None:
-        meet(scratch.together)
+        arrive_and_wait(scratch.together)
     if work.warpgroup == 0:
         if scratch.out is None:
             plgpu.copy_smem_to_gmem(scratch.queries.at[group], outputs.out.at[part])
-        scratch.top[...], scratch.total[...] = state.top, state.total
+        scratch.row_max[...], scratch.row_sum[...] = state.row_max, state.row_sum
         plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(scratch.top.at[group], outputs.top.at[part])
-        plgpu.copy_smem_to_gmem(scratch.total.at[group], outputs.total.at[part])
+        plgpu.copy_smem_to_gmem(scratch.row_max.at[group], outputs.row_max.at[part])
+        plgpu.copy_smem_to_gmem(scratch.row_sum.at[group], outputs.row_sum.at[part])
     plgpu.wait_smem_to_gmem(0)
 
 

@@ -40,7 +40,7 @@ from kernels_pallas.paged_attention.gpu.stream import (
 )
 from kernels_pallas.paged_attention.gpu.tile import Tile
 from kernels_pallas.pallas import pl, plgpu
-from kernels_pallas.warpgroup import WARPGROUP_ROWS, along_rows, meet, smem
+from kernels_pallas.warpgroup import WARPGROUP_ROWS, broadcast_rows, arrive_and_wait, smem
 
 # Registers per thread with two compute warpgroups; the sum over all three warpgroups may not exceed 3 * 168.
 _COMPUTE_REGISTERS, _MEMORY_REGISTERS = 240, 24
@@ -121,7 +121,7 @@ def padded_group(num_q_heads: int, num_kv_heads: int) -> int:
     """Return the query heads per key head, rounded up to a power of two, which divides a tile's rows."""
     group = num_q_heads // num_kv_heads
     if group > WARPGROUP_ROWS:
-        raise NotImplementedError(f"{group} query heads per key head: a warpgroup holds {WARPGROUP_ROWS}")
+        raise NotImplementedError(f"{group} query heads per key head: at most {WARPGROUP_ROWS} are supported")
     return 1 << (group - 1).bit_length()
 
 
@@ -316,7 +316,7 @@ def _attend(
         queries=queries,
         stages=Stages(*scratch.stages),
         weights=None if scratch.weights is None else scratch.weights.at[warpgroup],
-        mended=scratch.together,
+        values_zeroed=scratch.together,
         converted=scratch.converted,
     )
 
@@ -326,7 +326,7 @@ def _attend(
         keys_read = partial(plgpu.barrier_arrive, scratch.keys_free.at[slot])
         values_read = keys_read
         if scratch.values_free is None:
-            keys_read = _nothing
+            keys_read = _no_op
         else:
             values_read = partial(plgpu.barrier_arrive, scratch.values_free.at[slot])
         block = Block(
@@ -344,16 +344,16 @@ def _attend(
         sinks_m = plgpu.load(inputs.sinks_KWm.at[head, band], optimized=False)
     if shares_rows:
         # Outputs overwrite the queries once all warpgroups have read them.
-        meet(scratch.together)
+        arrive_and_wait(scratch.together)
     _write(work, state, sinks_m)
     if shares_rows:
-        meet(scratch.together)
+        arrive_and_wait(scratch.together)
     if not shares_rows or warpgroup == 0:
         plgpu.copy_smem_to_gmem(queries, out.at[tile, head, band])
         plgpu.wait_smem_to_gmem(0)
 
 
-def _nothing() -> None:
+def _no_op() -> None:
     """Do nothing: keys that contain the values are released with the values."""
 
 
@@ -380,9 +380,9 @@ def _mask(
         # Position of each query, which is the last key it sees; tokens of other rows see none.
         position_m = jnp.where(mine_m, token_m + share.shift, -1)
         key_ms = key_iota(keys) + first_key
-        live_ms = key_ms <= along_rows(position_m, keys)
+        live_ms = key_ms <= broadcast_rows(position_m, keys)
         if window is not None:
-            live_ms &= key_ms > along_rows(position_m - window, keys)
+            live_ms &= key_ms > broadcast_rows(position_m - window, keys)
         return jnp.where(live_ms, scores_ms, MASKED)
 
     return lax.cond(inside, lambda scores_ms: scores_ms, hide, scores_ms)
@@ -390,13 +390,13 @@ def _mask(
 
 def _write(work: Workspace, state: Softmax, sinks_m: jax.Array | None) -> None:
     """Normalise the weighted values and write them over the queries."""
-    total_m, scale_m = state.total, jnp.ones_like(state.total)
+    sum_m, scale_m = state.row_sum, jnp.ones_like(state.row_sum)
     if sinks_m is not None:
-        top_m = jnp.maximum(state.top, sinks_m)
-        scale_m = jnp.exp2(state.top - top_m)
-        total_m = total_m * scale_m + jnp.exp2(sinks_m - top_m)
+        max_m = jnp.maximum(state.row_max, sinks_m)
+        scale_m = jnp.exp2(state.row_max - max_m)
+        sum_m = sum_m * scale_m + jnp.exp2(sinks_m - max_m)
     # Tokens of decoding rows and padding tokens have no keys.
-    scale_m = jnp.where(total_m > 0, scale_m / total_m, 0.0)
+    scale_m = jnp.where(sum_m > 0, scale_m / sum_m, 0.0)
     for part, out_mh in zip(work.parts, state.out, strict=True):
-        work.queries.at[:, part][...] = (out_mh * along_rows(scale_m, out_mh.shape[1])).astype(jnp.bfloat16)
+        work.queries.at[:, part][...] = (out_mh * broadcast_rows(scale_m, out_mh.shape[1])).astype(jnp.bfloat16)
     plgpu.commit_smem()

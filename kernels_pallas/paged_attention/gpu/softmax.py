@@ -17,7 +17,7 @@ from kernels_pallas.paged_attention.common.partial_softmax import LOWEST, MASKED
 from kernels_pallas.paged_attention.gpu.stream import LiveKeys, Stages
 from kernels_pallas.paged_attention.gpu.tile import Tile
 from kernels_pallas.pallas import pl, plgpu
-from kernels_pallas.warpgroup import MATRIX, ROWS, WARPGROUP_ROWS, along_rows, meet, product, smem
+from kernels_pallas.warpgroup import MATRIX, ROWS, WARPGROUP_ROWS, broadcast_rows, arrive_and_wait, product, smem
 
 LOG2E = math.log2(math.e)
 
@@ -29,8 +29,8 @@ _PIECE_WIDTH = 64
 class Softmax(NamedTuple):
     """A softmax in progress: running maximum and sum of weights [m], weighted values in parts [m, h]."""
 
-    top: jax.Array
-    total: jax.Array
+    row_max: jax.Array
+    row_sum: jax.Array
     out: tuple[jax.Array, ...]
 
 
@@ -55,7 +55,7 @@ class Workspace(NamedTuple):
         queries: [m, H] in shared memory.
         stages: pipeline stages of the keys and values.
         weights: [m, s] in shared memory for the interpreter, else None.
-        mended: barrier of the warpgroups after `_mend` has zeroed values; None for a single warpgroup.
+        values_zeroed: barrier of the warpgroups after `_zero_dead_values` has zeroed values; None for a single warpgroup.
         converted: bf16 keys and values of an 8-bit cache, else None.
     """
 
@@ -64,7 +64,7 @@ class Workspace(NamedTuple):
     queries: Any
     stages: Stages
     weights: Any
-    mended: Any
+    values_zeroed: Any
     converted: Converted | None
 
 
@@ -123,7 +123,7 @@ def attend_block(config: AttentionConfig, tile: Tile, work: Workspace, block: Bl
         values = keys if stages.values is None else stages.values.at[slot]
         plgpu.barrier_wait(stages.keys_ready.at[slot])
         if stages.values is None:
-            _mend(tile, work, values, block.live)
+            _zero_dead_values(tile, work, values, block.live)
     else:
         keys = work.converted.keys
         values = keys if work.converted.values is None else work.converted.values
@@ -134,19 +134,19 @@ def attend_block(config: AttentionConfig, tile: Tile, work: Workspace, block: Bl
     if work.converted is None:
         block.keys_read()
     scores_ms = block.mask(_logits(config, scores_ms))
-    top_m = jnp.maximum(state.top, jnp.max(scores_ms, axis=1))
-    weights_ms = jnp.exp2(scores_ms - along_rows(jnp.maximum(top_m, LOWEST), tile.keys))
-    old_m = jnp.exp2(state.top - top_m)
-    total_m = state.total * old_m + jnp.sum(weights_ms, axis=1)
+    max_m = jnp.maximum(state.row_max, jnp.max(scores_ms, axis=1))
+    weights_ms = jnp.exp2(scores_ms - broadcast_rows(jnp.maximum(max_m, LOWEST), tile.keys))
+    old_m = jnp.exp2(state.row_max - max_m)
+    sum_m = state.row_sum * old_m + jnp.sum(weights_ms, axis=1)
     if work.converted is None and stages.values is not None:
         plgpu.barrier_wait(stages.values_ready.at[slot])
-        _mend(tile, work, values, block.live)
+        _zero_dead_values(tile, work, values, block.live)
     out = _weigh(tile, work, weights_ms.astype(jnp.bfloat16), values, old_m, state.out)
     if work.converted is None:
         block.values_read()
     elif tile.warpgroups > 1:
-        meet(work.converted.read)
-    return Softmax(top_m, total_m, out)
+        arrive_and_wait(work.converted.read)
+    return Softmax(max_m, sum_m, out)
 
 
 def _weigh(
@@ -156,16 +156,16 @@ def _weigh(
     if work.weights is not None:
         work.weights[...] = weights_ms
         plgpu.commit_smem()
-    total = []
+    products = []
     for part, out_mh in zip(work.parts, out, strict=True):
-        shrunk_mh = out_mh * along_rows(old_m, tile.width)
+        shrunk_mh = out_mh * broadcast_rows(old_m, tile.width)
         if work.weights is None:
             multiply = partial(_multiply, left=weights_ms, right=values.at[:, part])
-            total.append(pl.run_state(multiply)(plgpu.WGMMAAccumulatorRef.init(shrunk_mh)))
+            products.append(pl.run_state(multiply)(plgpu.WGMMAAccumulatorRef.init(shrunk_mh)))
         else:
             # The interpreter supports only operands in shared memory and accumulators that start at 0.
-            total.append(shrunk_mh + product(work.weights, values.at[:, part], tile.width))
-    return tuple(total)
+            products.append(shrunk_mh + product(work.weights, values.at[:, part], tile.width))
+    return tuple(products)
 
 
 def _multiply(accumulator: Any, left: Any, right: Any) -> None:
@@ -181,7 +181,7 @@ def _logits(config: AttentionConfig, scores_ms: jax.Array) -> jax.Array:
     return cap * LOG2E - 2 * cap * LOG2E / (jnp.exp2(scores_ms * (2 * LOG2E * config.scale / cap)) + 1)
 
 
-def _mend(tile: Tile, work: Workspace, values: Any, live: LiveKeys) -> None:
+def _zero_dead_values(tile: Tile, work: Workspace, values: Any, live: LiveKeys) -> None:
     """Zero the values of slots without a key, since 0 * NaN is NaN; only the block with the row's end has any."""
 
     @pl.when(live.end < tile.keys)
@@ -194,7 +194,7 @@ def _mend(tile: Tile, work: Workspace, values: Any, live: LiveKeys) -> None:
 
         _by_warpgroup(tile, work, 0, zero)
         if tile.warpgroups > 1:
-            meet(work.mended)
+            arrive_and_wait(work.values_zeroed)
 
 
 def _pieces(tile: Tile, head_dim: int) -> list[tuple[int, slice, slice]]:
@@ -250,4 +250,4 @@ def _convert(tile: Tile, work: Workspace, block: Block) -> None:
         _by_warpgroup(tile, work, tile.warpgroups - 1, lambda: convert(stages.values, converted.values, block.live))
     plgpu.commit_smem()
     if tile.warpgroups > 1:
-        meet(converted.written)
+        arrive_and_wait(converted.written)

@@ -179,7 +179,7 @@ class TpuAttention:
         num_heads, rows = config.num_kv_heads, shape.block_rows
         num_scalars = len(Scalars._fields)
         names = [*operands, "old_pages", "o", "pages"]
-        names += ["keys", "stage", "top", "total", "out", "fetched", "written", "slot"]
+        names += ["keys", "stage", "row_max", "row_sum", "out", "fetched", "written", "slot"]
 
         def kernel(*refs: Any) -> None:
             named = {"sinks": None} | dict(zip(names, refs[num_scalars:], strict=True))
@@ -249,5 +249,5 @@ def _check(config: AttentionConfig) -> None:
         raise NotImplementedError("the TPU kernel does not support float16, which the MXU lacks")
     if config.page_size % _MIN_PAGE_SIZE:
         raise NotImplementedError(
-            f"the TPU kernel wants pages of a multiple of {_MIN_PAGE_SIZE} tokens, got {config.page_size}"
+            f"the TPU kernel needs pages of a multiple of {_MIN_PAGE_SIZE} tokens, got {config.page_size}"
         )

@@ -32,7 +32,7 @@ class Refs(NamedTuple):
         pages: the cache's pages of all layers, [L * P, K, S, Z].
         keys: the two buffers, [2, pages per buffer, K, S, Z].
         stage: new tokens aligned to the pages' tiles, [K, tokens, Z]; unused where a block is a row.
-        top, total: running maximum and sum of weights, f32[K, Q, 128].
+        row_max, row_sum: running maximum and sum of weights, f32[K, Q, 128].
         out: weighted values, f32[K, Q, Z'].
         fetched: DMA semaphores of the two buffers.
         written: DMA semaphore of the writes.
@@ -46,8 +46,8 @@ class Refs(NamedTuple):
     pages: Any
     keys: Any
     stage: Any
-    top: Any
-    total: Any
+    row_max: Any
+    row_sum: Any
     out: Any
     fetched: Any
     written: Any
@@ -76,16 +76,16 @@ class AttentionKernel:
 
     def _reset(self) -> None:
         refs = self._refs
-        shape = refs.top.shape
-        top = refs.sinks[...] if refs.sinks is not None else MASKED
-        refs.top[...] = jnp.broadcast_to(jnp.float32(top), shape)
-        refs.total[...] = jnp.ones(shape, jnp.float32)
+        shape = refs.row_max.shape
+        row_max = refs.sinks[...] if refs.sinks is not None else MASKED
+        refs.row_max[...] = jnp.broadcast_to(jnp.float32(row_max), shape)
+        refs.row_sum[...] = jnp.ones(shape, jnp.float32)
         refs.out[...] = jnp.zeros(refs.out.shape, jnp.float32)
 
     def _finish(self) -> None:
         refs = self._refs
         for head in range(self._shape.config.num_kv_heads):
-            refs.o[0, head] = (refs.out[head] / refs.total[head, :, :1]).astype(refs.o.dtype)
+            refs.o[0, head] = (refs.out[head] / refs.row_sum[head, :, :1]).astype(refs.o.dtype)
 
     # Copies.
 
@@ -273,12 +273,12 @@ class AttentionKernel:
         # Slots without a token may hold NaN, and 0 * NaN is NaN.
         values_EZ = jnp.where(holds_E1, layout.values(keys_EZ), 0)
 
-        old_top_Q1 = refs.top[head, :, :1]
-        top_Q1 = jnp.maximum(old_top_Q1, jnp.max(scores_QE, axis=1, keepdims=True))
-        weights_QE = jnp.exp(scores_QE - jnp.maximum(top_Q1, LOWEST))
-        keep_Q1 = jnp.exp(old_top_Q1 - top_Q1)
-        total_Q1 = refs.total[head, :, :1] * keep_Q1 + jnp.sum(weights_QE, axis=1, keepdims=True)
+        old_max_Q1 = refs.row_max[head, :, :1]
+        max_Q1 = jnp.maximum(old_max_Q1, jnp.max(scores_QE, axis=1, keepdims=True))
+        weights_QE = jnp.exp(scores_QE - jnp.maximum(max_Q1, LOWEST))
+        keep_Q1 = jnp.exp(old_max_Q1 - max_Q1)
+        sum_Q1 = refs.row_sum[head, :, :1] * keep_Q1 + jnp.sum(weights_QE, axis=1, keepdims=True)
         out_QZ = dot(weights_QE.astype(q_QZ.dtype), values_EZ, (((1,), (0,)), ((), ())))
-        refs.top[head] = jnp.broadcast_to(top_Q1, refs.top.shape[1:])
-        refs.total[head] = jnp.broadcast_to(total_Q1, refs.total.shape[1:])
+        refs.row_max[head] = jnp.broadcast_to(max_Q1, refs.row_max.shape[1:])
+        refs.row_sum[head] = jnp.broadcast_to(sum_Q1, refs.row_sum.shape[1:])
         refs.out[head] = refs.out[head] * keep_Q1 + out_QZ

@@ -100,15 +100,15 @@ def _merge_rows(state: PartialSoftmax, part: PartialSoftmax, row_E: jax.Array) -
     put = partial(lax.dynamic_update_slice_in_dim, start_index=first, axis=0)
     local_E = row_E - first
     mine_RE = local_E[None, :] == jnp.arange(num_items)[:, None]
-    tops_REKG = jnp.where(mine_RE[:, :, None, None], part.top[None], MASKED)
-    old_top_RKG = take(state.top)
-    top_RKG = jnp.maximum(old_top_RKG, jnp.max(tops_REKG, axis=1))
-    old_RKG = jnp.exp(old_top_RKG - top_RKG)
-    weight_EKG = jnp.exp(part.top - top_RKG[local_E])
+    max_REKG = jnp.where(mine_RE[:, :, None, None], part.row_max[None], MASKED)
+    old_max_RKG = take(state.row_max)
+    max_RKG = jnp.maximum(old_max_RKG, jnp.max(max_REKG, axis=1))
+    old_RKG = jnp.exp(old_max_RKG - max_RKG)
+    weight_EKG = jnp.exp(part.row_max - max_RKG[local_E])
     sum_rows = partial(_sum_rows, mine_RE.astype(jnp.float32))
-    total_RKG = take(state.total) * old_RKG + sum_rows(part.total * weight_EKG)
+    sum_RKG = take(state.row_sum) * old_RKG + sum_rows(part.row_sum * weight_EKG)
     out_RKGH = take(state.out) * old_RKG[..., None] + sum_rows(part.out * weight_EKG[..., None])
-    return PartialSoftmax(put(state.top, top_RKG), put(state.total, total_RKG), put(state.out, out_RKGH))
+    return PartialSoftmax(put(state.row_max, max_RKG), put(state.row_sum, sum_RKG), put(state.out, out_RKGH))
 
 
 def _sum_rows(mine_RE: jax.Array, items: jax.Array) -> jax.Array:

@@ -97,14 +97,14 @@ def insert(levels: Levels, value: jax.Array, token: jax.Array) -> Levels:
     return tuple(values), tuple(ids)
 
 
-def _before(a: tuple[jax.Array, jax.Array], b: tuple[jax.Array, jax.Array]) -> jax.Array:
+def _ranks_before(a: tuple[jax.Array, jax.Array], b: tuple[jax.Array, jax.Array]) -> jax.Array:
     return (a[0] > b[0]) | ((a[0] == b[0]) & (a[1] < b[1]))
 
 
 def _exchange(
     a: tuple[jax.Array, jax.Array], b: tuple[jax.Array, jax.Array]
 ) -> tuple[tuple[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]:
-    first = _before(a, b)
+    first = _ranks_before(a, b)
     return (
         (jnp.where(first, a[0], b[0]), jnp.where(first, a[1], b[1])),
         (jnp.where(first, b[0], a[0]), jnp.where(first, b[1], a[1])),
@@ -157,8 +157,8 @@ def _largest(value_BP: jax.Array, id_BP: jax.Array) -> tuple[jax.Array, jax.Arra
 def candidates_of(value_BJP: jax.Array, id_BJP: jax.Array, sum_B: jax.Array, shard: Shard, size: int) -> Candidates:
     """Select the likeliest tokens of all buckets, in order."""
     rows = value_BJP.shape[0]
-    value_BK, place_BK = top_of_rows(value_BJP.reshape(rows, -1), NUM_CANDIDATES)
-    id_BK = jnp.take_along_axis(id_BJP.reshape(rows, -1), place_BK, axis=1)
+    value_BK, index_BK = top_of_rows(value_BJP.reshape(rows, -1), NUM_CANDIDATES)
+    id_BK = jnp.take_along_axis(id_BJP.reshape(rows, -1), index_BK, axis=1)
     bound_B = jnp.maximum(value_BK[:, -1], jnp.max(value_BJP[:, -1], axis=1))
     # Buckets are not ordered by id, so equal values may not be either; nor are 0 and -0, since top_k puts -0 last.
     value_BK, id_BK = lax.cond(

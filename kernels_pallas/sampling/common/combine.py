@@ -45,13 +45,13 @@ def sample_with(
         retry: number of candidates that the fallback tries before a search, where that is cheaper; 0 for none.
     """
     plan = plan_sampling(inputs, shard.vocab_size)
-    few = ~jnp.any(plan.adjusted_B | plan.listed_B)
+    all_plain = ~jnp.any(plan.adjusted_B | plan.listed_B)
     # A target is never sampled, and its log-probability is only returned with `logprobs_B`, which implies `listed_B`.
     listed = partial(_sample_listed, summarise, shard, rows_at_once, retry)
-    return lax.cond(few, partial(_sample_few, summarise, shard), listed, logits_BV, inputs, state)
+    return lax.cond(all_plain, partial(_sample_plain, summarise, shard), listed, logits_BV, inputs, state)
 
 
-def _sample_few(
+def _sample_plain(
     summarise: Summarise, shard: Shard, logits_BV: jax.Array, inputs: SamplingInputs, state: SamplingState
 ) -> SampleOutput:
     """Sample a step whose rows are all greedy or unfiltered, from unadjusted logits."""

@@ -212,7 +212,7 @@ def _find_edge(rows: _Rows, known: Known, inputs: SamplingInputs, shard: Shard) 
         return index + 1, jax.tree.map(lambda x, y: jnp.where(open_(edge), x, y), new, edge)
 
     high_G = _image(jnp.where(known.bound_B == 0, 0.0, known.bound_B))
-    low_G = jnp.minimum(_image(_surely_dropped(rows, known, inputs, shard)), high_G - 1)
+    low_G = jnp.minimum(_image(_lower_bound(rows, known, inputs, shard)), high_G - 1)
     count_G, mass_G = above(high_G)
     count_low_G, mass_low_G = above(low_G)
     # Where min-p gives the lower bound, top-k and top-p may keep everything above it.
@@ -227,7 +227,7 @@ def _find_edge(rows: _Rows, known: Known, inputs: SamplingInputs, shard: Shard) 
     return lax.while_loop(lambda carry: jnp.any(open_(carry[1])), step, (jnp.int32(0), edge))[1]
 
 
-def _surely_dropped(rows: _Rows, known: Known, inputs: SamplingInputs, shard: Shard) -> jax.Array:
+def _lower_bound(rows: _Rows, known: Known, inputs: SamplingInputs, shard: Shard) -> jax.Array:
     """Return f32[G], a value below all kept tokens: the lower bound of the search."""
     smallest_G = jnp.min(jnp.where(rows.value_GV == -jnp.inf, jnp.inf, rows.value_GV), axis=1)
     if shard.axis_name is not None:

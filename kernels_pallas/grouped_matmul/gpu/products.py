@@ -20,7 +20,7 @@ BLOCK_INPUTS = 128
 # Register layout for loading bytes that are converted to 16-bit operands of a product.
 _BYTES = plgpu.Layout.WGMMA_UPCAST_2X
 # An f32 whose last mantissa bit is worth 1: setting its low bits to a small integer adds that integer.
-_ABOVE = 2.0**23
+_F32_BIAS = 2.0**23
 _ABOVE_BITS = 0x4B000000
 
 
@@ -137,12 +137,12 @@ def sum_up_groups(
         byte_op = plgpu.load(scratch.w.at[stage, rows, columns], layout=_BYTES, optimized=False).astype(jnp.int32)
         column = step * num_columns + start
         scale_op = f32_scales(of_rows(operands.scale, row, column))
-        zero_op: Any = _ABOVE + INT4_ZERO
+        zero_op: Any = _F32_BIAS + INT4_ZERO
         if operands.zero is not None:
-            zero_op = _above(of_rows(operands.zero, row, column).astype(jnp.int32))
+            zero_op = _biased_f32(of_rows(operands.zero, row, column).astype(jnp.int32))
         for half in range(format.per_byte):
             code_op = (byte_op >> (4 * half)) & 15
-            w_op = float4(code_op) if format.element_type == "mxfp4" else _above(code_op) - zero_op
+            w_op = float4(code_op) if format.element_type == "mxfp4" else _biased_f32(code_op) - zero_op
             w_op = (w_op * scale_op).astype(scratch.converted_oi.dtype)
             place = slice(half * shape[1] + row, half * shape[1] + row + WARPGROUP_ROWS)
             scratch.converted_oi.at[place, columns][...] = plgpu.layout_cast(w_op, MATRIX)
@@ -173,6 +173,6 @@ def _accumulate(scratch: Scratch, stages: Stages, multiply: Callable[[jax.Array,
     return pl.run_scoped(accumulate, plgpu.WGMMAAccumulatorRef(scratch.out_mo.shape, jnp.float32))
 
 
-def _above(integer: jax.Array) -> jax.Array:
-    """Return a small i32 plus `_ABOVE` as f32, in a quarter of the time that a conversion takes."""
+def _biased_f32(integer: jax.Array) -> jax.Array:
+    """Return a small i32 plus `_F32_BIAS` as f32, in a quarter of the time that a conversion takes."""
     return lax.bitcast_convert_type(integer | _ABOVE_BITS, jnp.float32)

@@ -1,6 +1,7 @@
-"""Quantised linear modules, computed as a grouped matmul with a single group.
+"""Calls the kernel for quantised linear modules: a grouped matmul with a single group.
 
-The kernel dequantises tile by tile. XLA alone would write the dequantised weights to memory and read them again.
+The kernel applies the scales tile by tile (`kernels_pallas.grouped_matmul`). XLA alone would write the dequantised
+weights to memory and read them again.
 """
 
 from typing import Any
@@ -32,7 +33,7 @@ def multiply(
     out_axis, in_axis = partition_spec(axes, matrices.values_XOI.shape[1:], ops.mesh)
     format = matrices.format
     assert format is not None
-    of_blocks = P(None, out_axis, in_axis if format.block[1] else None)
+    block_spec = P(None, out_axis, in_axis if format.block[1] else None)
 
     def multiply_shard(x_TI: jax.Array, matrices: Matrices, layer: jax.Array) -> jax.Array:
         num_tokens, num_inputs = x_TI.shape
@@ -43,7 +44,7 @@ def multiply(
         y_TO = ops.matmul(x_PI, matrices._replace(format=format), group)[:num_tokens]
         return y_TO if in_axis is None else lax.psum(y_TO, in_axis)
 
-    specs: Any = (P(None, out_axis, in_axis), of_blocks, None if matrices.zero_Xoi is None else of_blocks)
+    specs: Any = (P(None, out_axis, in_axis), block_spec, None if matrices.zero_Xoi is None else block_spec)
     specs = (P(None, in_axis), Matrices(*specs), P())
     run = over_model(multiply_shard, ops.mesh, specs, P(None, out_axis))
     return run(x_TI, matrices._replace(format=None), layer)
