@@ -62,8 +62,8 @@ class AdapterSource(msgspec.Struct, frozen=True, kw_only=True):
     """A LoRA adapter to load.
 
     Attributes:
-        key: key for `Request.adapter_key`: the name, a colon, and a suffix that makes every load unique, so that an adapter
-            may replace another of the same name.
+        key: key for `Request.adapter_key`: the name, a colon, and a suffix that makes every load unique, so that an
+            adapter may replace another of the same name.
         folder: folder of the adapter's files.
         pinned: never evicted from host memory or from its slot on the device.
     """

@@ -71,7 +71,9 @@ def read_tools(body: ChatCompletionRequest) -> ToolUse | None:
             index = names.index(function.name)
             return ToolUse(template_tools=[template_tools[index]], callable=[tools[index]], forced=True, parallel=False)
         case choice:
-            return ToolUse(template_tools=template_tools, callable=tools, forced=choice == "required", parallel=parallel)
+            return ToolUse(
+                template_tools=template_tools, callable=tools, forced=choice == "required", parallel=parallel
+            )
 
 
 def _tool(definition: ToolDefinition, index: int) -> Tool:

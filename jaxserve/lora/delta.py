@@ -119,7 +119,9 @@ def make_delta(adapter: PeftAdapter, decoder: Decoder, names: Mapping[Path, Tens
             b_OR = tensors.b_OR[..., target.first_row :: target.row_step, :][..., :own_rows, :]
             b_OR = repeat_heads(b_OR, 0, head_rows, times) if times > 1 else b_OR
             own = tensors._replace(b_OR=b_OR)
-            target_tensors.append(_TargetTensors(target, own if len(targets[module]) == 1 else _without_idle_ranks(own)))
+            target_tensors.append(
+                _TargetTensors(target, own if len(targets[module]) == 1 else _without_idle_ranks(own))
+            )
     if problems:
         raise AdapterError(f"the adapter does not fit the model: {listed(problems)}")
     rank = max(item.tensors.a_RI.shape[-2] for item in target_tensors)

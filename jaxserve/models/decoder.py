@@ -24,7 +24,7 @@ from jaxserve.layers.mla import MlaAttention
 from jaxserve.layers.mla_prefill import MlaPrefillWorkspace
 from jaxserve.layers.moe import MoE
 from jaxserve.layers.rope import rope_cos_sin
-from jaxserve.layers.tokenwise import WholeBatch, Tiled, Tokenwise
+from jaxserve.layers.tokenwise import Tiled, Tokenwise, WholeBatch
 from jaxserve.models.hf.tensor_name import TensorName
 from jaxserve.models.layer_scan import LayerGroup, LayerIndex, LayerStacks, group_layers
 from jaxserve.models.param_spec import ParamSpec, Path, Weights, tree_of

@@ -51,7 +51,9 @@ def read_mla(config: Mapping[str, Any]) -> ModelConfig:
         {**config, "num_key_value_heads": 1, "head_dim": mla.kv_lora_rank + mla.qk_rope_head_dim}
     )
     return msgspec.structs.replace(
-        model, mla=mla, attention_scale=(mla.qk_nope_head_dim + mla.qk_rope_head_dim) ** -0.5 * _query_scale(config) ** 2
+        model,
+        mla=mla,
+        attention_scale=(mla.qk_nope_head_dim + mla.qk_rope_head_dim) ** -0.5 * _query_scale(config) ** 2,
     )
 
 

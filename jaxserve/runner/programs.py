@@ -92,7 +92,9 @@ class StepModel(NamedTuple):
         if (workspace := self.mla_workspace) is not None:
             mixed = (bucket for bucket in self.buckets if not bucket.single_tokens)
             shapes += [
-                ForwardShape(bucket, mha_prefill=True) for bucket in mixed if workspace.can_be_cheaper(bucket.num_tokens)
+                ForwardShape(bucket, mha_prefill=True)
+                for bucket in mixed
+                if workspace.can_be_cheaper(bucket.num_tokens)
             ]
         return shapes
 

@@ -217,7 +217,10 @@ def _adjusted(size: int) -> Case:
         Sample(name="mask", params=RowParams(seed=7, allowed=allowed)),
         Sample(name="mask with few", params=RowParams(seed=8, allowed=allowed_ids, top_p=0.99), logprobs=True),
         Sample(name="mask with one", params=RowParams(seed=9, allowed=(size - 1,), top_k=3), logprobs=True),
-        Sample(name="mask and bias", params=RowParams(temperature=0, allowed=allowed_ids, bias={allowed_ids[-1]: 40.0, 0: 90.0})),
+        Sample(
+            name="mask and bias",
+            params=RowParams(temperature=0, allowed=allowed_ids, bias={allowed_ids[-1]: 40.0, 0: 90.0}),
+        ),
         Sample(
             name="forbidden", params=RowParams(temperature=0, forbidden=(5, size - 1)), put={5: 40.0, size - 1: 50.0}
         ),

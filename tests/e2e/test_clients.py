@@ -97,9 +97,9 @@ def test_responses_follow_each_other(client: OpenAI) -> None:
     assert second.usage.input_tokens > 40
     assert client.responses.retrieve(first.id).output_text == PARIS
     client.responses.delete(first.id)
-    with pytest.raises(Exception, match="is kept"):
+    with pytest.raises(Exception, match="no stored response"):
         client.responses.retrieve(first.id)
-    with pytest.raises(Exception, match="is kept"):
+    with pytest.raises(Exception, match="no stored response"):
         client.responses.create(model="demo", input="x", previous_response_id=first.id)
 
 

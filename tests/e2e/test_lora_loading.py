@@ -115,7 +115,7 @@ def test_adapters_that_cannot_be_served_change_nothing(
         "huge": "are too large for float32",
         "nan": "values that are not finite",
         "cut": "adapter_model.safetensors",
-        "../adapters": "no folder below --lora-root",
+        "../adapters": "not a folder below --lora-root",
     }.items():
         status, error, loaded = change(lora_server, "load", lora_name="bad", lora_path=folder)
         assert (status, loaded) == (400, ["good"])

@@ -53,7 +53,7 @@ def test_other_gpus_than_hopper_take_the_portable_ones_and_say_why(kind: str) ->
     mesh: Any = SimpleNamespace(devices=np.array([device]), shape={"data": 1, "model": 1})
     for chosen in (choose_attention("auto", DENSE, mesh), choose_sampler(mesh)):
         assert (chosen.name, chosen.is_fallback) == ("xla", True)
-        assert chosen.reason.startswith("the gpu kernel cannot: ")
+        assert chosen.reason.startswith("the gpu kernel does not support it: ")
         if jax.__version_info__ >= (0, 11):
             assert f"not for {kind}" in chosen.reason
     with pytest.raises(NotImplementedError):

@@ -147,4 +147,4 @@ def test_an_adapter_of_another_model_is_refused(tmp_path: Path) -> None:
         delta_of(adapter)
     text = str(refused.value)
     assert "model.layers.0.mlp.up_proj: expects a weight of shape (96, 64), the model has (128, 64)" in text
-    assert "model.layers.2.mlp.down_proj: the model has no such module" in text
+    assert "model.layers.2.mlp.down_proj: not a module of the model that adapters can change" in text

@@ -73,8 +73,11 @@ def test_ranks_by_pattern(tmp_path: Path) -> None:
     ("settings", "reason"),
     [
         ({"peft_type": "IA3"}, "peft_type is 'IA3'; only LORA is supported"),
-        ({"use_dora": True}, "use_dora is True: DoRA scales whole columns"),
-        ({"modules_to_save": ["lm_head"]}, r"modules_to_save is \['lm_head'\]: these modules were trained whole"),
+        ({"use_dora": True}, "use_dora is True: DoRA is not supported"),
+        (
+            {"modules_to_save": ["lm_head"]},
+            r"modules_to_save is \['lm_head'\]: fully trained modules are not supported",
+        ),
         ({"bias": "all"}, "bias is 'all'"),
         ({"lora_bias": True}, "lora_bias is True"),
         ({"fan_in_fan_out": True}, "fan_in_fan_out is True"),

@@ -258,7 +258,7 @@ def test_a_reset_that_does_not_end_is_given_up(
     hosts.engine.add(request("a"))
     engine = threading.Thread(target=finish, args=(hosts.engine,))
     engine.start()
-    assert "do not come together" in hosts.losses.get(timeout=WAIT_S)
+    assert "did not complete a reset in time" in hosts.losses.get(timeout=WAIT_S)
     stuck.gate.set()
     engine.join()
 

@@ -49,7 +49,7 @@ def connect(port: int) -> socket.socket:
 @pytest.mark.parametrize(
     ("theirs", "reason"),
     [
-        (greeting(1, model="digest of another"), "the model is another one"),
+        (greeting(1, model="digest of another"), "the model differs from host 0's"),
         (greeting(1, tp_size=2), "the setting tp_size is 2 there and 1 on host 0"),
         (greeting(0), "--node-rank 0 of 2 hosts"),
         (greeting(1, num_hosts=3), "--nnodes is 3 there and 2 on host 0"),
@@ -128,7 +128,7 @@ def test_of_two_hosts_of_one_rank_the_first_stays_while_it_lives() -> None:
         # The host was restarted and connects again.
         again = Channel(connect(port))
         again.send(greeting(1, num_hosts=3))
-        with pytest.raises(LaunchError, match="there is a host of --node-rank 1 already"):
+        with pytest.raises(LaunchError, match="--node-rank 1 is already taken by another host"):
             join(greeting(1, num_hosts=3), address, WAIT_S)
         third = join(greeting(2, num_hosts=3), address, WAIT_S)
         assert again.receive_from_leader() == Welcome()

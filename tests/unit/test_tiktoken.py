@@ -92,7 +92,7 @@ def test_special_tokens_have_their_places(tokenizer: Tokenizer) -> None:
         (["IQ== 0 1"], {}, "line 1: too many values"),
         (["%% 0"], {}, "line 1: "),
         (["IQ== 0"], {}, "255 single bytes"),
-        (None, {"tokenizer_class": "OtherTokenizer"}, "how OtherTokenizer cuts text"),
+        (None, {"tokenizer_class": "OtherTokenizer"}, "tokenizer class OtherTokenizer is not supported"),
         (None, {"bos_token": {"content": 3}}, "is not a valid token"),
     ],
 )

@@ -123,13 +123,19 @@ def _fp8(config: Mapping[str, Any], _: str) -> QuantizationConfig:
         raise LaunchError(f"config.json: fp8 weights need a weight_block_size of two numbers, got {block}")
     rows, columns = (_positive(size, "weight_block_size") for size in block)
     check_supported(config, "fp8", fmt=("e4m3",), activation_scheme=("dynamic",))
-    return QuantizationConfig(element_type="fp8", block=(rows, columns), unquantized_modules=_unquantized_modules(config))
+    return QuantizationConfig(
+        element_type="fp8", block=(rows, columns), unquantized_modules=_unquantized_modules(config)
+    )
 
 
 def _mxfp4(config: Mapping[str, Any], _: str) -> QuantizationConfig:
     """Read gpt-oss's format, in which only experts are quantised (OCP Microscaling Formats 1.0)."""
     return QuantizationConfig(
-        element_type="mxfp4", block=(1, _MX_COLUMNS), scale_dtype="e8m0", parts=("experts",), unquantized_modules=_unquantized_modules(config)
+        element_type="mxfp4",
+        block=(1, _MX_COLUMNS),
+        scale_dtype="e8m0",
+        parts=("experts",),
+        unquantized_modules=_unquantized_modules(config),
     )
 
 
@@ -178,7 +184,9 @@ def _awq(config: Mapping[str, Any], _: str) -> QuantizationConfig:
     """Read AutoAWQ's format (arXiv:2306.00978)."""
     check_supported(config, "awq", bits=(4,), version=("gemm", "GEMM"), zero_point=(True,))
     columns = _positive(config.get("group_size"), "group_size")
-    return QuantizationConfig(element_type="int4", block=(1, columns), zeros=True, unquantized_modules=_unquantized_modules(config))
+    return QuantizationConfig(
+        element_type="int4", block=(1, columns), zeros=True, unquantized_modules=_unquantized_modules(config)
+    )
 
 
 def _gptq(config: Mapping[str, Any], _: str) -> QuantizationConfig:
@@ -187,7 +195,9 @@ def _gptq(config: Mapping[str, Any], _: str) -> QuantizationConfig:
     columns = _positive(config.get("group_size"), "group_size")
     if config.get("dynamic"):
         raise LaunchError("config.json: gptq with per-module settings (dynamic) is not supported")
-    return QuantizationConfig(element_type="int4", block=(1, columns), zeros=True, unquantized_modules=_unquantized_modules(config))
+    return QuantizationConfig(
+        element_type="int4", block=(1, columns), zeros=True, unquantized_modules=_unquantized_modules(config)
+    )
 
 
 def _positive(value: Any, key: str) -> int:

@@ -130,7 +130,9 @@ class GpuGroupedMatmul:
         block = (tiling.columns, tiling.outputs) if transposed else (tiling.outputs, tiling.columns)
         converted = (num_rows // WARPGROUP_ROWS * tiling.outputs, tiling.columns)
         kernel = plgpu.kernel(
-            partial(_multiply_block, num_steps=num_columns // tiling.columns, sum_up=tiling.sum_up, transposed=transposed),
+            partial(
+                _multiply_block, num_steps=num_columns // tiling.columns, sum_up=tiling.sum_up, transposed=transposed
+            ),
             out_type=jax.ShapeDtypeStruct((num_blocks, WARPGROUP_ROWS, num_outputs), x_PI.dtype),
             scratch_types=[
                 Scratch(

@@ -43,7 +43,9 @@ def check_shape(shape: ExpertShape) -> None:
     rows, columns = shape.format.block
     if rows == 1:
         if (columns or shape.num_inputs) % shape.format.per_byte:
-            raise NotImplementedError(f"quantisation blocks of {columns} elements: the kernel needs a whole number of bytes")
+            raise NotImplementedError(
+                f"quantisation blocks of {columns} elements: the kernel needs a whole number of bytes"
+            )
         return
     if shape.format.element_type != "fp8":
         raise NotImplementedError(

@@ -94,7 +94,11 @@ def lora_embed(token_ids_T: jax.Array, a_SRI: jax.Array, b_SRO: jax.Array, slot_
     lora = XlaLora()
     plan = lora.plan(slot_T, a_SRI.shape[0])
     h_TR = b_SRO[jnp.maximum(slot_T - 1, 0), :, token_ids_T]
-    h = jnp.broadcast_to(h_TR[:, None], (len(h_TR), len(a_SRI), h_TR.shape[1])) if plan.uses_all_slots else plan.gather(h_TR)
+    h = (
+        jnp.broadcast_to(h_TR[:, None], (len(h_TR), len(a_SRI), h_TR.shape[1]))
+        if plan.uses_all_slots
+        else plan.gather(h_TR)
+    )
     return lora.expand(h, Stacked(a_SRI[None], jnp.int32(0)), plan)
 
 

@@ -42,7 +42,7 @@ from kernels_pallas.paged_attention.gpu.stream import (
 )
 from kernels_pallas.paged_attention.gpu.tile import Tile
 from kernels_pallas.pallas import pl, plgpu
-from kernels_pallas.warpgroup import WARPGROUP_ROWS, broadcast_rows, arrive_and_wait, smem
+from kernels_pallas.warpgroup import WARPGROUP_ROWS, arrive_and_wait, broadcast_rows, smem
 
 # Thread blocks per SM to aim for.
 _BLOCKS_PER_CORE = 2
@@ -212,7 +212,9 @@ def _merge(parts: DecodeOutputs, sinks_KG: jax.Array | None) -> jax.Array:
     return jnp.sum(parts.out.astype(jnp.float32) * weight_BKXG[..., None], axis=2) / sum_BKG[..., None]
 
 
-def _kernel(inputs: DecodeInputs, out: Any, row_max: Any, row_sum: Any, scratch: _Scratch, *, problem: _Problem) -> None:
+def _kernel(
+    inputs: DecodeInputs, out: Any, row_max: Any, row_sum: Any, scratch: _Scratch, *, problem: _Problem
+) -> None:
     outputs = DecodeOutputs(out, row_max, row_sum)
     row = lax.axis_index("row")
 

@@ -40,7 +40,7 @@ from kernels_pallas.paged_attention.gpu.stream import (
 )
 from kernels_pallas.paged_attention.gpu.tile import Tile
 from kernels_pallas.pallas import pl, plgpu
-from kernels_pallas.warpgroup import WARPGROUP_ROWS, broadcast_rows, arrive_and_wait, smem
+from kernels_pallas.warpgroup import WARPGROUP_ROWS, arrive_and_wait, broadcast_rows, smem
 
 # Registers per thread with two compute warpgroups; the sum over all three warpgroups may not exceed 3 * 168.
 _COMPUTE_REGISTERS, _MEMORY_REGISTERS = 240, 24

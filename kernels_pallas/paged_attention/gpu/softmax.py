@@ -17,7 +17,7 @@ from kernels_pallas.paged_attention.common.partial_softmax import LOWEST, MASKED
 from kernels_pallas.paged_attention.gpu.stream import LiveKeys, Stages
 from kernels_pallas.paged_attention.gpu.tile import Tile
 from kernels_pallas.pallas import pl, plgpu
-from kernels_pallas.warpgroup import MATRIX, ROWS, WARPGROUP_ROWS, broadcast_rows, arrive_and_wait, product, smem
+from kernels_pallas.warpgroup import MATRIX, ROWS, WARPGROUP_ROWS, arrive_and_wait, broadcast_rows, product, smem
 
 LOG2E = math.log2(math.e)
 
@@ -55,7 +55,7 @@ class Workspace(NamedTuple):
         queries: [m, H] in shared memory.
         stages: pipeline stages of the keys and values.
         weights: [m, s] in shared memory for the interpreter, else None.
-        values_zeroed: barrier of the warpgroups after `_zero_dead_values` has zeroed values; None for a single warpgroup.
+        values_zeroed: barrier of the warpgroups after `_zero_dead_values`; None for a single warpgroup.
         converted: bf16 keys and values of an 8-bit cache, else None.
     """
 

@@ -120,9 +120,13 @@ def _largest_tile(config: AttentionConfig, *, decode: bool) -> Tile:
     if config.value_dim is not None:
         dims = (config.head_dim, config.value_dim)
         if dims not in _LATENT:
-            raise NotImplementedError(f"keys and values of {dims} elements are not supported by the GPU kernels; supported: {sorted(_LATENT)}")
+            raise NotImplementedError(
+                f"keys and values of {dims} elements are not supported by the GPU kernels; supported: {sorted(_LATENT)}"
+            )
         return _LATENT[dims]
     table = _DECODE if decode else _PREFILL
     if config.head_dim not in table:
-        raise NotImplementedError(f"head dim {config.head_dim} is not supported by the GPU kernels; supported: {sorted(table)}")
+        raise NotImplementedError(
+            f"head dim {config.head_dim} is not supported by the GPU kernels; supported: {sorted(table)}"
+        )
     return table[config.head_dim]
