@@ -16,7 +16,7 @@ from kernels_pallas.grouped_matmul.api import ExpertShape, GroupedMatmul, Matric
 from kernels_pallas.grouped_matmul.reference import grouped_matmul
 from kernels_pallas.grouped_matmul.xla.backend import XlaGroupedMatmul
 from kernels_pallas.quantized import QuantizedFormat
-from kernels_pallas.token_tiles import most_blocks, sort_into_blocks
+from kernels_pallas.token_tiles import max_num_blocks, sort_into_blocks
 from tests.support.marks import slow
 
 needs_pallas = pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="the kernels need JAX 0.11")
@@ -272,7 +272,7 @@ def test_sort_into_blocks_keeps_rows_with_their_group(groups: list[int], num_gro
     blocks, permuted = sort_into_blocks(jnp.asarray(group_R, jnp.int32), num_groups, block_rows)
     group_C, num = np.asarray(blocks.group_C), int(blocks.num_live_1[0])
     row_P, block_row_R = np.asarray(permuted.row_P), np.asarray(permuted.block_row_R)
-    assert len(row_P) == len(group_C) * block_rows == most_blocks(len(groups), num_groups, block_rows) * block_rows
+    assert len(row_P) == len(group_C) * block_rows == max_num_blocks(len(groups), num_groups, block_rows) * block_rows
     here = np.flatnonzero(group_R < num_groups)
     np.testing.assert_array_equal(row_P[block_row_R[here]], here)
     np.testing.assert_array_equal(group_C[block_row_R[here] // block_rows], group_R[here])

@@ -13,7 +13,7 @@ from jaxserve.engine.client import AdapterAnswers, Streams, TokenStream
 from jaxserve.engine.engine import Engine
 from jaxserve.engine.messages import EngineInfo, EngineStats
 from jaxserve.errors import OverloadedError, UnavailableError
-from jaxserve.lora.store import AdapterStore, Answer
+from jaxserve.lora.store import AdapterStore, OnDone
 from jaxserve.request import AdapterSource, GrammarTokenizer, Request
 from jaxserve.runner_protocol import LoadedAdapter, Runner, loaded_adapter
 from jaxserve.scheduling.adapter_slots import AdapterSlots
@@ -275,7 +275,7 @@ class FakeEngineClient:
     async def unload_adapter(self, key: str) -> None:
         await self._ask(key, partial(self._engine.unload_adapter, key))
 
-    async def _ask(self, key: str, ask: Callable[[Answer], None]) -> None:
+    async def _ask(self, key: str, ask: Callable[[OnDone], None]) -> None:
         def send() -> None:
             ask(partial(self._adapter_answers.report, key))
             self._wake()
