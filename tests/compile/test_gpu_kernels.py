@@ -170,6 +170,7 @@ def test_experts_keep_to_registers_and_use_the_tensor_cores(name: str, assemble:
     assert not kernel.spilled_bytes
 
 
+@pytest.mark.slow
 def test_kernels_of_a_step_with_adapters_keep_to_registers(assemble: Assemble) -> None:
     """The kernels are those of adapters for every linear map, of sampling and of attention, at a real model's sizes."""
     lora = LoraConfig(max_rank=16, target_modules=("all",))

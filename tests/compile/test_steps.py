@@ -303,6 +303,7 @@ def test_sampler_compiles_for_the_largest_vocabulary(
     assert num_kernels(text) == 3
 
 
+@pytest.mark.slow
 def test_blackwell_runs_the_portable_step(caplog: Any) -> None:
     engine, _ = layout_for("b200:1", "qwen3-4b", 1)
     assert engine.attention_name == "xla"

@@ -113,7 +113,7 @@ def flags(checkpoint: Path, compilation_cache: str) -> list[str]:
     """Flags that keep the tiny server small and its start short."""
     return [
         "--model-path", str(checkpoint), "--served-model-name", "tiny", "--max-running-requests", "8",
-        "--chunked-prefill-size", "64", "--max-total-tokens", "8192", "--page-size", "16",
+        "--chunked-prefill-size", "32", "--max-total-tokens", "8192", "--page-size", "16",
         "--compilation-cache-dir", compilation_cache,
     ]  # fmt: skip
 

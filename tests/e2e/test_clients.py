@@ -133,7 +133,7 @@ def test_bad_input_is_an_error_in_each_client(client: OpenAI) -> None:
         client.completions.create(model="demo", prompt="x", suffix="y")
 
 
-@pytest.mark.parametrize("name", ["langchain", slow("instructor"), slow("litellm")])
+@pytest.mark.parametrize("name", [slow("langchain"), slow("instructor"), slow("litellm")])
 def test_other_python_clients(demo: ServerProcess, name: str) -> None:
     python = CLIENTS / "bin" / "python"
     if not python.exists():

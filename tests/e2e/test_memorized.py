@@ -31,7 +31,7 @@ TOOL_FIELDS: Any = [
 
 @pytest.fixture(scope="module")
 async def engine(compilation_cache: str) -> AsyncIterator[InProcessEngineClient]:
-    options: Any = {"max_running_requests": 8, "chunked_prefill_size": 64, "max_total_tokens": 8192}
+    options: Any = {"max_running_requests": 8, "chunked_prefill_size": 32, "max_total_tokens": 8192}
     async with loaded(FOLDER, compilation_cache_dir=compilation_cache, **options) as client:
         yield client
 
@@ -70,7 +70,7 @@ async def test_chat(engine: InProcessEngineClient, tokenizer: Tokenizer, case: M
 
 
 # Kimi has DeepSeek's architecture, so only one of the two always runs.
-@pytest.mark.parametrize("family", [slow(family) if family == "deepseek" else family for family in FAMILIES])
+@pytest.mark.parametrize("family", [slow(family) if family in ("deepseek", "qwen3") else family for family in FAMILIES])
 async def test_families(family: str, compilation_cache: str) -> None:
     """Tiny Qwen3, DeepSeek V3, Kimi K2 and gpt-oss models, with files as the families' authors publish them."""
     folder = MODELS / f"memorized_{family}"

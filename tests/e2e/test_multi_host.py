@@ -89,7 +89,7 @@ def test_two_hosts_with_a_copy_each_give_the_tokens_of_one(flags: list[str], wan
         assert follower.process.wait(20) == 0
 
 
-def test_two_hosts_share_a_copy_until_one_is_lost(flags: list[str], want: list[str], tmp_path: Path) -> None:
+def test_two_hosts_share_a_replica_until_one_is_lost(flags: list[str], want: list[str], tmp_path: Path) -> None:
     """Both hosts have one adapter from the start; the files of another one are on host 0 only."""
     first, later = write_adapter(tmp_path / "first", seed=1), write_adapter(tmp_path / "root" / "later", seed=2)
     merged = ServerProcess(*flags, "--merge-lora", str(later), log=tmp_path / "merged").wait_ready()

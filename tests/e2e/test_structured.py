@@ -141,7 +141,7 @@ async def streamed(http: httpx.AsyncClient, **fields: Any) -> dict[int, dict[str
     return out
 
 
-@pytest.mark.parametrize("grammar", ["schema", "regex", "required", slow("ebnf"), slow("named")])
+@pytest.mark.parametrize("grammar", ["schema", "regex", slow("required"), slow("ebnf"), slow("named")])
 async def test_every_grammar_with_every_two_features(http: httpx.AsyncClient, grammar: str) -> None:
     """Whole and streamed answers are equal, every choice conforms to the grammar, and every token has its logprobs."""
 

@@ -144,10 +144,14 @@ def test_matches_numpy(implementation: type[Any], shape: str, options: str, dtyp
 
 
 # The GPU kernels multiply in bf16 and support head dims from 64 on. Their interpreter takes half a minute per case.
-_ALIKE = ("decode", "short_prefill", "tiles_of_both_sizes", "multi_head", "multi_query", "one_row_alone")
+_ALIKE = ("decode", "short_prefill", "tiles_of_both_sizes", "multi_head", "multi_query", "one_row_alone", "mixed")
 GPU_CASES = [
     *(slow(shape, "plain") if shape in _ALIKE else (shape, "plain") for shape in SHAPES if shape != "latent"),
-    *(("mixed", options) for options in OPTIONS if options != "plain"),
+    *(
+        slow("mixed", options) if options == "window" else ("mixed", options)
+        for options in OPTIONS
+        if options != "plain"
+    ),
     *(slow("chunk_of_a_long_prompt", options) for options in OPTIONS if options != "plain"),
 ]
 

@@ -196,7 +196,7 @@ REQUESTED = {
 
 
 @pytest.mark.parametrize(
-    ("name", "mesh"), [("int4", ONE), ("int8", SPLIT), ("fp8", ONE), slow("int8", ONE), slow("fp8", SPLIT)]
+    ("name", "mesh"), [("int4", ONE), ("int8", SPLIT), slow("fp8", ONE), slow("int8", ONE), slow("fp8", SPLIT)]
 )
 def test_quantised_while_loading(name: str, mesh: dict[str, int], tmp_path: Path) -> None:
     plain = load_file(GOLDEN / "qwen3_moe" / "model.safetensors")
