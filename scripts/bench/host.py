@@ -86,7 +86,7 @@ async def microseconds_per_delta(name: str, **settings: Any) -> float:
         stream.deliver(TokenDelta(request_id=prepared.request.id, token_ids=(token,)))
     stream.deliver(TokenDelta(request_id=prepared.request.id, finish_reason=FinishReason.STOP))
     server.client = SimpleNamespace(submit=lambda _: stream, check_capacity=lambda _: None, check_ready=lambda: None)
-    chat = _Chat(server, body, "tiny", RunningRequest(server, "chat", "id", [prepared]))
+    chat = _Chat(server, body, RunningRequest(server, "chat", "id", [prepared]))
     start = time.perf_counter()
     async for _ in chat.events():
         pass
