@@ -10,7 +10,7 @@ import math
 import operator
 import pathlib
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import jax
 import numpy as np
@@ -79,7 +79,7 @@ def _array_of_shards(spec: ParamSpec, mesh: Mesh, read: Callable[[Index], np.nda
     for device, index in sharding.addressable_devices_indices_map(spec.shape).items():
         assert index is not None
         key = str(index)  # slices cannot be hashed before Python 3.12
-        holders.setdefault(key, (index, []))[1].append(_placement(row_major, device))
+        holders.setdefault(key, (index, []))[1].append(_placement(row_major, SingleDeviceSharding(device)))
     shards: list[jax.Array] = []
     for index, placements in holders.values():
         values = read(index)
@@ -88,11 +88,11 @@ def _array_of_shards(spec: ParamSpec, mesh: Mesh, read: Callable[[Index], np.nda
     return jax.make_array_from_single_device_arrays(spec.shape, sharding, shards)
 
 
-def _placement(row_major: Format, device: Any) -> Format | Sharding:
-    """Return the placement of a shard on a device, whose layout must be row-major."""
-    sharding = SingleDeviceSharding(device)
+def _placement(row_major: Format, sharding: Sharding) -> Format | Sharding:
+    """Return the placement of a row-major array with this sharding."""
     # Only TPUs have another default layout, and JAX compiles a program for each transfer that names a layout.
-    return Format(row_major.layout, sharding) if device.platform == "tpu" else sharding
+    on_tpu = next(iter(sharding.device_set)).platform == "tpu"
+    return Format(row_major.layout, sharding) if on_tpu else sharding
 
 
 def quantized_as(source: TensorSource, decoder: Decoder, names: dict[Path, TensorName]) -> TensorSource:
@@ -136,7 +136,8 @@ def restore_weights(folder: pathlib.Path, decoder: Decoder, mesh: Mesh) -> Weigh
         rows, times = replicated_head_rows(spec, decoder.args)
         node = functools.reduce(operator.getitem, path[:-1], weights)
         restored = repeat_heads(np.asarray(node[path[-1]]), 1, rows, times) if rows else node[path[-1]]
-        node[path[-1]] = jax.device_put(restored, weight_format(spec.axes, spec.shape, mesh))
+        row_major = weight_format(spec.axes, spec.shape, mesh)
+        node[path[-1]] = jax.device_put(restored, _placement(row_major, named_sharding(spec.axes, spec.shape, mesh)))
     return weights
 
 
