@@ -9,9 +9,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-# GPU programs are compiled without a GPU, so XLA cannot autotune by running candidates.
-os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8 --xla_gpu_autotune_level=0"
+# GPU programs are compiled without a GPU, so XLA cannot autotune by running candidates. Workers inherit the flags, and
+# JAX's keys of compiled programs count every repetition.
+os.environ["XLA_FLAGS"] = " ".join(
+    dict.fromkeys(
+        [
+            *os.environ.get("XLA_FLAGS", "").split(),
+            "--xla_force_host_platform_device_count=8",
+            "--xla_gpu_autotune_level=0",
+        ]
+    )
 )
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["TRANSFORMERS_NO_ADVISORY_WARNINGS"] = "1"

@@ -112,16 +112,21 @@ def parse_target(text: str) -> Target:
 def prepare_environment(target: Target) -> None:
     """Set the environment variables that compilers read when they are loaded; call before jax is imported."""
     os.environ["JAX_PLATFORMS"] = "cpu"
-    flags = os.environ.get("XLA_FLAGS", "")
     if target.device.platform == "tpu":
         # There is no TPU VM to query for metadata, and other processes may compile for TPUs, too.
         os.environ.update(TPU_SKIP_MDS_QUERY="1", TPU_WORKER_HOSTNAMES="localhost", ALLOW_MULTIPLE_LIBTPU_LOAD="1")
         os.environ.setdefault("TPU_ACCELERATOR_TYPE", f"{target.device.name}-{target.num_devices}")
     elif target.device.platform == "gpu":
         # Autotuning runs candidates on the device.
-        os.environ["XLA_FLAGS"] = f"{flags} --xla_gpu_autotune_level=0"
+        set_xla_flag("--xla_gpu_autotune_level", 0)
     else:
-        os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count={target.num_devices}"
+        set_xla_flag("--xla_force_host_platform_device_count", target.num_devices)
+
+
+def set_xla_flag(name: str, value: int) -> None:
+    """Set a flag in XLA_FLAGS once: JAX's keys of compiled programs count every repetition."""
+    others = (flag for flag in os.environ.get("XLA_FLAGS", "").split() if flag.partition("=")[0] != name)
+    os.environ["XLA_FLAGS"] = " ".join([*others, f"{name}={value}"])
 
 
 def target_devices(target: Target) -> list[Any]:

@@ -128,7 +128,7 @@ def test_a_target_whose_memory_is_not_known(plan: Plan, monkeypatch: pytest.Monk
     """A context that does not fit a CPU's page pool is reported, without advice on devices."""
     monkeypatch.setattr("jaxserve.plan.compile._compile", lambda *_: Outcome([], 0.0))
     long = TINY | {"max_position_embeddings": 1 << 20}
-    done = plan(long, "--target", "cpu:1", "--json", *SMALLEST)
+    done = plan(long, "--target", "cpu:8", "--tp", "1", "--json", *SMALLEST)
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
     assert report["full_requests"] == 0
