@@ -22,7 +22,7 @@ class Stacked(NamedTuple):
 
     def slice(self) -> jax.Array:
         """Return this layer of the array, [...], copied out of the stack."""
-        return lax.dynamic_index_in_dim(self.stack, self.layer, keepdims=False)
+        return lax.dynamic_index_in_dim(self.stack, self.layer, keepdims=False, allow_negative_indices=False)
 
     @property
     def flat(self) -> jax.Array:

@@ -164,7 +164,10 @@ class Linear(nnx.Module):
             y_TO = multiply(ctx.linear, x_TI, *self._stacked(), (out_axis, in_axis))
         else:
             y_TO = jnp.einsum("ti,oi->to", x_TI, self.matrix(x_TI.dtype), preferred_element_type=self.out_dtype)
-        return y_TO if self.bias is None else y_TO + self.bias[...].astype(y_TO.dtype)
+        if self.bias is None:
+            return y_TO
+        # In f32, which rounds alike: XLA would fuse a sum in bf16 into cuBLAS's call, and copy the weight to do so.
+        return (y_TO.astype(jnp.float32) + self.bias[...].astype(jnp.float32)).astype(y_TO.dtype)
 
     def matrix(self, dtype: jnp.dtype) -> jax.Array:
         """Return the weight, [out, in]; a quantised weight is dequantised to `dtype`."""

@@ -244,17 +244,16 @@ class Decoder:
             ops=ops,
         )
         for group in group_layers(self.config.layers):
-            body = partial(self._run_group, step, group)
-            (x_TD, cache), _ = lax.scan(body, (x_TD, cache), jnp.arange(group.repeats, dtype=jnp.int32))
+            x_TD, cache = lax.fori_loop(0, group.repeats, partial(self._run_group, step, group), (x_TD, cache))
         return x_TD, cache
 
     def _run_group(
-        self, step: _Step, group: LayerGroup[LayerConfig], carry: tuple[jax.Array, Cache], turn: jax.Array
-    ) -> tuple[tuple[jax.Array, Cache], None]:
+        self, step: _Step, group: LayerGroup[LayerConfig], turn: jax.Array, carry: tuple[jax.Array, Cache]
+    ) -> tuple[jax.Array, Cache]:
         """Run repetition `turn` of the group's layers."""
         for offset in range(len(group.kinds)):
             carry = self._run_layer(step, LayerIndex(group, offset, turn), *carry)
-        return carry, None
+        return carry
 
     def _run_layer(self, step: _Step, layer: LayerIndex, x_TD: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
         graph, _ = nnx.split(self._kinds[layer.kind])

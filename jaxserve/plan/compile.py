@@ -3,25 +3,24 @@
 import math
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from fractions import Fraction
 from functools import partial
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import msgspec
 
-from jaxserve.config import EngineConfig, LayerConfig, LoraConfig
+from jaxserve.config import EngineConfig, LoraConfig
 from jaxserve.errors import LaunchError
 from jaxserve.layout.layout import EngineLayout, ModelLayout, check_fit, layout_engine, layout_model
 from jaxserve.layout.memory import DEVICE_MEM_FRACTION
 from jaxserve.lora.pool import LoraPoolLayout, lora_pool_bytes
 from jaxserve.lora.reader import AdapterReader
 from jaxserve.lora.startup import lora_pool_layout
-from jaxserve.models.layer_scan import group_layers
 from jaxserve.parallel.mesh import mesh_of
-from jaxserve.plan.hlo import find_collectives, num_kernels
+from jaxserve.plan.decode_load import DecodeLoad, roofline_share
+from jaxserve.plan.hlo import HloProgram, find_collectives
 from jaxserve.plan.report import Load, Memory, Program, Report, bound
 from jaxserve.plan.targets import Target, target_devices
 from jaxserve.runner.buckets import ForwardShape
@@ -39,8 +38,8 @@ _FEWER_SLOTS = "adapter slots take memory, too: lower --max-loras-per-batch, --m
 _UNKNOWN_POOL_BYTES = 512 << 20
 
 
-# A function that lowers a program, and the average number of times that a step runs a layer in its loop bodies.
-Job: TypeAlias = tuple[Callable[[], jax.stages.Lowered], Fraction]
+# A function that lowers a program, and the load for which its bytes are counted.
+Job: TypeAlias = tuple[Callable[[], jax.stages.Lowered], DecodeLoad | None]
 
 
 class Outcome(NamedTuple):
@@ -67,7 +66,7 @@ def make_plan(config: EngineConfig, hf_config: Mapping[str, Any], target: Target
     if left <= 0:
         return _too_heavy(config, layout, adapters, target)
     engine = layout_engine(config, layout, int(left * (config.mem_fraction_static or DEVICE_MEM_FRACTION)), adapters)
-    return _report(config, layout, engine, target, _compile(engine, layout.config.layers))
+    return _report(config, layout, engine, target, _compile(engine))
 
 
 def adapter_slots(config: LoraConfig, layout: ModelLayout) -> LoraPoolLayout:
@@ -80,36 +79,35 @@ def _lora_pool_bytes(layout: ModelLayout, adapters: LoraPoolLayout | None) -> in
     return 0 if adapters is None else lora_pool_bytes(layout.decoder, adapters, layout.mesh)
 
 
-def _compile(engine: EngineLayout, layers: Sequence[LayerConfig]) -> Outcome:
+def _compile(engine: EngineLayout) -> Outcome:
     """Compile every program of a step, two at a time."""
     step = StepPrograms(engine.step)
     lock = threading.Lock()
-    # Groups that run once are not compiled to loops.
-    loops = [(len(group.kinds), group.repeats) for group in group_layers(layers) if group.repeats > 1]
-    turns = Fraction(sum(size * repeats for size, repeats in loops), max(1, sum(size for size, _ in loops)))
 
     def compile_one(name: str, job: Job) -> Program:
-        lower, turns = job
+        lower, load = job
         with lock:  # trace one program at a time
             lowered = lower()
         started = time.perf_counter()
         compiled = lowered.compile()
         seconds = time.perf_counter() - started
         memory: Any = compiled.memory_analysis()
-        text = compiled.as_text() or ""
+        program = HloProgram(compiled.as_text() or "")
         return Program(
             name=name,
             compile_s=seconds,
             temporary_bytes=memory.temp_size_in_bytes,
             code_bytes=memory.generated_code_size_in_bytes,
-            kernels=num_kernels(text),
-            collectives=find_collectives(text).per_step(turns),
+            kernels=len(program.kernels),
+            collectives=dict(find_collectives(program).per_step),
+            roofline_share=None if load is None else roofline_share(engine, program, load),
         )
 
-    jobs: dict[str, Job] = {_name(shape): (partial(step.lower_forward, shape), turns) for shape in engine.step.shapes}
+    jobs: dict[str, Job] = {
+        _name(shape): (partial(step.lower_forward, shape), _load(engine, shape)) for shape in engine.step.shapes
+    }
     for rows in sorted({bucket.num_rows for bucket in engine.step.buckets}, reverse=True):
-        # Its loops run only if the candidates do not decide, which is rare.
-        jobs[f"sample {rows} rows"] = partial(step.lower_sample, rows), Fraction(0)
+        jobs[f"sample {rows} rows"] = partial(step.lower_sample, rows), None
     started = time.perf_counter()
     with ThreadPoolExecutor(_COMPILE_THREADS) as pool:
         try:
@@ -119,6 +117,14 @@ def _compile(engine: EngineLayout, layers: Sequence[LayerConfig]) -> Outcome:
                 raise LaunchError(f"the compiler for the target failed: {error}") from error
             return Outcome([], time.perf_counter() - started, str(error).splitlines()[0])
     return Outcome(programs, time.perf_counter() - started)
+
+
+def _load(engine: EngineLayout, shape: ForwardShape) -> DecodeLoad | None:
+    """Return the load of a decode step whose rows are all in use, if kernels do the attention and no adapters."""
+    if not shape.bucket.single_tokens or shape.adapted or engine.attention_name == "xla":
+        return None
+    rows = shape.bucket.num_rows
+    return DecodeLoad(rows, max(1, engine.scheduler.context_length // 2), rows)
 
 
 def _name(shape: ForwardShape) -> str:

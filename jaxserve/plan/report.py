@@ -17,6 +17,8 @@ class Program(msgspec.Struct, frozen=True, kw_only=True):
         temporary_bytes, code_bytes: bytes of temporary buffers and of code on each device.
         kernels: number of calls of Pallas kernels; a call in the loop over layers counts once.
         collectives: how often a step runs each kind.
+        roofline_share: for a decode step, the bytes that must move over those that the program moves, if all of its
+            rows are in use and have half the context; None for other programs.
     """
 
     name: str
@@ -25,6 +27,7 @@ class Program(msgspec.Struct, frozen=True, kw_only=True):
     code_bytes: int
     kernels: int
     collectives: dict[str, int]
+    roofline_share: float | None
 
 
 class Memory(msgspec.Struct, frozen=True, kw_only=True):
@@ -152,15 +155,16 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
 
     def _program_lines(self) -> list[str]:
         def line(name: str, *numbers: object) -> str:
-            compile_s, temporary, kernels, collectives = numbers
-            return f"  {name:<30}{compile_s:>10}{temporary:>10}{kernels:>9}  {collectives}"
+            compile_s, temporary, kernels, roofline, collectives = numbers
+            return f"  {name:<30}{compile_s:>10}{temporary:>10}{kernels:>9}{roofline:>10}  {collectives}"
 
-        return [line("", "compile s", "temp MiB", "kernels", "collectives of a step")] + [
+        return [line("", "compile s", "temp MiB", "kernels", "roofline", "collectives of a step")] + [
             line(
                 program.name,
                 f"{program.compile_s:.1f}",
                 f"{program.temporary_bytes / 2**20:.1f}",
                 program.kernels,
+                "" if program.roofline_share is None else f"{program.roofline_share:.0%}",
                 ", ".join(f"{count} {kind}" for kind, count in program.collectives.items()) or "none",
             )
             for program in self.programs

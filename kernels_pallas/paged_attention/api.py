@@ -141,6 +141,16 @@ class AttentionBackend(Protocol):
         """Return a backend that only writes to the same cache: one query per key head, outputs without meaning."""
         ...
 
+    def decode_bytes(self, kv_lens: list[int], num_rows: int, pages_per_row: int) -> int:
+        """Return the bytes that the decode kernel moves between memory and one device for one layer.
+
+        Args:
+            kv_lens: number of keys of each row that runs one token.
+            num_rows: rows that the step is compiled for.
+            pages_per_row: entries per row of the page table.
+        """
+        ...
+
     def plan(self, meta: AttentionMeta) -> Plan:
         """Derive what `attend` needs from `meta`, once per step for all layers with the same window."""
         ...

@@ -1,6 +1,5 @@
 """Layouts of published models on targets, and the checks that every program of a step must pass."""
 
-import re
 import time
 from collections.abc import Callable
 from typing import Any
@@ -13,7 +12,8 @@ from jaxserve.layout.memory import DEVICE_MEM_FRACTION
 from jaxserve.models.layer_scan import group_layers
 from jaxserve.parallel.mesh import mesh_of
 from jaxserve.plan.compile import adapter_slots
-from jaxserve.plan.hlo import Collectives, find_collectives
+from jaxserve.plan.cost import read_cost
+from jaxserve.plan.hlo import HloProgram, find_collectives
 from jaxserve.plan.targets import parse_target, prepare_environment, target_devices
 from tests.compile.models import (
     DEEPSEEK_V2_LITE,
@@ -70,33 +70,59 @@ def layout_for(target_text: str, model: str, tp_size: int, **options: Any) -> tu
 
 def check_program(
     engine: EngineLayout, lower: Callable[[], jax.stages.Lowered], memory_bytes: int, record: Callable[..., None]
-) -> tuple[str, Any]:
-    """Compile a program, check that it fits the device, and return its text and memory figures."""
+) -> tuple[HloProgram, Any]:
+    """Compile a program, check that it fits the device, and return it with its memory figures."""
     lowered = lower()
     started = time.perf_counter()
     compiled = lowered.compile()
     record("compile_s", round(time.perf_counter() - started, 1))
-    text, memory = compiled.as_text() or "", compiled.memory_analysis()
+    program, memory = HloProgram(compiled.as_text() or ""), compiled.memory_analysis()
     assert memory is not None
     record("temporary_mib", round(memory.temp_size_in_bytes / 2**20, 1))
     assert memory.temp_size_in_bytes < memory_bytes / 10
     # Donated arguments and their results share memory.
     used = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
     assert used + memory.temp_size_in_bytes + memory.generated_code_size_in_bytes <= memory_bytes
-    return text, memory
+    return program, memory
 
 
-def check_forward(engine: EngineLayout, text: str, memory: Any, tp_size: int) -> None:
-    """Check that the cache is updated in place, and that each layer in the program's text has two all-reduces."""
+def check_forward(engine: EngineLayout, program: HloProgram, memory: Any, tp_size: int) -> None:
+    """Check that the cache is updated in place, that no page is copied, and that each layer has two all-reduces."""
     assert memory.alias_size_in_bytes >= engine.pool_bytes
-    for name, spec in engine.step.backends.attention.cache_spec().items():
-        pages = f"[{spec.shape[0]},"
-        copies = [line for line in text.splitlines() if re.search(r" copy(-start)?\(", line) and pages in line]
-        assert not copies, f"{name} is copied: {copies[0]}"
+    num_pages = {spec.shape[0] for spec in engine.step.backends.attention.cache_spec().values()}
+    for each, *_ in program.executed():
+        if each.opcode.removesuffix("-start") == "copy":
+            assert each.results[0].shape[:1] not in {(number,) for number in num_pages}, f"{each.name} copies the cache"
     groups = group_layers(engine.step.decoder.config.layers)
     in_loops, alone = (
         sum(len(group.kinds) for group in groups if (group.repeats > 1) == loop) for loop in (True, False)
     )
-    # The embedding's rows are on different shards, which takes one more all-reduce, outside of the loops.
-    expected = Collectives({"all-reduce": 2 * in_loops}, {"all-reduce": 1 + 2 * alone})
-    assert find_collectives(text) == (expected if tp_size > 1 else Collectives({}, {}))
+    found = find_collectives(program)
+    if tp_size == 1:
+        assert not found.per_layer
+        assert not found.once
+    else:
+        # The embedding's rows are on different shards, which takes one more all-reduce, outside of the loops.
+        assert found.per_layer == ({"all-reduce": 2 * in_loops} if in_loops else {})
+        assert found.once == {"all-reduce": 1 + 2 * alone}
+
+
+def check_cost(engine: EngineLayout, program: HloProgram) -> None:
+    """Check that no layer's weights are copied, nothing is computed twice, and a GPU's host never waits."""
+    cost = read_cost(program)
+    if on_gpu(engine):
+        assert not cost.rematerialized
+        assert not cost.host_stops
+    limit = _layer_bytes(engine) / 4
+    for each in cost.moved:
+        assert each.trips == 1 or each.written < limit, f"{each.instruction.name} writes {each.written} bytes"
+
+
+def on_gpu(engine: EngineLayout) -> bool:
+    return engine.step.mesh.devices.flat[0].platform in ("gpu", "cuda")
+
+
+def _layer_bytes(engine: EngineLayout) -> float:
+    """Return the bytes of a layer's weights on a device; kinds of layers with different modules count together."""
+    specs = [spec for spec in engine.step.decoder.param_specs.values() if spec.layers]
+    return sum(spec.shard_bytes(engine.step.mesh) / len(spec.layers) for spec in specs)

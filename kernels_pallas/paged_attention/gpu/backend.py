@@ -14,10 +14,11 @@ from jax.sharding import Mesh
 from kernels_pallas.kv_update.gpu.backend import kv_update
 from kernels_pallas.paged_attention.api import AttentionConfig, AttentionMeta, Cache, CacheSpec, writing
 from kernels_pallas.paged_attention.common.head_shards import head_major_spec, over_heads
-from kernels_pallas.paged_attention.gpu.decode import attend_decode, choose_splits
+from kernels_pallas.paged_attention.gpu.decode import attend_decode, choose_splits, decode_bytes
 from kernels_pallas.paged_attention.gpu.layer import GpuLayer
 from kernels_pallas.paged_attention.gpu.prefill import QueryTiles, attend_prefill, padded_group, plan_tiles
 from kernels_pallas.paged_attention.gpu.tile import HOPPER_SMEM_BYTES, Tile, choose_tile
+from kernels_pallas.shards import model_size
 from kernels_pallas.warpgroup import WARPGROUP_ROWS
 
 _CACHE_DTYPES = (jnp.bfloat16, jnp.float8_e4m3fn, jnp.int8)
@@ -172,11 +173,20 @@ class GpuAttention:
 
     def _decode(self, q_TNH: jax.Array, layer: GpuLayer) -> jax.Array:
         """See `attend_decode`."""
-        c = self.config
         num_rows = min(q_TNH.shape[0], layer.meta.kv_lens_B.shape[0])
-        longest = layer.meta.page_table_BM.shape[1]
+        splits = self._splits(num_rows, layer.num_kv_heads, layer.meta.page_table_BM.shape[1])
+        return attend_decode(self.config, self._decode_tile, splits, q_TNH[:num_rows], layer, self._interpret)
+
+    def _splits(self, num_rows: int, num_kv_heads: int, pages_per_row: int) -> int:
+        """See `choose_splits`."""
+        c = self.config
         if c.window is not None:
             # A window may begin and end within a block.
-            longest = min(longest, math.ceil((c.window + 2 * self._decode_tile.keys) / c.page_size))
-        splits = choose_splits(num_rows, layer.num_kv_heads, longest, c.page_size, self._decode_tile, self._num_cores)
-        return attend_decode(c, self._decode_tile, splits, q_TNH[:num_rows], layer, self._interpret)
+            pages_per_row = min(pages_per_row, math.ceil((c.window + 2 * self._decode_tile.keys) / c.page_size))
+        return choose_splits(num_rows, num_kv_heads, pages_per_row, c.page_size, self._decode_tile, self._num_cores)
+
+    def decode_bytes(self, kv_lens: list[int], num_rows: int, pages_per_row: int) -> int:
+        """See `AttentionBackend.decode_bytes`."""
+        local = self.config.split(model_size(self._mesh))
+        splits = self._splits(num_rows, local.num_kv_heads, pages_per_row)
+        return self._num_passes * decode_bytes(local, self._decode_tile, splits, kv_lens)

@@ -109,8 +109,7 @@ def decode_bytes(config: AttentionConfig, tile: Tile, splits: int, kv_lens: list
     """Return the bytes moved between memory and chip for one layer of a decode step, by the kernel's own schedule.
 
     Per row: its pages, or the parts of pages that its blocks consist of, once (if a split copies one twice, the second
-    copy hits the cache), a query per head and split, and the partial results, which the kernel writes and the merge
-    reads.
+    copy hits the cache), a query per head and split, and the partial results, which the merge reads.
     """
     problem = _Problem(config, tile, splits)
     itemsize = jnp.dtype(config.dtype).itemsize
@@ -130,7 +129,7 @@ def decode_bytes(config: AttentionConfig, tile: Tile, splits: int, kv_lens: list
     cached = stretches * stretch * arrays * config.num_kv_heads * config.head_dim * itemsize
     heads = len(kv_lens) * config.num_kv_heads * group
     part = config.head_dim * jnp.dtype(_part_dtype(config)).itemsize + 2 * 4
-    return cached + heads * splits * (2 * config.head_dim + 2 * part)
+    return cached + heads * splits * (2 * config.head_dim + part)
 
 
 def attend_decode(

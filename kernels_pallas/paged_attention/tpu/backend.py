@@ -20,7 +20,7 @@ from kernels_pallas.paged_attention.common.head_shards import PAGES_PARTITION, o
 from kernels_pallas.paged_attention.common.token_blocks import rows_of_blocks
 from kernels_pallas.paged_attention.tpu.kernel import AttentionKernel, Refs
 from kernels_pallas.paged_attention.tpu.layout import LANES, TpuLayout
-from kernels_pallas.paged_attention.tpu.schedule import KernelShape, Scalars
+from kernels_pallas.paged_attention.tpu.schedule import KernelShape, Scalars, decode_bytes
 from kernels_pallas.paged_attention.tpu.tuning import VMEM_FRACTION, choose_tpu_tiles
 from kernels_pallas.pallas import TpuMemory, pl, pltpu
 from kernels_pallas.shards import model_size
@@ -137,6 +137,20 @@ class TpuAttention:
         o_TNZ = jnp.where(is_single_T[:, None, None], decoded_TNZ, o_TNZ)
         return self._layout.results(o_TNZ).astype(q_TNH.dtype), {"kv": pages}
 
+    def decode_bytes(self, kv_lens: list[int], num_rows: int, pages_per_row: int) -> int:
+        """See `AttentionBackend.decode_bytes`."""
+        del num_rows
+        return decode_bytes(self._shape(1, pages_per_row), kv_lens)
+
+    def _shape(self, block_tokens: int, pages_per_row: int) -> KernelShape:
+        return KernelShape(
+            config=self.config.split(model_size(self._mesh)),
+            layout=self._layout,
+            block_tokens=block_tokens,
+            pages_per_buffer=self._tiles.pages_per_buffer,
+            num_table_entries=pages_per_row,
+        )
+
     def _call(
         self,
         q_TNZ: jax.Array,
@@ -149,14 +163,8 @@ class TpuAttention:
         blocks_2C: jax.Array | None,
     ) -> tuple[jax.Array, jax.Array]:
         """Call the kernel once; without `blocks_2C` the blocks are the rows that run one token."""
-        local = self.config.split(model_size(self._mesh))
-        shape = KernelShape(
-            config=local,
-            layout=self._layout,
-            block_tokens=1 if blocks_2C is None else self._tiles.block_tokens,
-            pages_per_buffer=self._tiles.pages_per_buffer,
-            num_table_entries=meta.page_table_BM.shape[1],
-        )
+        shape = self._shape(1 if blocks_2C is None else self._tiles.block_tokens, meta.page_table_BM.shape[1])
+        local = shape.config
         scalars = Scalars(
             first_page_1=first_page[None],
             kv_lens_B=meta.kv_lens_B,
