@@ -3,6 +3,7 @@
 The load is uniform: every row has the same number of keys, and routers choose experts evenly.
 """
 
+from collections import Counter
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -74,13 +75,11 @@ def _attention_bytes(engine: EngineLayout, load: DecodeLoad) -> float:
     """Return the bytes of one layer, on average over layers with different windows."""
     step = engine.step
     layers = step.decoder.config.layers
-    pages = step.layout.pages_per_row
-    total = sum(
-        with_window(step.backends.attention, layer.window).decode_bytes(
-            [load.context] * load.rows, load.num_rows, pages
-        )
-        for layer in layers
-    )
+    total = 0
+    for window, count in Counter(layer.window for layer in layers).items():
+        backend = with_window(step.backends.attention, window)
+        # Rows of equal length move equally many bytes.
+        total += count * load.rows * backend.decode_bytes([load.context], load.num_rows, step.layout.pages_per_row)
     return total / len(layers)
 
 

@@ -77,7 +77,7 @@ def test_a_model_that_fits(plan: Plan) -> None:
     assert re.search(r"target +v6e:2x4, 8 devices: tp 4, dp 2", out)
     assert re.search(r"fits +yes", out)
     assert re.search(r"attention +tpu", out)
-    assert re.search(r"forward 32 tokens, 8 rows .* 2  73 all-reduce", out)
+    assert re.search(r"forward 32 tokens, 8 rows .* 2 +73 all-reduce", out)
     assert re.search(r"decode bound .*tokens/s", out)
     assert "measured" not in out
 
