@@ -72,7 +72,7 @@ def sort_into_blocks(group_R: jax.Array, num_groups: int, block_rows: int) -> tu
     row_P = jnp.zeros(num_blocks * block_rows, jnp.int32).at[block_row_R].set(order_R, mode="drop")
     num = end_block_G[-1]
     block_C = jnp.minimum(jnp.arange(num_blocks, dtype=jnp.int32), jnp.maximum(num - 1, 0))
-    group_C = jnp.searchsorted(end_block_G, block_C, side="right").astype(jnp.int32)
+    group_C = jnp.searchsorted(end_block_G, block_C, side="right", method="compare_all").astype(jnp.int32)
     # If no row has a group, `searchsorted` returns `num_groups`.
     group_C = jnp.minimum(group_C, num_groups - 1)
     return Blocks(group_C, num[None]), PermutedRows(row_P, jnp.zeros_like(block_row_R).at[order_R].set(block_row_R))

@@ -207,6 +207,7 @@ class LayerContext(NamedTuple):
         linear: ops of quantised linear modules.
         experts: ops of experts.
         lora: adapters of the layer's tokens.
+        live_T: bool, whether a token is part of the step and not padding.
         mla: form of MLA: attention over the cached latent, with W_UK folded into the queries and W_UV into the results
             (`absorbed`), or over keys and values of each head (`mha`).
     """
@@ -214,4 +215,5 @@ class LayerContext(NamedTuple):
     linear: LinearOps
     experts: ExpertOps
     lora: LoraLayer
+    live_T: jax.Array
     mla: Literal["absorbed", "mha"] = "absorbed"

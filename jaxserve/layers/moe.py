@@ -39,7 +39,7 @@ class Routing(NamedTuple):
     """The chosen experts of each token.
 
     Attributes:
-        id_TU: i32 indices of the experts.
+        id_TU: i32 indices of the experts; past the last one for tokens that are padding.
         weight_TU: f32 weights of the experts' outputs.
     """
 
@@ -351,7 +351,10 @@ class MoE(nnx.Module):
     def __call__(self, x_TD: jax.Array, ctx: LayerContext) -> jax.Array:
         """[T, D] -> [T, D]."""
         correction_E = None if self.correction is None else self.correction[...]
-        y_TD = self.experts(x_TD, route_tokens(self.router(x_TD, ctx), self._config, correction_E), ctx)
+        routing = route_tokens(self.router(x_TD, ctx), self._config, correction_E)
+        # Padding tokens are all alike: without this, every step would read the experts that they choose.
+        id_TU = jnp.where(ctx.live_T[:, None], routing.id_TU, self._config.num_experts)
+        y_TD = self.experts(x_TD, routing._replace(id_TU=id_TU), ctx)
         if self._config.shared_intermediate_size is None:
             return y_TD
         shared_TD = self.shared_expert(x_TD, ctx)

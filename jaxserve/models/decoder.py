@@ -142,6 +142,7 @@ class _Step(NamedTuple):
         weights: stacked weights of the layers.
         lora: adapters of the tokens.
         lora_plan: metadata of the tokens' adapter slots.
+        live: bool, whether each token is part of the step, as `Tokenwise.prepare` returns it.
         ropes: cos and sin of each rotary embedding by name, f32[T, H/2].
         attention: attention call by window size.
         ops: see `StepOps`.
@@ -150,6 +151,7 @@ class _Step(NamedTuple):
     weights: Weights
     lora: StepLora
     lora_plan: Any
+    live: jax.Array
     ropes: Mapping[str, tuple[jax.Array, jax.Array]]
     attention: Mapping[int | None, AttentionCall]
     ops: StepOps
@@ -235,6 +237,9 @@ class Decoder:
             weights=weights["layers"],
             lora=lora,
             lora_plan=self.tokenwise.prepare(lora.plan, lora.slots_of(token_ids_T.shape[0])),
+            live=self.tokenwise.prepare(
+                lambda live_T: live_T, jnp.arange(token_ids_T.shape[0]) < meta.cu_q_lens_B1[-1]
+            ),
             ropes={
                 name: rope_cos_sin(positions_T, rope, self.config.rope_dim)
                 for name, rope in ropes.items()
@@ -262,12 +267,12 @@ class Decoder:
         call = step.attention[layer.kind.window]
 
         def run(part: Callable[..., Any], *arrays: jax.Array) -> Any:
-            def run_tokens(plan: Any, *arrays: jax.Array) -> Any:
+            def run_tokens(plan: Any, live_T: jax.Array, *arrays: jax.Array) -> Any:
                 lora = step.lora.layer(matrices, plan)
-                ctx = LayerContext(step.ops.linear, step.ops.experts, lora, call.mla)
+                ctx = LayerContext(step.ops.linear, step.ops.experts, lora, live_T, call.mla)
                 return part(nnx.merge(graph, weights), ctx, *arrays)
 
-            return self.tokenwise(run_tokens, *arrays, shared=(step.lora_plan,))
+            return self.tokenwise(run_tokens, *arrays, shared=(step.lora_plan, step.live))
 
         rope_TC = () if layer.kind.rope is None else step.ropes[layer.kind.rope]
         q_TNH, k_TKH, v_TKH = run(lambda module, ctx, x, *rope: module.before_attention(x, ctx, *rope), x_TD, *rope_TC)

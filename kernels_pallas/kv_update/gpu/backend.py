@@ -18,6 +18,8 @@ from kernels_pallas.pallas import pl, plgpu
 _MAX_BYTES = 64 * 1024
 _MAX_TOKENS = 16
 _MAX_WIDTH = 256
+# TMA reads and writes shared memory at multiples of this many bytes.
+_ALIGNMENT = 128
 
 
 def kv_update(
@@ -47,12 +49,22 @@ def kv_update(
     # Wider heads are split: TMA copies at most `_MAX_WIDTH` elements of an axis.
     width = head_dim if head_dim <= _MAX_WIDTH else math.gcd(head_dim, _MAX_WIDTH)
     tiling = plgpu.TilingTransform((width,))  # pyright: ignore[reportAbstractUsage]
-    buffer = plgpu.SMEM((tokens, num_heads, head_dim), dtype, transforms=() if width == head_dim else (tiling,))
+    transforms = () if width == head_dim else (tiling,)
+    # A token's heads that do not fill whole multiples need a buffer of their own. (One head is copied without a tensor
+    # map, which needs only 16 bytes.)
+    apart = num_heads > 1 and num_heads * head_dim * dtype.itemsize % _ALIGNMENT != 0
+    shape = (num_heads, head_dim)
+    buffers: Any = plgpu.SMEM((tokens, *shape), dtype, transforms=transforms)
+    if apart:
+        buffers = [plgpu.SMEM(shape, dtype, transforms=transforms)] * tokens
     # Every call needs a new function: a function that is reused with another grid keeps its first trace.
     write = plgpu.kernel(
         partial(_write_block, tokens=tokens, pages_per_layer=pages_per_layer),
         out_type=(),
-        scratch_types=[[buffer] * len(new_TKH), plgpu.Barrier(num_arrivals=len(new_TKH))],
+        scratch_types=[
+            [buffers] * len(new_TKH),
+            plgpu.Barrier(num_arrivals=len(new_TKH) * (tokens if apart else 1)),
+        ],
         grid=(num_tokens // tokens,),
         grid_names=("block",),
         kernel_name="kv_update",
@@ -69,17 +81,21 @@ def _write_block(
     pages_PKSH: list[Any],
     slot_T: Any,
     first_page_1: Any,
-    buffers_WKH: list[Any],
+    buffers_WKH: list[Any | list[Any]],
     arrived: Any,
     *,
     tokens: int,
     pages_per_layer: int,
 ) -> None:
-    """Load a block's tokens in one copy, then write each token to its slot in one copy for all heads."""
+    """Load a block's tokens in one copy, or each in its own, then write each to its slot in one copy for all heads."""
     page_size = pages_PKSH[0].shape[2]
     start = lax.axis_index("block") * tokens
     for new, buffer in zip(new_TKH, buffers_WKH, strict=True):
-        plgpu.copy_gmem_to_smem(new.at[pl.ds(start, tokens)], buffer, arrived)
+        if isinstance(buffer, list):
+            for token, own in enumerate(buffer):
+                plgpu.copy_gmem_to_smem(new.at[start + token], own, arrived)
+        else:
+            plgpu.copy_gmem_to_smem(new.at[pl.ds(start, tokens)], buffer, arrived)
     plgpu.barrier_wait(arrived)
     first_page = first_page_1[0]
     for token in range(tokens):
@@ -89,7 +105,8 @@ def _write_block(
         @pl.when((slot >= 0) & (slot < pages_per_layer * page_size))
         def _write(token: int = token, page: jax.Array = page, offset: jax.Array = offset) -> None:
             for buffer, pages in zip(buffers_WKH, pages_PKSH, strict=True):
-                plgpu.copy_smem_to_gmem(buffer.at[token], pages.at[page, :, offset], commit_group=False)
+                own = buffer[token] if isinstance(buffer, list) else buffer.at[token]
+                plgpu.copy_smem_to_gmem(own, pages.at[page, :, offset], commit_group=False)
 
     plgpu.commit_smem_to_gmem_group()
     plgpu.wait_smem_to_gmem(0)

@@ -170,13 +170,14 @@ class TpuAttention:
             kv_lens_B=meta.kv_lens_B,
             cu_q_lens_B1=meta.cu_q_lens_B1,
             page_table_F=meta.page_table_BM.reshape(-1),
-            block_rows_2C=jnp.zeros((2, 1), jnp.int32) if blocks_2C is None else blocks_2C,
+            block_rows_2C=jnp.stack([0, meta.distribution_2[0]])[:, None] if blocks_2C is None else blocks_2C,
         )
         q_CKQZ = _to_blocks(q_TNZ, shape.block_tokens, local.num_kv_heads)
         operands = {"q": q_CKQZ, "new": _to_blocks(kv_TKZ, shape.block_tokens, local.num_kv_heads)}
         if sinks_N is not None:
             operands["sinks"] = jnp.tile(sinks_N.reshape(local.num_kv_heads, -1), (1, shape.block_tokens))[:, :, None]
-        num_programs = meta.distribution_2[0] if blocks_2C is None else q_CKQZ.shape[0]
+        # A grid must not be empty: without rows that run one token, one program runs and does nothing.
+        num_programs = jnp.maximum(meta.distribution_2[0], 1) if blocks_2C is None else q_CKQZ.shape[0]
         call = self._pallas_call(shape, num_programs, operands)
         o_CKQZ, pages_PKSZ = call(*scalars, *operands.values(), pages_PKSZ)
         return _from_blocks(o_CKQZ, shape.block_tokens)[: q_TNZ.shape[0]], pages_PKSZ

@@ -65,13 +65,19 @@ class AttentionKernel:
     def run(self) -> None:
         """Attend the block of this program."""
         block = pl.program_id(0)
-        self._reset()
         if self._shape.fused_write:
-            pl.when(block == 0)(self._fetch_first)
-            self._attend_row(block, block)
-        else:
-            first, end = self._scalars.block_rows_2C[0, block], self._scalars.block_rows_2C[1, block]
-            lax.fori_loop(first, end, lambda row, _: self._attend_row(block, row), None)
+            # The grid has a program even if there is no row.
+            pl.when(block < self._scalars.block_rows_2C[1, 0])(lambda: self._run_row(block))
+            return
+        self._reset()
+        first, end = self._scalars.block_rows_2C[0, block], self._scalars.block_rows_2C[1, block]
+        lax.fori_loop(first, end, lambda row, _: self._attend_row(block, row), None)
+        self._finish()
+
+    def _run_row(self, row: jax.Array) -> None:
+        self._reset()
+        pl.when(row == 0)(self._fetch_first)
+        self._attend_row(row, row)
         self._finish()
 
     def _reset(self) -> None:

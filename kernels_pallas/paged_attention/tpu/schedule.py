@@ -86,7 +86,7 @@ class Scalars(NamedTuple):
         first_page_1: i32, first page of the layer.
         kv_lens_B, cu_q_lens_B1: see `AttentionMeta`.
         page_table_F: i32, `page_table_BM` flattened.
-        block_rows_2C: i32, first and end of the rows in each block.
+        block_rows_2C: i32, first and end of the rows in each block; with a single entry if every block is a row.
     """
 
     first_page_1: Any
