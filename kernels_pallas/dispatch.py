@@ -17,7 +17,7 @@ from kernels_pallas.grouped_matmul.xla.backend import XlaGroupedMatmul
 from kernels_pallas.lora_matmul.api import LoraMatmul, LoraModule
 from kernels_pallas.paged_attention.api import AttentionBackend, AttentionConfig
 from kernels_pallas.paged_attention.xla.backend import XlaAttention
-from kernels_pallas.sampling.api import SampleOutput, SamplingInputs, SamplingState
+from kernels_pallas.sampling.api import SampleOutput, SamplingInputs, SamplingMode, SamplingState
 from kernels_pallas.sampling.common.summary import Shard
 
 S = TypeVar("S")
@@ -37,7 +37,7 @@ class Sampler(Protocol):
     """Samples one token per row of logits."""
 
     def __call__(
-        self, logits_BV: jax.Array, inputs: SamplingInputs, state: SamplingState, shard: Shard
+        self, logits_BV: jax.Array, inputs: SamplingInputs, state: SamplingState, shard: Shard, mode: SamplingMode
     ) -> SampleOutput:
         """See `kernels_pallas.sampling.api`; `shard` is the part of the vocabulary that the logits cover."""
         ...

@@ -26,6 +26,7 @@ from jaxserve.errors import LaunchError
 from jaxserve.layout.layout import layout_engine, layout_model
 from jaxserve.parallel.mesh import make_mesh
 from jaxserve.plan.compile import adapter_slots
+from jaxserve.runner.buckets import SampleShape
 from jaxserve.runner.programs import StepPrograms
 
 GOLDEN = Path(__file__).parents[1] / "tests" / "golden"
@@ -60,7 +61,8 @@ def programs(model: str, options: dict[str, Any]) -> Iterator[tuple[str, jax.sta
     step = StepPrograms(engine.step)
     for shape in engine.step.shapes:
         yield "forward " + " ".join(map(str, (*shape.bucket, *shape[1:]))), step.lower_forward(shape)
-    yield "sample", step.lower_sample(4)
+    for mode in engine.step.sample_modes:
+        yield f"sample {mode.name.lower()}", step.lower_sample(SampleShape(4, mode))
 
 
 class GraphHash:

@@ -26,7 +26,7 @@ from jaxserve.models.registry import find_architecture
 from jaxserve.parallel.mesh import kv_head_replication, mesh_shape, partition_spec
 from jaxserve.parallel.parallelism import Parallelism
 from jaxserve.runner.batch import BatchLayout
-from jaxserve.runner.buckets import ACCELERATOR_STEPS, CPU_STEPS, make_buckets
+from jaxserve.runner.buckets import ACCELERATOR_SHAPES, CPU_SHAPES, make_buckets
 from jaxserve.runner.programs import StepModel
 from kernels_pallas.dispatch import BackendName, Choice
 from kernels_pallas.paged_attention.api import AttentionBackend, AttentionConfig
@@ -219,7 +219,7 @@ def layout_engine(
     scheduler = _fit_context(scheduler, cache)
     attention = _attention(config, layout, page_size, num_pages)
     chosen = choose_backends(layout.decoder, layout.mesh, attention, lora_pool)
-    on_cpu = layout.mesh.devices.flat[0].platform == "cpu"
+    shapes = CPU_SHAPES if layout.mesh.devices.flat[0].platform == "cpu" else ACCELERATOR_SHAPES
     step = StepModel(
         decoder=layout.decoder,
         backends=chosen.backends,
@@ -231,7 +231,8 @@ def layout_engine(
             pages_per_row=-(-scheduler.context_length // page_size),
             vocab_size=layout.config.vocab_size,
         ),
-        buckets=make_buckets(scheduler, CPU_STEPS if on_cpu else ACCELERATOR_STEPS),
+        buckets=make_buckets(scheduler, shapes),
+        sample_modes=shapes.sample_modes,
         lora_pool=lora_pool,
         lora_groups=chosen.lora_groups,
         linears=chosen.linears,

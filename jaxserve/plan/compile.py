@@ -106,8 +106,9 @@ def _compile(engine: EngineLayout) -> Outcome:
     jobs: dict[str, Job] = {
         _name(shape): (partial(step.lower_forward, shape), _load(engine, shape)) for shape in engine.step.shapes
     }
-    for rows in sorted({bucket.num_rows for bucket in engine.step.buckets}, reverse=True):
-        jobs[f"sample {rows} rows"] = partial(step.lower_sample, rows), None
+    for shape in engine.step.sample_shapes:
+        name = f"sample {shape.num_rows} rows, {shape.mode.name.lower()}"
+        jobs[name] = partial(step.lower_sample, shape), None
     started = time.perf_counter()
     with ThreadPoolExecutor(_COMPILE_THREADS) as pool:
         try:

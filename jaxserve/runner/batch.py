@@ -15,7 +15,8 @@ from jaxserve.runner.fields import RowField, SampleField, SampleFlag, TokenField
 from jaxserve.sampling_params import DEVICE_FIELDS, SamplingParams
 from jaxserve.step import NewRow, SchedulerOutput
 from kernels_pallas.paged_attention.api import AttentionMeta
-from kernels_pallas.sampling.api import SamplingInputs
+from kernels_pallas.sampling.api import SamplingInputs, SamplingMode
+from kernels_pallas.sampling.common.summary import sampling_mode
 
 # numpy on the host, jax inside the step.
 Array: TypeAlias = Any
@@ -63,6 +64,10 @@ class SampleBatch(NamedTuple):
             mask_BW=masks.mask_BW,
             **floats,
         )
+
+    def mode(self, vocab_size: int) -> SamplingMode:
+        """Return the mode that suffices for all rows if none is masked, from arrays on the host."""
+        return sampling_mode(self.sampling_inputs(SampleMasks(np.False_, np.int32(0))), vocab_size)
 
 
 class ForwardBatch(NamedTuple):

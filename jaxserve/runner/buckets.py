@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from jaxserve.config import SchedulerConfig
+from kernels_pallas.sampling.api import SamplingMode
 
 _FIRST_TOKENS = 32
 
@@ -34,31 +35,46 @@ class ForwardShape(NamedTuple):
     mha_prefill: bool = False
 
 
-class BucketGrowth(NamedTuple):
-    """How bucket sizes grow: padding costs time in every step, more buckets cost compile time at start-up.
+class SampleShape(NamedTuple):
+    """Key of a compiled sampling program.
+
+    Attributes:
+        num_rows: rows of logits of a replica.
+        mode: what its rows need at most.
+    """
+
+    num_rows: int
+    mode: SamplingMode
+
+
+class StepShapes(NamedTuple):
+    """The shapes that a platform compiles: more of them cost compile time at start-up, fewer cost time in steps.
 
     Attributes:
         first_rows: rows of the smallest decode bucket.
         token_factor: ratio of the token counts of consecutive mixed buckets.
+        sample_modes: modes with a sampling program of their own, in order; the last one is `ADJUSTED`.
     """
 
     first_rows: int
     token_factor: int
+    sample_modes: tuple[SamplingMode, ...]
 
 
 # A CPU pays for every padded token, and XLA's bfloat16 products there are far slower with one row than with two.
-CPU_STEPS = BucketGrowth(first_rows=2, token_factor=2)
-ACCELERATOR_STEPS = BucketGrowth(first_rows=8, token_factor=4)
+# Conditions that skip work cost a CPU nothing, so that programs of two modes suffice.
+CPU_SHAPES = StepShapes(first_rows=2, token_factor=2, sample_modes=(SamplingMode.PLAIN, SamplingMode.ADJUSTED))
+ACCELERATOR_SHAPES = StepShapes(first_rows=8, token_factor=4, sample_modes=tuple(SamplingMode))
 
 
-def make_buckets(config: SchedulerConfig, steps: BucketGrowth) -> tuple[Bucket, ...]:
+def make_buckets(config: SchedulerConfig, shapes: StepShapes) -> tuple[Bucket, ...]:
     """Return buckets that cover every step within the limits, widest first.
 
     Decode buckets have as many tokens as rows, and their sizes grow by a factor of four. A bucket for steps with prompt
     tokens has the largest of these row counts that is below its number of tokens.
     """
-    rows = _powers(steps.first_rows, 4, config.max_rows)
-    tokens = _powers(_FIRST_TOKENS, steps.token_factor, max(config.max_step_tokens, rows[-1] + 1))
+    rows = _powers(shapes.first_rows, 4, config.max_rows)
+    tokens = _powers(_FIRST_TOKENS, shapes.token_factor, max(config.max_step_tokens, rows[-1] + 1))
     decode = [Bucket(num_rows, num_rows) for num_rows in rows]
     mixed = [Bucket(num_tokens, max(r for r in rows if r < num_tokens)) for num_tokens in tokens]
     return tuple(sorted(decode + mixed, reverse=True))

@@ -1,4 +1,4 @@
-"""The compiled programs of a step: forward passes by bucket, sampling by number of rows.
+"""The compiled programs of a step: forward passes by bucket, sampling by number of rows and mode.
 
 All are compiled before the engine is ready, several at a time: tracing holds the GIL, the compiler does not.
 """
@@ -12,7 +12,7 @@ from typing import Any, TypeAlias
 
 import jax
 
-from jaxserve.runner.buckets import Bucket, ForwardShape, pick_bucket
+from jaxserve.runner.buckets import Bucket, ForwardShape, SampleShape, pick_bucket
 
 logger = logging.getLogger(__name__)
 
@@ -28,30 +28,35 @@ class ProgramCache:
 
     Args:
         shapes: shapes of the forward passes.
+        sample_shapes: shapes of the sampling programs.
         lower_forward: lowers the forward pass of a `ForwardShape`.
-        lower_sample: lowers the sampling program for a number of rows.
+        lower_sample: lowers the sampling program of a `SampleShape`.
     """
 
-    def __init__(self, shapes: list[ForwardShape], lower_forward: Lower, lower_sample: Lower) -> None:
+    def __init__(
+        self, shapes: list[ForwardShape], sample_shapes: list[SampleShape], lower_forward: Lower, lower_sample: Lower
+    ) -> None:
         self._shapes = shapes
+        self._sample_shapes = sample_shapes
         self._buckets = {shape.bucket for shape in shapes}
-        self._rows = sorted({bucket.num_rows for bucket in self._buckets}, reverse=True)
         self._lower_forward = lower_forward
         self._lower_sample = lower_sample
         self._lower_lock = threading.Lock()
         self._forwards: dict[ForwardShape, jax.stages.Compiled] = {}
-        self._samples: dict[int, jax.stages.Compiled] = {}
+        self._samples: dict[SampleShape, jax.stages.Compiled] = {}
 
     @property
     def num_programs(self) -> int:
         """Number of programs to compile."""
-        return len(self._shapes) + len(self._rows)
+        return len(self._shapes) + len(self._sample_shapes)
 
     def compile_all(self, progress: Progress) -> None:
         """Compile every program, several at a time."""
         with ThreadPoolExecutor(_COMPILE_THREADS, thread_name_prefix="compile") as pool:
             futures = [pool.submit(self._compile, shape, self._lower_forward, self._forwards) for shape in self._shapes]
-            futures += [pool.submit(self._compile, rows, self._lower_sample, self._samples) for rows in self._rows]
+            futures += [
+                pool.submit(self._compile, shape, self._lower_sample, self._samples) for shape in self._sample_shapes
+            ]
             for name in progress(future.result() for future in as_completed(futures)):
                 logger.debug("compiled %s", name)
 
@@ -63,9 +68,9 @@ class ProgramCache:
         """Return the compiled forward pass of a shape."""
         return self._forwards[shape]
 
-    def sample(self, num_rows: int) -> Callable[..., Any]:
-        """Return the compiled sampling program for `num_rows` rows."""
-        return self._samples[num_rows]
+    def sample(self, shape: SampleShape) -> Callable[..., Any]:
+        """Return the compiled sampling program of a shape."""
+        return self._samples[shape]
 
     def _compile(self, shape: Any, lower: Lower, programs: dict[Any, jax.stages.Compiled]) -> str:
         with self._lower_lock:

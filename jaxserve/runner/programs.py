@@ -25,15 +25,14 @@ from jaxserve.models.decoder import Decoder, StepOps
 from jaxserve.models.param_spec import ParamSpec, Path, Weights, tree_of
 from jaxserve.parallel.mesh import named_sharding, over_replicas, partition_spec, weight_format
 from jaxserve.runner.batch import BatchLayout, ForwardBatch, RowTable, SampleBatch, SampleMasks
-from jaxserve.runner.buckets import Bucket, ForwardShape
+from jaxserve.runner.buckets import Bucket, ForwardShape, SampleShape
 from jaxserve.runner.compiler_options import compiler_options
 from jaxserve.runner.fields import SampleField, TokenField
 from jaxserve.runner.state import DeviceState, empty_state, row_state, write_row
 from jaxserve.sampling_params import SamplingParams
 from jaxserve.step import NewRow, SchedulerOutput
-from kernels_pallas.dispatch import Sampler
 from kernels_pallas.paged_attention.api import Cache
-from kernels_pallas.sampling.api import SampleOutput, SamplingInputs, SamplingState, mask_words
+from kernels_pallas.sampling.api import SampleOutput, SamplingInputs, SamplingMode, SamplingState, mask_words
 from kernels_pallas.sampling.common.summary import Shard
 from kernels_pallas.shards import DATA, MODEL, model_size
 
@@ -51,6 +50,7 @@ class StepModel(NamedTuple):
         mesh: the devices.
         layout: sizes of rows, pages and vocabulary.
         buckets: shapes to compile, widest first.
+        sample_modes: modes with a sampling program of their own, in order.
         lora_pool: slots for LoRA adapters, if requests may name adapters.
         lora_groups: paths of the pool's groups that use the LoRA kernels; the others use portable XLA.
         linears: paths of the linear modules that use the kernel for quantised linear maps.
@@ -62,6 +62,7 @@ class StepModel(NamedTuple):
     mesh: Mesh
     layout: BatchLayout
     buckets: tuple[Bucket, ...]
+    sample_modes: tuple[SamplingMode, ...]
     lora_pool: LoraPoolLayout | None = None
     lora_groups: tuple[Path, ...] = ()
     linears: tuple[Path, ...] = ()
@@ -98,6 +99,12 @@ class StepModel(NamedTuple):
             ]
         return shapes
 
+    @property
+    def sample_shapes(self) -> list[SampleShape]:
+        """Sampling programs that a step may need, widest first."""
+        rows = sorted({bucket.num_rows for bucket in self.buckets}, reverse=True)
+        return [SampleShape(num_rows, mode) for num_rows in rows for mode in self.sample_modes]
+
 
 class StepPrograms:
     """Lowers the programs that a runner compiles and calls.
@@ -123,7 +130,7 @@ class StepPrograms:
             (adapted, mha_prefill): self._jit_forward(adapted=adapted, mha_prefill=mha_prefill)
             for adapted, mha_prefill in ((False, False), (True, False), (False, True))
         }
-        self._sample = self._jit_sample()
+        self._sample = {mode: self._jit_sample(mode) for mode in model.sample_modes}
         self._write_row = jax.jit(write_row, donate_argnums=0, out_shardings=self._state_sharding)
         lora_pool_shardings = jax.tree.map(lambda leaf: leaf.sharding, self.lora_pool_shapes())
         self._write_slot = jax.jit(write_slot, donate_argnums=0, out_shardings=lora_pool_shardings)
@@ -147,11 +154,11 @@ class StepPrograms:
             compiler_options=compiler_options(model.mesh),
         )
 
-    def _jit_sample(self) -> Any:
+    def _jit_sample(self, mode: SamplingMode) -> Any:
         mesh = self._model.mesh
         state = jax.tree.map(lambda sharding: sharding.spec, self._state_sharding)
         function = self._per_replica(
-            partial(_sample, self._model.decoder, self._model.backends.sampler, self._shard),
+            partial(_sample, self._model.decoder, partial(self._model.backends.sampler, mode=mode), self._shard),
             {DATA, *MODEL},
             (self._by_id.spec, state, P(DATA), P(DATA)),
             (state, P(DATA)),
@@ -177,13 +184,13 @@ class StepPrograms:
             self.weight_shapes(), lora_pool, self.cache_shapes(), state.last_token_R, self._replicated(batch)
         )  # fmt: skip
 
-    def lower_sample(self, num_rows: int) -> jax.stages.Lowered:
+    def lower_sample(self, shape: SampleShape) -> jax.stages.Lowered:
         """Lower `(logits, state, batch, masks) -> (state, out)`; the state is donated."""
-        layout = self._model.layout
+        layout, num_rows = self._model.layout, shape.num_rows
         batch = RowTable(layout).sample_batch(NOTHING, np.zeros(0, np.int32), num_rows)
         masks = SampleMasks(np.zeros(num_rows, bool), np.zeros((num_rows, mask_words(layout.vocab_size)), np.int32))
         logits = self.logits_shape(num_rows)
-        return self._sample.lower(logits, self.state_shapes(), *self._replicated((batch, masks)))
+        return self._sample[shape.mode].lower(logits, self.state_shapes(), *self._replicated((batch, masks)))
 
     def lower_write_row(self) -> jax.stages.Lowered:
         """Lower `(state, row, contents) -> state`; the state is donated."""
@@ -317,7 +324,7 @@ def _forward(
 
 def _sample(
     decoder: Decoder,
-    sampler: Sampler,
+    sampler: Callable[..., SampleOutput],
     shard: Shard,
     logits_BV: jax.Array,
     state: DeviceState,

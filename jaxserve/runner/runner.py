@@ -15,14 +15,14 @@ import numpy as np
 
 from jaxserve.models.param_spec import Weights, tree_of
 from jaxserve.runner.batch import ForwardBatch, RowTable, SampleBatch, SampleMasks
-from jaxserve.runner.buckets import Bucket, ForwardShape
+from jaxserve.runner.buckets import Bucket, ForwardShape, SampleShape
 from jaxserve.runner.compiled import ProgramCache, Progress
 from jaxserve.runner.programs import NOTHING, StepModel, StepPrograms
 from jaxserve.runner.state import needs_row_state, row_state
 from jaxserve.runner.transfer import put, to_devices, zeros
 from jaxserve.runner_protocol import LoadedAdapter
 from jaxserve.step import AdapterLoad, ConstrainedRows, NewRow, Plans, PromptLogprobs, SchedulerOutput, StepOutput
-from kernels_pallas.sampling.api import SampleOutput, mask_words
+from kernels_pallas.sampling.api import SampleOutput, SamplingMode, mask_words
 
 
 class PendingStep:
@@ -85,10 +85,13 @@ def _prompt_lengths(plan: SchedulerOutput) -> list[tuple[int, int]]:
 class ForwardedStep:
     """A step whose forward pass was sent; its tokens are not sampled yet."""
 
-    def __init__(self, runner: "ModelRunner", plans: Plans, batch: SampleBatch, logits: jax.Array) -> None:
+    def __init__(
+        self, runner: "ModelRunner", plans: Plans, batch: SampleBatch, mode: SamplingMode, logits: jax.Array
+    ) -> None:
         self._runner = runner
         self._plans = plans
         self._batch = batch
+        self._mode = mode
         self._logits = logits
 
     def sample(self, constrained: Sequence[ConstrainedRows | None]) -> PendingStep:
@@ -97,7 +100,7 @@ class ForwardedStep:
         Args:
             constrained: the constrained rows of each plan, with their masks.
         """
-        return self._runner.sample(self._plans, self._batch, self._logits, constrained)
+        return self._runner.sample(self._plans, self._batch, self._mode, self._logits, constrained)
 
 
 class ModelRunner:
@@ -121,7 +124,9 @@ class ModelRunner:
         self._lora_pool = zeros(self._lowering.lora_pool_shapes())  # zero matrices change nothing
         self._slot_shardings = jax.tree.map(lambda leaf: leaf.sharding, self._lowering.slot_shapes())
         self._shapes = model.shapes
-        self._programs = ProgramCache(self._shapes, self._lowering.lower_forward, self._lowering.lower_sample)
+        self._programs = ProgramCache(
+            self._shapes, model.sample_shapes, self._lowering.lower_forward, self._lowering.lower_sample
+        )
         self._write_row: Any = None
         self._write_slot: Any = None
         self._no_masks: dict[int, SampleMasks] = {}
@@ -147,6 +152,12 @@ class ModelRunner:
         }
         for shape in self._shapes:
             self._run_empty(shape)
+        for shape in self._model.sample_shapes:
+            num_rows = shape.num_rows
+            batch, _ = self._batch(Bucket(num_rows, num_rows), nothing)
+            logits = zeros(self._lowering.logits_shape(num_rows))
+            masks = self._no_masks[num_rows]
+            self._run_sample(shape, nothing, to_devices(batch.sample, self._by_replica), masks, logits)
         jax.block_until_ready(self._state)
 
     def add_adapter(self, key: str, adapter: LoadedAdapter) -> None:
@@ -189,16 +200,23 @@ class ModelRunner:
         self,
         plans: Plans,
         batch: SampleBatch,
+        mode: SamplingMode,
         logits: jax.Array,
         constrained: Sequence[ConstrainedRows | None],
     ) -> PendingStep:
         """Sample the tokens of a forwarded step; see `ForwardedStep.sample`."""
         num_rows = logits.shape[0] // self._num_replicas
         if any(rows is not None for rows in constrained):
-            masks = to_devices(self._masks(plans, constrained, num_rows), self._by_replica)
+            masks, mode = self._masks(plans, constrained, num_rows), SamplingMode.ADJUSTED
+            masks = to_devices(masks, self._by_replica)
         else:
             masks = self._no_masks[num_rows]
-        self._state, out = self._programs.sample(num_rows)(logits, self._state, batch, masks)
+        return self._run_sample(SampleShape(num_rows, mode), plans, batch, masks, logits)
+
+    def _run_sample(
+        self, shape: SampleShape, plans: Plans, batch: SampleBatch, masks: SampleMasks, logits: jax.Array
+    ) -> PendingStep:
+        self._state, out = self._programs.sample(shape)(logits, self._state, batch, masks)
         return PendingStep(plans, out)
 
     def reset(self) -> None:
@@ -229,20 +247,23 @@ class ModelRunner:
         self._lora_pool = self._write_slot(self._lora_pool, np.int32(load.slot), contents)
 
     def _run_forward(self, shape: ForwardShape, plans: Plans) -> ForwardedStep:
-        batch = to_devices(self._batch(shape.bucket, plans), self._by_replica)
+        on_host, mode = self._batch(shape.bucket, plans)
+        batch = to_devices(on_host, self._by_replica)
         forward = self._programs.forward(shape)
         lora_pool = self._lora_pool if shape.adapted else {}
         self._cache, logits = forward(self._weights, lora_pool, self._cache, self._state.last_token_R, batch)
-        return ForwardedStep(self, plans, batch.sample, logits)
+        return ForwardedStep(self, plans, batch.sample, mode, logits)
 
     def _run_empty(self, shape: ForwardShape) -> PendingStep:
         nothing = (None,) * self._num_replicas
         return self._run_forward(shape, nothing).sample(nothing)
 
-    def _batch(self, bucket: Bucket, plans: Plans) -> ForwardBatch:
-        """Build the batches of all replicas, stacked."""
+    def _batch(self, bucket: Bucket, plans: Plans) -> tuple[ForwardBatch, SamplingMode]:
+        """Build the batches of all replicas, stacked, and return them with the sampling mode that suffices for all."""
         batches = [rows.build(plan or NOTHING, bucket) for rows, plan in zip(self._rows, plans, strict=True)]
-        return jax.tree.map(lambda *arrays: np.stack(arrays), *batches)
+        needed = max(batch.sample.mode(self._model.layout.vocab_size) for batch in batches)
+        mode = min(mode for mode in self._model.sample_modes if mode >= needed)
+        return jax.tree.map(lambda *arrays: np.stack(arrays), *batches), mode
 
     def _masks(self, plans: Plans, constrained: Sequence[ConstrainedRows | None], num_rows: int) -> SampleMasks:
         """Stack the replicas' masks; the mask of a constrained row applies to its last row of logits."""

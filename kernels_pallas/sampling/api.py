@@ -9,6 +9,7 @@ Dimension key: B rows of logits, R rows of per-request state, V vocabulary, J en
 of a mask.
 """
 
+from enum import IntEnum
 from typing import NamedTuple
 
 import jax
@@ -20,6 +21,20 @@ MASK_BITS = 32
 def mask_words(vocab_size: int) -> int:
     """Return W, the number of 32-bit words that hold one bit per token."""
     return -(-vocab_size // MASK_BITS)
+
+
+class SamplingMode(IntEnum):
+    """What the rows of a step need at most; the host chooses it, so that a program computes no more.
+
+    Attributes:
+        PLAIN: argmax, or sampling from the whole vocabulary.
+        LISTED: also top-k, top-p and min-p, and log-probabilities.
+        ADJUSTED: also penalties, masks, biases and forbidden stops.
+    """
+
+    PLAIN = 0
+    LISTED = 1
+    ADJUSTED = 2
 
 
 class SamplingInputs(NamedTuple):
@@ -81,7 +96,7 @@ class SampleOutput(NamedTuple):
         token_B: i32, the sampled token, or the target.
         finite_B: bool, False where a logit is NaN or +inf or no token is allowed; the token is then meaningless.
         logprob_B: f32 log-probability of the token after penalties, mask, bias and temperature, before top-k, top-p and
-            min-p; 0 if no row of the step requests log-probabilities.
+            min-p; 0 in plain mode.
         top_ids_BJ, top_logprobs_BJ: the `NUM_TOP_LOGPROBS` likeliest tokens, in order; where they are not requested,
             the ids are meaningless and the log-probabilities are 0.
     """

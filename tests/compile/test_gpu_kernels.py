@@ -13,12 +13,13 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxserve.config import LoraConfig
 from jaxserve.parallel.mesh import mesh_of
 from jaxserve.plan.targets import parse_target, target_devices
-from jaxserve.runner.buckets import ForwardShape
+from jaxserve.runner.buckets import ForwardShape, SampleShape
 from jaxserve.runner.programs import StepPrograms
 from kernels_pallas.dispatch import choose_attention
 from kernels_pallas.grouped_matmul.api import Matrices
 from kernels_pallas.paged_attention.api import AttentionBackend, AttentionConfig, AttentionMeta, Cache
 from kernels_pallas.quantized import QuantizedFormat
+from kernels_pallas.sampling.api import SamplingMode
 from kernels_pallas.token_tiles import Blocks
 from tests.compile.steps import layout_for
 
@@ -180,7 +181,7 @@ def test_kernels_of_a_step_with_adapters_keep_to_registers(assemble: Assemble) -
     kernels: list[Kernel] = []
     for lowered in (
         step.lower_forward(ForwardShape(engine.step.buckets[0], adapted=True)),
-        step.lower_sample(engine.scheduler.max_rows),
+        *(step.lower_sample(SampleShape(engine.scheduler.max_rows, mode)) for mode in SamplingMode),
     ):
         kernels += assemble(lowered)
     assert {kernel.name for kernel in kernels} >= {

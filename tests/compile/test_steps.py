@@ -18,12 +18,14 @@ from jaxserve.config import LayerConfig, LoraConfig
 from jaxserve.errors import LaunchError
 from jaxserve.layout.layout import EngineLayout
 from jaxserve.models.layer_scan import group_layers
+from jaxserve.plan.cost import read_cost
 from jaxserve.plan.decode_load import DecodeLoad, roofline_share
 from jaxserve.plan.hlo import COLLECTIVES, HloProgram, find_collectives
 from jaxserve.plan.targets import parse_target
-from jaxserve.runner.buckets import Bucket, ForwardShape
+from jaxserve.runner.buckets import Bucket, ForwardShape, SampleShape
 from jaxserve.runner.programs import StepPrograms
 from kernels_pallas.grouped_matmul.xla.backend import XlaGroupedMatmul
+from kernels_pallas.sampling.api import SamplingMode
 from tests.compile.models import QWEN3_4B
 from tests.compile.steps import CONTEXT, MODELS, check_cost, check_forward, check_program, layout_for
 from tests.support.marks import slow
@@ -98,11 +100,15 @@ def test_decode_and_sampling_programs(
     check_forward(engine, program, memory, tp_size)
     check_cost(engine, program)
     assert roofline_share(engine, program, DecodeLoad(rows, CONTEXT // 8, rows)) >= 1 / DENSE_BOUND
-    program, memory = check_program(engine, lambda: step.lower_sample(rows), memory_bytes, record_property)
-    # One kernel for argmax only, one with candidates, and one with penalties and masks.
-    assert len(program.kernels) == 3
-    assert memory.alias_size_in_bytes >= 4 * (rows + 1) * engine.step.layout.vocab_size // tp_size
-    _check_gathers(program, rows, tp_size)
+    for mode in SamplingMode:
+        lower = partial(step.lower_sample, SampleShape(rows, mode))
+        program, memory = check_program(engine, lower, memory_bytes, record_property)
+        # One pass over the logits.
+        assert len(program.kernels) == 1
+        assert memory.alias_size_in_bytes >= 4 * (rows + 1) * engine.step.layout.vocab_size // tp_size
+        _check_gathers(program, rows, tp_size)
+        if mode == SamplingMode.PLAIN:
+            assert not read_cost(program).host_stops
 
 
 @pytest.mark.parametrize(
@@ -328,8 +334,9 @@ def test_sampler_compiles_for_the_largest_vocabulary(
     monkeypatch.setitem(MODELS, "large vocabulary", QWEN3_4B | {"vocab_size": 262144})
     engine, _ = layout_for(target, "large vocabulary", 1)
     memory_bytes = parse_target(target).device.memory_bytes
-    program, _ = check_program(engine, lambda: StepPrograms(engine.step).lower_sample(8), memory_bytes, record_property)
-    assert len(program.kernels) == 3
+    lower = partial(StepPrograms(engine.step).lower_sample, SampleShape(8, SamplingMode.ADJUSTED))
+    program, _ = check_program(engine, lower, memory_bytes, record_property)
+    assert len(program.kernels) == 1
 
 
 @pytest.mark.slow
@@ -341,7 +348,8 @@ def test_blackwell_runs_the_portable_step(caplog: Any) -> None:
     ]  # fmt: skip
     step = StepPrograms(engine.step)
     rows = engine.scheduler.max_rows
-    for lowered in (step.lower_forward(ForwardShape(Bucket(rows, rows))), step.lower_sample(rows)):
+    sample = SampleShape(rows, SamplingMode.ADJUSTED)
+    for lowered in (step.lower_forward(ForwardShape(Bucket(rows, rows))), step.lower_sample(sample)):
         compiled = lowered.compile()
         assert compiled.memory_analysis() is not None
         assert not HloProgram(compiled.as_text() or "").kernels

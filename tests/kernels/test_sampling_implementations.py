@@ -12,9 +12,9 @@ import pytest
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from kernels_pallas.sampling.api import SampleOutput, SamplingInputs, SamplingState
+from kernels_pallas.sampling.api import SampleOutput, SamplingInputs, SamplingMode, SamplingState
 from kernels_pallas.sampling.cases import Case, expected, large_case, step_cases
-from kernels_pallas.sampling.common.summary import NUM_CANDIDATES, Shard
+from kernels_pallas.sampling.common.summary import NUM_CANDIDATES, Shard, sampling_mode
 from kernels_pallas.sampling.xla import backend as xla
 from tests.support.marks import slow
 
@@ -42,9 +42,15 @@ def implementation(name: str, block: int = 4096, *, detect_races: bool = True) -
 
 
 @cache
-def compiled(name: str) -> Sample:
-    """Return one jitted function for all cases, so that cases of one size share a program."""
-    return jax.jit(implementation(name))
+def compiled(name: str, mode: SamplingMode) -> Sample:
+    """Return one jitted function for all cases of a mode, so that cases of one size share a program."""
+    return jax.jit(partial(implementation(name), mode=mode))
+
+
+def sample(name: str, logits: Any, inputs: SamplingInputs, state: SamplingState) -> SampleOutput:
+    """Sample as a step does, in the mode that suffices for its rows."""
+    mode = sampling_mode(jax.device_get(inputs), logits.shape[1])
+    return jax.device_get(compiled(name, mode)(jnp.asarray(logits), inputs, state))
 
 
 needs_pallas = pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="the kernels need JAX 0.11")
@@ -90,7 +96,7 @@ ALL = [("xla", case) if case.vocab_size in (17, 5000) else slow("xla", case) for
 
 @pytest.mark.parametrize(("name", "case"), ALL, ids=str)
 def test_matches_numpy(name: str, case: Case) -> None:
-    check(case, jax.device_get(compiled(name)(jnp.asarray(case.logits()), *case.arrays())))
+    check(case, sample(name, case.logits(), *case.arrays()))
 
 
 @pytest.mark.parametrize("name", ["xla", slow("tpu"), slow("gpu")])

@@ -5,17 +5,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxserve.config import SchedulerConfig
-from jaxserve.runner.buckets import ACCELERATOR_STEPS, CPU_STEPS, Bucket, BucketGrowth, make_buckets, pick_bucket
+from jaxserve.runner.buckets import ACCELERATOR_SHAPES, CPU_SHAPES, Bucket, StepShapes, make_buckets, pick_bucket
 
 
 @given(
     max_rows=st.integers(1, 600),
     more_tokens=st.integers(0, 4096),
-    steps=st.sampled_from([CPU_STEPS, ACCELERATOR_STEPS]),
+    steps=st.sampled_from([CPU_SHAPES, ACCELERATOR_SHAPES]),
     data=st.data(),
 )
 def test_every_step_within_the_limits_fits(
-    max_rows: int, more_tokens: int, steps: BucketGrowth, data: st.DataObject
+    max_rows: int, more_tokens: int, steps: StepShapes, data: st.DataObject
 ) -> None:
     config = SchedulerConfig(max_rows=max_rows, max_step_tokens=max_rows + more_tokens, context_length=8192)
     buckets = make_buckets(config, steps)
@@ -29,7 +29,7 @@ def test_every_step_within_the_limits_fits(
 
 def test_few_programs() -> None:
     defaults = SchedulerConfig(max_rows=32, max_step_tokens=512, context_length=8192)
-    assert make_buckets(defaults, CPU_STEPS) == (
+    assert make_buckets(defaults, CPU_SHAPES) == (
         *(Bucket(num_tokens, 32) for num_tokens in (512, 256, 128, 64)),
         Bucket(32, 32),
         Bucket(32, 8),

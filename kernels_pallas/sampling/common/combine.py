@@ -6,6 +6,7 @@ candidates do not decide, according to the check in `filters`, are sampled exact
 Dimension key: B rows of logits, V the shard's ids, K candidates of all shards, N shards.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import TypeVar
 
@@ -13,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from kernels_pallas.sampling.api import NUM_TOP_LOGPROBS, SampleOutput, SamplingInputs, SamplingState
+from kernels_pallas.sampling.api import NUM_TOP_LOGPROBS, SampleOutput, SamplingInputs, SamplingMode, SamplingState
 from kernels_pallas.sampling.common.adjust import values_of
 from kernels_pallas.sampling.common.filters import sample_from_candidates
 from kernels_pallas.sampling.common.summary import Best, Candidates, Plan, Shard, Summarise, plan_sampling
@@ -28,6 +29,7 @@ def sample_with(
     inputs: SamplingInputs,
     state: SamplingState,
     shard: Shard,
+    mode: SamplingMode,
     *,
     rows_at_once: int,
     retry: int = 0,
@@ -40,22 +42,22 @@ def sample_with(
         inputs: one entry per row, the same on every shard.
         state: per-request state rows.
         shard: the ids that the logits cover.
+        mode: what the rows need at most.
         rows_at_once: number of rows that the exact fallback processes together: 1 where a pass over a row is
             throughput-bound, more where it is latency-bound.
         retry: number of candidates that the fallback tries before a search, where that is cheaper; 0 for none.
     """
-    plan = plan_sampling(inputs, shard.vocab_size)
-    all_plain = ~jnp.any(plan.adjusted_B | plan.listed_B)
-    # A target is never sampled, and its log-probability is only returned with `logprobs_B`, which implies `listed_B`.
-    listed = partial(_sample_listed, summarise, shard, rows_at_once, retry)
-    return lax.cond(all_plain, partial(_sample_plain, summarise, shard), listed, logits_BV, inputs, state)
+    if mode == SamplingMode.PLAIN:
+        # A target is never sampled, and its log-probability is only returned with `logprobs_B`, which needs a list.
+        return _sample_plain(summarise, shard, logits_BV, inputs, state)
+    return _sample_listed(partial(summarise, mode=mode), shard, rows_at_once, retry, logits_BV, inputs, state)
 
 
 def _sample_plain(
     summarise: Summarise, shard: Shard, logits_BV: jax.Array, inputs: SamplingInputs, state: SamplingState
 ) -> SampleOutput:
     """Sample a step whose rows are all greedy or unfiltered, from unadjusted logits."""
-    best, _ = summarise(logits_BV, inputs, state, shard, listed=False)
+    best, _ = summarise(logits_BV, inputs, state, shard, SamplingMode.PLAIN)
     best = _merge_best(_gather(best, shard))
     plan = plan_sampling(inputs, shard.vocab_size)
     shape = (logits_BV.shape[0], NUM_TOP_LOGPROBS)
@@ -69,7 +71,7 @@ def _sample_plain(
 
 
 def _sample_listed(
-    summarise: Summarise,
+    summarise: Callable[..., tuple[Best, Candidates | None]],
     shard: Shard,
     rows_at_once: int,
     retry: int,
@@ -78,7 +80,7 @@ def _sample_listed(
     state: SamplingState,
 ) -> SampleOutput:
     plan = plan_sampling(inputs, shard.vocab_size)
-    local, listed = summarise(logits_BV, inputs, state, shard, listed=True)
+    local, listed = summarise(logits_BV, inputs, state, shard)
     assert listed is not None
     parts, listed_parts = _gather((local, listed), shard)
     best = _merge_best(parts)
@@ -100,12 +102,7 @@ def _sample_listed(
 
     exact = lax.cond(jnp.any(known.undecided_B | known.short_B), fall_back, lambda _, exact: exact, logits_BV, exact)
     token_B = _choose(best, plan, inputs, exact.token_B)
-    logprob_B = lax.cond(
-        jnp.any(inputs.logprobs_B),
-        lambda logits_BV: values_of(token_B, logits_BV, inputs, state, shard) - log_sum_B,
-        lambda _: jnp.zeros_like(log_sum_B),
-        logits_BV,
-    )
+    logprob_B = values_of(token_B, logits_BV, inputs, state, shard) - log_sum_B
     top_BJ = jnp.where(inputs.logprobs_B[:, None], exact.top_BJ - log_sum_B[:, None], 0.0)
     return SampleOutput(token_B, finite_B, logprob_B, exact.top_ids_BJ, top_BJ)
 

@@ -7,9 +7,10 @@ from typing import NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
-from kernels_pallas.sampling.api import NUM_TOP_LOGPROBS, SamplingInputs, SamplingState
+from kernels_pallas.sampling.api import NUM_TOP_LOGPROBS, SamplingInputs, SamplingMode, SamplingState
 
 NUM_CANDIDATES = 128
 
@@ -86,15 +87,25 @@ class Plan(NamedTuple):
 
 
 class Summarise(Protocol):
-    """One pass over the shard's logits. `listed` is static: if False, candidates are None and nothing is adjusted."""
+    """One pass over the shard's logits."""
 
-    def __call__(  # noqa: D102
-        self, logits_BV: jax.Array, inputs: SamplingInputs, state: SamplingState, shard: Shard, *, listed: bool
-    ) -> tuple[Best, Candidates | None]: ...
+    def __call__(
+        self, logits_BV: jax.Array, inputs: SamplingInputs, state: SamplingState, shard: Shard, mode: SamplingMode
+    ) -> tuple[Best, Candidates | None]:
+        """Return the shard's summary; in plain mode, without candidates."""
+        ...
+
+
+def sampling_mode(inputs: SamplingInputs, vocab_size: int) -> SamplingMode:
+    """Return the mode that suffices for all rows, from arrays on the host."""
+    plan = plan_sampling(inputs, vocab_size)
+    if np.any(plan.adjusted_B):
+        return SamplingMode.ADJUSTED
+    return SamplingMode.LISTED if np.any(plan.listed_B) else SamplingMode.PLAIN
 
 
 def plan_sampling(inputs: SamplingInputs, vocab_size: int) -> Plan:
-    """Classify the rows by the work they need."""
+    """Classify the rows by the work they need; arrays of jax or numpy."""
     greedy_B = (inputs.temperature_B == 0) | (inputs.top_k_B == 1) | (inputs.target_B >= 0)
     narrowed_B = (inputs.top_k_B < vocab_size) | (inputs.top_p_B < 1) | (inputs.min_p_B > 0)
     filtered_B = narrowed_B & ~greedy_B

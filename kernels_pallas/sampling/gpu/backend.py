@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from kernels_pallas.pallas import pl, plgpu
-from kernels_pallas.sampling.api import MASK_BITS, SampleOutput, SamplingInputs, SamplingState
+from kernels_pallas.sampling.api import MASK_BITS, SampleOutput, SamplingInputs, SamplingMode, SamplingState
 from kernels_pallas.sampling.common.adjust import penalise, sparse_lists
 from kernels_pallas.sampling.common.buckets import (
     DEPTH,
@@ -59,6 +59,7 @@ def sample(
     inputs: SamplingInputs,
     state: SamplingState,
     shard: Shard | None = None,
+    mode: SamplingMode = SamplingMode.ADJUSTED,
     *,
     interpret: Any = None,
 ) -> SampleOutput:
@@ -66,19 +67,12 @@ def sample(
     shard = shard or Shard(logits_BV.shape[1])
 
     def summarise(
-        logits_BV: jax.Array, inputs: SamplingInputs, state: SamplingState, shard: Shard, *, listed: bool
+        logits_BV: jax.Array, inputs: SamplingInputs, state: SamplingState, shard: Shard, mode: SamplingMode
     ) -> tuple[Best, Candidates | None]:
-        if not listed:
-            return _pass(logits_BV, inputs, None, shard, listed=False, interpret=interpret)
-        any_adjusted = jnp.any(plan_sampling(inputs, shard.vocab_size).adjusted_B)
-        return lax.cond(
-            any_adjusted,
-            lambda logits_BV: _pass(logits_BV, inputs, state, shard, listed=True, interpret=interpret),
-            lambda logits_BV: _pass(logits_BV, inputs, None, shard, listed=True, interpret=interpret),
-            logits_BV,
-        )
+        adjusting = state if mode == SamplingMode.ADJUSTED else None
+        return _pass(logits_BV, inputs, adjusting, shard, listed=mode != SamplingMode.PLAIN, interpret=interpret)
 
-    return sample_with(summarise, logits_BV, inputs, state, shard, rows_at_once=_ROWS_AT_ONCE)
+    return sample_with(summarise, logits_BV, inputs, state, shard, mode, rows_at_once=_ROWS_AT_ONCE)
 
 
 class _Refs(NamedTuple):

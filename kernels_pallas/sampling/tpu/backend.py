@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from kernels_pallas.pallas import pl, pltpu
-from kernels_pallas.sampling.api import MASK_BITS, SampleOutput, SamplingInputs, SamplingState
+from kernels_pallas.sampling.api import MASK_BITS, SampleOutput, SamplingInputs, SamplingMode, SamplingState
 from kernels_pallas.sampling.common.adjust import penalise, sparse_lists
 from kernels_pallas.sampling.common.buckets import DEPTH, NUM_BUCKETS, Lanes, Noised, best_of, candidates_of, insert
 from kernels_pallas.sampling.common.combine import sample_with
@@ -48,6 +48,7 @@ def sample(
     inputs: SamplingInputs,
     state: SamplingState,
     shard: Shard | None = None,
+    mode: SamplingMode = SamplingMode.ADJUSTED,
     *,
     block: int,
     interpret: Any = False,
@@ -56,22 +57,15 @@ def sample(
     shard = shard or Shard(logits_BV.shape[1])
 
     def summarise(
-        logits_BV: jax.Array, inputs: SamplingInputs, state: SamplingState, shard: Shard, *, listed: bool
+        logits_BV: jax.Array, inputs: SamplingInputs, state: SamplingState, shard: Shard, mode: SamplingMode
     ) -> tuple[Best, Candidates | None]:
         # No block is longer than the row.
         units = -(-min(block, logits_BV.shape[1]) // _BLOCK_UNIT)
         kernel = _Kernel(units * _BLOCK_UNIT, shard, interpret)
-        if not listed:
-            return kernel(logits_BV, inputs, None, listed=False)
-        any_adjusted = jnp.any(plan_sampling(inputs, shard.vocab_size).adjusted_B)
-        return lax.cond(
-            any_adjusted,
-            lambda logits_BV: kernel(logits_BV, inputs, state, listed=True),
-            lambda logits_BV: kernel(logits_BV, inputs, None, listed=True),
-            logits_BV,
-        )
+        adjusting = state if mode == SamplingMode.ADJUSTED else None
+        return kernel(logits_BV, inputs, adjusting, listed=mode != SamplingMode.PLAIN)
 
-    return sample_with(summarise, logits_BV, inputs, state, shard, rows_at_once=_ROWS_AT_ONCE)
+    return sample_with(summarise, logits_BV, inputs, state, shard, mode, rows_at_once=_ROWS_AT_ONCE)
 
 
 def choose_block(vmem_bytes: int) -> int:

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from kernels_pallas.sampling.api import SampleOutput, SamplingInputs, SamplingState
+from kernels_pallas.sampling.api import SampleOutput, SamplingInputs, SamplingMode, SamplingState
 from kernels_pallas.sampling.common.adjust import adjust_logits, without_padding
 from kernels_pallas.sampling.common.combine import sample_with
 from kernels_pallas.sampling.common.random import gumbel_noise
@@ -31,29 +31,26 @@ _RETRY = 1024
 
 
 def sample(
-    logits_BV: jax.Array, inputs: SamplingInputs, state: SamplingState, shard: Shard | None = None
+    logits_BV: jax.Array,
+    inputs: SamplingInputs,
+    state: SamplingState,
+    shard: Shard | None = None,
+    mode: SamplingMode = SamplingMode.ADJUSTED,
 ) -> SampleOutput:
     """Sample one token per row of f32 logits; see `combine.sample_with`."""
     shard = shard or Shard(logits_BV.shape[1])
-    return sample_with(summarise, logits_BV, inputs, state, shard, rows_at_once=1, retry=_RETRY)
+    return sample_with(summarise, logits_BV, inputs, state, shard, mode, rows_at_once=1, retry=_RETRY)
 
 
 def summarise(
-    logits_BV: jax.Array, inputs: SamplingInputs, state: SamplingState, shard: Shard, *, listed: bool
+    logits_BV: jax.Array, inputs: SamplingInputs, state: SamplingState, shard: Shard, mode: SamplingMode
 ) -> tuple[Best, Candidates | None]:
     """See `summary.Summarise`."""
-    if not listed:
+    if mode == SamplingMode.PLAIN:
         return _best(without_padding(logits_BV, shard), inputs, shard), None
-
-    def as_they_are(logits_BV: jax.Array) -> tuple[Best, Candidates]:
+    if mode == SamplingMode.LISTED:
         return _both(without_padding(logits_BV, shard), inputs, shard)
-
-    def adjusted(logits_BV: jax.Array) -> tuple[Best, Candidates]:
-        return _both(adjust_logits(logits_BV, inputs, state, shard), inputs, shard)
-
-    # Each branch is a whole pass: logits that a branch returned unchanged would be copied.
-    any_adjusted = jnp.any(plan_sampling(inputs, shard.vocab_size).adjusted_B)
-    return lax.cond(any_adjusted, adjusted, as_they_are, logits_BV)
+    return _both(adjust_logits(logits_BV, inputs, state, shard), inputs, shard)
 
 
 def _both(x_BV: jax.Array, inputs: SamplingInputs, shard: Shard) -> tuple[Best, Candidates]:
