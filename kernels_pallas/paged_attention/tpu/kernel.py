@@ -244,10 +244,16 @@ class AttentionKernel:
         first_position = buffer * shape.buffer_tokens
         position_E1 = first_position + lax.broadcasted_iota(jnp.int32, (shape.buffer_tokens, 1), 0)
         holds_E1 = (position_E1 >= span.lowest) & (position_E1 < span.end)
+        is_full = (first_position >= span.lowest) & (first_position + shape.buffer_tokens <= span.end)
         sees_QE = self._sees(span, first_position)
+
+        def live_values(values_EZ: jax.Array) -> jax.Array:
+            # Slots without a token may hold NaN, and 0 * NaN is NaN. Only the row's first and last buffer have any.
+            return lax.cond(is_full, lambda x_EZ: x_EZ, lambda x_EZ: jnp.where(holds_E1, x_EZ, 0), values_EZ)
+
         for head in range(shape.config.num_kv_heads):
             keys_EZ = self._refs.keys[slot, :, head].reshape(shape.buffer_tokens, shape.layout.lanes)
-            self._attend_head(head, keys_EZ, holds_E1, sees_QE)
+            self._attend_head(head, keys_EZ, live_values, sees_QE)
 
     def _sees(self, span: Span, first_position: jax.Array) -> jax.Array:
         """Return which keys of a buffer each query row sees, bool[Q or 1, E]."""
@@ -265,7 +271,9 @@ class AttentionKernel:
             sees_QE &= key_1E > query_Q1 - shape.config.window
         return sees_QE
 
-    def _attend_head(self, head: int, keys_EZ: jax.Array, holds_E1: jax.Array, sees_QE: jax.Array) -> None:
+    def _attend_head(
+        self, head: int, keys_EZ: jax.Array, live_values: Callable[[jax.Array], jax.Array], sees_QE: jax.Array
+    ) -> None:
         """Merge a buffer's keys into the softmax of one head's queries."""
         config, layout, refs = self._shape.config, self._shape.layout, self._refs
         q_QZ = refs.q[0, head]
@@ -276,8 +284,7 @@ class AttentionKernel:
         if config.soft_cap is not None:
             scores_QE = config.soft_cap * jnp.tanh(scores_QE / config.soft_cap)
         scores_QE = jnp.where(sees_QE, scores_QE, MASKED)
-        # Slots without a token may hold NaN, and 0 * NaN is NaN.
-        values_EZ = jnp.where(holds_E1, layout.values(keys_EZ), 0)
+        values_EZ = live_values(layout.values(keys_EZ))
 
         old_max_Q1 = refs.row_max[head, :, :1]
         max_Q1 = jnp.maximum(old_max_Q1, jnp.max(scores_QE, axis=1, keepdims=True))
