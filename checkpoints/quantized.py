@@ -12,6 +12,9 @@ import numpy as np
 
 from checkpoints.source import CheckpointError, Index, TensorSource
 
+# The zero point of int4 matrices that store none, and the values of float4_e2m1fn by code.
+_INT4_ZERO = np.float32(8)
+_FLOAT4 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
 _PER_WORD = 8  # 4-bit elements in 32 bits
 _AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # output columns of a word's elements, lowest bits first
 
@@ -141,6 +144,73 @@ class _Quantized:
         whole = self._source.read(self._tensor, (*index[:-1], slice(None)))
         made = self._quantizer.scales(whole) if self._scale else self._quantizer.elements(whole)
         return made[..., index[-1]]
+
+
+class Dequantizer(NamedTuple):
+    """Dequantises matrices.
+
+    Attributes:
+        element_type: `fp8`, `int8`, `int4` (codes with a zero point, 8 unless stored) or `mxfp4` (float4_e2m1fn).
+        block: rows and columns that share a scale; 0 columns mean a whole row.
+    """
+
+    element_type: str
+    block: tuple[int, int]
+
+    @property
+    def per_byte(self) -> int:
+        """Number of elements in a byte."""
+        return 2 if self.element_type in ("int4", "mxfp4") else 1
+
+    def elements(self, values: np.ndarray) -> np.ndarray:
+        """Return stored elements [O, I] in f32, before zero points and scales."""
+        if self.per_byte == 1:
+            return values.astype(np.float32)
+        code = np.stack([values & 15, values >> 4], axis=-1).reshape(len(values), -1)
+        return _FLOAT4[code] if self.element_type == "mxfp4" else code.astype(np.float32)
+
+
+def dequantizing(source: TensorSource, names: Set[str], dequantizer: Dequantizer) -> TensorSource:
+    """Return the checkpoint with the tensors of these names in f32, without their scales and zero points."""
+    parts = {f"{name}_{part}" for name in names for part in ("scale", "zero")}
+
+    def views(source: TensorSource) -> Iterator[tuple[str, _View]]:
+        for name in source.shapes:
+            if name not in parts:
+                yield name, _Dequantized(source, name, dequantizer) if name in names else _Plain(source, name)
+
+    return QuantizedCheckpoint(source, views)
+
+
+class _Dequantized:
+    """The weight that a tensor, its scales and its zero points stand for."""
+
+    def __init__(self, source: TensorSource, tensor: str, dequantizer: Dequantizer) -> None:
+        num_rows, num_columns = source.shapes[tensor]
+        self.shape = (num_rows, num_columns * dequantizer.per_byte)
+        self._source, self._tensor, self._dequantizer = source, tensor, dequantizer
+
+    def read(self, index: Index) -> np.ndarray:
+        """Read part of the tensor; source rows are read whole."""
+        first, end, _ = index[0].indices(self.shape[0])
+        w_OI = self._dequantizer.elements(self._source.read(self._tensor, (slice(first, end),)))
+        if f"{self._tensor}_zero" in self._source.shapes:
+            w_OI = w_OI - self._of_blocks("zero", first, end).astype(np.float32)
+        elif self._dequantizer.element_type == "int4":
+            w_OI = w_OI - _INT4_ZERO
+        scale_OI = self._of_blocks("scale", first, end)
+        if scale_OI.dtype == np.uint8:
+            # Exponents of two with bias 127; an exponent of 0 is 0.
+            scale_OI = (scale_OI.astype(np.uint32) << 23).view(np.float32)
+        columns = index[1] if len(index) > 1 else slice(None)
+        return (w_OI * scale_OI.astype(np.float32))[:, columns]
+
+    def _of_blocks(self, part: str, first: int, end: int) -> np.ndarray:
+        """Return the scales or zero points of some rows, repeated for all elements of their blocks."""
+        rows, columns = self._dequantizer.block
+        blocks = self._source.read(f"{self._tensor}_{part}", (slice(first // rows, -(-end // rows)),))
+        by_row = np.repeat(blocks, rows, axis=0)[first % rows :][: end - first]
+        return np.repeat(by_row, columns or self.shape[1], axis=1)[:, : self.shape[1]]
 
 
 class _Plain:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxserve.layers.args import DecoderArgs
-from jaxserve.layers.linear import param
+from jaxserve.layers.linear import ParamOptions, param
 
 
 class KvScales(NamedTuple):
@@ -51,7 +51,7 @@ def kv_scales_param(args: DecoderArgs) -> nnx.Param[jax.Array] | None:
     if not args.parallelism.kv_scales:
         return None
     shape = (2 if args.config.mla is None else 1, args.num_kv_heads, args.config.head_dim)
-    return param(shape, jnp.dtype(jnp.float32), (None, "kv_heads", None), loaded=False)
+    return param(shape, jnp.dtype(jnp.float32), (None, "kv_heads", None), ParamOptions(loaded=False))
 
 
 def kv_scales_of(param_2KH: Any, value_dim: int | None) -> KvScales | None:

@@ -45,15 +45,26 @@ class Packing(NamedTuple):
     block_rows: int = 1
 
 
+class ParamOptions(NamedTuple):
+    """How a parameter is stored and used.
+
+    Attributes:
+        keep_stacked: layers receive the weight as `Stacked` instead of a slice.
+        absorbed_only: the weight is folded into other ops and never applied directly.
+        packing: packing of a quantised weight or of its scales or zero points.
+        stored: format of the checkpoint's weight if it is quantised and this one is not.
+        loaded: the weight is loaded from the checkpoint.
+    """
+
+    keep_stacked: bool = False
+    absorbed_only: bool = False
+    packing: Packing | None = None
+    stored: QuantizationConfig | None = None
+    loaded: bool = True
+
+
 def param(
-    shape: tuple[int, ...],
-    dtype: jnp.dtype,
-    axes: Axes,
-    *,
-    keep_stacked: bool = False,
-    absorbed_only: bool = False,
-    packing: Packing | None = None,
-    loaded: bool = True,
+    shape: tuple[int, ...], dtype: jnp.dtype, axes: Axes, options: ParamOptions | None = None
 ) -> nnx.Param[jax.Array]:
     """Create a parameter. Its values are zeros: models are built abstractly, so only shapes matter.
 
@@ -61,20 +72,9 @@ def param(
         shape: shape of the weight in one layer.
         dtype: dtype of its values.
         axes: logical axes.
-        keep_stacked: layers receive the weight as `Stacked` instead of a slice.
-        absorbed_only: the weight is folded into other ops and never applied directly.
-        packing: packing of a quantised weight or of its scales or zero points.
-        loaded: the weight is loaded from the checkpoint.
+        options: how it is stored and used.
     """
-    value = jnp.zeros(shape, dtype)
-    return nnx.Param(
-        value,
-        logical_axes=axes,
-        keep_stacked=keep_stacked,
-        absorbed_only=absorbed_only,
-        packing=packing,
-        loaded=loaded,
-    )
+    return nnx.Param(jnp.zeros(shape, dtype), logical_axes=axes, **(options or ParamOptions())._asdict())
 
 
 class QuantizedParam(NamedTuple):
@@ -90,25 +90,24 @@ def weight_params(
     dtype: jnp.dtype,
     axes: Axes,
     quantization: QuantizationConfig | None,
-    *,
-    keep_stacked: bool = False,
-    absorbed_only: bool = False,
+    options: ParamOptions | None = None,
 ) -> QuantizedParam:
     """Create one or several matrices, with scales and zero points if they are quantised; see `param`."""
+    options = options or ParamOptions()
     if quantization is None:
-        return QuantizedParam(param(shape, dtype, axes, keep_stacked=keep_stacked, absorbed_only=absorbed_only))
+        return QuantizedParam(param(shape, dtype, axes, options))
     format = format_of(quantization)
     *lead, num_rows, num_columns = shape
     rows, columns = format.block
     blocks = (*lead, -(-num_rows // rows), -(-num_columns // columns) if columns else 1)
     block_axes = axes if columns else (*axes[:-1], None)
-    block_spec = partial(param, blocks, axes=block_axes, keep_stacked=keep_stacked, packing=Packing(block_rows=rows))
+    block_options = ParamOptions(keep_stacked=options.keep_stacked, packing=Packing(block_rows=rows))
     scale_dtype = _SCALE_DTYPES.get(quantization.scale_dtype) or jnp.dtype(quantization.scale_dtype)
     entries, packing = (*lead, num_rows, num_columns // format.per_byte), Packing(per_byte=format.per_byte)
     return QuantizedParam(
-        param(entries, format.dtype, axes, keep_stacked=keep_stacked, absorbed_only=absorbed_only, packing=packing),
-        block_spec(scale_dtype),
-        block_spec(jnp.dtype(jnp.uint8)) if quantization.zeros else None,
+        param(entries, format.dtype, axes, options._replace(packing=packing)),
+        param(blocks, scale_dtype, block_axes, block_options),
+        param(blocks, jnp.dtype(jnp.uint8), block_axes, block_options) if quantization.zeros else None,
     )
 
 
@@ -128,6 +127,8 @@ class Linear(nnx.Module):
     out_dtype: ClassVar[DTypeLike | None] = None
     # Whether the weight is folded into other ops and never applied directly.
     absorbed_only: ClassVar[bool] = False
+    # Whether a quantised weight is dequantised when it is loaded, because no kernel multiplies by it.
+    dequantized: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -139,15 +140,12 @@ class Linear(nnx.Module):
         dtype: jnp.dtype,
         quantization: QuantizationConfig | None = None,
     ) -> None:
+        stored = None
+        if self.dequantized:
+            stored, quantization = quantization, None
         # A kernel reads a quantised weight in place; slicing it out of the stack would copy it.
-        self.weight, self.scale, self.zero = weight_params(
-            (out_size, in_size),
-            dtype,
-            axes,
-            quantization,
-            absorbed_only=self.absorbed_only,
-            keep_stacked=quantization is not None,
-        )
+        options = ParamOptions(quantization is not None, self.absorbed_only, stored=stored)
+        self.weight, self.scale, self.zero = weight_params((out_size, in_size), dtype, axes, quantization, options)
         self.bias = param((out_size,), dtype, axes[:1]) if bias else None
         self.path: Path = ()
         self._axes = axes

@@ -34,6 +34,7 @@ class KvBProj(Linear):
     """
 
     absorbed_only = True
+    dequantized = True
 
     def __init__(self, mla: MlaConfig, num_heads: int, **options: Any) -> None:
         out_size = num_heads * (mla.qk_nope_head_dim + mla.v_head_dim)
@@ -72,6 +73,15 @@ class KvBProj(Linear):
         return both[:, : mla.qk_nope_head_dim], both[:, mla.qk_nope_head_dim :]
 
 
+class KvAProj(Linear):
+    """`kv_a_proj_with_mqa`: projects activations to latent and rotated channels.
+
+    Its outputs, 576 in DeepSeek's models, are no whole number of the tiles that kernels for quantised weights need.
+    """
+
+    dequantized = True
+
+
 class MlaAttention(nnx.Module):
     """Projections around the attention backend; the MLA counterpart of `Attention`."""
 
@@ -87,7 +97,9 @@ class MlaAttention(nnx.Module):
             self.q_a_norm = RMSNorm(a.q_lora_rank, eps=_EPS, dtype=dtype)
             self.q_b_proj = make(a.q_lora_rank, q_size, axes=("heads", None), bias=False)
         kv_size = a.kv_lora_rank + a.qk_rope_head_dim
-        self.kv_a_proj = make(c.hidden_size, kv_size, axes=(None, "hidden"), bias=c.attention_bias)
+        self.kv_a_proj = KvAProj(
+            c.hidden_size, kv_size, axes=(None, "hidden"), bias=c.attention_bias, dtype=dtype, quantization=quantization
+        )
         self.kv_a_norm = RMSNorm(a.kv_lora_rank, eps=_EPS, dtype=dtype)
         self.kv_b_proj = KvBProj(a, c.num_q_heads, dtype=dtype, quantization=quantization)
         o_size = c.num_q_heads * a.v_head_dim

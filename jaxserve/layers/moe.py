@@ -21,7 +21,7 @@ from jax.sharding import PartitionSpec as P
 from jaxserve.config import ModelConfig, MoeConfig, QuantizationConfig, RouterScores
 from jaxserve.layers.args import DecoderArgs
 from jaxserve.layers.context import ExpertAdapters, LayerContext, Path
-from jaxserve.layers.linear import ACTIVATIONS, Axes, GatedMLP, Linear, format_of, param, weight_params
+from jaxserve.layers.linear import ACTIVATIONS, Axes, GatedMLP, Linear, ParamOptions, format_of, param, weight_params
 from jaxserve.parallel.mesh import partition_spec
 from kernels_pallas.grouped_matmul.api import GroupedMatmul, Matrices
 from kernels_pallas.quantized import QuantizedFormat
@@ -170,7 +170,9 @@ class ExpertLinear(nnx.Module):
         quantization: QuantizationConfig | None,
     ) -> None:
         # A step reads only the experts that have tokens; slicing the stack would copy all of them.
-        self.weight, self.scale, self.zero = weight_params(shape, dtype, axes, quantization, keep_stacked=True)
+        self.weight, self.scale, self.zero = weight_params(
+            shape, dtype, axes, quantization, ParamOptions(keep_stacked=True)
+        )
         self.bias = param(shape[:2], dtype, axes[:2]) if bias else None
         self.path: Path = ()
         self._axes, self._shape = axes, shape

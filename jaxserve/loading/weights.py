@@ -18,7 +18,7 @@ from jax.experimental.layout import Format
 from jax.sharding import Mesh, Sharding, SingleDeviceSharding
 
 from checkpoints import orbax_io
-from checkpoints.quantized import Quantizer, quantizing
+from checkpoints.quantized import Dequantizer, Quantizer, dequantizing, quantizing
 from checkpoints.source import Index, TensorSource
 from jaxserve.errors import LaunchError
 from jaxserve.loading.kv_heads import repeat_heads, replicated_head_rows
@@ -60,6 +60,7 @@ def load_weights(
         LaunchError: tensors are missing, unknown or of the wrong shape; the message lists them.
     """
     names = {**names, **_names_of_blocks(decoder, names)}
+    source = _dequantized_as(source, decoder, names)
     _check_tensors(source, decoder, names)
 
     def load(path: Path) -> jax.Array:
@@ -114,6 +115,22 @@ def quantized_as(source: TensorSource, decoder: Decoder, names: dict[Path, Tenso
             scale_dtype = decoder.param_specs[*path[:-1], "scale"].dtype
             quantizer = Quantizer(spec.dtype, quantization.block[1], scale_dtype)
     return quantizing(source, wanted, quantizer)
+
+
+def _dequantized_as(source: TensorSource, decoder: Decoder, names: dict[Path, TensorName]) -> TensorSource:
+    """Return the checkpoint with those weights dequantised that it stores quantised and the model does not."""
+    for quantization in {spec.stored for spec in decoder.param_specs.values()} - {None}:
+        assert quantization is not None
+        wanted = {
+            name
+            for path, spec in decoder.param_specs.items()
+            if spec.stored == quantization
+            for name, *_ in _tensors_of(spec, names[path], 1)
+        }
+        wanted = {name for name in wanted if f"{name}_scale" in source.shapes}
+        if wanted:
+            source = dequantizing(source, wanted, Dequantizer(quantization.element_type, quantization.block))
+    return source
 
 
 def restore_weights(folder: pathlib.Path, decoder: Decoder, mesh: Mesh) -> Weights:

@@ -19,7 +19,7 @@ from jaxserve.layers.args import DecoderArgs
 from jaxserve.layers.attention import Attention
 from jaxserve.layers.cached_attention import AttentionCall, PagedAttentionCall
 from jaxserve.layers.context import ExpertOps, LayerContext, LinearOps, StepLora
-from jaxserve.layers.linear import Axes, Embedding, GatedMLP, RMSNorm
+from jaxserve.layers.linear import Axes, Embedding, GatedMLP, ParamOptions, RMSNorm
 from jaxserve.layers.mla import MlaAttention
 from jaxserve.layers.mla_prefill import MlaPrefillWorkspace
 from jaxserve.layers.moe import MoE
@@ -30,9 +30,6 @@ from jaxserve.models.layer_scan import LayerGroup, LayerIndex, LayerStacks, grou
 from jaxserve.models.param_spec import ParamSpec, Path, Weights, tree_of
 from kernels_pallas.paged_attention.api import AttentionBackend, AttentionMeta, Cache, with_window
 from kernels_pallas.stacked import Stacked
-
-# Metadata that `param` sets besides the axes.
-_FLAGS = ("keep_stacked", "absorbed_only", "packing", "loaded")
 
 
 def hidden_norm(config: ModelConfig, dtype: jnp.dtype) -> RMSNorm:
@@ -195,7 +192,7 @@ class Decoder:
                 lead = (len(layers),) * bool(layers)
                 axes: Axes = (*("layers",) * bool(layers), *variable.get_metadata()["logical_axes"])
                 value = variable.get_value()
-                flags = {name: variable.get_metadata()[name] for name in _FLAGS}
+                flags = {name: variable.get_metadata()[name] for name in ParamOptions._fields}
                 spec = ParamSpec((*lead, *value.shape), value.dtype, axes, layers, **flags)
                 specs[*prefix, *(str(part) for part in path)] = spec
 

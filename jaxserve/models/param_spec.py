@@ -8,6 +8,7 @@ from typing import Any, TypeAlias
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from jaxserve.config import QuantizationConfig
 from jaxserve.layers.linear import Axes, Packing
 from jaxserve.parallel.mesh import named_sharding
 
@@ -27,6 +28,7 @@ class ParamSpec:
         keep_stacked: layers receive the weight as `Stacked` instead of a slice.
         absorbed_only: the weight is folded into other ops and never applied directly.
         packing: packing of a quantised weight or of its scales or zero points.
+        stored: format of the checkpoint's weight if it is quantised and this one is not.
         loaded: the weight is loaded from the checkpoint.
     """
 
@@ -37,6 +39,7 @@ class ParamSpec:
     keep_stacked: bool = False
     absorbed_only: bool = False
     packing: Packing | None = None
+    stored: QuantizationConfig | None = None
     loaded: bool = True
 
     @property
