@@ -221,8 +221,8 @@ def device_flags(group: argparse._ArgumentGroup) -> None:  # pyright: ignore[rep
         "--ep",
         "--expert-parallel-size",
         type=int,
-        default=1,
-        help="groups that the experts are divided among; the devices of a group split each expert",
+        help="groups that the experts are divided among; the devices of a group split each expert (default: 1, on TPU "
+        "more if the shards of an expert would not fill whole rows of 128 elements)",
     )
     group.add_argument(
         "--enable-dp-attention",
@@ -390,7 +390,7 @@ def _devices(args: argparse.Namespace) -> dict[str, Any]:
     tp_size, dp_size, ep_size = args.tp_size, args.dp_size, args.ep_size
     if not args.enable_dp_attention or dp_size < 1:
         return {"tp_size": tp_size, "dp_size": dp_size, "ep_size": ep_size}
-    ep_size = tp_size if ep_size == 1 else ep_size  # by default each device holds different experts
+    ep_size = tp_size if ep_size in (None, 1) else ep_size  # by default each device holds different experts
     for flag, size in (("--tp-size", tp_size), ("--ep-size", ep_size)):
         if size % dp_size:
             raise LaunchError(f"--enable-dp-attention: --dp-size {dp_size} does not divide {flag} {size}")

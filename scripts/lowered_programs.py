@@ -55,7 +55,7 @@ def programs(model: str, options: dict[str, Any]) -> Iterator[tuple[str, jax.sta
     """Yield the name and lowered module of each program."""
     config = EngineConfig(model_path=model, **SIZES, **options)
     hf_config = json.loads((GOLDEN / model / "config.json").read_text())
-    layout = layout_model(config, hf_config, make_mesh(config.tp_size, config.dp_size, config.ep_size))
+    layout = layout_model(config, hf_config, make_mesh(config.tp_size, config.dp_size, config.ep_size or 1))
     pool = None if config.lora is None else adapter_slots(config.lora, layout)
     engine = layout_engine(config, layout, 1 << 26, pool)
     step = StepPrograms(engine.step)

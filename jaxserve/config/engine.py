@@ -139,7 +139,7 @@ class EngineConfig(Config, frozen=True):
     context_length: int | None = None
     tp_size: int = 1
     dp_size: int = 1
-    ep_size: int = 1
+    ep_size: int | None = None
     dp_attention: bool = False
     page_size: int | None = None
     mem_fraction_static: float | None = None
@@ -178,7 +178,7 @@ class EngineConfig(Config, frozen=True):
             value = getattr(self, name)
             if value is not None and not 1 <= value < 2**31:
                 raise LaunchError(f"{flag} must be at least 1, got {value}")
-        if self.tp_size % self.ep_size:
+        if self.ep_size is not None and self.tp_size % self.ep_size:
             raise LaunchError(f"--ep-size {self.ep_size} does not divide --tp-size {self.tp_size}")
         if self.dp_attention and self.dp_size == 1:
             raise LaunchError("--enable-dp-attention needs --dp-size above 1")

@@ -22,6 +22,7 @@ from jaxserve.distributed.rendezvous import model_digest
 from jaxserve.engine.engine import Engine
 from jaxserve.engine.messages import EngineInfo
 from jaxserve.errors import AdapterError, LaunchError
+from jaxserve.layout.expert_groups import choose_ep_size
 from jaxserve.layout.layout import ModelLayout, layout_engine, layout_model
 from jaxserve.layout.memory import DEVICE_MEM_FRACTION
 from jaxserve.loading.checkpoint import OrbaxCheckpoint, open_checkpoint
@@ -218,7 +219,8 @@ def build_runner(config: EngineConfig, bar: ProgressBar) -> BuiltRunner:
 def _build_runner(
     config: EngineConfig, source: TensorSource | OrbaxCheckpoint, bar: ProgressBar, min_over_hosts: MinOverHosts
 ) -> BuiltRunner:
-    layout = layout_model(config, source.config, make_mesh(config.tp_size, config.dp_size, config.ep_size))
+    ep_size = choose_ep_size(config, source.config, jax.default_backend())
+    layout = layout_model(config, source.config, make_mesh(config.tp_size, config.dp_size, ep_size))
     platform = layout.mesh.devices.flat[0].platform
     names = layout.architecture.tensor_names(layout.config)
     reader = AdapterReader(layout.decoder, names, config.nnodes)

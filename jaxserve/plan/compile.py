@@ -13,6 +13,7 @@ import msgspec
 
 from jaxserve.config import EngineConfig, LoraConfig
 from jaxserve.errors import LaunchError
+from jaxserve.layout.expert_groups import choose_ep_size
 from jaxserve.layout.layout import EngineLayout, ModelLayout, check_fit, layout_engine, layout_model
 from jaxserve.layout.memory import DEVICE_MEM_FRACTION
 from jaxserve.lora.pool import LoraPoolLayout, lora_pool_bytes
@@ -57,7 +58,8 @@ def make_plan(config: EngineConfig, hf_config: Mapping[str, Any], target: Target
         LaunchError: settings, model and target do not fit together, or there is no compiler for the target.
     """
     jax.config.update("jax_numpy_dtype_promotion", "strict")
-    mesh = mesh_of(target_devices(target), config.tp_size, config.dp_size, config.ep_size)
+    ep_size = choose_ep_size(config, hf_config, target.device.platform)
+    mesh = mesh_of(target_devices(target), config.tp_size, config.dp_size, ep_size)
     layout = layout_model(config, hf_config, mesh)
     total = target.device.memory_bytes
     adapters = None if config.lora is None else adapter_slots(config.lora, layout)
@@ -200,7 +202,7 @@ def _names(config: EngineConfig, layout: ModelLayout, target: Target) -> dict[st
         "devices": config.tp_size * config.dp_size,
         "tp_size": config.tp_size,
         "dp_size": config.dp_size,
-        "ep_size": config.ep_size,
+        "ep_size": layout.mesh.shape[EXPERT],
         "dp_attention": config.dp_attention,
         "dtype": str(layout.dtype),
         "kv_dtype": str(layout.kv_dtype),

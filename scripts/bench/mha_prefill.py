@@ -51,7 +51,7 @@ def main() -> None:
     args, flags = parser.parse_known_args()
     config = parse_arguments(flags).engine
     hf_config = find_config(config.model_path, config.revision, config.download_dir)
-    layout = layout_model(config, hf_config, make_mesh(config.tp_size, 1, config.ep_size))
+    layout = layout_model(config, hf_config, make_mesh(config.tp_size, 1, config.ep_size or 1))
     model = layout_engine(config, layout, _POOL_BYTES).step
     workspace = model.mla_workspace
     if workspace is None:

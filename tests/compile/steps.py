@@ -7,6 +7,7 @@ from typing import Any
 import jax
 
 from jaxserve.config import EngineConfig
+from jaxserve.layout.expert_groups import choose_ep_size
 from jaxserve.layout.layout import EngineLayout, layout_engine, layout_model
 from jaxserve.layout.memory import DEVICE_MEM_FRACTION
 from jaxserve.models.layer_scan import group_layers
@@ -60,9 +61,8 @@ def layout_for(target_text: str, model: str, tp_size: int, **options: Any) -> tu
     prepare_environment(target)
     options = {"context_length": CONTEXT, **options}
     config = EngineConfig(model_path=model, tp_size=tp_size, **options)
-    layout = layout_model(
-        config, MODELS[model], mesh_of(target_devices(target), tp_size, config.dp_size, config.ep_size)
-    )
+    ep_size = choose_ep_size(config, MODELS[model], target.device.platform)
+    layout = layout_model(config, MODELS[model], mesh_of(target_devices(target), tp_size, config.dp_size, ep_size))
     left = target.device.memory_bytes - layout.device_weight_bytes
     adapters = None if config.lora is None else adapter_slots(config.lora, layout)
     return layout_engine(config, layout, int(left * DEVICE_MEM_FRACTION), adapters), layout.device_weight_bytes

@@ -309,13 +309,13 @@ def test_config_file_negations_and_strings(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("flags", "sizes"),
     [
-        (["--tp", "8", "--dp", "2"], (8, 2, 1, False)),
+        (["--tp", "8", "--dp", "2"], (8, 2, None, False)),
         # --tp counts all devices, and each device has its own experts.
         (["--tp", "8", "--dp", "4", "--enable-dp-attention"], (2, 4, 2, True)),
         (["--tp", "8", "--dp", "4", "--enable-dp-attention", "--ep", "4"], (2, 4, 1, True)),
     ],
 )
-def test_devices(flags: list[str], sizes: tuple[int, int, int, bool]) -> None:
+def test_devices(flags: list[str], sizes: tuple[int, int, int | None, bool]) -> None:
     engine = parse_arguments(["--model", "demo", *flags]).engine
     assert (engine.tp_size, engine.dp_size, engine.ep_size, engine.dp_attention) == sizes
 
