@@ -14,14 +14,24 @@ import msgspec
 import numpy as np
 
 from jaxserve.models.param_spec import Weights, tree_of
-from jaxserve.runner.batch import ForwardBatch, RowTable, SampleBatch, SampleMasks
+from jaxserve.runner.batch import BatchLayout, ForwardBatch, RowTable, SampleBatch, SampleMasks
 from jaxserve.runner.buckets import Bucket, ForwardShape, SampleShape
 from jaxserve.runner.compiled import ProgramCache, Progress
 from jaxserve.runner.programs import NOTHING, StepModel, StepPrograms
 from jaxserve.runner.state import needs_row_state, row_state
 from jaxserve.runner.transfer import put, to_devices, zeros
 from jaxserve.runner_protocol import LoadedAdapter
-from jaxserve.step import AdapterLoad, ConstrainedRows, NewRow, Plans, PromptLogprobs, SchedulerOutput, StepOutput
+from jaxserve.sampling_params import SamplingParams
+from jaxserve.step import (
+    AdapterLoad,
+    ConstrainedRows,
+    NewRow,
+    Plans,
+    PromptLogprobs,
+    ScheduledRow,
+    SchedulerOutput,
+    StepOutput,
+)
 from kernels_pallas.sampling.api import SampleOutput, SamplingMode, mask_words
 
 
@@ -68,6 +78,20 @@ def _step_output(
     }
     return msgspec.structs.replace(
         sampled, top_ids_BJ=top_ids_BJ[last], top_logprobs_BJ=top_logprobs_BJ[last], prompt=prompt
+    )
+
+
+def _first_rows(bucket: Bucket, layout: BatchLayout) -> SchedulerOutput:
+    """Return a step of a row that runs one token and, if the bucket is for prompts, of a row that runs two."""
+    lengths = (1,) if bucket.single_tokens else (1, 2) if min(layout.max_rows, layout.num_pages) > 1 else (2,)
+    sampling = SamplingParams(temperature=0)
+    return SchedulerOutput(
+        step=-1,
+        new_rows=tuple(NewRow(row=row, sampling=sampling, seed=0) for row in range(len(lengths))),
+        rows=tuple(
+            ScheduledRow(row=row, token_ids=(0,) * length, num_computed_tokens=0, new_page_ids=(row,), samples=False)
+            for row, length in enumerate(lengths)
+        ),
     )
 
 
@@ -144,14 +168,22 @@ class ModelRunner:
             self._write_slot = self._lowering.lower_write_slot().compile()
 
     def warm_up(self) -> None:
-        """Run every program once on padding only, through the same code path as a real step."""
+        """Run every program once, through the same code path as a real step.
+
+        Forward passes run a row or two, whose keys and values go to pages that no request has yet: on padding alone,
+        attention and cache writes would do nothing, and a kernel that fails would fail under the first request.
+        """
         nothing = (None,) * self._num_replicas
         self._no_masks = {
             bucket.num_rows: to_devices(self._masks(nothing, nothing, bucket.num_rows), self._by_replica)
             for bucket in self._model.buckets
         }
         for shape in self._shapes:
-            self._run_empty(shape)
+            plan = _first_rows(shape.bucket, self._model.layout)
+            for rows in self._rows:
+                for new in plan.new_rows:
+                    rows.admit(new)
+            self._run_forward(shape, (plan,) * self._num_replicas).sample(nothing)
         for shape in self._model.sample_shapes:
             num_rows = shape.num_rows
             batch, _ = self._batch(Bucket(num_rows, num_rows), nothing)

@@ -230,6 +230,14 @@ def sampled_alone() -> list[list[int]]:
     return [output.token_ids_B.tolist() for output in outputs if output is not None]
 
 
+def test_warming_up_runs_attention_and_cache_writes() -> None:
+    """A program that runs on padding only would write no page."""
+    runner, _ = warm_runner()
+    for name, pages in runner._cache.items():
+        written = np.asarray(pages).astype(np.float32).any(axis=(1, 2, 3))
+        assert written.reshape(-1, runner._model.layout.num_pages)[:, :2].all(), name
+
+
 @pytest.mark.parametrize("tp_size", [slow(1), 2])
 def test_dp_replicas_match_single_replica(sampled_alone: list[list[int]], tp_size: int) -> None:
     """Two replicas of the model run different steps in one program; their tokens are those of one replica."""
