@@ -57,6 +57,8 @@ def kernel_bytes(engine: EngineLayout, load: DecodeLoad, kernel: Instruction) ->
     match kernel.kernel:
         case "paged_decode":
             return _attention_bytes(engine, load)
+        case "merge_decode":  # counted with `paged_decode`
+            return 0
         case "kv_update":
             # Each token's keys and values are read, and written to their slots.
             return 2 * load.rows / load.num_rows * sum(array.num_bytes for array in _new_tokens(kernel))
@@ -78,8 +80,8 @@ def _attention_bytes(engine: EngineLayout, load: DecodeLoad) -> float:
     total = 0
     for window, count in Counter(layer.window for layer in layers).items():
         backend = with_window(step.backends.attention, window)
-        # Rows of equal length move equally many bytes.
-        total += count * load.rows * backend.decode_bytes([load.context], load.num_rows, step.layout.pages_per_row)
+        kv_lens = [load.context] * load.rows
+        total += count * backend.decode_bytes(kv_lens, load.num_rows, step.layout.pages_per_row)
     return total / len(layers)
 
 

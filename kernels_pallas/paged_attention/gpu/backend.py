@@ -14,10 +14,11 @@ from jax.sharding import Mesh
 from kernels_pallas.kv_update.gpu.backend import kv_update
 from kernels_pallas.paged_attention.api import AttentionConfig, AttentionMeta, Cache, CacheSpec, writing
 from kernels_pallas.paged_attention.common.head_shards import head_major_spec, over_heads
-from kernels_pallas.paged_attention.gpu.decode import attend_decode, choose_splits, decode_bytes
+from kernels_pallas.paged_attention.gpu.decode import attend_decode, decode_bytes
 from kernels_pallas.paged_attention.gpu.layer import GpuLayer
 from kernels_pallas.paged_attention.gpu.prefill import QueryTiles, attend_prefill, padded_group, plan_tiles
 from kernels_pallas.paged_attention.gpu.tile import HOPPER_SMEM_BYTES, Tile, choose_tile
+from kernels_pallas.paged_attention.gpu.work import DecodeWork, plan_decode
 from kernels_pallas.shards import model_size
 from kernels_pallas.warpgroup import WARPGROUP_ROWS
 
@@ -26,10 +27,17 @@ _PAGE_SIZES = (16, 32, 64, 128, 256)
 
 
 class GpuPlan(NamedTuple):
-    """Work of one step: the query tiles of the rows that run several tokens; None if the shapes rule such rows out."""
+    """Work of one step.
+
+    Attributes:
+        meta: metadata of the step.
+        tiles: query tiles of the rows that run several tokens; None if the shapes rule such rows out.
+        work: key blocks of the rows that run one token; None if all rows count as longer ones.
+    """
 
     meta: AttentionMeta
     tiles: QueryTiles | None
+    work: DecodeWork | None
 
 
 class GpuAttention:
@@ -107,9 +115,10 @@ class GpuAttention:
             # The two kernels round differently, so all rows use the prefill kernel. There, key blocks that a row does
             # not see leave its state exactly unchanged, so that its result depends on that row alone.
             meta = meta._replace(distribution_2=meta.distribution_2.at[0].set(0))
-        elif meta.positions_T.shape == meta.kv_lens_B.shape:
-            return GpuPlan(meta, None)
-        return GpuPlan(meta, plan_tiles(meta, self._prefill_tile.rows // self._group))
+            return GpuPlan(meta, plan_tiles(meta, self._prefill_tile.rows // self._group), None)
+        if meta.positions_T.shape == meta.kv_lens_B.shape:
+            return GpuPlan(meta, None, self._work(meta))
+        return GpuPlan(meta, plan_tiles(meta, self._prefill_tile.rows // self._group), self._work(meta))
 
     def attend(
         self,
@@ -164,29 +173,25 @@ class GpuAttention:
         if plan.tiles is not None:
             o_TNH = attend_prefill(c, self._prefill_tile, q_TNH, layer, plan.tiles, self._interpret)
             o_TNH = o_TNH.astype(q_TNH.dtype)
-        if not c.batch_invariant:
-            o_BNH = self._decode(q_TNH, layer)
-            live_B = jnp.arange(o_BNH.shape[0]) < plan.meta.distribution_2[0]
-            rows = slice(0, o_BNH.shape[0])
-            o_TNH = o_TNH.at[rows].set(jnp.where(live_B[:, None, None], o_BNH.astype(q_TNH.dtype), o_TNH[rows]))
-        return o_TNH
+        if plan.work is None:
+            return o_TNH
+        num_rows = min(q_TNH.shape[0], plan.meta.kv_lens_B.shape[0])
+        o_BNH = attend_decode(c, self._decode_tile, plan.work, q_TNH[:num_rows], layer, self._interpret)
+        o_BNH = o_BNH.astype(q_TNH.dtype)
+        if plan.tiles is None:
+            return o_BNH
+        live_B = jnp.arange(num_rows) < plan.meta.distribution_2[0]
+        return o_TNH.at[:num_rows].set(jnp.where(live_B[:, None, None], o_BNH, o_TNH[:num_rows]))
 
-    def _decode(self, q_TNH: jax.Array, layer: GpuLayer) -> jax.Array:
-        """See `attend_decode`."""
-        num_rows = min(q_TNH.shape[0], layer.meta.kv_lens_B.shape[0])
-        splits = self._splits(num_rows, layer.num_kv_heads, layer.meta.page_table_BM.shape[1])
-        return attend_decode(self.config, self._decode_tile, splits, q_TNH[:num_rows], layer, self._interpret)
-
-    def _splits(self, num_rows: int, num_kv_heads: int, pages_per_row: int) -> int:
-        """See `choose_splits`."""
-        c = self.config
-        if c.window is not None:
-            # A window may begin and end within a block.
-            pages_per_row = min(pages_per_row, math.ceil((c.window + 2 * self._decode_tile.keys) / c.page_size))
-        return choose_splits(num_rows, num_kv_heads, pages_per_row, c.page_size, self._decode_tile, self._num_cores)
+    def _work(self, meta: AttentionMeta) -> DecodeWork:
+        """See `plan_decode`."""
+        num_kv_heads = self.config.num_kv_heads // model_size(self._mesh)
+        return plan_decode(self.config, self._decode_tile, meta, num_kv_heads=num_kv_heads, num_cores=self._num_cores)
 
     def decode_bytes(self, kv_lens: list[int], num_rows: int, pages_per_row: int) -> int:
         """See `AttentionBackend.decode_bytes`."""
+        del pages_per_row
         local = self.config.split(model_size(self._mesh))
-        splits = self._splits(num_rows, local.num_kv_heads, pages_per_row)
-        return self._num_passes * decode_bytes(local, self._decode_tile, splits, kv_lens)
+        kv_lens_B = jnp.zeros(num_rows, jnp.int32).at[: len(kv_lens)].set(jnp.asarray(kv_lens, jnp.int32))
+        meta = AttentionMeta(kv_lens_B, *[jnp.full(2, len(kv_lens), jnp.int32)] * 5)
+        return self._num_passes * decode_bytes(local, self._decode_tile, kv_lens, self._work(meta))

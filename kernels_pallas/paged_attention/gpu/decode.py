@@ -1,11 +1,11 @@
 """Attention of rows that run one token.
 
-The query heads of a key head share a tile of 64 rows. A row's keys are split over several thread blocks (split-KV), so
-that a few long rows fill the device; the partial results are merged afterwards. Each partial result is normalised;
-where values are part of the keys, it is stored in bf16, in the shared memory of the queries.
+The query heads of a key head share a tile of 64 rows. A row's keys are split over several thread blocks (split-KV; see
+`work`), and their partial results are merged afterwards (`merge`). Each partial result is normalised; where values are
+part of the keys, it is stored in bf16, in the shared memory of the queries.
 
 Dimension key: B rows, M pages per row, K key/value heads, G query heads of each (padded to a multiple of 8), H head
-dim, V channels of a value, S page size, P pages of all layers, X splits.
+dim, V channels of a value, S page size, P pages of all layers, W items of work.
 """
 
 from collections.abc import Callable
@@ -14,13 +14,14 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from kernels_pallas.paged_attention.api import AttentionConfig
 from kernels_pallas.paged_attention.common.partial_softmax import MASKED
 from kernels_pallas.paged_attention.gpu.layer import GpuLayer
+from kernels_pallas.paged_attention.gpu.merge import merge_parts
 from kernels_pallas.paged_attention.gpu.softmax import (
-    LOG2E,
     Block,
     Softmax,
     Workspace,
@@ -37,15 +38,13 @@ from kernels_pallas.paged_attention.gpu.stream import (
     copy_block,
     find_pages,
     live_keys,
-    page_numbers,
     stage_types,
 )
 from kernels_pallas.paged_attention.gpu.tile import Tile
+from kernels_pallas.paged_attention.gpu.work import DecodeWork
 from kernels_pallas.pallas import pl, plgpu
 from kernels_pallas.warpgroup import WARPGROUP_ROWS, arrive_and_wait, broadcast_rows, smem
 
-# Thread blocks per SM to aim for.
-_BLOCKS_PER_CORE = 2
 _ROW_MULTIPLE = 8
 
 
@@ -53,13 +52,15 @@ class DecodeInputs(NamedTuple):
     """Operands of the kernel, in order.
 
     Attributes:
-        layer_2: i32, (first page of the layer, number of rows that run one token).
+        first_page_1: i32, first page of the layer.
+        work: the items.
         kv_lens_B, page_table_BM: see `AttentionMeta`.
         q_BKGH: bf16 queries.
         keys_PKSH, values_PKSH: pages of all layers; `values_PKSH` is None where values are part of the keys.
     """
 
-    layer_2: Any
+    first_page_1: Any
+    work: Any
     kv_lens_B: Any
     page_table_BM: Any
     q_BKGH: Any
@@ -68,9 +69,9 @@ class DecodeInputs(NamedTuple):
 
 
 class DecodeOutputs(NamedTuple):
-    """Partial softmaxes in base 2: means [B, K, X, G, H], maxima and sums of weights f32[B, K, X, G].
+    """Partial softmaxes in base 2: means [W, K, G, H], maxima and sums of weights f32[W, K, G].
 
-    Rows that are not decoded are undefined, and so are columns past the channels of a value.
+    Entries past the last item are undefined, and so are columns past the channels of a value.
     """
 
     out: Any
@@ -83,7 +84,6 @@ class _Problem(NamedTuple):
 
     config: AttentionConfig
     tile: Tile
-    splits: int
 
 
 class _Scratch(NamedTuple):
@@ -99,71 +99,70 @@ class _Scratch(NamedTuple):
     row_sum: Any
 
 
-def choose_splits(num_rows: int, num_kv_heads: int, num_pages: int, page_size: int, tile: Tile, num_cores: int) -> int:
-    """Return the thread blocks per row and key head: enough to fill the device, but none that never has work."""
-    wanted = -(-_BLOCKS_PER_CORE * num_cores // (num_rows * num_kv_heads))
-    return max(1, min(wanted, -(-num_pages * page_size // tile.keys)))
+def decode_bytes(config: AttentionConfig, tile: Tile, kv_lens: list[int], work: DecodeWork) -> int:
+    """Return the bytes moved between memory and chip for one layer of a decode step, by the kernels' own schedule.
 
-
-def decode_bytes(config: AttentionConfig, tile: Tile, splits: int, kv_lens: list[int]) -> int:
-    """Return the bytes moved between memory and chip for one layer of a decode step, by the kernel's own schedule.
-
-    Per row: its pages, or the parts of pages that its blocks consist of, once (if a split copies one twice, the second
-    copy hits the cache), a query per head and split, and the partial results, which the merge reads.
+    Per item: its pages, or the parts of pages that its blocks consist of (if two items share one, the second copy hits
+    the cache, but it counts), a query per head, and a partial result, which is written and read again. Per row: its
+    result.
     """
-    problem = _Problem(config, tile, splits)
+    row_w, first_w, end_w = (np.asarray(each)[: int(work.end_B[-1])] for each in work[:3])
+    kv_len_w = np.asarray(kv_lens)[row_w]
+    first_key_w = np.zeros_like(kv_len_w) if config.window is None else np.maximum(kv_len_w - config.window, 0)
+    pages = tile.keys // config.page_size
+    if pages:
+        last_w = np.minimum((kv_len_w - 1) // config.page_size, end_w * pages - 1)
+        stretches = int(np.sum(last_w - np.maximum(first_key_w // config.page_size, first_w * pages) + 1))
+    else:
+        stretches = int(np.sum(end_w - first_w))
     itemsize = jnp.dtype(config.dtype).itemsize
-    group = -(-config.num_q_heads // config.num_kv_heads // _ROW_MULTIPLE) * _ROW_MULTIPLE
-    stretch = min(config.page_size, tile.keys)
-    stretches = 0
-    for kv_len in kv_lens:
-        for split in range(splits):
-            blocks = _split_blocks(problem, jnp.int32(0), jnp.int32(kv_len), jnp.int32(split))
-            copied: set[tuple[int, int]] = set()
-            for index in range(int(blocks.first), int(blocks.end)):
-                part = index if config.page_size > tile.keys else 0
-                numbers = page_numbers(blocks, tile, config.page_size, jnp.int32(index))
-                copied |= {(int(number), part) for number in numbers}
-            stretches += len(copied)
     arrays = 2 if config.value_dim is None else 1
+    stretch = min(config.page_size, tile.keys)
     cached = stretches * stretch * arrays * config.num_kv_heads * config.head_dim * itemsize
-    heads = len(kv_lens) * config.num_kv_heads * group
-    part = config.head_dim * jnp.dtype(_part_dtype(config)).itemsize + 2 * 4
-    return cached + heads * splits * (2 * config.head_dim + part)
+    group = padded_group(config.num_q_heads // config.num_kv_heads)
+    part = config.head_dim * jnp.dtype(part_dtype(config)).itemsize + 2 * 4
+    parts = len(row_w) * config.num_kv_heads * group * (2 * config.head_dim + 2 * part)
+    return cached + parts + len(kv_lens) * config.num_q_heads * config.out_dim * 2
+
+
+def padded_group(group: int) -> int:
+    """Return the query heads of a key head, with padding."""
+    return -(-group // _ROW_MULTIPLE) * _ROW_MULTIPLE
 
 
 def attend_decode(
-    config: AttentionConfig, tile: Tile, splits: int, q_BNH: jax.Array, layer: GpuLayer, interpret: Any = False
+    config: AttentionConfig, tile: Tile, work: DecodeWork, q_BNH: jax.Array, layer: GpuLayer, interpret: Any = False
 ) -> jax.Array:
     """Attend the rows that run one token; they come first, so that row and token have the same index.
 
     Returns:
-        o_BNH in f32; 0 for the other rows.
+        o_BNH in bf16; 0 for the other rows.
     """
     num_rows, num_heads, head_dim = q_BNH.shape
-    num_kv_heads, num_decode = layer.num_kv_heads, layer.meta.distribution_2[0]
+    num_kv_heads = layer.num_kv_heads
     group = num_heads // num_kv_heads
     if group > WARPGROUP_ROWS:
         raise NotImplementedError(f"{group} query heads per key head: at most {WARPGROUP_ROWS} are supported")
     q_BKGH = q_BNH.reshape(num_rows, num_kv_heads, group, head_dim).astype(jnp.bfloat16)
-    q_BKGH = jnp.pad(q_BKGH, ((0, 0), (0, 0), (0, -group % _ROW_MULTIPLE), (0, 0)))
+    q_BKGH = jnp.pad(q_BKGH, ((0, 0), (0, 0), (0, padded_group(group) - group), (0, 0)))
     inputs = DecodeInputs(
-        layer_2=jnp.stack([layer.first_page, num_decode]).astype(jnp.int32),
+        first_page_1=layer.first_page[None],
+        work=work,
         kv_lens_B=layer.meta.kv_lens_B[:num_rows],
         page_table_BM=layer.meta.page_table_BM[:num_rows],
         q_BKGH=q_BKGH,
         keys_PKSH=layer.keys_PKSH,
         values_PKSH=layer.values_PKSH,
     )
-    parts = (num_rows, num_kv_heads, splits, q_BKGH.shape[2])
+    parts = (work.row_W.shape[0], num_kv_heads, q_BKGH.shape[2])
     stats = jax.ShapeDtypeStruct(parts, jnp.float32)
     # Every call needs a new function: a function that is reused with another grid keeps its first trace.
     kernel = plgpu.kernel(
-        partial(_kernel, problem=_Problem(config, tile, splits)),
-        out_type=(jax.ShapeDtypeStruct((*parts, head_dim), _part_dtype(config)), stats, stats),
+        partial(_kernel, problem=_Problem(config, tile)),
+        out_type=(jax.ShapeDtypeStruct((*parts, head_dim), part_dtype(config)), stats, stats),
         scratch_types=[_scratch_types(tile, config)],
-        grid=(splits, num_kv_heads, num_rows),
-        grid_names=("split", "head", "row"),
+        grid=(num_kv_heads, parts[0]),
+        grid_names=("head", "item"),
         num_threads=tile.warpgroups if tile.shares_rows else None,
         thread_name="warpgroup" if tile.shares_rows else None,
         kernel_name="paged_decode",
@@ -171,13 +170,13 @@ def attend_decode(
         interpret=interpret,
     )
     outputs = DecodeOutputs(*kernel(inputs))
-    o_BKGH = _merge(outputs, None if layer.sinks_N is None else layer.sinks_N.reshape(num_kv_heads, group))
-    live_B = jnp.arange(num_rows) < num_decode
-    o_BKGV = jnp.where(live_B[:, None, None, None], o_BKGH[:, :, :group, : config.out_dim], 0)
-    return o_BKGV.reshape(num_rows, num_heads, config.out_dim)
+    sinks_KG = None if layer.sinks_N is None else layer.sinks_N.reshape(num_kv_heads, group)
+    o_BKGV = merge_parts(outputs, work.end_B[:num_rows], sinks_KG, config.out_dim, interpret)
+    return o_BKGV[:, :, :group].reshape(num_rows, num_heads, config.out_dim)
 
 
-def _part_dtype(config: AttentionConfig) -> Any:
+def part_dtype(config: AttentionConfig) -> Any:
+    """Return the dtype of partial results."""
     return jnp.float32 if config.value_dim is None else jnp.bfloat16
 
 
@@ -198,29 +197,18 @@ def _scratch_types(tile: Tile, config: AttentionConfig) -> _Scratch:
     )
 
 
-def _merge(parts: DecodeOutputs, sinks_KG: jax.Array | None) -> jax.Array:
-    """Merge the partial softmaxes of all splits, and return the outputs [B, K, G, H]."""
-    max_BKG = jnp.max(parts.row_max, axis=2)
-    if sinks_KG is not None:
-        sinks_KG = jnp.pad(sinks_KG * LOG2E, ((0, 0), (0, max_BKG.shape[-1] - sinks_KG.shape[-1])))
-        max_BKG = jnp.maximum(max_BKG, sinks_KG)
-    weight_BKXG = parts.row_sum * jnp.exp2(parts.row_max - max_BKG[:, :, None])
-    sum_BKG = jnp.sum(weight_BKXG, axis=2)
-    if sinks_KG is not None:
-        sum_BKG += jnp.exp2(sinks_KG - max_BKG)
-    return jnp.sum(parts.out.astype(jnp.float32) * weight_BKXG[..., None], axis=2) / sum_BKG[..., None]
-
-
 def _kernel(
     inputs: DecodeInputs, out: Any, row_max: Any, row_sum: Any, scratch: _Scratch, *, problem: _Problem
 ) -> None:
     outputs = DecodeOutputs(out, row_max, row_sum)
-    row = lax.axis_index("row")
+    item = lax.axis_index("item")
+    work: DecodeWork = inputs.work
 
-    @pl.when(row < inputs.layer_2[1])
+    @pl.when(item < work.end_B[work.end_B.shape[0] - 1])
     def _live() -> None:
-        kv_len = inputs.kv_lens_B[row]
-        blocks = _split_blocks(problem, row, kv_len, lax.axis_index("split"))
+        row = work.row_W[item]
+        blocks = _row_blocks(problem, row, inputs.kv_lens_B[row])
+        blocks = blocks._replace(first=work.first_W[item], end=work.end_W[item])
         if not problem.tile.shares_rows:
             _attend(problem, inputs, outputs, scratch, blocks, 0)
             return
@@ -229,14 +217,11 @@ def _kernel(
             pl.when(lax.axis_index("warpgroup") == warpgroup)(attend)
 
 
-def _split_blocks(problem: _Problem, row: jax.Array, kv_len: jax.Array, split: jax.Array) -> KeyBlocks:
-    """Return a split's share of the row's blocks, which may be empty."""
+def _row_blocks(problem: _Problem, row: jax.Array, kv_len: jax.Array) -> KeyBlocks:
+    """Return all blocks that a row sees."""
     config = problem.config
     first_key = jnp.int32(0) if config.window is None else jnp.maximum(kv_len - config.window, 0)
-    blocks = blocks_between(row, first_key, kv_len, problem.tile, config.page_size)
-    share = pl.cdiv(blocks.end - blocks.first, problem.splits)
-    first = blocks.first + split * share
-    return blocks._replace(first=first, end=jnp.minimum(first + share, blocks.end))
+    return blocks_between(row, first_key, kv_len, problem.tile, config.page_size)
 
 
 def _attend(
@@ -249,10 +234,10 @@ def _attend(
 ) -> None:
     """Attend the blocks and write the partial softmax; the first warpgroup issues all copies."""
     config, tile = problem.config, problem.tile
-    head, split, kv_len = lax.axis_index("head"), lax.axis_index("split"), inputs.kv_lens_B[blocks.row]
+    head, item, kv_len = lax.axis_index("head"), lax.axis_index("item"), inputs.kv_lens_B[blocks.row]
     group = pl.ds(0, inputs.q_BKGH.shape[2])
     stages = Stages(*scratch.stages)
-    source = Source(head, inputs.layer_2[0], inputs.page_table_BM, inputs.keys_PKSH, inputs.values_PKSH)
+    source = Source(head, inputs.first_page_1[0], inputs.page_table_BM, inputs.keys_PKSH, inputs.values_PKSH)
     # The tile's other rows are undefined: rows of a product are independent, and the results of those are not written.
     if warpgroup == 0:
         plgpu.copy_gmem_to_smem(inputs.q_BKGH.at[blocks.row, head], scratch.queries.at[group], scratch.queries_ready)
@@ -286,7 +271,7 @@ def _attend(
         return attend_block(config, tile, work, block, state)
 
     state = lax.fori_loop(blocks.first, blocks.end, body, empty_softmax(tile, work.parts))
-    _write(work, outputs, scratch, state, (blocks.row, head, split), group)
+    _write(work, outputs, scratch, state, (item, head), group)
 
 
 def _refill(copies: list[Callable[[], None]], free: Any) -> None:

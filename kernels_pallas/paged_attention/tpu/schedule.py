@@ -6,6 +6,7 @@ Dimension key: see `api`; C query blocks of W tokens, Q = W * G query rows per k
 """
 
 import dataclasses
+from collections import Counter
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -139,14 +140,19 @@ def decode_bytes(shape: KernelShape, kv_lens: list[int]) -> int:
     Per row: the pages that it sees, the tile with its new token, a query and an output per head, and the new token.
     """
     config, layout = shape.config, shape.layout
-    count = len(kv_lens)
-    scalars = Scalars(None, np.asarray(kv_lens, np.int32), np.arange(count + 1, dtype=np.int32), None, None)
     token = config.num_kv_heads * layout.lanes * jnp.dtype(config.dtype).itemsize
     head = (layout.query_lanes + layout.result_lanes) * jnp.dtype(config.compute_dtype).itemsize
+    pages = sum(count * _num_pages(shape, kv_len) for kv_len, count in Counter(kv_lens).items())
+    per_row = (layout.sublanes + 1) * token + config.num_q_heads * head
+    return pages * config.page_size * token + len(kv_lens) * per_row
+
+
+def _num_pages(shape: KernelShape, kv_len: int) -> int:
+    """Return the pages that a row of one token reads."""
+    scalars = Scalars(None, np.asarray([kv_len], np.int32), np.arange(2, dtype=np.int32), None, None)
+    span = span_of(shape, scalars, 0, 0)
     pages = 0
-    for row in range(count):
-        span = span_of(shape, scalars, row, row)
-        for buffer in range(int(span.lowest) // shape.buffer_tokens, -(-int(span.end) // shape.buffer_tokens)):
-            first, end = page_range(shape, span, buffer)
-            pages += int(end - first)
-    return pages * config.page_size * token + count * ((layout.sublanes + 1) * token + config.num_q_heads * head)
+    for buffer in range(int(span.lowest) // shape.buffer_tokens, -(-int(span.end) // shape.buffer_tokens)):
+        first, end = page_range(shape, span, buffer)
+        pages += int(end - first)
+    return pages

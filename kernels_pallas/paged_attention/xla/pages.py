@@ -77,7 +77,9 @@ def expand(counts_B: jax.Array, length: int) -> tuple[jax.Array, jax.Array, jax.
     """List (row, index within the row) for `counts_B` entries per row, padded to `length`, and return their number."""
     ends_B = jnp.cumsum(counts_B, dtype=jnp.int32)
     item_I = jnp.arange(length, dtype=jnp.int32)
-    row_I = jnp.minimum(jnp.searchsorted(ends_B, item_I, side="right").astype(jnp.int32), counts_B.shape[0] - 1)
+    row_I = jnp.minimum(
+        jnp.searchsorted(ends_B, item_I, side="right", method="compare_all").astype(jnp.int32), counts_B.shape[0] - 1
+    )
     index_I = jnp.where(item_I < ends_B[-1], item_I - (ends_B - counts_B)[row_I], 0)
     return row_I, index_I, ends_B[-1]
 
