@@ -19,7 +19,7 @@ def on_gpu(new_2TKH: jax.Array, pages_2PKSH: jax.Array, slot_T: jax.Array, first
     from kernels_pallas.kv_update.gpu.backend import kv_update
 
     params = plgpu.InterpretGPUParams(detect_races=True)
-    return jnp.stack(kv_update(list(new_2TKH), list(pages_2PKSH), slot_T, first_page, PAGES, params))
+    return jnp.stack(kv_update(list(new_2TKH), list(pages_2PKSH), slot_T, first_page // PAGES, PAGES, params))
 
 
 def on_xla(new_2TKH: jax.Array, pages_2PKSH: jax.Array, slot_T: jax.Array, first_page: jax.Array) -> Any:

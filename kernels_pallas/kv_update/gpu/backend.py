@@ -26,7 +26,7 @@ def kv_update(
     new_TKH: Sequence[jax.Array],
     pages_PKSH: Sequence[jax.Array],
     slot_T: jax.Array,
-    first_page: jax.Array,
+    layer: jax.Array,
     pages_per_layer: int,
     interpret: Any = False,
 ) -> list[jax.Array]:
@@ -38,7 +38,7 @@ def kv_update(
         new_TKH: this step's keys and values, in the cache's dtype; only keys if values are part of them.
         pages_PKSH: the caches of keys and values: pages of all layers.
         slot_T: i32, `page_id * page_size + offset` within a layer.
-        first_page: i32, first page of the layer.
+        layer: i32, index of the layer.
         pages_per_layer: number of pages of a layer.
         interpret: parameters of the GPU interpret mode, or False to compile.
     """
@@ -72,7 +72,7 @@ def kv_update(
     )
     # The caches are written through refs, so that the compiler aliases them instead of copying.
     refs = [jax.new_ref(pages) for pages in pages_PKSH]
-    write(list(new_TKH), refs, slot_T, first_page[None])
+    write(list(new_TKH), refs, slot_T, layer[None])
     return [jax.freeze(ref) for ref in refs]
 
 
@@ -80,7 +80,7 @@ def _write_block(
     new_TKH: list[Any],
     pages_PKSH: list[Any],
     slot_T: Any,
-    first_page_1: Any,
+    layer_1: Any,
     buffers_WKH: list[Any | list[Any]],
     arrived: Any,
     *,
@@ -97,7 +97,7 @@ def _write_block(
         else:
             plgpu.copy_gmem_to_smem(new.at[pl.ds(start, tokens)], buffer, arrived)
     plgpu.barrier_wait(arrived)
-    first_page = first_page_1[0]
+    first_page = layer_1[0] * pages_per_layer
     for token in range(tokens):
         slot = slot_T[start + token]
         page, offset = first_page + lax.div(slot, page_size), lax.rem(slot, page_size)

@@ -144,11 +144,12 @@ class GpuAttention:
         sinks_N: jax.Array | None,
     ) -> tuple[jax.Array, Cache]:
         c, meta = self.config, plan.meta
-        first_page = (layer * c.num_pages).astype(jnp.int32)
+        # The kernels compute the layer's first page, which would take a launch.
+        layer = layer.astype(jnp.int32)
         new = list(self.pack(k_TKH, v_TKH).values())
-        pages = kv_update(new, list(cache.values()), meta.slot_mapping_T, first_page, c.num_pages, self._interpret)
+        pages = kv_update(new, list(cache.values()), meta.slot_mapping_T, layer, c.num_pages, self._interpret)
         cache = dict(zip(cache, pages, strict=True))
-        attended = GpuLayer(cache["k"], cache.get("v"), first_page, meta, sinks_N)
+        attended = GpuLayer(cache["k"], cache.get("v"), layer, meta, sinks_N)
         if self._num_passes == 1:
             return self._attend_pages(q_TNH, attended, plan), cache
         num_tokens, num_heads, head_dim = q_TNH.shape

@@ -52,14 +52,14 @@ class DecodeInputs(NamedTuple):
     """Operands of the kernel, in order.
 
     Attributes:
-        first_page_1: i32, first page of the layer.
+        layer_1: i32, index of the layer.
         work: the items.
         kv_lens_B, page_table_BM: see `AttentionMeta`.
         q_BKGH: bf16 queries.
         keys_PKSH, values_PKSH: pages of all layers; `values_PKSH` is None where values are part of the keys.
     """
 
-    first_page_1: Any
+    layer_1: Any
     work: Any
     kv_lens_B: Any
     page_table_BM: Any
@@ -146,7 +146,7 @@ def attend_decode(
     q_BKGH = q_BNH.reshape(num_rows, num_kv_heads, group, head_dim).astype(jnp.bfloat16)
     q_BKGH = jnp.pad(q_BKGH, ((0, 0), (0, 0), (0, padded_group(group) - group), (0, 0)))
     inputs = DecodeInputs(
-        first_page_1=layer.first_page[None],
+        layer_1=layer.number[None],
         work=work,
         kv_lens_B=layer.meta.kv_lens_B[:num_rows],
         page_table_BM=layer.meta.page_table_BM[:num_rows],
@@ -237,7 +237,8 @@ def _attend(
     head, item, kv_len = lax.axis_index("head"), lax.axis_index("item"), inputs.kv_lens_B[blocks.row]
     group = pl.ds(0, inputs.q_BKGH.shape[2])
     stages = Stages(*scratch.stages)
-    source = Source(head, inputs.first_page_1[0], inputs.page_table_BM, inputs.keys_PKSH, inputs.values_PKSH)
+    first_page = inputs.layer_1[0] * config.num_pages
+    source = Source(head, first_page, inputs.page_table_BM, inputs.keys_PKSH, inputs.values_PKSH)
     # The tile's other rows are undefined: rows of a product are independent, and the results of those are not written.
     if warpgroup == 0:
         plgpu.copy_gmem_to_smem(inputs.q_BKGH.at[blocks.row, head], scratch.queries.at[group], scratch.queries_ready)

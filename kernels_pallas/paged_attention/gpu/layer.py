@@ -12,14 +12,14 @@ class GpuLayer(NamedTuple):
 
     Attributes:
         keys_PKSH, values_PKSH: pages of all layers; `values_PKSH` is None where values are part of the keys.
-        first_page: i32, first page of this layer.
+        number: i32, index of the layer.
         meta: metadata of the step.
         sinks_N: see `AttentionBackend.attend`.
     """
 
     keys_PKSH: jax.Array
     values_PKSH: jax.Array | None
-    first_page: jax.Array
+    number: jax.Array
     meta: AttentionMeta
     sinks_N: jax.Array | None
 

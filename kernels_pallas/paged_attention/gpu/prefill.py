@@ -59,7 +59,7 @@ class PrefillInputs(NamedTuple):
     """Operands of the kernel, in order.
 
     Attributes:
-        first_page_1: i32, first page of the layer.
+        layer_1: i32, index of the layer.
         kv_lens_B, page_table_BM, cu_q_lens_B1: see `AttentionMeta`.
         tiles: see `QueryTiles`.
         sinks_KWm: f32 attention sinks in base 2, or None.
@@ -67,7 +67,7 @@ class PrefillInputs(NamedTuple):
         keys_PKSH, values_PKSH: pages of all layers; `values_PKSH` is None where values are part of the keys.
     """
 
-    first_page_1: Any
+    layer_1: Any
     kv_lens_B: Any
     page_table_BM: Any
     cu_q_lens_B1: Any
@@ -150,7 +150,7 @@ def attend_prefill(
     tokens = tile.rows // group
     problem = _Problem(config, tile, tokens, group)
     inputs = PrefillInputs(
-        first_page_1=layer.first_page[None],
+        layer_1=layer.number[None],
         kv_lens_B=meta.kv_lens_B,
         page_table_BM=meta.page_table_BM,
         cu_q_lens_B1=meta.cu_q_lens_B1,
@@ -244,9 +244,8 @@ def _tile_index() -> jax.Array:
 def _stream(problem: _Problem, inputs: PrefillInputs, scratch: _Scratch, tile: jax.Array) -> None:
     """Run the memory (producer) warpgroup: copy keys and values of the tile's rows in turn, as stages become free."""
     stages, num_stages = Stages(*scratch.stages), problem.tile.stages
-    source = Source(
-        lax.axis_index("head"), inputs.first_page_1[0], inputs.page_table_BM, inputs.keys_PKSH, inputs.values_PKSH
-    )
+    first_page = inputs.layer_1[0] * problem.config.num_pages
+    source = Source(lax.axis_index("head"), first_page, inputs.page_table_BM, inputs.keys_PKSH, inputs.values_PKSH)
 
     cached = [(source.keys_PKSH, stages.keys, stages.keys_ready, scratch.keys_free)]
     if stages.values is not None:
