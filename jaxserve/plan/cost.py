@@ -74,10 +74,6 @@ class Cost(NamedTuple):
         others = sum(each.num_bytes for each in self.moved)
         return others + sum(trips * kernel_bytes(kernel) for kernel, trips in self.kernels)
 
-    def largest(self, count: int = 10) -> list[Moved]:
-        """Return the instructions that move the most."""
-        return sorted(self.moved, key=lambda each: -each.num_bytes)[:count]
-
 
 def read_cost(program: HloProgram) -> Cost:
     """Return the cost of a compiled program; see `HloProgram.executed` for what counts as run."""
@@ -184,10 +180,10 @@ def _read_bytes(program: HloProgram, inside: Computation, name: str, whole: int)
 def _written_bytes(inside: Computation, results: Sequence[Array]) -> int:
     """Return the bytes that a fusion writes to its results: an update in place writes the update."""
     root = inside.instructions[inside.root]
-    if root.opcode != "tuple" and len(results) > 1:
-        return _bytes_of(_without_workspace([root], results))
-    parts = root.operands if root.opcode == "tuple" else (root.name,)
     kept = _without_workspace(inside.instructions.values(), results)
+    parts = root.operands if root.opcode == "tuple" else (root.name,)
+    if len(parts) != len(results):
+        return _bytes_of(kept)  # one call with several results
     return sum(
         _update_bytes(inside, part, array.num_bytes)
         for part, array in zip(parts, results, strict=True)

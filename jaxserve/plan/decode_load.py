@@ -81,7 +81,7 @@ def _attention_bytes(engine: EngineLayout, load: DecodeLoad) -> float:
     for window, count in Counter(layer.window for layer in layers).items():
         backend = with_window(step.backends.attention, window)
         kv_lens = [load.context] * load.rows
-        total += count * backend.decode_bytes(kv_lens, load.num_rows, step.layout.pages_per_row)
+        total += count * backend.decode_bytes(kv_lens, load.num_rows)
     return total / len(layers)
 
 

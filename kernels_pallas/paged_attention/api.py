@@ -141,13 +141,12 @@ class AttentionBackend(Protocol):
         """Return a backend that only writes to the same cache: one query per key head, outputs without meaning."""
         ...
 
-    def decode_bytes(self, kv_lens: list[int], num_rows: int, pages_per_row: int) -> int:
+    def decode_bytes(self, kv_lens: list[int], num_rows: int) -> int:
         """Return the bytes that the decode kernel moves between memory and one device for one layer.
 
         Args:
             kv_lens: number of keys of each row that runs one token.
             num_rows: rows that the step is compiled for.
-            pages_per_row: entries per row of the page table.
         """
         ...
 

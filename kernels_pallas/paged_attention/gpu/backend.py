@@ -189,9 +189,8 @@ class GpuAttention:
         num_kv_heads = self.config.num_kv_heads // model_size(self._mesh)
         return plan_decode(self.config, self._decode_tile, meta, num_kv_heads=num_kv_heads, num_cores=self._num_cores)
 
-    def decode_bytes(self, kv_lens: list[int], num_rows: int, pages_per_row: int) -> int:
+    def decode_bytes(self, kv_lens: list[int], num_rows: int) -> int:
         """See `AttentionBackend.decode_bytes`."""
-        del pages_per_row
         local = self.config.split(model_size(self._mesh))
         kv_lens_B = jnp.zeros(num_rows, jnp.int32).at[: len(kv_lens)].set(jnp.asarray(kv_lens, jnp.int32))
         meta = AttentionMeta(kv_lens_B, *[jnp.full(2, len(kv_lens), jnp.int32)] * 5)

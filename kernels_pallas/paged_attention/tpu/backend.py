@@ -137,10 +137,10 @@ class TpuAttention:
         o_TNZ = jnp.where(is_single_T[:, None, None], decoded_TNZ, o_TNZ)
         return self._layout.results(o_TNZ).astype(q_TNH.dtype), {"kv": pages}
 
-    def decode_bytes(self, kv_lens: list[int], num_rows: int, pages_per_row: int) -> int:
+    def decode_bytes(self, kv_lens: list[int], num_rows: int) -> int:
         """See `AttentionBackend.decode_bytes`."""
         del num_rows
-        return decode_bytes(self._shape(1, pages_per_row), kv_lens)
+        return decode_bytes(self._shape(1, 0), kv_lens)
 
     def _shape(self, block_tokens: int, pages_per_row: int) -> KernelShape:
         return KernelShape(

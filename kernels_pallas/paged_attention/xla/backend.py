@@ -57,9 +57,9 @@ class XlaAttention:
         """See `AttentionBackend.writer`."""
         return XlaAttention(writing(self.config), self._mesh)
 
-    def decode_bytes(self, kv_lens: list[int], num_rows: int, pages_per_row: int) -> int:
+    def decode_bytes(self, kv_lens: list[int], num_rows: int) -> int:
         """See `AttentionBackend.decode_bytes`; this backend has no kernel."""
-        del kv_lens, num_rows, pages_per_row
+        del kv_lens, num_rows
         return 0
 
     def plan(self, meta: AttentionMeta) -> XlaPlan:
