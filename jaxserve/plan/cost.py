@@ -108,7 +108,12 @@ def _result_bytes(program: HloProgram, computation: Computation, instruction: In
         # The result also names the source.
         return _bytes_of(instruction.results[:1])
     if (inside := _fused(program, instruction)) is not None:
-        return _written_bytes(inside, instruction.results)
+        results = instruction.results
+        if instruction.opcode != "fusion":
+            # An asynchronous call's result names its operands before its results.
+            first = len(instruction.operands)
+            results = results[first : first + len(inside.instructions[inside.root].results)]
+        return _written_bytes(inside, results)
     if instruction.opcode in _WRITING:
         return computation.instructions[instruction.operands[_update(instruction)]].num_bytes
     if _ALLOCATION.search(instruction.attributes):

@@ -115,6 +115,7 @@ def test_decode_and_sampling_programs(
     ("target", "model", "tp_size"),
     [
         ("h100:1", "llama-3.1-8b", 1),
+        ("h100:1", "qwen2.5-0.5b", 1),  # has biases
         slow("h100:8", "llama-3.3-70b", 8),
         slow("v5e:2x2", "llama-3.1-8b", 4),
         ("v6e:2x4", "llama-3.1-8b", 1),

@@ -50,6 +50,19 @@ def test_a_copy_of_a_slice_is_read_and_written() -> None:
     assert cost_of(text) == 2 * LAYER + 4
 
 
+def test_an_asynchronous_call_names_its_operands() -> None:
+    inside = fused(
+        "f",
+        "  ROOT %slice = bf16[1,64,64] dynamic-slice(%f.0, %f.1), dynamic_slice_sizes={1,64,64}",
+        parameters=(STACK, "s32[]"),
+    )
+    text = inside + entry(
+        f"  %start = (({STACK}, s32[]), bf16[1,64,64]) fusion-start(%p0, %p1), kind=kLoop, calls=%f",
+        "  ROOT %y = bf16[1,64,64] fusion-done(%start)",
+    )
+    assert cost_of(text) == 2 * LAYER + 4
+
+
 def test_an_update_in_place_writes_the_update() -> None:
     inside = fused(
         "f",
