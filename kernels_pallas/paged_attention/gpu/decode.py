@@ -171,8 +171,8 @@ def attend_decode(
     )
     outputs = DecodeOutputs(*kernel(inputs))
     sinks_KG = None if layer.sinks_N is None else layer.sinks_N.reshape(num_kv_heads, group)
-    o_BKGV = merge_parts(outputs, work.end_B[:num_rows], sinks_KG, config.out_dim, interpret)
-    return o_BKGV[:, :, :group].reshape(num_rows, num_heads, config.out_dim)
+    o_BKGV = merge_parts(outputs, work.end_B[:num_rows], sinks_KG, (group, config.out_dim), interpret)
+    return o_BKGV.reshape(num_rows, num_heads, config.out_dim)
 
 
 def part_dtype(config: AttentionConfig) -> Any:

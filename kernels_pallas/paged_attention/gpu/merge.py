@@ -52,20 +52,20 @@ def merge_parts(
     parts: tuple[jax.Array, jax.Array, jax.Array],
     end_B: jax.Array,
     sinks_KG: jax.Array | None,
-    out_dim: int,
+    shape: tuple[int, int],
     interpret: Any = False,
 ) -> jax.Array:
-    """Return the results of all rows, bf16[B, K, G, V]; 0 for rows without items.
+    """Return the results of all rows, bf16[B, K, heads, V]; 0 for rows without items.
 
     Args:
         parts: means, maxima and sums of weights; see `DecodeOutputs`.
         end_B: i32, the end of each row's items.
         sinks_KG: see `AttentionBackend.attend`.
-        out_dim: V, the number of channels that are merged.
+        shape: number of heads without padding, and V, the number of channels that are merged.
         interpret: parameters of the GPU interpret mode, or False to compile.
     """
-    out_WKGH = parts[0]
-    _, num_kv_heads, group, _ = out_WKGH.shape
+    out_WKGH, (num_heads, out_dim) = parts[0], shape
+    num_kv_heads = out_WKGH.shape[1]
     width = _MAX_WIDTH if out_dim % _MAX_WIDTH == 0 else out_dim
     sinks_Km = None
     if sinks_KG is not None:
@@ -74,14 +74,15 @@ def merge_parts(
     stats = plgpu.SMEM((_STAGES, WARPGROUP_ROWS), jnp.float32)
     kernel = plgpu.kernel(
         partial(_merge, width=width),
-        out_type=jax.ShapeDtypeStruct((end_B.shape[0], num_kv_heads, group, out_dim), jnp.bfloat16),
+        out_type=jax.ShapeDtypeStruct((end_B.shape[0], num_kv_heads, num_heads, out_dim), jnp.bfloat16),
         scratch_types=[
             _Scratch(
                 out=smem((_STAGES, WARPGROUP_ROWS, width), out_WKGH.dtype),
                 row_max=stats,
                 row_sum=stats,
                 arrived=plgpu.Barrier(num_arrivals=3, num_barriers=_STAGES),
-                result=smem((WARPGROUP_ROWS, width), jnp.bfloat16),
+                # Without tiles of eight rows, so that any number of heads can be copied.
+                result=plgpu.SMEM((WARPGROUP_ROWS, width), jnp.bfloat16),
             )
         ],
         grid=(out_dim // width, num_kv_heads, end_B.shape[0]),
@@ -97,7 +98,7 @@ def _merge(inputs: _Inputs, out_BKGV: Any, scratch: _Scratch, *, width: int) -> 
     row, head = lax.axis_index("row"), lax.axis_index("head")
     first = jnp.where(row == 0, 0, inputs.end_B[jnp.maximum(row - 1, 0)])
     columns = pl.ds(lax.axis_index("part") * width, width)
-    group = pl.ds(0, out_BKGV.shape[2])
+    group = pl.ds(0, inputs.max_WKG.shape[2])
 
     def copy(step: jax.Array, stage: jax.Array) -> None:
         item, arrived = first + step, scratch.arrived.at[stage]
@@ -134,5 +135,5 @@ def _merge(inputs: _Inputs, out_BKGV: Any, scratch: _Scratch, *, width: int) -> 
     factor_m = jnp.where(row_sum_m > 0, scale_m / row_sum_m, 0.0)
     scratch.result[...] = (merged.out * broadcast_rows(factor_m, width)).astype(jnp.bfloat16)
     plgpu.commit_smem()
-    plgpu.copy_smem_to_gmem(scratch.result.at[group], out_BKGV.at[row, head, :, columns])
+    plgpu.copy_smem_to_gmem(scratch.result.at[pl.ds(0, out_BKGV.shape[2])], out_BKGV.at[row, head, :, columns])
     plgpu.wait_smem_to_gmem(0)
