@@ -42,9 +42,11 @@ def test_sigterm_lets_running_requests_finish(flags: list[str], tmp_path: Path) 
     server = ServerProcess(*flags, log=tmp_path / "log").wait_ready()
     [engine] = children(server.process.pid)
     thread, lines = start_stream(server, 300)
+    os.kill(server.engine_pid(), signal.SIGSTOP)  # so that the stream does not end before the other request
     server.process.send_signal(signal.SIGTERM)
-    time.sleep(0.1)
+    time.sleep(0.5)
     refused = httpx.post(f"{server.url}/v1/completions", json={"prompt": "x"})
+    os.kill(server.engine_pid(), signal.SIGCONT)
     assert refused.status_code == 503
     assert "retry-after" in refused.headers
     thread.join(60)
