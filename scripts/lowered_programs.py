@@ -23,6 +23,7 @@ from jaxlib.mlir import ir
 
 from jaxserve.config import EngineConfig, LoraConfig
 from jaxserve.errors import LaunchError
+from jaxserve.layout.expert_groups import choose_ep_size
 from jaxserve.layout.layout import layout_engine, layout_model
 from jaxserve.parallel.mesh import make_mesh
 from jaxserve.plan.compile import adapter_slots
@@ -55,7 +56,8 @@ def programs(model: str, options: dict[str, Any]) -> Iterator[tuple[str, jax.sta
     """Yield the name and lowered module of each program."""
     config = EngineConfig(model_path=model, **SIZES, **options)
     hf_config = json.loads((GOLDEN / model / "config.json").read_text())
-    layout = layout_model(config, hf_config, make_mesh(config.tp_size, config.dp_size, config.ep_size or 1))
+    ep_size = choose_ep_size(config, hf_config, jax.default_backend())
+    layout = layout_model(config, hf_config, make_mesh(config.tp_size, config.dp_size, ep_size))
     pool = None if config.lora is None else adapter_slots(config.lora, layout)
     engine = layout_engine(config, layout, 1 << 26, pool)
     step = StepPrograms(engine.step)

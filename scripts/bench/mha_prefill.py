@@ -14,6 +14,7 @@ import jax
 import numpy as np
 
 from jaxserve.arguments import parse_arguments
+from jaxserve.layout.expert_groups import choose_ep_size
 from jaxserve.layout.layout import layout_engine, layout_model
 from jaxserve.loading.hub import find_config
 from jaxserve.parallel.mesh import make_mesh
@@ -51,7 +52,8 @@ def main() -> None:
     args, flags = parser.parse_known_args()
     config = parse_arguments(flags).engine
     hf_config = find_config(config.model_path, config.revision, config.download_dir)
-    layout = layout_model(config, hf_config, make_mesh(config.tp_size, 1, config.ep_size or 1))
+    ep_size = choose_ep_size(config, hf_config, jax.default_backend())
+    layout = layout_model(config, hf_config, make_mesh(config.tp_size, 1, ep_size))
     model = layout_engine(config, layout, _POOL_BYTES).step
     workspace = model.mla_workspace
     if workspace is None:

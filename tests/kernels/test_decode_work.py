@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels_pallas.paged_attention.api import AttentionMeta
 from kernels_pallas.paged_attention.cases import Case
 
 pytestmark = pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="the kernels need JAX 0.11")
@@ -25,8 +24,7 @@ def plan(kv_lens: list[int], num_rows: int, num_kv_heads: int, window: int | Non
     config = Case(q_lens=(), kv_lens=(), page_size=64, heads=(32, 8, 128), window=window).config(jnp.bfloat16)
     tile = choose_tile(config, decode=True)
     kv_lens_B = jnp.asarray([*kv_lens, *[0] * (num_rows - len(kv_lens))], jnp.int32)
-    meta = AttentionMeta(kv_lens_B, *[jnp.full(2, len(kv_lens), jnp.int32)] * 5)
-    work = plan_decode(config, tile, meta, num_kv_heads=num_kv_heads, num_cores=NUM_CORES)
+    work = plan_decode(config, tile, kv_lens_B, len(kv_lens), num_kv_heads=num_kv_heads, num_cores=NUM_CORES)
     return jax.device_get(work), tile
 
 

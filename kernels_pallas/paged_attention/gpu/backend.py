@@ -116,9 +116,10 @@ class GpuAttention:
             # not see leave its state exactly unchanged, so that its result depends on that row alone.
             meta = meta._replace(distribution_2=meta.distribution_2.at[0].set(0))
             return GpuPlan(meta, plan_tiles(meta, self._prefill_tile.rows // self._group), None)
+        work = self._work(meta.kv_lens_B, meta.distribution_2[0])
         if meta.positions_T.shape == meta.kv_lens_B.shape:
-            return GpuPlan(meta, None, self._work(meta))
-        return GpuPlan(meta, plan_tiles(meta, self._prefill_tile.rows // self._group), self._work(meta))
+            return GpuPlan(meta, None, work)
+        return GpuPlan(meta, plan_tiles(meta, self._prefill_tile.rows // self._group), work)
 
     def attend(
         self,
@@ -169,29 +170,31 @@ class GpuAttention:
 
     def _attend_pages(self, q_TNH: jax.Array, layer: GpuLayer, plan: GpuPlan) -> jax.Array:
         """Attend the keys and values in the pages; a tile must hold the query heads of a key head."""
-        c = self.config
-        o_TNH = jnp.zeros((*q_TNH.shape[:2], c.out_dim), q_TNH.dtype)
-        if plan.tiles is not None:
-            o_TNH = attend_prefill(c, self._prefill_tile, q_TNH, layer, plan.tiles, self._interpret)
-            o_TNH = o_TNH.astype(q_TNH.dtype)
+        if plan.tiles is None:
+            return self._decode(q_TNH, layer, plan.work)
+        o_TNH = attend_prefill(self.config, self._prefill_tile, q_TNH, layer, plan.tiles, self._interpret)
+        o_TNH = o_TNH.astype(q_TNH.dtype)
         if plan.work is None:
             return o_TNH
         num_rows = min(q_TNH.shape[0], plan.meta.kv_lens_B.shape[0])
-        o_BNH = attend_decode(c, self._decode_tile, plan.work, q_TNH[:num_rows], layer, self._interpret)
-        o_BNH = o_BNH.astype(q_TNH.dtype)
-        if plan.tiles is None:
-            return o_BNH
+        o_BNH = self._decode(q_TNH[:num_rows], layer, plan.work)
         live_B = jnp.arange(num_rows) < plan.meta.distribution_2[0]
         return o_TNH.at[:num_rows].set(jnp.where(live_B[:, None, None], o_BNH, o_TNH[:num_rows]))
 
-    def _work(self, meta: AttentionMeta) -> DecodeWork:
+    def _decode(self, q_BNH: jax.Array, layer: GpuLayer, work: DecodeWork | None) -> jax.Array:
+        """See `attend_decode`."""
+        assert work is not None
+        o_BNH = attend_decode(self.config, self._decode_tile, work, q_BNH, layer, self._interpret)
+        return o_BNH.astype(q_BNH.dtype)
+
+    def _work(self, kv_lens_B: jax.Array, num_single: jax.Array | int) -> DecodeWork:
         """See `plan_decode`."""
-        num_kv_heads = self.config.num_kv_heads // model_size(self._mesh)
-        return plan_decode(self.config, self._decode_tile, meta, num_kv_heads=num_kv_heads, num_cores=self._num_cores)
+        sizes = {"num_kv_heads": self.config.num_kv_heads // model_size(self._mesh), "num_cores": self._num_cores}
+        return plan_decode(self.config, self._decode_tile, kv_lens_B, num_single, **sizes)
 
     def decode_bytes(self, kv_lens: list[int], num_rows: int) -> int:
         """See `AttentionBackend.decode_bytes`."""
         local = self.config.split(model_size(self._mesh))
-        kv_lens_B = jnp.zeros(num_rows, jnp.int32).at[: len(kv_lens)].set(jnp.asarray(kv_lens, jnp.int32))
-        meta = AttentionMeta(kv_lens_B, *[jnp.full(2, len(kv_lens), jnp.int32)] * 5)
-        return self._num_passes * decode_bytes(local, self._decode_tile, kv_lens, self._work(meta))
+        kv_lens_B = jnp.asarray([*kv_lens, *[0] * (num_rows - len(kv_lens))], jnp.int32)
+        work = self._work(kv_lens_B, len(kv_lens))
+        return self._num_passes * decode_bytes(local, self._decode_tile, kv_lens, work)

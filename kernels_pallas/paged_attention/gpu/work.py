@@ -12,7 +12,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas.paged_attention.api import AttentionConfig, AttentionMeta
+from kernels_pallas.paged_attention.api import AttentionConfig
 from kernels_pallas.paged_attention.gpu.tile import Tile
 from kernels_pallas.paged_attention.xla.pages import expand
 
@@ -43,22 +43,28 @@ def max_items(num_rows: int, num_kv_heads: int, num_cores: int) -> int:
 
 
 def plan_decode(
-    config: AttentionConfig, tile: Tile, meta: AttentionMeta, *, num_kv_heads: int, num_cores: int
+    config: AttentionConfig,
+    tile: Tile,
+    kv_len_B: jax.Array,
+    num_single: jax.Array | int,
+    *,
+    num_kv_heads: int,
+    num_cores: int,
 ) -> DecodeWork:
     """Cut the rows that run one token into items.
 
     Args:
         config: config of the layers.
         tile: tile of a thread block.
-        meta: metadata of the step.
+        kv_len_B: i32, number of keys of each row.
+        num_single: number of rows that run one token; they come first.
         num_kv_heads: key heads on one device.
         num_cores: SMs of the device.
     """
-    kv_len_B = meta.kv_lens_B
     num_rows = kv_len_B.shape[0]
     first_key_B = jnp.zeros_like(kv_len_B) if config.window is None else jnp.maximum(kv_len_B - config.window, 0)
     first_B, end_B = first_key_B // tile.keys, -(-kv_len_B // tile.keys)
-    blocks_B = jnp.where(jnp.arange(num_rows) < meta.distribution_2[0], end_B - first_B, 0)
+    blocks_B = jnp.where(jnp.arange(num_rows) < num_single, end_B - first_B, 0)
     wanted = _wanted_items(num_kv_heads, num_cores)
     share = jnp.maximum(-(-jnp.sum(blocks_B) // wanted), 1)
     count_B = -(-blocks_B // share)
