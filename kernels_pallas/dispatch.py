@@ -199,11 +199,15 @@ def _tpu_grouped(shapes: Collection[ExpertShape], _: Mesh) -> GroupedMatmul:
 
 def _gpu_grouped(shapes: Collection[ExpertShape], mesh: Mesh) -> GroupedMatmul:
     _require_hopper(mesh)
-    from kernels_pallas.grouped_matmul.gpu.backend import GpuGroupedMatmul, check_shape  # noqa: PLC0415
+    from kernels_pallas.grouped_matmul.gpu import backend, narrow  # noqa: PLC0415
 
+    if any(narrow.is_narrow(shape) for shape in shapes):
+        for shape in shapes:
+            narrow.check_shape(shape)
+        return narrow.GpuNarrowMatmul()
     for shape in shapes:
-        check_shape(shape)
-    return GpuGroupedMatmul()
+        backend.check_shape(shape)
+    return backend.GpuGroupedMatmul(_num_cores(mesh))
 
 
 def _xla_grouped(_: Collection[ExpertShape], __: Mesh) -> GroupedMatmul:

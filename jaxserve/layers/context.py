@@ -27,7 +27,7 @@ class Backends(NamedTuple):
     Attributes:
         attention: paged attention; it defines the shapes of the cache.
         sampler: samples tokens from logits.
-        linear: quantised linear modules, as a grouped matmul with one group.
+        linear: linear modules, as a grouped matmul with one group.
         experts: projections of experts.
         lora: LoRA of linear modules.
         lora_experts: LoRA of experts.
@@ -42,17 +42,22 @@ class Backends(NamedTuple):
 
 
 class LinearOps(NamedTuple):
-    """Ops of quantised linear modules.
+    """Ops of linear modules.
 
     Attributes:
         matmul: the kernel, run on each device.
         mesh: the mesh over which the weights are sharded.
-        modules: paths of the modules that use the kernel; XLA dequantises the others.
+        modules: paths of the modules that the kernel supports. XLA multiplies by the others, and dequantises them
+            first if they are quantised.
     """
 
     matmul: GroupedMatmul
     mesh: Mesh
     modules: Collection[Path]
+
+    def uses_kernel(self, module: Path, *, quantized: bool, num_tokens: int) -> bool:
+        """Return whether the kernel multiplies by a module's weight."""
+        return module in self.modules and (quantized or num_tokens <= self.matmul.max_dense_rows)
 
 
 class ExpertOps(NamedTuple):

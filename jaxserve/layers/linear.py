@@ -18,8 +18,8 @@ from jax import lax
 from jax.typing import DTypeLike
 
 from jaxserve.config import QuantizationConfig
-from jaxserve.layers.context import LayerContext, LoraGroup, Path
-from jaxserve.layers.linear_kernel import multiply
+from jaxserve.layers.context import LayerContext, Path
+from jaxserve.layers.linear_kernel import StackedMatrix, multiply
 from kernels_pallas.grouped_matmul.api import Matrices
 from kernels_pallas.quantized import QuantizedFormat
 from kernels_pallas.stacked import Stacked
@@ -143,25 +143,25 @@ class Linear(nnx.Module):
         stored = None
         if self.dequantized:
             stored, quantization = quantization, None
-        # A kernel reads a quantised weight in place; slicing it out of the stack would copy it.
-        options = ParamOptions(quantization is not None, self.absorbed_only, stored=stored)
+        # A kernel reads the weight in the stack of all layers; slicing it out would copy it.
+        options = ParamOptions(keep_stacked=True, absorbed_only=self.absorbed_only, stored=stored)
         self.weight, self.scale, self.zero = weight_params((out_size, in_size), dtype, axes, quantization, options)
         self.bias = param((out_size,), dtype, axes[:1]) if bias else None
         self.path: Path = ()
-        self._axes = axes
+        self._axes: tuple[str | None, str | None] = (axes[0], axes[1])
         self._format = None if quantization is None else format_of(quantization)
 
     def __call__(self, x_TI: jax.Array, ctx: LayerContext) -> jax.Array:
         """[T, in] -> [T, out]."""
-        return _with_update(self, x_TI, ctx, ctx.lora.group((self.path,)))
+        (y_TO,) = apply_group((self,), x_TI, ctx)
+        return y_TO
 
-    def base(self, x_TI: jax.Array, ctx: LayerContext) -> jax.Array:
-        """Return the result without adapters."""
-        if self.path in ctx.linear.modules:
-            out_axis, in_axis = self._axes
-            y_TO = multiply(ctx.linear, x_TI, *self._stacked(), (out_axis, in_axis))
-        else:
-            y_TO = jnp.einsum("ti,oi->to", x_TI, self.matrix(x_TI.dtype), preferred_element_type=self.out_dtype)
+    def multiply_by_xla(self, x_TI: jax.Array) -> jax.Array:
+        """Return `x W^T` without a kernel."""
+        return jnp.einsum("ti,oi->to", x_TI, self.matrix(x_TI.dtype), preferred_element_type=self.out_dtype)
+
+    def add_bias(self, y_TO: jax.Array) -> jax.Array:
+        """Add the bias, if there is one."""
         if self.bias is None:
             return y_TO
         # In f32, which rounds alike: XLA would fuse a sum in bf16 into cuBLAS's call, and copy the weight to do so.
@@ -170,29 +170,42 @@ class Linear(nnx.Module):
     def matrix(self, dtype: jnp.dtype) -> jax.Array:
         """Return the weight, [out, in]; a quantised weight is dequantised to `dtype`."""
         if self._format is None:
-            return self.weight[...]
-        matrices, layer = self._stacked()
+            return cast("Stacked", self.weight.get_value()).slice()
+        matrices, layer, _ = self.stacked()
         return matrices.matrix(layer, dtype)
 
-    def _stacked(self) -> tuple[Matrices, jax.Array]:
-        """Return the quantised weights of all layers and the index of this layer among them."""
+    def uses_kernel(self, ctx: LayerContext, num_tokens: int) -> bool:
+        """Return whether the kernel multiplies by the weight."""
+        return ctx.linear.uses_kernel(self.path, quantized=self._format is not None, num_tokens=num_tokens)
+
+    def stacked(self) -> StackedMatrix:
+        """Return the weights of all layers and the index of this layer among them."""
         weight, scale, zero = (
             None if each is None else cast("Stacked", each.get_value()) for each in (self.weight, self.scale, self.zero)
         )
-        assert weight is not None
-        assert scale is not None
-        return Matrices(weight.stack, scale.stack, None if zero is None else zero.stack, self._format), weight.layer
+        assert weight is not None  # for the type checker
+        scales, zeros = (None if each is None else each.stack for each in (scale, zero))
+        return StackedMatrix(Matrices(weight.stack, scales, zeros, self._format), weight.layer, self._axes)
 
 
 def apply_group(linears: Sequence[Linear], x_TI: jax.Array, ctx: LayerContext) -> list[jax.Array]:
-    """Apply linear modules to the same activations; their adapters share the product with the A matrices."""
-    group = ctx.lora.group([linear.path for linear in linears])
-    return [_with_update(linear, x_TI, ctx, group) for linear in linears]
+    """Apply linear modules to the same activations; they share the kernel's call, and the product with A matrices."""
+    by_kernel = [linear for linear in linears if linear.uses_kernel(ctx, x_TI.shape[0])]
+    results: dict[Path, jax.Array] = {}
+    if by_kernel:
+        products = multiply(ctx.linear, x_TI, [linear.stacked() for linear in by_kernel], linears[0].out_dtype)
+        results = {linear.path: y_TO for linear, y_TO in zip(by_kernel, products, strict=True)}
+    for linear in linears:
+        if linear.path not in results:
+            results[linear.path] = linear.multiply_by_xla(x_TI)
+    lora = ctx.lora.group([linear.path for linear in linears])
+    return [
+        _with_update(linear.add_bias(results[linear.path]), None if lora is None else lora.update(linear.path, x_TI))
+        for linear in linears
+    ]
 
 
-def _with_update(linear: Linear, x_TI: jax.Array, ctx: LayerContext, group: LoraGroup | None) -> jax.Array:
-    y_TO = linear.base(x_TI, ctx)
-    update_TO = None if group is None else group.update(linear.path, x_TI)
+def _with_update(y_TO: jax.Array, update_TO: jax.Array | None) -> jax.Array:
     return y_TO if update_TO is None else y_TO + update_TO.astype(y_TO.dtype)
 
 

@@ -1,15 +1,17 @@
-"""Calls the kernel for quantised linear modules: a grouped matmul with a single group.
+"""Calls the kernel for linear modules: a grouped matmul with a single group.
 
-The kernel applies the scales tile by tile (`kernels_pallas.grouped_matmul`). XLA alone would write the dequantised
-weights to memory and read them again.
+The kernel reads a layer's weights where they are in the stack of all layers, and applies scales tile by tile
+(`kernels_pallas.grouped_matmul`). XLA alone would write dequantised weights to memory and read them again.
 """
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec as P
+from jax.typing import DTypeLike
 
 from jaxserve.layers.context import LinearOps
 from jaxserve.parallel.mesh import partition_spec
@@ -18,33 +20,55 @@ from kernels_pallas.shards import over_model
 from kernels_pallas.token_tiles import Blocks
 
 
-def multiply(
-    ops: LinearOps, x_TI: jax.Array, matrices: Matrices, layer: jax.Array, axes: tuple[str | None, str | None]
-) -> jax.Array:
-    """Return `x W^T` for one layer's matrix.
+class StackedMatrix(NamedTuple):
+    """A linear module's matrix.
 
-    Args:
-        ops: the kernel and the mesh.
-        x_TI: activations, replicated on every device, or sharded if the matrix is sharded over its inputs.
+    Attributes:
         matrices: the matrices of all layers.
         layer: i32, the index of the layer among them.
         axes: logical axes of outputs and inputs.
     """
-    out_axis, in_axis = partition_spec(axes, matrices.values_XOI.shape[1:], ops.mesh)
-    format = matrices.format
-    assert format is not None
-    block_spec = P(None, out_axis, in_axis if format.block[1] else None)
 
-    def multiply_shard(x_TI: jax.Array, matrices: Matrices, layer: jax.Array) -> jax.Array:
+    matrices: Matrices
+    layer: jax.Array
+    axes: tuple[str | None, str | None]
+
+
+def multiply(
+    ops: LinearOps, x_TI: jax.Array, group: Sequence[StackedMatrix], out_dtype: DTypeLike | None = None
+) -> list[jax.Array]:
+    """Return `x W^T` for the matrices of modules that read the same activations.
+
+    Args:
+        ops: the kernel and the mesh.
+        x_TI: activations, replicated on every device, or sharded if the matrices are sharded over their inputs.
+        group: matrices of one layer, with the same format and the same sharding of inputs.
+        out_dtype: dtype of the results; x's dtype by default.
+    """
+    format = group[0].matrices.format
+    shardings = [partition_spec(each.axes, each.matrices.values_XOI.shape[1:], ops.mesh) for each in group]
+    in_axis = shardings[0][1]
+
+    def multiply_shard(x_TI: jax.Array, layer: jax.Array, *matrices: Matrices) -> list[jax.Array]:
         num_tokens, num_inputs = x_TI.shape
         block_rows = ops.matmul.block_rows(num_tokens, 1, num_inputs * x_TI.dtype.itemsize)
         x_PI = jnp.pad(x_TI, ((0, -num_tokens % block_rows), (0, 0)))
         num_blocks = x_PI.shape[0] // block_rows
-        group = Blocks(jnp.full(num_blocks, layer, jnp.int32), jnp.full(1, num_blocks, jnp.int32))
-        y_TO = ops.matmul(x_PI, matrices._replace(format=format), group)[:num_tokens]
-        return y_TO if in_axis is None else lax.psum(y_TO, in_axis)
+        blocks = Blocks(jnp.full(num_blocks, layer, jnp.int32), jnp.full(1, num_blocks, jnp.int32))
+        results = ops.matmul(x_PI, [each._replace(format=format) for each in matrices], blocks, out_dtype=out_dtype)
+        results = [y_PO[:num_tokens] for y_PO in results]
+        return results if in_axis is None else [lax.psum(y_TO, in_axis) for y_TO in results]
 
-    specs: Any = (P(None, out_axis, in_axis), block_spec, None if matrices.zero_Xoi is None else block_spec)
-    specs = (P(None, in_axis), Matrices(*specs), P())
-    run = over_model(multiply_shard, ops.mesh, specs, P(None, out_axis))
-    return run(x_TI, matrices._replace(format=None), layer)
+    specs = [_specs(each.matrices, *sharding) for each, sharding in zip(group, shardings, strict=True)]
+    out_specs = [P(None, out_axis) for out_axis, _ in shardings]
+    run = over_model(multiply_shard, ops.mesh, (P(None, in_axis), P(), *specs), out_specs)
+    # The format is static, and no operand.
+    return run(x_TI, group[0].layer, *(each.matrices._replace(format=None) for each in group))
+
+
+def _specs(matrices: Matrices, out_axis: Any, in_axis: Any) -> Matrices:
+    """Return the partition specs of stacked matrices; blocks of whole rows are not split over the inputs."""
+    format = matrices.format
+    block = P(None, out_axis, in_axis if format is not None and format.block[1] else None)
+    specs: Any = (P(None, out_axis, in_axis), *(None if each is None else block for each in matrices[1:3]))
+    return Matrices(*specs)

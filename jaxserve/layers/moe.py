@@ -7,7 +7,7 @@ Dimension key: E experts, U experts of a token, F hidden size of an expert, P ro
 blocks by adapter.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple, TypeAlias
 
@@ -106,7 +106,8 @@ class _ByAdapter(NamedTuple):
         blocks = self.blocks._replace(group_C=self.blocks.group_C + first)
         a, b = (Matrices(each.stack.reshape(-1, *each.stack.shape[3:])) for each in lora)
         x_QI = x_PI.at[self.source_Q].get(mode="fill", fill_value=0)
-        y_QO = self.matmul(self.matmul(x_QI, a, blocks), b, blocks, transposed=True)
+        (r_QR,) = self.matmul(x_QI, [a], blocks)
+        (y_QO,) = self.matmul(r_QR, [b], blocks, transposed=True)
         return y_QO.at[self.target_P].get(mode="fill", fill_value=0)
 
 
@@ -142,19 +143,27 @@ class _ExpertWeights(NamedTuple):
     bias: Any
     lora: LoraPair | None
 
-    def multiply(self, x_PI: jax.Array, rows: _Rows) -> jax.Array:
-        """Multiply each row by its expert's matrix; add the adapter's update and the bias."""
-        blocks = rows.blocks
-        num_outputs = self.weight.stack.shape[2]
+    def matrices(self, format: QuantizedFormat | None) -> Matrices:
+        """Return the matrices of all layers' experts."""
         scale, zero = (None if each is None else each.reshape(-1, *each.shape[2:]) for each in (self.scale, self.zero))
-        matrices = Matrices(self.weight.flat, scale, zero, rows.format)
-        y_PO = rows.matmul(x_PI, matrices, blocks._replace(group_C=blocks.group_C + self.weight.first))
+        return Matrices(self.weight.flat, scale, zero, format)
+
+    def add_updates(self, y_PO: jax.Array, x_PI: jax.Array, rows: _Rows) -> jax.Array:
+        """Add the adapters' update and the bias to the products with the matrices."""
         if self.lora is not None and rows.by_adapter is not None:
             y_PO = y_PO + rows.by_adapter.update(self.lora, x_PI)
         if self.bias is None:
             return y_PO
-        by_block_CWO = y_PO.reshape(blocks.group_C.shape[0], -1, num_outputs)
-        return (by_block_CWO + self.bias[blocks.group_C][:, None]).reshape(y_PO.shape)
+        by_block_CWO = y_PO.reshape(rows.blocks.group_C.shape[0], -1, y_PO.shape[1])
+        return (by_block_CWO + self.bias[rows.blocks.group_C][:, None]).reshape(y_PO.shape)
+
+
+def _multiply(projections: Sequence[_ExpertWeights], x_PI: jax.Array, rows: _Rows) -> list[jax.Array]:
+    """Multiply each row by its expert's matrix of each projection; add the adapters' updates and the biases."""
+    first = projections[0].weight.first
+    matrices = [each.matrices(rows.format) for each in projections]
+    results = rows.matmul(x_PI, matrices, rows.blocks._replace(group_C=rows.blocks.group_C + first))
+    return [each.add_updates(y_PO, x_PI, rows) for each, y_PO in zip(projections, results, strict=True)]
 
 
 class ExpertLinear(nnx.Module):
@@ -271,12 +280,12 @@ class Experts(nnx.Module):
             by_adapter = self._sort_by_adapter(adapters, own_TU, num_experts, permuted, row_bytes)
         rows = _Rows(matmul, self._format, blocks, by_adapter)
         x_PD = x_TD[permuted.row_P // top_k]
-        gate_PF, up_PF = (each.multiply(x_PD, rows) for each in (gate, up))
+        gate_PF, up_PF = _multiply((gate, up), x_PD, rows)
         h_PF = self._gated(gate_PF, up_PF)
         if down.bias is not None:
             # Only one of the devices that share an expert adds its bias.
             down = down._replace(bias=jnp.where(lax.axis_index(IN_EXPERT) == 0, down.bias, jnp.zeros_like(down.bias)))
-        y_PD = down.multiply(h_PF, rows)
+        (y_PD,) = _multiply((down,), h_PF, rows)
         # The index is out of range, which reads zeros, where the expert is on another device.
         y_TUD = y_PD.at[permuted.block_row_R.reshape(num_tokens, top_k)].get(mode="fill", fill_value=0)
         y_TD = jnp.einsum("tud,tu->td", y_TUD.astype(jnp.float32), routing.weight_TU)

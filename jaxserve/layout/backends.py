@@ -35,7 +35,7 @@ class ChosenBackends(NamedTuple):
 
     Attributes:
         backends: the implementation of each op.
-        linears: paths of quantised linear modules.
+        linears: paths of linear modules.
         lora_groups: paths of groups in the LoRA pool.
     """
 
@@ -80,14 +80,24 @@ def choose_backends(
 
 
 def _choose_linears(decoder: Decoder, mesh: Mesh) -> tuple[GroupedMatmul, tuple[Path, ...]]:
-    """Choose the kernel for quantised linear maps, and the modules that it supports."""
-    chosen = {
-        path[:-1]: choose_grouped_matmul([_shard(decoder, mesh, spec, decoder.config.quantization)], mesh)
+    """Choose the kernel for linear modules, and the modules that it supports."""
+    linears = {
+        path[:-1]: spec
         for path, spec in decoder.param_specs.items()
-        if path[-1] == "weight" and spec.packing is not None and not (spec.of_experts or spec.absorbed_only)
+        if path[-1] == "weight" and spec.keep_stacked and not (spec.of_experts or spec.absorbed_only)
+    }
+    quantized = {path: spec for path, spec in linears.items() if spec.packing is not None}
+    chosen = {
+        path: choose_grouped_matmul([_shard(decoder, mesh, spec, decoder.config.quantization)], mesh)
+        for path, spec in quantized.items()
     }
     _log_by_module("{}", chosen)
     by_kernel = {path: choice.impl for path, choice in chosen.items() if choice.name != "xla"}
+    # XLA multiplies by the others just as well, so that it is no fallback.
+    for path, spec in linears.items():
+        impl = choose_grouped_matmul([_shard(decoder, mesh, spec, None)], mesh).impl
+        if path not in quantized and impl.max_dense_rows:
+            by_kernel[path] = impl
     return next(iter(by_kernel.values()), XlaGroupedMatmul()), tuple(by_kernel)
 
 

@@ -6,6 +6,7 @@ cache. Slicing them out of the stack would copy them, including those that no to
 Dimension key: C blocks, P rows of all blocks, X matrices, I inputs, O outputs.
 """
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple, Protocol
 
@@ -62,20 +63,35 @@ class Matrices(NamedTuple):
 class GroupedMatmul(Protocol):
     """A grouped matmul on one device."""
 
+    @property
+    def max_dense_rows(self) -> int:
+        """Number of rows up to which a single matrix that is not quantised is better multiplied here than by XLA."""
+        ...
+
     def block_rows(self, num_rows: int, num_groups: int, row_bytes: int) -> int:
         """Choose the rows per block for `num_rows` rows of `row_bytes` bytes in `num_groups` groups."""
         ...
 
-    def __call__(self, x_PI: jax.Array, matrices: Matrices, blocks: Blocks, *, transposed: bool = False) -> jax.Array:
+    def __call__(
+        self,
+        x_PI: jax.Array,
+        matrices: Sequence[Matrices],
+        blocks: Blocks,
+        *,
+        transposed: bool = False,
+        out_dtype: DTypeLike | None = None,
+    ) -> list[jax.Array]:
         """Compute `x W^T` of each valid block with its group's matrix.
 
         Args:
             x_PI: rows, sorted into blocks; see `sort_into_blocks`.
-            matrices: the matrices of all groups.
+            matrices: the matrices of all groups, of one or several projections of the same rows, which have the same
+                format.
             blocks: the blocks of `x_PI`; groups are indices of matrices.
             transposed: whether matrices are [X, I, O]; these are not quantised.
+            out_dtype: dtype of the results; x's dtype by default.
 
         Returns:
-            [P, O] in x's dtype, sums in f32; blocks that are not valid hold arbitrary values.
+            [P, O] by projection, sums in f32; blocks that are not valid hold arbitrary values.
         """
         ...

@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 
-from jaxserve.config import EngineConfig
+from jaxserve.config import EngineConfig, LayerConfig
 from jaxserve.layout.expert_groups import choose_ep_size
 from jaxserve.layout.layout import EngineLayout, layout_engine, layout_model
 from jaxserve.layout.memory import DEVICE_MEM_FRACTION
@@ -16,6 +16,7 @@ from jaxserve.plan.compile import adapter_slots
 from jaxserve.plan.cost import read_cost
 from jaxserve.plan.hlo import HloProgram, find_collectives
 from jaxserve.plan.targets import parse_target, prepare_environment, target_devices
+from kernels_pallas.grouped_matmul.xla.backend import XlaGroupedMatmul
 from tests.compile.models import (
     DEEPSEEK_V2_LITE,
     DEEPSEEK_V2_LITE_EXPERTS,
@@ -116,6 +117,27 @@ def check_cost(engine: EngineLayout, program: HloProgram) -> None:
     limit = _layer_bytes(engine) / 4
     for each in cost.moved:
         assert each.trips == 1 or each.written < limit, f"{each.instruction.name} writes {each.written} bytes"
+
+
+def num_matmuls(engine: EngineLayout, kind: LayerConfig, num_tokens: int) -> int:
+    """Return the calls of the grouped matmul in a layer; on GPUs, projections of the same activations share one."""
+    step = engine.step
+    linear, of_experts = step.backends.linear, 0
+    if kind.mlp == "experts" and not isinstance(step.backends.experts, XlaGroupedMatmul):
+        of_experts = 2 if on_gpu(engine) else 3
+    parts = ("attention", "moe" if kind.mlp == "experts" else "mlp")
+    calls = set[tuple[str, ...]]()
+    for path in step.linears:
+        spec = step.decoder.param_specs[*path, "weight"]
+        if path[1] in parts and (spec.packing is not None or num_tokens <= linear.max_dense_rows):
+            calls.add((*path[:-1], *(step.decoder.lora_group(path) if on_gpu(engine) else path[-1:])))
+    return of_experts + len(calls)
+
+
+def count_kernels(program: HloProgram) -> tuple[int, int]:
+    """Return how many kernels a program calls: grouped matmuls, and others."""
+    matmuls = program.kernels.count("grouped_matmul")
+    return matmuls, len(program.kernels) - matmuls
 
 
 def on_gpu(engine: EngineLayout) -> bool:

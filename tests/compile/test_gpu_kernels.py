@@ -146,8 +146,9 @@ FORMATS = {
 }
 
 
+@pytest.mark.parametrize("block_rows", [8, 128])
 @pytest.mark.parametrize("name", FORMATS)
-def test_experts_keep_to_registers_and_use_the_tensor_cores(name: str, assemble: Assemble) -> None:
+def test_experts_keep_to_registers_and_use_the_tensor_cores(name: str, block_rows: int, assemble: Assemble) -> None:
     sharding = NamedSharding(mesh_of(target_devices(parse_target("h100:1")), 1, 1), PartitionSpec())
 
     def array(shape: tuple[int, ...], dtype: str = "int32") -> jax.ShapeDtypeStruct:
@@ -163,9 +164,9 @@ def test_experts_keep_to_registers_and_use_the_tensor_cores(name: str, assemble:
     blocks = Blocks(array((5,)), array((1,)))
 
     def multiply(x_PI: jax.Array, arrays: tuple[jax.Array | None, ...], blocks: Blocks) -> jax.Array:
-        return GpuGroupedMatmul()(x_PI, Matrices(*arrays, format), blocks)
+        return GpuGroupedMatmul(132)(x_PI, [Matrices(*arrays, format)], blocks)[0]
 
-    (kernel,) = assemble(jax.jit(multiply).lower(array((320, 512), "bfloat16"), matrices[:3], blocks))
+    (kernel,) = assemble(jax.jit(multiply).lower(array((5 * block_rows, 512), "bfloat16"), matrices[:3], blocks))
     assert kernel.name == "grouped_matmul"
     assert kernel.uses_tensor_cores
     assert not kernel.spilled_bytes

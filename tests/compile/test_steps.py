@@ -14,9 +14,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from jaxserve.config import LayerConfig, LoraConfig
+from jaxserve.config import LoraConfig
 from jaxserve.errors import LaunchError
-from jaxserve.layout.layout import EngineLayout
 from jaxserve.models.layer_scan import group_layers
 from jaxserve.plan.cost import read_cost
 from jaxserve.plan.decode_load import DecodeLoad, roofline_share
@@ -27,7 +26,16 @@ from jaxserve.runner.programs import StepPrograms
 from kernels_pallas.grouped_matmul.xla.backend import XlaGroupedMatmul
 from kernels_pallas.sampling.api import SamplingMode
 from tests.compile.models import QWEN3_4B
-from tests.compile.steps import CONTEXT, MODELS, check_cost, check_forward, check_program, layout_for
+from tests.compile.steps import (
+    CONTEXT,
+    MODELS,
+    check_cost,
+    check_forward,
+    check_program,
+    count_kernels,
+    layout_for,
+    num_matmuls,
+)
 from tests.support.marks import slow
 
 pytestmark = pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="the kernels need JAX 0.11")
@@ -96,7 +104,8 @@ def test_decode_and_sampling_programs(
     program, memory = check_program(
         engine, lambda: step.lower_forward(ForwardShape(Bucket(rows, rows))), memory_bytes, record_property
     )
-    assert len(program.kernels) == (3 if on_gpu else 1)
+    (kind,) = dict.fromkeys(engine.step.decoder.config.layers)
+    assert count_kernels(program) == (num_matmuls(engine, kind, rows), 3 if on_gpu else 1)
     check_forward(engine, program, memory, tp_size)
     check_cost(engine, program)
     assert roofline_share(engine, program, DecodeLoad(rows, CONTEXT // 8, rows)) >= 1 / DENSE_BOUND
@@ -168,8 +177,8 @@ def test_step_with_experts(
     assert not isinstance(engine.step.backends.experts, XlaGroupedMatmul)
     # gpt-oss alternates two kinds of layers, DeepSeek has some without experts before the others.
     kinds = [kind for group in group_layers(engine.step.decoder.config.layers) for kind in group.kinds]
-    mlps = {"dense": 0, "experts": 3}
-    assert len(program.kernels) == sum(attention + mlps[kind.mlp] + _num_linears(engine, kind) for kind in kinds)
+    matmuls = sum(num_matmuls(engine, kind, engine.step.buckets[0].num_tokens) for kind in kinds)
+    assert count_kernels(program) == (matmuls, attention * len(kinds))
     check_forward(engine, program, memory, tp_size)
     stacks = [spec for spec in engine.step.decoder.param_specs.values() if spec.of_experts]
     one_layer = sum(math.prod(spec.shape[1:]) * spec.dtype.itemsize for spec in stacks) / tp_size
@@ -208,8 +217,8 @@ def test_step_with_mha_prefill(target: str, model: str, tp_size: int, record_pro
     # The cache is written, rows of single tokens decode, and the workspace has its own backend.
     attention = 1 + 3 + 2 if target.startswith("h") else 3
     kinds = [kind for group in group_layers(engine.step.decoder.config.layers) for kind in group.kinds]
-    mlps = {"dense": 0, "experts": 3}
-    assert len(program.kernels) == sum(attention + mlps[kind.mlp] + _num_linears(engine, kind) for kind in kinds)
+    matmuls = sum(num_matmuls(engine, kind, engine.step.buckets[0].num_tokens) for kind in kinds)
+    assert count_kernels(program) == (matmuls, attention * len(kinds))
 
 
 @pytest.mark.parametrize(("target", "model"), [("v6e:2x4", "qwen3-30b-a3b"), slow("h200:8", "deepseek-v3.1")])
@@ -226,12 +235,6 @@ def test_dp_attention_step_collectives(target: str, model: str, record_property:
     gathers = 1 if target.startswith("h") else 3
     assert find_collectives(program)[:2] == ({"all-gather": gathers, "reduce-scatter": 1}, {})
     assert memory.alias_size_in_bytes >= engine.pool_bytes
-
-
-def _num_linears(engine: EngineLayout, kind: LayerConfig) -> int:
-    """Return how many quantised linear maps of a layer have a kernel: in attention, and in an MLP or shared expert."""
-    parts = ("attention", "moe" if kind.mlp == "experts" else "mlp")
-    return sum(path[1] in parts for path in engine.step.linears)
 
 
 @pytest.mark.parametrize(
@@ -255,7 +258,7 @@ def test_decode_step_of_quantised_linear_maps(
         engine, lambda: step.lower_forward(ForwardShape(Bucket(rows, rows))), memory_bytes, record_property
     )
     assert len(engine.step.linears) == 7
-    assert len(program.kernels) == (3 if target.startswith("h") else 1) + 7
+    assert count_kernels(program) == ((4, 3) if target.startswith("h") else (7, 1))
     check_forward(engine, program, memory, tp_size)
     check_cost(engine, program)
 
@@ -322,9 +325,10 @@ def test_step_with_adapted_experts(
         memory_bytes,
         record_property,
     )
-    # Attention; experts; two for each linear map of experts; shrink for q, k, v, for o, and for the router; expand for
-    # these five; both for the head.
-    assert len(program.kernels) == (3 if target.startswith("h") else 1) + 3 + 3 * 2 + 3 + 5 + 2
+    # Experts, two for the adapters of each of their projections, and on GPUs q, k, v, and o, and the router.
+    matmuls = 2 + 3 * 2 + 3 if target.startswith("h") else 3 + 3 * 2
+    # Attention; shrink for q, k, v, for o, and for the router; expand for these five; both for the head.
+    assert count_kernels(program) == (matmuls, (3 if target.startswith("h") else 1) + 3 + 5 + 2)
     assert memory.alias_size_in_bytes >= engine.pool_bytes
 
 

@@ -1,5 +1,6 @@
 """Grouped matmuls against numpy in float64; the Pallas kernels run in interpret mode, with race detection."""
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -10,18 +11,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxserve.layers.context import LinearOps
-from jaxserve.layers.linear_kernel import multiply
+from jaxserve.layers.linear_kernel import StackedMatrix, multiply
 from jaxserve.parallel.mesh import make_mesh
 from kernels_pallas.grouped_matmul.api import ExpertShape, GroupedMatmul, Matrices
 from kernels_pallas.grouped_matmul.reference import grouped_matmul
 from kernels_pallas.grouped_matmul.xla.backend import XlaGroupedMatmul
 from kernels_pallas.quantized import QuantizedFormat
-from kernels_pallas.token_tiles import max_num_blocks, sort_into_blocks
+from kernels_pallas.token_tiles import Blocks, max_num_blocks, sort_into_blocks
 from tests.support.marks import slow
 
 needs_pallas = pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="the kernels need JAX 0.11")
 # Bytes of a row of activations, few enough that they do not limit the number of rows in a block.
 ROW_BYTES = 1024
+# SMs of the GPU for which tiles are chosen.
+NUM_CORES = 16
 KERNELS = [pytest.param("tpu", marks=needs_pallas), pytest.param("gpu", marks=needs_pallas)]
 
 
@@ -39,8 +42,10 @@ def implementation(name: str) -> GroupedMatmul:
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
     from kernels_pallas.grouped_matmul.gpu.backend import GpuGroupedMatmul
+    from kernels_pallas.grouped_matmul.gpu.narrow import GpuNarrowMatmul
 
-    return GpuGroupedMatmul(plgpu.InterpretGPUParams(detect_races=True))
+    params = plgpu.InterpretGPUParams(detect_races=True)
+    return GpuNarrowMatmul(params) if name == "gpu narrow" else GpuGroupedMatmul(NUM_CORES, params)
 
 
 def check_quantized(name: str, group_R: np.ndarray, num_groups: int, sizes: tuple[int, int]) -> None:
@@ -56,9 +61,8 @@ def check_quantized(name: str, group_R: np.ndarray, num_groups: int, sizes: tupl
     def run(x_RI: jax.Array, w_XOI: jax.Array, scale_Xoi: jax.Array, group_R: jax.Array) -> jax.Array:
         blocks, permuted = sort_into_blocks(group_R, num_groups, matmul.block_rows(len(group_R), num_groups, ROW_BYTES))
         matrices = Matrices(w_XOI, scale_Xoi, format=QuantizedFormat("fp8", (128, 128)))
-        return matmul(x_RI[permuted.row_P], matrices, blocks._replace(group_C=blocks.group_C + num_groups))[
-            permuted.block_row_R
-        ]
+        (y_PO,) = matmul(x_RI[permuted.row_P], [matrices], blocks._replace(group_C=blocks.group_C + num_groups))
+        return y_PO[permuted.block_row_R]
 
     got = run(x_RI, w_XOI, scale_Xoi, jnp.asarray(group_R, jnp.int32))
     scale_XOI = np.repeat(np.repeat(np.asarray(scale_Xoi, np.float64), 128, 1), 128, 2)
@@ -93,7 +97,7 @@ def check(
         blocks, permuted = sort_into_blocks(group_R, num_groups, matmul.block_rows(num_rows, num_groups, ROW_BYTES))
         matrices = Matrices(w_XOI.swapaxes(1, 2) if transposed else w_XOI)
         blocks = blocks._replace(group_C=blocks.group_C + num_groups)
-        y_PO = matmul(x_RI[permuted.row_P], matrices, blocks, transposed=transposed)
+        (y_PO,) = matmul(x_RI[permuted.row_P], [matrices], blocks, transposed=transposed)
         return y_PO.at[permuted.block_row_R].get(mode="fill", fill_value=0)
 
     got = run(x_RI, w_XOI, jnp.asarray(group_R, jnp.int32))
@@ -134,7 +138,7 @@ def test_grouped_matmul_matches_numpy(name: str, sizes: tuple[int, int], groups:
 @pytest.mark.parametrize(
     ("sizes", "transposed"), [((16, 128), False), ((48, 64), False), ((192, 16), True), ((64, 96), True)]
 )
-@pytest.mark.parametrize("name", ["xla", *KERNELS])
+@pytest.mark.parametrize("name", ["xla", KERNELS[0], pytest.param("gpu narrow", marks=needs_pallas)])
 def test_lora_matrices(name: str, sizes: tuple[int, int], transposed: bool) -> None:
     """Ranks from 16 on: they are the outputs of an A matrix and the inputs of a B matrix, which is stored [in, out]."""
     check(name, some_elsewhere(6, 70), 6, sizes, jnp.bfloat16, transposed=transposed)
@@ -202,7 +206,8 @@ def test_matrices_with_scales_of_groups(name: str, format: str, dtype: Any) -> N
     @jax.jit
     def run(x_RI: jax.Array, group_R: jax.Array, *arrays: Any) -> jax.Array:
         blocks, permuted = sort_into_blocks(group_R, 3, matmul.block_rows(40, 3, ROW_BYTES))
-        return matmul(x_RI[permuted.row_P], Matrices(*arrays, matrices.format), blocks)[permuted.block_row_R]
+        (y_PO,) = matmul(x_RI[permuted.row_P], [Matrices(*arrays, matrices.format)], blocks)
+        return y_PO[permuted.block_row_R]
 
     got = run(x_RI, jnp.asarray(group_R, jnp.int32), *matrices[:3])
     want = grouped_matmul(np.asarray(x_RI, np.float64), w64_XOI, group_R)
@@ -223,7 +228,8 @@ def test_matrices_with_scales_of_groups_on_gpu(format: str, num_outputs: int, nu
     @jax.jit
     def run(x_RI: jax.Array, group_R: jax.Array, *arrays: Any) -> jax.Array:
         blocks, permuted = sort_into_blocks(group_R, 3, matmul.block_rows(70, 3, ROW_BYTES))
-        return matmul(x_RI[permuted.row_P], Matrices(*arrays, matrices.format), blocks)[permuted.block_row_R]
+        (y_PO,) = matmul(x_RI[permuted.row_P], [Matrices(*arrays, matrices.format)], blocks)
+        return y_PO[permuted.block_row_R]
 
     got = run(x_RI, jnp.asarray(group_R, jnp.int32), *matrices[:3])
     want = grouped_matmul(np.asarray(x_RI, np.float64), w64_XOI, group_R)
@@ -252,6 +258,7 @@ def test_tpus_take_any_size_and_float32() -> None:
         (ExpertShape(128, 128, jnp.dtype(jnp.float32)), "float32"),
         (ExpertShape(64, 144, jnp.dtype(jnp.bfloat16), QuantizedFormat("mxfp4", (1, 32))), "144 inputs"),
         (ExpertShape(64, 128, jnp.dtype(jnp.bfloat16), QuantizedFormat("int4", (1, 16))), "blocks of .1, 16."),
+        (ExpertShape(64, 128, jnp.dtype(jnp.bfloat16), transposed=True), "outputs, inputs"),
     ],
 )
 def test_what_the_gpu_kernel_cannot_do(shape: ExpertShape, problem: str) -> None:
@@ -259,6 +266,67 @@ def test_what_the_gpu_kernel_cannot_do(shape: ExpertShape, problem: str) -> None
 
     with pytest.raises(NotImplementedError, match=problem):
         check_shape(shape)
+
+
+@needs_pallas
+@pytest.mark.parametrize(
+    ("shape", "problem"),
+    [
+        (ExpertShape(128, 72, jnp.dtype(jnp.bfloat16)), "72 inputs"),
+        (ExpertShape(40, 128, jnp.dtype(jnp.bfloat16)), "40 outputs"),
+        (ExpertShape(48, 128, jnp.dtype(jnp.float32)), "float32"),
+        (ExpertShape(128, 128, jnp.dtype(jnp.bfloat16), QuantizedFormat("fp8", (128, 128))), "fp8"),
+    ],
+)
+def test_what_the_gpu_kernel_of_narrow_matrices_cannot_do(shape: ExpertShape, problem: str) -> None:
+    from kernels_pallas.grouped_matmul.gpu.narrow import check_shape
+
+    with pytest.raises(NotImplementedError, match=problem):
+        check_shape(shape)
+
+
+@needs_pallas
+@pytest.mark.parametrize("format", [None, "fp8", "mxfp4"])
+def test_projections_of_the_same_rows_in_one_call(format: str | None) -> None:
+    """A call has few thread blocks: those of a matrix's outputs share its inputs, or those of all matrices do not."""
+    matmul, num_inputs, num_rows = implementation("gpu"), 2048, 20
+    rng = np.random.default_rng(8)
+    projections: list[tuple[Matrices, np.ndarray]] = []
+    for size in (64, 192):
+        w = jnp.asarray(rng.standard_normal((3, size, num_inputs)) / num_inputs**0.5, jnp.bfloat16)
+        plain = Matrices(w), np.asarray(w, np.float64)
+        projections.append(plain if format is None else random_matrices(format, w.shape))
+    x_RI = jnp.asarray(rng.standard_normal((num_rows, num_inputs)), jnp.bfloat16)
+    static = projections[0][0].format
+
+    @partial(jax.jit, static_argnames="dtype")
+    def run(x_RI: jax.Array, *arrays: Any, dtype: Any) -> list[jax.Array]:
+        block_rows = matmul.block_rows(num_rows, 1, ROW_BYTES)
+        blocks = Blocks(jnp.ones(1, jnp.int32), jnp.ones(1, jnp.int32))
+        x_PI = jnp.pad(x_RI, ((0, block_rows - num_rows), (0, 0)))
+        results = matmul(x_PI, [Matrices(*each, static) for each in arrays], blocks, out_dtype=dtype)
+        return [y_PO[:num_rows] for y_PO in results]
+
+    arrays = [matrices[:3] for matrices, _ in projections]
+    for dtype, tolerance in ((None, 0.02), (jnp.float32, 1e-5)):
+        for got, (_, w64_XOI) in zip(run(x_RI, *arrays, dtype=dtype), projections, strict=True):
+            assert got.dtype == (dtype or jnp.bfloat16)
+            want = np.asarray(x_RI, np.float64) @ w64_XOI[1].T
+            limit = tolerance if format is None or dtype is None else 0.01  # dequantised weights are rounded
+            np.testing.assert_allclose(np.asarray(got, np.float64), want, atol=limit)
+
+
+@needs_pallas
+def test_tiles_occupy_the_gpu() -> None:
+    """Few outputs are computed by thread blocks of one warpgroup, and very few by several that share the inputs."""
+    from kernels_pallas.grouped_matmul.gpu.tile import choose_tile
+
+    llama, cores = 4096, 132
+    assert choose_tile(8, 1, [14336, 14336], llama, None, cores).outputs == 128
+    few = choose_tile(8, 1, [llama], llama, None, cores)
+    assert (few.outputs, few.splits) == (64, 1)
+    very_few = choose_tile(8, 1, [1024, 128, 128], 8192, None, cores)
+    assert (very_few.outputs, very_few.splits) == (64, 4)
 
 
 @settings(max_examples=60, deadline=None)
@@ -299,7 +367,8 @@ def test_a_linear_map_split_over_devices(axes: tuple[Any, Any], format: str) -> 
 
     @jax.jit
     def run(x_TI: jax.Array, place: jax.Array, *arrays: Any) -> jax.Array:
-        return multiply(ops, x_TI, Matrices(*arrays, matrices.format), place, axes)
+        (y_TO,) = multiply(ops, x_TI, [StackedMatrix(Matrices(*arrays, matrices.format), place, axes)])
+        return y_TO
 
     got = run(x_TI, jnp.int32(1), *matrices[:3])
     np.testing.assert_allclose(np.asarray(got, np.float64), np.asarray(x_TI, np.float64) @ w64_XOI[1].T, atol=1e-5)

@@ -6,13 +6,14 @@ once per block. If groups are large enough, a block therefore has as many rows a
 Dimension key: C blocks, P rows of all blocks, W rows of a block, X matrices, I inputs, O outputs, o a block of them.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import DTypeLike
 
 from kernels_pallas.grouped_matmul.api import ExpertShape, Matrices
 from kernels_pallas.mxu import mxu_dot
@@ -65,6 +66,8 @@ class TpuGroupedMatmul:
         interpret: parameters of the TPU interpret mode, or False to compile.
     """
 
+    max_dense_rows = 0
+
     def __init__(self, interpret: Any = False) -> None:
         self._interpret = interpret
 
@@ -73,8 +76,22 @@ class TpuGroupedMatmul:
         max_rows = min(_MAX_ROWS, 1 << (_ROWS_BYTES // row_bytes).bit_length() - 1)
         return choose_block_rows(num_rows, num_groups, min_rows=_MIN_ROWS, max_rows=max(_MIN_ROWS, max_rows))
 
-    def __call__(self, x_PI: jax.Array, matrices: Matrices, blocks: Blocks, *, transposed: bool = False) -> jax.Array:
+    def __call__(
+        self,
+        x_PI: jax.Array,
+        matrices: Sequence[Matrices],
+        blocks: Blocks,
+        *,
+        transposed: bool = False,
+        out_dtype: DTypeLike | None = None,
+    ) -> list[jax.Array]:
         """See `GroupedMatmul`."""
+        out_dtype = jnp.dtype(out_dtype or x_PI.dtype)
+        return [self._multiply(x_PI, each, blocks, transposed, out_dtype) for each in matrices]
+
+    def _multiply(
+        self, x_PI: jax.Array, matrices: Matrices, blocks: Blocks, transposed: bool, out_dtype: jnp.dtype
+    ) -> jax.Array:
         problem = _transposed_problem(x_PI, matrices.values_XOI) if transposed else _problem(x_PI, matrices)
         row_axis, out_axis = (1, 2) if transposed else (2, 1)
         (num_block_rows, _), num_outputs = x_PI.shape, matrices.values_XOI.shape[out_axis]
@@ -99,7 +116,7 @@ class TpuGroupedMatmul:
         block_bytes = sum(block_rows * x.shape[1] * x.dtype.itemsize for x in problem.rows)
         block_bytes += sum(block_outputs * each.shape[2] * each.dtype.itemsize for each in problem.by_output)
         block_bytes += sum(block_outputs * each.shape[1] * each.dtype.itemsize for each in problem.by_input)
-        block_bytes += block_rows * block_outputs * x_PI.dtype.itemsize
+        block_bytes += block_rows * block_outputs * out_dtype.itemsize
         return pl.pallas_call(
             problem.kernel,
             grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -109,7 +126,7 @@ class TpuGroupedMatmul:
                 in_specs=[*rows, *of_matrices, *whole, *scalars],
                 out_specs=pl.BlockSpec((block_rows, block_outputs), lambda c, o, _: (c, o)),
             ),
-            out_shape=jax.ShapeDtypeStruct((num_block_rows, num_outputs), x_PI.dtype),
+            out_shape=jax.ShapeDtypeStruct((num_block_rows, num_outputs), out_dtype),
             compiler_params=pltpu.CompilerParams(
                 dimension_semantics=("arbitrary", "arbitrary"), vmem_limit_bytes=2 * block_bytes + _SPARE_BYTES
             ),

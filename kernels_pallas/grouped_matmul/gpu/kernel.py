@@ -1,0 +1,232 @@
+"""The kernel of the grouped matmul on Hopper GPUs: one block of rows times some outputs of its group's matrix.
+
+Outputs are the rows of a wgmma product, of which there are always 64, and the block's rows are its columns, of which
+there may be as few as 8. One warpgroup copies the operands of later steps while the others multiply.
+
+Dimension key: see `backend`.
+"""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from kernels_pallas.grouped_matmul.gpu.tile import BLOCK_SCALED, Tile
+from kernels_pallas.grouped_matmul.gpu.weights import Ahead, Converter, Place, Weight, choose_converter
+from kernels_pallas.pallas import pl, plgpu
+from kernels_pallas.quantized import QuantizedFormat
+from kernels_pallas.token_tiles import Blocks
+from kernels_pallas.warpgroup import MATRIX, WARPGROUP_ROWS, product, smem
+
+
+class Operands(NamedTuple):
+    """Operands in global memory.
+
+    Attributes:
+        x_hPB: rows of all blocks; h is 2 for 4-bit matrices: the inputs of the lower halves of their bytes, then those
+            of the upper halves.
+        weights: the matrices; all are multiplied by the same rows.
+    """
+
+    blocks: Blocks
+    x_hPB: Any
+    weights: Sequence[Weight]
+
+
+class Scratch(NamedTuple):
+    """Shared memory of a thread block.
+
+    Attributes:
+        x_hmB, w_oB: stages of the operands.
+        arrived: barriers: the operands of a stage are there.
+        free: barriers: all warpgroups have multiplied a stage.
+        converted: slots of converted matrices by warpgroup, h halves of 64 outputs each, or None.
+        out: the sums by warpgroup, before they are copied to global memory: [m, 64], or [64, m] in f32.
+    """
+
+    x_hmB: Any
+    w_oB: Any
+    arrived: Any
+    free: Any
+    converted: Any
+    out: Any
+
+
+class Problem(NamedTuple):
+    """Static parameters of the kernel.
+
+    Attributes:
+        num_steps: steps of a thread block.
+    """
+
+    tile: Tile
+    format: QuantizedFormat | None
+    num_steps: int
+
+
+def scratch_types(problem: Problem, x_dtype: Any, w_dtype: Any, out_dtype: Any) -> Scratch:
+    """Return the types of `Scratch`."""
+    tile, format = problem.tile, problem.format
+    halves = 1 if format is None else format.per_byte
+    # Operands of a product must have the same swizzle, and a piece is written as a whole number of swizzled rows.
+    like = tile.piece if halves == 2 else None
+    out_shape = (tile.warpgroups, tile.rows, WARPGROUP_ROWS)
+    if out_dtype == jnp.float32:
+        out_shape = (tile.warpgroups, WARPGROUP_ROWS, tile.rows)
+    converted = None
+    if format is not None:
+        shape = (tile.warpgroups, tile.slots, halves, WARPGROUP_ROWS, tile.columns)
+        converted = smem(shape, x_dtype, like=like)
+    return Scratch(
+        x_hmB=smem((tile.stages, halves, tile.rows, tile.columns), x_dtype, like=like),
+        w_oB=smem((tile.stages, tile.outputs, tile.columns), w_dtype, like=like),
+        arrived=plgpu.Barrier(num_arrivals=2, num_barriers=tile.stages),
+        free=plgpu.Barrier(num_arrivals=tile.warpgroups, num_barriers=tile.stages),
+        converted=converted,
+        out=smem(out_shape, out_dtype),
+    )
+
+
+def multiply(operands: Operands, outs: Sequence[Any], scratch: Scratch, *, problem: Problem) -> None:
+    """Multiply a block of rows by the outputs of one thread block, which all belong to one matrix.
+
+    Args:
+        operands: the operands.
+        outs: results by matrix: [P, O], or sums of each split in f32[splits, O, P], since only 16-bit values can be
+            transposed while they are stored.
+        scratch: shared memory.
+        problem: parameters of the kernel.
+    """
+    first, at = 0, lax.axis_index("outputs")
+    for weight, out in zip(operands.weights, outs, strict=True):
+        end = first + weight.w.shape[1] // problem.tile.outputs
+        here = (at >= first) & (at < end) & (lax.axis_index("block") < operands.blocks.num_live_1[0])
+        one = Operands(operands.blocks, operands.x_hPB, (weight,))
+        pl.when(here)(partial(_multiply_matrix, one, out, scratch, (at - first) * problem.tile.outputs, problem))
+        first = end
+
+
+def _multiply_matrix(operands: Operands, out: Any, scratch: Scratch, output: jax.Array, problem: Problem) -> None:
+    tile, warpgroup = problem.tile, lax.axis_index("warpgroup")
+    block, split = lax.axis_index("block"), lax.axis_index("split")
+    (weight,) = operands.weights
+    group = operands.blocks.group_C[block]
+    rows = pl.ds(block * tile.rows, tile.rows)
+
+    @pl.when(warpgroup == tile.warpgroups)
+    def _copy() -> None:
+        _stream(operands, scratch, Place(weight, group, output, split * problem.num_steps), problem)
+
+    @pl.when(warpgroup < tile.warpgroups)
+    def _compute() -> None:
+        own = output + warpgroup * WARPGROUP_ROWS
+        sum_om = _sum_up(scratch, Place(weight, group, own, split * problem.num_steps), problem)
+        buffer, outputs = scratch.out.at[warpgroup], pl.ds(own, WARPGROUP_ROWS)
+        if scratch.out.dtype == jnp.float32:
+            buffer[...], target = sum_om, out.at[split, outputs, rows]
+        else:
+            sum_om = plgpu.layout_cast(sum_om.astype(scratch.out.dtype), plgpu.Layout.WGMMA_TRANSPOSED)
+            buffer.T[...], target = sum_om, out.at[rows, outputs]
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(buffer, target)
+        plgpu.wait_smem_to_gmem(0)
+
+
+def _stream(operands: Operands, scratch: Scratch, place: Place, problem: Problem) -> None:
+    """Run the warpgroup that copies: start the copies of each step as soon as its stage is free."""
+    tile = problem.tile
+    rows = pl.ds(lax.axis_index("block") * tile.rows, tile.rows)
+    outputs = pl.ds(place.output, tile.outputs)
+
+    @pl.loop(0, problem.num_steps)
+    def _copy(step: jax.Array) -> None:
+        stage = lax.rem(step, tile.stages)
+        pl.when(step >= tile.stages)(partial(plgpu.barrier_wait, scratch.free.at[stage]))
+        columns, arrived = pl.ds((place.first_step + step) * tile.columns, tile.columns), scratch.arrived.at[stage]
+        plgpu.copy_gmem_to_smem(operands.x_hPB.at[:, rows, columns], scratch.x_hmB.at[stage], arrived)
+        plgpu.copy_gmem_to_smem(place.weight.w.at[place.group, outputs, columns], scratch.w_oB.at[stage], arrived)
+
+
+def _sum_up(scratch: Scratch, place: Place, problem: Problem) -> jax.Array:
+    """Return the sum of all steps, f32[64, m]."""
+    shape = (WARPGROUP_ROWS, problem.tile.rows)
+    accumulator = plgpu.WGMMAAccumulatorRef(shape, jnp.float32)
+    if problem.format is None:
+        return pl.run_scoped(partial(_sum_up_plain, scratch, problem), accumulator)
+    converter = choose_converter(problem.format, problem.tile)
+    if problem.format == BLOCK_SCALED:
+        sum_om = _sum_up_scaled(scratch, place, problem, converter)
+    else:
+        sum_om = pl.run_scoped(partial(_sum_up_converted, scratch, place, problem, converter), accumulator)
+    return converter.finish(place, sum_om)
+
+
+def _outputs(scratch: Scratch, stage: jax.Array) -> Any:
+    """Return this warpgroup's outputs of a stage."""
+    return scratch.w_oB.at[stage, pl.ds(lax.axis_index("warpgroup") * WARPGROUP_ROWS, WARPGROUP_ROWS)]
+
+
+def _sum_up_plain(scratch: Scratch, problem: Problem, sum_om: Any) -> jax.Array:
+    @pl.loop(0, problem.num_steps)
+    def _step(step: jax.Array) -> None:
+        stage = lax.rem(step, problem.tile.stages)
+        plgpu.barrier_wait(scratch.arrived.at[stage])
+        plgpu.wgmma(sum_om, _outputs(scratch, stage), scratch.x_hmB.at[stage, 0].T)
+        plgpu.wgmma_wait(1)
+        _free_previous(scratch, step)
+
+    return sum_om[...]
+
+
+def _sum_up_converted(scratch: Scratch, place: Place, problem: Problem, converter: Converter, sum_om: Any) -> jax.Array:
+    """Sum up converted steps; a step is converted while the one before is multiplied."""
+    tile, mine = problem.tile, scratch.converted.at[lax.axis_index("warpgroup")]
+    halves = scratch.x_hmB.shape[1]
+
+    def add(step: jax.Array, ahead: Ahead) -> Ahead:
+        stage, slot = lax.rem(step, tile.stages), lax.rem(step, tile.slots)
+        later = converter.load(place, _next_step(place, step, problem))
+        plgpu.barrier_wait(scratch.arrived.at[stage])
+        converter.convert(_outputs(scratch, stage), ahead, mine.at[slot])
+        plgpu.commit_smem()
+        for half in range(halves):
+            plgpu.wgmma(sum_om, mine.at[slot, half], scratch.x_hmB.at[stage, half].T)
+        plgpu.wgmma_wait(halves)
+        _free_previous(scratch, step)
+        return later
+
+    lax.fori_loop(0, problem.num_steps, add, converter.load(place, place.first_step))
+    return sum_om[...]
+
+
+def _sum_up_scaled(scratch: Scratch, place: Place, problem: Problem, converter: Converter) -> jax.Array:
+    """Sum up steps whose products are scaled."""
+    shape, mine = (WARPGROUP_ROWS, problem.tile.rows), scratch.converted.at[lax.axis_index("warpgroup"), 0]
+
+    def add(step: jax.Array, carry: tuple[jax.Array, Ahead]) -> tuple[jax.Array, Ahead]:
+        sum_om, ahead = carry
+        stage = lax.rem(step, problem.tile.stages)
+        later = converter.load(place, _next_step(place, step, problem))
+        plgpu.barrier_wait(scratch.arrived.at[stage])
+        converter.convert(_outputs(scratch, stage), ahead, mine)
+        plgpu.commit_smem()
+        part_om = product(mine.at[0], scratch.x_hmB.at[stage, 0].T, problem.tile.rows)
+        plgpu.barrier_arrive(scratch.free.at[stage])
+        return sum_om + converter.scale(ahead, part_om), later
+
+    zeros_om = plgpu.layout_cast(jnp.zeros(shape, jnp.float32), MATRIX)
+    return lax.fori_loop(0, problem.num_steps, add, (zeros_om, converter.load(place, place.first_step)))[0]
+
+
+def _next_step(place: Place, step: jax.Array, problem: Problem) -> jax.Array:
+    return place.first_step + jnp.minimum(step + 1, problem.num_steps - 1)
+
+
+def _free_previous(scratch: Scratch, step: jax.Array) -> None:
+    """Release the stage of the step before, whose products are done."""
+    num_stages = scratch.free.shape[0]
+    previous = scratch.free.at[lax.rem(step + num_stages - 1, num_stages)]
+    pl.when(step > 0)(partial(plgpu.barrier_arrive, previous))

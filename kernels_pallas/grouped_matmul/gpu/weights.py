@@ -1,0 +1,201 @@
+"""Left operands of the grouped matmul on Hopper GPUs: the steps of a matrix, converted to bf16 if it is quantised.
+
+A warpgroup converts its own 64 outputs. The scales of a step are loaded during the step before, since a load from
+global memory takes longer than a step.
+
+Dimension key: as in `gpu/backend.py`; B columns per step of a 4-bit matrix, p columns of a piece.
+"""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, NamedTuple, Protocol, TypeAlias
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from kernels_pallas.grouped_matmul.gpu.tile import BLOCK_SCALED, ROW_SCALED, SCALE_BLOCK, Tile
+from kernels_pallas.pallas import pl, plgpu
+from kernels_pallas.quantized import INT4_ZERO, QuantizedFormat, f32_scales, float4
+from kernels_pallas.warpgroup import MATRIX, ROWS, WARPGROUP_ROWS
+
+# Register layout for loading bytes that are converted to 16-bit operands of a product.
+_BYTES = plgpu.Layout.WGMMA_UPCAST_2X
+# An f32 whose last mantissa bit is worth 1: setting its low bits to a small integer adds that integer.
+_F32_BIAS = 2.0**23
+_ABOVE_BITS = 0x4B000000
+
+# Values of a step that are loaded ahead: arrays in registers.
+Ahead: TypeAlias = tuple[jax.Array, ...]
+
+
+class Weight(NamedTuple):
+    """One matrix in global memory.
+
+    Attributes:
+        w: [O, I] of all groups, or, transposed, [I, O].
+        scale: scales of quantised matrices, [X, o, i] or, with one per row, [X, O]; else None.
+        zero: zero points of 4-bit matrices that have them, [X, o, i]; else None.
+    """
+
+    w: Any
+    scale: Any
+    zero: Any
+
+
+class Place(NamedTuple):
+    """The part of the matrices that a warpgroup multiplies.
+
+    Attributes:
+        weight: the matrices.
+        group: index of the matrix.
+        output: the first of the 64 outputs.
+        first_step: the first step, which is not 0 if thread blocks share the inputs.
+    """
+
+    weight: Weight
+    group: jax.Array
+    output: jax.Array
+    first_step: jax.Array
+
+
+class Converter(Protocol):
+    """Makes operands of wgmma products, bf16[64, i], from the steps of a quantised matrix."""
+
+    def load(self, place: Place, step: jax.Array) -> Ahead:
+        """Load what the conversion of a step needs besides the matrix."""
+        ...
+
+    def convert(self, w_oB: Any, ahead: Ahead, out: Any) -> None:
+        """Convert a step's columns in shared memory.
+
+        Args:
+            w_oB: the 64 outputs of the step.
+            ahead: result of `load`.
+            out: bf16[h, 64, B], where to write.
+        """
+        ...
+
+    def scale(self, ahead: Ahead, part_om: jax.Array) -> jax.Array:
+        """Return the product of a step, scaled; only for `BLOCK_SCALED`."""
+        ...
+
+    def finish(self, place: Place, sum_om: jax.Array) -> jax.Array:
+        """Return the sum of all steps, scaled if there is a scale per row."""
+        ...
+
+
+def choose_converter(format: QuantizedFormat, tile: Tile) -> Converter:
+    """Return the converter for a format."""
+    if format == BLOCK_SCALED:
+        return _ScaledBlocks(tile.piece)
+    if format in ROW_SCALED:
+        return _ScaledRows(tile.piece)
+    return _ScaledGroups(tile, format)
+
+
+class _ScaledRows:
+    """8-bit matrices with a scale per row: the sum of all steps is scaled."""
+
+    def __init__(self, piece: int) -> None:
+        self._piece = piece
+
+    def load(self, place: Place, step: jax.Array) -> Ahead:
+        """See `Converter`."""
+        del place, step
+        return ()
+
+    def convert(self, w_oB: Any, ahead: Ahead, out: Any) -> None:
+        """See `Converter`."""
+        del ahead
+        for start in range(0, w_oB.shape[1], self._piece):
+            columns = slice(start, start + self._piece)
+            w_op = plgpu.load(w_oB.at[:, columns], layout=_BYTES, optimized=False)
+            if jnp.issubdtype(w_op.dtype, jnp.floating):
+                # Hopper cannot convert fp8 to bf16 in one instruction; both conversions are exact.
+                w_op = w_op.astype(jnp.float32)
+            out.at[0, :, columns][...] = plgpu.layout_cast(w_op.astype(out.dtype), MATRIX)
+
+    def scale(self, ahead: Ahead, part_om: jax.Array) -> jax.Array:
+        """See `Converter`."""
+        del ahead
+        return part_om
+
+    def finish(self, place: Place, sum_om: jax.Array) -> jax.Array:
+        """See `Converter`."""
+        outputs = pl.ds(place.output, WARPGROUP_ROWS)
+        scale_o = plgpu.load(place.weight.scale.at[place.group, outputs], layout=ROWS, optimized=False)
+        return sum_om * lax.broadcast_in_dim(scale_o.astype(jnp.float32), sum_om.shape, [0])
+
+
+class _ScaledBlocks(_ScaledRows):
+    """FP8 matrices with a scale per 128 x 128 elements: the product of each step, of 128 inputs, is scaled."""
+
+    def load(self, place: Place, step: jax.Array) -> Ahead:
+        """See `Converter`."""
+        return (place.weight.scale[place.group, lax.div(place.output, SCALE_BLOCK), step],)
+
+    def scale(self, ahead: Ahead, part_om: jax.Array) -> jax.Array:
+        """See `Converter`."""
+        return part_om * plgpu.layout_cast(lax.broadcast_in_dim(ahead[0], part_om.shape, ()), MATRIX)
+
+    def finish(self, place: Place, sum_om: jax.Array) -> jax.Array:
+        """See `Converter`."""
+        del place
+        return sum_om
+
+
+class _ScaledGroups:
+    """4-bit matrices with a scale per group of a row: dequantised before they are multiplied."""
+
+    def __init__(self, tile: Tile, format: QuantizedFormat) -> None:
+        self._format, self._piece, self._columns = format, tile.piece, tile.columns
+        self._columns_of_scale = format.block[1] // format.per_byte
+
+    def load(self, place: Place, step: jax.Array) -> Ahead:
+        """See `Converter`; the scales of each piece, then its zero points."""
+        arrays: list[jax.Array] = []
+        rows = pl.ds(place.output, WARPGROUP_ROWS)
+        for start in range(0, self._columns, self._piece):
+            column = step * self._columns + start
+            at = 0 if self._columns_of_scale == 0 else lax.div(column, self._columns_of_scale)
+            for values in (place.weight.scale, place.weight.zero):
+                if values is not None:
+                    layout = _BYTES.reduce(1)
+                    arrays.append(plgpu.load(values.at[place.group, rows, at], layout=layout, optimized=False))
+        return tuple(arrays)
+
+    def convert(self, w_oB: Any, ahead: Ahead, out: Any) -> None:
+        """See `Converter`; the columns of the lower halves of the bytes come first."""
+        starts = range(0, self._columns, self._piece)
+        each = len(ahead) // len(starts)
+        for index, start in enumerate(starts):
+            columns = slice(start, start + self._piece)
+            code_op = plgpu.load(w_oB.at[:, columns], layout=_BYTES, optimized=False).astype(jnp.int32)
+            self._convert_piece(code_op, ahead[index * each : (index + 1) * each], out, columns)
+
+    def _convert_piece(self, byte_op: jax.Array, ahead: Sequence[jax.Array], out: Any, columns: slice) -> None:
+        spread = partial(lax.broadcast_in_dim, shape=byte_op.shape, broadcast_dimensions=[0])
+        scale_op, zero_op = spread(f32_scales(ahead[0])), _F32_BIAS + INT4_ZERO
+        if len(ahead) > 1:
+            zero_op = spread(_biased_f32(ahead[1].astype(jnp.int32)))
+        for half in range(self._format.per_byte):
+            code_op = (byte_op >> (4 * half)) & 15
+            is_float = self._format.element_type == "mxfp4"
+            w_op = float4(code_op) if is_float else _biased_f32(code_op) - zero_op
+            out.at[half, :, columns][...] = plgpu.layout_cast((w_op * scale_op).astype(out.dtype), MATRIX)
+
+    def scale(self, ahead: Ahead, part_om: jax.Array) -> jax.Array:
+        """See `Converter`."""
+        del ahead
+        return part_om
+
+    def finish(self, place: Place, sum_om: jax.Array) -> jax.Array:
+        """See `Converter`."""
+        del place
+        return sum_om
+
+
+def _biased_f32(integer: jax.Array) -> jax.Array:
+    """Return a small i32 plus `_F32_BIAS` as f32, in a quarter of the time that a conversion takes."""
+    return lax.bitcast_convert_type(integer | _ABOVE_BITS, jnp.float32)
