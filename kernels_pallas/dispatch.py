@@ -17,6 +17,10 @@ from kernels_pallas.grouped_matmul.xla.backend import XlaGroupedMatmul
 from kernels_pallas.lora_matmul.api import LoraMatmul, LoraModule
 from kernels_pallas.paged_attention.api import AttentionBackend, AttentionConfig
 from kernels_pallas.paged_attention.xla.backend import XlaAttention
+from kernels_pallas.rms_norm.api import RmsNorm
+from kernels_pallas.rms_norm.xla.backend import rms_norm
+from kernels_pallas.routing.api import Router, RouterConfig
+from kernels_pallas.routing.xla.backend import XlaRouter
 from kernels_pallas.sampling.api import SampleOutput, SamplingInputs, SamplingMode, SamplingState
 from kernels_pallas.sampling.common.summary import Shard
 
@@ -81,6 +85,16 @@ def choose_lora(modules: Collection[LoraModule], mesh: Mesh) -> Choice[LoraMatmu
 def choose_grouped_matmul(shapes: Collection[ExpertShape], mesh: Mesh) -> Choice[GroupedMatmul]:
     """Choose the grouped matmul for matrices of these shapes on a mesh."""
     return _choose(_GROUPED, shapes, mesh)
+
+
+def choose_router(config: RouterConfig, num_experts: int, mesh: Mesh) -> Choice[Router]:
+    """Choose the router for experts on a mesh."""
+    return _choose(_ROUTERS, (config, num_experts), mesh)
+
+
+def choose_norm(mesh: Mesh) -> Choice[RmsNorm]:
+    """Choose the RMSNorm for a mesh."""
+    return _choose(_NORMS, None, mesh)
 
 
 def _choose(
@@ -214,6 +228,29 @@ def _xla_grouped(_: Collection[ExpertShape], __: Mesh) -> GroupedMatmul:
     return XlaGroupedMatmul()
 
 
+def _gpu_router(spec: tuple[RouterConfig, int], mesh: Mesh) -> Router:
+    _require_hopper(mesh)
+    from kernels_pallas.routing.gpu.backend import GpuRouter, num_parts  # noqa: PLC0415
+
+    num_parts(*spec)
+    return GpuRouter(spec[0], mesh)
+
+
+def _xla_router(spec: tuple[RouterConfig, int], _: Mesh) -> Router:
+    return XlaRouter(spec[0])
+
+
+def _gpu_norm(_: None, mesh: Mesh) -> RmsNorm:
+    _require_hopper(mesh)
+    from kernels_pallas.rms_norm.gpu.backend import GpuRmsNorm  # noqa: PLC0415
+
+    return GpuRmsNorm(mesh)
+
+
+def _xla_norm(_: None, __: Mesh) -> RmsNorm:
+    return rms_norm
+
+
 # Kernels are imported only when they are chosen: they need a newer JAX than the portable XLA code.
 _ATTENTION: Mapping[BackendName, Callable[[AttentionConfig, Mesh], AttentionBackend]] = {
     "tpu": _tpu_attention,
@@ -237,3 +274,10 @@ _SAMPLERS: Mapping[BackendName, Callable[[None, Mesh], Sampler]] = {
     "gpu": _gpu_sampler,
     "xla": _xla_sampler,
 }
+# TPUs run the portable router and norm: XLA fuses them.
+_ROUTERS: Mapping[BackendName, Callable[[tuple[RouterConfig, int], Mesh], Router]] = {
+    "tpu": _xla_router,
+    "gpu": _gpu_router,
+    "xla": _xla_router,
+}
+_NORMS: Mapping[BackendName, Callable[[None, Mesh], RmsNorm]] = {"tpu": _xla_norm, "gpu": _gpu_norm, "xla": _xla_norm}

@@ -11,6 +11,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+# Rows times block rows up to which comparing is faster than sorting.
+_MAX_COMPARED = 1 << 22
+
 
 class Blocks(NamedTuple):
     """The group of each block.
@@ -60,6 +63,12 @@ def sort_into_blocks(group_R: jax.Array, num_groups: int, block_rows: int) -> tu
     """
     num_rows = group_R.shape[0]
     num_blocks = max_num_blocks(num_rows, num_groups, block_rows)
+    sort = _sort_by_comparing if num_rows * num_blocks * block_rows <= _MAX_COMPARED else _sort
+    return sort(group_R, num_groups, block_rows, num_blocks)
+
+
+def _sort(group_R: jax.Array, num_groups: int, block_rows: int, num_blocks: int) -> tuple[Blocks, PermutedRows]:
+    num_rows = group_R.shape[0]
     order_R = jnp.argsort(group_R, stable=True).astype(jnp.int32)
     size_G = jnp.zeros(num_groups, jnp.int32).at[group_R].add(1, mode="drop")
     end_G = jnp.cumsum(size_G)
@@ -70,9 +79,40 @@ def sort_into_blocks(group_R: jax.Array, num_groups: int, block_rows: int) -> tu
     block_row_R = first_row_G[known_R] + jnp.arange(num_rows, dtype=jnp.int32) - (end_G - size_G)[known_R]
     block_row_R = jnp.where(sorted_R < num_groups, block_row_R, num_blocks * block_rows)
     row_P = jnp.zeros(num_blocks * block_rows, jnp.int32).at[block_row_R].set(order_R, mode="drop")
+    blocks = _blocks(end_block_G, num_blocks)
+    return blocks, PermutedRows(row_P, jnp.zeros_like(block_row_R).at[order_R].set(block_row_R))
+
+
+def _sort_by_comparing(
+    group_R: jax.Array, num_groups: int, block_rows: int, num_blocks: int
+) -> tuple[Blocks, PermutedRows]:
+    """Like `_sort`, by comparing everything with everything: a few reductions instead of a sort and scatters."""
+    group_G, row_R = jnp.arange(num_groups), jnp.arange(group_R.shape[0])
+    size_G = _count(group_R[None, :] == group_G[:, None])
+    end_block_G = _sum(-(-size_G // block_rows)[None, :], group_G[None, :] <= group_G[:, None])
+    before_RR = (group_R[None, :] == group_R[:, None]) & (row_R[None, :] < row_R[:, None])
+    first_block_R = _sum(-(-size_G // block_rows)[None, :], group_G[None, :] < group_R[:, None])
+    block_row_R = jnp.where(
+        group_R < num_groups, first_block_R * block_rows + _count(before_RR), num_blocks * block_rows
+    )
+    in_place_PR = block_row_R[None, :] == jnp.arange(num_blocks * block_rows)[:, None]
+    return _blocks(end_block_G, num_blocks), PermutedRows(_sum(row_R[None, :], in_place_PR), block_row_R)
+
+
+def _blocks(end_block_G: jax.Array, num_blocks: int) -> Blocks:
+    """Return the group of each block, from the end of each group's blocks."""
     num = end_block_G[-1]
     block_C = jnp.minimum(jnp.arange(num_blocks, dtype=jnp.int32), jnp.maximum(num - 1, 0))
-    group_C = jnp.searchsorted(end_block_G, block_C, side="right", method="compare_all").astype(jnp.int32)
-    # If no row has a group, `searchsorted` returns `num_groups`.
-    group_C = jnp.minimum(group_C, num_groups - 1)
-    return Blocks(group_C, num[None]), PermutedRows(row_P, jnp.zeros_like(block_row_R).at[order_R].set(block_row_R))
+    group_C = _count(end_block_G[None, :] <= block_C[:, None])
+    # If no row has a group, all groups end before the first block.
+    return Blocks(jnp.minimum(group_C, end_block_G.shape[0] - 1), num[None])
+
+
+def _count(matrix: jax.Array) -> jax.Array:
+    """Return how many entries of each row are true, i32."""
+    return jnp.sum(matrix, axis=1, dtype=jnp.int32)
+
+
+def _sum(values: jax.Array, where: jax.Array) -> jax.Array:
+    """Return the sum of the entries of each row for which `where` is true, i32."""
+    return jnp.sum(jnp.where(where, values, 0), axis=1, dtype=jnp.int32)

@@ -11,7 +11,8 @@ from jaxserve.config import ModelConfig
 from jaxserve.layers.args import DecoderArgs
 from jaxserve.layers.context import LayerContext
 from jaxserve.layers.kv_scales import kv_scales_param
-from jaxserve.layers.linear import Linear, RMSNorm, apply_group, param
+from jaxserve.layers.linear import Linear, apply_group, param
+from jaxserve.layers.norm import RMSNorm
 from jaxserve.layers.rope import apply_rope
 
 
@@ -55,10 +56,10 @@ class Attention(nnx.Module):
         q_TM, k_TM, v_TM = apply_group((self.q_proj, self.k_proj, self.v_proj), x_TD, ctx)
         v_TKH = v_TM.reshape(heads)
         if self._qk_norm == "projection":
-            q_TM, k_TM = self.q_norm(q_TM), self.k_norm(k_TM)
+            q_TM, k_TM = self.q_norm.by_xla(q_TM), self.k_norm.by_xla(k_TM)
         q_TNH, k_TKH = q_TM.reshape(heads), k_TM.reshape(heads)
         if self._qk_norm == "head":
-            q_TNH, k_TKH = self.q_norm(q_TNH), self.k_norm(k_TKH)
+            q_TNH, k_TKH = self.q_norm.by_xla(q_TNH), self.k_norm.by_xla(k_TKH)
         if rope_TC:
             q_TNH, k_TKH = apply_rope(q_TNH, *rope_TC), apply_rope(k_TKH, *rope_TC)
         return q_TNH, k_TKH, v_TKH

@@ -13,7 +13,10 @@ from kernels_pallas.dispatch import Sampler
 from kernels_pallas.grouped_matmul.api import GroupedMatmul
 from kernels_pallas.lora_matmul.api import LoraMatmul
 from kernels_pallas.paged_attention.api import AttentionBackend
-from kernels_pallas.stacked import LoraPair
+from kernels_pallas.rms_norm.api import RmsNorm
+from kernels_pallas.rms_norm.xla.backend import rms_norm
+from kernels_pallas.routing.api import Router, Routing
+from kernels_pallas.stacked import LoraPair, Stacked
 
 if TYPE_CHECKING:
     from jaxserve.layers.linear import Embedding
@@ -29,16 +32,20 @@ class Backends(NamedTuple):
         sampler: samples tokens from logits.
         linear: linear modules, as a grouped matmul with one group.
         experts: projections of experts.
+        router: chooses the experts of tokens; None without experts.
         lora: LoRA of linear modules.
         lora_experts: LoRA of experts.
+        norm: RMSNorm.
     """
 
     attention: AttentionBackend
     sampler: Sampler
     linear: GroupedMatmul
     experts: GroupedMatmul
+    router: Router | None
     lora: LoraMatmul
     lora_experts: GroupedMatmul
+    norm: RmsNorm
 
 
 class LinearOps(NamedTuple):
@@ -66,10 +73,17 @@ class ExpertOps(NamedTuple):
     Attributes:
         matmul: the kernel, run on each device.
         mesh: the mesh over which the experts are sharded.
+        router: chooses the experts of tokens; None without experts.
     """
 
     matmul: GroupedMatmul
     mesh: Mesh
+    router: Router | None = None
+
+    def route(self, logits_TE: jax.Array, correction: Stacked | None) -> Routing:
+        """See `Router`."""
+        assert self.router is not None
+        return self.router(logits_TE, correction)
 
 
 class ExpertAdapters(NamedTuple):
@@ -213,6 +227,7 @@ class LayerContext(NamedTuple):
         experts: ops of experts.
         lora: adapters of the layer's tokens.
         live_T: bool, whether a token is part of the step and not padding.
+        norm: RMSNorm of activations that every device has entirely.
         mla: form of MLA: attention over the cached latent, with W_UK folded into the queries and W_UV into the results
             (`absorbed`), or over keys and values of each head (`mha`).
     """
@@ -221,4 +236,5 @@ class LayerContext(NamedTuple):
     experts: ExpertOps
     lora: LoraLayer
     live_T: jax.Array
+    norm: RmsNorm = rms_norm
     mla: Literal["absorbed", "mha"] = "absorbed"

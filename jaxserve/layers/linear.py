@@ -1,7 +1,7 @@
 """Flax NNX building blocks, which define the parameter tree, its logical axes and the plain computation.
 
 Weights keep Hugging Face's orientation, [out, in]: nothing is transposed while loading, and XLA on CPU is faster with
-it. Products accumulate in f32 and return the activations' dtype; norms run in f32.
+it. Products accumulate in f32 and return the activations' dtype.
 
 Logical axes: `vocab`, `hidden`, `heads` (query heads x head dim), `kv_heads`, `mlp`, `experts`,
 `experts_shared`, `expert_mlp`, `layers`; None is replicated.
@@ -14,7 +14,6 @@ from typing import ClassVar, NamedTuple, TypeAlias, cast
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax import lax
 from jax.typing import DTypeLike
 
 from jaxserve.config import QuantizationConfig
@@ -207,21 +206,6 @@ def apply_group(linears: Sequence[Linear], x_TI: jax.Array, ctx: LayerContext) -
 
 def _with_update(y_TO: jax.Array, update_TO: jax.Array | None) -> jax.Array:
     return y_TO if update_TO is None else y_TO + update_TO.astype(y_TO.dtype)
-
-
-class RMSNorm(nnx.Module):
-    """x / rms(x) * (weight + offset) over the last axis (arXiv:1910.07467), in f32."""
-
-    def __init__(self, size: int, *, eps: float, dtype: jnp.dtype, offset: float = 0.0, axes: Axes = (None,)) -> None:
-        self.weight = param((size,), dtype, axes)
-        self._eps = eps
-        self._offset = offset
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Normalise x over its last axis; leading axes are arbitrary. Returns x's dtype."""
-        x32 = x.astype(jnp.float32)
-        x32 = x32 * lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self._eps)
-        return (x32 * (self.weight[...].astype(jnp.float32) + self._offset)).astype(x.dtype)
 
 
 class Embedding(nnx.Module):

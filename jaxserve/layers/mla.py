@@ -19,7 +19,8 @@ from jaxserve.config import MlaConfig
 from jaxserve.layers.args import DecoderArgs
 from jaxserve.layers.context import HeadUpdates, LayerContext
 from jaxserve.layers.kv_scales import kv_scales_param
-from jaxserve.layers.linear import Linear, RMSNorm
+from jaxserve.layers.linear import Linear
+from jaxserve.layers.norm import RMSNorm
 from jaxserve.layers.rope import apply_rope
 
 # Epsilon of the norms inside MLA, independent of the model's `rms_norm_eps`.
@@ -122,11 +123,11 @@ class MlaAttention(nnx.Module):
         if a.q_lora_rank is None:
             projected = self.q_proj(x_TD, ctx)
         else:
-            projected = self.q_b_proj(self.q_a_norm(self.q_a_proj(x_TD, ctx)), ctx)
+            projected = self.q_b_proj(self.q_a_norm(self.q_a_proj(x_TD, ctx), ctx), ctx)
         q_TNQ = projected.reshape(num_tokens, -1, a.qk_nope_head_dim + a.qk_rope_head_dim)
         q_TNH, q_TNR = q_TNQ[..., : a.qk_nope_head_dim], q_TNQ[..., a.qk_nope_head_dim :]
         kv_TS = self.kv_a_proj(x_TD, ctx)
-        latent_T1C = self.kv_a_norm(kv_TS[:, : a.kv_lora_rank])[:, None]
+        latent_T1C = self.kv_a_norm(kv_TS[:, : a.kv_lora_rank], ctx)[:, None]
         k_T1R = kv_TS[:, None, a.kv_lora_rank :]
         if rope_TC:
             q_TNR, k_T1R = (apply_rope(self._in_halves(x), *rope_TC) for x in (q_TNR, k_T1R))

@@ -7,9 +7,9 @@ Dimension key: E experts, U experts of a token, F hidden size of an expert, P ro
 blocks by adapter.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias, cast
 
 import jax
 import jax.numpy as jnp
@@ -18,70 +18,33 @@ from jax import lax
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from jaxserve.config import ModelConfig, MoeConfig, QuantizationConfig, RouterScores
+from jaxserve.config import ModelConfig, MoeConfig, QuantizationConfig
 from jaxserve.layers.args import DecoderArgs
 from jaxserve.layers.context import ExpertAdapters, LayerContext, Path
 from jaxserve.layers.linear import ACTIVATIONS, Axes, GatedMLP, Linear, ParamOptions, format_of, param, weight_params
 from jaxserve.parallel.mesh import partition_spec
 from kernels_pallas.grouped_matmul.api import GroupedMatmul, Matrices
 from kernels_pallas.quantized import QuantizedFormat
+from kernels_pallas.routing.api import RouterConfig, Routing
 from kernels_pallas.shards import DATA, EXPERT, IN_EXPERT, MODEL, over_model
 from kernels_pallas.stacked import LoraPair, Stacked
 from kernels_pallas.token_tiles import Blocks, PermutedRows, sort_into_blocks
 
-# All sigmoid scores of a token may be zero.
-_SMALLEST_SUM = 1e-20
 # (gate, up) -> input of the down projection.
 Gated: TypeAlias = Callable[[jax.Array, jax.Array], jax.Array]
 
 
-class Routing(NamedTuple):
-    """The chosen experts of each token.
-
-    Attributes:
-        id_TU: i32 indices of the experts; past the last one for tokens that are padding.
-        weight_TU: f32 weights of the experts' outputs.
-    """
-
-    id_TU: jax.Array
-    weight_TU: jax.Array
-
-
-_SCORES: Mapping[RouterScores, Callable[[jax.Array], jax.Array]] = {
-    "softmax": partial(jax.nn.softmax, axis=-1),
-    "softmax_of_chosen": lambda logits: logits,
-    "sigmoid": jax.nn.sigmoid,
-}
-
-
-def route_tokens(logits_TE: jax.Array, config: MoeConfig, correction_E: jax.Array | None = None) -> Routing:
-    """Choose the experts with the highest scores; ties go to the lower index.
-
-    Args:
-        logits_TE: f32 logits of the router.
-        config: settings of the routing.
-        correction_E: f32 bias, added to the scores only to choose experts.
-    """
-    scores_TE = _SCORES[config.scores](logits_TE)
-    ranked_TE = scores_TE if correction_E is None else scores_TE + correction_E
-    if config.top_groups < config.num_groups:
-        ranked_TE = jnp.where(_in_best_groups(ranked_TE, config), ranked_TE, -jnp.inf)
-    _, id_TU = lax.top_k(ranked_TE, config.top_k)
-    weight_TU = jnp.take_along_axis(scores_TE, id_TU, axis=-1)
-    if config.scores == "softmax_of_chosen":
-        weight_TU = jax.nn.softmax(weight_TU, axis=-1)
-    elif config.normalize:
-        weight_TU = weight_TU / jnp.maximum(jnp.sum(weight_TU, axis=-1, keepdims=True), _SMALLEST_SUM)
-    return Routing(id_TU, weight_TU * config.scale)
-
-
-def _in_best_groups(scores_TE: jax.Array, config: MoeConfig) -> jax.Array:
-    """Return whether each expert is in one of the token's best groups, bool[T, E]."""
-    num_tokens, num_experts = scores_TE.shape
-    best_TGU, _ = lax.top_k(scores_TE.reshape(num_tokens, config.num_groups, -1), config.group_scores)
-    _, group_TU = lax.top_k(jnp.sum(best_TGU, axis=-1), config.top_groups)
-    chosen_TG = jnp.any(group_TU[:, :, None] == jnp.arange(config.num_groups), axis=1)
-    return jnp.repeat(chosen_TG, num_experts // config.num_groups, axis=1)
+def router_config(config: MoeConfig) -> RouterConfig:
+    """Return the settings of the routing."""
+    return RouterConfig(
+        top_k=config.top_k,
+        scores=config.scores,
+        normalize=config.normalize,
+        scale=config.scale,
+        num_groups=config.num_groups,
+        top_groups=config.top_groups,
+        group_scores=config.group_scores,
+    )
 
 
 class _ByAdapter(NamedTuple):
@@ -356,13 +319,16 @@ class MoE(nnx.Module):
             )
         if experts.shared_gate:
             self.shared_expert_gate = make_gate(1, axes=(None, "hidden"), bias=False)
-        self.correction = param((experts.num_experts,), jnp.dtype(jnp.float32), (None,)) if experts.correction else None
+        self.correction = None
+        if experts.correction:
+            stacked = ParamOptions(keep_stacked=True)
+            self.correction = param((experts.num_experts,), jnp.dtype(jnp.float32), (None,), stacked)
         self._config = experts
 
     def __call__(self, x_TD: jax.Array, ctx: LayerContext) -> jax.Array:
         """[T, D] -> [T, D]."""
-        correction_E = None if self.correction is None else self.correction[...]
-        routing = route_tokens(self.router(x_TD, ctx), self._config, correction_E)
+        correction = None if self.correction is None else cast("Stacked", self.correction.get_value())
+        routing = ctx.experts.route(self.router(x_TD, ctx), correction)
         # Padding tokens are all alike: without this, every step would read the experts that they choose.
         id_TU = jnp.where(ctx.live_T[:, None], routing.id_TU, self._config.num_experts)
         y_TD = self.experts(x_TD, routing._replace(id_TU=id_TU), ctx)

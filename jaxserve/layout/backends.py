@@ -10,6 +10,7 @@ from jaxserve.config import QuantizationConfig
 from jaxserve.errors import LaunchError
 from jaxserve.layers.context import Backends
 from jaxserve.layers.linear import format_of
+from jaxserve.layers.moe import router_config
 from jaxserve.lora.pool import LoraPoolLayout, lora_expert_shapes, lora_modules
 from jaxserve.models.decoder import Decoder
 from jaxserve.models.param_spec import ParamSpec, Path
@@ -19,6 +20,8 @@ from kernels_pallas.dispatch import (
     choose_attention,
     choose_grouped_matmul,
     choose_lora,
+    choose_norm,
+    choose_router,
     choose_sampler,
 )
 from kernels_pallas.grouped_matmul.api import ExpertShape, GroupedMatmul
@@ -64,8 +67,12 @@ def choose_backends(
     experts = choose_grouped_matmul(_expert_shapes(decoder, mesh), mesh)
     _log_choice("attention", attention)
     _log_choice("sampling", sampler)
-    if decoder.config.moe is not None:
+    router = None
+    if (moe := decoder.config.moe) is not None:
         _log_choice("experts", experts)
+        chosen = choose_router(router_config(moe), moe.num_experts, mesh)
+        _log_choice("routing", chosen)
+        router = chosen.impl
     lora, lora_groups, lora_experts = _choose_lora(decoder, mesh, lora_pool)
     linear, linears = _choose_linears(decoder, mesh)
     backends = Backends(
@@ -73,8 +80,10 @@ def choose_backends(
         sampler=sampler.impl,
         linear=linear,
         experts=experts.impl,
+        router=router,
         lora=lora,
         lora_experts=lora_experts,
+        norm=choose_norm(mesh).impl,
     )
     return ChosenBackends(backends, linears, lora_groups)
 
@@ -84,7 +93,7 @@ def _choose_linears(decoder: Decoder, mesh: Mesh) -> tuple[GroupedMatmul, tuple[
     linears = {
         path[:-1]: spec
         for path, spec in decoder.param_specs.items()
-        if path[-1] == "weight" and spec.keep_stacked and not (spec.of_experts or spec.absorbed_only)
+        if path[-1] == "weight" and spec.keep_stacked and len(spec.shape) == 3 and not spec.absorbed_only
     }
     quantized = {path: spec for path, spec in linears.items() if spec.packing is not None}
     chosen = {

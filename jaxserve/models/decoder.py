@@ -19,16 +19,18 @@ from jaxserve.layers.args import DecoderArgs
 from jaxserve.layers.attention import Attention
 from jaxserve.layers.cached_attention import AttentionCall, PagedAttentionCall
 from jaxserve.layers.context import ExpertOps, LayerContext, LinearOps, StepLora
-from jaxserve.layers.linear import Axes, Embedding, GatedMLP, ParamOptions, RMSNorm
+from jaxserve.layers.linear import Axes, Embedding, GatedMLP, ParamOptions
 from jaxserve.layers.mla import MlaAttention
 from jaxserve.layers.mla_prefill import MlaPrefillWorkspace
 from jaxserve.layers.moe import MoE
+from jaxserve.layers.norm import RMSNorm
 from jaxserve.layers.rope import rope_cos_sin
 from jaxserve.layers.tokenwise import Tiled, Tokenwise, WholeBatch
 from jaxserve.models.hf.tensor_name import TensorName
 from jaxserve.models.layer_scan import LayerGroup, LayerIndex, LayerStacks, group_layers
 from jaxserve.models.param_spec import ParamSpec, Path, Weights, tree_of
 from kernels_pallas.paged_attention.api import AttentionBackend, AttentionMeta, Cache, with_window
+from kernels_pallas.rms_norm.api import RmsNorm
 from kernels_pallas.stacked import Stacked
 
 
@@ -68,13 +70,13 @@ class DecoderLayer(nnx.Module):
         self, x_TD: jax.Array, ctx: LayerContext, *rope_TC: jax.Array
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Return queries, keys and values of the normalised activations."""
-        return self.attention.project(self.input_norm(x_TD), ctx, *rope_TC)
+        return self.attention.project(self.input_norm(x_TD, ctx), ctx, *rope_TC)
 
     def after_attention(self, x_TD: jax.Array, o_TNH: jax.Array, ctx: LayerContext) -> jax.Array:
         """Apply the output projection and the MLP, each with its residual."""
-        x_TD = x_TD + self.attention.output(o_TNH, ctx)
+        x_TD, normalized_TD = self.post_attention_norm.after_adding(x_TD, self.attention.output(o_TNH, ctx), ctx)
         mlp = self.moe if self._mlp == "experts" else self.mlp
-        return x_TD + mlp(self.post_attention_norm(x_TD), ctx)
+        return x_TD + mlp(normalized_TD, ctx)
 
 
 class Layer(Protocol):
@@ -115,13 +117,15 @@ class StepOps(NamedTuple):
     Attributes:
         attention: the attention backend.
         experts: ops of experts.
-        linear: ops of quantised linear modules.
+        linear: ops of linear modules.
+        norm: RMSNorm of activations that every device has entirely.
         workspace: workspace for keys and values of MLA prompts, if the step uses the MHA form.
     """
 
     attention: AttentionBackend
     experts: ExpertOps
     linear: LinearOps
+    norm: RmsNorm
     workspace: MlaPrefillWorkspace | None = None
 
     def attention_calls(self, windows: Iterable[int | None], meta: AttentionMeta) -> Mapping[int | None, AttentionCall]:
@@ -266,7 +270,7 @@ class Decoder:
         def run(part: Callable[..., Any], *arrays: jax.Array) -> Any:
             def run_tokens(plan: Any, live_T: jax.Array, *arrays: jax.Array) -> Any:
                 lora = step.lora.layer(matrices, plan)
-                ctx = LayerContext(step.ops.linear, step.ops.experts, lora, live_T, call.mla)
+                ctx = LayerContext(step.ops.linear, step.ops.experts, lora, live_T, step.ops.norm, call.mla)
                 return part(nnx.merge(graph, weights), ctx, *arrays)
 
             return self.tokenwise(run_tokens, *arrays, shared=(step.lora_plan, step.live))
@@ -287,7 +291,7 @@ class Decoder:
         head = modules.embed if self.config.tie_word_embeddings else modules.lm_head
 
         def score(plan: Any, x_BD: jax.Array) -> jax.Array:
-            x_BD = modules.norm(x_BD)
+            x_BD = modules.norm.by_xla(x_BD)
             return lora.add_to_logits(head.logits(x_BD), x_BD, plan)
 
         plan = self.tokenwise.prepare(lora.plan, lora.slots_of(x_BD.shape[0]))

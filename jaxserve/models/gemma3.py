@@ -36,12 +36,13 @@ class Gemma3Layer(nnx.Module):
         self, x_TD: jax.Array, ctx: LayerContext, *rope_TC: jax.Array
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """See `Layer`."""
-        return self.attention.project(self.input_norm(x_TD), ctx, *rope_TC)
+        return self.attention.project(self.input_norm(x_TD, ctx), ctx, *rope_TC)
 
     def after_attention(self, x_TD: jax.Array, o_TNH: jax.Array, ctx: LayerContext) -> jax.Array:
         """See `Layer`."""
-        x_TD = x_TD + self.post_attention_norm(self.attention.output(o_TNH, ctx))
-        return x_TD + self.post_feedforward_norm(self.mlp(self.pre_feedforward_norm(x_TD), ctx))
+        attended_TD = self.post_attention_norm(self.attention.output(o_TNH, ctx), ctx)
+        x_TD, normalized_TD = self.pre_feedforward_norm.after_adding(x_TD, attended_TD, ctx)
+        return x_TD + self.post_feedforward_norm(self.mlp(normalized_TD, ctx), ctx)
 
 
 @refuse_bad_fields

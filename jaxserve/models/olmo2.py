@@ -34,8 +34,8 @@ class Olmo2Layer(nnx.Module):
 
     def after_attention(self, x_TD: jax.Array, o_TNH: jax.Array, ctx: LayerContext) -> jax.Array:
         """See `Layer`."""
-        x_TD = x_TD + self.post_attention_norm(self.attention.output(o_TNH, ctx))
-        return x_TD + self.post_feedforward_norm(self.mlp(x_TD, ctx))
+        x_TD = x_TD + self.post_attention_norm(self.attention.output(o_TNH, ctx), ctx)
+        return x_TD + self.post_feedforward_norm(self.mlp(x_TD, ctx), ctx)
 
 
 def tensor_names(config: ModelConfig) -> dict[Path, TensorName]:

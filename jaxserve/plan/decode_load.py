@@ -59,6 +59,12 @@ def kernel_bytes(engine: EngineLayout, load: DecodeLoad, kernel: Instruction) ->
             return _attention_bytes(engine, load)
         case "merge_decode":  # counted with `paged_decode`
             return 0
+        case "route":
+            return sum(array.num_bytes for array in kernel.operand_arrays) + kernel.num_bytes
+        case "rms_norm":
+            # The weight of one layer is read.
+            by_row = [array for array in kernel.operand_arrays if array.shape == kernel.results[0].shape]
+            return sum(array.num_bytes for array in by_row) + kernel.num_bytes
         case "kv_update":
             # Each token's keys and values are read, and written to their slots.
             return 2 * load.rows / load.num_rows * sum(array.num_bytes for array in _new_tokens(kernel))
@@ -87,16 +93,17 @@ def _attention_bytes(engine: EngineLayout, load: DecodeLoad) -> float:
 
 def _product_bytes(engine: EngineLayout, load: DecodeLoad, kernel: Instruction) -> float:
     """Return the bytes of the matrices that have rows, and of the rows and results in the blocks in use."""
-    matrices = max(kernel.operand_arrays, key=lambda array: array.num_bytes)
-    num_matrices = matrices.shape[0]
-    by_matrix = [array for array in kernel.operand_arrays if array.shape[:1] == (num_matrices,)]
-    by_block = [array for array in kernel.operand_arrays if array not in by_matrix]
-    num_blocks = next(array.shape[0] for array in by_block if array.dtype == "s32" and len(array.shape) == 1)
-    live = _live_matrices(engine, load, num_matrices)
+    operands = [array for array in kernel.operand_arrays if array.shape]
+    groups = next(array for array in operands if array.dtype == "s32")
+    # Metadata of the blocks come first, then the rows, then the matrices with their scales.
+    rows, *of_matrices = [array for array in operands if len(array.shape) > 1]
+    num_matrices = max(of_matrices, key=lambda array: array.num_bytes).shape[0]
+    by_matrix = [array for array in of_matrices if array.shape[0] == num_matrices]
+    live, num_blocks = _live_matrices(engine, load, num_matrices), groups.shape[0]
     # Few rows: every matrix that has rows has one block of them. A matrix for all rows has all blocks.
     used = min(1.0, live / num_blocks) if live > 1 else 1.0
-    rows = sum(array.num_bytes for array in by_block) + kernel.num_bytes
-    return live * sum(array.num_bytes for array in by_matrix) / num_matrices + used * rows
+    by_block = sum(array.num_bytes for array in (rows, *of_matrices) if array not in by_matrix) + kernel.num_bytes
+    return live * sum(array.num_bytes for array in by_matrix) / num_matrices + used * by_block
 
 
 def _live_matrices(engine: EngineLayout, load: DecodeLoad, num_matrices: int) -> float:

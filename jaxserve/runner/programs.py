@@ -53,7 +53,7 @@ class StepModel(NamedTuple):
         sample_modes: modes with a sampling program of their own, in order.
         lora_pool: slots for LoRA adapters, if requests may name adapters.
         lora_groups: paths of the pool's groups that use the LoRA kernels; the others use portable XLA.
-        linears: paths of the linear modules that use the kernel for quantised linear maps.
+        linears: paths of the linear modules that the kernel supports; see `LinearOps`.
         mla_workspace: workspace for per-head keys and values of MLA prompts, if their MHA form may be used.
     """
 
@@ -72,8 +72,9 @@ class StepModel(NamedTuple):
         """Return the ops that layers compute with."""
         return StepOps(
             self.backends.attention,
-            ExpertOps(self.backends.experts, self.mesh),
+            ExpertOps(self.backends.experts, self.mesh, self.backends.router),
             LinearOps(self.backends.linear, self.mesh, self.linears),
+            self.backends.norm,
             self.mla_workspace if mha_prefill else None,
         )
 

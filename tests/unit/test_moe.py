@@ -10,10 +10,11 @@ from flax import nnx
 
 from jaxserve.layers.args import DecoderArgs
 from jaxserve.layers.context import ExpertOps, LayerContext, LinearOps, NoLora
-from jaxserve.layers.moe import MoE
+from jaxserve.layers.moe import MoE, router_config
 from jaxserve.models.registry import find_architecture
 from jaxserve.parallel.mesh import make_mesh
 from kernels_pallas.grouped_matmul.xla.backend import XlaGroupedMatmul
+from kernels_pallas.routing.xla.backend import XlaRouter
 from kernels_pallas.stacked import Stacked
 from tests.support.tiny import CONFIG
 
@@ -54,7 +55,9 @@ def run(live: int) -> tuple[np.ndarray, list[int]]:
     x_TD = jnp.asarray(rng.standard_normal((TOKENS, config.hidden_size)), jnp.float32)
     mesh, matmul = make_mesh(1), CountedMatmul()
     linear = LinearOps(matmul, mesh, ())
-    ctx = LayerContext(linear, ExpertOps(matmul, mesh), NoLora(), jnp.arange(TOKENS) < live)
+    assert config.moe is not None
+    experts = ExpertOps(matmul, mesh, XlaRouter(router_config(config.moe)))
+    ctx = LayerContext(linear, experts, NoLora(), jnp.arange(TOKENS) < live)
     out = np.asarray(jax.jit(lambda x_TD: moe(x_TD, ctx))(x_TD))
     jax.effects_barrier()
     return out, matmul.num_live

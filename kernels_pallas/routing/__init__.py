@@ -1,0 +1,1 @@
+"""Routing: the choice of each token's experts."""
