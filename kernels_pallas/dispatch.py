@@ -12,13 +12,16 @@ from typing import Generic, Literal, NamedTuple, Protocol, TypeAlias, TypeVar
 import jax
 from jax.sharding import Mesh
 
-from kernels_pallas.grouped_matmul.api import ExpertShape, GroupedMatmul
+from kernels_pallas.grouped_matmul.api import ExpertShape, GroupedMatmul, HeadMatmul
 from kernels_pallas.grouped_matmul.xla.backend import XlaGroupedMatmul
+from kernels_pallas.grouped_matmul.xla.heads import multiply_heads
 from kernels_pallas.lora_matmul.api import LoraMatmul, LoraModule
 from kernels_pallas.paged_attention.api import AttentionBackend, AttentionConfig
 from kernels_pallas.paged_attention.xla.backend import XlaAttention
 from kernels_pallas.rms_norm.api import RmsNorm
 from kernels_pallas.rms_norm.xla.backend import rms_norm
+from kernels_pallas.rope.api import Rope
+from kernels_pallas.rope.xla.backend import rope
 from kernels_pallas.routing.api import Router, RouterConfig
 from kernels_pallas.routing.xla.backend import XlaRouter
 from kernels_pallas.sampling.api import SampleOutput, SamplingInputs, SamplingMode, SamplingState
@@ -95,6 +98,16 @@ def choose_router(config: RouterConfig, num_experts: int, mesh: Mesh) -> Choice[
 def choose_norm(mesh: Mesh) -> Choice[RmsNorm]:
     """Choose the RMSNorm for a mesh."""
     return _choose(_NORMS, None, mesh)
+
+
+def choose_rope(mesh: Mesh) -> Choice[Rope]:
+    """Choose the rotary position embedding for a mesh."""
+    return _choose(_ROPES, None, mesh)
+
+
+def choose_head_matmul(mesh: Mesh) -> Choice[HeadMatmul]:
+    """Choose the products of heads with their own matrices for a mesh."""
+    return _choose(_HEAD_MATMULS, None, mesh)
 
 
 def _choose(
@@ -251,6 +264,28 @@ def _xla_norm(_: None, __: Mesh) -> RmsNorm:
     return rms_norm
 
 
+def _gpu_rope(_: None, mesh: Mesh) -> Rope:
+    _require_hopper(mesh)
+    from kernels_pallas.rope.gpu.backend import GpuRope  # noqa: PLC0415
+
+    return GpuRope(mesh)
+
+
+def _xla_rope(_: None, __: Mesh) -> Rope:
+    return rope
+
+
+def _gpu_head_matmul(_: None, mesh: Mesh) -> HeadMatmul:
+    _require_hopper(mesh)
+    from kernels_pallas.grouped_matmul.gpu.heads import GpuHeadMatmul  # noqa: PLC0415
+
+    return GpuHeadMatmul(mesh, _num_cores(mesh))
+
+
+def _xla_head_matmul(_: None, __: Mesh) -> HeadMatmul:
+    return multiply_heads
+
+
 # Kernels are imported only when they are chosen: they need a newer JAX than the portable XLA code.
 _ATTENTION: Mapping[BackendName, Callable[[AttentionConfig, Mesh], AttentionBackend]] = {
     "tpu": _tpu_attention,
@@ -274,10 +309,16 @@ _SAMPLERS: Mapping[BackendName, Callable[[None, Mesh], Sampler]] = {
     "gpu": _gpu_sampler,
     "xla": _xla_sampler,
 }
-# TPUs run the portable router and norm: XLA fuses them.
+# TPUs run portable XLA where it fuses what GPUs need kernels for.
 _ROUTERS: Mapping[BackendName, Callable[[tuple[RouterConfig, int], Mesh], Router]] = {
     "tpu": _xla_router,
     "gpu": _gpu_router,
     "xla": _xla_router,
 }
 _NORMS: Mapping[BackendName, Callable[[None, Mesh], RmsNorm]] = {"tpu": _xla_norm, "gpu": _gpu_norm, "xla": _xla_norm}
+_ROPES: Mapping[BackendName, Callable[[None, Mesh], Rope]] = {"tpu": _xla_rope, "gpu": _gpu_rope, "xla": _xla_rope}
+_HEAD_MATMULS: Mapping[BackendName, Callable[[None, Mesh], HeadMatmul]] = {
+    "tpu": _xla_head_matmul,
+    "gpu": _gpu_head_matmul,
+    "xla": _xla_head_matmul,
+}

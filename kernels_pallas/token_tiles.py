@@ -20,11 +20,17 @@ class Blocks(NamedTuple):
 
     Attributes:
         group_C: i32; unused blocks repeat the group of the last used one.
-        num_live_1: i32, number of used blocks, which come first.
+        end_G: i32, the end of each group's blocks. The last one, of which there is at least one, is the number of used
+            blocks.
     """
 
     group_C: jax.Array
-    num_live_1: jax.Array
+    end_G: jax.Array
+
+    @property
+    def num_live(self) -> jax.Array:
+        """Number of used blocks, which come first; also of references to arrays."""
+        return self.end_G[self.end_G.shape[0] - 1]
 
 
 class PermutedRows(NamedTuple):
@@ -53,21 +59,30 @@ def max_num_blocks(num_rows: int, num_groups: int, block_rows: int) -> int:
     return (num_rows + min(num_rows, num_groups) * (block_rows - 1)) // block_rows
 
 
-def sort_into_blocks(group_R: jax.Array, num_groups: int, block_rows: int) -> tuple[Blocks, PermutedRows]:
+def sort_into_blocks(
+    group_R: jax.Array, num_groups: int, block_rows: int, *, first_group: jax.Array | int = 0
+) -> tuple[Blocks, PermutedRows]:
     """Sort rows into blocks by group; the rows of a group keep their order.
 
     Args:
         group_R: i32, the group of each row; `num_groups` for rows without a group.
         num_groups: number of groups.
         block_rows: rows per block.
+        first_group: i32, added to the groups of the blocks.
     """
     num_rows = group_R.shape[0]
     num_blocks = max_num_blocks(num_rows, num_groups, block_rows)
     sort = _sort_by_comparing if num_rows * num_blocks * block_rows <= _MAX_COMPARED else _sort
-    return sort(group_R, num_groups, block_rows, num_blocks)
+    end_G, permuted = sort(group_R, num_groups, block_rows, num_blocks)
+    block_C = jnp.minimum(jnp.arange(num_blocks, dtype=jnp.int32), jnp.maximum(end_G[-1] - 1, 0))
+    # The last group's end is left out: if no row has a group, all groups end before the first block.
+    is_after_CG = end_G[None, :-1] <= block_C[:, None]
+    group_C = jnp.sum(is_after_CG, axis=1, dtype=jnp.int32, initial=jnp.asarray(first_group, jnp.int32))
+    return Blocks(group_C, end_G), permuted
 
 
-def _sort(group_R: jax.Array, num_groups: int, block_rows: int, num_blocks: int) -> tuple[Blocks, PermutedRows]:
+def _sort(group_R: jax.Array, num_groups: int, block_rows: int, num_blocks: int) -> tuple[jax.Array, PermutedRows]:
+    """Return the end of each group's blocks, and the mapping between rows and block rows."""
     num_rows = group_R.shape[0]
     order_R = jnp.argsort(group_R, stable=True).astype(jnp.int32)
     size_G = jnp.zeros(num_groups, jnp.int32).at[group_R].add(1, mode="drop")
@@ -79,13 +94,12 @@ def _sort(group_R: jax.Array, num_groups: int, block_rows: int, num_blocks: int)
     block_row_R = first_row_G[known_R] + jnp.arange(num_rows, dtype=jnp.int32) - (end_G - size_G)[known_R]
     block_row_R = jnp.where(sorted_R < num_groups, block_row_R, num_blocks * block_rows)
     row_P = jnp.zeros(num_blocks * block_rows, jnp.int32).at[block_row_R].set(order_R, mode="drop")
-    blocks = _blocks(end_block_G, num_blocks)
-    return blocks, PermutedRows(row_P, jnp.zeros_like(block_row_R).at[order_R].set(block_row_R))
+    return end_block_G, PermutedRows(row_P, jnp.zeros_like(block_row_R).at[order_R].set(block_row_R))
 
 
 def _sort_by_comparing(
     group_R: jax.Array, num_groups: int, block_rows: int, num_blocks: int
-) -> tuple[Blocks, PermutedRows]:
+) -> tuple[jax.Array, PermutedRows]:
     """Like `_sort`, by comparing everything with everything: a few reductions instead of a sort and scatters."""
     group_G, row_R = jnp.arange(num_groups), jnp.arange(group_R.shape[0])
     size_G = _count(group_R[None, :] == group_G[:, None])
@@ -96,16 +110,7 @@ def _sort_by_comparing(
         group_R < num_groups, first_block_R * block_rows + _count(before_RR), num_blocks * block_rows
     )
     in_place_PR = block_row_R[None, :] == jnp.arange(num_blocks * block_rows)[:, None]
-    return _blocks(end_block_G, num_blocks), PermutedRows(_sum(row_R[None, :], in_place_PR), block_row_R)
-
-
-def _blocks(end_block_G: jax.Array, num_blocks: int) -> Blocks:
-    """Return the group of each block, from the end of each group's blocks."""
-    num = end_block_G[-1]
-    block_C = jnp.minimum(jnp.arange(num_blocks, dtype=jnp.int32), jnp.maximum(num - 1, 0))
-    group_C = _count(end_block_G[None, :] <= block_C[:, None])
-    # If no row has a group, all groups end before the first block.
-    return Blocks(jnp.minimum(group_C, end_block_G.shape[0] - 1), num[None])
+    return end_block_G, PermutedRows(_sum(row_R[None, :], in_place_PR), block_row_R)
 
 
 def _count(matrix: jax.Array) -> jax.Array:

@@ -13,7 +13,7 @@ from jaxserve.layers.context import LayerContext
 from jaxserve.layers.kv_scales import kv_scales_param
 from jaxserve.layers.linear import Linear, apply_group, param
 from jaxserve.layers.norm import RMSNorm
-from jaxserve.layers.rope import apply_rope
+from kernels_pallas.rope.api import Angles, HeadNorms
 
 
 class Attention(nnx.Module):
@@ -58,10 +58,11 @@ class Attention(nnx.Module):
         if self._qk_norm == "projection":
             q_TM, k_TM = self.q_norm.by_xla(q_TM), self.k_norm.by_xla(k_TM)
         q_TNH, k_TKH = q_TM.reshape(heads), k_TM.reshape(heads)
-        if self._qk_norm == "head":
-            q_TNH, k_TKH = self.q_norm.by_xla(q_TNH), self.k_norm.by_xla(k_TKH)
+        norms = HeadNorms(self.q_norm.weights(), self.k_norm.weights()) if self._qk_norm == "head" else None
         if rope_TC:
-            q_TNH, k_TKH = apply_rope(q_TNH, *rope_TC), apply_rope(k_TKH, *rope_TC)
+            q_TNH, k_TKH = ctx.ops.rope(q_TNH, k_TKH, Angles(*rope_TC), norms)
+        elif norms is not None:
+            q_TNH, k_TKH = self.q_norm.by_xla(q_TNH), self.k_norm.by_xla(k_TKH)
         return q_TNH, k_TKH, v_TKH
 
     def output(self, o_TNH: jax.Array, ctx: LayerContext) -> jax.Array:

@@ -10,11 +10,14 @@ import jax
 from jax.sharding import Mesh
 
 from kernels_pallas.dispatch import Sampler
-from kernels_pallas.grouped_matmul.api import GroupedMatmul
+from kernels_pallas.grouped_matmul.api import GroupedMatmul, HeadMatmul
+from kernels_pallas.grouped_matmul.xla.heads import multiply_heads
 from kernels_pallas.lora_matmul.api import LoraMatmul
 from kernels_pallas.paged_attention.api import AttentionBackend
 from kernels_pallas.rms_norm.api import RmsNorm
 from kernels_pallas.rms_norm.xla.backend import rms_norm
+from kernels_pallas.rope.api import Rope
+from kernels_pallas.rope.xla.backend import rope
 from kernels_pallas.routing.api import Router, Routing
 from kernels_pallas.stacked import LoraPair, Stacked
 
@@ -36,6 +39,8 @@ class Backends(NamedTuple):
         lora: LoRA of linear modules.
         lora_experts: LoRA of experts.
         norm: RMSNorm.
+        rope: rotary position embedding.
+        head_matmul: products of heads with their own matrices, in MLA.
     """
 
     attention: AttentionBackend
@@ -46,6 +51,8 @@ class Backends(NamedTuple):
     lora: LoraMatmul
     lora_experts: GroupedMatmul
     norm: RmsNorm
+    rope: Rope
+    head_matmul: HeadMatmul
 
 
 class LinearOps(NamedTuple):
@@ -84,6 +91,24 @@ class ExpertOps(NamedTuple):
         """See `Router`."""
         assert self.router is not None
         return self.router(logits_TE, correction)
+
+
+class LayerOps(NamedTuple):
+    """The ops of layers, apart from attention and LoRA.
+
+    Attributes:
+        linear: ops of linear modules.
+        experts: ops of experts.
+        norm: RMSNorm of activations that every device has entirely.
+        rope: rotary position embedding.
+        head_matmul: products of heads with their own matrices.
+    """
+
+    linear: LinearOps
+    experts: ExpertOps
+    norm: RmsNorm = rms_norm
+    rope: Rope = rope
+    head_matmul: HeadMatmul = multiply_heads
 
 
 class ExpertAdapters(NamedTuple):
@@ -223,18 +248,14 @@ class LayerContext(NamedTuple):
     """Everything that a layer needs during tracing.
 
     Attributes:
-        linear: ops of quantised linear modules.
-        experts: ops of experts.
+        ops: the ops.
         lora: adapters of the layer's tokens.
         live_T: bool, whether a token is part of the step and not padding.
-        norm: RMSNorm of activations that every device has entirely.
         mla: form of MLA: attention over the cached latent, with W_UK folded into the queries and W_UV into the results
             (`absorbed`), or over keys and values of each head (`mha`).
     """
 
-    linear: LinearOps
-    experts: ExpertOps
+    ops: LayerOps
     lora: LoraLayer
     live_T: jax.Array
-    norm: RmsNorm = rms_norm
     mla: Literal["absorbed", "mha"] = "absorbed"

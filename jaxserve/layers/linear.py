@@ -175,7 +175,7 @@ class Linear(nnx.Module):
 
     def uses_kernel(self, ctx: LayerContext, num_tokens: int) -> bool:
         """Return whether the kernel multiplies by the weight."""
-        return ctx.linear.uses_kernel(self.path, quantized=self._format is not None, num_tokens=num_tokens)
+        return ctx.ops.linear.uses_kernel(self.path, quantized=self._format is not None, num_tokens=num_tokens)
 
     def stacked(self) -> StackedMatrix:
         """Return the weights of all layers and the index of this layer among them."""
@@ -192,7 +192,7 @@ def apply_group(linears: Sequence[Linear], x_TI: jax.Array, ctx: LayerContext) -
     by_kernel = [linear for linear in linears if linear.uses_kernel(ctx, x_TI.shape[0])]
     results: dict[Path, jax.Array] = {}
     if by_kernel:
-        products = multiply(ctx.linear, x_TI, [linear.stacked() for linear in by_kernel], linears[0].out_dtype)
+        products = multiply(ctx.ops.linear, x_TI, [linear.stacked() for linear in by_kernel], linears[0].out_dtype)
         results = {linear.path: y_TO for linear, y_TO in zip(by_kernel, products, strict=True)}
     for linear in linears:
         if linear.path not in results:

@@ -21,7 +21,9 @@ from jaxserve.layers.context import HeadUpdates, LayerContext
 from jaxserve.layers.kv_scales import kv_scales_param
 from jaxserve.layers.linear import Linear
 from jaxserve.layers.norm import RMSNorm
-from jaxserve.layers.rope import apply_rope
+from kernels_pallas.grouped_matmul.api import HeadMatmul, HeadMatrices
+from kernels_pallas.rope.api import Angles
+from kernels_pallas.rope.xla.backend import rotate
 
 # Epsilon of the norms inside MLA, independent of the model's `rms_norm_eps`.
 _EPS = 1e-6
@@ -52,20 +54,30 @@ class KvBProj(Linear):
         """Return the updates of the tokens' adapters in the absorbed form."""
         return ctx.lora.heads(self.path, self.key_dim, self.num_heads)
 
-    def absorb(self, q_TNQ: jax.Array, updates: HeadUpdates | None = None) -> jax.Array:
-        """Convert queries of per-head keys, [T, N, H + R], to queries of the cached latent, [T, N, C + R]."""
-        q_TNH, q_TNR = q_TNQ[..., : self.key_dim], q_TNQ[..., self.key_dim :]
-        w_uk_NHC, _ = self.by_head(q_TNH.dtype)
-        q_TNC = jnp.einsum("tnh,nhc->tnc", q_TNH, w_uk_NHC)
+    def absorb(
+        self, q_TNQ: jax.Array, q_TNR: jax.Array, matmul: HeadMatmul, updates: HeadUpdates | None = None
+    ) -> jax.Array:
+        """Convert queries of per-head keys to queries of the cached latent, [T, N, C + R].
+
+        Args:
+            q_TNQ: queries, of whose channels the first H, which are not rotated, are converted.
+            q_TNR: their rotated channels.
+            matmul: multiplies heads by their own matrices.
+            updates: result of `updates`.
+        """
+        q_TNC = matmul(q_TNQ, self._head_matrices(0, self.key_dim), transposed=True)
         if updates is not None:
-            q_TNC += updates.absorb(q_TNH)
+            q_TNC += updates.absorb(q_TNQ[..., : self.key_dim])
         return jnp.concatenate([q_TNC, q_TNR], axis=-1)
 
-    def project_v(self, o_TNC: jax.Array, updates: HeadUpdates | None = None) -> jax.Array:
+    def project_v(self, o_TNC: jax.Array, matmul: HeadMatmul, updates: HeadUpdates | None = None) -> jax.Array:
         """Project the result of attention over the cache to values, [T, N, V]."""
-        _, w_uv_NVC = self.by_head(o_TNC.dtype)
-        o_TNV = jnp.einsum("tnc,nvc->tnv", o_TNC, w_uv_NVC)
+        o_TNV = matmul(o_TNC, self._head_matrices(self.key_dim, self._mla.v_head_dim))
         return o_TNV if updates is None else o_TNV + updates.project_v(o_TNC)
+
+    def _head_matrices(self, first: int, number: int) -> HeadMatrices:
+        matrices, layer, _ = self.stacked()
+        return HeadMatrices(matrices.values_XOI, layer, self.key_dim + self._mla.v_head_dim, first, number)
 
     def by_head(self, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
         """Return W_UK [N, H, C] and W_UV [N, V, C], which project a latent vector to keys and values."""
@@ -125,28 +137,29 @@ class MlaAttention(nnx.Module):
         else:
             projected = self.q_b_proj(self.q_a_norm(self.q_a_proj(x_TD, ctx), ctx), ctx)
         q_TNQ = projected.reshape(num_tokens, -1, a.qk_nope_head_dim + a.qk_rope_head_dim)
-        q_TNH, q_TNR = q_TNQ[..., : a.qk_nope_head_dim], q_TNQ[..., a.qk_nope_head_dim :]
+        q_TNR = q_TNQ[..., a.qk_nope_head_dim :]
         kv_TS = self.kv_a_proj(x_TD, ctx)
         latent_T1C = self.kv_a_norm(kv_TS[:, : a.kv_lora_rank], ctx)[:, None]
         k_T1R = kv_TS[:, None, a.kv_lora_rank :]
         if rope_TC:
-            q_TNR, k_T1R = (apply_rope(self._in_halves(x), *rope_TC) for x in (q_TNR, k_T1R))
+            q_TNR, k_T1R = (rotate(self._in_halves(x), Angles(*rope_TC)) for x in (q_TNR, k_T1R))
         key_T1S = jnp.concatenate([latent_T1C, k_T1R], axis=-1)
         key_TKS = jnp.broadcast_to(key_T1S, (num_tokens, self._num_keys, key_T1S.shape[-1]))
-        q_TNQ = jnp.concatenate([q_TNH, q_TNR], axis=-1)
         if ctx.mla == "absorbed":
-            q_TNQ = self.kv_b_proj.absorb(q_TNQ, self.kv_b_proj.updates(ctx))
-        return q_TNQ, key_TKS, key_TKS[..., : a.kv_lora_rank]
+            q_TNS = self.kv_b_proj.absorb(q_TNQ, q_TNR, ctx.ops.head_matmul, self.kv_b_proj.updates(ctx))
+        else:
+            q_TNS = jnp.concatenate([q_TNQ[..., : a.qk_nope_head_dim], q_TNR], axis=-1)
+        return q_TNS, key_TKS, key_TKS[..., : a.kv_lora_rank]
 
     def output(self, o_TNC: jax.Array, ctx: LayerContext) -> jax.Array:
         """[T, N, C] -> [T, D]; in the `mha` form, [T, N, V] -> [T, D]."""
         o_TNV = o_TNC
         if ctx.mla == "absorbed":
-            o_TNV = self.kv_b_proj.project_v(o_TNC, self.kv_b_proj.updates(ctx))
+            o_TNV = self.kv_b_proj.project_v(o_TNC, ctx.ops.head_matmul, self.kv_b_proj.updates(ctx))
         return self.o_proj(o_TNV.reshape(o_TNV.shape[0], -1), ctx)
 
     def _in_halves(self, x: jax.Array) -> jax.Array:
-        """Reorder interleaved pairs for `apply_rope`: first channels in one half, second channels in the other."""
+        """Reorder interleaved pairs for `rotate`: first channels in one half, second channels in the other."""
         if not self._latent.interleaved:
             return x
         return x.reshape(*x.shape[:-1], -1, 2).swapaxes(-1, -2).reshape(x.shape)

@@ -21,6 +21,7 @@ from jax.sharding import Mesh
 from jaxserve.config import MlaConfig
 from jaxserve.layers.cached_attention import PagedAttentionCall
 from jaxserve.layers.kv_scales import kv_scales_of
+from kernels_pallas.grouped_matmul.xla.heads import multiply_heads
 from kernels_pallas.paged_attention.api import AttentionBackend, AttentionMeta, Cache, Plan, pad_last_axis
 from kernels_pallas.paged_attention.common.page_moves import move_pages
 from kernels_pallas.paged_attention.common.split_meta import RemappedPages, decode_meta, prefill_meta, remap_pages
@@ -157,10 +158,11 @@ class MhaPrefillCall(NamedTuple):
         # The queries do not matter: the result is discarded.
         _, cache = self.writer.attend(attention, k_TKH, k_TKH, v_TKH, cache, layer)
         rows = slice(self.num_rows)
-        q_BNZ = attention.kv_b_proj.absorb(q_TNH[rows])
+        q_BNQ = q_TNH[rows]
+        q_BNZ = attention.kv_b_proj.absorb(q_BNQ, q_BNQ[..., attention.kv_b_proj.key_dim :], multiply_heads)
         o_BNC, cache = self.single.attend(attention, q_BNZ, k_TKH[rows], v_TKH[rows], cache, layer)
         o_TNV = self._attend_prompts(attention, q_TNH, k_TKH, cache, layer)
-        o_BNV = attention.kv_b_proj.project_v(o_BNC)
+        o_BNV = attention.kv_b_proj.project_v(o_BNC, multiply_heads)
         is_single_B = jnp.arange(self.num_rows) < self.num_single
         return o_TNV.at[rows].set(jnp.where(is_single_B[:, None, None], o_BNV, o_TNV[rows])), cache
 

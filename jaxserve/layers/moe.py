@@ -80,7 +80,7 @@ class _Rows(NamedTuple):
     Attributes:
         matmul: the grouped matmul kernel.
         format: format of quantised weights; None for others.
-        blocks: blocks whose groups are the experts on this device.
+        blocks: blocks whose groups are indices of matrices in the stack of all layers.
         by_adapter: rows of tokens that have an adapter; None without adapters.
     """
 
@@ -117,15 +117,14 @@ class _ExpertWeights(NamedTuple):
             y_PO = y_PO + rows.by_adapter.update(self.lora, x_PI)
         if self.bias is None:
             return y_PO
-        by_block_CWO = y_PO.reshape(rows.blocks.group_C.shape[0], -1, y_PO.shape[1])
-        return (by_block_CWO + self.bias[rows.blocks.group_C][:, None]).reshape(y_PO.shape)
+        expert_C = rows.blocks.group_C - self.weight.first
+        by_block_CWO = y_PO.reshape(expert_C.shape[0], -1, y_PO.shape[1])
+        return (by_block_CWO + self.bias[expert_C][:, None]).reshape(y_PO.shape)
 
 
 def _multiply(projections: Sequence[_ExpertWeights], x_PI: jax.Array, rows: _Rows) -> list[jax.Array]:
     """Multiply each row by its expert's matrix of each projection; add the adapters' updates and the biases."""
-    first = projections[0].weight.first
-    matrices = [each.matrices(rows.format) for each in projections]
-    results = rows.matmul(x_PI, matrices, rows.blocks._replace(group_C=rows.blocks.group_C + first))
+    results = rows.matmul(x_PI, [each.matrices(rows.format) for each in projections], rows.blocks)
     return [each.add_updates(y_PO, x_PI, rows) for each, y_PO in zip(projections, results, strict=True)]
 
 
@@ -158,7 +157,7 @@ class ExpertLinear(nnx.Module):
 
     def specs(self, ctx: LayerContext) -> _ExpertWeights:
         """Return the partition specs of `arrays`."""
-        mesh = ctx.experts.mesh
+        mesh = ctx.ops.experts.mesh
         stack = _in_replica(partition_spec(("layers", *self._axes), (1, *self._shape), mesh))
         scale, zero = (None if each is None else self._block_specs(each, mesh) for each in self._of_blocks())
         bias = None if self.bias is None else P(*stack[1:3])
@@ -213,7 +212,7 @@ class Experts(nnx.Module):
             gather = partial(lax.all_gather, axis_name=DATA, tiled=True)
             x_TD, routing, slot_T = jax.tree.map(gather, (x_TD, routing, slot_T))
         in_specs = (P(), P(), P(), *(layer.specs(ctx) for layer in layers))
-        run = over_model(partial(self._run_local, ctx), ctx.experts.mesh, in_specs, P())
+        run = over_model(partial(self._run_local, ctx), ctx.ops.experts.mesh, in_specs, P())
         y_TD = run(x_TD, routing, slot_T, *(layer.arrays(ctx) for layer in layers))
         return lax.psum_scatter(y_TD, DATA, tiled=True) if self._shared else y_TD
 
@@ -228,7 +227,7 @@ class Experts(nnx.Module):
         down: _ExpertWeights,
     ) -> jax.Array:
         """Run the experts of one device and sum the outputs over the devices of a replica."""
-        matmul = ctx.experts.matmul
+        matmul = ctx.ops.experts.matmul
         num_tokens, top_k = routing.id_TU.shape
         num_experts = gate.weight.stack.shape[1]
         own_TU = routing.id_TU - lax.axis_index((DATA, EXPERT) if self._shared else EXPERT) * num_experts
@@ -236,7 +235,7 @@ class Experts(nnx.Module):
         # The block size is chosen for all experts: on average, local experts get their share of the tokens.
         row_bytes = max(x_TD.shape[1], gate.weight.stack.shape[2]) * x_TD.dtype.itemsize
         block_rows = matmul.block_rows(num_tokens * top_k, self._num_experts, row_bytes)
-        blocks, permuted = sort_into_blocks(own_TU.reshape(-1), num_experts, block_rows)
+        blocks, permuted = sort_into_blocks(own_TU.reshape(-1), num_experts, block_rows, first_group=gate.weight.first)
         by_adapter = None
         if slot_T is not None and ctx.lora.experts is not None:
             adapters = ctx.lora.experts._replace(slot_T=slot_T)
@@ -319,16 +318,14 @@ class MoE(nnx.Module):
             )
         if experts.shared_gate:
             self.shared_expert_gate = make_gate(1, axes=(None, "hidden"), bias=False)
-        self.correction = None
-        if experts.correction:
-            stacked = ParamOptions(keep_stacked=True)
-            self.correction = param((experts.num_experts,), jnp.dtype(jnp.float32), (None,), stacked)
+        stacked, f32 = ParamOptions(keep_stacked=True), jnp.dtype(jnp.float32)
+        self.correction = param((experts.num_experts,), f32, (None,), stacked) if experts.correction else None
         self._config = experts
 
     def __call__(self, x_TD: jax.Array, ctx: LayerContext) -> jax.Array:
         """[T, D] -> [T, D]."""
         correction = None if self.correction is None else cast("Stacked", self.correction.get_value())
-        routing = ctx.experts.route(self.router(x_TD, ctx), correction)
+        routing = ctx.ops.experts.route(self.router(x_TD, ctx), correction)
         # Padding tokens are all alike: without this, every step would read the experts that they choose.
         id_TU = jnp.where(ctx.live_T[:, None], routing.id_TU, self._config.num_experts)
         y_TD = self.experts(x_TD, routing._replace(id_TU=id_TU), ctx)

@@ -23,17 +23,18 @@ class RMSNorm(nnx.Module):
 
     def __call__(self, x_TD: jax.Array, ctx: LayerContext) -> jax.Array:
         """Normalise activations that every device has entirely."""
-        return ctx.norm(x_TD, self._norm())[1]
+        return ctx.ops.norm(x_TD, self.weights())[1]
 
     def after_adding(self, x_TD: jax.Array, added_TD: jax.Array, ctx: LayerContext) -> tuple[jax.Array, jax.Array]:
         """Return `x + added`, and the same normalised; every device has all of both."""
-        return ctx.norm(x_TD, self._norm(), added_TD)
+        return ctx.ops.norm(x_TD, self.weights(), added_TD)
 
     def by_xla(self, x: jax.Array) -> jax.Array:
         """Normalise without a kernel: activations of any shape and sharding."""
-        return rms_norm(x, self._norm())[1]
+        return rms_norm(x, self.weights())[1]
 
-    def _norm(self) -> NormWeight:
+    def weights(self) -> NormWeight:
+        """Return the weight as kernels take it."""
         value = self.weight.get_value()
         # Norms outside of the layers are not stacked.
         stacked = cast("Stacked", value) if isinstance(value, Stacked) else Stacked(value[None], jnp.int32(0))

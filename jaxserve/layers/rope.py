@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxserve.config import RopeConfig
+from kernels_pallas.rope.api import Angles
 
 
 def rope_frequencies(rope: RopeConfig, head_dim: int) -> np.ndarray:
@@ -57,15 +58,8 @@ def _yarn(rope: RopeConfig, frequency: np.ndarray, head_dim: int) -> np.ndarray:
     return frequency / rope.factor * ramp + frequency * (1 - ramp)
 
 
-def rope_cos_sin(positions_T: jax.Array, rope: RopeConfig, head_dim: int) -> tuple[jax.Array, jax.Array]:
-    """Return cos and sin of each token's angles, f32[T, H/2]."""
+def rope_angles(positions_T: jax.Array, rope: RopeConfig, head_dim: int) -> Angles:
+    """Return cosine and sine of each token's angles, times the attention factor."""
     factor = rope_attention_factor(rope)
     angles = positions_T.astype(jnp.float32)[:, None] * jnp.asarray(rope_frequencies(rope, head_dim))
-    return jnp.cos(angles) * factor, jnp.sin(angles) * factor
-
-
-def apply_rope(x_TNH: jax.Array, cos_TC: jax.Array, sin_TC: jax.Array) -> jax.Array:
-    """Rotate each head, pairing its first half with its second, in f32; return x's dtype."""
-    first, second = jnp.split(x_TNH.astype(jnp.float32), 2, axis=-1)
-    cos, sin = cos_TC[:, None], sin_TC[:, None]
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x_TNH.dtype)
+    return Angles(jnp.cos(angles) * factor, jnp.sin(angles) * factor)

@@ -19,8 +19,10 @@ from kernels_pallas.dispatch import (
     Choice,
     choose_attention,
     choose_grouped_matmul,
+    choose_head_matmul,
     choose_lora,
     choose_norm,
+    choose_rope,
     choose_router,
     choose_sampler,
 )
@@ -84,6 +86,8 @@ def choose_backends(
         lora=lora,
         lora_experts=lora_experts,
         norm=choose_norm(mesh).impl,
+        rope=choose_rope(mesh).impl,
+        head_matmul=choose_head_matmul(mesh).impl,
     )
     return ChosenBackends(backends, linears, lora_groups)
 

@@ -18,19 +18,19 @@ from jaxserve.config import LayerConfig, ModelConfig
 from jaxserve.layers.args import DecoderArgs
 from jaxserve.layers.attention import Attention
 from jaxserve.layers.cached_attention import AttentionCall, PagedAttentionCall
-from jaxserve.layers.context import ExpertOps, LayerContext, LinearOps, StepLora
+from jaxserve.layers.context import LayerContext, LayerOps, StepLora
 from jaxserve.layers.linear import Axes, Embedding, GatedMLP, ParamOptions
 from jaxserve.layers.mla import MlaAttention
 from jaxserve.layers.mla_prefill import MlaPrefillWorkspace
 from jaxserve.layers.moe import MoE
 from jaxserve.layers.norm import RMSNorm
-from jaxserve.layers.rope import rope_cos_sin
+from jaxserve.layers.rope import rope_angles
 from jaxserve.layers.tokenwise import Tiled, Tokenwise, WholeBatch
 from jaxserve.models.hf.tensor_name import TensorName
 from jaxserve.models.layer_scan import LayerGroup, LayerIndex, LayerStacks, group_layers
 from jaxserve.models.param_spec import ParamSpec, Path, Weights, tree_of
 from kernels_pallas.paged_attention.api import AttentionBackend, AttentionMeta, Cache, with_window
-from kernels_pallas.rms_norm.api import RmsNorm
+from kernels_pallas.rope.api import Angles
 from kernels_pallas.stacked import Stacked
 
 
@@ -52,6 +52,32 @@ def gated_mlp(config: ModelConfig, dtype: jnp.dtype) -> GatedMLP:
     )
 
 
+class Residual(NamedTuple):
+    """The residual stream, which is the sum of two arrays [T, D]: the next norm adds them.
+
+    Attributes:
+        x_TD: the stream before the last block.
+        added_TD: the output of the last block.
+    """
+
+    x_TD: jax.Array
+    added_TD: jax.Array
+
+
+class BeforeAttention(NamedTuple):
+    """The input of a layer's attention.
+
+    Attributes:
+        x_TD: the residual stream.
+        q_TNH, k_TKH, v_TKH: queries, keys and values.
+    """
+
+    x_TD: jax.Array
+    q_TNH: jax.Array
+    k_TKH: jax.Array
+    v_TKH: jax.Array
+
+
 class DecoderLayer(nnx.Module):
     """x + attention(norm(x)), then x + mlp(norm(x)); split around the attention backend."""
 
@@ -66,17 +92,16 @@ class DecoderLayer(nnx.Module):
             self.mlp = gated_mlp(c, dtype)
         self._mlp = layer.mlp
 
-    def before_attention(
-        self, x_TD: jax.Array, ctx: LayerContext, *rope_TC: jax.Array
-    ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Return queries, keys and values of the normalised activations."""
-        return self.attention.project(self.input_norm(x_TD, ctx), ctx, *rope_TC)
+    def before_attention(self, residual: Residual, ctx: LayerContext, *rope_TC: jax.Array) -> BeforeAttention:
+        """See `Layer`."""
+        x_TD, normalized_TD = self.input_norm.after_adding(*residual, ctx)
+        return BeforeAttention(x_TD, *self.attention.project(normalized_TD, ctx, *rope_TC))
 
-    def after_attention(self, x_TD: jax.Array, o_TNH: jax.Array, ctx: LayerContext) -> jax.Array:
-        """Apply the output projection and the MLP, each with its residual."""
+    def after_attention(self, x_TD: jax.Array, o_TNH: jax.Array, ctx: LayerContext) -> Residual:
+        """See `Layer`."""
         x_TD, normalized_TD = self.post_attention_norm.after_adding(x_TD, self.attention.output(o_TNH, ctx), ctx)
         mlp = self.moe if self._mlp == "experts" else self.mlp
-        return x_TD + mlp(normalized_TD, ctx)
+        return Residual(x_TD, mlp(normalized_TD, ctx))
 
 
 class Layer(Protocol):
@@ -87,14 +112,12 @@ class Layer(Protocol):
         """The projections around the attention backend."""
         ...
 
-    def before_attention(
-        self, x_TD: jax.Array, ctx: LayerContext, *rope_TC: jax.Array
-    ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Return queries [T, N, H], keys and values [T, K, H]; `rope_TC` is cos and sin if the layer uses RoPE."""
+    def before_attention(self, residual: Residual, ctx: LayerContext, *rope_TC: jax.Array) -> BeforeAttention:
+        """Return the input of the attention; `rope_TC` is cos and sin if the layer uses RoPE."""
         ...
 
-    def after_attention(self, x_TD: jax.Array, o_TNH: jax.Array, ctx: LayerContext) -> jax.Array:
-        """Return the layer's output, from its input and the attention result."""
+    def after_attention(self, x_TD: jax.Array, o_TNH: jax.Array, ctx: LayerContext) -> Residual:
+        """Return the layer's output, from the residual stream before its attention and the attention's result."""
         ...
 
 
@@ -116,16 +139,12 @@ class StepOps(NamedTuple):
 
     Attributes:
         attention: the attention backend.
-        experts: ops of experts.
-        linear: ops of linear modules.
-        norm: RMSNorm of activations that every device has entirely.
+        layer: the other ops of layers.
         workspace: workspace for keys and values of MLA prompts, if the step uses the MHA form.
     """
 
     attention: AttentionBackend
-    experts: ExpertOps
-    linear: LinearOps
-    norm: RmsNorm
+    layer: LayerOps
     workspace: MlaPrefillWorkspace | None = None
 
     def attention_calls(self, windows: Iterable[int | None], meta: AttentionMeta) -> Mapping[int | None, AttentionCall]:
@@ -144,7 +163,7 @@ class _Step(NamedTuple):
         lora: adapters of the tokens.
         lora_plan: metadata of the tokens' adapter slots.
         live: bool, whether each token is part of the step, as `Tokenwise.prepare` returns it.
-        ropes: cos and sin of each rotary embedding by name, f32[T, H/2].
+        ropes: angles of each rotary embedding by name.
         attention: attention call by window size.
         ops: see `StepOps`.
     """
@@ -153,7 +172,7 @@ class _Step(NamedTuple):
     lora: StepLora
     lora_plan: Any
     live: jax.Array
-    ropes: Mapping[str, tuple[jax.Array, jax.Array]]
+    ropes: Mapping[str, Angles]
     attention: Mapping[int | None, AttentionCall]
     ops: StepOps
 
@@ -242,26 +261,27 @@ class Decoder:
                 lambda live_T: live_T, jnp.arange(token_ids_T.shape[0]) < meta.cu_q_lens_B1[-1]
             ),
             ropes={
-                name: rope_cos_sin(positions_T, rope, self.config.rope_dim)
+                name: rope_angles(positions_T, rope, self.config.rope_dim)
                 for name, rope in ropes.items()
                 if rope is not None
             },
             attention=ops.attention_calls(self.config.windows, meta),
             ops=ops,
         )
+        residual = Residual(x_TD, jnp.zeros_like(x_TD))
         for group in group_layers(self.config.layers):
-            x_TD, cache = lax.fori_loop(0, group.repeats, partial(self._run_group, step, group), (x_TD, cache))
-        return x_TD, cache
+            residual, cache = lax.fori_loop(0, group.repeats, partial(self._run_group, step, group), (residual, cache))
+        return residual.x_TD + residual.added_TD, cache
 
     def _run_group(
-        self, step: _Step, group: LayerGroup[LayerConfig], turn: jax.Array, carry: tuple[jax.Array, Cache]
-    ) -> tuple[jax.Array, Cache]:
+        self, step: _Step, group: LayerGroup[LayerConfig], turn: jax.Array, carry: tuple[Residual, Cache]
+    ) -> tuple[Residual, Cache]:
         """Run repetition `turn` of the group's layers."""
         for offset in range(len(group.kinds)):
             carry = self._run_layer(step, LayerIndex(group, offset, turn), *carry)
         return carry
 
-    def _run_layer(self, step: _Step, layer: LayerIndex, x_TD: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
+    def _run_layer(self, step: _Step, layer: LayerIndex, residual: Residual, cache: Cache) -> tuple[Residual, Cache]:
         graph, _ = nnx.split(self._kinds[layer.kind])
         weights = self._stacks.take(step.weights, layer, self._weight)
         matrices = self._stacks.take(step.lora.layers, layer, lambda _, part: part)
@@ -270,16 +290,20 @@ class Decoder:
         def run(part: Callable[..., Any], *arrays: jax.Array) -> Any:
             def run_tokens(plan: Any, live_T: jax.Array, *arrays: jax.Array) -> Any:
                 lora = step.lora.layer(matrices, plan)
-                ctx = LayerContext(step.ops.linear, step.ops.experts, lora, live_T, step.ops.norm, call.mla)
+                ctx = LayerContext(step.ops.layer, lora, live_T, call.mla)
                 return part(nnx.merge(graph, weights), ctx, *arrays)
 
             return self.tokenwise(run_tokens, *arrays, shared=(step.lora_plan, step.live))
 
         rope_TC = () if layer.kind.rope is None else step.ropes[layer.kind.rope]
-        q_TNH, k_TKH, v_TKH = run(lambda module, ctx, x, *rope: module.before_attention(x, ctx, *rope), x_TD, *rope_TC)
+
+        def before(module: Layer, ctx: LayerContext, x: jax.Array, added: jax.Array, *rope: jax.Array) -> Any:
+            return module.before_attention(Residual(x, added), ctx, *rope)
+
+        new: BeforeAttention = run(before, *residual, *rope_TC)
         attention = nnx.merge(graph, weights).attention
-        o_TNH, cache = call.attend(attention, q_TNH, k_TKH, v_TKH, cache, layer.number)
-        return run(lambda module, ctx, x, o: module.after_attention(x, o, ctx), x_TD, o_TNH), cache
+        o_TNH, cache = call.attend(attention, new.q_TNH, new.k_TKH, new.v_TKH, cache, layer.number)
+        return run(lambda module, ctx, x, o: module.after_attention(x, o, ctx), new.x_TD, o_TNH), cache
 
     def _weight(self, path: Path, part: Stacked) -> Any:
         spec = self.param_specs.get(path)

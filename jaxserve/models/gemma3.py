@@ -14,7 +14,7 @@ from jaxserve.layers.args import DecoderArgs
 from jaxserve.layers.attention import Attention
 from jaxserve.layers.context import LayerContext
 from jaxserve.models.architecture import Architecture, build_decoder
-from jaxserve.models.decoder import dense_tensor_names, gated_mlp, hidden_norm
+from jaxserve.models.decoder import BeforeAttention, Residual, dense_tensor_names, gated_mlp, hidden_norm
 from jaxserve.models.hf.config import read_dense_config, read_num_layers, read_rope, refuse_bad_fields
 from jaxserve.models.hf.tensor_name import TensorName
 from jaxserve.models.param_spec import Path
@@ -32,17 +32,16 @@ class Gemma3Layer(nnx.Module):
         self.pre_feedforward_norm = hidden_norm(config, dtype)
         self.post_feedforward_norm = hidden_norm(config, dtype)
 
-    def before_attention(
-        self, x_TD: jax.Array, ctx: LayerContext, *rope_TC: jax.Array
-    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def before_attention(self, residual: Residual, ctx: LayerContext, *rope_TC: jax.Array) -> BeforeAttention:
         """See `Layer`."""
-        return self.attention.project(self.input_norm(x_TD, ctx), ctx, *rope_TC)
+        x_TD, normalized_TD = self.input_norm.after_adding(*residual, ctx)
+        return BeforeAttention(x_TD, *self.attention.project(normalized_TD, ctx, *rope_TC))
 
-    def after_attention(self, x_TD: jax.Array, o_TNH: jax.Array, ctx: LayerContext) -> jax.Array:
+    def after_attention(self, x_TD: jax.Array, o_TNH: jax.Array, ctx: LayerContext) -> Residual:
         """See `Layer`."""
         attended_TD = self.post_attention_norm(self.attention.output(o_TNH, ctx), ctx)
         x_TD, normalized_TD = self.pre_feedforward_norm.after_adding(x_TD, attended_TD, ctx)
-        return x_TD + self.post_feedforward_norm(self.mlp(normalized_TD, ctx), ctx)
+        return Residual(x_TD, self.post_feedforward_norm(self.mlp(normalized_TD, ctx), ctx))
 
 
 @refuse_bad_fields

@@ -10,7 +10,7 @@ from jaxserve.layers.args import DecoderArgs
 from jaxserve.layers.attention import Attention
 from jaxserve.layers.context import LayerContext
 from jaxserve.models.architecture import Architecture, build_decoder
-from jaxserve.models.decoder import dense_tensor_names, gated_mlp, hidden_norm
+from jaxserve.models.decoder import BeforeAttention, Residual, dense_tensor_names, gated_mlp, hidden_norm
 from jaxserve.models.hf.config import read_dense_config
 from jaxserve.models.hf.tensor_name import TensorName
 from jaxserve.models.param_spec import Path
@@ -26,16 +26,15 @@ class Olmo2Layer(nnx.Module):
         self.mlp = gated_mlp(config, dtype)
         self.post_feedforward_norm = hidden_norm(config, dtype)
 
-    def before_attention(
-        self, x_TD: jax.Array, ctx: LayerContext, *rope_TC: jax.Array
-    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def before_attention(self, residual: Residual, ctx: LayerContext, *rope_TC: jax.Array) -> BeforeAttention:
         """See `Layer`."""
-        return self.attention.project(x_TD, ctx, *rope_TC)
+        x_TD = residual.x_TD + residual.added_TD
+        return BeforeAttention(x_TD, *self.attention.project(x_TD, ctx, *rope_TC))
 
-    def after_attention(self, x_TD: jax.Array, o_TNH: jax.Array, ctx: LayerContext) -> jax.Array:
+    def after_attention(self, x_TD: jax.Array, o_TNH: jax.Array, ctx: LayerContext) -> Residual:
         """See `Layer`."""
         x_TD = x_TD + self.post_attention_norm(self.attention.output(o_TNH, ctx), ctx)
-        return x_TD + self.post_feedforward_norm(self.mlp(x_TD, ctx), ctx)
+        return Residual(x_TD, self.post_feedforward_norm(self.mlp(x_TD, ctx), ctx))
 
 
 def tensor_names(config: ModelConfig) -> dict[Path, TensorName]:

@@ -59,7 +59,7 @@ def kernel_bytes(engine: EngineLayout, load: DecodeLoad, kernel: Instruction) ->
             return _attention_bytes(engine, load)
         case "merge_decode":  # counted with `paged_decode`
             return 0
-        case "route":
+        case "route" | "rope":
             return sum(array.num_bytes for array in kernel.operand_arrays) + kernel.num_bytes
         case "rms_norm":
             # The weight of one layer is read.
@@ -68,6 +68,11 @@ def kernel_bytes(engine: EngineLayout, load: DecodeLoad, kernel: Instruction) ->
         case "kv_update":
             # Each token's keys and values are read, and written to their slots.
             return 2 * load.rows / load.num_rows * sum(array.num_bytes for array in _new_tokens(kernel))
+        case "head_matmul":
+            # One of the matrices of each head, of keys or of values.
+            rows, stack = (array for array in kernel.operand_arrays if len(array.shape) == 3)
+            heads = engine.step.decoder.config.num_q_heads // model_size(engine.step.mesh)
+            return stack.num_bytes / stack.shape[0] * heads + rows.num_bytes + kernel.num_bytes
         case "grouped_matmul":
             return _product_bytes(engine, load, kernel)
         case name:

@@ -17,7 +17,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxserve.layers.context import Backends, ExpertOps, LinearOps, NoLora, StepLora
+from jaxserve.layers.context import Backends, ExpertOps, LayerOps, LinearOps, NoLora, StepLora
 from jaxserve.layers.mla_prefill import MlaPrefillWorkspace
 from jaxserve.lora.ops import Adapters, LoraOps
 from jaxserve.lora.pool import LoraPoolLayout, lora_pool_specs, lora_pool_splits, slot_spec, write_slot
@@ -70,13 +70,15 @@ class StepModel(NamedTuple):
 
     def ops(self, *, mha_prefill: bool = False) -> StepOps:
         """Return the ops that layers compute with."""
-        return StepOps(
-            self.backends.attention,
-            ExpertOps(self.backends.experts, self.mesh, self.backends.router),
-            LinearOps(self.backends.linear, self.mesh, self.linears),
-            self.backends.norm,
-            self.mla_workspace if mha_prefill else None,
+        backends, mesh = self.backends, self.mesh
+        layer = LayerOps(
+            LinearOps(backends.linear, mesh, self.linears),
+            ExpertOps(backends.experts, mesh, backends.router),
+            backends.norm,
+            backends.rope,
+            backends.head_matmul,
         )
+        return StepOps(backends.attention, layer, self.mla_workspace if mha_prefill else None)
 
     def lora_ops(self) -> LoraOps | None:
         """Return the LoRA ops, or None without a LoRA pool."""

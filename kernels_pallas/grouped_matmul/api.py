@@ -95,3 +95,39 @@ class GroupedMatmul(Protocol):
             [P, O] by projection, sums in f32; blocks that are not valid hold arbitrary values.
         """
         ...
+
+
+class HeadMatrices(NamedTuple):
+    """A matrix of each head, as rows of one stacked matrix.
+
+    Attributes:
+        stack: the rows of all heads, [L, N * R, C]; every head has R.
+        layer: i32 scalar, the index of the layer.
+        head_rows: R.
+        first, number: the rows that are the matrix.
+    """
+
+    stack: jax.Array
+    layer: jax.Array
+    head_rows: int
+    first: int
+    number: int
+
+    def by_head(self) -> jax.Array:
+        """Return the matrices of the layer, [N, number, C]."""
+        rows = lax.dynamic_index_in_dim(self.stack, self.layer, keepdims=False)
+        return rows.reshape(-1, self.head_rows, rows.shape[-1])[:, self.first : self.first + self.number]
+
+
+class HeadMatmul(Protocol):
+    """Multiplies the heads of activations, each by its own matrix."""
+
+    def __call__(self, x_TNJ: jax.Array, matrices: HeadMatrices, *, transposed: bool = False) -> jax.Array:
+        """Return `x W^T` of each head, [T, N, number], in x's dtype.
+
+        Args:
+            x_TNJ: activations; the first channels of a head are multiplied, as many as the matrix has columns.
+            matrices: the matrices [number, C] of the heads.
+            transposed: return `x W` instead, [T, N, C].
+        """
+        ...

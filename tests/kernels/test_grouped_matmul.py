@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 from jaxserve.layers.context import LinearOps
 from jaxserve.layers.linear_kernel import StackedMatrix, multiply
 from jaxserve.parallel.mesh import make_mesh
-from kernels_pallas.grouped_matmul.api import ExpertShape, GroupedMatmul, Matrices
+from kernels_pallas.grouped_matmul.api import ExpertShape, GroupedMatmul, HeadMatmul, HeadMatrices, Matrices
 from kernels_pallas.grouped_matmul.reference import grouped_matmul
 from kernels_pallas.grouped_matmul.xla.backend import XlaGroupedMatmul
+from kernels_pallas.grouped_matmul.xla.heads import multiply_heads
 from kernels_pallas.quantized import QuantizedFormat
 from kernels_pallas.token_tiles import Blocks, max_num_blocks, sort_into_blocks
 from tests.support.marks import slow
@@ -338,7 +339,7 @@ def test_tiles_occupy_the_gpu() -> None:
 def test_sort_into_blocks_keeps_rows_with_their_group(groups: list[int], num_groups: int, block_rows: int) -> None:
     group_R = np.minimum(groups, num_groups)
     blocks, permuted = sort_into_blocks(jnp.asarray(group_R, jnp.int32), num_groups, block_rows)
-    group_C, num = np.asarray(blocks.group_C), int(blocks.num_live_1[0])
+    group_C, num = np.asarray(blocks.group_C), int(blocks.num_live)
     row_P, block_row_R = np.asarray(permuted.row_P), np.asarray(permuted.block_row_R)
     assert len(row_P) == len(group_C) * block_rows == max_num_blocks(len(groups), num_groups, block_rows) * block_rows
     here = np.flatnonzero(group_R < num_groups)
@@ -372,3 +373,39 @@ def test_a_linear_map_split_over_devices(axes: tuple[Any, Any], format: str) -> 
 
     got = run(x_TI, jnp.int32(1), *matrices[:3])
     np.testing.assert_allclose(np.asarray(got, np.float64), np.asarray(x_TI, np.float64) @ w64_XOI[1].T, atol=1e-5)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("num_tokens", [5, slow(130)])
+@pytest.mark.parametrize("name", ["xla", pytest.param("gpu", marks=needs_pallas)])
+def test_heads_have_their_own_matrices(name: str, num_tokens: int, transposed: bool) -> None:
+    """A head has 128 rows of keys and 128 of values; without 16 heads there are few thread blocks, which share inputs.
+
+    130 tokens are multiplied by portable XLA.
+    """
+    rng = np.random.default_rng(9)
+    stack = jnp.asarray(rng.standard_normal((2, 3 * 256, 512)) / 16, jnp.bfloat16)
+    channels = 192 if transposed else 512
+    x_TNJ = jnp.asarray(rng.standard_normal((num_tokens, 3, channels)), jnp.bfloat16)
+    matmul: HeadMatmul = multiply_heads
+    if name == "gpu":
+        from jax.experimental.pallas import mosaic_gpu as plgpu
+
+        from kernels_pallas.grouped_matmul.gpu.heads import GpuHeadMatmul
+
+        matmul = GpuHeadMatmul(make_mesh(1), NUM_CORES, plgpu.InterpretGPUParams(detect_races=True))
+    first = 0 if transposed else 128
+
+    @jax.jit
+    def run(x_TNJ: jax.Array, layer: jax.Array) -> jax.Array:
+        return matmul(x_TNJ, HeadMatrices(stack, layer, 256, first, 128), transposed=transposed)
+
+    w64_NRC = np.asarray(stack, np.float64)[1].reshape(3, 256, 512)[:, first : first + 128]
+    x64_TNJ = np.asarray(x_TNJ, np.float64)
+    want = np.einsum(
+        "tnr,nrc->tnc" if transposed else "tnc,nrc->tnr", x64_TNJ[..., : 128 if transposed else 512], w64_NRC
+    )
+    got = run(x_TNJ, jnp.int32(1))
+    assert got.dtype == jnp.bfloat16
+    # XLA rounds sums to bf16 on CPU.
+    np.testing.assert_allclose(np.asarray(got, np.float64), want, atol=0.02 if name == "gpu" else 0.1, rtol=2**-7)

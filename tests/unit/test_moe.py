@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 from jaxserve.layers.args import DecoderArgs
-from jaxserve.layers.context import ExpertOps, LayerContext, LinearOps, NoLora
+from jaxserve.layers.context import ExpertOps, LayerContext, LayerOps, LinearOps, NoLora
 from jaxserve.layers.moe import MoE, router_config
 from jaxserve.models.registry import find_architecture
 from jaxserve.parallel.mesh import make_mesh
@@ -37,7 +37,7 @@ class CountedMatmul(XlaGroupedMatmul):
         return 1
 
     def __call__(self, x_PI: jax.Array, matrices: Any, blocks: Any, **options: Any) -> list[jax.Array]:
-        jax.debug.callback(lambda live_1: self.num_live.append(int(live_1[0])), blocks.num_live_1)
+        jax.debug.callback(lambda live: self.num_live.append(int(live)), blocks.num_live)
         return super().__call__(x_PI, matrices, blocks, **options)
 
 
@@ -57,7 +57,7 @@ def run(live: int) -> tuple[np.ndarray, list[int]]:
     linear = LinearOps(matmul, mesh, ())
     assert config.moe is not None
     experts = ExpertOps(matmul, mesh, XlaRouter(router_config(config.moe)))
-    ctx = LayerContext(linear, experts, NoLora(), jnp.arange(TOKENS) < live)
+    ctx = LayerContext(LayerOps(linear, experts), NoLora(), jnp.arange(TOKENS) < live)
     out = np.asarray(jax.jit(lambda x_TD: moe(x_TD, ctx))(x_TD))
     jax.effects_barrier()
     return out, matmul.num_live

@@ -55,16 +55,50 @@ class Scratch(NamedTuple):
     out: Any
 
 
+class Heads(NamedTuple):
+    """Blocks that are heads: they have the same rows, and columns and a matrix of their own.
+
+    Attributes:
+        number: number of heads; `Operands.blocks` has the layer instead of groups.
+        columns: columns of the rows that belong to a head; its matrix is multiplied by the first ones.
+        stride, offset: matrices of a head in the stack, and which of them is used.
+    """
+
+    number: int
+    columns: int
+    stride: int
+    offset: int
+
+
 class Problem(NamedTuple):
     """Static parameters of the kernel.
 
     Attributes:
         num_steps: steps of a thread block.
+        transposed: whether matrices are [X, I, O].
+        heads: the heads, if the blocks are heads.
     """
 
     tile: Tile
     format: QuantizedFormat | None
     num_steps: int
+    transposed: bool = False
+    heads: Heads | None = None
+
+
+class _Block(NamedTuple):
+    """What a block multiplies.
+
+    Attributes:
+        group: index of its matrix.
+        rows: its rows.
+        x_column, out_column: its first column of the rows, and of the results.
+    """
+
+    group: jax.Array
+    rows: Any
+    x_column: Any = 0
+    out_column: Any = 0
 
 
 def scratch_types(problem: Problem, x_dtype: Any, w_dtype: Any, out_dtype: Any) -> Scratch:
@@ -82,12 +116,18 @@ def scratch_types(problem: Problem, x_dtype: Any, w_dtype: Any, out_dtype: Any) 
         converted = smem(shape, x_dtype, like=like)
     return Scratch(
         x_hmB=smem((tile.stages, halves, tile.rows, tile.columns), x_dtype, like=like),
-        w_oB=smem((tile.stages, tile.outputs, tile.columns), w_dtype, like=like),
+        w_oB=smem((tile.stages, *_matrix_shape(problem)), w_dtype, like=like),
         arrived=plgpu.Barrier(num_arrivals=2, num_barriers=tile.stages),
         free=plgpu.Barrier(num_arrivals=tile.warpgroups, num_barriers=tile.stages),
         converted=converted,
         out=smem(out_shape, out_dtype),
     )
+
+
+def _matrix_shape(problem: Problem) -> tuple[int, int]:
+    """Return the shape of a step's part of a matrix."""
+    shape = problem.tile.outputs, problem.tile.columns
+    return (shape[1], shape[0]) if problem.transposed else shape
 
 
 def multiply(operands: Operands, outs: Sequence[Any], scratch: Scratch, *, problem: Problem) -> None:
@@ -102,8 +142,10 @@ def multiply(operands: Operands, outs: Sequence[Any], scratch: Scratch, *, probl
     """
     first, at = 0, lax.axis_index("outputs")
     for weight, out in zip(operands.weights, outs, strict=True):
-        end = first + weight.w.shape[1] // problem.tile.outputs
-        here = (at >= first) & (at < end) & (lax.axis_index("block") < operands.blocks.num_live_1[0])
+        end = first + weight.w.shape[2 if problem.transposed else 1] // problem.tile.outputs
+        here = (at >= first) & (at < end)
+        if problem.heads is None:
+            here &= lax.axis_index("block") < operands.blocks.num_live
         one = Operands(operands.blocks, operands.x_hPB, (weight,))
         pl.when(here)(partial(_multiply_matrix, one, out, scratch, (at - first) * problem.tile.outputs, problem))
         first = end
@@ -111,43 +153,53 @@ def multiply(operands: Operands, outs: Sequence[Any], scratch: Scratch, *, probl
 
 def _multiply_matrix(operands: Operands, out: Any, scratch: Scratch, output: jax.Array, problem: Problem) -> None:
     tile, warpgroup = problem.tile, lax.axis_index("warpgroup")
-    block, split = lax.axis_index("block"), lax.axis_index("split")
+    split = lax.axis_index("split")
     (weight,) = operands.weights
-    group = operands.blocks.group_C[block]
-    rows = pl.ds(block * tile.rows, tile.rows)
+    block = _find_block(operands, problem, weight.w.shape[2 if problem.transposed else 1])
 
     @pl.when(warpgroup == tile.warpgroups)
     def _copy() -> None:
-        _stream(operands, scratch, Place(weight, group, output, split * problem.num_steps), problem)
+        _stream(operands, scratch, block, Place(weight, block.group, output, split * problem.num_steps), problem)
 
     @pl.when(warpgroup < tile.warpgroups)
     def _compute() -> None:
         own = output + warpgroup * WARPGROUP_ROWS
-        sum_om = _sum_up(scratch, Place(weight, group, own, split * problem.num_steps), problem)
-        buffer, outputs = scratch.out.at[warpgroup], pl.ds(own, WARPGROUP_ROWS)
+        sum_om = _sum_up(scratch, Place(weight, block.group, own, split * problem.num_steps), problem)
+        buffer, outputs = scratch.out.at[warpgroup], pl.ds(block.out_column + own, WARPGROUP_ROWS)
         if scratch.out.dtype == jnp.float32:
-            buffer[...], target = sum_om, out.at[split, outputs, rows]
+            buffer[...], target = sum_om, out.at[split, outputs, block.rows]
         else:
             sum_om = plgpu.layout_cast(sum_om.astype(scratch.out.dtype), plgpu.Layout.WGMMA_TRANSPOSED)
-            buffer.T[...], target = sum_om, out.at[rows, outputs]
+            buffer.T[...], target = sum_om, out.at[block.rows, outputs]
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(buffer, target)
         plgpu.wait_smem_to_gmem(0)
 
 
-def _stream(operands: Operands, scratch: Scratch, place: Place, problem: Problem) -> None:
+def _find_block(operands: Operands, problem: Problem, num_outputs: int) -> _Block:
+    """Return what this thread block multiplies."""
+    index, heads = lax.axis_index("block"), problem.heads
+    if heads is None:
+        return _Block(operands.blocks.group_C[index], pl.ds(index * problem.tile.rows, problem.tile.rows))
+    group = (operands.blocks.group_C[0] * heads.number + index) * heads.stride + heads.offset
+    return _Block(group, pl.ds(0, problem.tile.rows), index * heads.columns, index * num_outputs)
+
+
+def _stream(operands: Operands, scratch: Scratch, block: _Block, place: Place, problem: Problem) -> None:
     """Run the warpgroup that copies: start the copies of each step as soon as its stage is free."""
     tile = problem.tile
-    rows = pl.ds(lax.axis_index("block") * tile.rows, tile.rows)
     outputs = pl.ds(place.output, tile.outputs)
 
     @pl.loop(0, problem.num_steps)
     def _copy(step: jax.Array) -> None:
         stage = lax.rem(step, tile.stages)
         pl.when(step >= tile.stages)(partial(plgpu.barrier_wait, scratch.free.at[stage]))
-        columns, arrived = pl.ds((place.first_step + step) * tile.columns, tile.columns), scratch.arrived.at[stage]
-        plgpu.copy_gmem_to_smem(operands.x_hPB.at[:, rows, columns], scratch.x_hmB.at[stage], arrived)
-        plgpu.copy_gmem_to_smem(place.weight.w.at[place.group, outputs, columns], scratch.w_oB.at[stage], arrived)
+        column, arrived = (place.first_step + step) * tile.columns, scratch.arrived.at[stage]
+        x_hmB = operands.x_hPB.at[:, block.rows, pl.ds(block.x_column + column, tile.columns)]
+        plgpu.copy_gmem_to_smem(x_hmB, scratch.x_hmB.at[stage], arrived)
+        columns = pl.ds(column, tile.columns)
+        part = (columns, outputs) if problem.transposed else (outputs, columns)
+        plgpu.copy_gmem_to_smem(place.weight.w.at[place.group, *part], scratch.w_oB.at[stage], arrived)
 
 
 def _sum_up(scratch: Scratch, place: Place, problem: Problem) -> jax.Array:
@@ -174,7 +226,10 @@ def _sum_up_plain(scratch: Scratch, problem: Problem, sum_om: Any) -> jax.Array:
     def _step(step: jax.Array) -> None:
         stage = lax.rem(step, problem.tile.stages)
         plgpu.barrier_wait(scratch.arrived.at[stage])
-        plgpu.wgmma(sum_om, _outputs(scratch, stage), scratch.x_hmB.at[stage, 0].T)
+        w_oB = _outputs(scratch, stage)
+        if problem.transposed:
+            w_oB = scratch.w_oB.at[stage, :, pl.ds(lax.axis_index("warpgroup") * WARPGROUP_ROWS, WARPGROUP_ROWS)].T
+        plgpu.wgmma(sum_om, w_oB, scratch.x_hmB.at[stage, 0].T)
         plgpu.wgmma_wait(1)
         _free_previous(scratch, step)
 

@@ -124,7 +124,7 @@ class _Scratch(NamedTuple):
 def _multiply_block(operands: _Operands, out_CmO: Any, scratch: _Scratch, *, num_steps: int, transposed: bool) -> None:
     block, block_outputs, step_inputs = lax.axis_index("block"), scratch.out_mo.shape[1], scratch.x_mi.shape[2]
 
-    @pl.when(block < operands.blocks.num_live_1[0])
+    @pl.when(block < operands.blocks.num_live)
     def _multiply() -> None:
         group = operands.blocks.group_C[block]
         outputs = pl.ds(lax.axis_index("outputs") * block_outputs, block_outputs)

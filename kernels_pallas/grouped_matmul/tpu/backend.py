@@ -122,7 +122,7 @@ class TpuGroupedMatmul:
             grid_spec=pltpu.PrefetchScalarGridSpec(
                 num_scalar_prefetch=1,
                 # A device may have no valid block.
-                grid=(jnp.maximum(blocks.num_live_1[0], 1), pl.cdiv(num_outputs, block_outputs)),
+                grid=(jnp.maximum(blocks.num_live, 1), pl.cdiv(num_outputs, block_outputs)),
                 in_specs=[*rows, *of_matrices, *whole, *scalars],
                 out_specs=pl.BlockSpec((block_rows, block_outputs), lambda c, o, _: (c, o)),
             ),

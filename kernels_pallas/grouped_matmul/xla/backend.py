@@ -49,5 +49,5 @@ class XlaGroupedMatmul:
         results: list[jax.Array] = []
         for each in matrices:
             zeros_PO = jnp.zeros((num_block_rows, each.values_XOI.shape[out_axis]), out_dtype or x_PI.dtype)
-            results.append(lax.fori_loop(0, blocks.num_live_1[0], partial(multiply, of_groups=each), zeros_PO))
+            results.append(lax.fori_loop(0, blocks.num_live, partial(multiply, of_groups=each), zeros_PO))
         return results

@@ -72,7 +72,7 @@ class GpuRouter:
         num_tokens, num_experts = logits_TE.shape
         num_tiles, warpgroups = pl.cdiv(num_tokens, WARPGROUP_ROWS), num_parts(self._config, num_experts)
         # What is chosen for rows that do not exist is not used.
-        shape, size = (self._config.top_k, num_tiles * WARPGROUP_ROWS), num_experts // warpgroups
+        shape, size = (num_tiles * WARPGROUP_ROWS, self._config.top_k), num_experts // warpgroups
         told = (2, _MAX_TOLD, warpgroups, WARPGROUP_ROWS)
         # Every call needs a new function: a function that is reused with another grid keeps its first trace.
         kernel = plgpu.kernel(
@@ -96,8 +96,8 @@ class GpuRouter:
         )
         logits_TE = jnp.pad(logits_TE, ((0, -num_tokens % min(num_tokens, WARPGROUP_ROWS)), (0, 0)))
         stack, layer = (None, None) if correction is None else correction
-        id_UT, weight_UT = kernel(_Operands(logits_TE, stack, None if layer is None else layer[None]))
-        return Routing(id_UT.T[:num_tokens], weight_UT.T[:num_tokens])
+        id_TU, weight_TU = kernel(_Operands(logits_TE, stack, None if layer is None else layer[None]))
+        return Routing(id_TU[:num_tokens], weight_TU[:num_tokens])
 
 
 class _Operands(NamedTuple):
@@ -145,7 +145,7 @@ class _Team:
 
 
 def _choose(
-    operands: _Operands, id_UT: Any, weight_UT: Any, scratch: _Scratch, *, config: RouterConfig, size: int
+    operands: _Operands, id_TU: Any, weight_TU: Any, scratch: _Scratch, *, config: RouterConfig, size: int
 ) -> None:
     tile, warpgroup = lax.axis_index("tile"), lax.axis_index("warpgroup")
     rows = min(operands.logits_TE.shape[0], WARPGROUP_ROWS)
@@ -177,7 +177,7 @@ def _choose(
 
         @pl.when(warpgroup == 0)
         def _write(index: int = index, id_m: jax.Array = id_m, score_m: jax.Array = score_m) -> None:
-            plgpu.store(id_UT.at[index, at], id_m, optimized=False)
+            plgpu.store(id_TU.at[at, index], id_m, optimized=False)
             plgpu.store(scratch.chosen.at[index], score_m, optimized=False)
 
     @pl.when(warpgroup == 0)
@@ -185,7 +185,7 @@ def _choose(
         plgpu.commit_smem()
         scores = [_load(scratch.chosen.at[index], ROWS) for index in range(config.top_k)]
         for index, weight_m in enumerate(_weights(scores, config)):
-            plgpu.store(weight_UT.at[index, at], weight_m, optimized=False)
+            plgpu.store(weight_TU.at[at, index], weight_m, optimized=False)
 
 
 def _load(source: Any, layout: Any) -> jax.Array:

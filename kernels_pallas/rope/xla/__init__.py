@@ -1,0 +1,1 @@
+"""Portable XLA: runs anywhere, and is the CPU path."""
