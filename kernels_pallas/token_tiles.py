@@ -105,10 +105,10 @@ def _sort_by_comparing(
     size_G = _count(group_R[None, :] == group_G[:, None])
     end_block_G = _sum(-(-size_G // block_rows)[None, :], group_G[None, :] <= group_G[:, None])
     before_RR = (group_R[None, :] == group_R[:, None]) & (row_R[None, :] < row_R[:, None])
-    first_block_R = _sum(-(-size_G // block_rows)[None, :], group_G[None, :] < group_R[:, None])
-    block_row_R = jnp.where(
-        group_R < num_groups, first_block_R * block_rows + _count(before_RR), num_blocks * block_rows
-    )
+    # The blocks of the group before end where those of the group start.
+    first_block_R = jnp.where(group_R > 0, end_block_G[jnp.clip(group_R - 1, 0, num_groups - 1)], 0)
+    block_row_R = first_block_R * block_rows + _count(before_RR)
+    block_row_R = jnp.where(group_R < num_groups, block_row_R, num_blocks * block_rows)
     in_place_PR = block_row_R[None, :] == jnp.arange(num_blocks * block_rows)[:, None]
     return end_block_G, PermutedRows(_sum(row_R[None, :], in_place_PR), block_row_R)
 

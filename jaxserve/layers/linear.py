@@ -18,7 +18,7 @@ from jax.typing import DTypeLike
 
 from jaxserve.config import QuantizationConfig
 from jaxserve.layers.context import LayerContext, Path
-from jaxserve.layers.linear_kernel import StackedMatrix, multiply
+from jaxserve.layers.linear_kernel import StackedMatrix, can_add_bias, multiply
 from kernels_pallas.grouped_matmul.api import Matrices
 from kernels_pallas.quantized import QuantizedFormat
 from kernels_pallas.stacked import Stacked
@@ -145,7 +145,7 @@ class Linear(nnx.Module):
         # A kernel reads the weight in the stack of all layers; slicing it out would copy it.
         options = ParamOptions(keep_stacked=True, absorbed_only=self.absorbed_only, stored=stored)
         self.weight, self.scale, self.zero = weight_params((out_size, in_size), dtype, axes, quantization, options)
-        self.bias = param((out_size,), dtype, axes[:1]) if bias else None
+        self.bias = param((out_size,), dtype, axes[:1], ParamOptions(keep_stacked=True)) if bias else None
         self.path: Path = ()
         self._axes: tuple[str | None, str | None] = (axes[0], axes[1])
         self._format = None if quantization is None else format_of(quantization)
@@ -155,16 +155,23 @@ class Linear(nnx.Module):
         (y_TO,) = apply_group((self,), x_TI, ctx)
         return y_TO
 
-    def multiply_by_xla(self, x_TI: jax.Array) -> jax.Array:
-        """Return `x W^T` without a kernel."""
-        return jnp.einsum("ti,oi->to", x_TI, self.matrix(x_TI.dtype), preferred_element_type=self.out_dtype)
+    def by_xla(self, x_TI: jax.Array) -> jax.Array:
+        """Return the result without a kernel and without adapters."""
+        w_OI = self.matrix(x_TI.dtype)
+        return self.add_bias(jnp.einsum("ti,oi->to", x_TI, w_OI, preferred_element_type=self.out_dtype))
 
     def add_bias(self, y_TO: jax.Array) -> jax.Array:
         """Add the bias, if there is one."""
         if self.bias is None:
             return y_TO
+        bias_O = cast("Stacked", self.bias.get_value()).slice()
         # In f32, which rounds alike: XLA would fuse a sum in bf16 into cuBLAS's call, and copy the weight to do so.
-        return (y_TO.astype(jnp.float32) + self.bias[...].astype(jnp.float32)).astype(y_TO.dtype)
+        return (y_TO.astype(jnp.float32) + bias_O.astype(jnp.float32)).astype(y_TO.dtype)
+
+    def with_bias(self, matrix: StackedMatrix) -> StackedMatrix:
+        """Return the weight with the bias."""
+        bias_LO = None if self.bias is None else cast("Stacked", self.bias.get_value()).stack
+        return matrix._replace(matrices=matrix.matrices._replace(bias_XO=bias_LO))
 
     def matrix(self, dtype: jnp.dtype) -> jax.Array:
         """Return the weight, [out, in]; a quantised weight is dequantised to `dtype`."""
@@ -192,14 +199,19 @@ def apply_group(linears: Sequence[Linear], x_TI: jax.Array, ctx: LayerContext) -
     by_kernel = [linear for linear in linears if linear.uses_kernel(ctx, x_TI.shape[0])]
     results: dict[Path, jax.Array] = {}
     if by_kernel:
-        products = multiply(ctx.ops.linear, x_TI, [linear.stacked() for linear in by_kernel], linears[0].out_dtype)
-        results = {linear.path: y_TO for linear, y_TO in zip(by_kernel, products, strict=True)}
+        group = [linear.stacked() for linear in by_kernel]
+        adds_bias = can_add_bias(ctx.ops.linear, group[0])
+        if adds_bias:
+            group = [linear.with_bias(matrix) for linear, matrix in zip(by_kernel, group, strict=True)]
+        products = multiply(ctx.ops.linear, x_TI, group, linears[0].out_dtype)
+        for linear, y_TO in zip(by_kernel, products, strict=True):
+            results[linear.path] = y_TO if adds_bias else linear.add_bias(y_TO)
     for linear in linears:
         if linear.path not in results:
-            results[linear.path] = linear.multiply_by_xla(x_TI)
+            results[linear.path] = linear.by_xla(x_TI)
     lora = ctx.lora.group([linear.path for linear in linears])
     return [
-        _with_update(linear.add_bias(results[linear.path]), None if lora is None else lora.update(linear.path, x_TI))
+        _with_update(results[linear.path], None if lora is None else lora.update(linear.path, x_TI))
         for linear in linears
     ]
 

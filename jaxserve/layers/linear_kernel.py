@@ -16,7 +16,7 @@ from jax.typing import DTypeLike
 from jaxserve.layers.context import LinearOps
 from jaxserve.parallel.mesh import partition_spec
 from kernels_pallas.grouped_matmul.api import Matrices
-from kernels_pallas.shards import over_model
+from kernels_pallas.shards import model_size, over_model
 from kernels_pallas.token_tiles import Blocks
 
 
@@ -66,9 +66,16 @@ def multiply(
     return run(x_TI, group[0].layer, *(each.matrices._replace(format=None) for each in group))
 
 
+def can_add_bias(ops: LinearOps, matrix: StackedMatrix) -> bool:
+    """Return whether the kernel can add a bias: not to each of several partial sums."""
+    in_axis = partition_spec(matrix.axes, matrix.matrices.values_XOI.shape[1:], ops.mesh)[1]
+    return ops.matmul.adds_bias and (in_axis is None or model_size(ops.mesh) == 1)
+
+
 def _specs(matrices: Matrices, out_axis: Any, in_axis: Any) -> Matrices:
     """Return the partition specs of stacked matrices; blocks of whole rows are not split over the inputs."""
     format = matrices.format
     block = P(None, out_axis, in_axis if format is not None and format.block[1] else None)
     specs: Any = (P(None, out_axis, in_axis), *(None if each is None else block for each in matrices[1:3]))
-    return Matrices(*specs)
+    bias: Any = None if matrices.bias_XO is None else P(None, out_axis)
+    return Matrices(*specs, bias_XO=bias)

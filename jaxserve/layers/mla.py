@@ -139,7 +139,7 @@ class MlaAttention(nnx.Module):
         q_TNQ = projected.reshape(num_tokens, -1, a.qk_nope_head_dim + a.qk_rope_head_dim)
         q_TNR = q_TNQ[..., a.qk_nope_head_dim :]
         kv_TS = self.kv_a_proj(x_TD, ctx)
-        latent_T1C = self.kv_a_norm(kv_TS[:, : a.kv_lora_rank], ctx)[:, None]
+        latent_T1C = self.kv_a_norm(kv_TS, ctx)[:, None]
         k_T1R = kv_TS[:, None, a.kv_lora_rank :]
         if rope_TC:
             q_TNR, k_T1R = (rotate(self._in_halves(x), Angles(*rope_TC)) for x in (q_TNR, k_T1R))

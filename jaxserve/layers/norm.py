@@ -22,7 +22,7 @@ class RMSNorm(nnx.Module):
         self._offset = offset
 
     def __call__(self, x_TD: jax.Array, ctx: LayerContext) -> jax.Array:
-        """Normalise activations that every device has entirely."""
+        """Normalise activations that every device has entirely; of more channels, the first ones."""
         return ctx.ops.norm(x_TD, self.weights())[1]
 
     def after_adding(self, x_TD: jax.Array, added_TD: jax.Array, ctx: LayerContext) -> tuple[jax.Array, jax.Array]:

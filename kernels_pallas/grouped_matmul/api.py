@@ -44,12 +44,14 @@ class Matrices(NamedTuple):
         values_XOI: the matrices.
         scale_Xoi, zero_Xoi: scales and zero points of quantised matrices, as in `QuantizedMatrix`; else None.
         format: format of quantised matrices; else None.
+        bias_XO: biases that are added to the results, only if the kernel `adds_bias`; else None.
     """
 
     values_XOI: jax.Array
     scale_Xoi: jax.Array | None = None
     zero_Xoi: jax.Array | None = None
     format: QuantizedFormat | None = None
+    bias_XO: jax.Array | None = None
 
     def matrix(self, group: jax.Array, dtype: DTypeLike) -> jax.Array:
         """Return one matrix, [O, I], dequantised if it is quantised."""
@@ -66,6 +68,11 @@ class GroupedMatmul(Protocol):
     @property
     def max_dense_rows(self) -> int:
         """Number of rows up to which a single matrix that is not quantised is better multiplied here than by XLA."""
+        ...
+
+    @property
+    def adds_bias(self) -> bool:
+        """Whether the kernel adds biases, before the results are rounded."""
         ...
 
     def block_rows(self, num_rows: int, num_groups: int, row_bytes: int) -> int:

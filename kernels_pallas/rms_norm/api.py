@@ -33,7 +33,7 @@ class RmsNorm(Protocol):
         """Return `x + added`, and the same normalised; both in x's dtype.
 
         Args:
-            x_TD: activations.
+            x_TD: activations; without `added_TD` they may have more channels, of which the first D are normalised.
             norm: the norm's weight.
             added_TD: addend, or None for zeros; the sum is rounded to x's dtype before it is normalised.
         """

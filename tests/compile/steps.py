@@ -135,9 +135,10 @@ def num_matmuls(engine: EngineLayout, kind: LayerConfig, num_tokens: int) -> int
 
 
 def count_kernels(program: HloProgram) -> tuple[int, int]:
-    """Return how many kernels a program calls: grouped matmuls, and others."""
+    """Return how many kernels a program calls: grouped matmuls, and kernels of attention, sampling and LoRA."""
     matmuls = program.kernels.count("grouped_matmul")
-    return matmuls, len(program.kernels) - matmuls
+    small = sum(program.kernels.count(name) for name in ("rms_norm", "rope", "route", "head_matmul"))
+    return matmuls, len(program.kernels) - matmuls - small
 
 
 def on_gpu(engine: EngineLayout) -> bool:

@@ -43,3 +43,15 @@ def test_norms_match_numpy(name: str, size: int, offset: float, added: bool) -> 
     assert got_TD.dtype == jnp.bfloat16
     want_TD = reference(np.asarray(sum_TD), np.asarray(weights_LD)[1], 1e-6, offset)
     np.testing.assert_allclose(np.asarray(got_TD, np.float64), want_TD, rtol=2**-7, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["xla", pytest.param("gpu", marks=needs_pallas)])
+def test_more_channels_than_weights(name: str) -> None:
+    """MLA normalises the latent channels, which the rotated ones follow."""
+    rng = np.random.default_rng(1)
+    x_TJ = jnp.asarray(rng.standard_normal((4, 576)), jnp.bfloat16)
+    weights_LD = jnp.asarray(rng.standard_normal((1, 512)), jnp.bfloat16)
+    norm = implementation(name)
+    got_TD = jax.jit(lambda x, layer: norm(x, NormWeight(Stacked(weights_LD, layer), 1e-6))[1])(x_TJ, jnp.int32(0))
+    want_TD = reference(np.asarray(x_TJ)[:, :512], np.asarray(weights_LD)[0], 1e-6)
+    np.testing.assert_allclose(np.asarray(got_TD, np.float64), want_TD, rtol=2**-7, atol=1e-6)

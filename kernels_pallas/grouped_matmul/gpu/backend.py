@@ -46,6 +46,7 @@ class GpuGroupedMatmul:
 
     # cuBLAS has larger tiles, but CUDA graphs cannot capture its calls where they read a layer's matrix in a stack.
     max_dense_rows = MAX_ROWS
+    adds_bias = True
 
     def __init__(self, num_cores: int, interpret: Any = False) -> None:
         self._num_cores = num_cores
@@ -76,7 +77,7 @@ class GpuGroupedMatmul:
         problem = Problem(tile, format, num_steps)
         out_dtype = jnp.dtype(out_dtype or x_PI.dtype)
         in_f32 = tile.splits > 1 or out_dtype == jnp.float32
-        shapes = [(tile.splits, size, num_rows) if in_f32 else (num_rows, size) for size in outputs]
+        shapes = [(tile.splits, sum(outputs), num_rows)] if in_f32 else [(num_rows, size) for size in outputs]
         kernel_dtype = jnp.float32 if in_f32 else out_dtype
         # Every call needs a new function: a function that is reused with another grid keeps its first trace.
         kernel = plgpu.kernel(
@@ -91,8 +92,21 @@ class GpuGroupedMatmul:
             interpret=self._interpret,
         )
         x_hPB = jnp.stack([x_PI[:, half::halves] for half in range(halves)])
-        sums = kernel(Operands(blocks, x_hPB, [_weight(each) for each in matrices]))
-        return [jnp.sum(each, axis=0).T.astype(out_dtype) for each in sums] if in_f32 else sums
+        results = kernel(Operands(blocks, x_hPB, [_weight(each, bias=not in_f32) for each in matrices]))
+        return _add_up(results[0], matrices, blocks, out_dtype) if in_f32 else results
+
+
+def _add_up(sums_SOP: jax.Array, matrices: Sequence[Matrices], blocks: Blocks, out_dtype: jnp.dtype) -> list[jax.Array]:
+    """Add up the sums of all splits, and the biases; return the results of each matrix."""
+    results: list[jax.Array] = []
+    for each in matrices:
+        first, number = sum(result.shape[1] for result in results), each.values_XOI.shape[1]
+        y_PO = jnp.sum(sums_SOP[:, first : first + number], axis=0).T
+        if each.bias_XO is not None:
+            bias_CO = each.bias_XO[blocks.group_C].astype(jnp.float32)
+            y_PO += jnp.repeat(bias_CO, y_PO.shape[0] // bias_CO.shape[0], axis=0)
+        results.append(y_PO.astype(out_dtype))
+    return results
 
 
 def _multiply(operands: Operands, *refs: Any, problem: Problem) -> None:
@@ -100,8 +114,8 @@ def _multiply(operands: Operands, *refs: Any, problem: Problem) -> None:
     multiply(operands, outs, scratch, problem=problem)
 
 
-def _weight(matrices: Matrices) -> Weight:
+def _weight(matrices: Matrices, *, bias: bool) -> Weight:
     scale = matrices.scale_Xoi
     if matrices.format in ROW_SCALED and scale is not None:
         scale = scale[:, :, 0]
-    return Weight(matrices.values_XOI, scale, matrices.zero_Xoi)
+    return Weight(matrices.values_XOI, scale, matrices.zero_Xoi, matrices.bias_XO if bias else None)

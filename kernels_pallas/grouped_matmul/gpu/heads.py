@@ -80,7 +80,7 @@ class GpuHeadMatmul:
             kernel_name="head_matmul",
             interpret=self._interpret,
         )
-        weights = Weight(matrices.stack.reshape(-1, matrices.number, matrices.stack.shape[2]), None, None)
+        weights = Weight(matrices.stack.reshape(-1, matrices.number, matrices.stack.shape[2]))
         layer_1 = matrices.layer[None]
         y = kernel(Operands(Blocks(layer_1, layer_1), x_hPB, [weights]))
         y = jnp.sum(y, axis=0).T.astype(x_TNJ.dtype) if in_f32 else y

@@ -19,7 +19,7 @@ from kernels_pallas.grouped_matmul.gpu.weights import Ahead, Converter, Place, W
 from kernels_pallas.pallas import pl, plgpu
 from kernels_pallas.quantized import QuantizedFormat
 from kernels_pallas.token_tiles import Blocks
-from kernels_pallas.warpgroup import MATRIX, WARPGROUP_ROWS, product, smem
+from kernels_pallas.warpgroup import MATRIX, ROWS, WARPGROUP_ROWS, product, smem
 
 
 class Operands(NamedTuple):
@@ -135,23 +135,28 @@ def multiply(operands: Operands, outs: Sequence[Any], scratch: Scratch, *, probl
 
     Args:
         operands: the operands.
-        outs: results by matrix: [P, O], or sums of each split in f32[splits, O, P], since only 16-bit values can be
-            transposed while they are stored.
+        outs: results by matrix: [P, O]. Or one array for all matrices with the sums of each split, f32[splits, O, P],
+            since only 16-bit values can be transposed while they are stored.
         scratch: shared memory.
         problem: parameters of the kernel.
     """
     first, at = 0, lax.axis_index("outputs")
-    for weight, out in zip(operands.weights, outs, strict=True):
+    for index, weight in enumerate(operands.weights):
+        out, column = (outs[0], first * problem.tile.outputs) if len(outs) < len(operands.weights) else (outs[index], 0)
         end = first + weight.w.shape[2 if problem.transposed else 1] // problem.tile.outputs
         here = (at >= first) & (at < end)
         if problem.heads is None:
             here &= lax.axis_index("block") < operands.blocks.num_live
         one = Operands(operands.blocks, operands.x_hPB, (weight,))
-        pl.when(here)(partial(_multiply_matrix, one, out, scratch, (at - first) * problem.tile.outputs, problem))
+        output = (at - first) * problem.tile.outputs
+        pl.when(here)(partial(_multiply_matrix, one, out, scratch, output, column, problem))
         first = end
 
 
-def _multiply_matrix(operands: Operands, out: Any, scratch: Scratch, output: jax.Array, problem: Problem) -> None:
+def _multiply_matrix(
+    operands: Operands, out: Any, scratch: Scratch, output: jax.Array, out_column: int, problem: Problem
+) -> None:
+    """Multiply by one matrix, from `output` on; its results start at a column of `out`."""
     tile, warpgroup = problem.tile, lax.axis_index("warpgroup")
     split = lax.axis_index("split")
     (weight,) = operands.weights
@@ -165,7 +170,11 @@ def _multiply_matrix(operands: Operands, out: Any, scratch: Scratch, output: jax
     def _compute() -> None:
         own = output + warpgroup * WARPGROUP_ROWS
         sum_om = _sum_up(scratch, Place(weight, block.group, own, split * problem.num_steps), problem)
-        buffer, outputs = scratch.out.at[warpgroup], pl.ds(block.out_column + own, WARPGROUP_ROWS)
+        if weight.bias is not None:
+            bias_o = plgpu.load(weight.bias.at[block.group, pl.ds(own, WARPGROUP_ROWS)], layout=ROWS, optimized=False)
+            sum_om += lax.broadcast_in_dim(bias_o.astype(jnp.float32), sum_om.shape, [0])
+        outputs = pl.ds(out_column + block.out_column + own, WARPGROUP_ROWS)
+        buffer = scratch.out.at[warpgroup]
         if scratch.out.dtype == jnp.float32:
             buffer[...], target = sum_om, out.at[split, outputs, block.rows]
         else:

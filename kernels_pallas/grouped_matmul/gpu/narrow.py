@@ -53,6 +53,7 @@ class GpuNarrowMatmul:
     """
 
     max_dense_rows = 0
+    adds_bias = False
 
     def __init__(self, interpret: Any = False) -> None:
         self._interpret = interpret

@@ -36,11 +36,13 @@ class Weight(NamedTuple):
         w: [O, I] of all groups, or, transposed, [I, O].
         scale: scales of quantised matrices, [X, o, i] or, with one per row, [X, O]; else None.
         zero: zero points of 4-bit matrices that have them, [X, o, i]; else None.
+        bias: added to the sums, [X, O]; else None.
     """
 
     w: Any
-    scale: Any
-    zero: Any
+    scale: Any = None
+    zero: Any = None
+    bias: Any = None
 
 
 class Place(NamedTuple):

@@ -67,6 +67,7 @@ class TpuGroupedMatmul:
     """
 
     max_dense_rows = 0
+    adds_bias = False
 
     def __init__(self, interpret: Any = False) -> None:
         self._interpret = interpret
@@ -158,7 +159,7 @@ class _Problem(NamedTuple):
 
 
 def _problem(x_PI: jax.Array, matrices: Matrices) -> _Problem:
-    w_XOI, scale_Xoi, zero_Xoi, format = matrices
+    w_XOI, scale_Xoi, zero_Xoi, format, _ = matrices
     if format is None or scale_Xoi is None:
         return _Problem(_multiply_block, (x_PI,), (w_XOI,))
     if format.block[0] > 1:

@@ -44,7 +44,7 @@ class GpuRmsNorm:
         self, x_TD: jax.Array, norm: NormWeight, added_TD: jax.Array | None = None
     ) -> tuple[jax.Array, jax.Array]:
         """See `RmsNorm`."""
-        if not _THREADS <= x_TD.shape[1] <= _MAX_CHANNELS or x_TD.dtype != jnp.bfloat16:
+        if not _THREADS <= norm.weight.stack.shape[1] <= _MAX_CHANNELS or x_TD.dtype != jnp.bfloat16:
             return rms_norm(x_TD, norm, added_TD)
 
         def run(x_TD: jax.Array, added_TD: jax.Array | None, weight: Stacked) -> tuple[jax.Array, jax.Array]:
@@ -53,7 +53,7 @@ class GpuRmsNorm:
         return over_model(run, self._mesh, P(), P())(x_TD, added_TD, norm.weight)
 
     def _normalize(self, x_TD: jax.Array, norm: NormWeight, added_TD: jax.Array | None) -> tuple[jax.Array, jax.Array]:
-        out = jax.ShapeDtypeStruct(x_TD.shape, x_TD.dtype)
+        out = jax.ShapeDtypeStruct((x_TD.shape[0], norm.weight.stack.shape[1]), x_TD.dtype)
         # Every call needs a new function: a function that is reused with another grid keeps its first trace.
         kernel = plgpu.kernel(
             partial(_normalize_row, eps=norm.eps, offset=norm.offset),
