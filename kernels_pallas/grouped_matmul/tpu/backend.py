@@ -113,7 +113,11 @@ class TpuGroupedMatmul:
             pl.BlockSpec((1, *each.shape[1:]), lambda c, o, group_C: (group_C[c], 0, 0), memory_space=pltpu.SMEM)
             for each in problem.scalars
         ]
-        operands = (*problem.rows, *problem.by_output, *problem.by_input, *problem.constants, *problem.scalars)
+        # XLA would copy stacks that it finds small enough into VMEM in every step, those of other layers included.
+        stacks = (
+            pltpu.with_memory_space_constraint(each, pltpu.HBM) for each in (*problem.by_output, *problem.by_input)
+        )
+        operands = (*problem.rows, *stacks, *problem.constants, *problem.scalars)
         block_bytes = sum(block_rows * x.shape[1] * x.dtype.itemsize for x in problem.rows)
         block_bytes += sum(block_outputs * each.shape[2] * each.dtype.itemsize for each in problem.by_output)
         block_bytes += sum(block_outputs * each.shape[1] * each.dtype.itemsize for each in problem.by_input)
