@@ -26,10 +26,12 @@ from tests.compile.steps import layout_for
 if jax.__version_info__ >= (0, 11):
     from kernels_pallas.grouped_matmul.gpu.backend import GpuGroupedMatmul
     from tests.support.outcomes import compile_program, program_key
+    from tests.support.tma import address_problems, copy_problems, count_copies
 
 pytestmark = pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="the kernels need JAX 0.11")
 
 NUM_TOKENS, NUM_ROWS, NUM_PAGES, NUM_Q_HEADS, NUM_KV_HEADS = 256, 32, 16, 16, 4
+_COMMON = {(64, 1, "bfloat16", 16), (80, 3, "int8", 64), (128, 8, "bfloat16", 64), (576, 1, "float8_e4m3fn", 64)}
 # The kernels read and convert both 8-bit dtypes in the same places.
 _ALIKE = [(64, "int8"), (80, "float8_e4m3fn"), (96, "int8"), (128, "float8_e4m3fn"), (256, "int8")]
 CASES = [
@@ -42,8 +44,24 @@ CASES = [
 MOST_SPILLED = {(256, "int8"): 128, (256, "float8_e4m3fn"): 128}
 
 
-def lower_attention(head_dim: int, dtype: str) -> jax.stages.Lowered:
+class Heads(NamedTuple):
+    """Sizes of attention on one device.
+
+    Attributes:
+        head_dim: channels of a key.
+        num_kv_heads: key heads, each of which has four query heads.
+        value_dim: channels of a key that are its value, in MLA.
+    """
+
+    head_dim: int
+    num_kv_heads: int = NUM_KV_HEADS
+    value_dim: int | None = None
+
+
+def lower_attention(heads: Heads, dtype: str, page_size: int = 64) -> jax.stages.Lowered:
     """Lower attention with all options, for one H100."""
+    head_dim, num_kv_heads, value_dim = heads
+    num_q_heads = num_kv_heads * NUM_Q_HEADS // NUM_KV_HEADS
     mesh = mesh_of(target_devices(parse_target("h100:1")), 1, 1)
     sharding = NamedSharding(mesh, PartitionSpec())
 
@@ -52,10 +70,11 @@ def lower_attention(head_dim: int, dtype: str) -> jax.stages.Lowered:
 
     config = AttentionConfig(
         num_layers=2,
-        num_q_heads=NUM_Q_HEADS,
-        num_kv_heads=NUM_KV_HEADS,
+        num_q_heads=num_q_heads,
+        num_kv_heads=num_kv_heads,
         head_dim=head_dim,
-        page_size=64,
+        value_dim=value_dim,
+        page_size=page_size,
         num_pages=64,
         dtype=jnp.dtype(dtype),
         scale=head_dim**-0.5,
@@ -71,9 +90,9 @@ def lower_attention(head_dim: int, dtype: str) -> jax.stages.Lowered:
         slot_mapping_T=array((NUM_TOKENS,)),
         positions_T=array((NUM_TOKENS,)),
     )
-    q_TNH, k_TKH = (array((NUM_TOKENS, heads, head_dim), "bfloat16") for heads in (NUM_Q_HEADS, NUM_KV_HEADS))
+    q_TNH, k_TKH = (array((NUM_TOKENS, heads, head_dim), "bfloat16") for heads in (num_q_heads, num_kv_heads))
     cache = {name: array(spec.shape, spec.dtype) for name, spec in backend.cache_spec().items()}
-    sinks_N = array((NUM_Q_HEADS,), "float32")
+    sinks_N = array((num_q_heads,), "float32")
 
     def attend(new: tuple[jax.Array, ...], cache: Cache, layer: jax.Array, meta: AttentionMeta, sinks: Any) -> Any:
         return backend.attend(*new, cache, layer, backend.plan(meta), sinks)
@@ -128,7 +147,7 @@ def assemble(outcomes: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.mark.parametrize(("head_dim", "dtype"), CASES)
 def test_attention_keeps_to_registers_and_uses_the_tensor_cores(head_dim: int, dtype: str, assemble: Assemble) -> None:
-    kernels = {kernel.name: kernel for kernel in assemble(lower_attention(head_dim, dtype))}
+    kernels = {kernel.name: kernel for kernel in assemble(lower_attention(Heads(head_dim), dtype))}
     for name, kernel in kernels.items():
         most = MOST_SPILLED.get((head_dim, dtype), 0) if name == "paged_prefill" else 0
         assert kernel.spilled_bytes <= most, kernel
@@ -136,6 +155,40 @@ def test_attention_keeps_to_registers_and_uses_the_tensor_cores(head_dim: int, d
         assert kernel.uses_tensor_cores == name.startswith("paged"), name
     # The kernel that writes keys and values is the same in several cases, and compiled once.
     assert kernels.keys() >= {"paged_decode", "paged_prefill"}
+
+
+LATENT = Heads(576, 1, 512)
+# One case for each way in which a kernel lays out a token's heads, and the whole product.
+COPIES = [
+    pytest.param(heads, dtype, page_size, marks=[pytest.mark.slow] * ((*heads[:2], dtype, page_size) not in _COMMON))
+    for heads in (*(Heads(dim, number) for dim in (64, 80, 96, 128, 256) for number in (1, 2, 3, 8)), LATENT)
+    for dtype in ("bfloat16", "int8", "float8_e4m3fn")
+    for page_size in (16, 64, 256)
+]
+
+
+@pytest.mark.parametrize(("heads", "dtype", "page_size"), COPIES)
+def test_copies_keep_the_rules_of_tma(
+    heads: Heads, dtype: str, page_size: int, outcomes: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Shared addresses, boxes, strides and the bytes that barriers expect; on a device, a mistake faults or hangs."""
+    monkeypatch.setenv("MOSAIC_GPU_DUMP_TO", str(tmp_path))
+    lowered = lower_attention(heads, dtype, page_size)
+
+    def lint() -> tuple[list[str], int, list[str]]:
+        compile_program(lowered)
+        mlir = {path.name: path.read_text() for path in tmp_path.glob("*.after_layout_inference.txt")}
+        # A kernel that is the same in an earlier program of this process is not compiled again.
+        ptx = [path.read_text() for path in tmp_path.glob("*.ptx")]
+        problems = [each for text in mlir.values() for each in copy_problems(text)]
+        problems += [each for text in ptx for each in address_problems(text)]
+        return sorted(mlir), sum(map(count_copies, mlir.values())), problems
+
+    kernels, num_copies, problems = outcomes.get(f"tma-{program_key(lowered)}", lint)
+    # At least one for keys, one for queries and one for results in each of the kernels that have them.
+    assert len(kernels) == 4
+    assert num_copies > 2 * len(kernels)
+    assert not problems
 
 
 FORMATS = {
