@@ -260,19 +260,11 @@ def _gpu_norm(_: None, mesh: Mesh) -> RmsNorm:
     return GpuRmsNorm(mesh)
 
 
-def _xla_norm(_: None, __: Mesh) -> RmsNorm:
-    return rms_norm
-
-
 def _gpu_rope(_: None, mesh: Mesh) -> Rope:
     _require_hopper(mesh)
     from kernels_pallas.rope.gpu.backend import GpuRope  # noqa: PLC0415
 
     return GpuRope(mesh)
-
-
-def _xla_rope(_: None, __: Mesh) -> Rope:
-    return rope
 
 
 def _gpu_head_matmul(_: None, mesh: Mesh) -> HeadMatmul:
@@ -282,8 +274,9 @@ def _gpu_head_matmul(_: None, mesh: Mesh) -> HeadMatmul:
     return GpuHeadMatmul(mesh, _num_cores(mesh))
 
 
-def _xla_head_matmul(_: None, __: Mesh) -> HeadMatmul:
-    return multiply_heads
+def _portable(impl: T) -> Callable[[None, Mesh], T]:
+    """Return a constructor of an implementation that has no parameters."""
+    return lambda _, __: impl
 
 
 # Kernels are imported only when they are chosen: they need a newer JAX than the portable XLA code.
@@ -315,10 +308,18 @@ _ROUTERS: Mapping[BackendName, Callable[[tuple[RouterConfig, int], Mesh], Router
     "gpu": _gpu_router,
     "xla": _xla_router,
 }
-_NORMS: Mapping[BackendName, Callable[[None, Mesh], RmsNorm]] = {"tpu": _xla_norm, "gpu": _gpu_norm, "xla": _xla_norm}
-_ROPES: Mapping[BackendName, Callable[[None, Mesh], Rope]] = {"tpu": _xla_rope, "gpu": _gpu_rope, "xla": _xla_rope}
+_NORMS: Mapping[BackendName, Callable[[None, Mesh], RmsNorm]] = {
+    "tpu": _portable(rms_norm),
+    "gpu": _gpu_norm,
+    "xla": _portable(rms_norm),
+}
+_ROPES: Mapping[BackendName, Callable[[None, Mesh], Rope]] = {
+    "tpu": _portable(rope),
+    "gpu": _gpu_rope,
+    "xla": _portable(rope),
+}
 _HEAD_MATMULS: Mapping[BackendName, Callable[[None, Mesh], HeadMatmul]] = {
-    "tpu": _xla_head_matmul,
+    "tpu": _portable(multiply_heads),
     "gpu": _gpu_head_matmul,
-    "xla": _xla_head_matmul,
+    "xla": _portable(multiply_heads),
 }

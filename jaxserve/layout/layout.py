@@ -77,22 +77,6 @@ class ModelLayout(NamedTuple):
         """Bytes of the weights on each device."""
         return sum(spec.shard_bytes(self.mesh) for spec in self.decoder.param_specs.values())
 
-    @property
-    def device_read_bytes(self) -> int:
-        """Bytes of the weights that every step reads in full, on each device.
-
-        Excludes experts, which are read only if they have tokens, and an untied embedding, which is read by rows.
-        """
-        embed = 0
-        if not self.config.tie_word_embeddings:
-            embed = self.decoder.param_specs["embed", "weight"].shard_bytes(self.mesh)
-        return self.device_weight_bytes - embed - self.device_expert_bytes
-
-    @property
-    def device_expert_bytes(self) -> int:
-        """Bytes of the experts' weights on each device."""
-        return sum(spec.shard_bytes(self.mesh) for spec in self.decoder.param_specs.values() if spec.of_experts)
-
 
 class EngineLayout(NamedTuple):
     """A model with its memory laid out.

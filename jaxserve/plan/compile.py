@@ -3,7 +3,7 @@
 import math
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any, NamedTuple, TypeAlias
@@ -20,9 +20,9 @@ from jaxserve.lora.pool import LoraPoolLayout, lora_pool_bytes
 from jaxserve.lora.reader import AdapterReader
 from jaxserve.lora.startup import lora_pool_layout
 from jaxserve.parallel.mesh import mesh_of
-from jaxserve.plan.decode_load import DecodeLoad, roofline_share
+from jaxserve.plan.decode_load import DecodeLoad, moved_bytes, needed_bytes
 from jaxserve.plan.hlo import HloProgram, find_collectives
-from jaxserve.plan.report import Load, Memory, Program, Report, bound
+from jaxserve.plan.report import DecodeStep, Memory, Program, Report, bound
 from jaxserve.plan.targets import Target, target_devices
 from jaxserve.runner.buckets import ForwardShape
 from jaxserve.runner.programs import StepPrograms
@@ -39,15 +39,20 @@ _FEWER_SLOTS = "adapter slots take memory, too: lower --max-loras-per-batch, --m
 _UNKNOWN_POOL_BYTES = 512 << 20
 
 
-# A function that lowers a program, and the load for which its bytes are counted.
-Job: TypeAlias = tuple[Callable[[], jax.stages.Lowered], DecodeLoad | None]
+# A function that lowers a program, and the loads for which its bytes are counted, the largest one first.
+Job: TypeAlias = tuple[Callable[[], jax.stages.Lowered], Sequence[DecodeLoad]]
 
 
 class Outcome(NamedTuple):
-    """The compiled programs, or the compiler's error if it ran out of memory."""
+    """The compiled programs, or the compiler's error if it ran out of memory.
+
+    Attributes:
+        moved: bytes that a device moves in decode steps, for loads whose programs are accounted for.
+    """
 
     programs: list[Program]
     compile_s: float
+    moved: Mapping[DecodeLoad, float]
     error: str | None = None
 
 
@@ -68,7 +73,7 @@ def make_plan(config: EngineConfig, hf_config: Mapping[str, Any], target: Target
     if left <= 0:
         return _too_heavy(config, layout, adapters, target)
     engine = layout_engine(config, layout, int(left * (config.mem_fraction_static or DEVICE_MEM_FRACTION)), adapters)
-    return _report(config, layout, engine, target, _compile(engine))
+    return _report(config, layout, engine, target, _compile(engine, _loads(config, engine)))
 
 
 def adapter_slots(config: LoraConfig, layout: ModelLayout) -> LoraPoolLayout:
@@ -81,13 +86,31 @@ def _lora_pool_bytes(layout: ModelLayout, adapters: LoraPoolLayout | None) -> in
     return 0 if adapters is None else lora_pool_bytes(layout.decoder, adapters, layout.mesh)
 
 
-def _compile(engine: EngineLayout) -> Outcome:
+class _Loads(NamedTuple):
+    """The decode steps that bounds are computed for: many requests, and a single one."""
+
+    together: DecodeLoad
+    alone: DecodeLoad
+
+
+def _loads(config: EngineConfig, engine: EngineLayout) -> _Loads:
+    """Return as many requests with half the context as the pool holds, and a single one."""
+    kv_tokens = engine.cache.num_pages * engine.cache.page_size
+    rows = max(1, min(engine.scheduler.max_rows, kv_tokens * 2 // engine.scheduler.context_length))
+    context = max(1, engine.scheduler.context_length // 2)
+    buckets = sorted(bucket.num_rows for bucket in engine.step.buckets if bucket.single_tokens)
+    loads = (DecodeLoad(each, context, next(size for size in buckets if size >= each)) for each in (rows, 1))
+    return _Loads(*loads)
+
+
+def _compile(engine: EngineLayout, loads: _Loads) -> Outcome:
     """Compile every program of a step, two at a time."""
     step = StepPrograms(engine.step)
     lock = threading.Lock()
+    moved: dict[DecodeLoad, float] = {}
 
     def compile_one(name: str, job: Job) -> Program:
-        lower, load = job
+        lower, own = job
         with lock:  # trace one program at a time
             lowered = lower()
         started = time.perf_counter()
@@ -95,6 +118,7 @@ def _compile(engine: EngineLayout) -> Outcome:
         seconds = time.perf_counter() - started
         memory: Any = compiled.memory_analysis()
         program = HloProgram(compiled.as_text() or "")
+        moved.update((load, moved_bytes(engine, program, load)) for load in own)
         return Program(
             name=name,
             compile_s=seconds,
@@ -102,15 +126,16 @@ def _compile(engine: EngineLayout) -> Outcome:
             code_bytes=memory.generated_code_size_in_bytes,
             kernels=len(program.kernels),
             collectives=dict(find_collectives(program).per_step),
-            roofline_share=None if load is None else roofline_share(engine, program, load),
+            roofline_share=needed_bytes(engine, own[0]) / moved[own[0]] if own else None,
         )
 
     jobs: dict[str, Job] = {
-        _name(shape): (partial(step.lower_forward, shape), _load(engine, shape)) for shape in engine.step.shapes
+        _name(shape): (partial(step.lower_forward, shape), _counted(engine, shape, loads))
+        for shape in engine.step.shapes
     }
     for shape in engine.step.sample_shapes:
         name = f"sample {shape.num_rows} rows, {shape.mode.name.lower()}"
-        jobs[name] = partial(step.lower_sample, shape), None
+        jobs[name] = partial(step.lower_sample, shape), ()
     started = time.perf_counter()
     with ThreadPoolExecutor(_COMPILE_THREADS) as pool:
         try:
@@ -118,16 +143,16 @@ def _compile(engine: EngineLayout) -> Outcome:
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise LaunchError(f"the compiler for the target failed: {error}") from error
-            return Outcome([], time.perf_counter() - started, str(error).splitlines()[0])
-    return Outcome(programs, time.perf_counter() - started)
+            return Outcome([], time.perf_counter() - started, {}, str(error).splitlines()[0])
+    return Outcome(programs, time.perf_counter() - started, moved)
 
 
-def _load(engine: EngineLayout, shape: ForwardShape) -> DecodeLoad | None:
-    """Return the load of a decode step whose rows are all in use, if kernels do the attention and no adapters."""
+def _counted(engine: EngineLayout, shape: ForwardShape, loads: _Loads) -> Sequence[DecodeLoad]:
+    """Return the loads of a decode step, all of its rows first, if kernels do the attention and no row has adapters."""
     if not shape.bucket.single_tokens or shape.adapted or engine.attention_name == "xla":
-        return None
+        return ()
     rows = shape.bucket.num_rows
-    return DecodeLoad(rows, max(1, engine.scheduler.context_length // 2), rows)
+    return DecodeLoad(rows, loads.alone.context, rows), *(load for load in loads if load.num_rows == rows)
 
 
 def _name(shape: ForwardShape) -> str:
@@ -169,15 +194,9 @@ def _report(
     context_length = layout.scheduler.context_length
     whole = engine.scheduler.context_length == context_length
     fits = outcome.error is None and memory.fits and (whole or config.context_length is None)
-    rows = max(1, min(engine.scheduler.max_rows, kv_tokens // config.dp_size * 2 // engine.scheduler.context_length))
-    load = Load(
-        weight_bytes=layout.device_read_bytes,
-        expert_bytes=layout.device_expert_bytes,
-        key_bytes=engine.pool_bytes / (engine.cache.num_pages * engine.cache.page_size),
-        rows=rows,
-        context=engine.scheduler.context_length // 2,
-        tp_size=config.tp_size,
-        num_replicas=config.dp_size if config.dp_attention else 1,
+    steps = tuple(
+        DecodeStep(load.rows, load.context, outcome.moved.get(load) or needed_bytes(engine, load))
+        for load in _loads(config, engine)
     )
     computed = msgspec.structs.replace(layout.config, num_kv_heads=layout.decoder.args.num_kv_heads)
     return Report(
@@ -191,7 +210,7 @@ def _report(
         full_requests=config.dp_size * (engine.cache.num_pages * engine.cache.page_size // context_length),
         programs=outcome.programs,
         compile_s=outcome.compile_s,
-        bounds=bound(computed, target.device, load),
+        bounds=bound(computed, target.device, config.tp_size, (steps[0], steps[1])),
     )
 
 

@@ -35,8 +35,12 @@ class DecodeLoad(NamedTuple):
 
 def roofline_share(engine: EngineLayout, program: HloProgram, load: DecodeLoad) -> float:
     """Return the bytes that a decode step must move over those that its program moves."""
-    moved = read_cost(program).num_bytes(lambda kernel: kernel_bytes(engine, load, kernel))
-    return needed_bytes(engine, load) / moved
+    return needed_bytes(engine, load) / moved_bytes(engine, program, load)
+
+
+def moved_bytes(engine: EngineLayout, program: HloProgram, load: DecodeLoad) -> float:
+    """Return the bytes that a device moves in a decode step."""
+    return read_cost(program).num_bytes(lambda kernel: kernel_bytes(engine, load, kernel))
 
 
 def needed_bytes(engine: EngineLayout, load: DecodeLoad) -> float:

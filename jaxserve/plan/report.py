@@ -63,6 +63,8 @@ class Memory(msgspec.Struct, frozen=True, kw_only=True):
 class Bounds(msgspec.Struct, frozen=True, kw_only=True):
     """Upper bounds on tokens per second per device, from memory bandwidth and FLOPs; computed, not measured.
 
+    A decode step moves the bytes that its compiled program moves.
+
     Attributes:
         rows, context: number of requests in the decode step, and number of keys of each.
         decode: bound for all rows together.
@@ -171,53 +173,52 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
         ]
 
 
-class Load(NamedTuple):
-    """The decode step that bounds are computed for.
+class DecodeStep(NamedTuple):
+    """A decode step that bounds are computed for.
 
     Attributes:
-        weight_bytes: bytes of weights on one device that a step reads.
-        expert_bytes: bytes of all experts on one device.
-        key_bytes: bytes of one cached token on one device.
-        rows: number of requests.
+        rows: number of requests of a replica.
         context: number of keys of each request.
-        tp_size: number of devices of a replica.
-        num_replicas: number of replicas that share experts; each has `rows` requests.
+        moved_bytes: bytes that a device moves: those of the compiled program, or those that must move if it is not
+            known.
     """
 
-    weight_bytes: int
-    expert_bytes: int
-    key_bytes: float
     rows: int
     context: int
-    tp_size: int
-    num_replicas: int = 1
+    moved_bytes: float
 
 
-def bound(model: ModelConfig, device: DeviceSpec, load: Load) -> Bounds | None:
-    """Return roofline bounds: weights in use and live keys are read once, and all FLOPs run at full speed."""
+def bound(model: ModelConfig, device: DeviceSpec, tp_size: int, steps: tuple[DecodeStep, DecodeStep]) -> Bounds | None:
+    """Return roofline bounds: a step takes as long as its bytes or its FLOPs at full speed.
+
+    Args:
+        model: config of the model.
+        device: the kind of device.
+        tp_size: number of devices of a replica.
+        steps: decode steps of many requests and of a single one, with the same context.
+    """
     if not device.bytes_per_s:
         return None
-    flops = device.flops * load.tp_size
+    flops = device.flops * tp_size
+    together, alone = steps
     # Keys that a query sees, on average over the layers.
-    seen = sum(min(load.context, layer.window or load.context) for layer in model.layers) / model.num_layers
+    seen = sum(min(together.context, layer.window or together.context) for layer in model.layers) / model.num_layers
     value_dim = model.head_dim if model.mla is None else model.mla.kv_lora_rank
     attention_flops = 2 * model.num_layers * model.num_q_heads * (model.head_dim + value_dim)
 
-    def step_s(rows: int) -> float:
-        weight_bytes = load.weight_bytes + load.expert_bytes * experts_read(model, rows * load.num_replicas)
-        memory_s = (weight_bytes + rows * seen * load.key_bytes) / device.bytes_per_s
-        arithmetic_s = rows * (2 * num_multiplied(model) + attention_flops * seen) / flops
-        return max(memory_s, arithmetic_s)
+    def tokens_per_s(step: DecodeStep) -> float:
+        arithmetic_s = step.rows * (2 * num_multiplied(model) + attention_flops * seen) / flops
+        return step.rows / max(step.moved_bytes / device.bytes_per_s, arithmetic_s)
 
     # A prompt's tokens see half of it on average, and only the last one needs logits.
     head = model.vocab_size * model.hidden_size
     prefill = flops / (2 * (num_multiplied(model) - head) + attention_flops * seen / 2)
     return Bounds(
-        rows=load.rows,
-        context=load.context,
-        decode=load.rows / step_s(load.rows) / load.tp_size,
-        decode_alone=1 / step_s(1) / load.tp_size,
-        prefill=prefill / load.tp_size,
+        rows=together.rows,
+        context=together.context,
+        decode=tokens_per_s(together) / tp_size,
+        decode_alone=tokens_per_s(alone) / tp_size,
+        prefill=prefill / tp_size,
     )
 
 

@@ -114,7 +114,7 @@ def test_plan_advice_respects_blocks_and_experts(model: dict[str, Any], target: 
 @needs_compilers
 def test_a_context_that_does_not_fit(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
     # The pool is sized before a program is compiled.
-    monkeypatch.setattr("jaxserve.plan.compile._compile", lambda *_: Outcome([], 0.0))
+    monkeypatch.setattr("jaxserve.plan.compile._compile", lambda *_: Outcome([], 0.0, {}))
     long = QWEN3_4B | {"max_position_embeddings": 1 << 20}
     arguments = ("--target", "v5e:1x1", "--context-length", str(1 << 20), "--json", *SMALL)
     done = plan(long, *arguments)
@@ -126,7 +126,7 @@ def test_a_context_that_does_not_fit(plan: Plan, monkeypatch: pytest.MonkeyPatch
 
 def test_a_target_whose_memory_is_not_known(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
     """A context that does not fit a CPU's page pool is reported, without advice on devices."""
-    monkeypatch.setattr("jaxserve.plan.compile._compile", lambda *_: Outcome([], 0.0))
+    monkeypatch.setattr("jaxserve.plan.compile._compile", lambda *_: Outcome([], 0.0, {}))
     long = TINY | {"max_position_embeddings": 1 << 20}
     done = plan(long, "--target", "cpu:8", "--tp", "1", "--json", *SMALLEST)
     assert done.returncode == 0, done.stderr

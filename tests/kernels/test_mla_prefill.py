@@ -16,6 +16,7 @@ from jaxserve.parallel.mesh import make_mesh
 from kernels_pallas.paged_attention.api import AttentionConfig
 from kernels_pallas.paged_attention.cases import LAYER, Case, Step, expected, make_step
 from kernels_pallas.paged_attention.common import page_moves
+from kernels_pallas.stacked import Stacked
 from tests.compile.models import DEEPSEEK_V31
 from tests.kernels.test_paged_attention import BF16, F32, Gpu, Tpu, Xla, needs_pallas
 
@@ -34,7 +35,7 @@ class Projections:
     def __init__(self, dtype: jnp.dtype) -> None:
         self.kv_b_proj = KvBProj(MLA, CASE.heads[0], dtype=dtype)
         values = np.random.default_rng(1).standard_normal(self.kv_b_proj.weight.shape) * MLA.kv_lora_rank**-0.5
-        self.kv_b_proj.weight = nnx.Param(jnp.asarray(values, dtype))
+        self.kv_b_proj.weight = nnx.Param(Stacked(jnp.asarray(values, dtype)[None], jnp.int32(0)))
 
     def sinks_N(self) -> None:
         """Return None: there are no attention sinks."""
