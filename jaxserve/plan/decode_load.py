@@ -63,12 +63,14 @@ def kernel_bytes(engine: EngineLayout, load: DecodeLoad, kernel: Instruction) ->
             return _attention_bytes(engine, load)
         case "merge_decode":  # counted with `paged_decode`
             return 0
-        case "route" | "rope":
-            return sum(array.num_bytes for array in kernel.operand_arrays) + kernel.num_bytes
-        case "rms_norm":
-            # The weight of one layer is read.
-            by_row = [array for array in kernel.operand_arrays if array.shape == kernel.results[0].shape]
-            return sum(array.num_bytes for array in by_row) + kernel.num_bytes
+        case "route" | "rope" | "rms_norm":
+            # Arrays with an entry per row, and one layer of each stack.
+            rows = {array.shape[0] for array in kernel.results} | {load.num_rows}
+            return kernel.num_bytes + sum(
+                array.num_bytes / (1 if array.shape[0] in rows else array.shape[0])
+                for array in kernel.operand_arrays
+                if array.shape
+            )
         case "kv_update":
             # Each token's keys and values are read, and written to their slots.
             return 2 * load.rows / load.num_rows * sum(array.num_bytes for array in _new_tokens(kernel))

@@ -3,7 +3,8 @@
 Matrices stay in the stack of all layers, and kernels read a layer's matrices at an offset, like its pages in a KV
 cache. Slicing them out of the stack would copy them, including those that no token uses.
 
-Dimension key: C blocks, P rows of all blocks, X matrices, I inputs, O outputs.
+Dimension key: C blocks (columns in `HeadMatrices`), P rows of all blocks, X matrices, I inputs, O outputs; for heads:
+T tokens, N heads, J channels of a head, R rows of a head's matrices, L layers.
 """
 
 from collections.abc import Sequence
@@ -88,7 +89,7 @@ class GroupedMatmul(Protocol):
         transposed: bool = False,
         out_dtype: DTypeLike | None = None,
     ) -> list[jax.Array]:
-        """Compute `x W^T` of each valid block with its group's matrix.
+        """Compute `x W^T` of each used block with its group's matrix.
 
         Args:
             x_PI: rows, sorted into blocks; see `sort_into_blocks`.
@@ -99,7 +100,7 @@ class GroupedMatmul(Protocol):
             out_dtype: dtype of the results; x's dtype by default.
 
         Returns:
-            [P, O] by projection, sums in f32; blocks that are not valid hold arbitrary values.
+            [P, O] by projection, sums in f32; blocks that are not used hold arbitrary values.
         """
         ...
 

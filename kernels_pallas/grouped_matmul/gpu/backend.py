@@ -1,8 +1,9 @@
 """Grouped matmul on Hopper GPUs, also of a layer's linear modules, whose matrices all rows share.
 
-Dimension key: C blocks, P rows of all blocks, m rows of a block, X matrices, I inputs, i a step of them, O outputs, o
-the 64 outputs of a warpgroup, B columns of a step, h halves. A column of a 4-bit matrix is one byte, that is two
-inputs, and the rows are split into two halves: the inputs of the lower halves of the bytes, and those of the upper.
+Dimension key: S thread blocks that share the inputs, C blocks, P rows of all blocks, m rows of a block, X matrices, I
+inputs, i a step of them, O outputs, o the 64 outputs of a warpgroup, B columns of a step, h halves. A column of a 4-bit
+matrix is one byte, that is two inputs, and the rows are split into two halves: the inputs of the lower halves of the
+bytes, and those of the upper.
 """
 
 from collections.abc import Sequence
@@ -72,20 +73,26 @@ class GpuGroupedMatmul:
         (num_rows, num_inputs), format = x_PI.shape, matrices[0].format
         halves, num_blocks = 1 if format is None else format.per_byte, blocks.group_C.shape[0]
         outputs = [each.values_XOI.shape[1] for each in matrices]
-        tile = choose_tile(num_rows // num_blocks, num_blocks, outputs, num_inputs, format, self._num_cores)
+        out_dtype = jnp.dtype(out_dtype or x_PI.dtype)
+        block_rows = num_rows // num_blocks
+        tile = choose_tile(block_rows, num_blocks, outputs, num_inputs, format, self._num_cores, out_dtype.itemsize)
         num_steps = num_inputs // (tile.columns * halves * tile.splits)
         problem = Problem(tile, format, num_steps)
-        out_dtype = jnp.dtype(out_dtype or x_PI.dtype)
         in_f32 = tile.splits > 1 or out_dtype == jnp.float32
         shapes = [(tile.splits, sum(outputs), num_rows)] if in_f32 else [(num_rows, size) for size in outputs]
         kernel_dtype = jnp.float32 if in_f32 else out_dtype
+        # The last axis runs fastest. Few rows have about one block per matrix, and the blocks that are not used should
+        # come last; the blocks of many rows share matrices, which they should read at the same time.
+        grid = {"block": num_blocks, "outputs": sum(outputs) // tile.outputs, "split": tile.splits}
+        if tile.rows == MAX_ROWS:
+            grid = {"outputs": grid["outputs"], "block": num_blocks, "split": tile.splits}
         # Every call needs a new function: a function that is reused with another grid keeps its first trace.
         kernel = plgpu.kernel(
             partial(_multiply, problem=problem),
             out_type=[jax.ShapeDtypeStruct(shape, kernel_dtype) for shape in shapes],
             scratch_types=[scratch_types(problem, x_PI.dtype, matrices[0].values_XOI.dtype, kernel_dtype)],
-            grid=(sum(outputs) // tile.outputs, num_blocks, tile.splits),
-            grid_names=("outputs", "block", "split"),
+            grid=tuple(grid.values()),
+            grid_names=tuple(grid),
             num_threads=tile.warpgroups + 1,
             thread_name="warpgroup",
             kernel_name="grouped_matmul",

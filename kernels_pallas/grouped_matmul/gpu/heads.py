@@ -20,6 +20,7 @@ from kernels_pallas.grouped_matmul.xla.heads import multiply_heads
 from kernels_pallas.pallas import plgpu
 from kernels_pallas.shards import MODEL, over_model
 from kernels_pallas.token_tiles import Blocks, choose_block_rows
+from kernels_pallas.warpgroup import WARPGROUP_ROWS
 
 
 class GpuHeadMatmul:
@@ -45,6 +46,8 @@ class GpuHeadMatmul:
             or x_TNJ.dtype != jnp.bfloat16
             or (matrices.head_rows % matrices.number, matrices.first % matrices.number) != (0, 0)
             or (num_inputs % inputs, num_outputs % outputs, x_TNJ.shape[2] % inputs) != (0, 0, 0)
+            # The swizzles of both operands would differ.
+            or (transposed and num_inputs % WARPGROUP_ROWS)
         ):
             return multiply_heads(x_TNJ, matrices, transposed=transposed)
 
@@ -81,8 +84,9 @@ class GpuHeadMatmul:
             interpret=self._interpret,
         )
         weights = Weight(matrices.stack.reshape(-1, matrices.number, matrices.stack.shape[2]))
-        layer_1 = matrices.layer[None]
-        y = kernel(Operands(Blocks(layer_1, layer_1), x_hPB, [weights]))
+        # The kernel finds the groups itself, and every block is used.
+        blocks = Blocks(group_C=matrices.layer[None], end_G=matrices.layer[None])
+        y = kernel(Operands(blocks, x_hPB, [weights]))
         y = jnp.sum(y, axis=0).T.astype(x_TNJ.dtype) if in_f32 else y
         return y[:num_tokens].reshape(num_tokens, num_heads, num_outputs)
 

@@ -105,17 +105,17 @@ def scratch_types(problem: Problem, x_dtype: Any, w_dtype: Any, out_dtype: Any) 
     """Return the types of `Scratch`."""
     tile, format = problem.tile, problem.format
     halves = 1 if format is None else format.per_byte
-    # Operands of a product must have the same swizzle, and a piece is written as a whole number of swizzled rows.
-    like = tile.piece if halves == 2 else None
+    # Operands of a product must have the same swizzle.
+    like = tile.columns if problem.transposed else None
     out_shape = (tile.warpgroups, tile.rows, WARPGROUP_ROWS)
     if out_dtype == jnp.float32:
         out_shape = (tile.warpgroups, WARPGROUP_ROWS, tile.rows)
     converted = None
     if format is not None:
         shape = (tile.warpgroups, tile.slots, halves, WARPGROUP_ROWS, tile.columns)
-        converted = smem(shape, x_dtype, like=like)
+        converted = smem(shape, x_dtype)
     return Scratch(
-        x_hmB=smem((tile.stages, halves, tile.rows, tile.columns), x_dtype, like=like),
+        x_hmB=smem((tile.stages, halves, tile.rows, tile.columns), x_dtype),
         w_oB=smem((tile.stages, *_matrix_shape(problem)), w_dtype, like=like),
         arrived=plgpu.Barrier(num_arrivals=2, num_barriers=tile.stages),
         free=plgpu.Barrier(num_arrivals=tile.warpgroups, num_barriers=tile.stages),
@@ -136,7 +136,7 @@ def multiply(operands: Operands, outs: Sequence[Any], scratch: Scratch, *, probl
     Args:
         operands: the operands.
         outs: results by matrix: [P, O]. Or one array for all matrices with the sums of each split, f32[splits, O, P],
-            since only 16-bit values can be transposed while they are stored.
+            which is not transposed while it is stored: layout inference finds no layout for 32-bit values.
         scratch: shared memory.
         problem: parameters of the kernel.
     """
@@ -246,7 +246,11 @@ def _sum_up_plain(scratch: Scratch, problem: Problem, sum_om: Any) -> jax.Array:
 
 
 def _sum_up_converted(scratch: Scratch, place: Place, problem: Problem, converter: Converter, sum_om: Any) -> jax.Array:
-    """Sum up converted steps; a step is converted while the one before is multiplied."""
+    """Sum up converted steps; a step is converted while the one before is multiplied.
+
+    Pallas puts a barrier of the warpgroup before each store to shared memory. It keeps a warp from converting into a
+    slot that another warp's products still read: two slots are enough only because of it.
+    """
     tile, mine = problem.tile, scratch.converted.at[lax.axis_index("warpgroup")]
     halves = scratch.x_hmB.shape[1]
 

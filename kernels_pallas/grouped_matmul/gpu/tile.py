@@ -63,7 +63,7 @@ class Tile:
 
 
 def multiples(format: QuantizedFormat | None) -> tuple[int, int]:
-    """Return the numbers that must divide the inputs and the outputs of a matrix.
+    """Return the numbers that must divide the inputs and the outputs of a matrix; blocks of scales are square.
 
     Raises:
         NotImplementedError: the kernel does not support the format.
@@ -85,7 +85,13 @@ def multiples(format: QuantizedFormat | None) -> tuple[int, int]:
 
 
 def choose_tile(
-    rows: int, num_blocks: int, outputs: Sequence[int], num_inputs: int, format: QuantizedFormat | None, num_cores: int
+    rows: int,
+    num_blocks: int,
+    outputs: Sequence[int],
+    num_inputs: int,
+    format: QuantizedFormat | None,
+    num_cores: int,
+    out_itemsize: int = _ROW_BYTES,
 ) -> Tile:
     """Choose the tile for matrices that are multiplied by the same rows.
 
@@ -96,6 +102,7 @@ def choose_tile(
         num_inputs: inputs of the matrices.
         format: format of quantised matrices.
         num_cores: number of SMs of the device.
+        out_itemsize: bytes per result.
     """
     width = 2 * WARPGROUP_ROWS
     # One warpgroup in each of twice as many thread blocks, where these are too few to occupy all SMs.
@@ -113,7 +120,7 @@ def choose_tile(
         ):
             splits *= 2
     tile = Tile(rows=rows, warpgroups=warpgroups, columns=columns, piece=piece, stages=0, slots=slots, splits=splits)
-    return _with_stages(tile, format, num_steps // splits)
+    return _with_stages(tile, format, num_steps // splits, 4 if splits > 1 else out_itemsize)
 
 
 def _columns(num_inputs: int, format: QuantizedFormat | None) -> tuple[int, int, int]:
@@ -129,14 +136,14 @@ def _columns(num_inputs: int, format: QuantizedFormat | None) -> tuple[int, int,
     return columns, columns, 0 if format is None else 2
 
 
-def _with_stages(tile: Tile, format: QuantizedFormat | None, num_steps: int) -> Tile:
+def _with_stages(tile: Tile, format: QuantizedFormat | None, num_steps: int, out_itemsize: int) -> Tile:
     """Set the number of stages: as many as fit next to a second thread block of the SM, or at least without one."""
     per_byte, itemsize = (1, _ROW_BYTES) if format is None else (format.per_byte, format.dtype.itemsize)
     columns = tile.columns * per_byte
     stage = tile.outputs * tile.columns * itemsize + tile.rows * columns * _ROW_BYTES
-    fixed = (tile.slots * tile.outputs * columns + tile.rows * tile.outputs) * _ROW_BYTES + _OVERHEAD
-    if tile.splits > 1:
-        fixed += tile.rows * tile.outputs * _ROW_BYTES  # sums are in f32
-    fits = [(limit - fixed) // stage for limit in (_SMEM_BYTES // 2, _SMEM_BYTES)]
+    fixed = tile.slots * tile.outputs * columns * _ROW_BYTES + tile.rows * tile.outputs * out_itemsize + _OVERHEAD
+    # The registers of many rows leave no room for a second thread block.
+    shares = (2, 1) if tile.rows < WARPGROUP_ROWS else (1,)
+    fits = [(_SMEM_BYTES // share - fixed) // stage for share in shares]
     stages = next((each for each in fits if each >= _MIN_STAGES), fits[-1])
     return Tile(**{**tile.__dict__, "stages": max(2, min(stages, _MAX_STAGES, num_steps))})

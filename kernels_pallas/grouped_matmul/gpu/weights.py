@@ -7,7 +7,6 @@ Dimension key: as in `gpu/backend.py`; B columns per step of a 4-bit matrix, p c
 """
 
 from collections.abc import Sequence
-from functools import partial
 from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import jax
@@ -127,7 +126,7 @@ class _ScaledRows:
         """See `Converter`."""
         outputs = pl.ds(place.output, WARPGROUP_ROWS)
         scale_o = plgpu.load(place.weight.scale.at[place.group, outputs], layout=ROWS, optimized=False)
-        return sum_om * lax.broadcast_in_dim(scale_o.astype(jnp.float32), sum_om.shape, [0])
+        return sum_om * lax.broadcast_in_dim(f32_scales(scale_o), sum_om.shape, [0])
 
 
 class _ScaledBlocks(_ScaledRows):
@@ -169,23 +168,21 @@ class _ScaledGroups:
 
     def convert(self, w_oB: Any, ahead: Ahead, out: Any) -> None:
         """See `Converter`; the columns of the lower halves of the bytes come first."""
-        starts = range(0, self._columns, self._piece)
-        each = len(ahead) // len(starts)
-        for index, start in enumerate(starts):
-            columns = slice(start, start + self._piece)
-            code_op = plgpu.load(w_oB.at[:, columns], layout=_BYTES, optimized=False).astype(jnp.int32)
-            self._convert_piece(code_op, ahead[index * each : (index + 1) * each], out, columns)
-
-    def _convert_piece(self, byte_op: jax.Array, ahead: Sequence[jax.Array], out: Any, columns: slice) -> None:
-        spread = partial(lax.broadcast_in_dim, shape=byte_op.shape, broadcast_dimensions=[0])
-        scale_op, zero_op = spread(f32_scales(ahead[0])), _F32_BIAS + INT4_ZERO
-        if len(ahead) > 1:
-            zero_op = spread(_biased_f32(ahead[1].astype(jnp.int32)))
+        byte_oB = plgpu.load(w_oB, layout=_BYTES, optimized=False).astype(jnp.int32)
+        each = len(ahead) // (self._columns // self._piece)
+        scale_oB, zero_oB = self._spread([f32_scales(scale_o) for scale_o in ahead[::each]]), _F32_BIAS + INT4_ZERO
+        if each > 1:
+            zero_oB = self._spread([_biased_f32(zero_o.astype(jnp.int32)) for zero_o in ahead[1::each]])
         for half in range(self._format.per_byte):
-            code_op = (byte_op >> (4 * half)) & 15
+            code_oB = (byte_oB >> (4 * half)) & 15
             is_float = self._format.element_type == "mxfp4"
-            w_op = float4(code_op) if is_float else _biased_f32(code_op) - zero_op
-            out.at[half, :, columns][...] = plgpu.layout_cast((w_op * scale_op).astype(out.dtype), MATRIX)
+            element_oB = float4(code_oB) if is_float else _biased_f32(code_oB) - zero_oB
+            out.at[half][...] = plgpu.layout_cast((element_oB * scale_oB).astype(out.dtype), MATRIX)
+
+    def _spread(self, by_piece: Sequence[jax.Array]) -> jax.Array:
+        """Broadcast the values of each piece, [64], over its columns, and put the pieces side by side."""
+        shape = (WARPGROUP_ROWS, self._piece)
+        return jnp.concatenate([lax.broadcast_in_dim(values_o, shape, [0]) for values_o in by_piece], axis=1)
 
     def scale(self, ahead: Ahead, part_om: jax.Array) -> jax.Array:
         """See `Converter`."""

@@ -1,4 +1,4 @@
-"""Grouped matmul in portable XLA: a loop over the valid blocks."""
+"""Grouped matmul in portable XLA: a loop over the used blocks."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -36,7 +36,7 @@ class XlaGroupedMatmul:
         transposed: bool = False,
         out_dtype: DTypeLike | None = None,
     ) -> list[jax.Array]:
-        """See `GroupedMatmul`; blocks that are not valid are zeros."""
+        """See `GroupedMatmul`; blocks that are not used are zeros."""
         num_block_rows, num_inputs = x_PI.shape
         block_rows = num_block_rows // blocks.group_C.shape[0]
         equation, out_axis = ("wi,io->wo", 2) if transposed else ("wi,oi->wo", 1)

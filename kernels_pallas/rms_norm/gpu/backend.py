@@ -23,7 +23,7 @@ from kernels_pallas.stacked import Stacked
 
 # Threads of a warpgroup.
 _THREADS = 128
-# Bytes that a thread loads at once, at most.
+# Bytes of activations that a thread loads at once, at most.
 _MAX_LOAD = 16
 # Channels that fit into the registers of a warpgroup.
 _MAX_CHANNELS = 16384

@@ -18,11 +18,13 @@ from jax.sharding import PartitionSpec as P
 from kernels_pallas.pallas import pl, plgpu
 from kernels_pallas.rope.api import Angles, HeadNorms
 from kernels_pallas.rope.xla.backend import rope
-from kernels_pallas.shards import MODEL, over_model
+from kernels_pallas.shards import MODEL, model_size, over_model
 from kernels_pallas.warpgroup import MATRIX, WARPGROUP_ROWS, broadcast_rows
 
 # Columns of a tile of the register layout.
 _COLUMNS = 8
+# TMA reads and writes shared memory at multiples of this many bytes.
+_ALIGNMENT = 128
 # Half of a head must fit into the registers of its threads, twice.
 _MAX_PAIRS = 128
 
@@ -43,7 +45,12 @@ class GpuRope:
     ) -> tuple[jax.Array, jax.Array]:
         """See `Rope`."""
         num_pairs = q_TNH.shape[2] // 2
-        if num_pairs % _COLUMNS or num_pairs > _MAX_PAIRS or q_TNH.dtype != jnp.bfloat16:
+        if (
+            num_pairs % _COLUMNS
+            or num_pairs > _MAX_PAIRS
+            or q_TNH.dtype != jnp.bfloat16
+            or not self._is_aligned(q_TNH, k_TKH)
+        ):
             return rope(q_TNH, k_TKH, angles, norms)
         constants = None if norms is None else _Constants(*((norm.eps, norm.offset) for norm in norms))
         stacks = None if norms is None else tuple(norm.weight for norm in norms)
@@ -54,6 +61,13 @@ class GpuRope:
             return self._rotate(_Operands((q_TNH, k_TKH), angles, weights), constants)
 
         return over_model(run, self._mesh, (heads, heads, P(), P()), (heads, heads))(q_TNH, k_TKH, angles, stacks)
+
+    def _is_aligned(self, q_TNH: jax.Array, k_TKH: jax.Array) -> bool:
+        """Return whether TMA can copy the heads to and from their rows in shared memory."""
+        size = model_size(self._mesh)
+        tiles = _tiles(q_TNH.shape[1] // size, k_TKH.shape[1] // size)
+        head_bytes = q_TNH.shape[2] * q_TNH.dtype.itemsize
+        return all(heads.row * head_bytes % _ALIGNMENT == 0 for tile in tiles for heads in tile)
 
     def _rotate(self, operands: "_Operands", constants: "_Constants | None") -> tuple[jax.Array, jax.Array]:
         (num_tokens, num_q_heads, head_dim), num_kv_heads = operands.heads[0].shape, operands.heads[1].shape[1]

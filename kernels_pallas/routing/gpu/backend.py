@@ -182,7 +182,6 @@ def _choose(
 
     @pl.when(warpgroup == 0)
     def _finish() -> None:
-        plgpu.commit_smem()
         scores = [_load(scratch.chosen.at[index], ROWS) for index in range(config.top_k)]
         for index, weight_m in enumerate(_weights(scores, config)):
             plgpu.store(weight_TU.at[at, index], weight_m, optimized=False)
