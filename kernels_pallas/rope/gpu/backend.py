@@ -23,6 +23,8 @@ from kernels_pallas.warpgroup import MATRIX, WARPGROUP_ROWS, broadcast_rows
 
 # Columns of a tile of the register layout.
 _COLUMNS = 8
+# A thread block computes 64 rows, however few heads there are: for more tokens, XLA's launches cost less.
+_MAX_TOKENS = 256
 # TMA reads and writes shared memory at multiples of this many bytes.
 _ALIGNMENT = 128
 # Half of a head must fit into the registers of its threads, twice.
@@ -49,6 +51,7 @@ class GpuRope:
             num_pairs % _COLUMNS
             or num_pairs > _MAX_PAIRS
             or q_TNH.dtype != jnp.bfloat16
+            or q_TNH.shape[0] > _MAX_TOKENS
             or not self._is_aligned(q_TNH, k_TKH)
         ):
             return rope(q_TNH, k_TKH, angles, norms)
