@@ -6,7 +6,8 @@ from typing import Any
 from jaxserve.config import EngineConfig
 from jaxserve.models.registry import find_architecture
 
-# TPUs keep arrays in rows of this many elements: a shorter last axis is padded, in memory and in products.
+# TPUs keep arrays in rows of this many elements: a shorter last axis is padded, in memory and in products. Blocks of
+# scales are as wide; with two of them, an expert's rows are long enough that the padding of its tokens matters little.
 _LANES = 128
 
 
@@ -20,15 +21,17 @@ def choose_ep_size(config: EngineConfig, hf_config: Mapping[str, Any], platform:
     """
     if config.ep_size is not None:
         return config.ep_size
-    experts = find_architecture(hf_config).model_config(hf_config).moe
+    model = find_architecture(hf_config).model_config(hf_config)
+    experts, quantization = model.moe, model.quantized("experts")
     if experts is None or platform != "tpu":
         return 1
+    width = _LANES * (2 if quantization is not None and quantization.block[0] > 1 else 1)
     replicas = config.dp_size if config.dp_attention else 1
     sizes = (size for size in range(1, config.tp_size + 1) if config.tp_size % size == 0)
     whole = (
         size
         for size in sizes
         if experts.num_experts % (size * replicas) == 0
-        and experts.intermediate_size % (config.tp_size // size * _LANES) == 0
+        and experts.intermediate_size % (config.tp_size // size * width) == 0
     )
     return next(whole, 1)

@@ -6,7 +6,7 @@ import pytest
 
 from jaxserve.config import EngineConfig
 from jaxserve.layout.expert_groups import choose_ep_size
-from tests.compile.models import LLAMA31_8B, MIXTRAL_8X22B, QWEN3_30B_A3B
+from tests.compile.models import DEEPSEEK_V31, LLAMA31_8B, MIXTRAL_8X22B, QWEN3_30B_A3B
 
 
 @pytest.mark.parametrize(
@@ -16,6 +16,8 @@ from tests.compile.models import LLAMA31_8B, MIXTRAL_8X22B, QWEN3_30B_A3B
         (QWEN3_30B_A3B, "tpu", {"tp_size": 8}, 4),
         (QWEN3_30B_A3B, "tpu", {"tp_size": 2}, 1),
         (QWEN3_30B_A3B, "tpu", {"tp_size": 8, "ep_size": 1}, 1),
+        # Two blocks of scales for each shard of 2,048.
+        (DEEPSEEK_V31, "tpu", {"tp_size": 16}, 2),
         (QWEN3_30B_A3B, "gpu", {"tp_size": 8}, 1),
         (MIXTRAL_8X22B, "tpu", {"tp_size": 8}, 1),
         (LLAMA31_8B, "tpu", {"tp_size": 8}, 1),

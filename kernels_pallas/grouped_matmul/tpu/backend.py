@@ -114,10 +114,9 @@ class TpuGroupedMatmul:
             for each in problem.scalars
         ]
         # XLA would copy stacks that it finds small enough into VMEM in every step, those of other layers included.
-        stacks = (
-            pltpu.with_memory_space_constraint(each, pltpu.HBM) for each in (*problem.by_output, *problem.by_input)
-        )
-        operands = (*problem.rows, *stacks, *problem.constants, *problem.scalars)
+        in_hbm = partial(pltpu.with_memory_space_constraint, memory_space=pltpu.HBM)
+        stacks = map(in_hbm, (*problem.by_output, *problem.by_input))
+        operands = (*problem.rows, *stacks, *problem.constants, *map(in_hbm, problem.scalars))
         block_bytes = sum(block_rows * x.shape[1] * x.dtype.itemsize for x in problem.rows)
         block_bytes += sum(block_outputs * each.shape[2] * each.dtype.itemsize for each in problem.by_output)
         block_bytes += sum(block_outputs * each.shape[1] * each.dtype.itemsize for each in problem.by_input)
@@ -167,7 +166,10 @@ def _problem(x_PI: jax.Array, matrices: Matrices) -> _Problem:
     if format is None or scale_Xoi is None:
         return _Problem(_multiply_block, (x_PI,), (w_XOI,))
     if format.block[0] > 1:
-        return _Problem(_multiply_scaled_block, (x_PI,), (w_XOI,), scalars=(scale_Xoi,))
+        # One column of scales, which would be padded to 128, is passed as a row.
+        single = scale_Xoi.shape[2] == 1
+        kernel = partial(_multiply_scaled_block, transposed=single)
+        return _Problem(kernel, (x_PI,), (w_XOI,), scalars=(scale_Xoi.swapaxes(1, 2) if single else scale_Xoi,))
     # Rows are split instead of bytes: the inputs of the lower halves of the bytes, then those of the upper halves.
     rows = tuple(x_PI[:, part :: format.per_byte] for part in range(format.per_byte))
     by_output = (w_XOI, scale_Xoi, *(() if zero_Xoi is None else (zero_Xoi,)))
@@ -192,16 +194,17 @@ def _multiply_block(_: Any, x_WI: Any, w_1oI: Any, out_Wo: Any) -> None:
     out_Wo[...] = mxu_dot(x_WI[...], w_1oI[0], contract=1).astype(out_Wo.dtype)
 
 
-def _multiply_scaled_block(_: Any, x_WI: Any, w_1oI: Any, scale_1oi: Any, out_Wo: Any) -> None:
+def _multiply_scaled_block(_: Any, x_WI: Any, w_1oI: Any, scale_1oi: Any, out_Wo: Any, *, transposed: bool) -> None:
     """Like `_multiply_block`, one block of columns at a time: the products are scaled instead of the matrix."""
     num_rows = out_Wo.shape[1] // _LANES
-    first_row, last_row = pl.program_id(1) * num_rows, scale_1oi.shape[1] - 1
+    first_row, last_row = pl.program_id(1) * num_rows, scale_1oi.shape[2 if transposed else 1] - 1
 
     def multiply(column: jax.Array, sum_Wo: jax.Array) -> jax.Array:
         columns = pl.ds(pl.multiple_of(column * _LANES, _LANES), _LANES)
         part_Wo = mxu_dot(x_WI[:, columns], w_1oI[0, :, columns].astype(x_WI.dtype), contract=1)
         # The last block of outputs may be partial.
-        scales = [scale_1oi[0, jnp.minimum(first_row + row, last_row), column] for row in range(num_rows)]
+        places = [(jnp.minimum(first_row + row, last_row), column) for row in range(num_rows)]
+        scales = [scale_1oi[0, *(place[::-1] if transposed else place)] for place in places]
         scale_1o = jnp.concatenate([jnp.full((1, _LANES), scale, jnp.float32) for scale in scales], axis=1)
         return sum_Wo + part_Wo * scale_1o
 
