@@ -222,7 +222,7 @@ def device_flags(group: argparse._ArgumentGroup) -> None:  # pyright: ignore[rep
         "--expert-parallel-size",
         type=int,
         help="groups that the experts are divided among; the devices of a group split each expert (default: 1, on TPU "
-        "more if the shards of an expert would not fill whole rows of 128 elements)",
+        "more if the shards of an expert would not fill whole rows of 128 elements, or 256 if quantised in blocks)",
     )
     group.add_argument(
         "--enable-dp-attention",

@@ -11,9 +11,6 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-# Rows times block rows up to which comparing is faster than sorting.
-_MAX_COMPARED = 1 << 22
-
 
 class Blocks(NamedTuple):
     """The group of each block.
@@ -60,7 +57,7 @@ def max_num_blocks(num_rows: int, num_groups: int, block_rows: int) -> int:
 
 
 def sort_into_blocks(
-    group_R: jax.Array, num_groups: int, block_rows: int, *, first_group: jax.Array | int = 0
+    group_R: jax.Array, num_groups: int, block_rows: int, *, first_group: jax.Array | int = 0, max_compared: int = 0
 ) -> tuple[Blocks, PermutedRows]:
     """Sort rows into blocks by group; the rows of a group keep their order.
 
@@ -69,10 +66,11 @@ def sort_into_blocks(
         num_groups: number of groups.
         block_rows: rows per block.
         first_group: i32, added to the groups of the blocks.
+        max_compared: rows times block rows up to which everything is compared with everything instead of sorted.
     """
     num_rows = group_R.shape[0]
     num_blocks = max_num_blocks(num_rows, num_groups, block_rows)
-    sort = _sort_by_comparing if num_rows * num_blocks * block_rows <= _MAX_COMPARED else _sort
+    sort = _sort_by_comparing if num_rows * num_blocks * block_rows <= max_compared else _sort
     end_G, permuted = sort(group_R, num_groups, block_rows, num_blocks)
     block_C = jnp.minimum(jnp.arange(num_blocks, dtype=jnp.int32), jnp.maximum(end_G[-1] - 1, 0))
     # The last group's end is left out: if no row has a group, all groups end before the first block.

@@ -271,7 +271,9 @@ class Experts(nnx.Module):
         adapted_TU = (slot_T[:, None] > 0) & (own_TU < num_experts)
         group_TU = jnp.where(adapted_TU, (slot_T[:, None] - 1) * num_experts + own_TU, num_slots * num_experts)
         block_rows = matmul.block_rows(group_TU.size, num_slots * self._num_experts, row_bytes)
-        blocks, own_permuted = sort_into_blocks(group_TU.reshape(-1), num_slots * num_experts, block_rows)
+        blocks, own_permuted = sort_into_blocks(
+            group_TU.reshape(-1), num_slots * num_experts, block_rows, max_compared=matmul.max_compared
+        )
         return _ByAdapter(
             matmul, blocks, permuted.block_row_R[own_permuted.row_P], own_permuted.block_row_R[permuted.row_P]
         )

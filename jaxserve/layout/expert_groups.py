@@ -7,7 +7,7 @@ from jaxserve.config import EngineConfig
 from jaxserve.models.registry import find_architecture
 
 # TPUs keep arrays in rows of this many elements: a shorter last axis is padded, in memory and in products. Blocks of
-# scales are as wide; with two of them, an expert's rows are long enough that the padding of its tokens matters little.
+# scales are as wide. A shard has two of them: next to one, the padding of an expert's tokens is an eighth of the bytes.
 _LANES = 128
 
 

@@ -72,6 +72,11 @@ class GroupedMatmul(Protocol):
         ...
 
     @property
+    def max_compared(self) -> int:
+        """Argument of `sort_into_blocks`: launches and scatters cost more than comparisons, except on CPU."""
+        ...
+
+    @property
     def adds_bias(self) -> bool:
         """Whether the kernel adds biases, before the results are rounded."""
         ...

@@ -344,10 +344,14 @@ def test_tiles_occupy_the_gpu() -> None:
     groups=st.lists(st.integers(0, 6), min_size=1, max_size=40),
     num_groups=st.integers(1, 6),
     block_rows=st.sampled_from([1, 4, 16]),
+    max_compared=st.sampled_from([0, 1 << 22]),
 )
-def test_sort_into_blocks_keeps_rows_with_their_group(groups: list[int], num_groups: int, block_rows: int) -> None:
+def test_sort_into_blocks_keeps_rows_with_their_group(
+    groups: list[int], num_groups: int, block_rows: int, max_compared: int
+) -> None:
     group_R = np.minimum(groups, num_groups)
-    blocks, permuted = sort_into_blocks(jnp.asarray(group_R, jnp.int32), num_groups, block_rows)
+    options = {"max_compared": max_compared}
+    blocks, permuted = sort_into_blocks(jnp.asarray(group_R, jnp.int32), num_groups, block_rows, **options)
     group_C, num = np.asarray(blocks.group_C), int(blocks.num_live)
     row_P, block_row_R = np.asarray(permuted.row_P), np.asarray(permuted.block_row_R)
     assert len(row_P) == len(group_C) * block_rows == max_num_blocks(len(groups), num_groups, block_rows) * block_rows

@@ -47,6 +47,7 @@ class GpuGroupedMatmul:
 
     # cuBLAS has larger tiles, but CUDA graphs cannot capture its calls where they read a layer's matrix in a stack.
     max_dense_rows = MAX_ROWS
+    max_compared = 1 << 22
     adds_bias = True
 
     def __init__(self, num_cores: int, interpret: Any = False) -> None:

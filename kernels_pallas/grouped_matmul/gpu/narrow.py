@@ -53,6 +53,7 @@ class GpuNarrowMatmul:
     """
 
     max_dense_rows = 0
+    max_compared = 1 << 22
     adds_bias = False
 
     def __init__(self, interpret: Any = False) -> None:

@@ -67,6 +67,7 @@ class TpuGroupedMatmul:
     """
 
     max_dense_rows = 0
+    max_compared = 1 << 22
     adds_bias = False
 
     def __init__(self, interpret: Any = False) -> None:

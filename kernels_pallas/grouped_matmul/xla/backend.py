@@ -20,6 +20,7 @@ class XlaGroupedMatmul:
     """A `GroupedMatmul`."""
 
     max_dense_rows = 0
+    max_compared = 0
     adds_bias = False
 
     def block_rows(self, num_rows: int, num_groups: int, row_bytes: int) -> int:
