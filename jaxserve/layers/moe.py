@@ -235,7 +235,9 @@ class Experts(nnx.Module):
         # The block size is chosen for all experts: on average, local experts get their share of the tokens.
         row_bytes = max(x_TD.shape[1], gate.weight.stack.shape[2]) * x_TD.dtype.itemsize
         block_rows = matmul.block_rows(num_tokens * top_k, self._num_experts, row_bytes)
-        blocks, permuted = sort_into_blocks(own_TU.reshape(-1), num_experts, block_rows, first_group=gate.weight.first)
+        blocks, permuted = sort_into_blocks(
+            own_TU.reshape(-1), num_experts, block_rows, first_group=gate.weight.first, max_compared=matmul.max_compared
+        )
         by_adapter = None
         if slot_T is not None and ctx.lora.experts is not None:
             adapters = ctx.lora.experts._replace(slot_T=slot_T)
