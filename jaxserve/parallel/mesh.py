@@ -87,12 +87,13 @@ def weight_format(axes: tuple[str | None, ...], shape: tuple[int, ...], mesh: Me
     """Return the layout and sharding of a weight: sharded as in `named_sharding`, with its last axis contiguous.
 
     By default, TPUs store arrays transposed if their last axis is no multiple of 128. Every step that passes one to a
-    kernel, or reads rows of it, would first copy all of it. A last axis of one entry on a device, such as the scales of
-    128 inputs, would be padded to 128, so the axis before it is contiguous instead.
+    kernel, or reads rows of it, would first copy all of it. A last axis that is split to one entry on a device, such as
+    the scales of 128 inputs, would be padded to 128; there, the axis before it is contiguous instead.
     """
     sharding = named_sharding(axes, shape, mesh)
     order = list(range(len(shape)))
-    if len(shape) > 1 and sharding.shard_shape(shape)[-1] == 1:
+    is_tpu = mesh.devices.flat[0].platform == "tpu"
+    if is_tpu and shape and shape[-1] > 1 and sharding.shard_shape(shape)[-1] == 1:
         order[-2:] = reversed(order[-2:])
     return Format(Layout(tuple(order)), sharding)
 
