@@ -99,18 +99,18 @@ def _choose_linears(decoder: Decoder, mesh: Mesh) -> tuple[GroupedMatmul, tuple[
         for path, spec in decoder.param_specs.items()
         if path[-1] == "weight" and spec.keep_stacked and len(spec.shape) == 3 and not spec.absorbed_only
     }
-    quantized = {path: spec for path, spec in linears.items() if spec.packing is not None}
-    chosen = {
-        path: choose_grouped_matmul([_shard(decoder, mesh, spec, decoder.config.quantization)], mesh)
-        for path, spec in quantized.items()
-    }
-    _log_by_module("{}", chosen)
-    by_kernel = {path: choice.impl for path, choice in chosen.items() if choice.name != "xla"}
-    # XLA multiplies by the others just as well, so that it is no fallback.
+    chosen: dict[Path, Choice[GroupedMatmul]] = {}
+    by_kernel: dict[Path, GroupedMatmul] = {}
     for path, spec in linears.items():
+        if spec.packing is not None:
+            chosen[path] = choose_grouped_matmul([_shard(decoder, mesh, spec, decoder.config.quantization)], mesh)
+            continue
+        # XLA multiplies by these just as well, so that it is no fallback.
         impl = choose_grouped_matmul([_shard(decoder, mesh, spec, None)], mesh).impl
-        if path not in quantized and impl.max_dense_rows:
+        if impl.max_dense_rows:
             by_kernel[path] = impl
+    _log_by_module("{}", chosen)
+    by_kernel |= {path: choice.impl for path, choice in chosen.items() if choice.name != "xla"}
     return next(iter(by_kernel.values()), XlaGroupedMatmul()), tuple(by_kernel)
 
 

@@ -73,7 +73,7 @@ def make_plan(config: EngineConfig, hf_config: Mapping[str, Any], target: Target
     if left <= 0:
         return _too_heavy(config, layout, adapters, target)
     engine = layout_engine(config, layout, int(left * (config.mem_fraction_static or DEVICE_MEM_FRACTION)), adapters)
-    return _report(config, layout, engine, target, _compile(engine, _loads(config, engine)))
+    return _report(config, layout, engine, target, _compile(engine, _loads(engine)))
 
 
 def adapter_slots(config: LoraConfig, layout: ModelLayout) -> LoraPoolLayout:
@@ -93,7 +93,7 @@ class _Loads(NamedTuple):
     alone: DecodeLoad
 
 
-def _loads(config: EngineConfig, engine: EngineLayout) -> _Loads:
+def _loads(engine: EngineLayout) -> _Loads:
     """Return as many requests with half the context as the pool holds, and a single one."""
     kv_tokens = engine.cache.num_pages * engine.cache.page_size
     rows = max(1, min(engine.scheduler.max_rows, kv_tokens * 2 // engine.scheduler.context_length))
@@ -196,7 +196,7 @@ def _report(
     fits = outcome.error is None and memory.fits and (whole or config.context_length is None)
     steps = tuple(
         DecodeStep(load.rows, load.context, outcome.moved.get(load) or needed_bytes(engine, load))
-        for load in _loads(config, engine)
+        for load in _loads(engine)
     )
     computed = msgspec.structs.replace(layout.config, num_kv_heads=layout.decoder.args.num_kv_heads)
     return Report(

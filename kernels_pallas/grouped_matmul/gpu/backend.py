@@ -7,7 +7,6 @@ bytes, and those of the upper.
 """
 
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import jax
@@ -15,10 +14,9 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from kernels_pallas.grouped_matmul.api import ExpertShape, Matrices
-from kernels_pallas.grouped_matmul.gpu.kernel import Operands, Problem, multiply, scratch_types
+from kernels_pallas.grouped_matmul.gpu.kernel import Launch, Operands, Problem, multiply
 from kernels_pallas.grouped_matmul.gpu.tile import MAX_ROWS, MIN_ROWS, ROW_SCALED, choose_tile, multiples
 from kernels_pallas.grouped_matmul.gpu.weights import Weight
-from kernels_pallas.pallas import plgpu
 from kernels_pallas.token_tiles import Blocks, choose_block_rows
 
 
@@ -87,20 +85,10 @@ class GpuGroupedMatmul:
         grid = {"block": num_blocks, "outputs": sum(outputs) // tile.outputs, "split": tile.splits}
         if tile.rows == MAX_ROWS:
             grid = {"outputs": grid["outputs"], "block": num_blocks, "split": tile.splits}
-        # Every call needs a new function: a function that is reused with another grid keeps its first trace.
-        kernel = plgpu.kernel(
-            partial(_multiply, problem=problem),
-            out_type=[jax.ShapeDtypeStruct(shape, kernel_dtype) for shape in shapes],
-            scratch_types=[scratch_types(problem, x_PI.dtype, matrices[0].values_XOI.dtype, kernel_dtype)],
-            grid=tuple(grid.values()),
-            grid_names=tuple(grid),
-            num_threads=tile.warpgroups + 1,
-            thread_name="warpgroup",
-            kernel_name="grouped_matmul",
-            interpret=self._interpret,
-        )
+        launch = Launch("grouped_matmul", grid, shapes, kernel_dtype, self._interpret)
         x_hPB = jnp.stack([x_PI[:, half::halves] for half in range(halves)])
-        results = kernel(Operands(blocks, x_hPB, [_weight(each, bias=not in_f32) for each in matrices]))
+        operands = Operands(blocks, x_hPB, [_weight(each, bias=not in_f32) for each in matrices])
+        results = multiply(operands, problem, launch)
         return _add_up(results[0], matrices, blocks, out_dtype) if in_f32 else results
 
 
@@ -115,11 +103,6 @@ def _add_up(sums_SOP: jax.Array, matrices: Sequence[Matrices], blocks: Blocks, o
             y_PO += jnp.repeat(bias_CO, y_PO.shape[0] // bias_CO.shape[0], axis=0)
         results.append(y_PO.astype(out_dtype))
     return results
-
-
-def _multiply(operands: Operands, *refs: Any, problem: Problem) -> None:
-    *outs, scratch = refs
-    multiply(operands, outs, scratch, problem=problem)
 
 
 def _weight(matrices: Matrices, *, bias: bool) -> Weight:

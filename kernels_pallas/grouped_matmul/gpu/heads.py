@@ -4,7 +4,6 @@ The heads' activations and results stay where they are, so that nothing is trans
 stack of all layers.
 """
 
-from functools import partial
 from typing import Any
 
 import jax
@@ -13,11 +12,10 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from kernels_pallas.grouped_matmul.api import HeadMatrices
-from kernels_pallas.grouped_matmul.gpu.kernel import Heads, Operands, Problem, multiply, scratch_types
+from kernels_pallas.grouped_matmul.gpu.kernel import Heads, Launch, Operands, Problem, multiply
 from kernels_pallas.grouped_matmul.gpu.tile import MAX_ROWS, MIN_ROWS, choose_tile, multiples
 from kernels_pallas.grouped_matmul.gpu.weights import Weight
 from kernels_pallas.grouped_matmul.xla.heads import multiply_heads
-from kernels_pallas.pallas import plgpu
 from kernels_pallas.shards import MODEL, over_model
 from kernels_pallas.token_tiles import Blocks, choose_block_rows
 from kernels_pallas.warpgroup import WARPGROUP_ROWS
@@ -71,25 +69,11 @@ class GpuHeadMatmul:
         in_f32 = tile.splits > 1
         out = (tile.splits, num_heads * num_outputs, rows) if in_f32 else (rows, num_heads * num_outputs)
         out_dtype = jnp.dtype(jnp.float32) if in_f32 else x_TNJ.dtype
-        # Every call needs a new function: a function that is reused with another grid keeps its first trace.
-        kernel = plgpu.kernel(
-            partial(_multiply, problem=problem),
-            out_type=jax.ShapeDtypeStruct(out, out_dtype),
-            scratch_types=[scratch_types(problem, x_hPB.dtype, matrices.stack.dtype, out_dtype)],
-            grid=(num_outputs // tile.outputs, num_heads, tile.splits),
-            grid_names=("outputs", "block", "split"),
-            num_threads=tile.warpgroups + 1,
-            thread_name="warpgroup",
-            kernel_name="head_matmul",
-            interpret=self._interpret,
-        )
+        grid = {"outputs": num_outputs // tile.outputs, "block": num_heads, "split": tile.splits}
+        launch = Launch("head_matmul", grid, [out], out_dtype, self._interpret)
         weights = Weight(matrices.stack.reshape(-1, matrices.number, matrices.stack.shape[2]))
         # The kernel finds the groups itself, and every block is used.
         blocks = Blocks(group_C=matrices.layer[None], end_G=matrices.layer[None])
-        y = kernel(Operands(blocks, x_hPB, [weights]))
+        (y,) = multiply(Operands(blocks, x_hPB, [weights]), problem, launch)
         y = jnp.sum(y, axis=0).T.astype(x_TNJ.dtype) if in_f32 else y
         return y[:num_tokens].reshape(num_tokens, num_heads, num_outputs)
-
-
-def _multiply(operands: Operands, out: Any, scratch: Any, *, problem: Problem) -> None:
-    multiply(operands, [out], scratch, problem=problem)

@@ -6,7 +6,7 @@ there may be as few as 8. One warpgroup copies the operands of later steps while
 Dimension key: see `backend`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -101,7 +101,42 @@ class _Block(NamedTuple):
     out_column: Any = 0
 
 
-def scratch_types(problem: Problem, x_dtype: Any, w_dtype: Any, out_dtype: Any) -> Scratch:
+class Launch(NamedTuple):
+    """How the kernel is launched.
+
+    Attributes:
+        name: name of the kernel.
+        grid: sizes of the axes `outputs`, `block` and `split`; the last one runs fastest.
+        out_shapes, out_dtype: results; see `_multiply`.
+        interpret: parameters of the GPU interpret mode, or False to compile.
+    """
+
+    name: str
+    grid: Mapping[str, int]
+    out_shapes: Sequence[tuple[int, ...]]
+    out_dtype: Any
+    interpret: Any
+
+
+def multiply(operands: Operands, problem: Problem, launch: Launch) -> list[jax.Array]:
+    """Run the kernel."""
+    w_dtype = operands.weights[0].w.dtype
+    # Every call needs a new function: a function that is reused with another grid keeps its first trace.
+    kernel = plgpu.kernel(
+        partial(_multiply, problem=problem),
+        out_type=[jax.ShapeDtypeStruct(shape, launch.out_dtype) for shape in launch.out_shapes],
+        scratch_types=[_scratch_types(problem, operands.x_hPB.dtype, w_dtype, launch.out_dtype)],
+        grid=tuple(launch.grid.values()),
+        grid_names=tuple(launch.grid),
+        num_threads=problem.tile.warpgroups + 1,
+        thread_name="warpgroup",
+        kernel_name=launch.name,
+        interpret=launch.interpret,
+    )
+    return kernel(operands)
+
+
+def _scratch_types(problem: Problem, x_dtype: Any, w_dtype: Any, out_dtype: Any) -> Scratch:
     """Return the types of `Scratch`."""
     tile, format = problem.tile, problem.format
     halves = 1 if format is None else format.per_byte
@@ -130,16 +165,17 @@ def _matrix_shape(problem: Problem) -> tuple[int, int]:
     return (shape[1], shape[0]) if problem.transposed else shape
 
 
-def multiply(operands: Operands, outs: Sequence[Any], scratch: Scratch, *, problem: Problem) -> None:
+def _multiply(operands: Operands, *refs: Any, problem: Problem) -> None:
     """Multiply a block of rows by the outputs of one thread block, which all belong to one matrix.
 
     Args:
         operands: the operands.
-        outs: results by matrix: [P, O]. Or one array for all matrices with the sums of each split, f32[splits, O, P],
-            which is not transposed while it is stored: layout inference finds no layout for 32-bit values.
-        scratch: shared memory.
+        refs: results by matrix, [P, O], and `Scratch`. Instead of several results, one array for all matrices with the
+            sums of each split, f32[splits, O, P], which is not transposed while it is stored: layout inference finds no
+            layout for 32-bit values.
         problem: parameters of the kernel.
     """
+    *outs, scratch = refs
     first, at = 0, lax.axis_index("outputs")
     for index, weight in enumerate(operands.weights):
         out, column = (outs[0], first * problem.tile.outputs) if len(outs) < len(operands.weights) else (outs[index], 0)

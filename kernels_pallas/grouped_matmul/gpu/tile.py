@@ -4,7 +4,7 @@ Dimension key: see `backend`.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import gcd
 
 from kernels_pallas.quantized import QuantizedFormat
@@ -146,4 +146,4 @@ def _with_stages(tile: Tile, format: QuantizedFormat | None, num_steps: int, out
     shares = (2, 1) if tile.rows < WARPGROUP_ROWS else (1,)
     fits = [(_SMEM_BYTES // share - fixed) // stage for share in shares]
     stages = next((each for each in fits if each >= _MIN_STAGES), fits[-1])
-    return Tile(**{**tile.__dict__, "stages": max(2, min(stages, _MAX_STAGES, num_steps))})
+    return replace(tile, stages=max(2, min(stages, _MAX_STAGES, num_steps)))
