@@ -12,7 +12,6 @@ from typing import NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from kernels_pallas.sampling.common.random import gumbel
 from kernels_pallas.sampling.common.row_blocks import top_of_rows
@@ -161,11 +160,5 @@ def candidates_of(value_BJP: jax.Array, id_BJP: jax.Array, sum_B: jax.Array, sha
     id_BK = jnp.take_along_axis(id_BJP.reshape(rows, -1), index_BK, axis=1)
     bound_B = jnp.maximum(value_BK[:, -1], jnp.max(value_BJP[:, -1], axis=1))
     # Buckets are not ordered by id, so equal values may not be either; nor are 0 and -0, since top_k puts -0 last.
-    value_BK, id_BK = lax.cond(
-        jnp.any((value_BK[:, 1:] == value_BK[:, :-1]) & (value_BK[:, 1:] > -jnp.inf)),
-        in_order,
-        lambda *unchanged: unchanged,
-        value_BK,
-        id_BK,
-    )
+    value_BK, id_BK = in_order(value_BK, id_BK)
     return Candidates(value_BK, id_BK + shard.first(size), bound_B, sum_B)

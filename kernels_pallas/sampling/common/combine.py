@@ -1,7 +1,7 @@
 """From the shards' summaries to sampled tokens. Plain XLA, shared by every implementation.
 
-Only summaries cross the mesh: `NUM_CANDIDATES` values and ids and a few scalars per row and shard. Rows that the
-candidates do not decide, according to the check in `filters`, are sampled exactly by `threshold`.
+Summaries cross the mesh: `NUM_CANDIDATES` values and ids and a few scalars per row and shard. Rows that the
+candidates do not decide, according to the check in `filters`, are sampled exactly by the platform's search.
 
 Dimension key: B rows of logits, V the shard's ids, K candidates of all shards, N shards.
 """
@@ -17,8 +17,8 @@ from jax import lax
 from kernels_pallas.sampling.api import NUM_TOP_LOGPROBS, SampleOutput, SamplingInputs, SamplingMode, SamplingState
 from kernels_pallas.sampling.common.adjust import values_of
 from kernels_pallas.sampling.common.filters import sample_from_candidates
-from kernels_pallas.sampling.common.summary import Best, Candidates, Plan, Shard, Summarise, plan_sampling
-from kernels_pallas.sampling.common.threshold import Exact, Known, sample_exactly
+from kernels_pallas.sampling.common.search import Exact, Known
+from kernels_pallas.sampling.common.summary import Best, Candidates, Plan, Shard, Summarise, Summary, plan_sampling
 
 T = TypeVar("T")
 
@@ -30,9 +30,6 @@ def sample_with(
     state: SamplingState,
     shard: Shard,
     mode: SamplingMode,
-    *,
-    rows_at_once: int,
-    retry: int = 0,
 ) -> SampleOutput:
     """Sample one token per row of f32 logits.
 
@@ -43,24 +40,20 @@ def sample_with(
         state: per-request state rows.
         shard: the ids that the logits cover.
         mode: what the rows need at most.
-        rows_at_once: number of rows that the exact fallback processes together: 1 where a pass over a row is
-            throughput-bound, more where it is latency-bound.
-        retry: number of candidates that the fallback tries before a search, where that is cheaper; 0 for none.
     """
+    summary = summarise(logits_BV, inputs, state, shard, mode)
     if mode == SamplingMode.PLAIN:
         # A target is never sampled, and its log-probability is only returned with `logprobs_B`, which needs a list.
-        return _sample_plain(summarise, shard, logits_BV, inputs, state)
-    return _sample_listed(partial(summarise, mode=mode), shard, rows_at_once, retry, logits_BV, inputs, state)
+        return _sample_plain(summary, inputs, shard)
+    value_of = partial(values_of, logits_BV=logits_BV, inputs=inputs, state=state, shard=shard)
+    return _sample_listed(summary, inputs, shard, value_of)
 
 
-def _sample_plain(
-    summarise: Summarise, shard: Shard, logits_BV: jax.Array, inputs: SamplingInputs, state: SamplingState
-) -> SampleOutput:
+def _sample_plain(summary: Summary, inputs: SamplingInputs, shard: Shard) -> SampleOutput:
     """Sample a step whose rows are all greedy or unfiltered, from unadjusted logits."""
-    best, _ = summarise(logits_BV, inputs, state, shard, SamplingMode.PLAIN)
-    best = _merge_best(_gather(best, shard))
+    best = _merge_best(_gather(summary.best, shard))
     plan = plan_sampling(inputs, shard.vocab_size)
-    shape = (logits_BV.shape[0], NUM_TOP_LOGPROBS)
+    shape = (best.max_B.shape[0], NUM_TOP_LOGPROBS)
     return SampleOutput(
         _choose(best, plan, inputs, best.best_B),
         _finite(best),
@@ -71,18 +64,12 @@ def _sample_plain(
 
 
 def _sample_listed(
-    summarise: Callable[..., tuple[Best, Candidates | None]],
-    shard: Shard,
-    rows_at_once: int,
-    retry: int,
-    logits_BV: jax.Array,
-    inputs: SamplingInputs,
-    state: SamplingState,
+    summary: Summary, inputs: SamplingInputs, shard: Shard, value_of: Callable[[jax.Array], jax.Array]
 ) -> SampleOutput:
+    assert summary.candidates is not None
+    assert summary.search is not None
     plan = plan_sampling(inputs, shard.vocab_size)
-    local, listed = summarise(logits_BV, inputs, state, shard)
-    assert listed is not None
-    parts, listed_parts = _gather((local, listed), shard)
+    parts, listed_parts = _gather((summary.best, summary.candidates), shard)
     best = _merge_best(parts)
     finite_B = _finite(best)
     candidates = _merge_candidates(parts, listed_parts, best)
@@ -97,12 +84,9 @@ def _sample_listed(
         short_B=_too_few_for_logprobs(candidates) & inputs.logprobs_B & finite_B,
     )
 
-    def fall_back(logits_BV: jax.Array, exact: Exact) -> Exact:
-        return sample_exactly(exact, known, logits_BV, inputs, state, shard, rows_at_once=rows_at_once, retry=retry)
-
-    exact = lax.cond(jnp.any(known.undecided_B | known.short_B), fall_back, lambda _, exact: exact, logits_BV, exact)
+    exact = summary.search(exact, known)
     token_B = _choose(best, plan, inputs, exact.token_B)
-    logprob_B = values_of(token_B, logits_BV, inputs, state, shard) - log_sum_B
+    logprob_B = value_of(token_B) - log_sum_B
     top_BJ = jnp.where(inputs.logprobs_B[:, None], exact.top_BJ - log_sum_B[:, None], 0.0)
     return SampleOutput(token_B, finite_B, logprob_B, exact.top_ids_BJ, top_BJ)
 

@@ -11,6 +11,7 @@ import numpy as np
 from jax import lax
 
 from kernels_pallas.sampling.api import NUM_TOP_LOGPROBS, SamplingInputs, SamplingMode, SamplingState
+from kernels_pallas.sampling.common.search import Search
 
 NUM_CANDIDATES = 128
 
@@ -86,13 +87,27 @@ class Plan(NamedTuple):
     adjusted_B: jax.Array
 
 
+class Summary(NamedTuple):
+    """Result of the pass over the shard's logits; in plain mode only `best`.
+
+    Attributes:
+        best: the shard's largest values.
+        candidates: the shard's likeliest tokens.
+        search: finds the tokens of rows that the candidates of all shards do not decide.
+    """
+
+    best: Best
+    candidates: Candidates | None = None
+    search: Search | None = None
+
+
 class Summarise(Protocol):
     """One pass over the shard's logits."""
 
     def __call__(
         self, logits_BV: jax.Array, inputs: SamplingInputs, state: SamplingState, shard: Shard, mode: SamplingMode
-    ) -> tuple[Best, Candidates | None]:
-        """Return the shard's summary; in plain mode, without candidates."""
+    ) -> Summary:
+        """Return the shard's summary."""
         ...
 
 

@@ -37,10 +37,12 @@ from kernels_pallas.sampling.common.summary import (
     Best,
     Candidates,
     Shard,
+    Summary,
     inverse_temperature,
     penalised,
     plan_sampling,
 )
+from kernels_pallas.sampling.gpu.search import first_of_largest, kernel_search
 
 _CHUNK = NUM_BUCKETS
 # A thread loads 8 bytes at a time, so a row must start at a multiple of 8 bytes; 16 allow for a wider load.
@@ -49,7 +51,6 @@ _ALIGNMENT = 4
 _PROGRAMS = 396
 # A split writes its levels once; with fewer chunks than this, that would cost more than reading the logits.
 _MIN_CHUNKS = 16
-_ROWS_AT_ONCE = 8
 
 _NOISY, _LISTED, _PENALISED, _MASKED = 1, 2, 4, 8
 
@@ -68,11 +69,16 @@ def sample(
 
     def summarise(
         logits_BV: jax.Array, inputs: SamplingInputs, state: SamplingState, shard: Shard, mode: SamplingMode
-    ) -> tuple[Best, Candidates | None]:
+    ) -> Summary:
         adjusting = state if mode == SamplingMode.ADJUSTED else None
-        return _pass(logits_BV, inputs, adjusting, shard, listed=mode != SamplingMode.PLAIN, interpret=interpret)
+        best, candidates, adjusted_BV = _pass(
+            logits_BV, inputs, adjusting, shard, listed=mode != SamplingMode.PLAIN, interpret=interpret
+        )
+        if candidates is None:
+            return Summary(best)
+        return Summary(best, candidates, kernel_search(adjusted_BV, inputs, shard, interpret))
 
-    return sample_with(summarise, logits_BV, inputs, state, shard, mode, rows_at_once=_ROWS_AT_ONCE)
+    return sample_with(summarise, logits_BV, inputs, state, shard, mode)
 
 
 class _Refs(NamedTuple):
@@ -91,6 +97,7 @@ class _Refs(NamedTuple):
     kept_ids: Any  # i32[B, S, 2], ids of the maximum and of the noised maximum
     level_values: Any  # f32[B, S, DEPTH, 1024]
     level_ids: Any  # i32[B, S, DEPTH, 1024]
+    adjusted: Any  # f32[B, V], adjusted logits of the rows that are listed
 
 
 def _pass(
@@ -101,8 +108,8 @@ def _pass(
     *,
     listed: bool,
     interpret: Any,
-) -> tuple[Best, Candidates | None]:
-    """Run one kernel; without a state no logits are adjusted."""
+) -> tuple[Best, Candidates | None, jax.Array]:
+    """Run one kernel; without a state no logits are adjusted. Also return the adjusted logits of listed rows."""
     rows, size = logits_BV.shape
     padding = max(_CHUNK, -(-size // _ALIGNMENT) * _ALIGNMENT) - size
     chunks = -(-(size + padding) // _CHUNK)
@@ -116,6 +123,8 @@ def _pass(
         shape = (rows, splits, DEPTH, NUM_BUCKETS)
         outs["level_values"] = jax.ShapeDtypeStruct(shape, jnp.float32)
         outs["level_ids"] = jax.ShapeDtypeStruct(shape, jnp.int32)
+    if listed and state is not None:
+        outs["adjusted"] = jax.ShapeDtypeStruct((rows, size + padding), jnp.float32)
     found = plgpu.kernel(
         _body([*names, *outs], per_split, chunks, size + padding),
         out_type=tuple(outs.values()),
@@ -124,13 +133,14 @@ def _pass(
         compiler_params=plgpu.CompilerParams(),
         interpret=interpret,
     )(*operands)
-    floats, ids, *levels = found
-    lanes = Lanes(floats[..., 0], ids[..., 0], floats[..., 1])
-    best, sum_B = best_of(lanes, Noised(floats[..., 2], ids[..., 1]), shard, size)
-    if not levels:
-        return best, None
-    value_BJP, id_BJP = merge_levels(*levels)
-    return best, candidates_of(value_BJP, id_BJP, sum_B, shard, size)
+    refs = _Refs(**{**dict.fromkeys(_Refs._fields), **dict(zip(outs, found, strict=True))})
+    lanes = Lanes(refs.kept_floats[..., 0], refs.kept_ids[..., 0], refs.kept_floats[..., 1])
+    best, sum_B = best_of(lanes, Noised(refs.kept_floats[..., 2], refs.kept_ids[..., 1]), shard, size)
+    adjusted_BV = logits_BV if refs.adjusted is None else refs.adjusted[:, :size]
+    if not listed:
+        return best, None, adjusted_BV
+    value_BJP, id_BJP = merge_levels(refs.level_values, refs.level_ids)
+    return best, candidates_of(value_BJP, id_BJP, sum_B, shard, size), adjusted_BV
 
 
 def _splits(rows: int, chunks: int, *, listed: bool) -> tuple[int, int]:
@@ -233,6 +243,13 @@ def _add(
     ids = lax.broadcasted_iota(jnp.int32, (_CHUNK,), 0) + start
     if refs.counts is not None:
         value = _adjust(refs, chunk, value, ids, row, flags, size)
+        if refs.adjusted is not None:
+            adjusted = value
+
+            @pl.when(flags & _LISTED != 0)
+            def _() -> None:
+                refs.adjusted[row, pl.ds(start, _CHUNK)] = adjusted
+
     # Exclude ids that the previous chunk covers, and ids past the end.
     fresh = (ids >= chunk * _CHUNK) & (ids < refs.extent[1])
     value = jnp.where(fresh, value * refs.floats[row, 0], -jnp.inf)
@@ -278,11 +295,11 @@ def _adjust(
 
 
 def _store(refs: _Refs, kept: _Kept, row: jax.Array, split: jax.Array) -> None:
-    high, high_id = _largest(kept.lanes.max, kept.lanes.id)
+    high, high_id = first_of_largest(kept.lanes.max, kept.lanes.id)
     refs.kept_floats[row, split, 0] = high
     refs.kept_ids[row, split, 0] = high_id
     refs.kept_floats[row, split, 1] = jnp.sum(kept.lanes.sum * jnp.exp(kept.lanes.max - high))
-    noised, noised_id = _largest(kept.noised.max, kept.noised.id)
+    noised, noised_id = first_of_largest(kept.noised.max, kept.noised.id)
     refs.kept_floats[row, split, 2] = noised
     refs.kept_ids[row, split, 1] = noised_id
     if kept.levels is None:
@@ -290,9 +307,3 @@ def _store(refs: _Refs, kept: _Kept, row: jax.Array, split: jax.Array) -> None:
     for j, (value, ids) in enumerate(zip(*kept.levels, strict=True)):
         refs.level_values[row, split, j, :] = value
         refs.level_ids[row, split, j, :] = ids
-
-
-def _largest(value: jax.Array, ids: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Return the largest value and its lowest id."""
-    high = jnp.max(value)
-    return high, jnp.min(jnp.where(value == high, ids, jnp.iinfo(jnp.int32).max))

@@ -26,10 +26,12 @@ from kernels_pallas.sampling.common.summary import (
     Best,
     Candidates,
     Shard,
+    Summary,
     inverse_temperature,
     penalised,
     plan_sampling,
 )
+from kernels_pallas.sampling.common.threshold import threshold_search
 
 _LANES = 128
 _ROWS = 8
@@ -58,14 +60,18 @@ def sample(
 
     def summarise(
         logits_BV: jax.Array, inputs: SamplingInputs, state: SamplingState, shard: Shard, mode: SamplingMode
-    ) -> tuple[Best, Candidates | None]:
+    ) -> Summary:
         # No block is longer than the row.
         units = -(-min(block, logits_BV.shape[1]) // _BLOCK_UNIT)
         kernel = _Kernel(units * _BLOCK_UNIT, shard, interpret)
         adjusting = state if mode == SamplingMode.ADJUSTED else None
-        return kernel(logits_BV, inputs, adjusting, listed=mode != SamplingMode.PLAIN)
+        best, candidates = kernel(logits_BV, inputs, adjusting, listed=mode != SamplingMode.PLAIN)
+        if candidates is None:
+            return Summary(best)
+        search = threshold_search(logits_BV, inputs, state, shard, rows_at_once=_ROWS_AT_ONCE)
+        return Summary(best, candidates, search)
 
-    return sample_with(summarise, logits_BV, inputs, state, shard, mode, rows_at_once=_ROWS_AT_ONCE)
+    return sample_with(summarise, logits_BV, inputs, state, shard, mode)
 
 
 def choose_block(vmem_bytes: int) -> int:

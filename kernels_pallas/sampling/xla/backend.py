@@ -20,11 +20,13 @@ from kernels_pallas.sampling.common.summary import (
     Best,
     Candidates,
     Shard,
+    Summary,
     in_order,
     inverse_temperature,
     no_candidates,
     plan_sampling,
 )
+from kernels_pallas.sampling.common.threshold import threshold_search
 
 # On CPU a longer list costs a fifth of a search, and it decides most filters that reach past the candidates.
 _RETRY = 1024
@@ -39,31 +41,29 @@ def sample(
 ) -> SampleOutput:
     """Sample one token per row of f32 logits; see `combine.sample_with`."""
     shard = shard or Shard(logits_BV.shape[1])
-    return sample_with(summarise, logits_BV, inputs, state, shard, mode, rows_at_once=1, retry=_RETRY)
+    return sample_with(summarise, logits_BV, inputs, state, shard, mode)
 
 
 def summarise(
     logits_BV: jax.Array, inputs: SamplingInputs, state: SamplingState, shard: Shard, mode: SamplingMode
-) -> tuple[Best, Candidates | None]:
+) -> Summary:
     """See `summary.Summarise`."""
-    if mode == SamplingMode.PLAIN:
-        return _best(without_padding(logits_BV, shard), inputs, shard), None
-    if mode == SamplingMode.LISTED:
-        return _both(without_padding(logits_BV, shard), inputs, shard)
-    return _both(adjust_logits(logits_BV, inputs, state, shard), inputs, shard)
-
-
-def _both(x_BV: jax.Array, inputs: SamplingInputs, shard: Shard) -> tuple[Best, Candidates]:
+    if mode == SamplingMode.ADJUSTED:
+        x_BV = adjust_logits(logits_BV, inputs, state, shard)
+    else:
+        x_BV = without_padding(logits_BV, shard)
     best = _best(x_BV, inputs, shard)
-    any_listed = jnp.any(plan_sampling(inputs, shard.vocab_size).listed_B)
+    if mode == SamplingMode.PLAIN:
+        return Summary(best)
     candidates = lax.cond(
-        any_listed,
+        jnp.any(plan_sampling(inputs, shard.vocab_size).listed_B),
         partial(_candidates, inputs=inputs, shard=shard),
         lambda x_BV, _: no_candidates(x_BV.shape[0]),
         x_BV,
         best.max_B,
     )
-    return best, candidates
+    search = threshold_search(logits_BV, inputs, state, shard, rows_at_once=1, retry=_RETRY)
+    return Summary(best, candidates, search)
 
 
 def _best(x_BV: jax.Array, inputs: SamplingInputs, shard: Shard) -> Best:
