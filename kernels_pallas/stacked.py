@@ -21,7 +21,7 @@ class Stacked(NamedTuple):
     layer: jax.Array
 
     def slice(self) -> jax.Array:
-        """Return this layer of the array, [...], copied out of the stack."""
+        """Return this layer of the array, [...]."""
         return lax.dynamic_index_in_dim(self.stack, self.layer, keepdims=False, allow_negative_indices=False)
 
     @property

@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kernels_pallas.paged_attention.api import AttentionConfig, AttentionMeta
+from kernels_pallas.kernel_case import KernelCase
+from kernels_pallas.paged_attention.api import AttentionBackend, AttentionConfig, AttentionMeta, Cache
 from kernels_pallas.paged_attention.reference import paged_attention_reference
 
 # The step runs the second of two layers; the pages of the first must not change.
@@ -174,6 +175,48 @@ def expected(case: Case, config: AttentionConfig, step: Step) -> tuple[np.ndarra
         step.q_TNH, read[0], read[1], kv_lens_B, table_BM, cu_q_lens_B1, len(case.q_lens), config, step.sinks_N
     )
     return o_TNH[:live], pages[0], pages[1]
+
+
+def attention_case(backend: AttentionBackend, case: Case) -> KernelCase:
+    """Return a step of a backend, which has the case's config; its results and all pages are compared."""
+    config = backend.config
+    step = make_step(case, config)
+    pages = (jnp.moveaxis(jnp.asarray(x_PSKH), 2, 1) for x_PSKH in (step.k_PSKH, step.v_PSKH))
+    specs = backend.cache_spec()
+    cache = backend.pack(*pages)
+    assert {name: array.shape for name, array in cache.items()} == {name: spec.shape for name, spec in specs.items()}
+
+    def run(
+        q: jax.Array, k: jax.Array, v: jax.Array, cache: Cache, meta: AttentionMeta, layer: jax.Array
+    ) -> tuple[jax.Array, Cache]:
+        sinks = None if step.sinks_N is None else jnp.asarray(step.sinks_N)
+        return backend.attend(q, k, v, cache, layer, backend.plan(meta), sinks)
+
+    def verify(result: tuple[jax.Array, Cache]) -> None:
+        out, new = result
+        got = np.asarray(out.astype(jnp.float32))
+        assert np.isfinite(got).all(), "padding tokens hold something that is not finite"
+        want, *pages = expected(case, config, step)
+        limit = tolerance(case, config) * max(1.0, np.abs(want).max(initial=0.0))
+        np.testing.assert_allclose(got[: want.shape[0]], want, rtol=0, atol=limit)
+        for before, after, want_PSKH in zip(_unpacked(backend, cache), _unpacked(backend, new), pages, strict=True):
+            _check_pages(config, before, after, want_PSKH)
+
+    activations = [jnp.asarray(x).astype(config.compute_dtype) for x in (step.q_TNH, step.k_TKH, step.v_TKH)]
+    return KernelCase(run=run, arguments=(*activations, cache, step.meta, jnp.int32(LAYER)), verify=verify)
+
+
+def _unpacked(backend: AttentionBackend, cache: Cache) -> tuple[np.ndarray, np.ndarray]:
+    """Return keys and values, f32[P, S, K, H]."""
+    k_PSKH, *v_PSKH = (np.asarray(jnp.moveaxis(x_PKSH, 1, 2).astype(jnp.float32)) for x_PKSH in backend.unpack(cache))
+    return k_PSKH, v_PSKH[0] if v_PSKH else k_PSKH[..., : backend.config.value_dim]
+
+
+def _check_pages(config: AttentionConfig, old_PSKH: np.ndarray, new_PSKH: np.ndarray, want_PSKH: np.ndarray) -> None:
+    """Check that each slot of a row holds its key and value, and that the other layer is unchanged."""
+    np.testing.assert_array_equal(new_PSKH[: config.num_pages], old_PSKH[: config.num_pages])
+    held = ~np.isnan(want_PSKH)
+    np.testing.assert_array_equal(new_PSKH[held], want_PSKH[held])
 
 
 def tolerance(case: Case, config: AttentionConfig) -> float:

@@ -1,5 +1,6 @@
 """Named sampling steps and their expected results from numpy; every implementation is tested on all of them."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from itertools import cycle, islice
 from typing import Any
@@ -8,8 +9,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kernels_pallas.sampling.api import NUM_TOP_LOGPROBS, SamplingInputs, SamplingState, mask_words
+from kernels_pallas.kernel_case import KernelCase
+from kernels_pallas.sampling.api import (
+    NUM_TOP_LOGPROBS,
+    SampleOutput,
+    SamplingInputs,
+    SamplingMode,
+    SamplingState,
+    mask_words,
+)
+from kernels_pallas.sampling.common.summary import Shard, sampling_mode
 from kernels_pallas.sampling.reference import RowParams, adjusted_logits, sample_reference
+
+# (logits_BV, inputs, state, shard, mode) -> output
+Sampler = Callable[..., SampleOutput]
+
+_LOGPROB_TOLERANCE = 1e-4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,12 +153,53 @@ def expected(sample: Sample, logits_V: np.ndarray) -> Expected:
     return Expected(token, logprobs_V[token], top_ids, logprobs_V[top_ids])
 
 
-def step_cases() -> list[Case]:
+def sampling_case(sample: Sampler, case: Case, mode: SamplingMode | None = None) -> KernelCase:
+    """Return a step of a sampler, in a mode or in the one that suffices for its rows."""
+    inputs, state = case.arrays()
+    if mode is None:
+        mode = sampling_mode(jax.device_get(inputs), case.vocab_size)
+    shard = Shard(case.vocab_size)
+
+    def run(logits_BV: jax.Array, inputs: SamplingInputs, state: SamplingState) -> SampleOutput:
+        return sample(logits_BV, inputs, state, shard, mode)
+
+    arguments = (jnp.asarray(case.logits()), inputs, state)
+    return KernelCase(run=run, arguments=arguments, verify=lambda out: check_output(case, jax.device_get(out)))
+
+
+def check_output(case: Case, out: SampleOutput) -> None:
+    """Raise AssertionError with the rows whose results are not those of the reference."""
+    wrong: list[str] = []
+    for row, (sample, logits_V) in enumerate(zip(case.samples, case.logits(), strict=True)):
+        if bool(out.finite_B[row]) != sample.finite:
+            wrong.append(f"{sample.name}: finite {bool(out.finite_B[row])}")
+        if not sample.finite:
+            continue
+        want = expected(sample, logits_V)
+        if int(out.token_B[row]) != want.token:
+            wrong.append(f"{sample.name}: token {int(out.token_B[row])}, not {want.token}")
+        if not sample.logprobs:
+            continue
+        if abs(float(out.logprob_B[row]) - want.logprob) > _LOGPROB_TOLERANCE:
+            wrong.append(f"{sample.name}: log-probability {float(out.logprob_B[row])}, not {want.logprob}")
+        # The order of tokens with zero probability is arbitrary.
+        some = np.flatnonzero(want.top_logprobs > -np.inf)
+        top_ids, top_logprobs = out.top_ids_BJ[row], out.top_logprobs_BJ[row]
+        if top_ids[some].tolist() != want.top_ids[some].tolist():
+            wrong.append(f"{sample.name}: top ids {top_ids[some].tolist()}, not {want.top_ids[some].tolist()}")
+        if not np.allclose(top_logprobs[some], want.top_logprobs[some], atol=_LOGPROB_TOLERANCE):
+            wrong.append(f"{sample.name}: top log-probabilities")
+        if not (top_logprobs[len(some) :] == -np.inf).all():
+            wrong.append(f"{sample.name}: top log-probabilities past the last")
+    assert not wrong, "\n".join(wrong)
+
+
+def step_cases(sizes: tuple[int, ...] = (17, 300, 1024, 5000)) -> list[Case]:
     """Return every kind of step at every vocabulary size; the row counts are equal, so one program serves a size."""
     cases: list[Case] = []
-    for size in (17, 300, 1024, 5000):
+    for size in sizes:
         cases += [_plain(size), _filtered(size), _adjusted(size)]
-    cases.append(_collisions(5000))
+    cases.append(_collisions(max(5000, *sizes)))
     rows = max(len(case.samples) for case in cases)
     return [replace(case, samples=tuple(islice(cycle(case.samples), rows))) for case in cases]
 

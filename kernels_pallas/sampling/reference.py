@@ -1,6 +1,7 @@
 """Sampling in plain numpy, one row at a time: the reference that every implementation is tested against."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -26,8 +27,8 @@ class RowParams:
     forbidden: tuple[int, ...] = ()
 
 
-def threefry2x32_reference(key: tuple[int, int], counter: tuple[int, int]) -> tuple[int, int]:
-    """Compute Threefry-2x32-20 on Python integers."""
+def threefry2x32_reference(key: tuple[int, int], counter: tuple[Any, Any]) -> tuple[Any, Any]:
+    """Compute Threefry-2x32-20 on integers: Python's, or arrays of 64 bits."""
     mask = 0xFFFFFFFF
     keys = (key[0], key[1], key[0] ^ key[1] ^ 0x1BD11BDA)
     x0, x1 = (counter[0] + keys[0]) & mask, (counter[1] + keys[1]) & mask
@@ -75,7 +76,7 @@ def sample_reference(logits_V: np.ndarray, params: RowParams) -> tuple[int, floa
         return token, float(logprobs_V[token])
     kept = kept_tokens(adjusted_V, params)
     seed = params.seed % 2**64
-    bits = [threefry2x32_reference((seed & 0xFFFFFFFF, seed >> 32), (params.position, int(i)))[0] for i in kept]
-    uniform = ((np.array(bits) >> 9) + 0.5) * 2.0**-23
+    bits, _ = threefry2x32_reference((seed & 0xFFFFFFFF, seed >> 32), (params.position, kept.astype(np.int64)))
+    uniform = ((bits >> 9) + 0.5) * 2.0**-23
     token = int(kept[np.argmax(adjusted_V[kept] - np.log(-np.log(uniform)))])
     return token, float(logprobs_V[token])

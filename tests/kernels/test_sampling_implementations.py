@@ -13,76 +13,28 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from kernels_pallas.sampling.api import SampleOutput, SamplingInputs, SamplingMode, SamplingState
-from kernels_pallas.sampling.cases import Case, expected, large_case, step_cases
+from kernels_pallas.sampling.cases import Case, Sampler, check_output, large_case, sampling_case, step_cases
 from kernels_pallas.sampling.common.summary import NUM_CANDIDATES, Shard, sampling_mode
 from kernels_pallas.sampling.xla import backend as xla
+from tests.support.kernels import interpreted, needs_pallas
 from tests.support.marks import slow
 
-Sample = Callable[..., SampleOutput]
 
-
-def implementation(name: str, block: int = 4096, *, detect_races: bool = True) -> Sample:
-    """Return a sampler; the TPU and GPU kernels run interpreted on the CPU."""
-    if name == "xla":
-        return xla.sample
-    if name == "tpu":
-        from jax.experimental.pallas import tpu as pltpu
-
-        from kernels_pallas.sampling.tpu import backend as tpu
-
-        params: Any = pltpu.InterpretParams(
-            detect_races=detect_races, out_of_bounds_reads="raise", uninitialized_memory="nan"
-        )
-        return partial(tpu.sample, block=block, interpret=params)
-    from jax.experimental.pallas import mosaic_gpu as plgpu
-
-    from kernels_pallas.sampling.gpu import backend as gpu
-
-    return partial(gpu.sample, interpret=plgpu.InterpretGPUParams(detect_races=detect_races))
+def implementation(name: str, block: int = 4096, *, detect_races: bool = True) -> Sampler:
+    return xla.sample if name == "xla" else interpreted(name, detect_races=detect_races).sampler(block)
 
 
 @cache
-def compiled(name: str, mode: SamplingMode) -> Sample:
+def compiled(name: str, mode: SamplingMode) -> Sampler:
     """Return one jitted function for all cases of a mode, so that cases of one size share a program."""
     return jax.jit(partial(implementation(name), mode=mode))
 
 
-def sample(name: str, logits: Any, inputs: SamplingInputs, state: SamplingState) -> SampleOutput:
-    """Sample as a step does, in the mode that suffices for its rows."""
-    mode = sampling_mode(jax.device_get(inputs), logits.shape[1])
-    return jax.device_get(compiled(name, mode)(jnp.asarray(logits), inputs, state))
-
-
-needs_pallas = pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="the kernels need JAX 0.11")
-KERNELS = [pytest.param(name, marks=needs_pallas) for name in ("tpu", "gpu")]
-
-
-def check(case: Case, out: SampleOutput) -> None:
-    logits = case.logits()
-    wrong: list[str] = []
-    for row, sample in enumerate(case.samples):
-        if bool(out.finite_B[row]) != sample.finite:
-            wrong.append(f"{sample.name}: finite {bool(out.finite_B[row])}")
-        if not sample.finite:
-            continue
-        want = expected(sample, logits[row])
-        if int(out.token_B[row]) != want.token:
-            wrong.append(f"{sample.name}: token {int(out.token_B[row])}, not {want.token}")
-        if not sample.logprobs:
-            continue
-        if abs(float(out.logprob_B[row]) - want.logprob) > 1e-4:
-            wrong.append(f"{sample.name}: logprob {float(out.logprob_B[row])}, not {want.logprob}")
-        # The order of tokens with zero probability is arbitrary.
-        some = np.flatnonzero(want.top_logprobs > -np.inf)
-        if out.top_ids_BJ[row][some].tolist() != want.top_ids[some].tolist():
-            wrong.append(
-                f"{sample.name}: top ids {out.top_ids_BJ[row][some].tolist()}, not {want.top_ids[some].tolist()}"
-            )
-        if not np.allclose(out.top_logprobs_BJ[row][some], want.top_logprobs[some], atol=1e-4):
-            wrong.append(f"{sample.name}: top logprobs")
-        if len(some) < len(out.top_logprobs_BJ[row]) and not (out.top_logprobs_BJ[row][len(some) :] == -np.inf).all():
-            wrong.append(f"{sample.name}: top logprobs past the last")
-    assert not wrong, "\n".join(wrong)
+def check(name: str, case: Case) -> None:
+    """Check a step in the mode that suffices for its rows."""
+    logits, (inputs, state) = jnp.asarray(case.logits()), case.arrays()
+    mode = sampling_mode(jax.device_get(inputs), case.vocab_size)
+    check_output(case, jax.device_get(compiled(name, mode)(logits, inputs, state)))
 
 
 # The largest of these vocabularies fills several blocks, the smallest less than one.
@@ -96,17 +48,16 @@ ALL = [("xla", case) if case.vocab_size in (17, 5000) else slow("xla", case) for
 
 @pytest.mark.parametrize(("name", "case"), ALL, ids=str)
 def test_matches_numpy(name: str, case: Case) -> None:
-    check(case, sample(name, case.logits(), *case.arrays()))
+    check(name, case)
 
 
 @pytest.mark.parametrize("name", ["xla", slow("tpu"), slow("gpu")])
 def test_matches_numpy_at_a_real_size(name: str) -> None:
     """Race detection in the TPU kernel, which would take a minute, is left to the smaller sizes."""
     case = large_case()
-    out = jax.jit(implementation(name, block=32768, detect_races=name != "tpu"))(
-        jnp.asarray(case.logits()), *case.arrays()
-    )
-    check(case, jax.device_get(out))
+    sampler = implementation(name, block=32768, detect_races=name != "tpu")
+    step = sampling_case(sampler, case, SamplingMode.ADJUSTED)
+    step.verify(jax.jit(step.run)(*step.arguments))
 
 
 @needs_pallas
@@ -116,7 +67,7 @@ def test_any_number_of_rows_in_a_group(rows: int) -> None:
     whole = next(case for case in step_cases() if case.name == "filtered" and case.vocab_size == 1024)
     logits, (inputs, state) = whole.logits()[:rows], whole.arrays()
     out = jax.jit(implementation("tpu"))(jnp.asarray(logits), jax.tree.map(lambda x: x[:rows], inputs), state)
-    check(Case(name="cut", vocab_size=1024, samples=whole.samples[:rows]), jax.device_get(out))
+    check_output(Case(name="cut", vocab_size=1024, samples=whole.samples[:rows]), jax.device_get(out))
 
 
 @cache
@@ -152,7 +103,7 @@ SPLIT = [
 @pytest.mark.parametrize(("shards", "case"), SPLIT, ids=str)
 def test_sharded_vocabulary_samples_same_tokens(shards: int, case: Case) -> None:
     out = jax.device_get(sharded("xla", case.vocab_size, shards)(*padded(case, shards)))
-    check(case, out)
+    check_output(case, out)
 
 
 @pytest.mark.parametrize("case", [slow(step_cases()[-3]), step_cases()[-2]], ids=str)
@@ -162,7 +113,7 @@ def test_sharded_vocabulary_samples_same_tokens(shards: int, case: Case) -> None
 )
 def test_sharded_vocabulary_samples_same_tokens_in_kernels(name: str, case: Case) -> None:
     out = jax.device_get(sharded(name, case.vocab_size, 2)(*padded(case, 2)))
-    check(case, out)
+    check_output(case, out)
 
 
 COLLECTIVE = re.compile(r"= (.*?) (?:all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)(?:-start)?\(")
