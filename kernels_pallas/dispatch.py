@@ -7,7 +7,7 @@ A backend that the user named is never replaced: an unsupported config is an err
 import re
 from collections.abc import Callable, Collection, Mapping
 from functools import partial
-from typing import Generic, Literal, NamedTuple, Protocol, TypeAlias, TypeVar
+from typing import Any, Generic, Literal, NamedTuple, Protocol, TypeAlias, TypeVar
 
 import jax
 from jax.sharding import Mesh
@@ -26,6 +26,8 @@ from kernels_pallas.routing.api import Router, RouterConfig
 from kernels_pallas.routing.xla.backend import XlaRouter
 from kernels_pallas.sampling.api import SampleOutput, SamplingInputs, SamplingMode, SamplingState
 from kernels_pallas.sampling.common.summary import Shard
+from kernels_pallas.shards import model_size
+from kernels_pallas.tuning import NO_TUNING, TuningTable, attention_key, fields_of, pick
 
 S = TypeVar("S")
 T = TypeVar("T")
@@ -66,13 +68,37 @@ class Choice(NamedTuple, Generic[T]):
     is_fallback: bool = False
 
 
-def choose_attention(name: BackendName, config: AttentionConfig, mesh: Mesh) -> Choice[AttentionBackend]:
+def choose_attention(
+    name: BackendName, config: AttentionConfig, mesh: Mesh, tuning: TuningTable = NO_TUNING
+) -> Choice[AttentionBackend]:
     """Choose the attention backend for a mesh.
+
+    Args:
+        name: the backend, or `auto`.
+        config: config of the whole model.
+        mesh: the devices.
+        tuning: tiles that were measured on such devices.
 
     Raises:
         NotImplementedError: the named backend does not support this config, or does not run on these devices.
     """
-    return _choose(_ATTENTION, config, mesh, name)
+    return _choose(_ATTENTION, (config, tuning), mesh, name)
+
+
+def attention_tiles(config: AttentionConfig, mesh: Mesh) -> dict[str, list[dict[str, int | bool]]]:
+    """Return the legal tiles of the platform's attention kernels, by the keys of a tuning table.
+
+    The first tile of each key is the one that is used without a table.
+
+    Raises:
+        NotImplementedError: the kernels do not support the config, or the platform has none.
+    """
+    platform = mesh.devices.flat[0].platform
+    backend = PLATFORM_BACKENDS.get(platform)
+    legal = {"tpu": _tpu_tiles, "gpu": _gpu_tiles}.get(backend or "xla")
+    if legal is None:
+        raise NotImplementedError(f"portable XLA has no tiles, which is what {platform} uses")
+    return {key: [fields_of(tile) for tile in tiles] for key, tiles in legal(config, mesh).items()}
 
 
 def choose_sampler(mesh: Mesh) -> Choice[Sampler]:
@@ -145,18 +171,47 @@ def lora_rank_multiple(mesh: Mesh) -> int:
     return _LORA_RANK_MULTIPLES.get(PLATFORM_BACKENDS.get(mesh.devices.flat[0].platform, "xla"), 1)
 
 
-def _tpu_attention(config: AttentionConfig, mesh: Mesh) -> AttentionBackend:
+def _tpu_attention(spec: tuple[AttentionConfig, TuningTable], mesh: Mesh) -> AttentionBackend:
     from kernels_pallas.paged_attention.tpu.backend import TpuAttention  # noqa: PLC0415
     from kernels_pallas.pallas import tpu_memory  # noqa: PLC0415
 
-    return TpuAttention(config, mesh, tpu_memory(mesh.devices.flat[0]))
+    config, tuning = spec
+    tiles = None
+    if tuning.tiles:
+        (tiles,) = (pick(legal, tuning.tiles.get(key)) for key, legal in _tpu_tiles(config, mesh).items())
+    return TpuAttention(config, mesh, tpu_memory(mesh.devices.flat[0]), tiles=tiles)
 
 
-def _gpu_attention(config: AttentionConfig, mesh: Mesh) -> AttentionBackend:
+def _tpu_tiles(config: AttentionConfig, mesh: Mesh) -> dict[str, list[Any]]:
+    from kernels_pallas.paged_attention.tpu.layout import TpuLayout  # noqa: PLC0415
+    from kernels_pallas.paged_attention.tpu.tuning import legal_tpu_tiles  # noqa: PLC0415
+    from kernels_pallas.pallas import tpu_memory  # noqa: PLC0415
+
+    shard = config.split(model_size(mesh))
+    vmem_bytes = tpu_memory(mesh.devices.flat[0]).vmem_bytes
+    return {attention_key(shard, "both"): list(legal_tpu_tiles(shard, TpuLayout.of(config), vmem_bytes))}
+
+
+def _gpu_attention(spec: tuple[AttentionConfig, TuningTable], mesh: Mesh) -> AttentionBackend:
     _require_hopper(mesh)
     from kernels_pallas.paged_attention.gpu.backend import GpuAttention  # noqa: PLC0415
 
-    return GpuAttention(config, mesh, num_cores=_num_cores(mesh))
+    config, tuning = spec
+    decode, prefill = (pick(legal, tuning.tiles.get(key)) for key, legal in _gpu_tiles(config, mesh).items())
+    return GpuAttention(config, mesh, num_cores=_num_cores(mesh), tiles=(decode, prefill))
+
+
+def _gpu_tiles(config: AttentionConfig, mesh: Mesh) -> dict[str, list[Any]]:
+    from kernels_pallas.paged_attention.gpu.tile import legal_tiles  # noqa: PLC0415
+
+    shard = config.split(model_size(mesh))
+    return {
+        attention_key(shard, part): list(legal_tiles(config, decode=part == "decode")) for part in ("decode", "prefill")
+    }
+
+
+def _xla_attention(spec: tuple[AttentionConfig, TuningTable], mesh: Mesh) -> AttentionBackend:
+    return XlaAttention(spec[0], mesh)
 
 
 def _num_cores(mesh: Mesh) -> int:
@@ -280,10 +335,10 @@ def _portable(impl: T) -> Callable[[None, Mesh], T]:
 
 
 # Kernels are imported only when they are chosen: they need a newer JAX than the portable XLA code.
-_ATTENTION: Mapping[BackendName, Callable[[AttentionConfig, Mesh], AttentionBackend]] = {
+_ATTENTION: Mapping[BackendName, Callable[[tuple[AttentionConfig, TuningTable], Mesh], AttentionBackend]] = {
     "tpu": _tpu_attention,
     "gpu": _gpu_attention,
-    "xla": XlaAttention,
+    "xla": _xla_attention,
 }
 _LORA: Mapping[BackendName, Callable[[Collection[LoraModule], Mesh], LoraMatmul]] = {
     "tpu": _tpu_lora,

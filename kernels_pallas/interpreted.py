@@ -13,12 +13,14 @@ from jax.sharding import Mesh
 
 from kernels_pallas.dispatch import Sampler
 from kernels_pallas.grouped_matmul.api import ExpertShape, GroupedMatmul, HeadMatmul
-from kernels_pallas.lora_matmul.api import LoraMatmul
+from kernels_pallas.lora_matmul.api import LoraMatmul, LoraModule
 from kernels_pallas.paged_attention.api import AttentionBackend, AttentionConfig
 from kernels_pallas.pallas import TpuMemory, plgpu, pltpu
 from kernels_pallas.rms_norm.api import RmsNorm
 from kernels_pallas.rope.api import Rope
 from kernels_pallas.routing.api import Router, RouterConfig
+from kernels_pallas.shards import model_size
+from kernels_pallas.tuning import NO_TUNING, TuningTable, attention_key, fields_of, pick
 
 T = TypeVar("T")
 
@@ -50,19 +52,39 @@ class InterpretedKernels:
             detect_races=self.detect_races, out_of_bounds_reads="raise", uninitialized_memory="nan"
         )
 
-    def attention(self, config: AttentionConfig) -> AttentionBackend:
+    def attention(self, config: AttentionConfig, tuning: TuningTable = NO_TUNING) -> AttentionBackend:
         """Return paged attention; on GPU with tiles that the interpreter supports."""
+        chosen = [pick(tiles, tuning.tiles.get(key)) for key, tiles in self._attention_tiles(config).items()]
         if self.platform == "tpu":
             from kernels_pallas.paged_attention.tpu.backend import TpuAttention  # noqa: PLC0415
 
-            return TpuAttention(config, self.mesh, _TPU_MEMORY, interpret=self._params)
+            return TpuAttention(config, self.mesh, _TPU_MEMORY, tiles=chosen[0], interpret=self._params)
         from kernels_pallas.paged_attention.gpu.backend import GpuAttention  # noqa: PLC0415
-        from kernels_pallas.paged_attention.gpu.tile import choose_tile  # noqa: PLC0415
 
-        decode, prefill = (replace(choose_tile(config, decode=decode), interpretable=True) for decode in (True, False))
+        decode, prefill = (replace(tile, interpretable=True) for tile in chosen)
         return GpuAttention(
             config, self.mesh, num_cores=self.num_cores, tiles=(decode, prefill), interpret=self._params
         )
+
+    def attention_tiles(self, config: AttentionConfig) -> dict[str, list[dict[str, int | bool]]]:
+        """Return the legal tiles of the attention kernels; see `dispatch.attention_tiles`."""
+        tiles = self._attention_tiles(config)
+        return {key: [fields_of(tile) for tile in legal] for key, legal in tiles.items()}
+
+    def _attention_tiles(self, config: AttentionConfig) -> dict[str, list[Any]]:
+        shard = config.split(model_size(self.mesh))
+        if self.platform == "tpu":
+            from kernels_pallas.paged_attention.tpu.layout import TpuLayout  # noqa: PLC0415
+            from kernels_pallas.paged_attention.tpu.tuning import legal_tpu_tiles  # noqa: PLC0415
+
+            legal = legal_tpu_tiles(shard, TpuLayout.of(config), _TPU_MEMORY.vmem_bytes)
+            return {attention_key(shard, "both"): list(legal)}
+        from kernels_pallas.paged_attention.gpu.tile import legal_tiles  # noqa: PLC0415
+
+        return {
+            attention_key(shard, part): list(legal_tiles(config, decode=part == "decode"))
+            for part in ("decode", "prefill")
+        }
 
     def sampler(self, block: int = 4096) -> Sampler:
         """Return a sampler; on TPU it processes `block` ids at a time."""
@@ -83,11 +105,15 @@ class InterpretedKernels:
         from kernels_pallas.grouped_matmul.gpu import backend, narrow  # noqa: PLC0415
 
         if shape is not None and narrow.is_narrow(shape):
+            narrow.check_shape(shape)
             return narrow.GpuNarrowMatmul(self._params)
+        if shape is not None:
+            backend.check_shape(shape)
         return backend.GpuGroupedMatmul(self.num_cores, self._params)
 
-    def lora(self) -> LoraMatmul:
-        """Return LoRA matmuls."""
+    def lora(self, module: LoraModule | None = None) -> LoraMatmul:
+        """Return LoRA matmuls, for any module."""
+        del module
         if self.platform == "tpu":
             from kernels_pallas.lora_matmul.tpu import backend as tpu  # noqa: PLC0415
 
@@ -96,10 +122,11 @@ class InterpretedKernels:
 
         return gpu.make_lora_matmul(self.mesh, self.num_cores, self._params)
 
-    def router(self, config: RouterConfig) -> Router:
+    def router(self, config: RouterConfig, num_experts: int) -> Router:
         """Return a router."""
-        from kernels_pallas.routing.gpu.backend import GpuRouter  # noqa: PLC0415
+        from kernels_pallas.routing.gpu.backend import GpuRouter, num_parts  # noqa: PLC0415
 
+        num_parts(config, num_experts)
         return self._on_gpu(lambda: GpuRouter(config, self.mesh, self._params))
 
     def norm(self) -> RmsNorm:

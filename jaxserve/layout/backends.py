@@ -11,6 +11,7 @@ from jaxserve.errors import LaunchError
 from jaxserve.layers.context import Backends
 from jaxserve.layers.linear import format_of
 from jaxserve.layers.moe import router_config
+from jaxserve.layout.device_results import read_results, results_path
 from jaxserve.lora.pool import LoraPoolLayout, lora_expert_shapes, lora_modules
 from jaxserve.models.decoder import Decoder
 from jaxserve.models.param_spec import ParamSpec, Path
@@ -50,15 +51,25 @@ class ChosenBackends(NamedTuple):
 
 
 def choose_attention_backend(name: BackendName, config: AttentionConfig, mesh: Mesh) -> Choice[AttentionBackend]:
-    """Choose the attention backend.
+    """Choose the attention backend; `auto` takes portable XLA if the kernels failed a check of the devices.
 
     Raises:
         LaunchError: the backend that `--attention-backend` names cannot serve this model on these devices.
     """
+    results = read_results(mesh.devices.flat[0].device_kind)
+    failed = results.failed.get("paged_attention", [])
+    if failed and name == "auto":
+        reason = f"device_check found {len(failed)} wrong results of the native kernels, such as: {failed[0]}"
+        return choose_attention("xla", config, mesh)._replace(reason=reason, is_fallback=True)
     try:
-        return choose_attention(name, config, mesh)
+        choice = choose_attention(name, config, mesh, results.tuning)
     except NotImplementedError as error:
         raise LaunchError(f"--attention-backend {name}: {error}") from None
+    notes = [choice.reason]
+    if choice.name != "xla":
+        notes += [f"although device_check found {len(failed)} wrong results"] * bool(failed)
+        notes += [f"with tiles from {results_path(results.device_kind)}"] * bool(results.tiles)
+    return choice._replace(reason=", ".join(notes))
 
 
 def choose_backends(
@@ -66,7 +77,7 @@ def choose_backends(
 ) -> ChosenBackends:
     """Choose a backend for every op except attention, which is given, and log all choices."""
     sampler = choose_sampler(mesh)
-    experts = choose_grouped_matmul(_expert_shapes(decoder, mesh), mesh)
+    experts = choose_grouped_matmul(expert_shapes(decoder, mesh), mesh)
     _log_choice("attention", attention)
     _log_choice("sampling", sampler)
     router = None
@@ -94,24 +105,27 @@ def choose_backends(
 
 def _choose_linears(decoder: Decoder, mesh: Mesh) -> tuple[GroupedMatmul, tuple[Path, ...]]:
     """Choose the kernel for linear modules, and the modules that it supports."""
-    linears = {
-        path[:-1]: spec
-        for path, spec in decoder.param_specs.items()
-        if path[-1] == "weight" and spec.keep_stacked and len(spec.shape) == 3 and not spec.absorbed_only
-    }
     chosen: dict[Path, Choice[GroupedMatmul]] = {}
     by_kernel: dict[Path, GroupedMatmul] = {}
-    for path, spec in linears.items():
-        if spec.packing is not None:
-            chosen[path] = choose_grouped_matmul([_shard(decoder, mesh, spec, decoder.config.quantization)], mesh)
-            continue
-        # XLA multiplies by these just as well, so that it is no fallback.
-        impl = choose_grouped_matmul([_shard(decoder, mesh, spec, None)], mesh).impl
-        if impl.max_dense_rows:
-            by_kernel[path] = impl
+    for path, shape in linear_shapes(decoder, mesh).items():
+        choice = choose_grouped_matmul([shape], mesh)
+        if shape.format is not None:
+            chosen[path] = choice
+        # XLA multiplies by the others just as well, so that it is no fallback.
+        elif choice.impl.max_dense_rows:
+            by_kernel[path] = choice.impl
     _log_by_module("{}", chosen)
     by_kernel |= {path: choice.impl for path, choice in chosen.items() if choice.name != "xla"}
     return next(iter(by_kernel.values()), XlaGroupedMatmul()), tuple(by_kernel)
+
+
+def linear_shapes(decoder: Decoder, mesh: Mesh) -> dict[Path, ExpertShape]:
+    """Return the shapes of linear modules' matrices on one device, by path."""
+    return {
+        path[:-1]: _shard(decoder, mesh, spec, None if spec.packing is None else decoder.config.quantization)
+        for path, spec in decoder.param_specs.items()
+        if path[-1] == "weight" and spec.keep_stacked and len(spec.shape) == 3 and not spec.absorbed_only
+    }
 
 
 def _choose_lora(
@@ -131,7 +145,7 @@ def _choose_lora(
     return next(iter(by_kernel.values()), XlaLora()), tuple(by_kernel), experts
 
 
-def _expert_shapes(decoder: Decoder, mesh: Mesh) -> set[ExpertShape]:
+def expert_shapes(decoder: Decoder, mesh: Mesh) -> set[ExpertShape]:
     """Return the shapes of the experts' matrices on one device."""
     quantization = decoder.config.quantized("experts")
     return {

@@ -32,6 +32,7 @@ class Case:
         sinks: whether every head has an attention sink.
         magnitude: keys and values are multiplied by it, queries divided.
         value_dim: see `AttentionConfig`.
+        seed: seed of the values and of the order of the pages.
     """
 
     q_lens: tuple[int, ...]
@@ -45,6 +46,7 @@ class Case:
     sinks: bool = False
     magnitude: float = 1.0
     value_dim: int | None = None
+    seed: int = 0
 
     def config(self, dtype: Any, *, batch_invariant: bool = False) -> AttentionConfig:
         """Return the config of the model that runs the step."""
@@ -117,7 +119,7 @@ class Step(NamedTuple):
 
 def make_step(case: Case, config: AttentionConfig) -> Step:
     """Build a step with random keys in shuffled pages."""
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(case.seed)
     size, count = case.page_size, len(case.q_lens)
     table_BM = np.zeros((case.num_rows, case.pages_per_row), np.int32)
     ends_B1 = np.zeros(case.num_rows + 1, np.int32)

@@ -24,8 +24,8 @@ CONFIGS = {
 
 
 def check(name: str, model: str, logits_TE: np.ndarray) -> None:
-    _, config = CONFIGS[model]
-    router = XlaRouter(config) if name == "xla" else interpreted(name).router(config)
+    num_experts, config = CONFIGS[model]
+    router = XlaRouter(config) if name == "xla" else interpreted(name).router(config, num_experts)
     step = routing_case(router, config, logits_TE, corrected=config.scores == "sigmoid")
     step.verify(jax.jit(step.run)(*step.arguments))
 

@@ -89,6 +89,8 @@ _PREFILL = {
 # By the dims of keys and of the values that are part of them (MLA), for both kernels.
 _LATENT = {(576, 512): Tile(warpgroups=2, keys=64, stages=2, width=256, shares_rows=True)}
 _MIN_STAGES = 2
+# What may be faster on a device than the formula's choice.
+_KEYS, _STAGES = (64, 128), (2, 3, 4, 5, 6)
 
 
 def choose_tile(config: AttentionConfig, *, decode: bool, smem_bytes: int = HOPPER_SMEM_BYTES) -> Tile:
@@ -114,6 +116,15 @@ def choose_tile(config: AttentionConfig, *, decode: bool, smem_bytes: int = HOPP
     raise NotImplementedError(
         f"head dim {config.head_dim} needs {need} bytes of shared memory, the device has {smem_bytes}"
     )
+
+
+def legal_tiles(config: AttentionConfig, *, decode: bool, smem_bytes: int = HOPPER_SMEM_BYTES) -> list[Tile]:
+    """Return the tiles that fit, that of `choose_tile` first; see `choose_tile`."""
+    chosen = choose_tile(config, decode=decode, smem_bytes=smem_bytes)
+    keys = (chosen.keys,) if config.value_dim is not None else _KEYS
+    others = (replace(chosen, keys=each, stages=stages) for each in keys for stages in _STAGES)
+    fit = (tile for tile in others if tile.smem_bytes(config, decode=decode) <= smem_bytes)
+    return list(dict.fromkeys((chosen, *fit)))
 
 
 def _largest_tile(config: AttentionConfig, *, decode: bool) -> Tile:

@@ -21,7 +21,7 @@ from kernels_pallas.paged_attention.common.token_blocks import rows_of_blocks
 from kernels_pallas.paged_attention.tpu.kernel import AttentionKernel, Refs
 from kernels_pallas.paged_attention.tpu.layout import LANES, TpuLayout
 from kernels_pallas.paged_attention.tpu.schedule import KernelShape, Scalars, decode_bytes
-from kernels_pallas.paged_attention.tpu.tuning import VMEM_FRACTION, choose_tpu_tiles
+from kernels_pallas.paged_attention.tpu.tuning import VMEM_FRACTION, TpuTiles, choose_tpu_tiles
 from kernels_pallas.pallas import TpuMemory, pl, pltpu
 from kernels_pallas.shards import model_size
 
@@ -48,19 +48,29 @@ class TpuAttention:
         config: config of the whole model.
         mesh: mesh of the devices.
         memory: memory sizes of the chip.
+        tiles: tiles instead of those that `choose_tpu_tiles` chooses.
         interpret: `pltpu.InterpretParams` to run the kernel on a CPU, or False.
 
     Raises:
         NotImplementedError: the kernel does not support `config`.
     """
 
-    def __init__(self, config: AttentionConfig, mesh: Mesh, memory: TpuMemory, *, interpret: Any = False) -> None:
+    def __init__(
+        self,
+        config: AttentionConfig,
+        mesh: Mesh,
+        memory: TpuMemory,
+        *,
+        tiles: TpuTiles | None = None,
+        interpret: Any = False,
+    ) -> None:
         self.config = config
         # The page table, of 4-byte entries, may use half of SMEM; the other half is for the other scalars.
         self.max_table_entries: int | None = memory.smem_bytes // 2 // 4
         self._layout = TpuLayout.of(config)
         _check(config)
-        self._tiles = choose_tpu_tiles(config.split(model_size(mesh)), self._layout, memory.vmem_bytes)
+        shard = config.split(model_size(mesh))
+        self._tiles = tiles or choose_tpu_tiles(shard, self._layout, memory.vmem_bytes)
         self._memory = memory
         self._mesh = mesh
         self._interpret = interpret

@@ -17,6 +17,8 @@ _MIN_BUFFER_TOKENS, _MAX_BUFFER_TOKENS = 128, 1024
 # Query rows per key head: enough to keep the MXU busy between loads of keys.
 _BLOCK_ROWS = 512
 _MIN_BLOCK_TOKENS, _MAX_BLOCK_TOKENS = 8, 128
+# What may be faster on a device than the formula's choice.
+_BLOCK_TOKENS, _BUFFER_TOKENS = (8, 16, 32, 64, 128), (128, 256, 512, 1024, 2048)
 
 
 class TpuTiles(NamedTuple):
@@ -43,11 +45,10 @@ def choose_tpu_tiles(config: AttentionConfig, layout: TpuLayout, vmem_bytes: int
     tokens = min(max(_BUFFER_BYTES // token_bytes, _MIN_BUFFER_TOKENS), _MAX_BUFFER_TOKENS)
     pages = max(1, tokens // config.page_size)
     while True:
-        shape = KernelShape(
-            config=config, layout=layout, block_tokens=block_tokens, pages_per_buffer=pages, num_table_entries=0
-        )
-        if shape.vmem_bytes <= vmem_bytes * VMEM_FRACTION:
-            return TpuTiles(block_tokens, pages)
+        tiles = TpuTiles(block_tokens, pages)
+        needed = _vmem_bytes(config, layout, tiles)
+        if needed <= vmem_bytes * VMEM_FRACTION:
+            return tiles
         if block_tokens > _MIN_BLOCK_TOKENS:
             block_tokens //= 2
         elif pages > 1:
@@ -55,5 +56,28 @@ def choose_tpu_tiles(config: AttentionConfig, layout: TpuLayout, vmem_bytes: int
         else:
             raise NotImplementedError(
                 f"{config.num_kv_heads} key heads of {config.head_dim} in pages of {config.page_size} tokens need "
-                f"{shape.vmem_bytes} bytes on the chip, which has {vmem_bytes}"
+                f"{needed} bytes on the chip, which has {vmem_bytes}"
             )
+
+
+def legal_tpu_tiles(config: AttentionConfig, layout: TpuLayout, vmem_bytes: int) -> list[TpuTiles]:
+    """Return the tiles that fit, that of `choose_tpu_tiles` first; see `choose_tpu_tiles`."""
+    others = (
+        TpuTiles(block_tokens, tokens // config.page_size)
+        for block_tokens in _BLOCK_TOKENS
+        for tokens in _BUFFER_TOKENS
+        if tokens >= config.page_size
+    )
+    fit = (tiles for tiles in others if _vmem_bytes(config, layout, tiles) <= vmem_bytes * VMEM_FRACTION)
+    return list(dict.fromkeys((choose_tpu_tiles(config, layout, vmem_bytes), *fit)))
+
+
+def _vmem_bytes(config: AttentionConfig, layout: TpuLayout, tiles: TpuTiles) -> int:
+    shape = KernelShape(
+        config=config,
+        layout=layout,
+        block_tokens=tiles.block_tokens,
+        pages_per_buffer=tiles.pages_per_buffer,
+        num_table_entries=0,
+    )
+    return shape.vmem_bytes
