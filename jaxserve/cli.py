@@ -1,4 +1,4 @@
-"""The `jaxserve` command: `serve`, `plan`, `convert`."""
+"""The `jaxserve` command: `serve`, `plan`, `convert`, `device-check`."""
 
 import sys
 from collections.abc import Callable
@@ -6,9 +6,10 @@ from collections.abc import Callable
 USAGE = """usage: jaxserve COMMAND [FLAGS]
 
 commands:
-  serve    serve a model over the OpenAI API       (python -m jaxserve.launch)
-  plan     does a model fit devices, and how fast  (python -m jaxserve.plan)
-  convert  write a checkpoint as an Orbax folder   (python -m jaxserve.convert)
+  serve         serve a model over the OpenAI API       (python -m jaxserve.launch)
+  plan          does a model fit devices, and how fast  (python -m jaxserve.plan)
+  convert       write a checkpoint as an Orbax folder   (python -m jaxserve.convert)
+  device-check  are the kernels right, and how fast     (python -m jaxserve.device_check)
 
 `jaxserve COMMAND --help` lists the flags of a command.
 """
@@ -32,7 +33,18 @@ def _convert() -> int:
     return main()
 
 
-_COMMANDS: dict[str, Callable[[], int]] = {"serve": _serve, "plan": _plan, "convert": _convert}
+def _device_check() -> int:
+    from jaxserve.device_check.__main__ import main  # noqa: PLC0415
+
+    return main()
+
+
+_COMMANDS: dict[str, Callable[[], int]] = {
+    "serve": _serve,
+    "plan": _plan,
+    "convert": _convert,
+    "device-check": _device_check,
+}
 
 
 def main() -> int:

@@ -112,14 +112,17 @@ class InterpretedKernels:
         return backend.GpuGroupedMatmul(self.num_cores, self._params)
 
     def lora(self, module: LoraModule | None = None) -> LoraMatmul:
-        """Return LoRA matmuls, for any module."""
-        del module
+        """Return LoRA matmuls; a module is only checked."""
         if self.platform == "tpu":
             from kernels_pallas.lora_matmul.tpu import backend as tpu  # noqa: PLC0415
 
+            if module is not None:
+                tpu.check_inputs(module.num_inputs)
             return tpu.make_lora_matmul(self.mesh, self._params)
         from kernels_pallas.lora_matmul.gpu import backend as gpu  # noqa: PLC0415
 
+        if module is not None:
+            gpu.check_module(module)
         return gpu.make_lora_matmul(self.mesh, self.num_cores, self._params)
 
     def router(self, config: RouterConfig, num_experts: int) -> Router:

@@ -7,7 +7,7 @@ from pathlib import Path
 import msgspec
 
 from jaxserve.device_check.children import ChildFailedError, run_children, worker_command
-from jaxserve.device_check.events import Begin, Event, Failure, Outcome
+from jaxserve.device_check.events import Begin, DeviceInfo, Event, Failure, Outcome
 from jaxserve.device_check.flags import parse_flags
 from jaxserve.device_check.report import Report, make_report
 from jaxserve.errors import ExitCode, LaunchError
@@ -52,6 +52,8 @@ def _events(argv: Sequence[str], timeout_s: float, *, steps: bool, tune: bool) -
                     print(f"{label} ...", end="", file=sys.stderr, flush=True)
                 case Outcome():
                     print(f" {event.status}", file=sys.stderr, flush=True)
+                case DeviceInfo():
+                    print(f"{phase}:", file=sys.stderr, flush=True)
                 case _:
                     print(" done", file=sys.stderr, flush=True)
             yield event

@@ -69,13 +69,15 @@ class _Child:
     def __init__(self, command: Sequence[str], errors: IO[bytes]) -> None:
         self._process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors)
         self._lines: queue.Queue[bytes | None] = queue.Queue()
-        threading.Thread(target=self._read, daemon=True).start()
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
         self.ended = False
 
     def _read(self) -> None:
         assert self._process.stdout is not None
-        for line in self._process.stdout:
-            self._lines.put(line)
+        with self._process.stdout as lines:
+            for line in lines:
+                self._lines.put(line)
         self._lines.put(None)
 
     @property
@@ -98,6 +100,7 @@ class _Child:
         """End the process, if it has not ended."""
         self._process.kill()
         self._process.wait()
+        self._reader.join()
 
 
 def _last_lines(errors: IO[bytes]) -> str:
