@@ -57,6 +57,46 @@ class QuantizedMatrix(NamedTuple):
     zero_oi: jax.Array | None = None
 
 
+class QuantizedRows(NamedTuple):
+    """Activations whose elements are those of the matrices that they are multiplied by.
+
+    Attributes:
+        values_TI: the elements, fp8 or int8.
+        scale_iT: f32, the scale of each block of inputs of each row; there is one block, or one of every 128 inputs.
+    """
+
+    values_TI: jax.Array
+    scale_iT: jax.Array
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the elements."""
+        return self.values_TI.shape
+
+    def take(self, row_P: jax.Array) -> "QuantizedRows":
+        """Return some rows."""
+        return QuantizedRows(self.values_TI[row_P], self.scale_iT[:, row_P])
+
+
+def quantize_rows(x_TI: jax.Array, format: QuantizedFormat) -> QuantizedRows:
+    """Quantise activations to the element type of matrices, with a scale per row and as many inputs as theirs have.
+
+    Args:
+        x_TI: activations.
+        format: format of 8-bit matrices.
+    """
+    num_rows, num_inputs = x_TI.shape
+    columns = format.block[1] or num_inputs
+    x_TiB = x_TI.astype(jnp.float32).reshape(num_rows, -1, columns)
+    largest = float(jnp.finfo(format.dtype).max) if format.element_type == "fp8" else 127.0
+    scale_Ti1 = jnp.max(jnp.abs(x_TiB), axis=2, keepdims=True) / largest
+    # A block of zeros has no scale.
+    scale_Ti1 = jnp.where(scale_Ti1 == 0, 1.0, scale_Ti1)
+    scaled_TI = (x_TiB / scale_Ti1).reshape(x_TI.shape)
+    values_TI = jnp.round(scaled_TI) if format.element_type == "int8" else scaled_TI
+    return QuantizedRows(values_TI.astype(format.dtype), scale_Ti1[:, :, 0].T)
+
+
 def dequantize(matrix: QuantizedMatrix, format: QuantizedFormat, dtype: DTypeLike) -> jax.Array:
     """Return `(element - zero point) * scale` in `dtype`, [O, I]; products are in f32."""
     w_OI = _elements(matrix.values, format)

@@ -15,9 +15,10 @@ from kernels_pallas.pallas import pl, plgpu
 
 # Rows of a wgmma product, fixed by the hardware.
 WARPGROUP_ROWS = 64
-# Register layouts of a wgmma result, and of one value per row of it.
+# Register layouts of a wgmma result, and of one value per row or column of it.
 MATRIX = plgpu.Layout.WGMMA
 ROWS = plgpu.Layout.WGMMA.reduce(1)
+COLUMNS = plgpu.Layout.WGMMA.reduce(0)
 
 _MIN_SWIZZLE = 32
 

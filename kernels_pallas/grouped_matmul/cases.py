@@ -14,7 +14,7 @@ import numpy as np
 from kernels_pallas.grouped_matmul.api import ExpertShape, GroupedMatmul, HeadMatmul, HeadMatrices, Matrices
 from kernels_pallas.grouped_matmul.reference import grouped_matmul
 from kernels_pallas.kernel_case import KernelCase
-from kernels_pallas.quantized import QuantizedFormat
+from kernels_pallas.quantized import QuantizedFormat, QuantizedRows, quantize_rows
 from kernels_pallas.token_tiles import sort_into_blocks
 
 # The case runs the second of three layers.
@@ -102,12 +102,14 @@ class GroupedCase:
         num_groups: matrices of a layer.
         group_R: group of each row; `num_groups` for rows without one.
         scale_dtype: dtype of the scales of quantised matrices.
+        quantized_rows: whether the rows are quantised, too.
     """
 
     shape: ExpertShape
     num_groups: int
     group_R: np.ndarray
     scale_dtype: Any = jnp.float32
+    quantized_rows: bool = False
 
     @property
     def tolerance(self) -> tuple[float, float]:
@@ -137,17 +139,26 @@ def grouped_case(matmul: GroupedMatmul, case: GroupedCase) -> KernelCase:
     matrices, w64_GOI = case.matrices()
     x_RI = jnp.asarray(np.random.default_rng(num_rows).standard_normal((num_rows, shape.num_inputs)), shape.rows_dtype)
     block_rows = matmul.block_rows(num_rows, case.num_groups, shape.num_inputs * jnp.dtype(shape.rows_dtype).itemsize)
+    quantized: QuantizedRows | None = None
+    x64_RI = np.asarray(x_RI, np.float64)
+    if case.quantized_rows:
+        assert shape.format is not None
+        quantized = quantize_rows(x_RI, shape.format)
+        repeats = shape.num_inputs // quantized.scale_iT.shape[0]
+        x64_RI = np.asarray(quantized.values_TI, np.float64)
+        x64_RI *= np.repeat(np.asarray(quantized.scale_iT, np.float64).T, repeats, axis=1)
 
-    def run(x_RI: jax.Array, group_R: jax.Array, first: jax.Array, arrays: MatrixArrays) -> jax.Array:
+    def run(x: jax.Array | QuantizedRows, group_R: jax.Array, first: jax.Array, arrays: MatrixArrays) -> jax.Array:
         blocks, permuted = sort_into_blocks(group_R, case.num_groups, block_rows, first_group=first)
-        x_PI = x_RI[permuted.row_P]
-        (y_PO,) = matmul(x_PI, [Matrices(*arrays, format=shape.format)], blocks, transposed=shape.transposed)
+        x = x.take(permuted.row_P) if isinstance(x, QuantizedRows) else x[permuted.row_P]
+        matrices = [Matrices(*arrays, format=shape.format)]
+        (y_PO,) = matmul(x, matrices, blocks, transposed=shape.transposed, out_dtype=shape.rows_dtype)
         return y_PO.at[permuted.block_row_R].get(mode="fill", fill_value=0)
 
     def verify(got_RO: jax.Array) -> None:
         assert got_RO.dtype == shape.rows_dtype
         here = case.group_R < case.num_groups
-        want = grouped_matmul(np.asarray(x_RI, np.float64)[here], w64_GOI, case.group_R[here])
+        want = grouped_matmul(x64_RI[here], w64_GOI, case.group_R[here])
         got = np.asarray(got_RO, np.float64)
         atol, rtol = case.tolerance
         np.testing.assert_allclose(got[here], want, atol=atol, rtol=rtol)
@@ -155,7 +166,7 @@ def grouped_case(matmul: GroupedMatmul, case: GroupedCase) -> KernelCase:
 
     group_R = jnp.asarray(case.group_R, jnp.int32)
     first = jnp.int32(_LAYER * case.num_groups)
-    return KernelCase(run=run, arguments=(x_RI, group_R, first, matrices[:3]), verify=verify)
+    return KernelCase(run=run, arguments=(quantized or x_RI, group_R, first, matrices[:3]), verify=verify)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -111,6 +111,17 @@ def test_matrices_with_scales_of_groups_on_gpu(format: str, sizes: tuple[int, in
 
 
 @needs_pallas
+@pytest.mark.parametrize("num_rows", [slow(20), 200])
+@pytest.mark.parametrize("format", ["fp8 in blocks", "fp8"])
+def test_quantised_rows_on_gpu(format: str, num_rows: int) -> None:
+    """Rows and matrices have the same elements, which are multiplied without being converted."""
+    shape = ExpertShape(256, 384, BF16, FORMATS[format][0])
+    case = GroupedCase(shape=shape, num_groups=3, group_R=half_elsewhere(3, num_rows), quantized_rows=True)
+    step = grouped_case(implementation("gpu"), case)
+    step.verify(jax.jit(step.run)(*step.arguments))
+
+
+@needs_pallas
 @pytest.mark.slow
 def test_a_cut_block_of_8_bits() -> None:
     """2,176 outputs of 4,096 inputs make two blocks of 1,024 outputs and one of 128."""
@@ -198,13 +209,13 @@ def test_projections_of_the_same_rows_in_one_call(format: str | None, num_cores:
 @needs_pallas
 def test_tiles_occupy_the_gpu() -> None:
     """Few outputs are computed by thread blocks of one warpgroup, and very few by several that share the inputs."""
-    from kernels_pallas.grouped_matmul.gpu.tile import choose_tile
+    from kernels_pallas.grouped_matmul.gpu.tile import Products, choose_tile
 
     llama, cores = 4096, 132
-    assert choose_tile(8, 1, [14336, 14336], llama, None, cores).outputs == 128
-    few = choose_tile(8, 1, [llama], llama, None, cores)
+    assert choose_tile(Products(8, 1, [14336, 14336], llama, None), cores).outputs == 128
+    few = choose_tile(Products(8, 1, [llama], llama, None), cores)
     assert (few.outputs, few.splits) == (64, 1)
-    very_few = choose_tile(8, 1, [1024, 128, 128], 8192, None, cores)
+    very_few = choose_tile(Products(8, 1, [1024, 128, 128], 8192, None), cores)
     assert (very_few.outputs, very_few.splits) == (64, 4)
 
 

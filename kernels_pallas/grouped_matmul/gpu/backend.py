@@ -15,8 +15,9 @@ from jax.typing import DTypeLike
 
 from kernels_pallas.grouped_matmul.api import ExpertShape, Matrices
 from kernels_pallas.grouped_matmul.gpu.kernel import Launch, Operands, Problem, multiply
-from kernels_pallas.grouped_matmul.gpu.tile import MAX_ROWS, MIN_ROWS, ROW_SCALED, choose_tile, multiples
+from kernels_pallas.grouped_matmul.gpu.tile import MAX_ROWS, MIN_ROWS, ROW_SCALED, Products, choose_tile, multiples
 from kernels_pallas.grouped_matmul.gpu.weights import Weight
+from kernels_pallas.quantized import QuantizedRows
 from kernels_pallas.token_tiles import Blocks, choose_block_rows
 
 
@@ -59,7 +60,7 @@ class GpuGroupedMatmul:
 
     def __call__(
         self,
-        x_PI: jax.Array,
+        x_PI: jax.Array | QuantizedRows,
         matrices: Sequence[Matrices],
         blocks: Blocks,
         *,
@@ -70,13 +71,19 @@ class GpuGroupedMatmul:
         if transposed:
             raise NotImplementedError("the kernel needs matrices of [outputs, inputs]")
         (num_rows, num_inputs), format = x_PI.shape, matrices[0].format
+        x_scale_iP = None
+        if isinstance(x_PI, QuantizedRows):
+            x_PI, x_scale_iP = x_PI
+            assert out_dtype is not None, "quantised rows do not say the dtype of the results"
         halves, num_blocks = 1 if format is None else format.per_byte, blocks.group_C.shape[0]
         outputs = [each.values_XOI.shape[1] for each in matrices]
         out_dtype = jnp.dtype(out_dtype or x_PI.dtype)
         block_rows = num_rows // num_blocks
-        tile = choose_tile(block_rows, num_blocks, outputs, num_inputs, format, self._num_cores, out_dtype.itemsize)
+        quantized = x_scale_iP is not None
+        products = Products(block_rows, num_blocks, outputs, num_inputs, format, out_dtype.itemsize, quantized)
+        tile = choose_tile(products, self._num_cores)
         num_steps = num_inputs // (tile.columns * halves * tile.splits)
-        problem = Problem(tile, format, num_steps)
+        problem = Problem(tile, format, num_steps, quantized_rows=quantized)
         in_f32 = tile.splits > 1 or out_dtype == jnp.float32
         shapes = [(tile.splits, sum(outputs), num_rows)] if in_f32 else [(num_rows, size) for size in outputs]
         kernel_dtype = jnp.float32 if in_f32 else out_dtype
@@ -87,7 +94,7 @@ class GpuGroupedMatmul:
             grid = {"outputs": grid["outputs"], "block": num_blocks, "split": tile.splits}
         launch = Launch("grouped_matmul", grid, shapes, kernel_dtype, self._interpret)
         x_hPB = jnp.stack([x_PI[:, half::halves] for half in range(halves)])
-        operands = Operands(blocks, x_hPB, [_weight(each, bias=not in_f32) for each in matrices])
+        operands = Operands(blocks, x_hPB, [_weight(each, bias=not in_f32) for each in matrices], x_scale_iP)
         results = multiply(operands, problem, launch)
         return _add_up(results[0], matrices, blocks, out_dtype) if in_f32 else results
 

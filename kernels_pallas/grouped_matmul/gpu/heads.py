@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 from kernels_pallas.grouped_matmul.api import HeadMatrices
 from kernels_pallas.grouped_matmul.gpu.kernel import Heads, Launch, Operands, Problem, multiply
-from kernels_pallas.grouped_matmul.gpu.tile import MAX_ROWS, MIN_ROWS, choose_tile, multiples
+from kernels_pallas.grouped_matmul.gpu.tile import MAX_ROWS, MIN_ROWS, Products, choose_tile, multiples
 from kernels_pallas.grouped_matmul.gpu.weights import Weight
 from kernels_pallas.grouped_matmul.xla.heads import multiply_heads
 from kernels_pallas.shards import MODEL, over_model
@@ -62,7 +62,7 @@ class GpuHeadMatmul:
             num_outputs, num_inputs = num_inputs, num_outputs
         rows = choose_block_rows(num_tokens, 1, min_rows=MIN_ROWS, max_rows=MAX_ROWS)
         x_hPB = jnp.pad(x_TNJ.reshape(1, num_tokens, -1), ((0, 0), (0, rows - num_tokens), (0, 0)))
-        tile = choose_tile(rows, num_heads, [num_outputs], num_inputs, None, self._num_cores)
+        tile = choose_tile(Products(rows, num_heads, [num_outputs], num_inputs, None), self._num_cores)
         stride = matrices.head_rows // matrices.number
         heads = Heads(num_heads, columns, stride, matrices.first // matrices.number)
         problem = Problem(tile, None, num_inputs // (tile.columns * tile.splits), transposed, heads)

@@ -19,7 +19,7 @@ from kernels_pallas.grouped_matmul.gpu.weights import Ahead, Converter, Place, W
 from kernels_pallas.pallas import pl, plgpu
 from kernels_pallas.quantized import QuantizedFormat
 from kernels_pallas.token_tiles import Blocks
-from kernels_pallas.warpgroup import MATRIX, ROWS, WARPGROUP_ROWS, product, smem
+from kernels_pallas.warpgroup import COLUMNS, MATRIX, ROWS, WARPGROUP_ROWS, product, smem
 
 
 class Operands(NamedTuple):
@@ -29,11 +29,13 @@ class Operands(NamedTuple):
         x_hPB: rows of all blocks; h is 2 for 4-bit matrices: the inputs of the lower halves of their bytes, then those
             of the upper halves.
         weights: the matrices; all are multiplied by the same rows.
+        x_scale_iP: scales of rows that are quantised; else None.
     """
 
     blocks: Blocks
     x_hPB: Any
     weights: Sequence[Weight]
+    x_scale_iP: Any = None
 
 
 class Scratch(NamedTuple):
@@ -74,9 +76,12 @@ class Problem(NamedTuple):
     """Static parameters of the kernel.
 
     Attributes:
+        tile: the tile of a thread block.
+        format: format of quantised matrices.
         num_steps: steps of a thread block.
         transposed: whether matrices are [X, I, O].
         heads: the heads, if the blocks are heads.
+        quantized_rows: whether rows have the elements of the matrices, which are then not converted.
     """
 
     tile: Tile
@@ -84,6 +89,7 @@ class Problem(NamedTuple):
     num_steps: int
     transposed: bool = False
     heads: Heads | None = None
+    quantized_rows: bool = False
 
 
 class _Block(NamedTuple):
@@ -146,7 +152,7 @@ def _scratch_types(problem: Problem, x_dtype: Any, w_dtype: Any, out_dtype: Any)
     if out_dtype == jnp.float32:
         out_shape = (tile.warpgroups, WARPGROUP_ROWS, tile.rows)
     converted = None
-    if format is not None:
+    if format is not None and not problem.quantized_rows:
         shape = (tile.warpgroups, tile.slots, halves, WARPGROUP_ROWS, tile.columns)
         converted = smem(shape, x_dtype)
     return Scratch(
@@ -183,7 +189,7 @@ def _multiply(operands: Operands, *refs: Any, problem: Problem) -> None:
         here = (at >= first) & (at < end)
         if problem.heads is None:
             here &= lax.axis_index("block") < operands.blocks.num_live
-        one = Operands(operands.blocks, operands.x_hPB, (weight,))
+        one = operands._replace(weights=(weight,))
         output = (at - first) * problem.tile.outputs
         pl.when(here)(partial(_multiply_matrix, one, out, scratch, output, column, problem))
         first = end
@@ -205,7 +211,11 @@ def _multiply_matrix(
     @pl.when(warpgroup < tile.warpgroups)
     def _compute() -> None:
         own = output + warpgroup * WARPGROUP_ROWS
-        sum_om = _sum_up(scratch, Place(weight, block.group, own, split * problem.num_steps), problem)
+        place = Place(weight, block.group, own, split * problem.num_steps)
+        if problem.quantized_rows:
+            sum_om = _sum_up_quantized(scratch, place, operands.x_scale_iP.at[:, block.rows], problem)
+        else:
+            sum_om = _sum_up(scratch, place, problem)
         if weight.bias is not None:
             bias_o = plgpu.load(weight.bias.at[block.group, pl.ds(own, WARPGROUP_ROWS)], layout=ROWS, optimized=False)
             sum_om += lax.broadcast_in_dim(bias_o.astype(jnp.float32), sum_om.shape, [0])
@@ -320,6 +330,35 @@ def _sum_up_scaled(scratch: Scratch, place: Place, problem: Problem, converter: 
         part_om = product(mine.at[0], scratch.x_hmB.at[stage, 0].T, problem.tile.rows)
         plgpu.barrier_arrive(scratch.free.at[stage])
         return sum_om + converter.scale(ahead, part_om), later
+
+    zeros_om = plgpu.layout_cast(jnp.zeros(shape, jnp.float32), MATRIX)
+    return lax.fori_loop(0, problem.num_steps, add, (zeros_om, converter.load(place, place.first_step)))[0]
+
+
+def _sum_up_quantized(scratch: Scratch, place: Place, x_scale_im: Any, problem: Problem) -> jax.Array:
+    """Return the sum of all steps, f32[64, m], of rows and a matrix whose elements are multiplied as they are."""
+    shape = (WARPGROUP_ROWS, problem.tile.rows)
+    assert problem.format is not None
+    converter = choose_converter(problem.format, problem.tile)
+
+    def row_scales(block: Any) -> jax.Array:
+        scale_m = plgpu.load(x_scale_im.at[block], layout=COLUMNS, optimized=False)
+        return lax.broadcast_in_dim(scale_m, shape, [1])
+
+    if problem.format != BLOCK_SCALED:
+        accumulator = plgpu.WGMMAAccumulatorRef(shape, jnp.float32)
+        sum_om = pl.run_scoped(partial(_sum_up_plain, scratch, problem), accumulator)
+        return converter.finish(place, sum_om) * row_scales(0)
+
+    def add(step: jax.Array, carry: tuple[jax.Array, Ahead]) -> tuple[jax.Array, Ahead]:
+        sum_om, ahead = carry
+        stage = lax.rem(step, problem.tile.stages)
+        later = converter.load(place, _next_step(place, step, problem))
+        scales_om = row_scales(place.first_step + step)
+        plgpu.barrier_wait(scratch.arrived.at[stage])
+        part_om = product(_outputs(scratch, stage), scratch.x_hmB.at[stage, 0].T, problem.tile.rows)
+        plgpu.barrier_arrive(scratch.free.at[stage])
+        return sum_om + converter.scale(ahead, part_om) * scales_om, later
 
     zeros_om = plgpu.layout_cast(jnp.zeros(shape, jnp.float32), MATRIX)
     return lax.fori_loop(0, problem.num_steps, add, (zeros_om, converter.load(place, place.first_step)))[0]

@@ -6,6 +6,7 @@ Dimension key: see `backend`.
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import gcd
+from typing import NamedTuple
 
 from kernels_pallas.quantized import QuantizedFormat
 from kernels_pallas.warpgroup import WARPGROUP_ROWS
@@ -84,32 +85,37 @@ def multiples(format: QuantizedFormat | None) -> tuple[int, int]:
     )
 
 
-def choose_tile(
-    rows: int,
-    num_blocks: int,
-    outputs: Sequence[int],
-    num_inputs: int,
-    format: QuantizedFormat | None,
-    num_cores: int,
-    out_itemsize: int = _ROW_BYTES,
-) -> Tile:
-    """Choose the tile for matrices that are multiplied by the same rows.
+class Products(NamedTuple):
+    """Matrices that are multiplied by the same rows.
 
-    Args:
+    Attributes:
         rows: rows of a block.
         num_blocks: number of blocks.
         outputs: outputs of each matrix.
         num_inputs: inputs of the matrices.
         format: format of quantised matrices.
-        num_cores: number of SMs of the device.
         out_itemsize: bytes per result.
+        quantized_rows: whether rows have the elements of the matrices.
     """
+
+    rows: int
+    num_blocks: int
+    outputs: Sequence[int]
+    num_inputs: int
+    format: QuantizedFormat | None
+    out_itemsize: int = _ROW_BYTES
+    quantized_rows: bool = False
+
+
+def choose_tile(products: Products, num_cores: int) -> Tile:
+    """Choose the tile for products on a device with so many SMs."""
+    rows, num_blocks, outputs, num_inputs, format, out_itemsize, quantized_rows = products
     width = 2 * WARPGROUP_ROWS
     # One warpgroup in each of twice as many thread blocks, where these are too few to occupy all SMs.
     narrow = any(size % width for size in outputs) or num_blocks * sum(outputs) // width < num_cores
     warpgroups = 1 if narrow and format != BLOCK_SCALED else 2
     thread_blocks = num_blocks * sum(outputs) // (warpgroups * WARPGROUP_ROWS)
-    columns, piece, slots = _columns(num_inputs, format)
+    columns, piece, slots = (SCALE_BLOCK, SCALE_BLOCK, 0) if quantized_rows else _columns(num_inputs, format)
     num_steps = num_inputs // (columns * (1 if format is None else format.per_byte))
     splits = 1
     if _BUSY_SHARE * thread_blocks < num_cores:
@@ -120,7 +126,8 @@ def choose_tile(
         ):
             splits *= 2
     tile = Tile(rows=rows, warpgroups=warpgroups, columns=columns, piece=piece, stages=0, slots=slots, splits=splits)
-    return _with_stages(tile, format, num_steps // splits, 4 if splits > 1 else out_itemsize)
+    products = products._replace(out_itemsize=4 if splits > 1 else out_itemsize)
+    return _with_stages(tile, products, num_steps // splits)
 
 
 def _columns(num_inputs: int, format: QuantizedFormat | None) -> tuple[int, int, int]:
@@ -136,12 +143,14 @@ def _columns(num_inputs: int, format: QuantizedFormat | None) -> tuple[int, int,
     return columns, columns, 0 if format is None else 2
 
 
-def _with_stages(tile: Tile, format: QuantizedFormat | None, num_steps: int, out_itemsize: int) -> Tile:
+def _with_stages(tile: Tile, products: Products, num_steps: int) -> Tile:
     """Set the number of stages: as many as fit next to a second thread block of the SM, or at least without one."""
+    format = products.format
     per_byte, itemsize = (1, _ROW_BYTES) if format is None else (format.per_byte, format.dtype.itemsize)
-    columns = tile.columns * per_byte
-    stage = tile.outputs * tile.columns * itemsize + tile.rows * columns * _ROW_BYTES
-    fixed = tile.slots * tile.outputs * columns * _ROW_BYTES + tile.rows * tile.outputs * out_itemsize + _OVERHEAD
+    columns, row_bytes = tile.columns * per_byte, itemsize if products.quantized_rows else _ROW_BYTES
+    stage = tile.outputs * tile.columns * itemsize + tile.rows * columns * row_bytes
+    fixed = tile.slots * tile.outputs * columns * _ROW_BYTES + _OVERHEAD
+    fixed += tile.rows * tile.outputs * products.out_itemsize
     # The registers of many rows leave no room for a second thread block.
     shares = (2, 1) if tile.rows < WARPGROUP_ROWS else (1,)
     fits = [(_SMEM_BYTES // share - fixed) // stage for share in shares]
