@@ -185,9 +185,19 @@ def memory_flags(group: argparse._ArgumentGroup) -> None:  # pyright: ignore[rep
     )
     group.add_argument(
         "--quantization",
-        choices=["int8", "fp8", "int4", "awq", "gptq", "compressed-tensors", "mxfp4"],
+        choices=[
+            "int8", "fp8", "int4", "w8a8_int8", "w8a8_fp8", "awq", "gptq", "compressed-tensors", "mxfp4",
+        ],
         help="int8, fp8 and int4 quantise the linear layers of a plain checkpoint while it is loaded (one scale per "
-        "row, for int4 per 32 inputs); any other value must be the checkpoint's own format, which is used if unset",
+        "row, for int4 per 32 inputs), w8a8_int8 and w8a8_fp8 also the activations of prompts; any other value must be "
+        "the checkpoint's own format, which is used if unset",
+    )  # fmt: skip
+    group.add_argument(
+        "--activation-quantization",
+        choices=["auto", "none"],
+        default="auto",
+        help="auto quantises the activations of steps of more than 128 tokens where weights were made for it and the "
+        "device multiplies 8-bit elements faster; none never does (default: auto)",
     )
 
 
@@ -411,6 +421,7 @@ def step_settings(args: argparse.Namespace) -> dict[str, Any]:
         "chunked_prefill_size": args.chunked_prefill_size,
         "kv_cache_dtype": args.kv_cache_dtype,
         "quantization": args.quantization,
+        "activation_quantization": args.activation_quantization,
         "attention_backend": args.attention_backend,
         "deterministic": args.enable_deterministic_inference,
     }

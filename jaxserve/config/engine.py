@@ -151,6 +151,7 @@ class EngineConfig(Config, frozen=True):
     prefix_caching: bool = True
     kv_cache_dtype: KvCacheDtype = "auto"
     quantization: str | None = None
+    activation_quantization: Literal["auto", "none"] = "auto"
     attention_backend: Literal["auto", "tpu", "gpu", "xla"] = "auto"
     deterministic: bool = False
     merge_lora: str | None = None

@@ -137,6 +137,8 @@ class QuantizationConfig(Config, frozen=True):
         zeros: each block of integers has a zero point.
         parts: parts of the model whose linear modules are quantised.
         unquantized_modules: names or patterns of modules that are not quantised, as the checkpoint lists them.
+        activations: whether the weights were made for activations that are quantised to the same elements as a step
+            runs, per token, and per block of inputs if the weights have such blocks; `requested` if the user asked.
     """
 
     element_type: Literal["fp8", "int8", "int4", "mxfp4"]
@@ -145,6 +147,7 @@ class QuantizationConfig(Config, frozen=True):
     zeros: bool = False
     parts: tuple[QuantizedPart, ...] = ("attention", "mlp", "shared_expert", "experts")
     unquantized_modules: tuple[str, ...] = ()
+    activations: Literal["exact", "quantized", "requested"] = "exact"
 
 
 class MlaConfig(Config, frozen=True):

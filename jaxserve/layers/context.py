@@ -25,6 +25,13 @@ if TYPE_CHECKING:
     from jaxserve.layers.linear import Embedding
 
 Path: TypeAlias = tuple[str, ...]
+# How activations are multiplied by 8-bit weights in steps that are bound by arithmetic: as they are, or quantised, by a
+# kernel or by XLA.
+Activations: TypeAlias = Literal["exact", "kernel", "xla"]
+
+# Steps of more tokens are bound by arithmetic, in which 8-bit products have twice the rate. Smaller ones are bound by
+# the bytes of the weights, and stay exact.
+MAX_EXACT_TOKENS = 128
 
 
 class Backends(NamedTuple):
@@ -41,6 +48,7 @@ class Backends(NamedTuple):
         norm: RMSNorm.
         rope: rotary position embedding.
         head_matmul: products of heads with their own matrices, in MLA.
+        linear_activations, expert_activations: how activations are multiplied by 8-bit weights.
     """
 
     attention: AttentionBackend
@@ -53,6 +61,8 @@ class Backends(NamedTuple):
     norm: RmsNorm
     rope: Rope
     head_matmul: HeadMatmul
+    linear_activations: Activations = "exact"
+    expert_activations: Activations = "exact"
 
 
 class LinearOps(NamedTuple):
@@ -63,15 +73,23 @@ class LinearOps(NamedTuple):
         mesh: the mesh over which the weights are sharded.
         modules: paths of the modules that the kernel supports. XLA multiplies by the others, and dequantises them
             first if they are quantised.
+        activations: how activations are multiplied by 8-bit weights in large steps.
     """
 
     matmul: GroupedMatmul
     mesh: Mesh
     modules: Collection[Path]
+    activations: Activations = "exact"
 
-    def uses_kernel(self, module: Path, *, quantized: bool, num_tokens: int) -> bool:
-        """Return whether the kernel multiplies by a module's weight."""
+    def uses_stack(self, module: Path, *, quantized: bool, num_tokens: int) -> bool:
+        """Return whether a module's weight is multiplied where it is in its stack: by the kernel, or by 8 bits."""
+        if quantized and self.quantizes(num_tokens) == "xla":
+            return True
         return module in self.modules and (quantized or num_tokens <= self.matmul.max_dense_rows)
+
+    def quantizes(self, num_tokens: int) -> Activations:
+        """Return how the activations of a step are multiplied by 8-bit weights."""
+        return self.activations if num_tokens > MAX_EXACT_TOKENS else "exact"
 
 
 class ExpertOps(NamedTuple):
@@ -81,11 +99,17 @@ class ExpertOps(NamedTuple):
         matmul: the kernel, run on each device.
         mesh: the mesh over which the experts are sharded.
         router: chooses the experts of tokens; None without experts.
+        activations: how activations are multiplied by 8-bit weights in large steps.
     """
 
     matmul: GroupedMatmul
     mesh: Mesh
     router: Router | None = None
+    activations: Activations = "exact"
+
+    def quantizes(self, num_tokens: int) -> bool:
+        """Return whether the activations of a step are quantised."""
+        return self.activations == "kernel" and num_tokens > MAX_EXACT_TOKENS
 
     def route(self, logits_TE: jax.Array, correction: Stacked | None) -> Routing:
         """See `Router`."""

@@ -180,9 +180,9 @@ class Linear(nnx.Module):
         matrices, layer, _ = self.stacked()
         return matrices.matrix(layer, dtype)
 
-    def uses_kernel(self, ctx: LayerContext, num_tokens: int) -> bool:
-        """Return whether the kernel multiplies by the weight."""
-        return ctx.ops.linear.uses_kernel(self.path, quantized=self._format is not None, num_tokens=num_tokens)
+    def uses_stack(self, ctx: LayerContext, num_tokens: int) -> bool:
+        """Return whether the weight is multiplied where it is in its stack; see `LinearOps`."""
+        return ctx.ops.linear.uses_stack(self.path, quantized=self._format is not None, num_tokens=num_tokens)
 
     def stacked(self) -> StackedMatrix:
         """Return the weights of all layers and the index of this layer among them."""
@@ -196,11 +196,11 @@ class Linear(nnx.Module):
 
 def apply_group(linears: Sequence[Linear], x_TI: jax.Array, ctx: LayerContext) -> list[jax.Array]:
     """Apply linear modules to the same activations; they share the kernel's call, and the product with A matrices."""
-    by_kernel = [linear for linear in linears if linear.uses_kernel(ctx, x_TI.shape[0])]
+    by_kernel = [linear for linear in linears if linear.uses_stack(ctx, x_TI.shape[0])]
     results: dict[Path, jax.Array] = {}
     if by_kernel:
         group = [linear.stacked() for linear in by_kernel]
-        adds_bias = can_add_bias(ctx.ops.linear, group[0])
+        adds_bias = can_add_bias(ctx.ops.linear, group[0], x_TI.shape[0])
         if adds_bias:
             group = [linear.with_bias(matrix) for linear, matrix in zip(by_kernel, group, strict=True)]
         products = multiply(ctx.ops.linear, x_TI, group, linears[0].out_dtype)

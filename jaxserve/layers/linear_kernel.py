@@ -15,7 +15,9 @@ from jax.typing import DTypeLike
 
 from jaxserve.layers.context import LinearOps
 from jaxserve.parallel.mesh import partition_spec
-from kernels_pallas.grouped_matmul.api import Matrices
+from kernels_pallas.grouped_matmul.api import GroupedMatmul, Matrices
+from kernels_pallas.grouped_matmul.xla.quantized_rows import multiply_rows
+from kernels_pallas.quantized import QuantizedFormat, quantize_rows
 from kernels_pallas.shards import model_size, over_model
 from kernels_pallas.token_tiles import Blocks
 
@@ -48,15 +50,16 @@ def multiply(
     format = group[0].matrices.format
     shardings = [partition_spec(each.axes, each.matrices.values_XOI.shape[1:], ops.mesh) for each in group]
     in_axis = shardings[0][1]
+    activations = "exact" if format is None else ops.quantizes(x_TI.shape[0])
 
-    def multiply_shard(x_TI: jax.Array, layer: jax.Array, *matrices: Matrices) -> list[jax.Array]:
-        num_tokens, num_inputs = x_TI.shape
-        block_rows = ops.matmul.block_rows(num_tokens, 1, num_inputs * x_TI.dtype.itemsize)
-        x_PI = jnp.pad(x_TI, ((0, -num_tokens % block_rows), (0, 0)))
-        num_blocks = x_PI.shape[0] // block_rows
-        blocks = Blocks(jnp.full(num_blocks, layer, jnp.int32), jnp.full(1, num_blocks, jnp.int32))
-        results = ops.matmul(x_PI, [each._replace(format=format) for each in matrices], blocks, out_dtype=out_dtype)
-        results = [y_PO[:num_tokens] for y_PO in results]
+    def multiply_shard(x_TI: jax.Array, layer: jax.Array, *arrays: Matrices) -> list[jax.Array]:
+        matrices = [each._replace(format=format) for each in arrays]
+        if format is not None and activations == "xla":
+            rows = quantize_rows(x_TI, format)
+            results = [multiply_rows(rows, each, layer, out_dtype or x_TI.dtype) for each in matrices]
+        else:
+            quantized_as = format if activations == "kernel" else None
+            results = _multiply_blocks(ops.matmul, x_TI, layer, matrices, quantized_as, out_dtype or x_TI.dtype)
         return results if in_axis is None else [lax.psum(y_TO, in_axis) for y_TO in results]
 
     specs = [_specs(each.matrices, *sharding) for each, sharding in zip(group, shardings, strict=True)]
@@ -66,8 +69,28 @@ def multiply(
     return run(x_TI, group[0].layer, *(each.matrices._replace(format=None) for each in group))
 
 
-def can_add_bias(ops: LinearOps, matrix: StackedMatrix) -> bool:
-    """Return whether the kernel can add a bias: not to each of several partial sums."""
+def _multiply_blocks(
+    matmul: GroupedMatmul,
+    x_TI: jax.Array,
+    layer: jax.Array,
+    matrices: list[Matrices],
+    quantized_as: QuantizedFormat | None,
+    out_dtype: DTypeLike,
+) -> list[jax.Array]:
+    """Return the kernel's products, [T, O] by matrix; activations are quantised first if `quantized_as` is not None."""
+    num_tokens, num_inputs = x_TI.shape
+    block_rows = matmul.block_rows(num_tokens, 1, num_inputs * x_TI.dtype.itemsize)
+    x_PI = jnp.pad(x_TI, ((0, -num_tokens % block_rows), (0, 0)))
+    num_blocks = x_PI.shape[0] // block_rows
+    blocks = Blocks(jnp.full(num_blocks, layer, jnp.int32), jnp.full(1, num_blocks, jnp.int32))
+    rows = x_PI if quantized_as is None else quantize_rows(x_PI, quantized_as)
+    return [y_PO[:num_tokens] for y_PO in matmul(rows, matrices, blocks, out_dtype=out_dtype)]
+
+
+def can_add_bias(ops: LinearOps, matrix: StackedMatrix, num_tokens: int) -> bool:
+    """Return whether the kernel multiplies and can add a bias: not to each of several partial sums."""
+    if matrix.matrices.format is not None and ops.quantizes(num_tokens) == "xla":
+        return False
     in_axis = partition_spec(matrix.axes, matrix.matrices.values_XOI.shape[1:], ops.mesh)[1]
     return ops.matmul.adds_bias and (in_axis is None or model_size(ops.mesh) == 1)
 

@@ -24,7 +24,7 @@ from jaxserve.layers.context import ExpertAdapters, LayerContext, Path
 from jaxserve.layers.linear import ACTIVATIONS, Axes, GatedMLP, Linear, ParamOptions, format_of, param, weight_params
 from jaxserve.parallel.mesh import partition_spec
 from kernels_pallas.grouped_matmul.api import GroupedMatmul, Matrices
-from kernels_pallas.quantized import QuantizedFormat
+from kernels_pallas.quantized import QuantizedFormat, quantize_rows
 from kernels_pallas.routing.api import RouterConfig, Routing
 from kernels_pallas.shards import DATA, EXPERT, IN_EXPERT, MODEL, over_model
 from kernels_pallas.stacked import LoraPair, Stacked
@@ -82,12 +82,14 @@ class _Rows(NamedTuple):
         format: format of quantised weights; None for others.
         blocks: blocks whose groups are indices of matrices in the stack of all layers.
         by_adapter: rows of tokens that have an adapter; None without adapters.
+        quantized: whether rows are quantised before they are multiplied by the experts' matrices.
     """
 
     matmul: GroupedMatmul
     format: QuantizedFormat | None
     blocks: Blocks
     by_adapter: _ByAdapter | None
+    quantized: bool
 
 
 class _ExpertWeights(NamedTuple):
@@ -124,7 +126,9 @@ class _ExpertWeights(NamedTuple):
 
 def _multiply(projections: Sequence[_ExpertWeights], x_PI: jax.Array, rows: _Rows) -> list[jax.Array]:
     """Multiply each row by its expert's matrix of each projection; add the adapters' updates and the biases."""
-    results = rows.matmul(x_PI, [each.matrices(rows.format) for each in projections], rows.blocks)
+    matrices = [each.matrices(rows.format) for each in projections]
+    x = quantize_rows(x_PI, rows.format) if rows.quantized and rows.format is not None else x_PI
+    results = rows.matmul(x, matrices, rows.blocks, out_dtype=x_PI.dtype)
     return [each.add_updates(y_PO, x_PI, rows) for each, y_PO in zip(projections, results, strict=True)]
 
 
@@ -242,7 +246,7 @@ class Experts(nnx.Module):
         if slot_T is not None and ctx.lora.experts is not None:
             adapters = ctx.lora.experts._replace(slot_T=slot_T)
             by_adapter = self._sort_by_adapter(adapters, own_TU, num_experts, permuted, row_bytes)
-        rows = _Rows(matmul, self._format, blocks, by_adapter)
+        rows = _Rows(matmul, self._format, blocks, by_adapter, ctx.ops.experts.quantizes(num_tokens))
         x_PD = x_TD[permuted.row_P // top_k]
         gate_PF, up_PF = _multiply((gate, up), x_PD, rows)
         h_PF = self._gated(gate_PF, up_PF)

@@ -8,7 +8,7 @@ from jax.sharding import Mesh
 
 from jaxserve.config import QuantizationConfig
 from jaxserve.errors import LaunchError
-from jaxserve.layers.context import Backends
+from jaxserve.layers.context import MAX_EXACT_TOKENS, Activations, Backends
 from jaxserve.layers.linear import format_of
 from jaxserve.layers.moe import router_config
 from jaxserve.layout.device_results import read_results, results_path
@@ -26,9 +26,11 @@ from kernels_pallas.dispatch import (
     choose_rope,
     choose_router,
     choose_sampler,
+    multiplies,
 )
 from kernels_pallas.grouped_matmul.api import ExpertShape, GroupedMatmul
 from kernels_pallas.grouped_matmul.xla.backend import XlaGroupedMatmul
+from kernels_pallas.grouped_matmul.xla.quantized_rows import has_row_scales
 from kernels_pallas.lora_matmul.api import LoraMatmul
 from kernels_pallas.lora_matmul.xla.backend import XlaLora
 from kernels_pallas.paged_attention.api import AttentionBackend, AttentionConfig
@@ -73,9 +75,22 @@ def choose_attention_backend(name: BackendName, config: AttentionConfig, mesh: M
 
 
 def choose_backends(
-    decoder: Decoder, mesh: Mesh, attention: Choice[AttentionBackend], lora_pool: LoraPoolLayout | None
+    decoder: Decoder,
+    mesh: Mesh,
+    attention: Choice[AttentionBackend],
+    lora_pool: LoraPoolLayout | None,
+    *,
+    exact: bool,
 ) -> ChosenBackends:
-    """Choose a backend for every op except attention, which is given, and log all choices."""
+    """Choose a backend for every op except attention, which is given, and log all choices.
+
+    Args:
+        decoder: the model.
+        mesh: the devices.
+        attention: the choice for attention.
+        lora_pool: slots for LoRA adapters, if requests may name adapters.
+        exact: never quantise activations.
+    """
     sampler = choose_sampler(mesh)
     experts = choose_grouped_matmul(expert_shapes(decoder, mesh), mesh)
     _log_choice("attention", attention)
@@ -99,6 +114,8 @@ def choose_backends(
         norm=choose_norm(mesh).impl,
         rope=choose_rope(mesh).impl,
         head_matmul=choose_head_matmul(mesh).impl,
+        linear_activations=_choose_activations(decoder, mesh, linear, exact=exact),
+        expert_activations="exact" if moe is None else _of_experts(decoder, mesh, experts.impl, exact=exact),
     )
     return ChosenBackends(backends, linears, lora_groups)
 
@@ -117,6 +134,39 @@ def _choose_linears(decoder: Decoder, mesh: Mesh) -> tuple[GroupedMatmul, tuple[
     _log_by_module("{}", chosen)
     by_kernel |= {path: choice.impl for path, choice in chosen.items() if choice.name != "xla"}
     return next(iter(by_kernel.values()), XlaGroupedMatmul()), tuple(by_kernel)
+
+
+def _choose_activations(decoder: Decoder, mesh: Mesh, linear: GroupedMatmul, *, exact: bool) -> Activations:
+    """Choose how activations are multiplied by the 8-bit weights of linear modules, and log it."""
+    quantization = decoder.config.quantization
+    shapes = [shape for shape in linear_shapes(decoder, mesh).values() if shape.format is not None]
+    if quantization is None or quantization.activations == "exact" or exact or not shapes:
+        return "exact"
+    format = format_of(quantization)
+    element, kind = quantization.element_type, mesh.devices.flat[0].device_kind
+    if all(linear.takes_quantized_rows(format, shape.num_inputs) for shape in shapes):
+        choice: Activations = "kernel"
+    elif has_row_scales(format) and (multiplies(mesh, element) or quantization.activations == "requested"):
+        choice = "xla"
+    else:
+        logger.info("linear modules: activations are not quantised to %s, which %s does not multiply", element, kind)
+        return "exact"
+    logger.info("linear modules: activations of more than %d tokens are quantised to %s", MAX_EXACT_TOKENS, element)
+    if choice == "xla" and not multiplies(mesh, element):
+        logger.warning("%s does not multiply %s: --activation-quantization none is exact, and faster", kind, element)
+    return choice
+
+
+def _of_experts(decoder: Decoder, mesh: Mesh, matmul: GroupedMatmul, *, exact: bool) -> Activations:
+    """Choose how activations are multiplied by the 8-bit weights of experts."""
+    quantization = decoder.config.quantized("experts")
+    if quantization is None or quantization.activations == "exact" or exact:
+        return "exact"
+    format = format_of(quantization)
+    takes = all(matmul.takes_quantized_rows(format, shape.num_inputs) for shape in expert_shapes(decoder, mesh))
+    done = "are quantised" if takes else "are not quantised: the kernel does not multiply them"
+    logger.info("experts: activations of more than %d tokens %s", MAX_EXACT_TOKENS, done)
+    return "kernel" if takes else "exact"
 
 
 def linear_shapes(decoder: Decoder, mesh: Mesh) -> dict[Path, ExpertShape]:

@@ -202,7 +202,9 @@ def layout_engine(
     cache = CacheConfig(page_size=page_size, num_pages=num_pages, prefix_caching=config.prefix_caching)
     scheduler = _fit_context(scheduler, cache)
     attention = _attention(config, layout, page_size, num_pages)
-    chosen = choose_backends(layout.decoder, layout.mesh, attention, lora_pool)
+    # Whether a token's step is small depends on other requests.
+    exact = config.activation_quantization == "none" or config.deterministic
+    chosen = choose_backends(layout.decoder, layout.mesh, attention, lora_pool, exact=exact)
     shapes = CPU_SHAPES if layout.mesh.devices.flat[0].platform == "cpu" else ACCELERATOR_SHAPES
     step = StepModel(
         decoder=layout.decoder,

@@ -72,8 +72,8 @@ class StepModel(NamedTuple):
         """Return the ops that layers compute with."""
         backends, mesh = self.backends, self.mesh
         layer = LayerOps(
-            LinearOps(backends.linear, mesh, self.linears),
-            ExpertOps(backends.experts, mesh, backends.router),
+            LinearOps(backends.linear, mesh, self.linears, backends.linear_activations),
+            ExpertOps(backends.experts, mesh, backends.router, backends.expert_activations),
             backends.norm,
             backends.rope,
             backends.head_matmul,

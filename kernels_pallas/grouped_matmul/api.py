@@ -15,7 +15,7 @@ import jax
 from jax import lax
 from jax.typing import DTypeLike
 
-from kernels_pallas.quantized import QuantizedFormat, QuantizedMatrix, dequantize
+from kernels_pallas.quantized import QuantizedFormat, QuantizedMatrix, QuantizedRows, dequantize
 from kernels_pallas.token_tiles import Blocks
 
 
@@ -81,13 +81,17 @@ class GroupedMatmul(Protocol):
         """Whether the kernel adds biases, before the results are rounded."""
         ...
 
+    def takes_quantized_rows(self, format: QuantizedFormat, num_inputs: int) -> bool:
+        """Return whether the kernel multiplies rows that are quantised by matrices of a format and so many inputs."""
+        ...
+
     def block_rows(self, num_rows: int, num_groups: int, row_bytes: int) -> int:
         """Choose the rows per block for `num_rows` rows of `row_bytes` bytes in `num_groups` groups."""
         ...
 
     def __call__(
         self,
-        x_PI: jax.Array,
+        x_PI: jax.Array | QuantizedRows,
         matrices: Sequence[Matrices],
         blocks: Blocks,
         *,
@@ -97,12 +101,12 @@ class GroupedMatmul(Protocol):
         """Compute `x W^T` of each used block with its group's matrix.
 
         Args:
-            x_PI: rows, sorted into blocks; see `sort_into_blocks`.
+            x_PI: rows, sorted into blocks; see `sort_into_blocks`. Quantised ones only if the kernel takes them.
             matrices: the matrices of all groups, of one or several projections of the same rows, which have the same
                 format.
             blocks: the blocks of `x_PI`; groups are indices of matrices.
             transposed: whether matrices are [X, I, O]; these are not quantised.
-            out_dtype: dtype of the results; x's dtype by default.
+            out_dtype: dtype of the results; x's dtype by default, which quantised rows do not have.
 
         Returns:
             [P, O] by projection, sums in f32; blocks that are not used hold arbitrary values.

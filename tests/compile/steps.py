@@ -114,7 +114,7 @@ def check_cost(engine: EngineLayout, program: HloProgram) -> None:
     if on_gpu(engine):
         assert not cost.rematerialized
         assert not cost.host_stops
-    limit = _layer_bytes(engine) / 4
+    limit = layer_bytes(engine) / 4
     for each in cost.moved:
         assert each.trips == 1 or each.written < limit, f"{each.instruction.name} writes {each.written} bytes"
 
@@ -145,7 +145,7 @@ def on_gpu(engine: EngineLayout) -> bool:
     return engine.step.mesh.devices.flat[0].platform in ("gpu", "cuda")
 
 
-def _layer_bytes(engine: EngineLayout) -> float:
+def layer_bytes(engine: EngineLayout) -> float:
     """Return the bytes of a layer's weights on a device; kinds of layers with different modules count together."""
     specs = [spec for spec in engine.step.decoder.param_specs.values() if spec.layers]
     return sum(spec.shard_bytes(engine.step.mesh) / len(spec.layers) for spec in specs)

@@ -33,6 +33,7 @@ from tests.compile.steps import (
     check_forward,
     check_program,
     count_kernels,
+    layer_bytes,
     layout_for,
     num_matmuls,
 )
@@ -268,6 +269,45 @@ def test_decode_step_of_quantised_linear_maps(
     assert count_kernels(program) == ((4, 3) if target.startswith("h") else (7, 1))
     check_forward(engine, program, memory, tp_size)
     check_cost(engine, program)
+
+
+@pytest.mark.parametrize(
+    ("target", "model", "quantization", "product"),
+    [
+        ("v6e:2x4", "llama-3.1-8b", "w8a8_int8", r"= s32\[.*convolution\("),
+        slow("v5e:2x2", "llama-3.1-8b", "w8a8_int8", r"= s32\[.*convolution\("),
+        slow("tpu7x:2x2x1", "llama-3.1-8b", "w8a8_fp8", r"= f32\[.*convolution\(.*dim_labels=bf_oi->bf"),
+        slow("h100:8", "llama-3.1-8b", "w8a8_int8", r"= \(s32\[.*__cublas\$lt\$matmul"),
+        ("h100:8", "llama-3.1-8b", "w8a8_fp8", r"custom-call\(.*f8e4m3fn\[1,\d+,\d+\].*grouped_matmul"),
+        ("h100:1", "qwen3-30b-a3b-fp8", None, r"custom-call\(.*f8e4m3fn\[1,\d+,\d+\].*grouped_matmul"),
+    ],
+)
+def test_prompts_are_multiplied_in_8_bits(
+    target: str, model: str, quantization: str | None, product: str, record_property: Callable[..., None]
+) -> None:
+    """Activations are quantised once for all modules that read them; neither weights nor the cache are copied."""
+    tp_size = 4 if quantization else 1
+    layouts = {
+        mode: layout_for(target, model, tp_size, quantization=quantization, activation_quantization=mode)[0]
+        for mode in ("auto", "none")
+    }
+    found: dict[str, int] = {}
+    for mode, engine in layouts.items():
+        step = StepPrograms(engine.step)
+        lowered = step.lower_forward(ForwardShape(engine.step.buckets[0]))
+        memory_bytes = parse_target(target).device.memory_bytes
+        program, memory = check_program(engine, lambda lowered=lowered: lowered, memory_bytes, record_property)
+        check_forward(engine, program, memory, tp_size)
+        # Prompts have large activations, too, and TPUs prefetch weights to VMEM.
+        num_tokens, limit = engine.step.buckets[0].num_tokens, layer_bytes(engine) / 4
+        for each in read_cost(program).moved:
+            one = each.instruction
+            if each.trips > 1 and not one.opcode.endswith("-start") and num_tokens not in one.results[0].shape:
+                assert each.written < limit, f"{one.name} writes {each.written} bytes"
+        found[mode] = len(re.findall(product, lowered.compile().as_text() or ""))
+    # Modules that read the same activations share a call of the GPU kernel. The output head is not quantised.
+    assert found["none"] <= 1
+    assert found["auto"] >= found["none"] + 4
 
 
 def _check_gathers(program: HloProgram, rows: int, tp_size: int, exchanged: int) -> None:

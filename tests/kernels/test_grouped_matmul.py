@@ -27,7 +27,7 @@ from kernels_pallas.grouped_matmul.cases import (
 )
 from kernels_pallas.grouped_matmul.xla.backend import XlaGroupedMatmul
 from kernels_pallas.grouped_matmul.xla.heads import multiply_heads
-from kernels_pallas.quantized import QuantizedFormat
+from kernels_pallas.quantized import QuantizedFormat, quantize_rows
 from kernels_pallas.token_tiles import Blocks, max_num_blocks, sort_into_blocks
 from tests.support.kernels import KERNELS, interpreted, needs_pallas
 from tests.support.marks import slow
@@ -266,6 +266,41 @@ def test_a_linear_map_split_over_devices(axes: tuple[Any, Any], format: str) -> 
 
     got = run(x_TI, jnp.int32(1), *matrices[:3])
     np.testing.assert_allclose(np.asarray(got, np.float64), np.asarray(x_TI, np.float64) @ w64_XOI[1].T, atol=1e-5)
+
+
+@pytest.mark.parametrize("axes", [("heads", "hidden"), ("hidden", "heads")])
+@pytest.mark.parametrize("format", ["int8", "fp8"])
+def test_a_linear_map_of_quantised_activations(axes: tuple[Any, Any], format: str) -> None:
+    """Split inputs are quantised on each device. Few tokens stay exact."""
+    mesh = make_mesh(2)
+    matrices, w64_XOI = matrices_of(format, (3, 64, 128))
+    ops = LinearOps(XlaGroupedMatmul(), mesh, (), "xla")
+    x_TI = jnp.asarray(np.random.default_rng(6).standard_normal((130, 128)), jnp.float32)
+    kind = FORMATS[format][0]
+
+    @jax.jit
+    def run(x_TI: jax.Array, place: jax.Array, *arrays: Any) -> jax.Array:
+        (y_TO,) = multiply(ops, x_TI, [StackedMatrix(Matrices(*arrays, matrices.format), place, axes)])
+        return y_TO
+
+    parts = [x_TI] if axes[0] == "heads" else [x_TI[:, :64], x_TI[:, 64:]]
+    rows = [quantize_rows(part, kind) for part in parts]
+    dequantized = [np.asarray(each.values_TI, np.float64) * np.asarray(each.scale_iT, np.float64).T for each in rows]
+    want = np.concatenate(dequantized, axis=1) @ w64_XOI[1].T
+    got = np.asarray(run(x_TI, jnp.int32(1), *matrices[:3]), np.float64)
+    np.testing.assert_allclose(got, want, atol=1e-5)
+    exact = np.asarray(x_TI, np.float64) @ w64_XOI[1].T
+    # A rounded element is off by up to a half of 1 / 127 of its row's largest, or by 1 / 16 of itself.
+    assert 1e-4 < np.abs(got - exact).max() < 0.2
+    few = np.asarray(run(x_TI[:128], jnp.int32(1), *matrices[:3]), np.float64)
+    np.testing.assert_allclose(few, exact[:128], atol=1e-5)
+
+
+def test_rows_of_zeros_are_quantised_to_zeros() -> None:
+    for format in (QuantizedFormat("int8", (1, 0)), QuantizedFormat("fp8", (128, 128))):
+        rows = quantize_rows(jnp.zeros((2, 256), jnp.bfloat16), format)
+        assert not np.asarray(rows.values_TI, np.float32).any()
+        assert np.isfinite(np.asarray(rows.scale_iT)).all()
 
 
 @pytest.mark.parametrize("transposed", [False, True])

@@ -124,7 +124,10 @@ def _fp8(config: Mapping[str, Any], _: str) -> QuantizationConfig:
     rows, columns = (_positive(size, "weight_block_size") for size in block)
     check_supported(config, "fp8", fmt=("e4m3",), activation_scheme=("dynamic",))
     return QuantizationConfig(
-        element_type="fp8", block=(rows, columns), unquantized_modules=_unquantized_modules(config)
+        element_type="fp8",
+        block=(rows, columns),
+        unquantized_modules=_unquantized_modules(config),
+        activations="quantized",
     )
 
 
@@ -161,7 +164,6 @@ def _compressed_tensors(config: Mapping[str, Any], dtype: str) -> QuantizationCo
         weights, "compressed-tensors", symmetric=(True,), dynamic=(False,), actorder=(None, "weight", "static")
     )
     for key in ("input_activations", "output_activations"):
-        # Dynamically quantised activations are accepted but not rounded.
         if group.get(key) and not group[key].get("dynamic", False):
             raise LaunchError(f"config.json: compressed-tensors with static {key} is not supported")
     element_type, strategies = _COMPRESSED[found]
@@ -177,6 +179,7 @@ def _compressed_tensors(config: Mapping[str, Any], dtype: str) -> QuantizationCo
         # TPUs have no float16, so float16 scales become float32.
         scale_dtype="bfloat16" if element_type == "int4" and dtype == "bfloat16" else "float32",
         unquantized_modules=_strings(config.get("ignore"), "ignore"),
+        activations="quantized" if columns == _WHOLE_ROW and group.get("input_activations") else "exact",
     )
 
 
@@ -223,6 +226,8 @@ REQUESTED: Mapping[str, QuantizationConfig] = {
     "int8": QuantizationConfig(element_type="int8", block=(1, _WHOLE_ROW)),
     "fp8": QuantizationConfig(element_type="fp8", block=(1, _WHOLE_ROW)),
     "int4": QuantizationConfig(element_type="int4", block=(1, 32), scale_dtype="bfloat16"),
+    "w8a8_int8": QuantizationConfig(element_type="int8", block=(1, _WHOLE_ROW), activations="requested"),
+    "w8a8_fp8": QuantizationConfig(element_type="fp8", block=(1, _WHOLE_ROW), activations="requested"),
 }
 # (format, type, bits) -> element type, and strategies of sharing scales.
 _COMPRESSED: Mapping[tuple[Any, Any, Any], tuple[Any, tuple[str, ...]]] = {

@@ -15,9 +15,18 @@ from jax.typing import DTypeLike
 
 from kernels_pallas.grouped_matmul.api import ExpertShape, Matrices
 from kernels_pallas.grouped_matmul.gpu.kernel import Launch, Operands, Problem, multiply
-from kernels_pallas.grouped_matmul.gpu.tile import MAX_ROWS, MIN_ROWS, ROW_SCALED, Products, choose_tile, multiples
+from kernels_pallas.grouped_matmul.gpu.tile import (
+    BLOCK_SCALED,
+    MAX_ROWS,
+    MIN_ROWS,
+    ROW_SCALED,
+    SCALE_BLOCK,
+    Products,
+    choose_tile,
+    multiples,
+)
 from kernels_pallas.grouped_matmul.gpu.weights import Weight
-from kernels_pallas.quantized import QuantizedRows
+from kernels_pallas.quantized import QuantizedFormat, QuantizedRows
 from kernels_pallas.token_tiles import Blocks, choose_block_rows
 
 
@@ -52,6 +61,10 @@ class GpuGroupedMatmul:
     def __init__(self, num_cores: int, interpret: Any = False) -> None:
         self._num_cores = num_cores
         self._interpret = interpret
+
+    def takes_quantized_rows(self, format: QuantizedFormat, num_inputs: int) -> bool:
+        """See `GroupedMatmul`."""
+        return num_inputs % SCALE_BLOCK == 0 and format.element_type == "fp8" and format in (BLOCK_SCALED, *ROW_SCALED)
 
     def block_rows(self, num_rows: int, num_groups: int, row_bytes: int) -> int:
         """See `GroupedMatmul`."""

@@ -17,6 +17,7 @@ from jax.typing import DTypeLike
 
 from kernels_pallas.grouped_matmul.api import ExpertShape, Matrices
 from kernels_pallas.pallas import pl, plgpu
+from kernels_pallas.quantized import QuantizedFormat, QuantizedRows
 from kernels_pallas.token_tiles import Blocks
 from kernels_pallas.warpgroup import WARPGROUP_ROWS, Stages, smem
 
@@ -59,6 +60,11 @@ class GpuNarrowMatmul:
     def __init__(self, interpret: Any = False) -> None:
         self._interpret = interpret
 
+    def takes_quantized_rows(self, format: QuantizedFormat, num_inputs: int) -> bool:
+        """See `GroupedMatmul`."""
+        del format, num_inputs
+        return False
+
     def block_rows(self, num_rows: int, num_groups: int, row_bytes: int) -> int:
         """See `GroupedMatmul`; always the number of rows that a warpgroup multiplies."""
         del num_rows, num_groups, row_bytes
@@ -66,7 +72,7 @@ class GpuNarrowMatmul:
 
     def __call__(
         self,
-        x_PI: jax.Array,
+        x_PI: jax.Array | QuantizedRows,
         matrices: Sequence[Matrices],
         blocks: Blocks,
         *,
@@ -74,6 +80,8 @@ class GpuNarrowMatmul:
         out_dtype: DTypeLike | None = None,
     ) -> list[jax.Array]:
         """See `GroupedMatmul`."""
+        if isinstance(x_PI, QuantizedRows):
+            raise NotImplementedError("the kernel does not multiply rows that are quantised")
         out_dtype = jnp.dtype(out_dtype or x_PI.dtype)
         x_CmI = x_PI.reshape(-1, WARPGROUP_ROWS, x_PI.shape[1])
         return [self._multiply(x_CmI, each.values_XOI, blocks, transposed, out_dtype) for each in matrices]

@@ -18,7 +18,7 @@ from jax.typing import DTypeLike
 from kernels_pallas.grouped_matmul.api import ExpertShape, Matrices
 from kernels_pallas.mxu import mxu_dot
 from kernels_pallas.pallas import pl, pltpu
-from kernels_pallas.quantized import INT4_ZERO, QuantizedFormat, f32_scales, float4
+from kernels_pallas.quantized import INT4_ZERO, QuantizedFormat, QuantizedRows, f32_scales, float4
 from kernels_pallas.token_tiles import Blocks, choose_block_rows
 
 _LANES = 128
@@ -73,6 +73,11 @@ class TpuGroupedMatmul:
     def __init__(self, interpret: Any = False) -> None:
         self._interpret = interpret
 
+    def takes_quantized_rows(self, format: QuantizedFormat, num_inputs: int) -> bool:
+        """See `GroupedMatmul`."""
+        del format, num_inputs
+        return False
+
     def block_rows(self, num_rows: int, num_groups: int, row_bytes: int) -> int:
         """See `GroupedMatmul`."""
         max_rows = min(_MAX_ROWS, 1 << (_ROWS_BYTES // row_bytes).bit_length() - 1)
@@ -80,7 +85,7 @@ class TpuGroupedMatmul:
 
     def __call__(
         self,
-        x_PI: jax.Array,
+        x_PI: jax.Array | QuantizedRows,
         matrices: Sequence[Matrices],
         blocks: Blocks,
         *,
@@ -88,6 +93,8 @@ class TpuGroupedMatmul:
         out_dtype: DTypeLike | None = None,
     ) -> list[jax.Array]:
         """See `GroupedMatmul`."""
+        if isinstance(x_PI, QuantizedRows):
+            raise NotImplementedError("the kernel does not multiply rows that are quantised")
         out_dtype = jnp.dtype(out_dtype or x_PI.dtype)
         return [self._multiply(x_PI, each, blocks, transposed, out_dtype) for each in matrices]
 

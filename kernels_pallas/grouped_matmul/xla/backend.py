@@ -9,6 +9,7 @@ from jax import lax
 from jax.typing import DTypeLike
 
 from kernels_pallas.grouped_matmul.api import Matrices
+from kernels_pallas.quantized import QuantizedFormat, QuantizedRows
 from kernels_pallas.token_tiles import Blocks, choose_block_rows
 
 # Products of fewer rows are no cheaper.
@@ -23,6 +24,11 @@ class XlaGroupedMatmul:
     max_compared = 0
     adds_bias = False
 
+    def takes_quantized_rows(self, format: QuantizedFormat, num_inputs: int) -> bool:
+        """See `GroupedMatmul`."""
+        del format, num_inputs
+        return False
+
     def block_rows(self, num_rows: int, num_groups: int, row_bytes: int) -> int:
         """See `GroupedMatmul`."""
         del row_bytes
@@ -30,7 +36,7 @@ class XlaGroupedMatmul:
 
     def __call__(
         self,
-        x_PI: jax.Array,
+        x_PI: jax.Array | QuantizedRows,
         matrices: Sequence[Matrices],
         blocks: Blocks,
         *,
@@ -38,6 +44,8 @@ class XlaGroupedMatmul:
         out_dtype: DTypeLike | None = None,
     ) -> list[jax.Array]:
         """See `GroupedMatmul`; blocks that are not used are zeros."""
+        if isinstance(x_PI, QuantizedRows):
+            raise NotImplementedError("the kernel does not multiply rows that are quantised")
         num_block_rows, num_inputs = x_PI.shape
         block_rows = num_block_rows // blocks.group_C.shape[0]
         equation, out_axis = ("wi,io->wo", 2) if transposed else ("wi,oi->wo", 1)

@@ -1,8 +1,10 @@
-"""Measure the quality loss of an 8-bit KV cache: log-probabilities of a text's tokens with and without it.
+"""Measure the quality loss of a quantised cache, of quantised weights and of quantised activations.
 
-Accepts the flags of the server.
+It compares the log-probabilities of a text's tokens with those of the same model without any of these. Accepts the
+flags of the server; activations are quantised only in steps of more than 128 tokens.
 
-    python scripts/bench/cache_quality.py --model-path demo --kv-cache-dtype int8 --text README.md
+    python scripts/bench/quality.py --model-path demo --kv-cache-dtype int8 --text README.md
+    python scripts/bench/quality.py --model-path demo --quantization w8a8_int8 --max-running-requests 256 --text README.md
 """
 
 import argparse
@@ -46,7 +48,7 @@ def logprobs(config: EngineConfig, token_ids: list[int]) -> np.ndarray:
 
 
 def main() -> None:
-    """Print the mean log-probability of both caches, and the differences per token."""
+    """Print both perplexities, and the differences of log-probabilities per token."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--text", type=Path, required=True)
     parser.add_argument("--tokens", type=int, default=2048)
@@ -58,11 +60,11 @@ def main() -> None:
     config = msgspec.structs.replace(config, model_path=str(path))
     text = args.text.read_text()
     token_ids = load_tokenizer(path).encode(text, add_special_tokens=True, max_tokens=len(text))[: args.tokens]
-    plain = logprobs(msgspec.structs.replace(config, kv_cache_dtype="auto"), token_ids)
-    cached = logprobs(config, token_ids)
-    apart = np.abs(plain - cached)
-    print(f"{len(plain)} tokens: mean {plain.mean():.4f}, with {config.kv_cache_dtype} {cached.mean():.4f}")
-    print(f"absolute difference: mean {apart.mean():.4f}, largest {apart.max():.3f}")
+    plain = logprobs(msgspec.structs.replace(config, kv_cache_dtype="auto", quantization=None), token_ids)
+    quantized = logprobs(config, token_ids)
+    apart = np.abs(plain - quantized)
+    print(f"{len(plain)} tokens: perplexity {np.exp(-plain.mean()):.3f}, quantised {np.exp(-quantized.mean()):.3f}")
+    print(f"absolute difference of log-probabilities: mean {apart.mean():.4f}, largest {apart.max():.3f}")
 
 
 if __name__ == "__main__":
