@@ -4,7 +4,7 @@ It compares the log-probabilities of a text's tokens with those of the same mode
 flags of the server; activations are quantised only in steps of more than 128 tokens.
 
     python scripts/bench/quality.py --model-path demo --kv-cache-dtype int8 --text README.md
-    python scripts/bench/quality.py --model-path demo --quantization w8a8_int8 --max-running-requests 256 --text README.md
+    python scripts/bench/quality.py --model-path demo --quantization w8a8_fp8 --max-running-requests 256 --text README.md
 """
 
 import argparse
