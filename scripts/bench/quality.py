@@ -1,10 +1,11 @@
-"""Measure the quality loss of a quantised cache, of quantised weights and of quantised activations.
+r"""Measure the quality loss of a quantised cache, of quantised weights and of quantised activations.
 
 It compares the log-probabilities of a text's tokens with those of the same model without any of these. Accepts the
 flags of the server; activations are quantised only in steps of more than 128 tokens.
 
     python scripts/bench/quality.py --model-path demo --kv-cache-dtype int8 --text README.md
-    python scripts/bench/quality.py --model-path demo --quantization w8a8_fp8 --max-running-requests 256 --text README.md
+    python scripts/bench/quality.py --model-path demo --quantization w8a8_fp8 \
+        --max-running-requests 256 --text README.md
 """
 
 import argparse
