@@ -9,6 +9,7 @@ import numpy as np
 
 from jaxserve.device_check.kernels import Kernels
 from jaxserve.device_check.specs import AttentionSpec, ExpertSpec, KernelSpecs
+from jaxserve.layers.context import MAX_EXACT_TOKENS
 from kernels_pallas.grouped_matmul.api import ExpertShape
 from kernels_pallas.grouped_matmul.cases import SPREADS, GroupedCase, HeadCase, grouped_case, head_case
 from kernels_pallas.kernel_case import KernelCase
@@ -94,20 +95,36 @@ def _routing(experts: ExpertSpec) -> Iterator[ContactCase]:
 def _products(specs: KernelSpecs, name: str, shape: ExpertShape, *, num_groups: int) -> Iterator[ContactCase]:
     """Yield the products of a linear module, or of experts."""
 
-    def make(group_R: np.ndarray, kernels: Kernels) -> KernelCase:
+    def make(group_R: np.ndarray, quantized_rows: bool, kernels: Kernels) -> KernelCase:
         matmul = kernels.grouped_matmul(shape)
         if num_groups == 1 and shape.format is None and not matmul.max_dense_rows:
             raise NotImplementedError("XLA multiplies by these matrices")
-        case = GroupedCase(shape=shape, num_groups=num_groups, group_R=group_R, scale_dtype=specs.scale_dtype)
+        if quantized_rows and not (shape.format and matmul.takes_quantized_rows(shape.format, shape.num_inputs)):
+            raise NotImplementedError("no product of quantised rows")
+        case = GroupedCase(
+            shape=shape,
+            num_groups=num_groups,
+            group_R=group_R,
+            scale_dtype=specs.scale_dtype,
+            quantized_rows=quantized_rows,
+        )
         return grouped_case(matmul, case)
 
-    spreads = list(SPREADS.items()) if num_groups > 1 else [("", lambda _, rows: np.zeros(rows, int))]
+    spreads = list(SPREADS.items()) if num_groups > 1 else [("", _one_group)]
     top_k = 1 if specs.experts is None or num_groups == 1 else specs.experts.top_k
     for rows in _ROWS:
         for index, (spread, groups) in enumerate(spreads):
             quick = rows in _QUICK_ROWS and index == 0
             label = f"{name}, {rows} rows" + (f" {spread}" if spread else "")
-            yield ContactCase("grouped_matmul", label, quick, partial(make, groups(num_groups, rows * top_k)))
+            group_R = groups(num_groups, rows * top_k)
+            yield ContactCase("grouped_matmul", label, quick, partial(make, group_R, False))
+            if shape.format is not None and rows > MAX_EXACT_TOKENS:
+                label += ", quantised"
+                yield ContactCase("grouped_matmul", label, index == 0, partial(make, group_R, True))
+
+
+def _one_group(_: int, num_rows: int) -> np.ndarray:
+    return np.zeros(num_rows, int)
 
 
 def _heads(specs: KernelSpecs) -> Iterator[ContactCase]:

@@ -18,7 +18,7 @@ from jaxserve.runner.programs import StepPrograms
 from kernels_pallas.dispatch import choose_attention
 from kernels_pallas.grouped_matmul.api import Matrices
 from kernels_pallas.paged_attention.api import AttentionBackend, AttentionConfig, AttentionMeta, Cache
-from kernels_pallas.quantized import QuantizedFormat
+from kernels_pallas.quantized import QuantizedFormat, QuantizedRows
 from kernels_pallas.sampling.api import SamplingMode
 from kernels_pallas.token_tiles import Blocks
 from tests.compile.steps import layout_for
@@ -123,7 +123,7 @@ def _dumped(folder: Path) -> Iterator[Kernel]:
         assert spilled, path.read_text()
         code = path.with_suffix(".sass_ctrl").read_text()
         locals_ = re.search(r"\b(LDL|STL)\b", code) is not None
-        yield Kernel(path.stem.rsplit("_", 1)[0], max(map(int, spilled)), locals_, "HGMMA" in code)
+        yield Kernel(path.stem.rsplit("_", 1)[0], max(map(int, spilled)), locals_, "HGMMA" in code or "QGMMA" in code)
 
 
 Assemble = Callable[[jax.stages.Lowered], list[Kernel]]
@@ -143,6 +143,36 @@ def assemble(outcomes: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         return [Kernel(*fields) for fields in outcomes.get(f"kernels-{program_key(lowered)}", measure)]
 
     return assemble
+
+
+# Takes a program, its number of kernels, and the least number of their copies.
+CheckCopies = Callable[[jax.stages.Lowered, int, int], None]
+
+
+@pytest.fixture
+def check_copies(outcomes: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> CheckCopies:
+    """Compile a program and check its copies; on a device, a mistake faults or hangs.
+
+    The rules are about shared addresses, boxes, strides and the bytes that barriers expect.
+    """
+    monkeypatch.setenv("MOSAIC_GPU_DUMP_TO", str(tmp_path))
+
+    def check(lowered: jax.stages.Lowered, num_kernels: int, num_copies: int) -> None:
+        def lint() -> tuple[list[str], int, list[str]]:
+            compile_program(lowered)
+            mlir = {path.name: path.read_text() for path in tmp_path.glob("*.after_layout_inference.txt")}
+            # A kernel that is the same in an earlier program of this process is not compiled again.
+            ptx = [path.read_text() for path in tmp_path.glob("*.ptx")]
+            problems = [each for text in mlir.values() for each in copy_problems(text)]
+            problems += [each for text in ptx for each in address_problems(text)]
+            return sorted(mlir), sum(map(count_copies, mlir.values())), problems
+
+        kernels, found, problems = outcomes.get(f"tma-{program_key(lowered)}", lint)
+        assert len(kernels) == num_kernels
+        assert found >= num_copies
+        assert not problems
+
+    return check
 
 
 @pytest.mark.parametrize(("head_dim", "dtype"), CASES)
@@ -168,61 +198,66 @@ COPIES = [
 
 
 @pytest.mark.parametrize(("heads", "dtype", "page_size"), COPIES)
-def test_copies_keep_the_rules_of_tma(
-    heads: Heads, dtype: str, page_size: int, outcomes: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Shared addresses, boxes, strides and the bytes that barriers expect; on a device, a mistake faults or hangs."""
-    monkeypatch.setenv("MOSAIC_GPU_DUMP_TO", str(tmp_path))
-    lowered = lower_attention(heads, dtype, page_size)
-
-    def lint() -> tuple[list[str], int, list[str]]:
-        compile_program(lowered)
-        mlir = {path.name: path.read_text() for path in tmp_path.glob("*.after_layout_inference.txt")}
-        # A kernel that is the same in an earlier program of this process is not compiled again.
-        ptx = [path.read_text() for path in tmp_path.glob("*.ptx")]
-        problems = [each for text in mlir.values() for each in copy_problems(text)]
-        problems += [each for text in ptx for each in address_problems(text)]
-        return sorted(mlir), sum(map(count_copies, mlir.values())), problems
-
-    kernels, num_copies, problems = outcomes.get(f"tma-{program_key(lowered)}", lint)
-    # At least one for keys, one for queries and one for results in each of the kernels that have them.
-    assert len(kernels) == 4
-    assert num_copies > 2 * len(kernels)
-    assert not problems
+def test_copies_keep_the_rules_of_tma(heads: Heads, dtype: str, page_size: int, check_copies: CheckCopies) -> None:
+    """At least one copy for keys, one for queries and one for results in each of the kernels that have them."""
+    check_copies(lower_attention(heads, dtype, page_size), 4, 9)
 
 
 FORMATS = {
     "bf16": None,
     "fp8": QuantizedFormat("fp8", (128, 128)),
+    "fp8 by row": QuantizedFormat("fp8", (1, 0)),
     "mxfp4": QuantizedFormat("mxfp4", (1, 32)),
     "int4 with zeros": QuantizedFormat("int4", (1, 128)),
 }
+# With rows as they are, and with rows that are quantised as the matrices are.
+PRODUCTS = [(name, False) for name in FORMATS if name != "fp8 by row"] + [("fp8", True), ("fp8 by row", True)]
 
 
-@pytest.mark.parametrize("block_rows", [8, 128])
-@pytest.mark.parametrize("name", FORMATS)
-def test_experts_keep_to_registers_and_use_the_tensor_cores(name: str, block_rows: int, assemble: Assemble) -> None:
+def lower_products(name: str, block_rows: int, *, quantized_rows: bool) -> jax.stages.Lowered:
+    """Lower five blocks of rows times experts' matrices of 256 outputs and 512 inputs."""
     sharding = NamedSharding(mesh_of(target_devices(parse_target("h100:1")), 1, 1), PartitionSpec())
 
     def array(shape: tuple[int, ...], dtype: str = "int32") -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype), sharding=sharding)
 
-    matrices = Matrices(array((8, 256, 512), "bfloat16"))
+    num_rows = 5 * block_rows
+    matrices, rows = Matrices(array((8, 256, 512), "bfloat16")), array((num_rows, 512), "bfloat16")
     if (format := FORMATS[name]) is not None:
+        columns = format.block[1] or 512
         values = array((8, 256, 512 // format.per_byte), str(format.dtype))
-        blocks_shape = (8, 256 // format.block[0], 512 // format.block[1])
+        blocks_shape = (8, 256 // format.block[0], 512 // columns)
         scale = array(blocks_shape, "uint8" if name == "mxfp4" else "float32")
         zero = array(blocks_shape, "uint8") if name == "int4 with zeros" else None
         matrices = Matrices(values, scale, zero, format)
-    blocks = Blocks(array((5,)), array((1,)))
+        if quantized_rows:
+            elements = array((num_rows, 512), str(format.dtype))
+            rows = QuantizedRows(elements, array((512 // columns, num_rows), "float32"))
 
-    def multiply(x_PI: jax.Array, arrays: tuple[jax.Array | None, ...], blocks: Blocks) -> jax.Array:
-        return GpuGroupedMatmul(132)(x_PI, [Matrices(*arrays, format)], blocks)[0]
+    def multiply(rows: Any, arrays: tuple[jax.Array | None, ...], blocks: Blocks) -> jax.Array:
+        return GpuGroupedMatmul(132)(rows, [Matrices(*arrays, format)], blocks, out_dtype=jnp.bfloat16)[0]
 
-    (kernel,) = assemble(jax.jit(multiply).lower(array((5 * block_rows, 512), "bfloat16"), matrices[:3], blocks))
+    return jax.jit(multiply).lower(rows, matrices[:3], Blocks(array((5,)), array((1,))))
+
+
+@pytest.mark.parametrize("block_rows", [8, 128])
+@pytest.mark.parametrize(("name", "quantized_rows"), PRODUCTS)
+def test_experts_keep_to_registers_and_use_the_tensor_cores(
+    name: str, quantized_rows: bool, block_rows: int, assemble: Assemble
+) -> None:
+    (kernel,) = assemble(lower_products(name, block_rows, quantized_rows=quantized_rows))
     assert kernel.name == "grouped_matmul"
     assert kernel.uses_tensor_cores
     assert not kernel.spilled_bytes
+
+
+@pytest.mark.parametrize("block_rows", [8, 128])
+@pytest.mark.parametrize(("name", "quantized_rows"), PRODUCTS)
+def test_copies_of_products_keep_the_rules_of_tma(
+    name: str, quantized_rows: bool, block_rows: int, check_copies: CheckCopies
+) -> None:
+    """The rows, the matrix, and the results."""
+    check_copies(lower_products(name, block_rows, quantized_rows=quantized_rows), 1, 3)
 
 
 @pytest.mark.slow
