@@ -25,6 +25,8 @@ _LORA_RANK = 16
 # Rows of a decode step, of a step that fills a tile, and of a prompt.
 _ROWS = (1, 8, 200)
 _QUICK_ROWS = (8,)
+# Elements of a layer's matrices that are compared with the reference, and outputs that belong together.
+_MAX_ELEMENTS, _OUTPUT_BLOCK = 1 << 24, 128
 
 
 class ContactCase(NamedTuple):
@@ -93,7 +95,9 @@ def _routing(experts: ExpertSpec) -> Iterator[ContactCase]:
 
 
 def _products(specs: KernelSpecs, name: str, shape: ExpertShape, *, num_groups: int) -> Iterator[ContactCase]:
-    """Yield the products of a linear module, or of experts."""
+    """Yield the products of a linear module, or of experts; the reference would take minutes for whole large ones."""
+    shape = shape._replace(num_outputs=_fewer_outputs(shape))
+    num_groups = min(num_groups, max(2, _MAX_ELEMENTS // (shape.num_outputs * shape.num_inputs)))
 
     def make(group_R: np.ndarray, quantized_rows: bool, kernels: Kernels) -> KernelCase:
         matmul = kernels.grouped_matmul(shape)
@@ -121,6 +125,12 @@ def _products(specs: KernelSpecs, name: str, shape: ExpertShape, *, num_groups: 
             if shape.format is not None and rows > MAX_EXACT_TOKENS:
                 label += ", quantised"
                 yield ContactCase("grouped_matmul", label, index == 0, partial(make, group_R, True))
+
+
+def _fewer_outputs(shape: ExpertShape) -> int:
+    """Return the number of outputs, or whole blocks of 128 of them if the matrix is large."""
+    most = max(_OUTPUT_BLOCK, _MAX_ELEMENTS // shape.num_inputs // _OUTPUT_BLOCK * _OUTPUT_BLOCK)
+    return shape.num_outputs if shape.num_outputs % _OUTPUT_BLOCK else min(shape.num_outputs, most)
 
 
 def _one_group(_: int, num_rows: int) -> np.ndarray:
