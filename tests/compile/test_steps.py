@@ -391,7 +391,7 @@ def test_sampler_compiles_for_the_largest_vocabulary(
     memory_bytes = parse_target(target).device.memory_bytes
     lower = partial(StepPrograms(engine.step).lower_sample, SampleShape(8, SamplingMode.ADJUSTED))
     program, _ = check_program(engine, lower, memory_bytes, record_property)
-    assert len(program.kernels) == 1
+    assert len(program.kernels) == (2 if target.startswith("h") else 1)
 
 
 @pytest.mark.slow

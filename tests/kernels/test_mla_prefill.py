@@ -18,7 +18,8 @@ from kernels_pallas.paged_attention.cases import LAYER, Case, Step, expected, ma
 from kernels_pallas.paged_attention.common import page_moves
 from kernels_pallas.stacked import Stacked
 from tests.compile.models import DEEPSEEK_V31
-from tests.kernels.test_paged_attention import BF16, F32, Gpu, Tpu, Xla, needs_pallas
+from tests.kernels.test_paged_attention import BF16, F32, implementation
+from tests.support.kernels import needs_pallas
 
 # The GPU kernels support no other size of latent vectors.
 MLA = find_architecture(DEEPSEEK_V31).model_config(DEEPSEEK_V31).mla
@@ -41,7 +42,7 @@ class Projections:
         """Return None: there are no attention sinks."""
 
 
-def make_workspace(implementation: type[Any], cached: AttentionConfig, num_pages: int) -> MlaPrefillWorkspace:
+def make_workspace(name: str, cached: AttentionConfig, num_pages: int) -> MlaPrefillWorkspace:
     """Return a workspace of `num_pages` pages."""
     heads = dataclasses.replace(
         cached,
@@ -50,9 +51,9 @@ def make_workspace(implementation: type[Any], cached: AttentionConfig, num_pages
         head_dim=256,
         num_pages=num_pages,
         value_dim=None,
-        batch_invariant=implementation is not Xla,
+        batch_invariant=name != "xla",
     )
-    backend = implementation(heads, 1).attention
+    backend = implementation(name, heads, 1)
     return MlaPrefillWorkspace(mla=MLA, backend=backend, write_cost=1, mesh=make_mesh(1))
 
 
@@ -63,18 +64,18 @@ def absorbed_exactly(step: Step, q_TNQ: np.ndarray, keys_NHC: np.ndarray) -> Ste
 
 
 @pytest.mark.parametrize(
-    ("implementation", "dtype"),
-    [(Xla, F32), *(pytest.param(one, BF16, marks=needs_pallas) for one in (Tpu, Gpu))],
+    ("name", "dtype"),
+    [("xla", F32), *(pytest.param(one, BF16, marks=needs_pallas) for one in ("tpu", "gpu"))],
 )
-def test_matches_numpy(implementation: type[Any], dtype: jnp.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_matches_numpy(name: str, dtype: jnp.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     # Three pages are moved at a time: seven pages take three turns, the last of which starts earlier and overlaps.
     monkeypatch.setattr(page_moves, "_TOKENS_AT_ONCE", 3 * CASE.page_size)
     config = CASE.config(dtype)
     step = make_step(CASE, config)
     projections = Projections(dtype)
-    cached = implementation(config, 1).attention
+    cached = implementation(name, config, 1)
     # One page more than the prompts occupy.
-    workspace = make_workspace(implementation, config, 1 + 6 + 1)
+    workspace = make_workspace(name, config, 1 + 6 + 1)
     numbers = (*step.q_TNH.shape[:2], MLA.qk_nope_head_dim + MLA.qk_rope_head_dim)
     q_TNQ = jnp.asarray(np.random.default_rng(2).standard_normal(numbers), dtype)
 
@@ -83,7 +84,7 @@ def test_matches_numpy(implementation: type[Any], dtype: jnp.dtype, monkeypatch:
         prompts = workspace.plan(cached, meta)
         return prompts.attend(projections, q, k, k[..., : MLA.kv_lora_rank], cache, jnp.int32(LAYER))
 
-    old = implementation.to_cache(config, jnp.asarray(step.k_PSKH), jnp.asarray(step.v_PSKH))
+    old = cached.pack(*(jnp.moveaxis(jnp.asarray(pages_PSKH), 2, 1) for pages_PSKH in (step.k_PSKH, step.v_PSKH)))
     out, new = attend(q_TNQ, jnp.asarray(step.k_TKH, dtype), old, step.meta)
 
     keys_NHC, values_NVC = (np.asarray(each, np.float64) for each in projections.kv_b_proj.by_head(dtype))
