@@ -129,6 +129,13 @@ def test_groups(name: str, group: int) -> None:
 
 
 @needs_pallas
+@pytest.mark.parametrize("heads", [(8, 2, 128), slow((16, 8, 64)), slow((8, 8, 64))])
+def test_queries_of_several_key_heads_fill_a_tile_of_a_gpu(heads: tuple[int, int, int]) -> None:
+    """Groups of four, two and one query heads are copied together, eight heads at a time."""
+    run("gpu", Case(q_lens=(1, 1, 1, 4), kv_lens=(18, 40, 1, 37), num_tokens=16, heads=heads, sinks=True), BF16)
+
+
+@needs_pallas
 @pytest.mark.parametrize(
     "case", [slow({"heads": (160, 2, 64), "sinks": True}), {"heads": (128, 1, 576), "value_dim": 512}], ids=str
 )

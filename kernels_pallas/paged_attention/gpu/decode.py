@@ -20,7 +20,7 @@ from jax import lax
 from kernels_pallas.paged_attention.api import AttentionConfig
 from kernels_pallas.paged_attention.common.partial_softmax import MASKED
 from kernels_pallas.paged_attention.gpu.layer import GpuLayer
-from kernels_pallas.paged_attention.gpu.merge import merge_parts
+from kernels_pallas.paged_attention.gpu.merge import MergedShape, can_start_at, merge_parts
 from kernels_pallas.paged_attention.gpu.softmax import (
     Block,
     Softmax,
@@ -55,7 +55,7 @@ class DecodeInputs(NamedTuple):
         layer_1: i32, index of the layer.
         work: the items.
         kv_lens_B, page_table_BM: see `AttentionMeta`.
-        q_BKGH: bf16 queries.
+        q_BXGH: bf16 queries of X blocks: the heads of each key head, padded, or those of a few key heads together.
         keys_PKSH, values_PKSH: pages of all layers; `values_PKSH` is None where values are part of the keys.
     """
 
@@ -63,7 +63,7 @@ class DecodeInputs(NamedTuple):
     work: Any
     kv_lens_B: Any
     page_table_BM: Any
-    q_BKGH: Any
+    q_BXGH: Any
     keys_PKSH: Any
     values_PKSH: Any
 
@@ -130,6 +130,18 @@ def padded_group(group: int) -> int:
     return -(-group // _ROW_MULTIPLE) * _ROW_MULTIPLE
 
 
+def _key_heads_together(num_heads: int, group: int, out_dim: int) -> int:
+    """Return the number of key heads whose queries are copied together: more than one where they fill eight rows.
+
+    Their queries are then not padded, which would take a launch. Each key head computes the rows of all of them, as it
+    would compute those of padding, and its own are taken from the result.
+    """
+    together = _ROW_MULTIPLE // group if _ROW_MULTIPLE % group == 0 else 1
+    if num_heads % _ROW_MULTIPLE or not can_start_at(group, out_dim):
+        return 1
+    return together
+
+
 def attend_decode(
     config: AttentionConfig, tile: Tile, work: DecodeWork, q_BNH: jax.Array, layer: GpuLayer, interpret: Any = False
 ) -> jax.Array:
@@ -143,18 +155,19 @@ def attend_decode(
     group = num_heads // num_kv_heads
     if group > WARPGROUP_ROWS:
         raise NotImplementedError(f"{group} query heads per key head: at most {WARPGROUP_ROWS} are supported")
-    q_BKGH = q_BNH.reshape(num_rows, num_kv_heads, group, head_dim).astype(jnp.bfloat16)
-    q_BKGH = jnp.pad(q_BKGH, ((0, 0), (0, 0), (0, padded_group(group) - group), (0, 0)))
+    together = _key_heads_together(num_heads, group, config.out_dim)
+    q_BXGH = q_BNH.reshape(num_rows, num_kv_heads // together, group * together, head_dim).astype(jnp.bfloat16)
+    q_BXGH = jnp.pad(q_BXGH, ((0, 0), (0, 0), (0, padded_group(group) - group * together), (0, 0)))
     inputs = DecodeInputs(
         layer_1=layer.number[None],
         work=work,
         kv_lens_B=layer.meta.kv_lens_B[:num_rows],
         page_table_BM=layer.meta.page_table_BM[:num_rows],
-        q_BKGH=q_BKGH,
+        q_BXGH=q_BXGH,
         keys_PKSH=layer.keys_PKSH,
         values_PKSH=layer.values_PKSH,
     )
-    parts = (work.row_W.shape[0], num_kv_heads, q_BKGH.shape[2])
+    parts = (work.row_W.shape[0], num_kv_heads, q_BXGH.shape[2])
     stats = jax.ShapeDtypeStruct(parts, jnp.float32)
     # Every call needs a new function: a function that is reused with another grid keeps its first trace.
     kernel = plgpu.kernel(
@@ -170,8 +183,9 @@ def attend_decode(
         interpret=interpret,
     )
     outputs = DecodeOutputs(*kernel(inputs))
-    sinks_KG = None if layer.sinks_N is None else layer.sinks_N.reshape(num_kv_heads, group)
-    o_BKGV = merge_parts(outputs, work.end_B[:num_rows], sinks_KG, (group, config.out_dim), interpret)
+    sinks_XG = None if layer.sinks_N is None else layer.sinks_N.reshape(q_BXGH.shape[1], -1)
+    shape = MergedShape(group, config.out_dim, together)
+    o_BKGV = merge_parts(outputs, work.end_B[:num_rows], sinks_XG, shape, interpret)
     return o_BKGV.reshape(num_rows, num_heads, config.out_dim)
 
 
@@ -235,13 +249,14 @@ def _attend(
     """Attend the blocks and write the partial softmax; the first warpgroup issues all copies."""
     config, tile = problem.config, problem.tile
     head, item, kv_len = lax.axis_index("head"), lax.axis_index("item"), inputs.kv_lens_B[blocks.row]
-    group = pl.ds(0, inputs.q_BKGH.shape[2])
+    group = pl.ds(0, inputs.q_BXGH.shape[2])
+    block = lax.div(head, inputs.keys_PKSH.shape[1] // inputs.q_BXGH.shape[1])
     stages = Stages(*scratch.stages)
     first_page = inputs.layer_1[0] * config.num_pages
     source = Source(head, first_page, inputs.page_table_BM, inputs.keys_PKSH, inputs.values_PKSH)
     # The tile's other rows are undefined: rows of a product are independent, and the results of those are not written.
     if warpgroup == 0:
-        plgpu.copy_gmem_to_smem(inputs.q_BKGH.at[blocks.row, head], scratch.queries.at[group], scratch.queries_ready)
+        plgpu.copy_gmem_to_smem(inputs.q_BXGH.at[blocks.row, block], scratch.queries.at[group], scratch.queries_ready)
         for ahead in range(tile.stages):
             for copy in _copies(tile, source, stages, blocks, blocks.first + ahead, jnp.int32(ahead)):
                 copy()

@@ -20,16 +20,33 @@ from kernels_pallas.warpgroup import MATRIX, ROWS, WARPGROUP_ROWS, Stages, broad
 
 _STAGES = 4
 _MAX_WIDTH = 128
+_RESULT_BYTES = 2
+# Bulk copies start at multiples of this many bytes of shared memory.
+_ALIGNMENT = 128
 
 
 class _Inputs(NamedTuple):
-    """Operands of the kernel, in order: see `DecodeOutputs`; `sinks_Km` in base 2, or None."""
+    """Operands of the kernel, in order: see `DecodeOutputs`; `sinks_Xm` in base 2, or None."""
 
     out_WKGH: Any
     max_WKG: Any
     sum_WKG: Any
     end_B: Any
-    sinks_Km: Any
+    sinks_Xm: Any
+
+
+class MergedShape(NamedTuple):
+    """What is merged.
+
+    Attributes:
+        group: query heads of a key head, without padding.
+        out_dim: V, the number of channels.
+        together: key heads whose queries are in the same rows, one after the other.
+    """
+
+    group: int
+    out_dim: int
+    together: int
 
 
 class _Scratch(NamedTuple):
@@ -51,8 +68,8 @@ class _Merged(NamedTuple):
 def merge_parts(
     parts: tuple[jax.Array, jax.Array, jax.Array],
     end_B: jax.Array,
-    sinks_KG: jax.Array | None,
-    shape: tuple[int, int],
+    sinks_XG: jax.Array | None,
+    shape: MergedShape,
     interpret: Any = False,
 ) -> jax.Array:
     """Return the results of all rows, bf16[B, K, heads, V]; 0 for rows without items.
@@ -60,21 +77,21 @@ def merge_parts(
     Args:
         parts: means, maxima and sums of weights; see `DecodeOutputs`.
         end_B: i32, the end of each row's items.
-        sinks_KG: see `AttentionBackend.attend`.
-        shape: number of heads without padding, and V, the number of channels that are merged.
+        sinks_XG: the heads' sinks, see `AttentionBackend.attend`, by blocks of key heads whose queries are together.
+        shape: what is merged.
         interpret: parameters of the GPU interpret mode, or False to compile.
     """
-    out_WKGH, (num_heads, out_dim) = parts[0], shape
+    out_WKGH, out_dim = parts[0], shape.out_dim
     num_kv_heads = out_WKGH.shape[1]
-    width = _MAX_WIDTH if out_dim % _MAX_WIDTH == 0 else out_dim
-    sinks_Km = None
-    if sinks_KG is not None:
-        padding = ((0, 0), (0, WARPGROUP_ROWS - sinks_KG.shape[1]))
-        sinks_Km = jnp.pad(sinks_KG.astype(jnp.float32) * LOG2E, padding)
+    width = _width(out_dim)
+    sinks_Xm = None
+    if sinks_XG is not None:
+        padding = ((0, 0), (0, WARPGROUP_ROWS - sinks_XG.shape[1]))
+        sinks_Xm = jnp.pad(sinks_XG.astype(jnp.float32) * LOG2E, padding)
     stats = plgpu.SMEM((_STAGES, WARPGROUP_ROWS), jnp.float32)
     kernel = plgpu.kernel(
-        partial(_merge, width=width),
-        out_type=jax.ShapeDtypeStruct((end_B.shape[0], num_kv_heads, num_heads, out_dim), jnp.bfloat16),
+        partial(_merge, width=width, together=shape.together),
+        out_type=jax.ShapeDtypeStruct((end_B.shape[0], num_kv_heads, shape.group, out_dim), jnp.bfloat16),
         scratch_types=[
             _Scratch(
                 out=smem((_STAGES, WARPGROUP_ROWS, width), out_WKGH.dtype),
@@ -91,10 +108,20 @@ def merge_parts(
         compiler_params=plgpu.CompilerParams(approx_math=True),
         interpret=interpret,
     )
-    return kernel(_Inputs(*parts, end_B, sinks_Km))
+    return kernel(_Inputs(*parts, end_B, sinks_Xm))
 
 
-def _merge(inputs: _Inputs, out_BKGV: Any, scratch: _Scratch, *, width: int) -> None:
+def can_start_at(group: int, out_dim: int) -> bool:
+    """Return whether the results of a group can start at any multiple of the group's rows in shared memory."""
+    return group * _width(out_dim) * _RESULT_BYTES % _ALIGNMENT == 0
+
+
+def _width(out_dim: int) -> int:
+    """Return the number of channels of one thread block."""
+    return _MAX_WIDTH if out_dim % _MAX_WIDTH == 0 else out_dim
+
+
+def _merge(inputs: _Inputs, out_BKGV: Any, scratch: _Scratch, *, width: int, together: int) -> None:
     row, head = lax.axis_index("row"), lax.axis_index("head")
     first = jnp.where(row == 0, 0, inputs.end_B[jnp.maximum(row - 1, 0)])
     columns = pl.ds(lax.axis_index("part") * width, width)
@@ -127,13 +154,14 @@ def _merge(inputs: _Inputs, out_BKGV: Any, scratch: _Scratch, *, width: int) -> 
     merged = _Merged(full(rows, MASKED, ROWS), full(rows, 0, ROWS), full((WARPGROUP_ROWS, width), 0, MATRIX))
     merged = lax.fori_loop(0, stages.num_steps, add, merged)
     row_sum_m, scale_m = merged.row_sum, jnp.float32(1)
-    if inputs.sinks_Km is not None:
-        sink_m = plgpu.load(inputs.sinks_Km.at[head], layout=ROWS, optimized=False)
+    if inputs.sinks_Xm is not None:
+        sink_m = plgpu.load(inputs.sinks_Xm.at[lax.div(head, together)], layout=ROWS, optimized=False)
         max_m = jnp.maximum(merged.row_max, sink_m)
         scale_m = jnp.exp2(merged.row_max - max_m)
         row_sum_m = row_sum_m * scale_m + jnp.exp2(sink_m - max_m)
     factor_m = jnp.where(row_sum_m > 0, scale_m / row_sum_m, 0.0)
     scratch.result[...] = (merged.out * broadcast_rows(factor_m, width)).astype(jnp.bfloat16)
     plgpu.commit_smem()
-    plgpu.copy_smem_to_gmem(scratch.result.at[pl.ds(0, out_BKGV.shape[2])], out_BKGV.at[row, head, :, columns])
+    own = pl.ds(0 if together == 1 else lax.rem(head, together) * out_BKGV.shape[2], out_BKGV.shape[2])
+    plgpu.copy_smem_to_gmem(scratch.result.at[own], out_BKGV.at[row, head, :, columns])
     plgpu.wait_smem_to_gmem(0)
