@@ -33,6 +33,7 @@ def run_children(command: Command, timeout_s: float) -> Iterator[Event]:
     first = 0
     while True:
         begun: Begin | None = None
+        reported = False
         with tempfile.TemporaryFile() as errors:
             child = _Child(command(first), errors)
             status: Status | None = None
@@ -40,7 +41,8 @@ def run_children(command: Command, timeout_s: float) -> Iterator[Event]:
                 limit = _START_TIMEOUT_S if begun is None else timeout_s
                 event = child.next_event(limit)
                 if isinstance(event, Begin):
-                    begun = event
+                    begun, reported = event, False
+                reported |= isinstance(event, Outcome)
                 if event is not None:
                     yield event
                 elif child.ended:
@@ -53,6 +55,9 @@ def run_children(command: Command, timeout_s: float) -> Iterator[Event]:
             detail = _last_lines(errors)
         if begun is None:
             raise ChildFailedError(f"the child process {status} before its first task: {detail}")
+        first = begun.index + 1
+        if reported:  # what ended the child came after the task
+            continue
         if status == "timed out":
             detail = f"no result after {timeout_s:.0f} s"
         elif child.returncode < 0:
@@ -60,7 +65,6 @@ def run_children(command: Command, timeout_s: float) -> Iterator[Event]:
         model, _, rest = begun.label.partition(": ")
         op, _, name = rest.partition(", ")
         yield Outcome(model=model, op=op, name=name, status=status, detail=detail)
-        first = begun.index + 1
 
 
 class _Child:

@@ -52,11 +52,11 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
         if self.steps and not device.interpreted:
             yield from _steps(self.steps)
         if self.tuned:
-            yield "tiles                                                             ms      formula's"
+            yield "tiles, with the duration of a few steps in ms: of the fastest, and of the formula's choice"
             for each in self.tuned:
                 fields = ", ".join(f"{name}={value}" for name, value in each.tile.items())
                 yield f"  {each.key}: {fields}"
-                yield f"    {1e3 * each.seconds[0]:9.3f} {1e3 * each.seconds[1]:9.3f}, of {each.tried} tiles"
+                yield f"    {1e3 * each.seconds[0]:.3f}, {1e3 * each.seconds[1]:.3f}; {each.tried} tiles were right"
             yield ""
         failures = len(self.failures)
         yield f"verdict: {failures} calls failed" if failures else "verdict: all results are right"

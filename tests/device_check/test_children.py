@@ -17,13 +17,15 @@ for index in range(int(sys.argv[1]), 3):
         print("the driver's last words", file=sys.stderr, flush=True)
         BREAK
     result = {"type": "outcome", "model": "tiny", "op": "sampling", "name": f"call {index}", "status": "passed"}
-    print(json.dumps(result))
+    print(json.dumps(result), flush=True)
+    if index == 1:
+        AFTERWARDS
 """
 
 
-def outcomes(what: str, timeout_s: float = 60.0) -> list[Outcome]:
+def outcomes(what: str, timeout_s: float = 60.0, *, afterwards: str = "pass") -> list[Outcome]:
     def command(first: int) -> Sequence[str]:
-        return [sys.executable, "-c", CHILD.replace("BREAK", what), str(first)]
+        return [sys.executable, "-c", CHILD.replace("BREAK", what).replace("AFTERWARDS", afterwards), str(first)]
 
     events = list(run_children(command, timeout_s))
     assert [event.index for event in events if isinstance(event, Begin)] == [0, 1, 2]
@@ -39,6 +41,10 @@ def test_a_crash() -> None:
     assert (first.status, third.status) == ("passed", "passed")
     assert (second.status, second.model, second.op, second.name) == ("crashed", "tiny", "sampling", "call 1")
     assert second.detail == "ended by signal 6: the driver's last words"
+
+
+def test_a_crash_after_a_task_is_not_the_task_s() -> None:
+    assert [outcome.status for outcome in outcomes("pass", afterwards="os.abort()")] == ["passed"] * 3
 
 
 def test_a_task_that_never_ends() -> None:

@@ -27,6 +27,7 @@ def test_a_model_without_a_device(tmp_path: Path) -> None:
     assert by_op.pop("paged_attention") == by_op.pop("sampling") == by_op.pop("lora_matmul") == {"passed"}
     # The TPU runs portable XLA for the others.
     assert set().union(*by_op.values()) == {"unsupported"}
+    assert [speed["op"] for speed in report["speeds"]] == ["sampling"]
     assert [step["rows"] for step in report["steps"]] == [2, 8, 32]
     assert [tuned["tried"] for tuned in report["tuned"]] == [2]
     assert "paged_attention" in done.stdout
