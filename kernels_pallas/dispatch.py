@@ -95,10 +95,29 @@ def attention_tiles(config: AttentionConfig, mesh: Mesh) -> dict[str, list[dict[
     """
     platform = mesh.devices.flat[0].platform
     backend = PLATFORM_BACKENDS.get(platform)
-    legal = {"tpu": _tpu_tiles, "gpu": _gpu_tiles}.get(backend or "xla")
+    legal = {"tpu": _tpu_tiles, "gpu": gpu_attention_tiles}.get(backend or "xla")
     if legal is None:
         raise NotImplementedError(f"portable XLA has no tiles, which is what {platform} uses")
     return {key: [fields_of(tile) for tile in tiles] for key, tiles in legal(config, mesh).items()}
+
+
+def tpu_attention_tiles(config: AttentionConfig, mesh: Mesh, vmem_bytes: int) -> dict[str, list[Any]]:
+    """Return the legal `TpuTiles`, by the keys of a tuning table."""
+    from kernels_pallas.paged_attention.tpu.layout import TpuLayout  # noqa: PLC0415
+    from kernels_pallas.paged_attention.tpu.tuning import legal_tpu_tiles  # noqa: PLC0415
+
+    shard = config.split(model_size(mesh))
+    return {attention_key(shard, "both"): list(legal_tpu_tiles(shard, TpuLayout.of(config), vmem_bytes))}
+
+
+def gpu_attention_tiles(config: AttentionConfig, mesh: Mesh) -> dict[str, list[Any]]:
+    """Return the legal tiles of decode and of prefill, by the keys of a tuning table."""
+    from kernels_pallas.paged_attention.gpu.tile import legal_tiles  # noqa: PLC0415
+
+    shard = config.split(model_size(mesh))
+    return {
+        attention_key(shard, part): list(legal_tiles(config, decode=part == "decode")) for part in ("decode", "prefill")
+    }
 
 
 def choose_sampler(mesh: Mesh) -> Choice[Sampler]:
@@ -190,13 +209,9 @@ def _tpu_attention(spec: tuple[AttentionConfig, TuningTable], mesh: Mesh) -> Att
 
 
 def _tpu_tiles(config: AttentionConfig, mesh: Mesh) -> dict[str, list[Any]]:
-    from kernels_pallas.paged_attention.tpu.layout import TpuLayout  # noqa: PLC0415
-    from kernels_pallas.paged_attention.tpu.tuning import legal_tpu_tiles  # noqa: PLC0415
     from kernels_pallas.pallas import tpu_memory  # noqa: PLC0415
 
-    shard = config.split(model_size(mesh))
-    vmem_bytes = tpu_memory(mesh.devices.flat[0]).vmem_bytes
-    return {attention_key(shard, "both"): list(legal_tpu_tiles(shard, TpuLayout.of(config), vmem_bytes))}
+    return tpu_attention_tiles(config, mesh, tpu_memory(mesh.devices.flat[0]).vmem_bytes)
 
 
 def _gpu_attention(spec: tuple[AttentionConfig, TuningTable], mesh: Mesh) -> AttentionBackend:
@@ -204,17 +219,8 @@ def _gpu_attention(spec: tuple[AttentionConfig, TuningTable], mesh: Mesh) -> Att
     from kernels_pallas.paged_attention.gpu.backend import GpuAttention  # noqa: PLC0415
 
     config, tuning = spec
-    decode, prefill = (pick(legal, tuning.tiles.get(key)) for key, legal in _gpu_tiles(config, mesh).items())
+    decode, prefill = (pick(legal, tuning.tiles.get(key)) for key, legal in gpu_attention_tiles(config, mesh).items())
     return GpuAttention(config, mesh, num_cores=_num_cores(mesh), tiles=(decode, prefill))
-
-
-def _gpu_tiles(config: AttentionConfig, mesh: Mesh) -> dict[str, list[Any]]:
-    from kernels_pallas.paged_attention.gpu.tile import legal_tiles  # noqa: PLC0415
-
-    shard = config.split(model_size(mesh))
-    return {
-        attention_key(shard, part): list(legal_tiles(config, decode=part == "decode")) for part in ("decode", "prefill")
-    }
 
 
 def _xla_attention(spec: tuple[AttentionConfig, TuningTable], mesh: Mesh) -> AttentionBackend:

@@ -11,7 +11,7 @@ from typing import Any, Literal, TypeVar
 
 from jax.sharding import Mesh
 
-from kernels_pallas.dispatch import Sampler
+from kernels_pallas.dispatch import Sampler, gpu_attention_tiles, tpu_attention_tiles
 from kernels_pallas.grouped_matmul.api import ExpertShape, GroupedMatmul, HeadMatmul
 from kernels_pallas.lora_matmul.api import LoraMatmul, LoraModule
 from kernels_pallas.paged_attention.api import AttentionBackend, AttentionConfig
@@ -19,8 +19,7 @@ from kernels_pallas.pallas import TpuMemory, plgpu, pltpu
 from kernels_pallas.rms_norm.api import RmsNorm
 from kernels_pallas.rope.api import Rope
 from kernels_pallas.routing.api import Router, RouterConfig
-from kernels_pallas.shards import model_size
-from kernels_pallas.tuning import NO_TUNING, TuningTable, attention_key, fields_of, pick
+from kernels_pallas.tuning import NO_TUNING, TuningTable, fields_of, pick
 
 T = TypeVar("T")
 
@@ -72,19 +71,9 @@ class InterpretedKernels:
         return {key: [fields_of(tile) for tile in legal] for key, legal in tiles.items()}
 
     def _attention_tiles(self, config: AttentionConfig) -> dict[str, list[Any]]:
-        shard = config.split(model_size(self.mesh))
         if self.platform == "tpu":
-            from kernels_pallas.paged_attention.tpu.layout import TpuLayout  # noqa: PLC0415
-            from kernels_pallas.paged_attention.tpu.tuning import legal_tpu_tiles  # noqa: PLC0415
-
-            legal = legal_tpu_tiles(shard, TpuLayout.of(config), _TPU_MEMORY.vmem_bytes)
-            return {attention_key(shard, "both"): list(legal)}
-        from kernels_pallas.paged_attention.gpu.tile import legal_tiles  # noqa: PLC0415
-
-        return {
-            attention_key(shard, part): list(legal_tiles(config, decode=part == "decode"))
-            for part in ("decode", "prefill")
-        }
+            return tpu_attention_tiles(config, self.mesh, _TPU_MEMORY.vmem_bytes)
+        return gpu_attention_tiles(config, self.mesh)
 
     def sampler(self, block: int = 4096) -> Sampler:
         """Return a sampler; on TPU it processes `block` ids at a time."""

@@ -24,7 +24,7 @@ def parse_flags(argv: Sequence[str] | None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     check = parser.add_argument_group("check")
-    check.add_argument("--quick", action="store_true", help="few calls and few sizes: at most 3 minutes")
+    check.add_argument("--quick", action="store_true", help="few calls and few sizes, meant to take 3 minutes")
     check.add_argument("--tune", action="store_true", help="measure tiles, and write a table that the server reads")
     check.add_argument("--repeats", type=int, default=100, help="repetitions of a call, which must give equal bits")
     check.add_argument("--timeout", type=float, default=120.0, help="time limit of a call, in seconds")

@@ -55,18 +55,23 @@ def run_phase(args: Any) -> Iterator[Event]:
 def _device_info(device: Any, interpret: str | None) -> DeviceInfo:
     import jax
 
-    stats = device.memory_stats() or {} if device.platform != "cpu" else {}
     return DeviceInfo(
         kind=device.device_kind,
         platform=device.platform,
         count=1 if interpret else jax.device_count(),
-        memory_bytes=stats.get("bytes_limit", 0),
+        memory_bytes=_memory(device)[0],
         driver=" ".join(device.client.platform_version.split()),
         jax=jax.__version__,
         jaxlib=importlib.metadata.version("jaxlib"),
         kernels=interpret or device.platform,
         interpreted=interpret is not None,
     )
+
+
+def _memory(device: Any) -> tuple[int, int]:
+    """Return the bytes that programs may use on a device, and those in use; 0 where they are not known."""
+    stats = device.memory_stats() or {} if device.platform != "cpu" else {}
+    return stats.get("bytes_limit", 0), stats.get("bytes_in_use", 0)
 
 
 def _models(args: Any) -> dict[str, dict[str, Any]]:
@@ -97,8 +102,8 @@ def _engines(args: Any, interpret: str | None) -> Iterator[tuple[str, Any, Any]]
         device = jax.devices()[0]
         mesh = make_mesh(config.tp_size, config.dp_size, choose_ep_size(config, hf_config, device.platform))
         model = layout_model(config, hf_config, mesh)
-        stats = device.memory_stats() or {} if device.platform != "cpu" else {}
-        free = stats.get("bytes_limit", 0) - stats.get("bytes_in_use", 0) - model.device_weight_bytes
+        limit, in_use = _memory(device)
+        free = limit - in_use - model.device_weight_bytes
         pool = max(_INTERPRETED_POOL_BYTES, int(_POOL_FRACTION * free))
         engine = layout_engine(config, model, pool)
         yield name, engine, specs_of(engine, name)
