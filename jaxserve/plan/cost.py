@@ -17,6 +17,7 @@ _FREE = frozenset(
         "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "opt-barrier", "partition-id",
         "replica-id", "add-dependency", "while", "conditional", "call", "copy-done", "async-done", "async-update",
         "all-reduce-done", "all-gather-done", "collective-permute-done", "slice-done", "fusion-done",
+        "call-start", "call-done", "custom-call-start", "custom-call-update", "custom-call-done",
     )
 )  # fmt: skip
 # Instructions inside a fusion that pass their operand on unread.

@@ -110,22 +110,22 @@ def _product_bytes(engine: EngineLayout, load: DecodeLoad, kernel: Instruction) 
     rows, *of_matrices = [array for array in operands if len(array.shape) > 1]
     num_matrices = max(of_matrices, key=lambda array: array.num_bytes).shape[0]
     by_matrix = [array for array in of_matrices if array.shape[0] == num_matrices]
-    live, num_blocks = _live_matrices(engine, load, num_matrices), groups.shape[0]
-    # Few rows: every matrix that has rows has one block of them. A matrix for all rows has all blocks.
-    used = min(1.0, live / num_blocks) if live > 1 else 1.0
+    live = _live_experts(engine, load, num_matrices)
+    # Few rows: every expert that has rows has one block of them. A matrix for all rows has all blocks.
+    used = 1.0 if live is None else min(1.0, live / groups.shape[0])
     by_block = sum(array.num_bytes for array in (rows, *of_matrices) if array not in by_matrix) + kernel.num_bytes
-    return live * sum(array.num_bytes for array in by_matrix) / num_matrices + used * by_block
+    return (live or 1.0) * sum(array.num_bytes for array in by_matrix) / num_matrices + used * by_block
 
 
-def _live_matrices(engine: EngineLayout, load: DecodeLoad, num_matrices: int) -> float:
-    """Return how many of a device's matrices have rows: one of a linear module, some of the experts of a layer."""
+def _live_experts(engine: EngineLayout, load: DecodeLoad, num_matrices: int) -> float | None:
+    """Return how many of a device's experts of a layer have rows, or None for the matrices of linear modules."""
     specs = engine.step.decoder.param_specs.values()
     experts = next((spec for spec in specs if spec.of_experts), None)
     if experts is None:
-        return 1.0
+        return None
     num_layers, num_experts, *_ = experts.shard_shape(engine.step.mesh)
     if num_matrices != num_layers * num_experts:
-        return 1.0
+        return None
     return num_experts * experts_read(engine.step.decoder.config, load.rows * _sharing_replicas(engine))
 
 

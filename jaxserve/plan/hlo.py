@@ -11,6 +11,8 @@ from functools import cached_property
 from typing import NamedTuple
 
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
+# Calls that run beside the program, such as a gather on a TPU's SparseCores.
+_ASYNC_CALLS = ("call-start", "custom-call-start")
 # The name of a Pallas kernel is the component of the operation's name before that of the primitive.
 _KERNEL_CALL = re.compile(r'custom_call_target="(?:tpu_custom_call|mosaic_gpu\w*)"')
 _KERNEL_NAME = re.compile(r'op_name="[^"]*?([^"/]+)/(?:pallas_call|mpmd_map)"')
@@ -207,7 +209,7 @@ class HloProgram:
             if each.opcode == "while":
                 trips = self.trip_count(each) or 0
                 yield from self._executed(_body(each), loops.around(each.name, trips))
-            elif each.opcode in ("call", "conditional"):
+            elif each.opcode in ("call", "conditional", *_ASYNC_CALLS):
                 for called in each.called:
                     yield from self._executed(called, loops)
 

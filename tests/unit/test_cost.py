@@ -63,6 +63,34 @@ def test_an_asynchronous_call_names_its_operands() -> None:
     assert cost_of(text) == 2 * LAYER + 4
 
 
+def test_a_gather_on_a_sparse_core_moves_what_it_takes() -> None:
+    """A TPU starts it as a custom call, whose computation starts the fusion."""
+    rows = "bf16[2,64,64]"
+    inside = fused(
+        "gather",
+        f"  ROOT %taken = {rows} gather(%gather.0, %gather.1), slice_sizes={{1,64,64}}",
+        parameters=(STACK, "s32[2]"),
+    )
+    inside += fused(
+        "fusion",
+        f"  ROOT %result = {rows} fusion(%fusion.0, %fusion.1), kind=kCustom, calls=%gather",
+        parameters=(STACK, "s32[2]"),
+    )
+    inside += fused(
+        "core",
+        f"  %begin = (({STACK}, s32[2]), {rows}, u32[]) call-start(%core.0, %core.1), to_apply=%fusion",
+        f"  ROOT %end = {rows} call-done(%begin)",
+        parameters=(STACK, "s32[2]"),
+    )
+    text = inside + entry(
+        '  %start = ((), (), (s32[4])) custom-call-start(), custom_call_target="x", called_computations={%core}',
+        f"  %update = (({STACK}, s32[2]), {rows}, (s32[4])) custom-call-update(%start, %p0, %p1)",
+        f"  ROOT %y = {rows} custom-call-done(%update)",
+        parameters=(STACK, "s32[2]"),
+    )
+    assert cost_of(text) == 4 * LAYER + 8
+
+
 def test_an_update_in_place_writes_the_update() -> None:
     inside = fused(
         "f",
