@@ -18,6 +18,7 @@ from kernels_pallas.grouped_matmul.xla.heads import multiply_heads
 from kernels_pallas.lora_matmul.api import LoraMatmul, LoraModule
 from kernels_pallas.paged_attention.api import AttentionBackend, AttentionConfig
 from kernels_pallas.paged_attention.xla.backend import XlaAttention
+from kernels_pallas.quantized import EIGHT_BIT
 from kernels_pallas.rms_norm.api import RmsNorm
 from kernels_pallas.rms_norm.xla.backend import rms_norm
 from kernels_pallas.rope.api import Rope
@@ -199,19 +200,19 @@ def lora_rank_multiple(mesh: Mesh) -> int:
 
 def _tpu_attention(spec: tuple[AttentionConfig, TuningTable], mesh: Mesh) -> AttentionBackend:
     from kernels_pallas.paged_attention.tpu.backend import TpuAttention  # noqa: PLC0415
-    from kernels_pallas.pallas import tpu_memory  # noqa: PLC0415
+    from kernels_pallas.pallas import tpu_chip  # noqa: PLC0415
 
     config, tuning = spec
     tiles = None
     if tuning.tiles:
         (tiles,) = (pick(legal, tuning.tiles.get(key)) for key, legal in _tpu_tiles(config, mesh).items())
-    return TpuAttention(config, mesh, tpu_memory(mesh.devices.flat[0]), tiles=tiles)
+    return TpuAttention(config, mesh, tpu_chip(mesh.devices.flat[0]), tiles=tiles)
 
 
 def _tpu_tiles(config: AttentionConfig, mesh: Mesh) -> dict[str, list[Any]]:
-    from kernels_pallas.pallas import tpu_memory  # noqa: PLC0415
+    from kernels_pallas.pallas import tpu_chip  # noqa: PLC0415
 
-    return tpu_attention_tiles(config, mesh, tpu_memory(mesh.devices.flat[0]).vmem_bytes)
+    return tpu_attention_tiles(config, mesh, tpu_chip(mesh.devices.flat[0]).vmem_bytes)
 
 
 def _gpu_attention(spec: tuple[AttentionConfig, TuningTable], mesh: Mesh) -> AttentionBackend:
@@ -242,10 +243,10 @@ def _require_hopper(mesh: Mesh) -> None:
 
 
 def _tpu_sampler(_: None, mesh: Mesh) -> Sampler:
-    from kernels_pallas.pallas import tpu_memory  # noqa: PLC0415
+    from kernels_pallas.pallas import tpu_chip  # noqa: PLC0415
     from kernels_pallas.sampling.tpu.backend import choose_block, sample  # noqa: PLC0415
 
-    return partial(sample, block=choose_block(tpu_memory(mesh.devices.flat[0]).vmem_bytes))
+    return partial(sample, block=choose_block(tpu_chip(mesh.devices.flat[0]).vmem_bytes))
 
 
 def _gpu_sampler(_: None, mesh: Mesh) -> Sampler:
@@ -284,12 +285,13 @@ def _xla_lora(_: Collection[LoraModule], __: Mesh) -> LoraMatmul:
     return XlaLora()
 
 
-def _tpu_grouped(shapes: Collection[ExpertShape], _: Mesh) -> GroupedMatmul:
+def _tpu_grouped(shapes: Collection[ExpertShape], mesh: Mesh) -> GroupedMatmul:
     from kernels_pallas.grouped_matmul.tpu.backend import TpuGroupedMatmul, check_shape  # noqa: PLC0415
 
     for shape in shapes:
         check_shape(shape)
-    return TpuGroupedMatmul()
+    elements = [element for element in EIGHT_BIT if multiplies(mesh, element)]
+    return TpuGroupedMatmul(mesh.devices.flat[0].num_cores, elements)
 
 
 def _gpu_grouped(shapes: Collection[ExpertShape], mesh: Mesh) -> GroupedMatmul:

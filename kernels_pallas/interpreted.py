@@ -15,7 +15,8 @@ from kernels_pallas.dispatch import Sampler, gpu_attention_tiles, tpu_attention_
 from kernels_pallas.grouped_matmul.api import ExpertShape, GroupedMatmul, HeadMatmul
 from kernels_pallas.lora_matmul.api import LoraMatmul, LoraModule
 from kernels_pallas.paged_attention.api import AttentionBackend, AttentionConfig
-from kernels_pallas.pallas import TpuMemory, plgpu, pltpu
+from kernels_pallas.pallas import TpuChip, plgpu, pltpu
+from kernels_pallas.quantized import EIGHT_BIT
 from kernels_pallas.rms_norm.api import RmsNorm
 from kernels_pallas.rope.api import Rope
 from kernels_pallas.routing.api import Router, RouterConfig
@@ -24,7 +25,7 @@ from kernels_pallas.tuning import NO_TUNING, TuningTable, fields_of, pick
 T = TypeVar("T")
 
 # On-chip memory of a small TPU.
-_TPU_MEMORY = TpuMemory(64 << 20, 1 << 20)
+_TPU_CHIP = TpuChip(64 << 20, 1 << 20)
 
 
 @dataclass(frozen=True)
@@ -36,19 +37,24 @@ class InterpretedKernels:
         mesh: CPU devices; the GPU interpreter supports only one.
         detect_races: whether to record every access, which makes the interpreters several times slower.
         num_cores: SMs of the GPU for which tiles are chosen.
+        tpu_cores: TensorCores of a TPU.
     """
 
     platform: Literal["tpu", "gpu"]
     mesh: Mesh
     detect_races: bool = True
     num_cores: int = 2
+    tpu_cores: int = 1
 
     @property
     def _params(self) -> Any:
         if self.platform == "gpu":
             return plgpu.InterpretGPUParams(detect_races=self.detect_races)
         return pltpu.InterpretParams(
-            detect_races=self.detect_races, out_of_bounds_reads="raise", uninitialized_memory="nan"
+            detect_races=self.detect_races,
+            out_of_bounds_reads="raise",
+            uninitialized_memory="nan",
+            num_cores_or_threads=self.tpu_cores,
         )
 
     def attention(self, config: AttentionConfig, tuning: TuningTable = NO_TUNING) -> AttentionBackend:
@@ -57,7 +63,8 @@ class InterpretedKernels:
         if self.platform == "tpu":
             from kernels_pallas.paged_attention.tpu.backend import TpuAttention  # noqa: PLC0415
 
-            return TpuAttention(config, self.mesh, _TPU_MEMORY, tiles=chosen[0], interpret=self._params)
+            chip = _TPU_CHIP._replace(num_cores=self.tpu_cores)
+            return TpuAttention(config, self.mesh, chip, tiles=chosen[0], interpret=self._params)
         from kernels_pallas.paged_attention.gpu.backend import GpuAttention  # noqa: PLC0415
 
         decode, prefill = (replace(tile, interpretable=True) for tile in chosen)
@@ -72,7 +79,7 @@ class InterpretedKernels:
 
     def _attention_tiles(self, config: AttentionConfig) -> dict[str, list[Any]]:
         if self.platform == "tpu":
-            return tpu_attention_tiles(config, self.mesh, _TPU_MEMORY.vmem_bytes)
+            return tpu_attention_tiles(config, self.mesh, _TPU_CHIP.vmem_bytes)
         return gpu_attention_tiles(config, self.mesh)
 
     def sampler(self, block: int = 4096) -> Sampler:
@@ -90,7 +97,7 @@ class InterpretedKernels:
         if self.platform == "tpu":
             from kernels_pallas.grouped_matmul.tpu import backend as tpu  # noqa: PLC0415
 
-            return tpu.TpuGroupedMatmul(self._params)
+            return tpu.TpuGroupedMatmul(self.tpu_cores, EIGHT_BIT, self._params)
         from kernels_pallas.grouped_matmul.gpu import backend, narrow  # noqa: PLC0415
 
         if shape is not None and narrow.is_narrow(shape):

@@ -14,6 +14,7 @@ from jax.typing import DTypeLike
 
 ElementType: TypeAlias = Literal["fp8", "int8", "int4", "mxfp4"]
 
+EIGHT_BIT: tuple[ElementType, ...] = ("fp8", "int8")
 # The zero point of int4 matrices that store no zero points.
 INT4_ZERO = 8.0
 _F32_MANTISSA_BITS = 23

@@ -62,13 +62,14 @@ class _ByAdapter(NamedTuple):
     source_Q: jax.Array
     target_P: jax.Array
 
-    def update(self, lora: LoraPair, x_PI: jax.Array) -> jax.Array:
-        """Return the adapters' updates of the rows' outputs, [P, O]."""
+    def update(self, lora: LoraPair, x: jax.Array, row_P: jax.Array | None) -> jax.Array:
+        """Return the adapters' updates of the rows' outputs, [P, O]; see `GroupedMatmul` for the rows."""
         _, num_slots, num_experts, *_ = lora.a.stack.shape
         first = lora.a.layer * (num_slots * num_experts)
         blocks = self.blocks._replace(group_C=self.blocks.group_C + first)
         a, b = (Matrices(each.stack.reshape(-1, *each.stack.shape[3:])) for each in lora)
-        x_QI = x_PI.at[self.source_Q].get(mode="fill", fill_value=0)
+        source_Q = self.source_Q if row_P is None else row_P.at[self.source_Q].get(mode="fill", fill_value=x.shape[0])
+        x_QI = x.at[source_Q].get(mode="fill", fill_value=0)
         (r_QR,) = self.matmul(x_QI, [a], blocks)
         (y_QO,) = self.matmul(r_QR, [b], blocks, transposed=True)
         return y_QO.at[self.target_P].get(mode="fill", fill_value=0)
@@ -113,10 +114,10 @@ class _ExpertWeights(NamedTuple):
         scale, zero = (None if each is None else each.reshape(-1, *each.shape[2:]) for each in (self.scale, self.zero))
         return Matrices(self.weight.flat, scale, zero, format)
 
-    def add_updates(self, y_PO: jax.Array, x_PI: jax.Array, rows: _Rows) -> jax.Array:
+    def add_updates(self, y_PO: jax.Array, x: jax.Array, row_P: jax.Array | None, rows: _Rows) -> jax.Array:
         """Add the adapters' update and the bias to the products with the matrices."""
         if self.lora is not None and rows.by_adapter is not None:
-            y_PO = y_PO + rows.by_adapter.update(self.lora, x_PI)
+            y_PO = y_PO + rows.by_adapter.update(self.lora, x, row_P)
         if self.bias is None:
             return y_PO
         expert_C = rows.blocks.group_C - self.weight.first
@@ -124,12 +125,14 @@ class _ExpertWeights(NamedTuple):
         return (by_block_CWO + self.bias[expert_C][:, None]).reshape(y_PO.shape)
 
 
-def _multiply(projections: Sequence[_ExpertWeights], x_PI: jax.Array, rows: _Rows) -> list[jax.Array]:
+def _multiply(
+    projections: Sequence[_ExpertWeights], x: jax.Array, row_P: jax.Array | None, rows: _Rows
+) -> list[jax.Array]:
     """Multiply each row by its expert's matrix of each projection; add the adapters' updates and the biases."""
     matrices = [each.matrices(rows.format) for each in projections]
-    x = quantize_rows(x_PI, rows.format) if rows.quantized and rows.format is not None else x_PI
-    results = rows.matmul(x, matrices, rows.blocks, out_dtype=x_PI.dtype)
-    return [each.add_updates(y_PO, x_PI, rows) for each, y_PO in zip(projections, results, strict=True)]
+    multiplied = quantize_rows(x, rows.format) if rows.quantized and rows.format is not None else x
+    results = rows.matmul(multiplied, matrices, rows.blocks, row_P=row_P, out_dtype=x.dtype)
+    return [each.add_updates(y_PO, x, row_P, rows) for each, y_PO in zip(projections, results, strict=True)]
 
 
 class ExpertLinear(nnx.Module):
@@ -247,13 +250,12 @@ class Experts(nnx.Module):
             adapters = ctx.lora.experts._replace(slot_T=slot_T)
             by_adapter = self._sort_by_adapter(adapters, own_TU, num_experts, permuted, row_bytes)
         rows = _Rows(matmul, self._format, blocks, by_adapter, ctx.ops.experts.quantizes(num_tokens))
-        x_PD = x_TD[permuted.row_P // top_k]
-        gate_PF, up_PF = _multiply((gate, up), x_PD, rows)
+        gate_PF, up_PF = _multiply((gate, up), x_TD, permuted.row_P // top_k, rows)
         h_PF = self._gated(gate_PF, up_PF)
         if down.bias is not None:
             # Only one of the devices that share an expert adds its bias.
             down = down._replace(bias=jnp.where(lax.axis_index(IN_EXPERT) == 0, down.bias, jnp.zeros_like(down.bias)))
-        (y_PD,) = _multiply((down,), h_PF, rows)
+        (y_PD,) = _multiply((down,), h_PF, None, rows)
         # The index is out of range, which reads zeros, where the expert is on another device.
         y_TUD = y_PD.at[permuted.block_row_R.reshape(num_tokens, top_k)].get(mode="fill", fill_value=0)
         y_TD = jnp.einsum("tud,tu->td", y_TUD.astype(jnp.float32), routing.weight_TU)

@@ -113,8 +113,11 @@ def _product_bytes(engine: EngineLayout, load: DecodeLoad, kernel: Instruction) 
     live = _live_experts(engine, load, num_matrices)
     # Few rows: every expert that has rows has one block of them. A matrix for all rows has all blocks.
     used = 1.0 if live is None else min(1.0, live / groups.shape[0])
-    by_block = sum(array.num_bytes for array in (rows, *of_matrices) if array not in by_matrix) + kernel.num_bytes
-    return (live or 1.0) * sum(array.num_bytes for array in by_matrix) / num_matrices + used * by_block
+    by_block = sum(array.num_bytes for array in of_matrices if array not in by_matrix) + kernel.num_bytes
+    # A kernel that takes the rows of the blocks itself reads those of all tokens.
+    takes = len(rows.shape) == 2 and rows.shape[0] != kernel.results[0].shape[0]
+    of_rows = rows.num_bytes * (1.0 if takes else used)
+    return (live or 1.0) * sum(array.num_bytes for array in by_matrix) / num_matrices + used * by_block + of_rows
 
 
 def _live_experts(engine: EngineLayout, load: DecodeLoad, num_matrices: int) -> float | None:

@@ -3,8 +3,8 @@
 Matrices stay in the stack of all layers, and kernels read a layer's matrices at an offset, like its pages in a KV
 cache. Slicing them out of the stack would copy them, including those that no token uses.
 
-Dimension key: C blocks (columns in `HeadMatrices`), P rows of all blocks, X matrices, I inputs, O outputs; for heads:
-T tokens, N heads, J channels of a head, R rows of a head's matrices, L layers.
+Dimension key: T tokens, C blocks (columns in `HeadMatrices`), P rows of all blocks, X matrices, I inputs, O outputs; for
+heads: N heads, J channels of a head, R rows of a head's matrices, L layers.
 """
 
 from collections.abc import Sequence
@@ -91,20 +91,23 @@ class GroupedMatmul(Protocol):
 
     def __call__(
         self,
-        x_PI: jax.Array | QuantizedRows,
+        x: jax.Array | QuantizedRows,
         matrices: Sequence[Matrices],
         blocks: Blocks,
         *,
+        row_P: jax.Array | None = None,
         transposed: bool = False,
         out_dtype: DTypeLike | None = None,
     ) -> list[jax.Array]:
         """Compute `x W^T` of each used block with its group's matrix.
 
         Args:
-            x_PI: rows, sorted into blocks; see `sort_into_blocks`. Quantised ones only if the kernel takes them.
+            x: rows, [P, I] in the order of the blocks; see `sort_into_blocks`. Quantised ones only if the kernel takes
+                them.
             matrices: the matrices of all groups, of one or several projections of the same rows, which have the same
                 format.
-            blocks: the blocks of `x_PI`; groups are indices of matrices.
+            blocks: the blocks of rows; groups are indices of matrices.
+            row_P: i32, the row of `x` in each row of the blocks, if `x` is not in their order: it is then [T, I].
             transposed: whether matrices are [X, I, O]; these are not quantised.
             out_dtype: dtype of the results; x's dtype by default, which quantised rows do not have.
 
@@ -112,6 +115,13 @@ class GroupedMatmul(Protocol):
             [P, O] by projection, sums in f32; blocks that are not used hold arbitrary values.
         """
         ...
+
+
+def take_rows(x: jax.Array | QuantizedRows, row_P: jax.Array | None) -> jax.Array | QuantizedRows:
+    """Return the rows in the order of the blocks; see `GroupedMatmul`."""
+    if row_P is None:
+        return x
+    return x.take(row_P) if isinstance(x, QuantizedRows) else x[row_P]
 
 
 class HeadMatrices(NamedTuple):

@@ -150,9 +150,9 @@ def grouped_case(matmul: GroupedMatmul, case: GroupedCase) -> KernelCase:
 
     def run(x: jax.Array | QuantizedRows, group_R: jax.Array, first: jax.Array, arrays: MatrixArrays) -> jax.Array:
         blocks, permuted = sort_into_blocks(group_R, case.num_groups, block_rows, first_group=first)
-        x = x.take(permuted.row_P) if isinstance(x, QuantizedRows) else x[permuted.row_P]
         matrices = [Matrices(*arrays, format=shape.format)]
-        (y_PO,) = matmul(x, matrices, blocks, transposed=shape.transposed, out_dtype=shape.rows_dtype)
+        options = {"transposed": shape.transposed, "out_dtype": shape.rows_dtype}
+        (y_PO,) = matmul(x, matrices, blocks, row_P=permuted.row_P, **options)
         return y_PO.at[permuted.block_row_R].get(mode="fill", fill_value=0)
 
     def verify(got_RO: jax.Array) -> None:

@@ -1,5 +1,6 @@
 """Grouped matmuls against numpy in float64; the Pallas kernels run in interpret mode, with race detection."""
 
+import itertools
 from functools import partial
 from typing import Any
 
@@ -52,6 +53,25 @@ def check(name: str, group_R: np.ndarray, num_groups: int, shape: ExpertShape, s
 @pytest.mark.parametrize("name", ["xla", *KERNELS])
 def test_grouped_matmul_matches_numpy(name: str, sizes: tuple[int, int], spread: Spread) -> None:
     check(name, spread(5, 200), 5, ExpertShape(*sizes, BF16))
+
+
+@pytest.mark.parametrize(
+    ("num_groups", "num_rows", "sizes"),
+    [
+        pytest.param(5, 200, (256, 64), id="outputs"),
+        pytest.param(5, 200, (64, 128), id="blocks"),
+        pytest.param(3, 20, (64, 128), id="an odd number of blocks"),
+        pytest.param(1, 10, (256, 128), id="outputs of one block"),
+        pytest.param(1, 10, (64, 128), id="nothing"),
+    ],
+)
+@needs_pallas
+def test_two_cores_of_a_tpu_share(num_groups: int, num_rows: int, sizes: tuple[int, int]) -> None:
+    case = GroupedCase(
+        shape=ExpertShape(*sizes, BF16), num_groups=num_groups, group_R=evenly(num_groups, num_rows)
+    )
+    step = grouped_case(interpreted("tpu", tpu_cores=2).grouped_matmul(), case)
+    step.verify(jax.jit(step.run)(*step.arguments))
 
 
 @pytest.mark.parametrize(
@@ -112,12 +132,14 @@ def test_matrices_with_scales_of_groups_on_gpu(format: str, sizes: tuple[int, in
 
 @needs_pallas
 @pytest.mark.parametrize("num_rows", [slow(20), 200])
-@pytest.mark.parametrize("format", ["fp8 in blocks", "fp8"])
-def test_quantised_rows_on_gpu(format: str, num_rows: int) -> None:
+@pytest.mark.parametrize(
+    ("name", "format"), [*itertools.product(("gpu", "tpu"), ("fp8 in blocks", "fp8")), ("tpu", "int8")]
+)
+def test_quantised_rows(name: str, format: str, num_rows: int) -> None:
     """Rows and matrices have the same elements, which are multiplied without being converted."""
     shape = ExpertShape(256, 384, BF16, FORMATS[format][0])
     case = GroupedCase(shape=shape, num_groups=3, group_R=half_elsewhere(3, num_rows), quantized_rows=True)
-    step = grouped_case(implementation("gpu"), case)
+    step = grouped_case(implementation(name), case)
     step.verify(jax.jit(step.run)(*step.arguments))
 
 

@@ -21,16 +21,18 @@ F32, BF16 = jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16)
 FP8, INT8 = jnp.dtype(jnp.float8_e4m3fn), jnp.dtype(jnp.int8)
 
 
-def implementation(name: str, config: AttentionConfig, tp_size: int) -> AttentionBackend:
+def implementation(name: str, config: AttentionConfig, tp_size: int, tpu_cores: int) -> AttentionBackend:
     if name == "xla":
         return XlaAttention(config, make_mesh(tp_size))
-    return interpreted(name, tp_size).attention(config)
+    return interpreted(name, tp_size, tpu_cores=tpu_cores).attention(config)
 
 
-def run(name: str, case: Case, dtype: jnp.dtype, *, tp_size: int = 1, batch_invariant: bool = False) -> None:
+def run(
+    name: str, case: Case, dtype: jnp.dtype, *, tp_size: int = 1, tpu_cores: int = 1, batch_invariant: bool = False
+) -> None:
     """Run a case and compare its results and pages with the expected ones."""
     config = case.config(dtype, batch_invariant=batch_invariant)
-    step = attention_case(implementation(name, config, tp_size), case)
+    step = attention_case(implementation(name, config, tp_size, tpu_cores), case)
     step.verify(jax.jit(step.run)(*step.arguments))
 
 
@@ -159,6 +161,13 @@ def test_batch_invariant(name: str, shape: str, window: int | None) -> None:
 @pytest.mark.parametrize("name", ["xla", KERNELS[0]])
 def test_heads_split_over_devices(name: str, shape: str) -> None:
     run(name, SHAPES[shape].with_options(sinks=True), F32, tp_size=2)
+
+
+@pytest.mark.parametrize("heads", [pytest.param((8, 2, 64), id="heads"), pytest.param((8, 1, 64), id="rows")])
+@pytest.mark.parametrize("shape", ["mixed", "decode", "one_row_alone", slow("many_rows"), slow("nothing")])
+@needs_pallas
+def test_two_cores_of_a_tpu_share(shape: str, heads: tuple[int, int, int]) -> None:
+    run("tpu", SHAPES[shape].with_options(heads=heads, sinks=True), F32, tpu_cores=2)
 
 
 @needs_pallas

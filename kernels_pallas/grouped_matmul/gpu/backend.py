@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from kernels_pallas.grouped_matmul.api import ExpertShape, Matrices
+from kernels_pallas.grouped_matmul.api import ExpertShape, Matrices, take_rows
 from kernels_pallas.grouped_matmul.gpu.kernel import Launch, Operands, Problem, multiply
 from kernels_pallas.grouped_matmul.gpu.tile import (
     BLOCK_SCALED,
@@ -73,16 +73,18 @@ class GpuGroupedMatmul:
 
     def __call__(
         self,
-        x_PI: jax.Array | QuantizedRows,
+        x: jax.Array | QuantizedRows,
         matrices: Sequence[Matrices],
         blocks: Blocks,
         *,
+        row_P: jax.Array | None = None,
         transposed: bool = False,
         out_dtype: DTypeLike | None = None,
     ) -> list[jax.Array]:
         """See `GroupedMatmul`."""
         if transposed:
             raise NotImplementedError("the kernel needs matrices of [outputs, inputs]")
+        x_PI = take_rows(x, row_P)
         (num_rows, num_inputs), format = x_PI.shape, matrices[0].format
         x_scale_iP = None
         if isinstance(x_PI, QuantizedRows):

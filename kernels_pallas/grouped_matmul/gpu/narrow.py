@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
 
-from kernels_pallas.grouped_matmul.api import ExpertShape, Matrices
+from kernels_pallas.grouped_matmul.api import ExpertShape, Matrices, take_rows
 from kernels_pallas.pallas import pl, plgpu
 from kernels_pallas.quantized import QuantizedFormat, QuantizedRows
 from kernels_pallas.token_tiles import Blocks
@@ -72,14 +72,16 @@ class GpuNarrowMatmul:
 
     def __call__(
         self,
-        x_PI: jax.Array | QuantizedRows,
+        x: jax.Array | QuantizedRows,
         matrices: Sequence[Matrices],
         blocks: Blocks,
         *,
+        row_P: jax.Array | None = None,
         transposed: bool = False,
         out_dtype: DTypeLike | None = None,
     ) -> list[jax.Array]:
         """See `GroupedMatmul`."""
+        x_PI = take_rows(x, row_P)
         if isinstance(x_PI, QuantizedRows):
             raise NotImplementedError("the kernel does not multiply rows that are quantised")
         out_dtype = jnp.dtype(out_dtype or x_PI.dtype)

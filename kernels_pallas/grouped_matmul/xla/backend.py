@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
 
-from kernels_pallas.grouped_matmul.api import Matrices
+from kernels_pallas.grouped_matmul.api import Matrices, take_rows
 from kernels_pallas.quantized import QuantizedFormat, QuantizedRows
 from kernels_pallas.token_tiles import Blocks, choose_block_rows
 
@@ -36,14 +36,16 @@ class XlaGroupedMatmul:
 
     def __call__(
         self,
-        x_PI: jax.Array | QuantizedRows,
+        x: jax.Array | QuantizedRows,
         matrices: Sequence[Matrices],
         blocks: Blocks,
         *,
+        row_P: jax.Array | None = None,
         transposed: bool = False,
         out_dtype: DTypeLike | None = None,
     ) -> list[jax.Array]:
         """See `GroupedMatmul`; blocks that are not used are zeros."""
+        x_PI = take_rows(x, row_P)
         if isinstance(x_PI, QuantizedRows):
             raise NotImplementedError("the kernel does not multiply rows that are quantised")
         num_block_rows, num_inputs = x_PI.shape

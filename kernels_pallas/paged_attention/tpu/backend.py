@@ -20,9 +20,9 @@ from kernels_pallas.paged_attention.common.head_shards import PAGES_PARTITION, o
 from kernels_pallas.paged_attention.common.token_blocks import rows_of_blocks
 from kernels_pallas.paged_attention.tpu.kernel import AttentionKernel, Refs
 from kernels_pallas.paged_attention.tpu.layout import LANES, TpuLayout
-from kernels_pallas.paged_attention.tpu.schedule import KernelShape, Scalars, decode_bytes
+from kernels_pallas.paged_attention.tpu.schedule import CoreShares, KernelShape, Scalars, decode_bytes, share_cores
 from kernels_pallas.paged_attention.tpu.tuning import VMEM_FRACTION, TpuTiles, choose_tpu_tiles
-from kernels_pallas.pallas import TpuMemory, pl, pltpu
+from kernels_pallas.pallas import TpuChip, pl, pltpu
 from kernels_pallas.shards import model_size
 
 # Tokens of a bf16 tile.
@@ -47,7 +47,7 @@ class TpuAttention:
     Args:
         config: config of the whole model.
         mesh: mesh of the devices.
-        memory: memory sizes of the chip.
+        chip: memory sizes and cores of the chip.
         tiles: tiles instead of those that `choose_tpu_tiles` chooses.
         interpret: `pltpu.InterpretParams` to run the kernel on a CPU, or False.
 
@@ -59,19 +59,19 @@ class TpuAttention:
         self,
         config: AttentionConfig,
         mesh: Mesh,
-        memory: TpuMemory,
+        chip: TpuChip,
         *,
         tiles: TpuTiles | None = None,
         interpret: Any = False,
     ) -> None:
         self.config = config
         # The page table, of 4-byte entries, may use half of SMEM; the other half is for the other scalars.
-        self.max_table_entries: int | None = memory.smem_bytes // 2 // 4
+        self.max_table_entries: int | None = chip.smem_bytes // 2 // 4
         self._layout = TpuLayout.of(config)
         _check(config)
         shard = config.split(model_size(mesh))
-        self._tiles = tiles or choose_tpu_tiles(shard, self._layout, memory.vmem_bytes)
-        self._memory = memory
+        self._tiles = tiles or choose_tpu_tiles(shard, self._layout, chip.vmem_bytes)
+        self._chip = chip
         self._mesh = mesh
         self._interpret = interpret
 
@@ -92,7 +92,7 @@ class TpuAttention:
 
     def writer(self) -> "TpuAttention":
         """See `AttentionBackend.writer`."""
-        return TpuAttention(writing(self.config), self._mesh, self._memory, interpret=self._interpret)
+        return TpuAttention(writing(self.config), self._mesh, self._chip, interpret=self._interpret)
 
     def plan(self, meta: AttentionMeta) -> TpuPlan:
         """Find the rows of each block."""
@@ -150,15 +150,17 @@ class TpuAttention:
     def decode_bytes(self, kv_lens: list[int], num_rows: int) -> int:
         """See `AttentionBackend.decode_bytes`."""
         del num_rows
-        return decode_bytes(self._shape(1, 0), kv_lens)
+        return decode_bytes(self._shape(1), kv_lens)
 
-    def _shape(self, block_tokens: int, pages_per_row: int) -> KernelShape:
+    def _shape(self, block_tokens: int, pages_per_row: int = 0, cores: CoreShares = CoreShares()) -> KernelShape:
+        local = self.config.split(model_size(self._mesh))
         return KernelShape(
-            config=self.config.split(model_size(self._mesh)),
+            config=local.split(cores.num_cores) if cores.of_heads else local,
             layout=self._layout,
             block_tokens=block_tokens,
             pages_per_buffer=self._tiles.pages_per_buffer,
             num_table_entries=pages_per_row,
+            cores=cores,
         )
 
     def _call(
@@ -173,8 +175,11 @@ class TpuAttention:
         blocks_2C: jax.Array | None,
     ) -> tuple[jax.Array, jax.Array]:
         """Call the kernel once; without `blocks_2C` the blocks are the rows that run one token."""
-        shape = self._shape(1 if blocks_2C is None else self._tiles.block_tokens, meta.page_table_BM.shape[1])
-        local = shape.config
+        num_kv_heads = self.config.split(model_size(self._mesh)).num_kv_heads
+        num_rows = meta.kv_lens_B.shape[0] if blocks_2C is None else None
+        cores = share_cores(self._chip.num_cores, num_kv_heads, num_rows=num_rows)
+        block_tokens = 1 if blocks_2C is None else self._tiles.block_tokens
+        shape = self._shape(block_tokens, meta.page_table_BM.shape[1], cores)
         scalars = Scalars(
             first_page_1=first_page[None],
             kv_lens_B=meta.kv_lens_B,
@@ -182,20 +187,21 @@ class TpuAttention:
             page_table_F=meta.page_table_BM.reshape(-1),
             block_rows_2C=jnp.stack([0, meta.distribution_2[0]])[:, None] if blocks_2C is None else blocks_2C,
         )
-        q_CKQZ = _to_blocks(q_TNZ, shape.block_tokens, local.num_kv_heads)
-        operands = {"q": q_CKQZ, "new": _to_blocks(kv_TKZ, shape.block_tokens, local.num_kv_heads)}
+        q_CKQZ = _to_blocks(q_TNZ, shape.block_tokens, num_kv_heads)
+        operands = {"q": q_CKQZ, "new": _to_blocks(kv_TKZ, shape.block_tokens, num_kv_heads)}
         if sinks_N is not None:
-            operands["sinks"] = jnp.tile(sinks_N.reshape(local.num_kv_heads, -1), (1, shape.block_tokens))[:, :, None]
-        # A grid must not be empty: without rows that run one token, one program runs and does nothing.
-        num_programs = jnp.maximum(meta.distribution_2[0], 1) if blocks_2C is None else q_CKQZ.shape[0]
-        call = self._pallas_call(shape, num_programs, operands)
+            operands["sinks"] = jnp.tile(sinks_N.reshape(num_kv_heads, -1), (1, shape.block_tokens))[:, :, None]
+        num_blocks = q_CKQZ.shape[0]
+        # A grid must not be empty: without rows that run one token, every core has a program that does nothing.
+        num_live = jnp.maximum(meta.distribution_2[0], 1) if blocks_2C is None else num_blocks
+        call = self._pallas_call(shape, (cores.num_cores, pl.cdiv(num_live, cores.stride)), operands)
         o_CKQZ, pages_PKSZ = call(*scalars, *operands.values(), pages_PKSZ)
         return _from_blocks(o_CKQZ, shape.block_tokens)[: q_TNZ.shape[0]], pages_PKSZ
 
-    def _pallas_call(self, shape: KernelShape, num_programs: jax.Array | int, operands: dict[str, jax.Array]) -> Any:
+    def _pallas_call(self, shape: KernelShape, grid: tuple[Any, ...], operands: dict[str, jax.Array]) -> Any:
         """Build the kernel call over all blocks; it takes scalars, operands and pages, returns outputs and pages."""
-        config, layout = shape.config, shape.layout
-        num_heads, rows = config.num_kv_heads, shape.block_rows
+        config, layout, cores = shape.config, shape.layout, shape.cores
+        num_heads, rows, num_blocks = config.num_kv_heads, shape.block_rows, operands["q"].shape[0]
         num_scalars = len(Scalars._fields)
         names = [*operands, "old_pages", "o", "pages"]
         names += ["keys", "stage", "row_max", "row_sum", "out", "fetched", "written", "slot"]
@@ -205,27 +211,32 @@ class TpuAttention:
             del named["old_pages"]  # the same memory as `pages`
             AttentionKernel(shape, Scalars(*refs[:num_scalars]), Refs(**named)).run()
 
+        def place(core: Any, index: Any, *_: Any) -> tuple[Any, ...]:
+            index = cores.block(core, index)
+            # Where rows do not divide evenly, a core stays at its last one, which costs no copies.
+            return jnp.where(index < num_blocks, index, index - cores.stride), core if cores.of_heads else 0, 0, 0
+
         def block(*dims: int) -> pl.BlockSpec:
-            return pl.BlockSpec((1, num_heads, *dims), lambda index, *_: (index, 0, 0, 0))
+            return pl.BlockSpec((1, num_heads, *dims), place)
 
         specs = {
             "q": block(rows, layout.query_lanes),
             "new": block(shape.block_tokens, layout.lanes),
-            "sinks": pl.BlockSpec((num_heads, rows, 1), lambda *_: (0, 0, 0)),
+            "sinks": pl.BlockSpec((num_heads, rows, 1), lambda *at: place(*at)[1:]),
         }
         anywhere = pl.BlockSpec(memory_space=pl.ANY)
         pages = jax.ShapeDtypeStruct(
-            (config.num_layers * config.num_pages, num_heads, config.page_size, layout.lanes), config.dtype
+            (config.num_layers * config.num_pages, operands["q"].shape[1], config.page_size, layout.lanes), config.dtype
         )
         return pl.pallas_call(
             kernel,
             grid_spec=pltpu.PrefetchScalarGridSpec(
                 num_scalar_prefetch=num_scalars,
-                grid=(num_programs,),
+                grid=grid,
                 in_specs=[*(specs[name] for name in operands), anywhere],
                 out_specs=[block(rows, layout.result_lanes), anywhere],
                 scratch_shapes=[
-                    pltpu.VMEM((2, shape.pages_per_buffer, *pages.shape[1:]), config.dtype),
+                    pltpu.VMEM((2, shape.pages_per_buffer, num_heads, *pages.shape[2:]), config.dtype),
                     pltpu.VMEM((num_heads, shape.stage_tokens, layout.lanes), config.dtype),
                     pltpu.VMEM((num_heads, rows, LANES), jnp.float32),
                     pltpu.VMEM((num_heads, rows, LANES), jnp.float32),
@@ -241,7 +252,8 @@ class TpuAttention:
             ],
             input_output_aliases={num_scalars + len(operands): 1},
             compiler_params=pltpu.CompilerParams(
-                dimension_semantics=("arbitrary",), vmem_limit_bytes=int(self._memory.vmem_bytes * VMEM_FRACTION)
+                dimension_semantics=("parallel" if cores.num_cores > 1 else "arbitrary", "arbitrary"),
+                vmem_limit_bytes=int(self._chip.vmem_bytes * VMEM_FRACTION)
             ),
             interpret=self._interpret,
             name="paged_decode" if shape.fused_write else "paged_prefill",

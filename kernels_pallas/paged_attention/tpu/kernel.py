@@ -63,10 +63,10 @@ class AttentionKernel:
         self._refs = refs
 
     def run(self) -> None:
-        """Attend the block of this program."""
-        block = pl.program_id(0)
+        """Attend the block of this program; the axes of the grid are cores and each core's blocks."""
+        block = self._shape.cores.block(pl.program_id(0), pl.program_id(1))
         if self._shape.fused_write:
-            # The grid has a program even if there is no row.
+            # Every core has a program, even if there are fewer rows.
             pl.when(block < self._scalars.block_rows_2C[1, 0])(lambda: self._run_row(block))
             return
         self._reset()
@@ -76,7 +76,7 @@ class AttentionKernel:
 
     def _run_row(self, row: jax.Array) -> None:
         self._reset()
-        pl.when(row == 0)(self._fetch_first)
+        pl.when(pl.program_id(1) == 0)(lambda: self._fetch_first(row))
         self._attend_row(row, row)
         self._finish()
 
@@ -99,6 +99,12 @@ class AttentionKernel:
         entry = row * self._shape.num_table_entries + index
         return self._scalars.first_page_1[0] + self._scalars.page_table_F[entry]
 
+    def _paged(self, page: jax.Array, *tokens: Any) -> Any:
+        """Return the part of a page, of the core's heads, that this program reads or writes."""
+        num_heads = self._shape.config.num_kv_heads
+        heads = pl.ds(pl.program_id(0) * num_heads, num_heads) if self._shape.cores.of_heads else slice(None)
+        return self._refs.pages.at[page, heads, *tokens]
+
     def _for_pages(self, span: Span, buffer: jax.Array, slot: jax.Array, act: Callable[[Any], None]) -> None:
         """Apply `act` (start or wait) to the copy of each page of a buffer."""
         refs = self._refs
@@ -106,20 +112,22 @@ class AttentionKernel:
 
         def body(index: jax.Array, _: None) -> None:
             place = refs.keys.at[slot, index - buffer * self._shape.pages_per_buffer]
-            act(pltpu.make_async_copy(refs.pages.at[self._page(span.row, index)], place, refs.fetched.at[slot]))
+            act(pltpu.make_async_copy(self._paged(self._page(span.row, index)), place, refs.fetched.at[slot]))
 
         lax.fori_loop(first, end, body, None)
 
-    def _fetch_first(self) -> None:
-        """Start fetching the first buffer of the call."""
+    def _fetch_first(self, row: jax.Array) -> None:
+        """Start fetching the first buffer of the core's first row."""
         self._refs.slot[0] = jnp.int32(0)
-        span = span_of(self._shape, self._scalars, jnp.int32(0), jnp.int32(0))
+        span = span_of(self._shape, self._scalars, row, row)
         self._for_pages(span, span.lowest // self._shape.buffer_tokens, jnp.int32(0), lambda copy: copy.start())
 
     def _fetch_next_row(self, block: jax.Array, slot: jax.Array) -> None:
-        @pl.when(block + 1 < pl.num_programs(0))
+        following = block + self._shape.cores.stride
+
+        @pl.when(following < self._scalars.block_rows_2C[1, 0])
         def _() -> None:
-            span = span_of(self._shape, self._scalars, block + 1, block + 1)
+            span = span_of(self._shape, self._scalars, following, following)
             self._for_pages(span, span.lowest // self._shape.buffer_tokens, slot, lambda copy: copy.start())
 
     # One row.
@@ -168,7 +176,7 @@ class AttentionKernel:
         tile = pl.ds(pl.multiple_of(self._tile_start(position), shape.layout.sublanes), shape.layout.sublanes)
         return pltpu.make_async_copy(
             refs.keys.at[slot, index - buffer * shape.pages_per_buffer, :, tile],
-            refs.pages.at[self._page(span.row, index), :, tile],
+            self._paged(self._page(span.row, index), tile),
             refs.written,
         )
 
@@ -201,7 +209,7 @@ class AttentionKernel:
         position = span.start // sublanes * sublanes + index * sublanes
         page = self._page(span.row, position // shape.config.page_size)
         staged = refs.stage.at[:, pl.ds(pl.multiple_of(index * sublanes, sublanes), sublanes)]
-        paged = refs.pages.at[page, :, pl.ds(pl.multiple_of(self._tile_start(position), sublanes), sublanes)]
+        paged = self._paged(page, pl.ds(pl.multiple_of(self._tile_start(position), sublanes), sublanes))
         source, target = (paged, staged) if back else (staged, paged)
         return pltpu.make_async_copy(source, target, refs.written)
 

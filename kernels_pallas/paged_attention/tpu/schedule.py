@@ -22,16 +22,51 @@ Int = Any
 _SCORE_COPIES = 4
 
 
+class CoreShares(NamedTuple):
+    """What the cores of a device share.
+
+    Attributes:
+        num_cores: cores that take part.
+        of_heads: whether each core has some of the key heads, instead of every other row of one token.
+    """
+
+    num_cores: int = 1
+    of_heads: bool = False
+
+    @property
+    def stride(self) -> int:
+        """Distance between the blocks of a core."""
+        return 1 if self.of_heads else self.num_cores
+
+    def block(self, core: Int, index: Int) -> Int:
+        """Return the index of a core's block, which may be after the last one."""
+        return index if self.of_heads else index * self.num_cores + core
+
+
+def share_cores(num_cores: int, num_kv_heads: int, *, num_rows: int | None) -> CoreShares:
+    """Choose what the cores share: heads, or rows of one token; one core runs blocks that write and read one row.
+
+    Args:
+        num_cores: cores of a device.
+        num_kv_heads: key heads of a device.
+        num_rows: rows of one token that the step is compiled for; None for blocks of tokens.
+    """
+    if num_cores > 1 and num_kv_heads % num_cores == 0:
+        return CoreShares(num_cores, of_heads=True)
+    return CoreShares(num_cores if num_rows is not None and num_rows >= num_cores else 1)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class KernelShape:
     """Static parameters of the kernel.
 
     Attributes:
-        config: config of one shard, with its heads and not the model's.
+        config: config with the heads of one core, and not the model's.
         layout: layout of the cache.
         block_tokens: tokens per query block, W.
         pages_per_buffer: pages that one key buffer holds.
         num_table_entries: pages per row of the page table, M.
+        cores: what the cores of a device share.
     """
 
     config: AttentionConfig
@@ -39,6 +74,7 @@ class KernelShape:
     block_tokens: int
     pages_per_buffer: int
     num_table_entries: int
+    cores: CoreShares = CoreShares()
 
     @property
     def fused_write(self) -> bool:
