@@ -144,15 +144,19 @@ def _choose_activations(decoder: Decoder, mesh: Mesh, linear: GroupedMatmul, *, 
         return "exact"
     format = format_of(quantization)
     element, kind = quantization.element_type, mesh.devices.flat[0].device_kind
-    if all(linear.takes_quantized_rows(format, shape.num_inputs) for shape in shapes):
+    takes = all(linear.takes_quantized_rows(format, shape.num_inputs) for shape in shapes)
+    is_fast = multiplies(mesh, element)
+    by_xla = has_row_scales(format) and (is_fast or quantization.activations == "requested")
+    # Where XLA's products of one matrix are the better ones, they are so in 8 bits, too.
+    if takes and not (by_xla and is_fast and not linear.max_dense_rows):
         choice: Activations = "kernel"
-    elif has_row_scales(format) and (multiplies(mesh, element) or quantization.activations == "requested"):
+    elif by_xla:
         choice = "xla"
     else:
         logger.info("linear modules: activations are not quantised to %s, which %s does not multiply", element, kind)
         return "exact"
     logger.info("linear modules: activations of more than %d tokens are quantised to %s", MAX_EXACT_TOKENS, element)
-    if choice == "xla" and not multiplies(mesh, element):
+    if choice == "xla" and not is_fast:
         logger.warning("%s does not multiply %s: --activation-quantization none is exact, and faster", kind, element)
     return choice
 

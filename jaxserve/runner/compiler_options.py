@@ -20,9 +20,21 @@ _GPU: dict[str, Any] = {
 }
 
 
-def compiler_options(mesh: Mesh) -> dict[str, Any] | None:
-    """Return the options for programs on a mesh; None if the defaults suffice."""
+# What XLA captures in CUDA graphs: its defaults, and loops. The host would wait for the condition of a loop whose trips
+# are counted on the device.
+_GPU_LOOPS = {
+    "xla_gpu_enable_command_buffer": "FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,CUDNN,DYNAMIC_SLICE_FUSION,WHILE"
+}
+
+
+def compiler_options(mesh: Mesh, *, counts_on_device: bool = False) -> dict[str, Any] | None:
+    """Return the options for programs on a mesh; None if the defaults suffice.
+
+    Args:
+        mesh: mesh of the devices.
+        counts_on_device: whether a layer has a loop whose number of trips is computed on the device.
+    """
     device = mesh.devices.flat[0]
     if PLATFORM_BACKENDS.get(device.platform) == "gpu":
-        return _GPU
+        return _GPU | _GPU_LOOPS if counts_on_device else _GPU
     return _TPU.get(device.device_kind)

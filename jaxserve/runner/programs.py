@@ -154,7 +154,7 @@ class StepPrograms:
             function,
             donate_argnums=2,
             out_shardings=(self._cache_shardings(), self._by_id),
-            compiler_options=compiler_options(model.mesh),
+            compiler_options=compiler_options(model.mesh, counts_on_device=mha_prefill),
         )
 
     def _jit_sample(self, mode: SamplingMode) -> Any:

@@ -71,18 +71,54 @@ def test_layers_are_captured_in_cuda_graphs(
 ) -> None:
     """Only collectives run between the graphs of a layer."""
     engine, _ = layout_for(target, model, tp_size)
-    lowered = lower_decode(engine, 8)
-
-    def dump() -> str:
-        compile_program(lowered, {"xla_dump_to": str(tmp_path), "xla_dump_hlo_as_text": True})
-        (path,) = tmp_path.glob("*thunk_sequence_after_thunk_passes.txt")
-        return path.read_text()
-
-    bodies = loop_bodies(outcomes.get(f"thunks-{program_key(lowered)}", dump))
+    bodies = loop_bodies(thunks_of(lower_decode(engine, 8), outcomes, tmp_path))
     assert bodies
     for kinds in bodies:
         assert "kCommandBuffer" in kinds
         assert set(kinds) <= {"kCommandBuffer", *COLLECTIVES}
+
+
+@pytest.mark.parametrize(
+    ("target", "model", "tp_size"),
+    [("h100:1", "deepseek-v2-lite-experts", 1), slow("h200:8", "deepseek-v3.1", 8)],
+)
+def test_loops_over_pages_run_in_cuda_graphs(
+    target: str, model: str, tp_size: int, outcomes: Any, tmp_path: Path
+) -> None:
+    """The pages that a prompt has are counted on the device: outside of a graph, the host would wait in every layer."""
+    engine, _ = layout_for(target, model, tp_size)
+    lowered = StepPrograms(engine.step).lower_forward(ForwardShape(engine.step.buckets[0], mha_prefill=True))
+    loops = nesting_of(thunks_of(lowered, outcomes, tmp_path), "kWhile")
+    inner = [outer for outer in loops if "kWhile" in outer]
+    # All layers of a kind share a loop, and its body.
+    assert len(inner) == len(loops) - len(inner) > 0
+    assert all("kCommandBuffer" in outer for outer in inner)
+
+
+def thunks_of(lowered: jax.stages.Lowered, outcomes: Any, folder: Path) -> str:
+    """Return XLA's text of what the host of a GPU does to run a program."""
+
+    def dump() -> str:
+        compile_program(lowered, {"xla_dump_to": str(folder), "xla_dump_hlo_as_text": True})
+        (path,) = folder.glob("*thunk_sequence_after_thunk_passes.txt")
+        return path.read_text()
+
+    return outcomes.get(f"thunks-{program_key(lowered)}", dump)
+
+
+def nesting_of(thunks: str, kind: str) -> list[list[str]]:
+    """Return, for each thunk of a kind, the kinds of the thunks that it is a part of."""
+    found: list[list[str]] = []
+    around: list[tuple[int, str]] = []
+    for line in thunks.splitlines():
+        if (thunk := re.match(r"(\s*)\d+: (k\w+)", line)) is None:
+            continue
+        indent = len(thunk[1])
+        around = [each for each in around if each[0] < indent]
+        if thunk[2] == kind:
+            found.append([outer for _, outer in around])
+        around.append((indent, thunk[2]))
+    return found
 
 
 def loop_bodies(thunks: str) -> list[list[str]]:

@@ -21,7 +21,7 @@ F32, BF16 = jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16)
 FP8, INT8 = jnp.dtype(jnp.float8_e4m3fn), jnp.dtype(jnp.int8)
 
 
-def implementation(name: str, config: AttentionConfig, tp_size: int, tpu_cores: int) -> AttentionBackend:
+def implementation(name: str, config: AttentionConfig, tp_size: int, tpu_cores: int = 1) -> AttentionBackend:
     if name == "xla":
         return XlaAttention(config, make_mesh(tp_size))
     return interpreted(name, tp_size, tpu_cores=tpu_cores).attention(config)
