@@ -15,7 +15,7 @@ from jax import lax
 
 from kernels_pallas.grouped_matmul.gpu.tile import BLOCK_SCALED, ROW_SCALED, SCALE_BLOCK, Tile
 from kernels_pallas.pallas import pl, plgpu
-from kernels_pallas.quantized import INT4_ZERO, QuantizedFormat, f32_scales, float4
+from kernels_pallas.quantized import INT4_ZERO, QuantizedFormat, f32_scales
 from kernels_pallas.warpgroup import MATRIX, ROWS, WARPGROUP_ROWS
 
 # Register layout for loading bytes that are converted to 16-bit operands of a product.
@@ -23,6 +23,8 @@ _BYTES = plgpu.Layout.WGMMA_UPCAST_2X
 # An f32 whose last mantissa bit is worth 1: setting its low bits to a small integer adds that integer.
 _F32_BIAS = 2.0**23
 _ABOVE_BITS = 0x4B000000
+# The bias of float16's exponent is 15, that of float4's is 1.
+_FLOAT4_UNIT = 2.0**14
 
 # Values of a step that are loaded ahead: arrays in registers.
 Ahead: TypeAlias = tuple[jax.Array, ...]
@@ -170,13 +172,15 @@ class _ScaledGroups:
         """See `Converter`; the columns of the lower halves of the bytes come first."""
         byte_oB = plgpu.load(w_oB, layout=_BYTES, optimized=False).astype(jnp.int32)
         each = len(ahead) // (self._columns // self._piece)
-        scale_oB, zero_oB = self._spread([f32_scales(scale_o) for scale_o in ahead[::each]]), _F32_BIAS + INT4_ZERO
-        if each > 1:
-            zero_oB = self._spread([_biased_f32(zero_o.astype(jnp.int32)) for zero_o in ahead[1::each]])
-        for half in range(self._format.per_byte):
-            code_oB = (byte_oB >> (4 * half)) & 15
-            is_float = self._format.element_type == "mxfp4"
-            element_oB = float4(code_oB) if is_float else _biased_f32(code_oB) - zero_oB
+        scales = [f32_scales(scale_o) for scale_o in ahead[::each]]
+        if self._format.element_type == "mxfp4":
+            scale_oB, elements = self._spread([scale_o * _FLOAT4_UNIT for scale_o in scales]), _small_float4(byte_oB)
+        else:
+            scale_oB, zero_oB = self._spread(scales), _F32_BIAS + INT4_ZERO
+            if each > 1:
+                zero_oB = self._spread([_biased_f32(zero_o.astype(jnp.int32)) for zero_o in ahead[1::each]])
+            elements = tuple(_biased_f32((byte_oB >> shift) & 15) - zero_oB for shift in (0, 4))
+        for half, element_oB in enumerate(elements):
             out.at[half][...] = plgpu.layout_cast((element_oB * scale_oB).astype(out.dtype), MATRIX)
 
     def _spread(self, by_piece: Sequence[jax.Array]) -> jax.Array:
@@ -193,6 +197,18 @@ class _ScaledGroups:
         """See `Converter`."""
         del place
         return sum_om
+
+
+def _small_float4(byte: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Return the two float4_e2m1fn of each byte in f32, divided by `_FLOAT4_UNIT`.
+
+    The bits of the exponent and the mantissa become the lowest of a float16's exponent and the first of its mantissa:
+    0.5, the only subnormal, becomes one. Both elements are in the halves of a word at first.
+    """
+    word = byte | byte << 12
+    word = (word << 9) & 0x0E000E00 | (word << 12) & (0x80008000 - (1 << 32))
+    lower, upper = (lax.bitcast_convert_type(part.astype(jnp.int16), jnp.float16) for part in (word, word >> 16))
+    return lower.astype(jnp.float32), upper.astype(jnp.float32)
 
 
 def _biased_f32(integer: jax.Array) -> jax.Array:
