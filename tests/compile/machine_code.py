@@ -1,0 +1,84 @@
+"""Loops of machine code: of NVIDIA GPUs (SASS, as nvdisasm prints it) and of TPUs (LLO bundles, as libtpu dumps them)."""
+
+import re
+from dataclasses import dataclass, field
+
+# Control codes with the stall of the warp, the address, and the instruction.
+_SASS = re.compile(r"^\s+\S+:\S+:\S+:\S+:\d+\s+/\*[0-9a-f]+\*/\s+(.*?)\s*$")
+_LABEL = re.compile(r"^\s*\.(L_\w+):")
+_BRANCH = re.compile(r"\bBRA\b.*\(\.(L_\w+)\)")
+_GMMA = re.compile(r"\b[HQI]GMMA\.64x(\d+)x(\d+)")
+# The address, a mark of a loop's first bundle, the depth of the loop, and the operations.
+_BUNDLE = re.compile(r"^\s*(?:0x)?[0-9a-f]+\s+(L[HBE]|P[BF])?\s*:\s+(>*)\s*\{")
+
+
+@dataclass(frozen=True)
+class GpuLoop:
+    """An innermost loop with products of warpgroups.
+
+    Attributes:
+        instructions: instructions of an iteration, which a scheduler issues one by one.
+        multiplied: elements of [64, N, K] that the iteration's products multiply.
+        product: the instruction of the products.
+    """
+
+    instructions: int
+    multiplied: int
+    product: str
+
+
+def product_loops(sass: str) -> list[GpuLoop]:
+    """Return the loops that multiply and have no such loops inside."""
+    code: list[str] = []
+    labels: dict[str, int] = {}
+    for line in sass.splitlines():
+        if found := _LABEL.match(line):
+            labels[found[1]] = len(code)
+        elif found := _SASS.match(line):
+            code.append(found[1])
+    ranges: list[tuple[int, int]] = []
+    for last, instruction in enumerate(code):
+        if (found := _BRANCH.search(instruction)) is None or labels.get(found[1], last + 1) > last:
+            continue
+        first = labels[found[1]]
+        # Loops around a loop end after it, and so does code behind it that waits and goes back into the loop.
+        if any(map(_GMMA.search, code[first:last])) and all(end <= first for _, end in ranges):
+            ranges.append((first, last + 1))
+    loops: list[GpuLoop] = []
+    for first, end in ranges:
+        products = [found for found in map(_GMMA.search, code[first:end]) if found]
+        multiplied = sum(64 * int(found[1]) * int(found[2]) for found in products)
+        loops.append(GpuLoop(end - first, multiplied, products[0][0].partition(".")[0]))
+    return loops
+
+
+@dataclass
+class TpuLoop:
+    """A loop or a whole kernel.
+
+    Attributes:
+        bundles: bundles of an iteration, without those of inner loops; each takes a cycle or more.
+        inner: the loops inside, in order.
+    """
+
+    bundles: int = 0
+    inner: list["TpuLoop"] = field(default_factory=list)
+
+    def cycles(self, *trips: int) -> int:
+        """Return the least cycles of an iteration whose inner loops, which have none inside, have so many trips."""
+        assert not any(each.inner for each in self.inner)
+        return self.bundles + sum(count * each.bundles for count, each in zip(trips, self.inner, strict=True))
+
+
+def read_bundles(text: str) -> TpuLoop:
+    """Return the loops of a kernel's final bundles."""
+    # The last loop of each depth: bundles of a loop may be on either side of those of another depth.
+    last = [TpuLoop()]
+    for found in filter(None, map(_BUNDLE.match, text.splitlines())):
+        depth = len(found[2])
+        if found[1] == "LB" or depth >= len(last):
+            del last[depth:]
+            last.append(TpuLoop())
+            last[depth - 1].inner.append(last[depth])
+        last[depth].bundles += 1
+    return last[0]
