@@ -205,6 +205,9 @@ def _on_tpu(case: CycleCase, code: str) -> tuple[float, int]:
         format = FORMATS[case.name][0]
         taken_rows, columns = 16, NUM_INPUTS // 128
         trips = (taken_rows, columns) if format is not None and format.block[0] > 1 else (taken_rows,)
+        if format is not None and format.per_byte > 1:
+            # The rows of the lower halves of the bytes, and those of the upper.
+            trips = (taken_rows, taken_rows)
         num_bytes = NUM_OUTPUTS * NUM_INPUTS * (2 if format is None else 1) // (1 if format is None else format.per_byte)
         return grid.cycles(*trips), num_bytes
     config, name = _attention_config(case), parse_target(case.target).device.name
@@ -214,8 +217,9 @@ def _on_tpu(case: CycleCase, code: str) -> tuple[float, int]:
     heads, pages = config.num_kv_heads // (CORES[name] if config.num_kv_heads % CORES[name] == 0 else 1), tile["pages_per_buffer"]
     layout = TpuLayout.of(config)
     num_bytes = pages * config.page_size * heads * layout.lanes * jnp.dtype(config.dtype).itemsize
-    # Of the loops that start to copy pages, only one runs.
-    return buffer.cycles(*[pages] * len(buffer.inner)), num_bytes
+    # Two loops start to copy pages, of which one runs, and one waits. The last one is for buffers that are not full, as
+    # is most of what may be skipped.
+    return buffer.cycles(pages, 0, pages, 0) - buffer.skippable, num_bytes
 
 
 def compile_case(case: CycleCase, folder: Path) -> str:

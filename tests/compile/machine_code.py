@@ -9,7 +9,11 @@ _LABEL = re.compile(r"^\s*\.(L_\w+):")
 _BRANCH = re.compile(r"\bBRA\b.*\(\.(L_\w+)\)")
 _GMMA = re.compile(r"\b[HQI]GMMA\.64x(\d+)x(\d+)")
 # The address, a mark of a loop's first bundle, the depth of the loop, and the operations.
-_BUNDLE = re.compile(r"^\s*(?:0x)?[0-9a-f]+\s+(L[HBE]|P[BF])?\s*:\s+(>*)\s*\{")
+_BUNDLE = re.compile(r"^\s*(?:0x)?[0-9a-f]+\s+(L[HBE]|P[BF])?\s*:\s+(>*)\s*\{", re.MULTILINE)
+_SKIP = re.compile(r"sbr\.rel \(!?%\w+\) target = \$region(\d+)")
+_TARGET = re.compile(r"Start/End empty region (\d+)")
+# A branch takes effect this many bundles later.
+_DELAY = 4
 
 
 @dataclass(frozen=True)
@@ -58,27 +62,43 @@ class TpuLoop:
 
     Attributes:
         bundles: bundles of an iteration, without those of inner loops; each takes a cycle or more.
+        skippable: those of them that a branch may skip.
         inner: the loops inside, in order.
     """
 
     bundles: int = 0
+    skippable: int = 0
     inner: list["TpuLoop"] = field(default_factory=list)
 
     def cycles(self, *trips: int) -> int:
-        """Return the least cycles of an iteration whose inner loops, which have none inside, have so many trips."""
+        """Return the cycles of an iteration whose inner loops, which have none inside, have so many trips."""
         assert not any(each.inner for each in self.inner)
         return self.bundles + sum(count * each.bundles for count, each in zip(trips, self.inner, strict=True))
 
 
 def read_bundles(text: str) -> TpuLoop:
     """Return the loops of a kernel's final bundles."""
+    found = list(_BUNDLE.finditer(text))
+    ends = [each.start() for each in found[1:]] + [len(text)]
+    targets: dict[str, int] = {}
+    for index, (bundle, end) in enumerate(zip(found, ends, strict=True)):
+        targets |= dict.fromkeys(_TARGET.findall(text, bundle.start(), end), index)
     # The last loop of each depth: bundles of a loop may be on either side of those of another depth.
-    last = [TpuLoop()]
-    for found in filter(None, map(_BUNDLE.match, text.splitlines())):
-        depth = len(found[2])
-        if found[1] == "LB" or depth >= len(last):
-            del last[depth:]
+    last, skipped_from, skipped_to = [TpuLoop()], [0], [0]
+    for index, (bundle, end) in enumerate(zip(found, ends, strict=True)):
+        depth = len(bundle[2])
+        if bundle[1] == "LB" or depth >= len(last):
+            del last[depth:], skipped_from[depth:], skipped_to[depth:]
             last.append(TpuLoop())
+            skipped_from.append(0)
+            skipped_to.append(0)
             last[depth - 1].inner.append(last[depth])
+        # Whether an inner loop runs, which the code around it may skip, is for the caller to know.
         last[depth].bundles += 1
+        if skipped_from[depth] <= index < skipped_to[depth]:
+            last[depth].skippable += 1
+            continue
+        after = max((targets.get(region, 0) for region in _SKIP.findall(text, bundle.start(), end)), default=0)
+        if after > index:
+            skipped_from[depth], skipped_to[depth] = index + 1 + _DELAY, after
     return last[0]

@@ -31,7 +31,7 @@ class Refs(NamedTuple):
         o: outputs [1, K, Q, Z'].
         pages: the cache's pages of all layers, [L * P, K, S, Z].
         keys: the two buffers, [2, pages per buffer, K, S, Z].
-        stage: new tokens aligned to the pages' tiles, [K, tokens, Z]; unused where a block is a row.
+        stage: new tokens aligned to the pages' tiles, [K, tokens, Z].
         row_max, row_sum: running maximum and sum of weights, f32[K, Q, 128].
         out: weighted values, f32[K, Q, Z'].
         fetched: DMA semaphores of the two buffers.
@@ -164,21 +164,17 @@ class AttentionKernel:
         slot = lax.fori_loop(first, end, body, first_slot)
         if shape.fused_write:
             refs.slot[0] = slot
-            self._token_copy(span, end - 1, 1 - slot).wait()
+            self._token_copy(span).wait()
 
     # The new token of a row that runs one token.
 
-    def _token_copy(self, span: Span, buffer: jax.Array, slot: jax.Array) -> Any:
-        """Return the copy of the tile with the new token, from its buffer to its page."""
+    def _token_copy(self, span: Span) -> Any:
+        """Return the copy of the tile with the new token to its page."""
         shape, refs = self._shape, self._refs
-        position = span.end - 1
-        index = position // shape.config.page_size
-        tile = pl.ds(pl.multiple_of(self._tile_start(position), shape.layout.sublanes), shape.layout.sublanes)
-        return pltpu.make_async_copy(
-            refs.keys.at[slot, index - buffer * shape.pages_per_buffer, :, tile],
-            self._paged(self._page(span.row, index), tile),
-            refs.written,
-        )
+        position, sublanes = span.end - 1, shape.layout.sublanes
+        tile = pl.ds(pl.multiple_of(self._tile_start(position), sublanes), sublanes)
+        page = self._page(span.row, position // shape.config.page_size)
+        return pltpu.make_async_copy(refs.stage.at[:, pl.ds(0, sublanes)], self._paged(page, tile), refs.written)
 
     def _tile_start(self, position: jax.Array) -> jax.Array:
         """Return the offset in its page of the tile that contains a position."""
@@ -197,8 +193,11 @@ class AttentionKernel:
             # in that dtype.
             old_SZ = refs.keys[slot, index, head, tile].astype(jnp.float32)
             new_1Z = refs.new[0, head].astype(jnp.float32)
-            refs.keys[slot, index, head, tile] = jnp.where(is_new_S1, new_1Z, old_SZ).astype(refs.keys.dtype)
-        self._token_copy(span, buffer, slot).start()
+            tile_SZ = jnp.where(is_new_S1, new_1Z, old_SZ).astype(refs.keys.dtype)
+            refs.keys[slot, index, head, tile] = tile_SZ
+            # Attention may clear tokens of the buffer that stay in the page.
+            refs.stage[head, :sublanes] = tile_SZ
+        self._token_copy(span).start()
 
     # New tokens of a block.
 
@@ -250,18 +249,39 @@ class AttentionKernel:
     def _attend_buffer(self, block: jax.Array, span: Span, buffer: jax.Array, slot: jax.Array) -> None:
         shape = self._shape
         first_position = buffer * shape.buffer_tokens
-        position_E1 = first_position + lax.broadcasted_iota(jnp.int32, (shape.buffer_tokens, 1), 0)
-        holds_E1 = (position_E1 >= span.lowest) & (position_E1 < span.end)
         is_full = (first_position >= span.lowest) & (first_position + shape.buffer_tokens <= span.end)
+        pl.when(~is_full)(lambda: self._clear_dead(span, first_position, slot))
         sees_QE = self._sees(span, first_position)
-
-        def live_values(values_EZ: jax.Array) -> jax.Array:
-            # Slots without a token may hold NaN, and 0 * NaN is NaN. Only the row's first and last buffer have any.
-            return lax.cond(is_full, lambda x_EZ: x_EZ, lambda x_EZ: jnp.where(holds_E1, x_EZ, 0), values_EZ)
-
         for head in range(shape.config.num_kv_heads):
             keys_EZ = self._refs.keys[slot, :, head].reshape(shape.buffer_tokens, shape.layout.lanes)
-            self._attend_head(head, keys_EZ, live_values, sees_QE)
+            self._attend_head(head, keys_EZ, sees_QE)
+
+    def _clear_dead(self, span: Span, first_position: jax.Array, slot: jax.Array) -> None:
+        """Put zeros in the slots of a buffer whose tokens the span does not see.
+
+        They may hold NaN, and a weight of 0 times NaN is NaN. Only a row's first and last buffer have any.
+        """
+        page_size, keys = self._shape.config.page_size, self._refs.keys
+
+        def clear(page: jax.Array, _: None) -> None:
+            first = first_position + page * page_size
+            is_dead = (first + page_size <= span.lowest) | (first >= span.end)
+            is_full = (first >= span.lowest) & (first + page_size <= span.end)
+
+            @pl.when(is_dead)
+            def _() -> None:
+                keys[slot, page] = jnp.zeros(keys.shape[2:], keys.dtype)
+
+            @pl.when(~is_dead & ~is_full)
+            def _() -> None:
+                position_S1 = first + lax.broadcasted_iota(jnp.int32, (page_size, 1), 0)
+                sees_S1 = (position_S1 >= span.lowest) & (position_S1 < span.end)
+                for head in range(self._shape.config.num_kv_heads):
+                    # Chips without vectors of the cache's dtype cannot select in that dtype.
+                    page_SZ = keys[slot, page, head].astype(jnp.float32)
+                    keys[slot, page, head] = jnp.where(sees_S1, page_SZ, 0).astype(keys.dtype)
+
+        lax.fori_loop(0, self._shape.pages_per_buffer, clear, None)
 
     def _sees(self, span: Span, first_position: jax.Array) -> jax.Array:
         """Return which keys of a buffer each query row sees, bool[Q or 1, E]."""
@@ -279,20 +299,17 @@ class AttentionKernel:
             sees_QE &= key_1E > query_Q1 - shape.config.window
         return sees_QE
 
-    def _attend_head(
-        self, head: int, keys_EZ: jax.Array, live_values: Callable[[jax.Array], jax.Array], sees_QE: jax.Array
-    ) -> None:
-        """Merge a buffer's keys into the softmax of one head's queries."""
+    def _attend_head(self, head: int, keys_EZ: jax.Array, sees_QE: jax.Array) -> None:
+        """Merge a buffer's keys into the softmax of one head's queries; the MXU takes 8-bit keys and values as they are."""
         config, layout, refs = self._shape.config, self._shape.layout, self._refs
         q_QZ = refs.q[0, head]
-        keys_EZ = keys_EZ.astype(q_QZ.dtype)
         precision = lax.Precision.HIGHEST if q_QZ.dtype == jnp.float32 else None
         dot = functools.partial(lax.dot_general, preferred_element_type=jnp.float32, precision=precision)
         scores_QE = dot(q_QZ, layout.keys(keys_EZ), (((1,), (1,)), ((), ()))) * config.scale
         if config.soft_cap is not None:
             scores_QE = config.soft_cap * jnp.tanh(scores_QE / config.soft_cap)
         scores_QE = jnp.where(sees_QE, scores_QE, MASKED)
-        values_EZ = live_values(layout.values(keys_EZ))
+        values_EZ = layout.values(keys_EZ)
 
         old_max_Q1 = refs.row_max[head, :, :1]
         max_Q1 = jnp.maximum(old_max_Q1, jnp.max(scores_QE, axis=1, keepdims=True))
