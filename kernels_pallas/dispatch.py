@@ -18,7 +18,7 @@ from kernels_pallas.grouped_matmul.xla.heads import multiply_heads
 from kernels_pallas.lora_matmul.api import LoraMatmul, LoraModule
 from kernels_pallas.paged_attention.api import AttentionBackend, AttentionConfig
 from kernels_pallas.paged_attention.xla.backend import XlaAttention
-from kernels_pallas.quantized import EIGHT_BIT
+from kernels_pallas.quantized import EIGHT_BIT, ElementType
 from kernels_pallas.rms_norm.api import RmsNorm
 from kernels_pallas.rms_norm.xla.backend import rms_norm
 from kernels_pallas.rope.api import Rope
@@ -290,7 +290,7 @@ def _tpu_grouped(shapes: Collection[ExpertShape], mesh: Mesh) -> GroupedMatmul:
 
     for shape in shapes:
         check_shape(shape)
-    elements = [element for element in EIGHT_BIT if multiplies(mesh, element)]
+    elements: list[ElementType] = [element for element in EIGHT_BIT if multiplies(mesh, element)]
     return TpuGroupedMatmul(mesh.devices.flat[0].num_cores, elements)
 
 

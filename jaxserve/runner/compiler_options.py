@@ -22,9 +22,7 @@ _GPU: dict[str, Any] = {
 
 # What XLA captures in CUDA graphs: its defaults, and loops. The host would wait for the condition of a loop whose trips
 # are counted on the device.
-_GPU_LOOPS = {
-    "xla_gpu_enable_command_buffer": "FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,CUDNN,DYNAMIC_SLICE_FUSION,WHILE"
-}
+_GPU_LOOPS = {"xla_gpu_enable_command_buffer": "FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,CUDNN,DYNAMIC_SLICE_FUSION,WHILE"}
 
 
 def compiler_options(mesh: Mesh, *, counts_on_device: bool = False) -> dict[str, Any] | None:

@@ -3,8 +3,8 @@
 Matrices stay in the stack of all layers, and kernels read a layer's matrices at an offset, like its pages in a KV
 cache. Slicing them out of the stack would copy them, including those that no token uses.
 
-Dimension key: T tokens, C blocks (columns in `HeadMatrices`), P rows of all blocks, X matrices, I inputs, O outputs; for
-heads: N heads, J channels of a head, R rows of a head's matrices, L layers.
+Dimension key: T tokens, C blocks (columns in `HeadMatrices`), P rows of all blocks, X matrices, I inputs, O outputs;
+for heads: N heads, J channels of a head, R rows of a head's matrices, L layers.
 """
 
 from collections.abc import Sequence

@@ -5,6 +5,7 @@ Dimension key: R rows, X matrices, I inputs, O outputs; for heads: T tokens, N h
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -151,8 +152,8 @@ def grouped_case(matmul: GroupedMatmul, case: GroupedCase) -> KernelCase:
     def run(x: jax.Array | QuantizedRows, group_R: jax.Array, first: jax.Array, arrays: MatrixArrays) -> jax.Array:
         blocks, permuted = sort_into_blocks(group_R, case.num_groups, block_rows, first_group=first)
         matrices = [Matrices(*arrays, format=shape.format)]
-        options = {"transposed": shape.transposed, "out_dtype": shape.rows_dtype}
-        (y_PO,) = matmul(x, matrices, blocks, row_P=permuted.row_P, **options)
+        multiply = partial(matmul, transposed=shape.transposed, out_dtype=shape.rows_dtype)
+        (y_PO,) = multiply(x, matrices, blocks, row_P=permuted.row_P)
         return y_PO.at[permuted.block_row_R].get(mode="fill", fill_value=0)
 
     def verify(got_RO: jax.Array) -> None:

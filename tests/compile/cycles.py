@@ -24,6 +24,7 @@ from kernels_pallas.grouped_matmul.gpu.tile import Products, choose_tile
 from kernels_pallas.paged_attention.api import AttentionConfig, AttentionMeta
 from kernels_pallas.paged_attention.gpu.tile import choose_tile as choose_attention_tile
 from kernels_pallas.paged_attention.tpu.layout import TpuLayout
+from kernels_pallas.paged_attention.tpu.schedule import share_cores
 from kernels_pallas.quantized import QuantizedFormat
 from kernels_pallas.token_tiles import Blocks
 from tests.compile.machine_code import product_loops, read_bundles
@@ -44,6 +45,8 @@ FORMATS: dict[str, tuple[QuantizedFormat | None, str, bool]] = {
     "int4 with zeros": (QuantizedFormat("int4", (1, 128)), "float32", True),
 }
 PAGE_SIZE = {"tpu": 128, "gpu": 64}
+NUM_ROWS = 32
+_TAKEN_ROWS = 16
 
 
 class Heads(NamedTuple):
@@ -81,6 +84,11 @@ class Cycles(NamedTuple):
     compute: float
     memory: float
 
+    @property
+    def ratio(self) -> float:
+        """More than 1 if the code and not the memory is the bound."""
+        return self.compute / self.memory
+
 
 @dataclass(frozen=True)
 class CycleCase:
@@ -98,8 +106,42 @@ class CycleCase:
 
     def lower(self) -> jax.stages.Lowered:
         """Lower the kernel for one device: 8 experts with 16 rows or fewer each, or decode of 32 rows."""
-        mesh = mesh_of(target_devices(parse_target(self.target)), 1, 1)
+        target = parse_target(self.target)
+        prepare_environment(target)
+        mesh = mesh_of(target_devices(target), 1, 1)
         return _lower_experts(self, mesh) if self.kernel == "experts" else _lower_decode(self, mesh)
+
+
+CASES = [
+    CycleCase(target, kernel, name)
+    for kernel, names in (("experts", FORMATS), ("decode", HEADS))
+    for name in names
+    for target in ("h100:1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2")
+]
+HEADER = """# Least cycles of the kernels
+
+Cycles that a kernel's code needs at least for a part of its weights or keys, beside those that memory takes for their
+bytes: the instructions that the schedulers of an SM issue, from SASS, or the bundles of a TPU core, from LLO. Code may
+wait longer. Where the ratio is above 1, the code is the bound, and the share of the roofline that
+[bytes alone](predicted-shares.md) allow is divided by it.
+
+Experts have up to 16 rows each and 768 outputs of 2,048 inputs; attention decodes rows of one token, without windows.
+Clocks follow from the published peaks. No kernel has run on these devices. Written by `scripts/static_cycles.py`.
+
+| kernel | weights or heads | target | code | memory | ratio |
+| --- | --- | --- | --- | --- | --- |
+"""
+
+
+def cycle_row(case: CycleCase, cycles: Cycles) -> str:
+    """Return a row of the table."""
+    numbers = f"{cycles.compute:,.0f} | {cycles.memory:,.0f} | {cycles.ratio:.2f}"
+    return f"{row_head(case)} {numbers} |"
+
+
+def row_head(case: CycleCase) -> str:
+    """Return the first columns of a row."""
+    return f"| {case.kernel} | {case.name} | {case.target.partition(':')[0]} |"
 
 
 def _array(mesh: Mesh) -> Callable[..., jax.ShapeDtypeStruct]:
@@ -144,7 +186,7 @@ def _attention_config(case: CycleCase) -> AttentionConfig:
 
 
 def _lower_decode(case: CycleCase, mesh: Mesh) -> jax.stages.Lowered:
-    array, config, rows = _array(mesh), _attention_config(case), 32
+    array, config, rows = _array(mesh), _attention_config(case), NUM_ROWS
     backend = choose_attention("auto", config, mesh).impl
     meta = AttentionMeta(
         kv_lens_B=array(rows),
@@ -203,23 +245,22 @@ def _on_tpu(case: CycleCase, code: str) -> tuple[float, int]:
     (grid,) = read_bundles(code).inner
     if case.kernel == "experts":
         format = FORMATS[case.name][0]
-        taken_rows, columns = 16, NUM_INPUTS // 128
-        trips = (taken_rows, columns) if format is not None and format.block[0] > 1 else (taken_rows,)
-        if format is not None and format.per_byte > 1:
-            # The rows of the lower halves of the bytes, and those of the upper.
-            trips = (taken_rows, taken_rows)
-        num_bytes = NUM_OUTPUTS * NUM_INPUTS * (2 if format is None else 1) // (1 if format is None else format.per_byte)
-        return grid.cycles(*trips), num_bytes
-    config, name = _attention_config(case), parse_target(case.target).device.name
-    mesh = mesh_of(target_devices(parse_target(case.target)), 1, 1)
+        per_byte, itemsize = (1, 2) if format is None else (format.per_byte, 1)
+        # The rows of a block are taken from all tokens, once for each half of the bytes.
+        trips = [_TAKEN_ROWS] * per_byte
+        if format is not None and format.block[0] > 1:
+            trips.append(NUM_INPUTS // format.block[1])
+        return grid.cycles(*trips), NUM_OUTPUTS * NUM_INPUTS * itemsize // per_byte
+    config, target = _attention_config(case), parse_target(case.target)
+    mesh = mesh_of(target_devices(target), 1, 1)
     ((tile, *_),) = attention_tiles(config, mesh).values()
+    shares = share_cores(CORES[target.device.name], config.num_kv_heads, num_rows=NUM_ROWS)
+    heads, pages = config.num_kv_heads // (shares.num_cores if shares.of_heads else 1), tile["pages_per_buffer"]
+    token = heads * TpuLayout.of(config).lanes * jnp.dtype(config.dtype).itemsize
     buffer = grid.inner[-1]
-    heads, pages = config.num_kv_heads // (CORES[name] if config.num_kv_heads % CORES[name] == 0 else 1), tile["pages_per_buffer"]
-    layout = TpuLayout.of(config)
-    num_bytes = pages * config.page_size * heads * layout.lanes * jnp.dtype(config.dtype).itemsize
     # Two loops start to copy pages, of which one runs, and one waits. The last one is for buffers that are not full, as
     # is most of what may be skipped.
-    return buffer.cycles(pages, 0, pages, 0) - buffer.skippable, num_bytes
+    return buffer.cycles(pages, 0, pages, 0) - buffer.skippable, pages * config.page_size * token
 
 
 def compile_case(case: CycleCase, folder: Path) -> str:
@@ -235,6 +276,4 @@ def compile_case(case: CycleCase, folder: Path) -> str:
 
 
 if __name__ == "__main__":
-    case = CycleCase(*sys.argv[1:])
-    prepare_environment(parse_target(case.target))
-    case.lower().compile()
+    CycleCase(*sys.argv[1:]).lower().compile()

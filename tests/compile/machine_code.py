@@ -1,4 +1,4 @@
-"""Loops of machine code: of NVIDIA GPUs (SASS, as nvdisasm prints it) and of TPUs (LLO bundles, as libtpu dumps them)."""
+"""Loops of machine code: SASS of NVIDIA GPUs, as nvdisasm prints it, and bundles of TPUs, as libtpu dumps them."""
 
 import re
 from dataclasses import dataclass, field

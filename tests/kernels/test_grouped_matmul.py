@@ -67,9 +67,7 @@ def test_grouped_matmul_matches_numpy(name: str, sizes: tuple[int, int], spread:
 )
 @needs_pallas
 def test_two_cores_of_a_tpu_share(num_groups: int, num_rows: int, sizes: tuple[int, int]) -> None:
-    case = GroupedCase(
-        shape=ExpertShape(*sizes, BF16), num_groups=num_groups, group_R=evenly(num_groups, num_rows)
-    )
+    case = GroupedCase(shape=ExpertShape(*sizes, BF16), num_groups=num_groups, group_R=evenly(num_groups, num_rows))
     step = grouped_case(interpreted("tpu", tpu_cores=2).grouped_matmul(), case)
     step.verify(jax.jit(step.run)(*step.arguments))
 

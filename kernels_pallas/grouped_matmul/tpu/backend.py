@@ -5,8 +5,8 @@ once per block. If groups are large enough, a block therefore has as many rows a
 
 A device of two cores splits the outputs, or the blocks where these have too few outputs.
 
-Dimension key: T tokens, C blocks, P rows of all blocks, W rows of a block, X matrices, I inputs, O outputs, o a block of
-them, i blocks of inputs with a scale.
+Dimension key: T tokens, C blocks, P rows of all blocks, W rows of a block, X matrices, I inputs, O outputs, o a block
+of them, i blocks of inputs with a scale.
 """
 
 from collections.abc import Collection, Sequence

@@ -166,8 +166,9 @@ def _kernel(problem: Problem, grid: Grid, block_rows: int, *, takes: bool) -> An
         del group_C
         core, index, part = (pl.program_id(axis) for axis in range(3))
         if takes:
-            (row_P, *refs), taken, wide = refs[: -2 * num_rows], refs[-2 * num_rows : -num_rows], refs[-num_rows:]
-            of_tokens, refs = refs[:num_rows], (*taken, *refs[num_rows:])
+            row_P, of_tokens = refs[0], refs[1 : 1 + num_rows]
+            taken, wide = refs[-2 * num_rows : -num_rows], refs[-num_rows:]
+            refs = (*taken, *refs[1 + num_rows : -2 * num_rows])
 
             @pl.when(part == 0)
             def _() -> None:

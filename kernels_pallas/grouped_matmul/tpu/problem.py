@@ -72,7 +72,8 @@ def make_problem(x: jax.Array | QuantizedRows, matrices: Matrices, *, transposed
 
 def _quantized_problem(rows: QuantizedRows, matrices: Matrices) -> Problem:
     w_XOI, scale_Xoi, _, format, _ = matrices
-    assert format is not None and scale_Xoi is not None
+    assert format is not None
+    assert scale_Xoi is not None
     of_rows = (rows.values_TI, rows.scale_iT.T)
     if format.block[0] == 1:
         return Problem(_multiply_quantized_block, of_rows, (w_XOI,), by_input=(scale_Xoi.swapaxes(1, 2),))

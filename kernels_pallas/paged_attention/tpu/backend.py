@@ -20,7 +20,14 @@ from kernels_pallas.paged_attention.common.head_shards import PAGES_PARTITION, o
 from kernels_pallas.paged_attention.common.token_blocks import rows_of_blocks
 from kernels_pallas.paged_attention.tpu.kernel import AttentionKernel, Refs
 from kernels_pallas.paged_attention.tpu.layout import LANES, TpuLayout
-from kernels_pallas.paged_attention.tpu.schedule import CoreShares, KernelShape, Scalars, decode_bytes, share_cores
+from kernels_pallas.paged_attention.tpu.schedule import (
+    ONE_CORE,
+    CoreShares,
+    KernelShape,
+    Scalars,
+    decode_bytes,
+    share_cores,
+)
 from kernels_pallas.paged_attention.tpu.tuning import VMEM_FRACTION, TpuTiles, choose_tpu_tiles
 from kernels_pallas.pallas import TpuChip, pl, pltpu
 from kernels_pallas.shards import model_size
@@ -152,7 +159,7 @@ class TpuAttention:
         del num_rows
         return decode_bytes(self._shape(1), kv_lens)
 
-    def _shape(self, block_tokens: int, pages_per_row: int = 0, cores: CoreShares = CoreShares()) -> KernelShape:
+    def _shape(self, block_tokens: int, pages_per_row: int = 0, cores: CoreShares = ONE_CORE) -> KernelShape:
         local = self.config.split(model_size(self._mesh))
         return KernelShape(
             config=local.split(cores.num_cores) if cores.of_heads else local,
@@ -253,7 +260,7 @@ class TpuAttention:
             input_output_aliases={num_scalars + len(operands): 1},
             compiler_params=pltpu.CompilerParams(
                 dimension_semantics=("parallel" if cores.num_cores > 1 else "arbitrary", "arbitrary"),
-                vmem_limit_bytes=int(self._chip.vmem_bytes * VMEM_FRACTION)
+                vmem_limit_bytes=int(self._chip.vmem_bytes * VMEM_FRACTION),
             ),
             interpret=self._interpret,
             name="paged_decode" if shape.fused_write else "paged_prefill",

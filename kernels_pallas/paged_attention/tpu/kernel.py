@@ -300,7 +300,10 @@ class AttentionKernel:
         return sees_QE
 
     def _attend_head(self, head: int, keys_EZ: jax.Array, sees_QE: jax.Array) -> None:
-        """Merge a buffer's keys into the softmax of one head's queries; the MXU takes 8-bit keys and values as they are."""
+        """Merge a buffer's keys into the softmax of one head's queries.
+
+        The MXU takes 8-bit keys and values with bf16 queries and weights; converting them takes longer than that.
+        """
         config, layout, refs = self._shape.config, self._shape.layout, self._refs
         q_QZ = refs.q[0, head]
         precision = lax.Precision.HIGHEST if q_QZ.dtype == jnp.float32 else None

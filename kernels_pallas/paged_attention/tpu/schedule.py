@@ -43,6 +43,9 @@ class CoreShares(NamedTuple):
         return index if self.of_heads else index * self.num_cores + core
 
 
+ONE_CORE = CoreShares()
+
+
 def share_cores(num_cores: int, num_kv_heads: int, *, num_rows: int | None) -> CoreShares:
     """Choose what the cores share: heads, or rows of one token; one core runs blocks that write and read one row.
 
@@ -53,7 +56,7 @@ def share_cores(num_cores: int, num_kv_heads: int, *, num_rows: int | None) -> C
     """
     if num_cores > 1 and num_kv_heads % num_cores == 0:
         return CoreShares(num_cores, of_heads=True)
-    return CoreShares(num_cores if num_rows is not None and num_rows >= num_cores else 1)
+    return CoreShares(num_cores) if num_rows is not None and num_rows >= num_cores else ONE_CORE
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -74,7 +77,7 @@ class KernelShape:
     block_tokens: int
     pages_per_buffer: int
     num_table_entries: int
-    cores: CoreShares = CoreShares()
+    cores: CoreShares = ONE_CORE
 
     @property
     def fused_write(self) -> bool:
