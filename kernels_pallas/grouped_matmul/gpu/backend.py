@@ -25,7 +25,7 @@ from kernels_pallas.grouped_matmul.gpu.tile import (
     choose_tile,
     multiples,
 )
-from kernels_pallas.grouped_matmul.gpu.weights import Weight
+from kernels_pallas.grouped_matmul.gpu.weights import Weight, as_words, order_of_words
 from kernels_pallas.quantized import QuantizedFormat, QuantizedRows
 from kernels_pallas.token_tiles import Blocks, choose_block_rows
 
@@ -108,7 +108,7 @@ class GpuGroupedMatmul:
         if tile.rows == MAX_ROWS:
             grid = {"outputs": grid["outputs"], "block": num_blocks, "split": tile.splits}
         launch = Launch("grouped_matmul", grid, shapes, kernel_dtype, self._interpret)
-        x_hPB = jnp.stack([x_PI[:, half::halves] for half in range(halves)])
+        x_hPB = x_PI[None] if halves == 1 else order_of_words(x_PI, tile.columns)
         operands = Operands(blocks, x_hPB, [_weight(each, bias=not in_f32) for each in matrices], x_scale_iP)
         results = multiply(operands, problem, launch)
         return _add_up(results[0], matrices, blocks, out_dtype) if in_f32 else results
@@ -131,4 +131,7 @@ def _weight(matrices: Matrices, *, bias: bool) -> Weight:
     scale = matrices.scale_Xoi
     if matrices.format in ROW_SCALED and scale is not None:
         scale = scale[:, :, 0]
-    return Weight(matrices.values_XOI, scale, matrices.zero_Xoi, matrices.bias_XO if bias else None)
+    values = matrices.values_XOI
+    if matrices.format is not None and matrices.format.per_byte > 1:
+        values = as_words(values)
+    return Weight(values, scale, matrices.zero_Xoi, matrices.bias_XO if bias else None)

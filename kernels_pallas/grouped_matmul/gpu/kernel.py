@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from kernels_pallas.grouped_matmul.gpu.tile import BLOCK_SCALED, Tile
-from kernels_pallas.grouped_matmul.gpu.weights import Ahead, Converter, Place, Weight, choose_converter
+from kernels_pallas.grouped_matmul.gpu.weights import WORD_BYTES, Ahead, Converter, Place, Weight, choose_converter
 from kernels_pallas.pallas import pl, plgpu
 from kernels_pallas.quantized import QuantizedFormat
 from kernels_pallas.token_tiles import Blocks
@@ -90,6 +90,12 @@ class Problem(NamedTuple):
     transposed: bool = False
     heads: Heads | None = None
     quantized_rows: bool = False
+
+    @property
+    def matrix_columns(self) -> int:
+        """Columns of a step in the matrix: 4-bit elements are read as words."""
+        is_packed = self.format is not None and self.format.per_byte > 1
+        return self.tile.columns // WORD_BYTES if is_packed else self.tile.columns
 
 
 class _Block(NamedTuple):
@@ -167,7 +173,7 @@ def _scratch_types(problem: Problem, x_dtype: Any, w_dtype: Any, out_dtype: Any)
 
 def _matrix_shape(problem: Problem) -> tuple[int, int]:
     """Return the shape of a step's part of a matrix."""
-    shape = problem.tile.outputs, problem.tile.columns
+    shape = problem.tile.outputs, problem.matrix_columns
     return (shape[1], shape[0]) if problem.transposed else shape
 
 
@@ -252,7 +258,7 @@ def _stream(operands: Operands, scratch: Scratch, block: _Block, place: Place, p
         column, arrived = (place.first_step + step) * tile.columns, scratch.arrived.at[stage]
         x_hmB = operands.x_hPB.at[:, block.rows, pl.ds(block.x_column + column, tile.columns)]
         plgpu.copy_gmem_to_smem(x_hmB, scratch.x_hmB.at[stage], arrived)
-        columns = pl.ds(column, tile.columns)
+        columns = pl.ds((place.first_step + step) * problem.matrix_columns, problem.matrix_columns)
         part = (columns, outputs) if problem.transposed else (outputs, columns)
         plgpu.copy_gmem_to_smem(place.weight.w.at[place.group, *part], scratch.w_oB.at[stage], arrived)
 

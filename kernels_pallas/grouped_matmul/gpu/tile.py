@@ -26,8 +26,11 @@ _OVERHEAD = 4096
 _MAX_STAGES, _MIN_STAGES = 8, 3
 # Columns per step: a row of either operand is then at most 128 bytes, the span of one swizzle.
 _PLAIN_COLUMNS = (64, 32, 16)
-# Bytes per step of 4-bit matrices; the largest that divides a row is used: rows of gpt-oss have 1,440.
-_PACKED_COLUMNS = (64, 48, 32, 16)
+# Bytes per step of 4-bit matrices; the first that divides a row is used: rows of gpt-oss have 1,440. Operands of many
+# rows are larger.
+_PACKED_COLUMNS, _PACKED_COLUMNS_OF_MANY = (64, 96, 32), (64, 32)
+# 4-bit elements of a row with the same scale: half of the words of a tile of registers.
+_SCALED_TOGETHER = 32
 # A split of the inputs has at least this many.
 _MIN_SPLIT_INPUTS = 512
 # A third of the SMs can receive what the memory delivers, from L2, if each has enough copies under way.
@@ -76,11 +79,11 @@ def multiples(format: QuantizedFormat | None) -> tuple[int, int]:
     if format in ROW_SCALED:
         return _PLAIN_COLUMNS[0], WARPGROUP_ROWS
     rows, columns = format.block
-    if format.per_byte == 2 and rows == 1 and columns % (2 * _PACKED_COLUMNS[-1]) == 0:
+    if format.per_byte == 2 and rows == 1 and columns % _SCALED_TOGETHER == 0:
         return 2 * _PACKED_COLUMNS[-1], WARPGROUP_ROWS
     raise NotImplementedError(
         f"matrices in {format.element_type} and blocks of {format.block}: the kernel wants {BLOCK_SCALED.element_type} "
-        f"in {BLOCK_SCALED.block}, 8 bits with a scale per row, or 4 bits with a scale per {2 * _PACKED_COLUMNS[-1]} "
+        f"in {BLOCK_SCALED.block}, 8 bits with a scale per row, or 4 bits with a scale per {_SCALED_TOGETHER} "
         "elements or a multiple of them"
     )
 
@@ -115,7 +118,7 @@ def choose_tile(products: Products, num_cores: int) -> Tile:
     narrow = any(size % width for size in outputs) or num_blocks * sum(outputs) // width < num_cores
     warpgroups = 1 if narrow and format != BLOCK_SCALED else 2
     thread_blocks = num_blocks * sum(outputs) // (warpgroups * WARPGROUP_ROWS)
-    columns, piece, slots = (SCALE_BLOCK, SCALE_BLOCK, 0) if quantized_rows else _columns(num_inputs, format)
+    columns, piece, slots = (SCALE_BLOCK, SCALE_BLOCK, 0) if quantized_rows else _columns(products)
     num_steps = num_inputs // (columns * (1 if format is None else format.per_byte))
     splits = 1
     if _BUSY_SHARE * thread_blocks < num_cores:
@@ -130,11 +133,13 @@ def choose_tile(products: Products, num_cores: int) -> Tile:
     return _with_stages(tile, products, num_steps // splits)
 
 
-def _columns(num_inputs: int, format: QuantizedFormat | None) -> tuple[int, int, int]:
+def _columns(products: Products) -> tuple[int, int, int]:
     """Return the columns per step and piece, and the number of slots."""
+    num_inputs, format = products.num_inputs, products.format
     if format is not None and format.per_byte == 2:
         num_columns = num_inputs // format.per_byte
-        columns = next(size for size in _PACKED_COLUMNS if num_columns % size == 0)
+        sizes = _PACKED_COLUMNS if products.rows < WARPGROUP_ROWS else _PACKED_COLUMNS_OF_MANY
+        columns = next(size for size in sizes if num_columns % size == 0)
         return columns, gcd(columns, format.block[1] // format.per_byte), 2
     columns = next(size for size in _PLAIN_COLUMNS if num_inputs % size == 0)
     if format == BLOCK_SCALED:

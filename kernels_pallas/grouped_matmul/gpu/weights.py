@@ -7,6 +7,7 @@ Dimension key: as in `gpu/backend.py`; B columns per step of a 4-bit matrix, p c
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import jax
@@ -25,6 +26,10 @@ _F32_BIAS = 2.0**23
 _ABOVE_BITS = 0x4B000000
 # The bias of float16's exponent is 15, that of float4's is 1.
 _FLOAT4_UNIT = 2.0**14
+
+# Bytes of a 4-bit matrix are read as words, and a tile of registers has this many.
+WORD_BYTES = 4
+_TILE_WORDS = 8
 
 # Values of a step that are loaded ahead: arrays in registers.
 Ahead: TypeAlias = tuple[jax.Array, ...]
@@ -86,6 +91,22 @@ class Converter(Protocol):
     def finish(self, place: Place, sum_om: jax.Array) -> jax.Array:
         """Return the sum of all steps, scaled if there is a scale per row."""
         ...
+
+
+def order_of_words(x_PI: jax.Array, columns: int) -> jax.Array:
+    """Put inputs in the order in which 4-bit matrices are converted, [h, P, I / 2].
+
+    A step has `columns` bytes. Its first half has the first element of every word, then the second of every word, up to
+    the fourth; the second half has the others.
+    """
+    num_rows, words = x_PI.shape[0], columns // WORD_BYTES
+    x_PiWhe = x_PI.reshape(num_rows, -1, words, 2, WORD_BYTES)
+    return x_PiWhe.transpose(3, 0, 1, 4, 2).reshape(2, num_rows, -1)
+
+
+def as_words(w_XOB: jax.Array) -> jax.Array:
+    """Return bytes as i32 words, [X, O, W]; nothing is copied."""
+    return lax.bitcast_convert_type(w_XOB.reshape(*w_XOB.shape[:2], -1, WORD_BYTES), jnp.int32)
 
 
 def choose_converter(format: QuantizedFormat, tile: Tile) -> Converter:
@@ -164,29 +185,38 @@ class _ScaledGroups:
             at = 0 if self._columns_of_scale == 0 else lax.div(column, self._columns_of_scale)
             for values in (place.weight.scale, place.weight.zero):
                 if values is not None:
-                    layout = _BYTES.reduce(1)
-                    arrays.append(plgpu.load(values.at[place.group, rows, at], layout=layout, optimized=False))
+                    arrays.append(plgpu.load(values.at[place.group, rows, at], layout=ROWS, optimized=False))
         return tuple(arrays)
 
     def convert(self, w_oB: Any, ahead: Ahead, out: Any) -> None:
-        """See `Converter`; the columns of the lower halves of the bytes come first."""
-        byte_oB = plgpu.load(w_oB, layout=_BYTES, optimized=False).astype(jnp.int32)
+        """See `Converter`; elements are in the order of `order_of_words`."""
+        word_oW = plgpu.load(w_oB, layout=MATRIX, optimized=False)
         each = len(ahead) // (self._columns // self._piece)
         scales = [f32_scales(scale_o) for scale_o in ahead[::each]]
         if self._format.element_type == "mxfp4":
-            scale_oB, elements = self._spread([scale_o * _FLOAT4_UNIT for scale_o in scales]), _small_float4(byte_oB)
+            scale_oW, halves = self._spread([scale_o * _FLOAT4_UNIT for scale_o in scales]), _small_float4(word_oW)
         else:
-            scale_oB, zero_oB = self._spread(scales), _F32_BIAS + INT4_ZERO
+            scale_oW, zero_oW = self._spread(scales), _F32_BIAS + INT4_ZERO
             if each > 1:
-                zero_oB = self._spread([_biased_f32(zero_o.astype(jnp.int32)) for zero_o in ahead[1::each]])
-            elements = tuple(_biased_f32((byte_oB >> shift) & 15) - zero_oB for shift in (0, 4))
-        for half, element_oB in enumerate(elements):
-            out.at[half][...] = plgpu.layout_cast((element_oB * scale_oB).astype(out.dtype), MATRIX)
+                zero_oW = self._spread([_biased_f32(zero_o.astype(jnp.int32)) for zero_o in ahead[1::each]])
+            halves = [
+                [_biased_f32((word_oW >> shift) & 15) - zero_oW for shift in range(first, first + 16, 4)]
+                for first in (0, 16)
+            ]
+        for half, elements in enumerate(halves):
+            parts = [(element_oW * scale_oW).astype(out.dtype) for element_oW in elements]
+            out.at[half][...] = jnp.concatenate(parts, axis=1)
 
     def _spread(self, by_piece: Sequence[jax.Array]) -> jax.Array:
-        """Broadcast the values of each piece, [64], over its columns, and put the pieces side by side."""
-        shape = (WARPGROUP_ROWS, self._piece)
-        return jnp.concatenate([lax.broadcast_in_dim(values_o, shape, [0]) for values_o in by_piece], axis=1)
+        """Broadcast the values of each piece, [64], over its words, and put the pieces side by side."""
+        words = self._piece // WORD_BYTES
+        spread = partial(lax.broadcast_in_dim, shape=(WARPGROUP_ROWS, max(words, _TILE_WORDS)), broadcast_dimensions=[0])
+        if words >= _TILE_WORDS:
+            return jnp.concatenate([spread(values_o) for values_o in by_piece], axis=1)
+        column = plgpu.broadcasted_iota(jnp.int32, (WARPGROUP_ROWS, _TILE_WORDS), 1, layout=MATRIX)
+        pairs = zip(by_piece[::2], by_piece[1::2], strict=True)
+        tiles = [jnp.where(column < words, spread(left_o), spread(right_o)) for left_o, right_o in pairs]
+        return jnp.concatenate(tiles, axis=1)
 
     def scale(self, ahead: Ahead, part_om: jax.Array) -> jax.Array:
         """See `Converter`."""
@@ -199,16 +229,22 @@ class _ScaledGroups:
         return sum_om
 
 
-def _small_float4(byte: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Return the two float4_e2m1fn of each byte in f32, divided by `_FLOAT4_UNIT`.
+def _small_float4(word: jax.Array) -> tuple[list[jax.Array], list[jax.Array]]:
+    """Return the float4_e2m1fn of the lower and of the upper half of each word in f32, divided by `_FLOAT4_UNIT`.
 
     The bits of the exponent and the mantissa become the lowest of a float16's exponent and the first of its mantissa:
-    0.5, the only subnormal, becomes one. Both elements are in the halves of a word at first.
+    0.5, the only subnormal, becomes one. An element of each half is decoded at the same time.
     """
-    word = byte | byte << 12
-    word = (word << 9) & 0x0E000E00 | (word << 12) & (0x80008000 - (1 << 32))
-    lower, upper = (lax.bitcast_convert_type(part.astype(jnp.int16), jnp.float16) for part in (word, word >> 16))
-    return lower.astype(jnp.float32), upper.astype(jnp.float32)
+    halves: tuple[list[jax.Array], list[jax.Array]] = ([], [])
+    for shift in range(0, 16, 4):
+        both = _shifted(word, 9 - shift) & 0x0E000E00 | _shifted(word, 12 - shift) & (0x80008000 - (1 << 32))
+        for half, bits in zip(halves, (both, both >> 16), strict=True):
+            half.append(lax.bitcast_convert_type(bits.astype(jnp.int16), jnp.float16).astype(jnp.float32))
+    return halves
+
+
+def _shifted(word: jax.Array, left: int) -> jax.Array:
+    return word << left if left >= 0 else word >> -left
 
 
 def _biased_f32(integer: jax.Array) -> jax.Array:
