@@ -100,8 +100,11 @@ def order_of_words(x_PI: jax.Array, columns: int) -> jax.Array:
     the fourth; the second half has the others.
     """
     num_rows, words = x_PI.shape[0], columns // WORD_BYTES
-    x_PiWhe = x_PI.reshape(num_rows, -1, words, 2, WORD_BYTES)
-    return x_PiWhe.transpose(3, 0, 1, 4, 2).reshape(2, num_rows, -1)
+    x_PiWe = x_PI.reshape(num_rows, -1, words, 2 * WORD_BYTES)
+    # XLA fuses slices with what computes the rows, and a transposition it does not.
+    parts = [x_PiWe[..., element] for element in range(2 * WORD_BYTES)]
+    halves = (jnp.stack(half, axis=2) for half in (parts[:WORD_BYTES], parts[WORD_BYTES:]))
+    return jnp.stack([half.reshape(num_rows, -1) for half in halves])
 
 
 def as_words(w_XOB: jax.Array) -> jax.Array:
@@ -194,7 +197,8 @@ class _ScaledGroups:
         each = len(ahead) // (self._columns // self._piece)
         scales = [f32_scales(scale_o) for scale_o in ahead[::each]]
         if self._format.element_type == "mxfp4":
-            scale_oW, halves = self._spread([scale_o * _FLOAT4_UNIT for scale_o in scales]), _small_float4(word_oW)
+            scale_oW = self._spread([(scale_o * _FLOAT4_UNIT).astype(out.dtype) for scale_o in scales])
+            halves = [[each.astype(out.dtype) for each in half] for half in _small_float4(word_oW)]
         else:
             scale_oW, zero_oW = self._spread(scales), _F32_BIAS + INT4_ZERO
             if each > 1:
@@ -210,7 +214,9 @@ class _ScaledGroups:
     def _spread(self, by_piece: Sequence[jax.Array]) -> jax.Array:
         """Broadcast the values of each piece, [64], over its words, and put the pieces side by side."""
         words = self._piece // WORD_BYTES
-        spread = partial(lax.broadcast_in_dim, shape=(WARPGROUP_ROWS, max(words, _TILE_WORDS)), broadcast_dimensions=[0])
+        spread = partial(
+            lax.broadcast_in_dim, shape=(WARPGROUP_ROWS, max(words, _TILE_WORDS)), broadcast_dimensions=[0]
+        )
         if words >= _TILE_WORDS:
             return jnp.concatenate([spread(values_o) for values_o in by_piece], axis=1)
         column = plgpu.broadcasted_iota(jnp.int32, (WARPGROUP_ROWS, _TILE_WORDS), 1, layout=MATRIX)
