@@ -79,6 +79,9 @@ def kernel_bytes(engine: EngineLayout, load: DecodeLoad, kernel: Instruction) ->
             rows, stack = (array for array in kernel.operand_arrays if len(array.shape) == 3)
             heads = engine.step.decoder.config.num_q_heads // model_size(engine.step.mesh)
             return stack.num_bytes / stack.shape[0] * heads + rows.num_bytes + kernel.num_bytes
+        case "add_splits":
+            # The sums of each split; the biases of one matrix are small.
+            return kernel.num_bytes + max(array.num_bytes for array in kernel.operand_arrays if array.dtype == "f32")
         case "grouped_matmul":
             return _product_bytes(engine, load, kernel)
         case name:

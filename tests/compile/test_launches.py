@@ -22,9 +22,6 @@ if jax.__version_info__ >= (0, 11):
 pytestmark = pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="the kernels need JAX 0.11")
 
 DENSE, MOE, DEEPSEEK = 14, 30, 40
-# Few outputs of a device are computed by thread blocks that share the inputs, and q, k and v are then added up in a
-# launch each.
-SPLIT_DENSE = 15
 COLLECTIVES = ("kAllReduce", "kAllGather", "kReduceScatter")
 
 
@@ -39,7 +36,7 @@ def lower_decode(engine: EngineLayout, num_rows: int) -> jax.stages.Lowered:
         ("h100:1", "llama-3.1-8b", 1, DENSE),
         slow("h100:1", "qwen2.5-0.5b", 1, DENSE),
         slow("h100:1", "qwen3-4b", 1, DENSE),
-        slow("h100:8", "llama-3.3-70b", 8, SPLIT_DENSE),
+        slow("h100:8", "llama-3.3-70b", 8, DENSE),
         ("h100:1", "qwen3-30b-a3b", 1, MOE),
         slow("h100:1", "qwen3-30b-a3b-fp8", 1, MOE),
         slow("h100:1", "gpt-oss-120b-mxfp4", 1, MOE),

@@ -15,6 +15,7 @@ from jax.typing import DTypeLike
 
 from kernels_pallas.grouped_matmul.api import ExpertShape, Matrices, take_rows
 from kernels_pallas.grouped_matmul.gpu.kernel import Launch, Operands, Problem, multiply
+from kernels_pallas.grouped_matmul.gpu.split_sums import SplitSums, add_up
 from kernels_pallas.grouped_matmul.gpu.tile import (
     BLOCK_SCALED,
     MAX_ROWS,
@@ -111,7 +112,12 @@ class GpuGroupedMatmul:
         x_hPB = x_PI[None] if halves == 1 else order_of_words(x_PI, tile.columns)
         operands = Operands(blocks, x_hPB, [_weight(each, bias=not in_f32) for each in matrices], x_scale_iP)
         results = multiply(operands, problem, launch)
-        return _add_up(results[0], matrices, blocks, out_dtype) if in_f32 else results
+        if not in_f32:
+            return results
+        if len(matrices) > 1 and tile.splits > 1 and out_dtype != jnp.float32:
+            split = SplitSums(results[0], [each.bias_XO for each in matrices], blocks)
+            return add_up(split, outputs, out_dtype, self._interpret)
+        return _add_up(results[0], matrices, blocks, out_dtype)
 
 
 def _add_up(sums_SOP: jax.Array, matrices: Sequence[Matrices], blocks: Blocks, out_dtype: jnp.dtype) -> list[jax.Array]:
