@@ -68,8 +68,10 @@ def _add_matrix(split: SplitSums, out_PO: Any, bias_XO: Any, buffer_mo: Any, fir
     """Add up 64 outputs of a matrix, whose outputs start at `first`."""
     block, num_rows = lax.axis_index("block"), buffer_mo.shape[0]
     at, rows = lax.axis_index("outputs") * WARPGROUP_ROWS, pl.ds(block * num_rows, num_rows)
-    parts = [split.sums_SOP.at[part, pl.ds(at, WARPGROUP_ROWS), rows] for part in range(split.sums_SOP.shape[0])]
-    sum_om = sum(plgpu.load(part_om, layout=MATRIX, optimized=False) for part_om in parts)
+    sum_om = plgpu.layout_cast(jnp.zeros((WARPGROUP_ROWS, num_rows), jnp.float32), MATRIX)
+    for part in range(split.sums_SOP.shape[0]):
+        part_om = split.sums_SOP.at[part, pl.ds(at, WARPGROUP_ROWS), rows]
+        sum_om += plgpu.load(part_om, layout=MATRIX, optimized=False)
     outputs = pl.ds(at - first, WARPGROUP_ROWS)
     if bias_XO is not None:
         bias_o = plgpu.load(bias_XO.at[split.blocks.group_C[block], outputs], layout=ROWS, optimized=False)

@@ -140,7 +140,9 @@ def _columns(products: Products) -> tuple[int, int, int]:
         num_columns = num_inputs // format.per_byte
         sizes = _PACKED_COLUMNS if products.rows < WARPGROUP_ROWS else _PACKED_COLUMNS_OF_MANY
         columns = next(size for size in sizes if num_columns % size == 0)
-        return columns, gcd(columns, format.block[1] // format.per_byte), 2
+        piece = gcd(columns, format.block[1] // format.per_byte)
+        # The scales of two pieces are put side by side in a tile of registers, or each has whole tiles.
+        return columns, piece if piece % _SCALED_TOGETHER == 0 else _SCALED_TOGETHER // 2, 2
     columns = next(size for size in _PLAIN_COLUMNS if num_inputs % size == 0)
     if format == BLOCK_SCALED:
         # The product of a step is scaled before the next one is multiplied, so one slot suffices.

@@ -181,35 +181,32 @@ class _ScaledGroups:
 
     def load(self, place: Place, step: jax.Array) -> Ahead:
         """See `Converter`; the scales of each piece, then its zero points."""
-        arrays: list[jax.Array] = []
+        of_blocks = [values for values in (place.weight.scale, place.weight.zero) if values is not None]
         rows = pl.ds(place.output, WARPGROUP_ROWS)
+        arrays: list[jax.Array] = []
         for start in range(0, self._columns, self._piece):
             column = step * self._columns + start
             at = 0 if self._columns_of_scale == 0 else lax.div(column, self._columns_of_scale)
-            for values in (place.weight.scale, place.weight.zero):
-                if values is not None:
-                    arrays.append(plgpu.load(values.at[place.group, rows, at], layout=ROWS, optimized=False))
+            arrays += [plgpu.load(each.at[place.group, rows, at], layout=ROWS, optimized=False) for each in of_blocks]
         return tuple(arrays)
 
     def convert(self, w_oB: Any, ahead: Ahead, out: Any) -> None:
         """See `Converter`; elements are in the order of `order_of_words`."""
         word_oW = plgpu.load(w_oB, layout=MATRIX, optimized=False)
-        each = len(ahead) // (self._columns // self._piece)
-        scales = [f32_scales(scale_o) for scale_o in ahead[::each]]
+        stride = len(ahead) // (self._columns // self._piece)
+        scales, zeros = [f32_scales(scale_o) for scale_o in ahead[::stride]], ahead[1::stride] if stride > 1 else ()
         if self._format.element_type == "mxfp4":
+            # Powers of two, and the elements, are exact in bf16, of which one instruction multiplies two.
             scale_oW = self._spread([(scale_o * _FLOAT4_UNIT).astype(out.dtype) for scale_o in scales])
-            halves = [[each.astype(out.dtype) for each in half] for half in _small_float4(word_oW)]
+            elements = [element_oW.astype(out.dtype) for element_oW in _small_float4(word_oW)]
         else:
             scale_oW, zero_oW = self._spread(scales), _F32_BIAS + INT4_ZERO
-            if each > 1:
-                zero_oW = self._spread([_biased_f32(zero_o.astype(jnp.int32)) for zero_o in ahead[1::each]])
-            halves = [
-                [_biased_f32((word_oW >> shift) & 15) - zero_oW for shift in range(first, first + 16, 4)]
-                for first in (0, 16)
-            ]
-        for half, elements in enumerate(halves):
-            parts = [(element_oW * scale_oW).astype(out.dtype) for element_oW in elements]
-            out.at[half][...] = jnp.concatenate(parts, axis=1)
+            if zeros:
+                zero_oW = self._spread([_biased_f32(zero_o.astype(jnp.int32)) for zero_o in zeros])
+            elements = [_biased_f32((word_oW >> shift) & 15) - zero_oW for shift in range(0, 32, 4)]
+        parts = [(element_oW * scale_oW).astype(out.dtype) for element_oW in elements]
+        for half in range(2):
+            out.at[half][...] = jnp.concatenate(parts[half * WORD_BYTES : (half + 1) * WORD_BYTES], axis=1)
 
     def _spread(self, by_piece: Sequence[jax.Array]) -> jax.Array:
         """Broadcast the values of each piece, [64], over its words, and put the pieces side by side."""
@@ -235,18 +232,19 @@ class _ScaledGroups:
         return sum_om
 
 
-def _small_float4(word: jax.Array) -> tuple[list[jax.Array], list[jax.Array]]:
-    """Return the float4_e2m1fn of the lower and of the upper half of each word in f32, divided by `_FLOAT4_UNIT`.
+def _small_float4(word: jax.Array) -> list[jax.Array]:
+    """Return the eight float4_e2m1fn of each word in f32, divided by `_FLOAT4_UNIT`.
 
     The bits of the exponent and the mantissa become the lowest of a float16's exponent and the first of its mantissa:
-    0.5, the only subnormal, becomes one. An element of each half is decoded at the same time.
+    0.5, the only subnormal, becomes one. An element of each half of the word is decoded at the same time.
     """
-    halves: tuple[list[jax.Array], list[jax.Array]] = ([], [])
+    lower: list[jax.Array] = []
+    upper: list[jax.Array] = []
     for shift in range(0, 16, 4):
         both = _shifted(word, 9 - shift) & 0x0E000E00 | _shifted(word, 12 - shift) & (0x80008000 - (1 << 32))
-        for half, bits in zip(halves, (both, both >> 16), strict=True):
+        for half, bits in ((lower, both), (upper, both >> 16)):
             half.append(lax.bitcast_convert_type(bits.astype(jnp.int16), jnp.float16).astype(jnp.float32))
-    return halves
+    return [*lower, *upper]
 
 
 def _shifted(word: jax.Array, left: int) -> jax.Array:
