@@ -191,15 +191,16 @@ def test_what_the_gpu_kernel_of_narrow_matrices_cannot_do(shape: ExpertShape, pr
 
 
 @needs_pallas
-@pytest.mark.parametrize("num_cores", [8, 16])
+@pytest.mark.parametrize("sizes", [(64, 192), (64, 64, 128)])
+@pytest.mark.parametrize("num_cores", [slow(8), 16])
 @pytest.mark.parametrize("format", [None, "fp8", "mxfp4"])
-def test_projections_of_the_same_rows_in_one_call(format: str | None, num_cores: int) -> None:
-    """The thread blocks of 256 outputs share the inputs on 16 SMs, and do not on 8."""
+def test_projections_of_the_same_rows_in_one_call(format: str | None, num_cores: int, sizes: tuple[int, ...]) -> None:
+    """The thread blocks of 256 outputs share the inputs on 16 SMs, and do not on 8. Three sums are added in a kernel."""
     num_inputs, num_rows = 2048, 20
     matmul = interpreted("gpu", num_cores=num_cores).grouped_matmul()
     rng = np.random.default_rng(8)
     projections: list[tuple[Matrices, np.ndarray]] = []
-    for size in (64, 192):
+    for size in sizes:
         w = jnp.asarray(rng.standard_normal((3, size, num_inputs)) / num_inputs**0.5, jnp.bfloat16)
         plain = Matrices(w), np.asarray(w, np.float64)
         matrices, w64_XOI = plain if format is None else matrices_of(format, w.shape)

@@ -46,6 +46,10 @@ def check_shape(shape: ExpertShape) -> None:
         )
 
 
+# XLA fuses the sums of MLA's two latents with what uses them, and adds those of q, k and v in a launch each.
+_ADDED_TOGETHER = 3
+
+
 class GpuGroupedMatmul:
     """A `GroupedMatmul`.
 
@@ -114,7 +118,7 @@ class GpuGroupedMatmul:
         results = multiply(operands, problem, launch)
         if not in_f32:
             return results
-        if len(matrices) > 1 and tile.splits > 1 and out_dtype != jnp.float32:
+        if len(matrices) >= _ADDED_TOGETHER and tile.splits > 1 and out_dtype != jnp.float32:
             split = SplitSums(results[0], [each.bias_XO for each in matrices], blocks)
             return add_up(split, outputs, out_dtype, self._interpret)
         return _add_up(results[0], matrices, blocks, out_dtype)
