@@ -195,7 +195,7 @@ def test_what_the_gpu_kernel_of_narrow_matrices_cannot_do(shape: ExpertShape, pr
 @pytest.mark.parametrize("num_cores", [slow(8), 16])
 @pytest.mark.parametrize("format", [None, "fp8", "mxfp4"])
 def test_projections_of_the_same_rows_in_one_call(format: str | None, num_cores: int, sizes: tuple[int, ...]) -> None:
-    """The thread blocks of 256 outputs share the inputs on 16 SMs, and do not on 8. Three sums are added in a kernel."""
+    """Thread blocks of 256 outputs share the inputs on 16 SMs, not on 8. The sums of three are added in a kernel."""
     num_inputs, num_rows = 2048, 20
     matmul = interpreted("gpu", num_cores=num_cores).grouped_matmul()
     rng = np.random.default_rng(8)
