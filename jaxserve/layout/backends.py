@@ -147,8 +147,9 @@ def _choose_activations(decoder: Decoder, mesh: Mesh, linear: GroupedMatmul, *, 
     takes = all(linear.takes_quantized_rows(format, shape.num_inputs) for shape in shapes)
     is_fast = multiplies(mesh, element)
     by_xla = has_row_scales(format) and (is_fast or quantization.activations == "requested")
-    # Where XLA's products of one matrix are the better ones, they are so in 8 bits, too.
-    if takes and not (by_xla and is_fast and not linear.max_dense_rows):
+    # Where the kernel leaves single bf16 matrices to XLA, XLA's products of 8 bits are the better ones, too.
+    leaves_to_xla = linear.max_dense_rows == 0
+    if takes and not (by_xla and is_fast and leaves_to_xla):
         choice: Activations = "kernel"
     elif by_xla:
         choice = "xla"

@@ -80,8 +80,9 @@ def kernel_bytes(engine: EngineLayout, load: DecodeLoad, kernel: Instruction) ->
             heads = engine.step.decoder.config.num_q_heads // model_size(engine.step.mesh)
             return stack.num_bytes / stack.shape[0] * heads + rows.num_bytes + kernel.num_bytes
         case "add_splits":
-            # The sums of each split; the biases of one matrix are small.
-            return kernel.num_bytes + max(array.num_bytes for array in kernel.operand_arrays if array.dtype == "f32")
+            # The sums of each split. Those biases that it reads are not counted.
+            (sums,) = (array for array in kernel.operand_arrays if len(array.shape) == 3)
+            return kernel.num_bytes + sums.num_bytes
         case "grouped_matmul":
             return _product_bytes(engine, load, kernel)
         case name:
@@ -116,11 +117,13 @@ def _product_bytes(engine: EngineLayout, load: DecodeLoad, kernel: Instruction) 
     live = _live_experts(engine, load, num_matrices)
     # Few rows: every expert that has rows has one block of them. A matrix for all rows has all blocks.
     used = 1.0 if live is None else min(1.0, live / groups.shape[0])
-    by_block = sum(array.num_bytes for array in of_matrices if array not in by_matrix) + kernel.num_bytes
-    # A kernel that takes the rows of the blocks itself reads those of all tokens.
+    others = [array for array in (rows, *of_matrices) if array not in by_matrix]
+    # A kernel that takes the rows of the blocks itself reads those of all tokens: two arrays of 4-bit matrices' inputs.
     takes = len(rows.shape) == 2 and rows.shape[0] != kernel.results[0].shape[0]
-    of_rows = rows.num_bytes * (1.0 if takes else used)
-    return (live or 1.0) * sum(array.num_bytes for array in by_matrix) / num_matrices + used * by_block + of_rows
+    whole = [array for array in others if takes and array.shape[0] == rows.shape[0]]
+    by_block = sum(array.num_bytes for array in others if array not in whole) + kernel.num_bytes
+    of_matrix = sum(array.num_bytes for array in by_matrix) / num_matrices
+    return (live or 1.0) * of_matrix + used * by_block + sum(array.num_bytes for array in whole)
 
 
 def _live_experts(engine: EngineLayout, load: DecodeLoad, num_matrices: int) -> float | None:

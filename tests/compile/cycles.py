@@ -46,6 +46,7 @@ FORMATS: dict[str, tuple[QuantizedFormat | None, str, bool]] = {
 }
 PAGE_SIZE = {"tpu": 128, "gpu": 64}
 NUM_ROWS = 32
+# Rows of a block on TPU.
 _TAKEN_ROWS = 16
 
 
@@ -125,8 +126,9 @@ bytes: the instructions that the schedulers of an SM issue, from SASS, or the bu
 wait longer. Where the ratio is above 1, the code is the bound, and the share of the roofline that
 [bytes alone](predicted-shares.md) allow is divided by it.
 
-Experts have up to 16 rows each and 768 outputs of 2,048 inputs; attention decodes rows of one token, without windows.
-Clocks follow from the published peaks. No kernel has run on these devices. Written by `scripts/static_cycles.py`.
+Experts have blocks of 8 (H100) or 16 rows and 768 outputs of 2,048 inputs; attention decodes rows of one token, without
+windows. Clocks follow from the published peaks. No kernel has run on these devices. Written by
+`scripts/static_cycles.py`.
 
 | kernel | weights or heads | target | code | memory | ratio |
 | --- | --- | --- | --- | --- | --- |
@@ -266,7 +268,8 @@ def _on_tpu(case: CycleCase, code: str) -> tuple[float, int]:
 def compile_case(case: CycleCase, folder: Path) -> str:
     """Compile a kernel and return its machine code; for TPUs, in a process of its own, which dumps it."""
     environment = dict(os.environ, MOSAIC_GPU_DUMP_TO=str(folder), MOSAIC_GPU_DUMP_PTXAS="1")
-    environment["LIBTPU_INIT_ARGS"] = f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true"
+    dump = f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true"
+    environment["LIBTPU_INIT_ARGS"] = f"{os.environ.get('LIBTPU_INIT_ARGS', '')} {dump}"
     command = [sys.executable, "-m", "tests.compile.cycles", case.target, case.kernel, case.name]
     subprocess.run(command, env=environment, check=True, capture_output=True, timeout=300)
     kernel = {"experts": "grouped_matmul", "decode": "paged_decode"}[case.kernel]

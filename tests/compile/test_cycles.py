@@ -1,4 +1,4 @@
-"""Decode kernels are bound by memory, and not by their code, as far as the code says it."""
+"""The code of decode kernels needs no more cycles than memory, or, where it does, no more than it did."""
 
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ MOST = {"mxfp4": 2.5, "int4 with zeros": 3.6, "DeepSeek-V3.1 on 8 devices, fp8 c
 
 
 @pytest.mark.parametrize("case", [case if (case.target, case.name) in QUICK else slow(case) for case in CASES], ids=str)
-def test_memory_is_the_bound(case: "CycleCase", outcomes: Any, tmp_path: Path) -> None:
+def test_code_keeps_up_with_memory(case: "CycleCase", outcomes: Any, tmp_path: Path) -> None:
     code = outcomes.get(f"code-{program_key(case.lower())}", lambda: compile_case(case, tmp_path))
     cycles = count_cycles(case, code)
     assert cycles.ratio <= MOST.get(case.name, 1.0)

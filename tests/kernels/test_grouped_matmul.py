@@ -48,6 +48,19 @@ def check(name: str, group_R: np.ndarray, num_groups: int, shape: ExpertShape, s
     step.verify(jax.jit(step.run)(*step.arguments))
 
 
+@pytest.mark.parametrize(
+    ("num_blocks", "num_outputs", "want"), [(1, 5120, (8, 640)), (1, 128, (1, 128)), (4, 5120, (7, 768))]
+)
+@needs_pallas
+def test_a_single_block_is_shared_by_its_outputs(num_blocks: int, num_outputs: int, want: tuple[int, int]) -> None:
+    """Rows of 5,120 bytes make blocks of 768 outputs, of which there are seven."""
+    from kernels_pallas.grouped_matmul.tpu.launch import choose_grid
+
+    grid = choose_grid(num_blocks, num_outputs, 5120, 2)
+    assert (grid.num_outputs, grid.block_outputs) == want
+    assert grid.num_cores == (1 if num_outputs == 128 else 2)
+
+
 @pytest.mark.parametrize("spread", SPREADS.values())
 @pytest.mark.parametrize("sizes", [(64, 128), (384, 64)])
 @pytest.mark.parametrize("name", ["xla", *KERNELS])
@@ -63,11 +76,16 @@ def test_grouped_matmul_matches_numpy(name: str, sizes: tuple[int, int], spread:
         pytest.param(3, 20, (64, 128), id="an odd number of blocks"),
         pytest.param(1, 10, (256, 128), id="outputs of one block"),
         pytest.param(1, 10, (64, 128), id="nothing"),
+        pytest.param(1, 10, (384, 128), id="a partial last block"),
     ],
 )
+@pytest.mark.parametrize("format", [None, "fp8 in blocks"])
 @needs_pallas
-def test_two_cores_of_a_tpu_share(num_groups: int, num_rows: int, sizes: tuple[int, int]) -> None:
-    case = GroupedCase(shape=ExpertShape(*sizes, BF16), num_groups=num_groups, group_R=evenly(num_groups, num_rows))
+def test_two_cores_of_a_tpu_share(num_groups: int, num_rows: int, sizes: tuple[int, int], format: str | None) -> None:
+    if format is not None and sizes[0] % 128 + sizes[1] % 128:
+        pytest.skip("blocks of 128 inputs and outputs")
+    shape = ExpertShape(*sizes, BF16, None if format is None else FORMATS[format][0])
+    case = GroupedCase(shape=shape, num_groups=num_groups, group_R=evenly(num_groups, num_rows))
     step = grouped_case(interpreted("tpu", tpu_cores=2).grouped_matmul(), case)
     step.verify(jax.jit(step.run)(*step.arguments))
 

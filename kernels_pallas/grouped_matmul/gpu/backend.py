@@ -2,8 +2,8 @@
 
 Dimension key: S thread blocks that share the inputs, C blocks, P rows of all blocks, m rows of a block, X matrices, I
 inputs, i a step of them, O outputs, o the 64 outputs of a warpgroup, B columns of a step, h halves. A column of a 4-bit
-matrix is one byte, that is two inputs, and the rows are split into two halves: the inputs of the lower halves of the
-bytes, and those of the upper.
+matrix is one byte, that is two inputs, and the rows are split into two halves: in each step, the first four elements of
+every word of four bytes, and the last four; see `weights.order_of_words`.
 """
 
 from collections.abc import Sequence
@@ -30,6 +30,10 @@ from kernels_pallas.grouped_matmul.gpu.weights import Weight, as_words, order_of
 from kernels_pallas.quantized import QuantizedFormat, QuantizedRows
 from kernels_pallas.token_tiles import Blocks, choose_block_rows
 
+# The fewest matrices whose split sums a kernel adds: XLA fuses those of MLA's two latents with what uses them, and adds
+# those of q, k and v in a launch each.
+_ADDED_TOGETHER = 3
+
 
 def check_shape(shape: ExpertShape) -> None:
     """Raise NotImplementedError for matrices that the kernel cannot multiply."""
@@ -44,10 +48,6 @@ def check_shape(shape: ExpertShape) -> None:
             f"matrices of {num_inputs} inputs and {num_outputs} outputs on a device: the kernel needs multiples of "
             f"{inputs} and {outputs}"
         )
-
-
-# XLA fuses the sums of MLA's two latents with what uses them, and adds those of q, k and v in a launch each.
-_ADDED_TOGETHER = 3
 
 
 class GpuGroupedMatmul:

@@ -26,8 +26,7 @@ class Operands(NamedTuple):
     """Operands in global memory.
 
     Attributes:
-        x_hPB: rows of all blocks; h is 2 for 4-bit matrices: the inputs of the lower halves of their bytes, then those
-            of the upper halves.
+        x_hPB: rows of all blocks; h is 2 for 4-bit matrices, whose inputs are in the order of `order_of_words`.
         weights: the matrices; all are multiplied by the same rows.
         x_scale_iP: scales of rows that are quantised; else None.
     """

@@ -26,8 +26,8 @@ _OVERHEAD = 4096
 _MAX_STAGES, _MIN_STAGES = 8, 3
 # Columns per step: a row of either operand is then at most 128 bytes, the span of one swizzle.
 _PLAIN_COLUMNS = (64, 32, 16)
-# Bytes per step of 4-bit matrices; the first that divides a row is used: rows of gpt-oss have 1,440. Operands of many
-# rows are larger.
+# Bytes per step of 4-bit matrices; the first that divides a row is used: rows of gpt-oss have 1,440. A row of the other
+# operand has as many bf16 of each half: 96 are three spans of a swizzle of 64 bytes. Operands of many rows are larger.
 _PACKED_COLUMNS, _PACKED_COLUMNS_OF_MANY = (64, 96, 32), (64, 32)
 # 4-bit elements of a row with the same scale: half of the words of a tile of registers.
 _SCALED_TOGETHER = 32

@@ -3,7 +3,8 @@
 A warpgroup converts its own 64 outputs. The scales of a step are loaded during the step before, since a load from
 global memory takes longer than a step.
 
-Dimension key: as in `gpu/backend.py`; B columns per step of a 4-bit matrix, p columns of a piece.
+Dimension key: as in `gpu/backend.py`; B columns per step of a 4-bit matrix, W words of them, e elements of
+half of a word, p columns of a piece.
 """
 
 from collections.abc import Sequence
@@ -39,7 +40,7 @@ class Weight(NamedTuple):
     """One matrix in global memory.
 
     Attributes:
-        w: [O, I] of all groups, or, transposed, [I, O].
+        w: [O, I] of all groups, or, transposed, [I, O]; 4-bit elements as i32 words, [O, I / 8].
         scale: scales of quantised matrices, [X, o, i] or, with one per row, [X, O]; else None.
         zero: zero points of 4-bit matrices that have them, [X, o, i]; else None.
         bias: added to the sums, [X, O]; else None.

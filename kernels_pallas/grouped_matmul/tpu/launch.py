@@ -65,13 +65,16 @@ class Grid(NamedTuple):
             return self.num_cores, num_live, self.num_outputs // self.num_cores
         return self.num_cores, pl.cdiv(num_live, self.num_cores), self.num_outputs
 
-    def block(self, core: Any, index: Any) -> Any:
-        """Return the index of a core's block of rows."""
+    def block(self, core: Any, index: Any, num_live: Any) -> Any:
+        """Return the index of a core's block of rows.
+
+        Where blocks in use do not divide evenly, a core does its last one again, whose rows and matrix it has. If it
+        had none, it has one that is not in use.
+        """
         if self.splits_outputs:
             return index
         block = index * self.num_cores + core
-        # Where blocks do not divide evenly, a core does its last one again, which costs no copies.
-        return jnp.where(block < self.num_blocks, block, block - self.num_cores)
+        return jnp.where((block < num_live) | (index == 0), block, block - self.num_cores)
 
     def output(self, core: Any, index: Any) -> Any:
         """Return the index of a core's block of outputs."""
@@ -88,11 +91,13 @@ def choose_grid(num_blocks: int, num_outputs: int, output_bytes: int, num_cores:
         num_cores: TensorCores of a device.
     """
     block_outputs = min(num_outputs, max(LANES, _BLOCK_BYTES // output_bytes // LANES * LANES))
-    if num_blocks == 1 and num_outputs > LANES:
-        # Only outputs can be shared.
-        size = -(-num_outputs // num_cores)
-        block_outputs = min(block_outputs, -(-size // LANES) * LANES)
-    num_parts = -(-num_outputs // block_outputs)
+    num_parts = pl.cdiv(num_outputs, block_outputs)
+    if num_blocks < num_cores:
+        # Only outputs can be shared, if there are enough for another division.
+        even = pl.cdiv(num_parts, num_cores) * num_cores
+        smaller = pl.cdiv(pl.cdiv(num_outputs, even), LANES) * LANES
+        if pl.cdiv(num_outputs, smaller) == even:
+            block_outputs, num_parts = smaller, even
     if num_parts % num_cores == 0:
         return Grid(num_cores, num_blocks, num_parts, block_outputs, splits_outputs=True)
     return Grid(num_cores if num_blocks >= num_cores else 1, num_blocks, num_parts, block_outputs, splits_outputs=False)
@@ -110,8 +115,8 @@ def multiply(problem: Problem, launch: Launch, num_outputs: int) -> jax.Array:
     def spec(shape: tuple[int, ...], index: Any, **options: Any) -> pl.BlockSpec:
         """Return a spec whose index is a function of the blocks of rows and of outputs, and of the block's group."""
 
-        def index_map(core: Any, c: Any, o: Any, group_C: Any, *_: Any) -> Any:
-            block = grid.block(core, c)
+        def index_map(core: Any, c: Any, o: Any, group_C: Any, num_live_1: Any, *_: Any) -> Any:
+            block = grid.block(core, c, num_live_1[0])
             return index(block, grid.output(core, o), group_C[block])
 
         return pl.BlockSpec(shape, index_map, **options)
@@ -135,7 +140,7 @@ def multiply(problem: Problem, launch: Launch, num_outputs: int) -> jax.Array:
     stacks = map(in_hbm, (*problem.by_output, *problem.by_input))
     of_rows = problem.rows if row_P is None else [x.astype(jnp.float32) for x in problem.rows]
     operands = (*of_rows, *stacks, *problem.constants, *map(in_hbm, problem.scalars))
-    scalars = (blocks.group_C,) if row_P is None else (blocks.group_C, row_P)
+    scalars = (blocks.group_C, blocks.num_live[None], *(() if row_P is None else (row_P,)))
     scratch = [] if row_P is None else scratch_shapes(problem.rows, block_rows)
     rows_bytes = sum((block_rows if row_P is None else x.shape[0]) * x.shape[1] * x.dtype.itemsize for x in of_rows)
     block_bytes = rows_bytes + size * output_bytes + block_rows * size * out_dtype.itemsize
@@ -162,7 +167,7 @@ def _kernel(problem: Problem, grid: Grid, block_rows: int, *, takes: bool) -> An
     """Return the body of the kernel, which takes the rows of a block before its first outputs if `takes`."""
     num_rows = len(problem.rows)
 
-    def run(group_C: Any, *refs: Any) -> None:
+    def run(group_C: Any, num_live_1: Any, *refs: Any) -> None:
         del group_C
         core, index, part = (pl.program_id(axis) for axis in range(3))
         if takes:
@@ -173,7 +178,7 @@ def _kernel(problem: Problem, grid: Grid, block_rows: int, *, takes: bool) -> An
             @pl.when(part == 0)
             def _() -> None:
                 for each in zip(of_tokens, taken, wide, strict=True):
-                    take_block(row_P, grid.block(core, index) * block_rows, *each)
+                    take_block(row_P, grid.block(core, index, num_live_1[0]) * block_rows, *each)
 
         problem.kernel(grid.output(core, part), *refs)
 

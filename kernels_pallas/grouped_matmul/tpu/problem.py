@@ -53,8 +53,8 @@ def make_problem(x: jax.Array | QuantizedRows, matrices: Matrices, *, transposed
     if format is None or scale_Xoi is None:
         return Problem(_multiply_block, (x,), (w_XOI,))
     if format.block[0] > 1:
-        scale_Xoi, single = _as_rows(scale_Xoi)
-        kernel = partial(_multiply_scaled_block, transposed=single)
+        scale_Xoi, transposed = _without_padding(scale_Xoi)
+        kernel = partial(_multiply_scaled_block, transposed=transposed)
         return Problem(kernel, (x,), (w_XOI,), scalars=(scale_Xoi,))
     if format.block == (1, 0) and format.per_byte == 1:
         return Problem(_multiply_scaled_rows, (x,), (w_XOI,), by_input=(scale_Xoi.swapaxes(1, 2),))
@@ -77,13 +77,13 @@ def _quantized_problem(rows: QuantizedRows, matrices: Matrices) -> Problem:
     of_rows = (rows.values_TI, rows.scale_iT.T)
     if format.block[0] == 1:
         return Problem(_multiply_quantized_block, of_rows, (w_XOI,), by_input=(scale_Xoi.swapaxes(1, 2),))
-    scale_Xoi, single = _as_rows(scale_Xoi)
-    kernel = partial(_multiply_quantized_scaled_block, transposed=single)
+    scale_Xoi, transposed = _without_padding(scale_Xoi)
+    kernel = partial(_multiply_quantized_scaled_block, transposed=transposed)
     return Problem(kernel, of_rows, (w_XOI,), scalars=(scale_Xoi,))
 
 
-def _as_rows(scale_Xoi: jax.Array) -> tuple[jax.Array, bool]:
-    """Return scales as scalars, and whether they are transposed: one column would be padded to 128."""
+def _without_padding(scale_Xoi: jax.Array) -> tuple[jax.Array, bool]:
+    """Transpose scales of one column, which would be padded to 128; return them, and whether they are transposed."""
     single = scale_Xoi.shape[2] == 1
     return (scale_Xoi.swapaxes(1, 2) if single else scale_Xoi), single
 
@@ -98,7 +98,6 @@ def _multiply_block(_: Any, x_WI: Any, w_1oI: Any, out_Wo: Any) -> None:
 
 def _multiply_scaled_rows(_: Any, x_WI: Any, w_1oI: Any, scale_11o: Any, out_Wo: Any) -> None:
     """Like `_multiply_block`, for matrices with a scale per output."""
-    # The MXU takes fp8 with bf16. A conversion before takes three times as long as the product.
     out_Wo[...] = (mxu_dot(x_WI[...], w_1oI[0], contract=1) * f32_scales(scale_11o[0])).astype(out_Wo.dtype)
 
 
@@ -107,14 +106,10 @@ def _multiply_scaled_block(
 ) -> None:
     """Like `_multiply_block`, one block of columns at a time: the products are scaled instead of the matrix."""
 
-    def multiply(column: jax.Array, sum_Wo: jax.Array) -> jax.Array:
-        columns = pl.ds(pl.multiple_of(column * LANES, LANES), LANES)
-        # The MXU takes fp8 with bf16. A conversion before takes three times as long as the product.
-        part_Wo = mxu_dot(x_WI[:, columns], w_1oI[0, :, columns], contract=1)
-        return sum_Wo + part_Wo * _column_scales(scale_1oi, output, column, out_Wo.shape[1], transposed=transposed)
+    def scale(column: jax.Array) -> jax.Array:
+        return _column_scales(scale_1oi, output, column, out_Wo.shape[1], transposed=transposed)
 
-    num_columns = x_WI.shape[1] // LANES
-    out_Wo[...] = lax.fori_loop(0, num_columns, multiply, jnp.zeros(out_Wo.shape, jnp.float32)).astype(out_Wo.dtype)
+    _sum_up_columns(x_WI, w_1oI, scale, out_Wo)
 
 
 def _multiply_quantized_scaled_block(
@@ -123,13 +118,20 @@ def _multiply_quantized_scaled_block(
     """Like `_multiply_scaled_block`, for rows that have the elements of the matrix, and scales for as many inputs."""
     column_1i = lax.broadcasted_iota(jnp.int32, (1, scale_Wi.shape[1]), 1)
 
-    def multiply(column: jax.Array, sum_Wo: jax.Array) -> jax.Array:
-        columns = pl.ds(pl.multiple_of(column * LANES, LANES), LANES)
-        part_Wo = mxu_dot(x_WI[:, columns], w_1oI[0, :, columns], contract=1)
+    def scale(column: jax.Array) -> jax.Array:
         # Vectors cannot be indexed by a lane that is not static.
         scale_W1 = jnp.sum(jnp.where(column_1i == column, scale_Wi[...], 0), axis=1, keepdims=True)
-        scale_1o = _column_scales(scale_1oi, output, column, out_Wo.shape[1], transposed=transposed)
-        return sum_Wo + part_Wo * scale_W1 * scale_1o
+        return scale_W1 * _column_scales(scale_1oi, output, column, out_Wo.shape[1], transposed=transposed)
+
+    _sum_up_columns(x_WI, w_1oI, scale, out_Wo)
+
+
+def _sum_up_columns(x_WI: Any, w_1oI: Any, scale: Callable[[jax.Array], jax.Array], out_Wo: Any) -> None:
+    """Add up the products with each block of columns, times its scales, [W or 1, o]."""
+
+    def multiply(column: jax.Array, sum_Wo: jax.Array) -> jax.Array:
+        columns = pl.ds(pl.multiple_of(column * LANES, LANES), LANES)
+        return sum_Wo + mxu_dot(x_WI[:, columns], w_1oI[0, :, columns], contract=1) * scale(column)
 
     num_columns = x_WI.shape[1] // LANES
     out_Wo[...] = lax.fori_loop(0, num_columns, multiply, jnp.zeros(out_Wo.shape, jnp.float32)).astype(out_Wo.dtype)

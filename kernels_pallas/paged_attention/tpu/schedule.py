@@ -64,7 +64,8 @@ class KernelShape:
     """Static parameters of the kernel.
 
     Attributes:
-        config: config with the heads of one core, and not the model's.
+        config: config with the heads of one core, and not the model's; of a shard where tiles are chosen, which then
+            fit either way.
         layout: layout of the cache.
         block_tokens: tokens per query block, W.
         pages_per_buffer: pages that one key buffer holds.
