@@ -9,6 +9,10 @@ from jaxserve.runner.buckets import Bucket, ForwardShape
 from jaxserve.runner.programs import StepPrograms
 from tests.compile.steps import CONTEXT, layout_for, on_gpu
 
+# Bytes that a decode step of a dense model may move, over those that must move.
+DENSE_BOUND = 1.15
+# The same for experts, MLA and quantised weights.
+MOE_BOUND = 1.25
 # Rows that are in use, and rows that the step is compiled for.
 LOADS = ((1, 8), (8, 8), (32, 32), (256, 256))
 

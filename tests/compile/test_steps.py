@@ -26,6 +26,7 @@ from jaxserve.runner.programs import StepPrograms
 from kernels_pallas.grouped_matmul.xla.backend import XlaGroupedMatmul
 from kernels_pallas.sampling.api import SamplingMode
 from tests.compile.models import QWEN3_4B
+from tests.compile.shares import DENSE_BOUND, MOE_BOUND
 from tests.compile.steps import (
     CONTEXT,
     MODELS,
@@ -41,10 +42,6 @@ from tests.support.marks import slow
 
 pytestmark = pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="the kernels need JAX 0.11")
 
-# Bytes that a decode step of a dense model may move, over those that must move.
-DENSE_BOUND = 1.15
-# The same for experts, MLA and quantised weights.
-MOE_BOUND = 1.25
 
 # Llama-3.1-8B does not fit one v5e, and 70B needs at least eight of the smaller devices.
 STEPS = [
