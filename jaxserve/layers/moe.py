@@ -82,6 +82,7 @@ class _Rows(NamedTuple):
         matmul: the grouped matmul kernel.
         format: format of quantised weights; None for others.
         blocks: blocks whose groups are indices of matrices in the stack of all layers.
+        row_P: i32, the token in each row of the blocks; None for rows in the order of the blocks.
         by_adapter: rows of tokens that have an adapter; None without adapters.
         quantized: whether rows are quantised before they are multiplied by the experts' matrices.
     """
@@ -89,6 +90,7 @@ class _Rows(NamedTuple):
     matmul: GroupedMatmul
     format: QuantizedFormat | None
     blocks: Blocks
+    row_P: jax.Array | None
     by_adapter: _ByAdapter | None
     quantized: bool
 
@@ -114,10 +116,10 @@ class _ExpertWeights(NamedTuple):
         scale, zero = (None if each is None else each.reshape(-1, *each.shape[2:]) for each in (self.scale, self.zero))
         return Matrices(self.weight.flat, scale, zero, format)
 
-    def add_updates(self, y_PO: jax.Array, x: jax.Array, row_P: jax.Array | None, rows: _Rows) -> jax.Array:
+    def add_updates(self, y_PO: jax.Array, x: jax.Array, rows: _Rows) -> jax.Array:
         """Add the adapters' update and the bias to the products with the matrices."""
         if self.lora is not None and rows.by_adapter is not None:
-            y_PO = y_PO + rows.by_adapter.update(self.lora, x, row_P)
+            y_PO = y_PO + rows.by_adapter.update(self.lora, x, rows.row_P)
         if self.bias is None:
             return y_PO
         expert_C = rows.blocks.group_C - self.weight.first
@@ -125,14 +127,12 @@ class _ExpertWeights(NamedTuple):
         return (by_block_CWO + self.bias[expert_C][:, None]).reshape(y_PO.shape)
 
 
-def _multiply(
-    projections: Sequence[_ExpertWeights], x: jax.Array, row_P: jax.Array | None, rows: _Rows
-) -> list[jax.Array]:
+def _multiply(projections: Sequence[_ExpertWeights], x: jax.Array, rows: _Rows) -> list[jax.Array]:
     """Multiply each row by its expert's matrix of each projection; add the adapters' updates and the biases."""
     matrices = [each.matrices(rows.format) for each in projections]
     multiplied = quantize_rows(x, rows.format) if rows.quantized and rows.format is not None else x
-    results = rows.matmul(multiplied, matrices, rows.blocks, row_P=row_P, out_dtype=x.dtype)
-    return [each.add_updates(y_PO, x, row_P, rows) for each, y_PO in zip(projections, results, strict=True)]
+    results = rows.matmul(multiplied, matrices, rows.blocks, row_P=rows.row_P, out_dtype=x.dtype)
+    return [each.add_updates(y_PO, x, rows) for each, y_PO in zip(projections, results, strict=True)]
 
 
 class ExpertLinear(nnx.Module):
@@ -249,13 +249,14 @@ class Experts(nnx.Module):
         if slot_T is not None and ctx.lora.experts is not None:
             adapters = ctx.lora.experts._replace(slot_T=slot_T)
             by_adapter = self._sort_by_adapter(adapters, own_TU, num_experts, permuted, row_bytes)
-        rows = _Rows(matmul, self._format, blocks, by_adapter, ctx.ops.experts.quantizes(num_tokens))
-        gate_PF, up_PF = _multiply((gate, up), x_TD, permuted.row_P // top_k, rows)
+        token_P, quantized = permuted.row_P // top_k, ctx.ops.experts.quantizes(num_tokens)
+        rows = _Rows(matmul, self._format, blocks, token_P, by_adapter, quantized)
+        gate_PF, up_PF = _multiply((gate, up), x_TD, rows)
         h_PF = self._gated(gate_PF, up_PF)
         if down.bias is not None:
             # Only one of the devices that share an expert adds its bias.
             down = down._replace(bias=jnp.where(lax.axis_index(IN_EXPERT) == 0, down.bias, jnp.zeros_like(down.bias)))
-        (y_PD,) = _multiply((down,), h_PF, None, rows)
+        (y_PD,) = _multiply((down,), h_PF, rows._replace(row_P=None))
         # The index is out of range, which reads zeros, where the expert is on another device.
         y_TUD = y_PD.at[permuted.block_row_R.reshape(num_tokens, top_k)].get(mode="fill", fill_value=0)
         y_TD = jnp.einsum("tud,tu->td", y_TUD.astype(jnp.float32), routing.weight_TU)

@@ -42,7 +42,6 @@ from tests.support.marks import slow
 
 pytestmark = pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="the kernels need JAX 0.11")
 
-
 # Llama-3.1-8B does not fit one v5e, and 70B needs at least eight of the smaller devices.
 STEPS = [
     slow("v5e:2x2", "qwen2.5-0.5b", 1),

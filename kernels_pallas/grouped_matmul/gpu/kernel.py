@@ -14,12 +14,13 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from kernels_pallas.grouped_matmul.gpu.results import add_bias, copy_out, round_into
 from kernels_pallas.grouped_matmul.gpu.tile import BLOCK_SCALED, Tile
 from kernels_pallas.grouped_matmul.gpu.weights import WORD_BYTES, Ahead, Converter, Place, Weight, choose_converter
 from kernels_pallas.pallas import pl, plgpu
 from kernels_pallas.quantized import QuantizedFormat
 from kernels_pallas.token_tiles import Blocks
-from kernels_pallas.warpgroup import COLUMNS, MATRIX, ROWS, WARPGROUP_ROWS, product, smem
+from kernels_pallas.warpgroup import COLUMNS, MATRIX, WARPGROUP_ROWS, product, smem
 
 
 class Operands(NamedTuple):
@@ -221,19 +222,16 @@ def _multiply_matrix(
             sum_om = _sum_up_quantized(scratch, place, operands.x_scale_iP.at[:, block.rows], problem)
         else:
             sum_om = _sum_up(scratch, place, problem)
-        if weight.bias is not None:
-            bias_o = plgpu.load(weight.bias.at[block.group, pl.ds(own, WARPGROUP_ROWS)], layout=ROWS, optimized=False)
-            sum_om += lax.broadcast_in_dim(bias_o.astype(jnp.float32), sum_om.shape, [0])
+        bias_O = None if weight.bias is None else weight.bias.at[block.group, pl.ds(own, WARPGROUP_ROWS)]
+        sum_om = add_bias(sum_om, bias_O)
         outputs = pl.ds(out_column + block.out_column + own, WARPGROUP_ROWS)
         buffer = scratch.out.at[warpgroup]
         if scratch.out.dtype == jnp.float32:
             buffer[...], target = sum_om, out.at[split, outputs, block.rows]
         else:
-            sum_om = plgpu.layout_cast(sum_om.astype(scratch.out.dtype), plgpu.Layout.WGMMA_TRANSPOSED)
-            buffer.T[...], target = sum_om, out.at[block.rows, outputs]
-        plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(buffer, target)
-        plgpu.wait_smem_to_gmem(0)
+            round_into(sum_om, buffer)
+            target = out.at[block.rows, outputs]
+        copy_out(buffer, target)
 
 
 def _find_block(operands: Operands, problem: Problem, num_outputs: int) -> _Block:

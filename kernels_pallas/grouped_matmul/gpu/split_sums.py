@@ -13,9 +13,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from kernels_pallas.grouped_matmul.gpu.results import add_bias, copy_out, round_into
 from kernels_pallas.pallas import pl, plgpu
 from kernels_pallas.token_tiles import Blocks
-from kernels_pallas.warpgroup import MATRIX, ROWS, WARPGROUP_ROWS, smem
+from kernels_pallas.warpgroup import MATRIX, WARPGROUP_ROWS, smem
 
 
 class SplitSums(NamedTuple):
@@ -73,10 +74,6 @@ def _add_matrix(split: SplitSums, out_PO: Any, bias_XO: Any, buffer_mo: Any, fir
         part_om = split.sums_SOP.at[part, pl.ds(at, WARPGROUP_ROWS), rows]
         sum_om += plgpu.load(part_om, layout=MATRIX, optimized=False)
     outputs = pl.ds(at - first, WARPGROUP_ROWS)
-    if bias_XO is not None:
-        bias_o = plgpu.load(bias_XO.at[split.blocks.group_C[block], outputs], layout=ROWS, optimized=False)
-        sum_om += lax.broadcast_in_dim(bias_o.astype(jnp.float32), sum_om.shape, [0])
-    buffer_mo.T[...] = plgpu.layout_cast(sum_om.astype(buffer_mo.dtype), plgpu.Layout.WGMMA_TRANSPOSED)
-    plgpu.commit_smem()
-    plgpu.copy_smem_to_gmem(buffer_mo, out_PO.at[rows, outputs])
-    plgpu.wait_smem_to_gmem(0)
+    bias_O = None if bias_XO is None else bias_XO.at[split.blocks.group_C[block], outputs]
+    round_into(add_bias(sum_om, bias_O), buffer_mo)
+    copy_out(buffer_mo, out_PO.at[rows, outputs])
